@@ -1,0 +1,378 @@
+"""One decoder for the GPT-2, Llama, Mistral and Qwen2 families: modules in flax nnx, handed out as pure functions.
+
+Outside this folder nobody sees nnx: parameters are a nested dict of arrays, and `apply_decoder` rebuilds the modules from
+it while JAX traces, so a compiled step pays nothing for them. The blocks are stacked: every leaf of ``params["blocks"]``
+has a leading layer axis, and one `lax.scan` runs them.
+
+Shape legend: B rows, T query slots, S key slots, D width, H query heads, G key-value heads, E head width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.types import Cache, Output, Params
+
+_CHOICES = {
+    "positions": ("learned", "rotary"),
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": ("gelu", "gelu_tanh", "swiglu"),
+    "bias": ("none", "qkv", "all"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("none", "block"),
+}
+# Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
+_MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and family of a decoder. The defaults are the Llama family; `gpt2` names the other one.
+
+    Attributes:
+      vocab_size: V, rows of the embedding.
+      context_length: the largest number of positions.
+      layers, width, heads: L, D, H.
+      kv_heads: G, key-value heads; None means `heads` (no grouping).
+      head_dim: E; None means ``width // heads``.
+      mlp_width: hidden width of the MLP; None means ``4 * width``.
+      positions: learned table (GPT-2) or rotary in the half-split layout (Llama).
+      norm: pre-norm kind; `norm_eps` is added to the variance.
+      activation: ``gelu`` (erf), ``gelu_tanh`` (GPT-2) or gated ``swiglu`` (Llama).
+      bias: biases of the projections: ``none`` (Llama), ``qkv`` (Qwen2) or ``all`` (GPT-2; LayerNorm has one too).
+      tied: the unembedding is the embedding.
+      rotary_base: theta of the rotary angles.
+      dropout: rate on the embedding and both residual branches; acts only where `apply` is given a key.
+      dtype: compute dtype; parameters stay as they are (float32 masters).
+      remat: ``block`` recomputes each block in the backward pass.
+      unroll: blocks per iteration of the layer scan; None means all, the fastest on CPU, 1 compiles fastest.
+    """
+
+    vocab_size: int
+    context_length: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_width: int | None = None
+    positions: str = "rotary"
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: str = "swiglu"
+    bias: str = "none"
+    tied: bool = True
+    rotary_base: float = 10_000.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int | None = None
+
+    def __post_init__(self):
+        for name, derived in (
+            ("kv_heads", self.heads),
+            ("head_dim", self.width // max(self.heads, 1)),
+            ("mlp_width", 4 * self.width),
+            ("unroll", self.layers),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, derived)
+        _validate(self)
+
+
+def gpt2(vocab_size: int, context_length: int, layers: int, width: int, heads: int, **overrides) -> DecoderConfig:
+    """A decoder of the GPT-2 and GPT-3 family: learned positions, LayerNorm, tanh-GELU, biases, tied head."""
+    family = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": "all", "tied": True}
+    return DecoderConfig(vocab_size, context_length, layers, width, heads, **(family | overrides))
+
+
+def _validate(config: DecoderConfig) -> None:
+    for name in ("vocab_size", "context_length", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown: choose one of {', '.join(choices)}")
+    if config.heads % config.kv_heads:
+        divisors = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
+        raise ValueError(f"kv_heads={config.kv_heads} must divide heads={config.heads}: choose one of {divisors}")
+    if config.positions == "rotary" and config.head_dim % 2:
+        raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions: set head_dim, width or heads")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout={config.dropout} must lie in [0, 1): it is the share of activations set to 0")
+    if not 1 <= config.unroll <= config.layers:
+        raise ValueError(f"unroll={config.unroll} must lie in 1..layers={config.layers}: choose 1 or leave it None")
+
+
+# ----------------------------------------------------------------------------------------------- modules
+
+
+def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, std: float = 0.02, rngs: nnx.Rngs):
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(std),
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+def _norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    kind = nnx.RMSNorm
+    if config.norm == "layernorm":
+        kind = partial(nnx.LayerNorm, use_bias=config.bias == "all", use_fast_variance=False)
+    return kind(config.width, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def _residual_std(config: DecoderConfig) -> float:
+    # GPT-2: the sum of 2L branches keeps the variance of one.
+    return 0.02 / (2 * config.layers) ** 0.5
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention; query head h reads key-value head ``h // (H / G)``."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        bias = config.bias in ("qkv", "all")
+        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = _linear(config, config.width, query_width, bias=bias, rngs=rngs)
+        self.key = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
+        self.value = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
+        std = _residual_std(config)
+        self.out = _linear(config, query_width, config.width, bias=config.bias == "all", std=std, rngs=rngs)
+
+    def project(self, x: Float[Array, "B T D"], angles: _Angles | None):
+        """Queries ``[B, T, H, E]``, keys and values ``[B, T, G, E]``, rotated where `angles` are given."""
+        split = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if angles is not None:
+            query, key = _rotate(query, angles), _rotate(key, angles)
+        return query, key, value
+
+    def __call__(self, query, key, value, bias: Float[Array, "B 1 1 T S"]) -> Float[Array, "B T D"]:
+        return self.out(_attend(query, key, value, bias).reshape(*query.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """``down(act(up x))``, or ``down(silu(gate x) * up x)`` for SwiGLU."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        bias = config.bias == "all"
+        if config.activation == "swiglu":
+            self.gate = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
+        self.up = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
+        std = _residual_std(config)
+        self.down = _linear(config, config.mlp_width, config.width, bias=bias, std=std, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.config.activation == "swiglu":
+            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh"))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: ``x + attention(norm x)``, then ``x + mlp(norm x)``."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+
+class Embedding(nnx.Module):
+    """Token embedding, the learned positions of GPT-2, and the norm after the last block."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        init = partial(nnx.Embed, embedding_init=nnx.initializers.normal(0.02), dtype=jnp.dtype(config.dtype))
+        self.embed = init(config.vocab_size, config.width, rngs=rngs)
+        if config.positions == "learned":
+            self.positions = init(config.context_length, config.width, rngs=rngs)
+        self.norm = _norm(config, rngs=rngs)
+
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.embed(tokens)
+        return x + self.positions(positions) if hasattr(self, "positions") else x
+
+
+# --------------------------------------------------------------------------------------- array functions
+
+_Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]
+
+
+def _rotary_angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> _Angles | None:
+    if config.positions != "rotary":
+        return None
+    frequency = config.rotary_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: Float[Array, "B T H E"], angles: _Angles) -> Float[Array, "B T H E"]:
+    """Rotary positions in the half-split layout: coordinate i turns with coordinate i + E/2."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _attend(
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B S G E"],
+    value: Float[Array, "B S G E"],
+    bias: Float[Array, "B 1 1 T S"],
+) -> Float[Array, "B T G R E"]:
+    batch, length, heads, head_dim = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, head_dim) * head_dim**-0.5
+    scores = jnp.einsum("btgre,bsge->bgrts", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
+    return jnp.einsum("bgrts,bsge->btgre", weights, value)
+
+
+def visible(
+    query_segments: Int[Array, "B T"],
+    query_parents: Int[Array, "B T"],
+    query_slots: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+) -> Bool[Array, "B T S"]:
+    """The one attention rule: a query sees keys not later in the row, of its own segment or its parent segment.
+
+    "Later" is the slot, not the position. Padding (segment 0) sees padding: its outputs are ignored but finite.
+    """
+    own, keys = query_segments[:, :, None], key_segments[:, None, :]
+    parent = query_parents[:, :, None]
+    not_later = jnp.arange(key_segments.shape[1])[None, None, :] <= query_slots[:, :, None]
+    return not_later & ((keys == own) | ((keys == parent) & (parent > 0)))
+
+
+def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+# ------------------------------------------------------------------------------- the decoder as functions
+
+
+def init_decoder(config: DecoderConfig, key: Array) -> Params:
+    """Fresh float32 parameters: GPT-2's N(0, 0.02), the two projections into the residual divided by sqrt(2L).
+
+    Returns:
+      ``{"embed", "positions" (learned only), "norm", "blocks"}``; leaves of ``blocks`` have a leading axis L.
+    """
+    embedding_key, block_key = jax.random.split(key)
+    params = _init_module(Embedding, config, embedding_key)
+    block_keys = jax.random.split(block_key, config.layers)
+    return params | {"blocks": jax.vmap(lambda k: _init_module(Block, config, k))(block_keys)}
+
+
+def _init_module(kind: type[nnx.Module], config: DecoderConfig, key: Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def _bind(kind: type[nnx.Module], config: DecoderConfig, params: Params):
+    """The module over `params`. It runs only while JAX traces, so compiled calls pay no nnx dispatch."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, params)
+
+
+def apply_decoder(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    parents: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    key: Array | None = None,
+) -> Output:
+    """Hidden states after the last norm, with one attention rule for packing, shared prefixes and caches (`visible`).
+
+    With a cache the tokens take the slots ``lengths + 0, 1, ..`` of their row and also see what is cached; tokens of
+    segment 0 must stand right of the others, and are not stored.
+
+    Args:
+      config: the decoder.
+      params: as from `init_decoder`.
+      tokens: ids.
+      segments: 0 = padding, 1.. = pieces of the row.
+      positions: place of each token in its text (the caller adds a prompt's length for its responses).
+      parents: the segment each token may also attend to; 0 or None = none.
+      cache: as from `init_cache`; None = the tokens are whole rows.
+      key: turns dropout on.
+
+    Returns:
+      ``Output(hidden [B, T, D] in the compute dtype, cache)``.
+    """
+    embedding = _bind(Embedding, config, {k: v for k, v in params.items() if k in ("embed", "positions", "norm")})
+    if parents is None:
+        parents = jnp.zeros_like(segments)
+    slots = jnp.arange(tokens.shape[1])[None, :]
+    if cache is None:
+        key_segments, slots = segments, jnp.broadcast_to(slots, tokens.shape)
+    else:
+        slots = cache.lengths[:, None] + slots
+        cache, write = _advance(cache, segments, slots)
+        key_segments = cache.segments
+    bias = jnp.where(visible(segments, parents, slots, key_segments), 0.0, _MASKED)[:, None, None]
+    angles = _rotary_angles(config, positions)
+
+    def block(carry, layer):
+        x, keys, values = carry
+        index, layer_params = layer
+        block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, index + 1))
+        module = _bind(Block, config, layer_params)
+        query, new_key, new_value = module.attention.project(module.attention_norm(x), angles)
+        if cache is not None:
+            keys, values = write(keys, index, new_key), write(values, index, new_value)
+            new_key, new_value = keys[index].astype(x.dtype), values[index].astype(x.dtype)
+        x = x + _dropout(module.attention(query, new_key, new_value, bias), config.dropout, block_keys[0])
+        x = x + _dropout(module.mlp(module.mlp_norm(x)), config.dropout, block_keys[1])
+        return (x, keys, values), None
+
+    if config.remat == "block":
+        block = jax.checkpoint(block)
+    x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
+    state = (x, None, None) if cache is None else (x, cache.keys, cache.values)
+    layers = (jnp.arange(config.layers), params["blocks"])
+    (x, keys, values), _ = jax.lax.scan(block, state, layers, unroll=config.unroll)
+    if cache is not None:
+        cache = dataclasses.replace(cache, keys=keys, values=values)
+    return Output(embedding.norm(x), cache)
+
+
+def _advance(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]):
+    """The cache with the new tokens' segments and lengths, and the function that stores their keys and values."""
+    rows = jnp.arange(segments.shape[0])[:, None]
+    # Padding aims past the end, and mode="drop" leaves it out.
+    slots = jnp.where(segments > 0, slots, cache.segments.shape[1])
+    stored = cache.segments.at[rows, slots].set(segments.astype(cache.segments.dtype), mode="drop")
+    lengths = cache.lengths + (segments > 0).sum(axis=1).astype(cache.lengths.dtype)
+
+    def write(store: Float[Array, "L B S G E"], layer: Int[Array, ""], new: Float[Array, "B T G E"]):
+        return store.at[layer, rows, slots].set(new.astype(store.dtype), mode="drop")
+
+    return dataclasses.replace(cache, segments=stored, lengths=lengths), write
+
+
+def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
+    """An empty cache of `length` slots a row, in the compute dtype."""
+    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, jnp.dtype(config.dtype)),
+        values=jnp.zeros(shape, jnp.dtype(config.dtype)),
+        segments=jnp.zeros((batch, length), jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+    )

@@ -1,0 +1,89 @@
+"""Heads over the one decoder: a language model (logits) and a scalar model (reward and value).
+
+Head products are float32 at the highest precision: their errors would reach every log-prob, reward and value.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhf_jax.models.decoder import DecoderConfig, apply_decoder, init_cache, init_decoder
+from rlhf_jax.types import Model, Params
+
+
+def _model(config: DecoderConfig, init, head) -> Model:
+    return Model(
+        init=init,
+        apply=functools.partial(apply_decoder, config),
+        head=head,
+        init_cache=functools.partial(init_cache, config),
+        config=config,
+    )
+
+
+@functools.lru_cache
+def language_model(config: DecoderConfig) -> Model:
+    """The policy and its reference: ``head(params, hidden)`` gives float32 logits ``[..., V]``.
+
+    Equal configs give the same object, so that what was compiled for one is used by all.
+    """
+
+    def init(key: Array) -> Params:
+        params = init_decoder(config, jax.random.fold_in(key, 0))
+        if not config.tied:
+            shape = (config.width, config.vocab_size)
+            params["unembed"] = {"kernel": 0.02 * jax.random.normal(jax.random.fold_in(key, 1), shape)}
+        return params
+
+    def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        if config.tied:
+            return _product("...d,vd->...v", hidden, params["embed"]["embedding"])
+        return _product("...d,dv->...v", hidden, params["unembed"]["kernel"])
+
+    return _model(config, init, head)
+
+
+@functools.lru_cache
+def scalar_model(config: DecoderConfig) -> Model:
+    """The reward and the value model: the unembedding is replaced by one linear read-out with a bias.
+
+    ``head(params, hidden) = hidden . weight + bias``, float32 ``[...]``.
+
+    Source: Ouyang et al. 2022, section 3.5 (the final unembedding layer removed, a scalar put out).
+    """
+
+    def init(key: Array) -> Params:
+        params = init_decoder(config, jax.random.fold_in(key, 0))
+        return params | {"score": init_score(config.width, jax.random.fold_in(key, 1))}
+
+    def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+        score = params["score"]
+        return _product("...d,d->...", hidden, score["weight"]) + score["bias"].astype(jnp.float32)
+
+    return _model(config, init, head)
+
+
+def _product(subscripts: str, hidden: Array, weight: Array) -> Array:
+    hidden, weight = hidden.astype(jnp.float32), weight.astype(jnp.float32)
+    return jnp.einsum(subscripts, hidden, weight, precision=jax.lax.Precision.HIGHEST)
+
+
+def init_score(width: int, key: Array) -> Params:
+    """A fresh scalar head: ``weight ~ N(0, 1 / (D + 1))`` (variance), bias 0.
+
+    Source: Stiennon et al. 2020, appendix B.1 (weights of the reward head).
+    """
+    return {"weight": jax.random.normal(key, (width,)) * (width + 1) ** -0.5, "bias": jnp.zeros(())}
+
+
+def scalar_from_language_model(params: Params, key: Array) -> Params:
+    """Reward-model parameters from a language model's (SFT or base): the unembedding goes, a fresh scalar head comes.
+
+    The arrays are shared with `params`, not copied: copy them before a step that donates its state.
+    """
+    width = params["embed"]["embedding"].shape[1]
+    return {name: value for name, value in params.items() if name != "unembed"} | {"score": init_score(width, key)}

@@ -1,0 +1,211 @@
+"""The one struct vocabulary of the package: every array that crosses a file is a field named here.
+
+Index convention (docs/conventions.md): every per-token array is ``[B, T]`` and entry ``t`` belongs to
+``tokens[:, t]``. ``logp[:, t] = log p(tokens[t] | tokens[:t])`` and ``values[:, t] = V(tokens[:t])``.
+
+Shape legend: B rows, T slots of a row, P slots of a prompt, N prompts of a row, K responses of a prompt,
+D width, V vocabulary, S slots of a KV cache, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]
+"""A nested dict of arrays: what `Model.init` makes and optimizers, checkpoints and shardings see."""
+
+
+@flax.struct.dataclass
+class Mean:
+    """A mean that has not been divided yet, so that micro-batches, packing and hosts add up exactly.
+
+    >>> m = Mean(jnp.float32(6.0), jnp.float32(3.0)) + Mean(jnp.float32(2.0), jnp.float32(1.0))
+    >>> float(m.value)
+    2.0
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        """``total / count``; 0 where nothing was counted (an empty mask is not an error)."""
+        empty = self.count == 0
+        return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1, self.count))
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+
+@flax.struct.dataclass
+class Max:
+    """A running maximum, for guards such as the largest log-ratio or gradient norm."""
+
+    value: jax.Array
+
+    def __add__(self, other: Max) -> Max:
+        return Max(jnp.maximum(self.value, other.value))
+
+
+Metrics = dict[str, Mean | Max]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Key-value cache of a decoder; queries take the slots ``lengths + 0, 1, ..`` of their row.
+
+    ``lengths`` advances by the number of tokens with ``segment > 0``, so a right-padded prefill leaves no gap.
+    """
+
+    keys: Float[Array, "L B S H D"]
+    values: Float[Array, "L B S H D"]
+    segments: Int[Array, "B S"]
+    lengths: Int[Array, " B"]
+
+    def repeat(self, k: int) -> Cache:
+        """Each row `k` times in place (row ``b`` becomes rows ``b*k .. b*k + k-1``): K samples from one prefill."""
+        return Cache(
+            keys=jnp.repeat(self.keys, k, axis=1),
+            values=jnp.repeat(self.values, k, axis=1),
+            segments=jnp.repeat(self.segments, k, axis=0),
+            lengths=jnp.repeat(self.lengths, k, axis=0),
+        )
+
+    def reset(self, rows: Bool[Array, " B"]) -> Cache:
+        """Forget the rows where `rows` is true, so that another prompt can take the slot."""
+        return self.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            segments=jnp.where(rows[:, None], 0, self.segments), lengths=jnp.where(rows, 0, self.lengths)
+        )
+
+
+class Output(NamedTuple):
+    """What `Model.apply` returns: the last hidden states and the advanced cache (None when none was given)."""
+
+    hidden: Float[Array, "B T D"]
+    cache: Cache | None
+
+
+class Model(NamedTuple):
+    """A network as four pure functions over a nested dict: to RLHF what `optax.GradientTransformation` is to optimizers.
+
+    Attributes:
+      init: ``(key) -> params``.
+      apply: ``(params, tokens, *, segments, positions, parents=None, cache=None, key=None) -> Output``;
+        `key` turns dropout on.
+      head: ``(params, hidden) -> logits [..., V]`` for a language model, ``scalars [...]`` for reward and value models;
+        float32.
+      init_cache: ``(batch, length) -> Cache`` with all rows empty.
+      config: what the functions were built from (a frozen dataclass), so that a saved model can be described.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., Output]
+    head: Callable[[Params, jax.Array], jax.Array]
+    init_cache: Callable[[int, int], Cache]
+    config: Any = None
+
+
+@flax.struct.dataclass
+class LMBatch:
+    """Rows for language modelling (SFT, pretraining): `mask` is true where ``tokens[t]`` is a target."""
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+
+
+@flax.struct.dataclass
+class RankingBatch:
+    """Ranked responses in shared-prefix rows: a prompt segment, then its K responses with the prompt as parent.
+
+    ``ends[b, n, k]`` is the slot of the last token of response k of prompt n, where it is scored;
+    ``ranks`` is 0 for the best, equal for ties, -1 for an absent response.
+    """
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    parents: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    ends: Int[Array, "B N K"]
+    ranks: Int[Array, "B N K"]
+
+
+@flax.struct.dataclass
+class PromptBatch:
+    """Prompts, contiguous from the left; `ids` is each prompt's place in the stream (its sampling key folds it in)."""
+
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, " B"]
+    ids: Int[Array, " B"]
+
+
+@flax.struct.dataclass
+class Samples:
+    """Sampled rows: prompt, response with its EOS, padding. K samples of prompt b are the rows ``b*K + k``.
+
+    ``lengths`` counts prompt and response with its EOS; ``logp`` is under the distribution sampled from, 0 on the prompt;
+    ``finished`` is false where the length limit cut the response.
+    """
+
+    tokens: Int[Array, "B T"]
+    prompt_lengths: Int[Array, " B"]
+    lengths: Int[Array, " B"]
+    logp: Float[Array, "B T"]
+    finished: Bool[Array, " B"]
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Everything a PPO update needs; per-token fields are zero outside `mask` (the response tokens)."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    old_logp: Float[Array, "B T"]
+    ref_logp: Float[Array, "B T"]
+    old_values: Float[Array, "B T"]
+    rewards: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
+    score: Float[Array, " B"]
+    prompt_lengths: Int[Array, " B"]
+    lengths: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+    ids: Int[Array, " B"]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A network in training: no functions, no keys, so it is checkpointed as it is. `ema` is None when not kept."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    ema: Params | None = None
+
+
+@flax.struct.dataclass
+class KLState:
+    """The KL coefficient beta of the reward ``score - beta * (logp - ref_logp)``."""
+
+    coef: Float[Array, ""]
+
+
+@flax.struct.dataclass
+class PPOState:
+    """Everything PPO carries from one iteration to the next."""
+
+    policy: TrainState
+    value: TrainState
+    kl: KLState
+    iteration: Int[Array, ""]
+
+
+StepFn = Callable[..., tuple[Any, Metrics]]
+"""A pure training step: ``(state, batch, key) -> (state, metrics)``; for PPO ``(state, rollout, lm_batch, key)``."""

@@ -9,8 +9,9 @@ D width, V vocabulary, S slots of a KV cache, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, dataclass_transform, no_type_check
 
 import flax.struct
 import jax
@@ -20,8 +21,20 @@ from jaxtyping import Array, Bool, Float, Int
 Params = dict[str, Any]
 """A nested dict of arrays: what `Model.init` makes and optimizers, checkpoints and shardings see."""
 
+T = TypeVar("T")
 
-@flax.struct.dataclass
+
+@dataclass_transform(frozen_default=True)
+def struct(cls: type[T]) -> type[T]:
+    """A frozen dataclass that is a pytree; change a field with `dataclasses.replace`.
+
+    The tests check shapes at every function. A struct's constructor is left alone on purpose: JAX rebuilds structs with
+    specs, shardings, names or None in the place of arrays, and the data loaders fill them with numpy arrays.
+    """
+    return no_type_check(flax.struct.dataclass(cls))
+
+
+@struct
 class Mean:
     """A mean that has not been divided yet, so that micro-batches, packing and hosts add up exactly.
 
@@ -43,7 +56,7 @@ class Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
 
-@flax.struct.dataclass
+@struct
 class Max:
     """A running maximum, for guards such as the largest log-ratio or gradient norm."""
 
@@ -56,7 +69,7 @@ class Max:
 Metrics = dict[str, Mean | Max]
 
 
-@flax.struct.dataclass
+@struct
 class Cache:
     """Key-value cache of a decoder; queries take the slots ``lengths + 0, 1, ..`` of their row.
 
@@ -79,9 +92,8 @@ class Cache:
 
     def reset(self, rows: Bool[Array, " B"]) -> Cache:
         """Forget the rows where `rows` is true, so that another prompt can take the slot."""
-        return self.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            segments=jnp.where(rows[:, None], 0, self.segments), lengths=jnp.where(rows, 0, self.lengths)
-        )
+        segments = jnp.where(rows[:, None], 0, self.segments)
+        return dataclasses.replace(self, segments=segments, lengths=jnp.where(rows, 0, self.lengths))
 
 
 class Output(NamedTuple):
@@ -92,7 +104,7 @@ class Output(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A network as four pure functions over a nested dict: to RLHF what `optax.GradientTransformation` is to optimizers.
+    """A network as four pure functions over a nested dict: to RLHF what optax.GradientTransformation is to optimizers.
 
     Attributes:
       init: ``(key) -> params``.
@@ -111,7 +123,7 @@ class Model(NamedTuple):
     config: Any = None
 
 
-@flax.struct.dataclass
+@struct
 class LMBatch:
     """Rows for language modelling (SFT, pretraining): `mask` is true where ``tokens[t]`` is a target."""
 
@@ -121,7 +133,7 @@ class LMBatch:
     mask: Bool[Array, "B T"]
 
 
-@flax.struct.dataclass
+@struct
 class RankingBatch:
     """Ranked responses in shared-prefix rows: a prompt segment, then its K responses with the prompt as parent.
 
@@ -137,7 +149,7 @@ class RankingBatch:
     ranks: Int[Array, "B N K"]
 
 
-@flax.struct.dataclass
+@struct
 class PromptBatch:
     """Prompts, contiguous from the left; `ids` is each prompt's place in the stream (its sampling key folds it in)."""
 
@@ -146,11 +158,11 @@ class PromptBatch:
     ids: Int[Array, " B"]
 
 
-@flax.struct.dataclass
+@struct
 class Samples:
     """Sampled rows: prompt, response with its EOS, padding. K samples of prompt b are the rows ``b*K + k``.
 
-    ``lengths`` counts prompt and response with its EOS; ``logp`` is under the distribution sampled from, 0 on the prompt;
+    ``lengths`` counts prompt and response with EOS; ``logp`` is under the distribution sampled from, 0 on the prompt;
     ``finished`` is false where the length limit cut the response.
     """
 
@@ -161,7 +173,7 @@ class Samples:
     finished: Bool[Array, " B"]
 
 
-@flax.struct.dataclass
+@struct
 class Rollout:
     """Everything a PPO update needs; per-token fields are zero outside `mask` (the response tokens)."""
 
@@ -180,7 +192,7 @@ class Rollout:
     ids: Int[Array, " B"]
 
 
-@flax.struct.dataclass
+@struct
 class TrainState:
     """A network in training: no functions, no keys, so it is checkpointed as it is. `ema` is None when not kept."""
 
@@ -190,14 +202,14 @@ class TrainState:
     ema: Params | None = None
 
 
-@flax.struct.dataclass
+@struct
 class KLState:
     """The KL coefficient beta of the reward ``score - beta * (logp - ref_logp)``."""
 
     coef: Float[Array, ""]
 
 
-@flax.struct.dataclass
+@struct
 class PPOState:
     """Everything PPO carries from one iteration to the next."""
 

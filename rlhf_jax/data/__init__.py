@@ -1,0 +1,1 @@
+"""Records, tokens and batches: everything before the first device. numpy only."""

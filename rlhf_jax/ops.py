@@ -17,14 +17,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 Head = Callable[[jax.Array], jax.Array]
 """Hidden states ``[..., D]`` to logits ``[..., V]``: ``functools.partial(model.head, params)``."""
 
-CHUNK_LOGITS = 2**23
-"""Logits that one chunk of `token_log_probs` may hold (32 MiB in float32) when `chunk` is not given."""
+CHUNK_LOGITS = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+"""Logits that one chunk of `token_log_probs` may hold when `chunk` is not given: 4 MiB in float32 stay in the cache of
+a processor, 256 MiB keep an accelerator busy."""
+
+CHUNK_TOKENS = 256
+"""A chunk holds at least this many tokens: below it reading the head's weights costs more than using them."""
 
 
 def previous_index(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
@@ -144,7 +148,7 @@ def token_log_probs(
       mask: true where ``tokens[b, t]`` is a target; None for every token that has a predecessor.
       previous: from `previous_index`; None when each row is one piece (then slot 0 has no predecessor).
       temperature: divides the logits.
-      chunk: columns of the batch that go through the head together; None bounds their logits to `CHUNK_LOGITS`.
+      chunk: columns of the batch that go through the head together; None sizes it by `CHUNK_LOGITS`.
 
     Returns:
       Log-probabilities in nats, float32, 0 where there is no target.
@@ -254,13 +258,14 @@ def _read_targets(
 
 
 def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
-    """Columns of a chunk: as asked, or as many as keep its logits within `CHUNK_LOGITS`."""
+    """Columns of a chunk: as asked, or as many as `CHUNK_LOGITS` and `CHUNK_TOKENS` allow."""
     rows, slots, _ = hidden.shape
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1: leave it out to size chunks by memory")
     if chunk is None:
         vocabulary = jax.eval_shape(head, hidden).shape[-1]
-        chunk = max(CHUNK_LOGITS // (rows * vocabulary), 1)
+        budget = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS["gpu"])
+        chunk = -(-max(budget // vocabulary, CHUNK_TOKENS) // rows)
     return min(chunk, slots)
 
 

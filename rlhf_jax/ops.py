@@ -228,44 +228,47 @@ def _read_targets(
     rows, slots = tokens.shape
     columns = _chunk_columns(hidden, head, chunk)
     chunks = -(-slots // columns)
-
-    is_target = previous >= 0
-    # Stable order with the targets first; the columns that fill up the last chunk are no targets.
-    order = jnp.argsort(~is_target, axis=1, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, chunks * columns - slots)), constant_values=-1)
-    number = jnp.sum(is_target, axis=1, dtype=jnp.int32)
-    valid = jnp.arange(chunks * columns, dtype=jnp.int32)[None, :] < number[:, None]
-    source = jnp.where(valid, align(previous, order), -1)
-    # Zeros where there is no target: whatever stood there can reach neither result nor gradient.
-    columns_of = (align(hidden, source), jnp.where(valid, align(tokens, order), 0), valid)
+    order, place = _compact(previous >= 0, chunks * columns)
+    source = jnp.where(order >= 0, align(previous, order), -1)
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(rows, chunks, columns, *x.shape[2:]), 0, 1)
 
-    def work(h: jax.Array, targets: jax.Array, where: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.where(where, x, 0.0), read(head(h), targets))
+    def work(h: jax.Array, targets: jax.Array, valid: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.where(valid, x, 0.0), read(head(h), targets))
 
-    def skip(h: jax.Array, targets: jax.Array, where: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, h, targets, where))
+    def skip(h: jax.Array, targets: jax.Array, valid: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, h, targets, valid))
 
     @jax.checkpoint  # the backward pass keeps a chunk's hidden states, not its logits
     def body(carry: None, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, Any]:
         return carry, lax.cond(jnp.any(piece[2]), work, skip, *piece)
 
-    _, out = lax.scan(body, None, jax.tree.map(split, columns_of))
-    place = jnp.where(is_target, jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1, -1)
+    # `align` puts zeros where there is no target: whatever stood there can reach neither result nor gradient.
+    pieces = (align(hidden, source), align(tokens, order), order >= 0)
+    _, out = lax.scan(body, None, jax.tree.map(split, pieces))
     return jax.tree.map(lambda x: align(jnp.swapaxes(x, 0, 1).reshape(rows, chunks * columns), place), out)
+
+
+def _compact(is_target: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """The slots of each row's targets from the left (-1 beyond them), and each target's place among them (else -1)."""
+    slots = is_target.shape[1]
+    number = jnp.sum(is_target, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(~is_target, axis=1, stable=True)
+    order = jnp.where(jnp.arange(slots, dtype=jnp.int32)[None, :] < number[:, None], order, -1)
+    place = jnp.where(is_target, jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1, -1)
+    return jnp.pad(order, ((0, 0), (0, width - slots)), constant_values=-1), place
 
 
 def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
     """Columns of a chunk: as asked, or as many as `CHUNK_LOGITS` and `CHUNK_TOKENS` allow."""
     rows, slots, _ = hidden.shape
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1: leave it out to size chunks by memory")
     if chunk is None:
         vocabulary = jax.eval_shape(head, hidden).shape[-1]
         budget = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS["gpu"])
-        chunk = -(-max(budget // vocabulary, CHUNK_TOKENS) // rows)
+        return min(-(-max(budget // vocabulary, CHUNK_TOKENS) // rows), slots)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: leave it out to size chunks by memory")
     return min(chunk, slots)
 
 
@@ -384,5 +387,5 @@ def shaped_rewards(
     """
     slots = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
     last = jnp.max(jnp.where(mask, slots, -1), axis=1, keepdims=True)
-    penalty = -kl_coef * (jnp.where(mask, logp, 0) - jnp.where(mask, ref_logp, 0))
-    return jnp.where(mask, penalty, 0) + jnp.where(slots == last, score[:, None], 0)
+    difference = jnp.where(mask, logp, 0) - jnp.where(mask, ref_logp, 0)
+    return jnp.where(slots == last, score[:, None], 0) - kl_coef * difference

@@ -1,0 +1,571 @@
+"""Configs: functions chosen by name, overrides from the command line, errors that name the field and the fix.
+
+A config file is Python with ``get_config(arg: str = "") -> ConfigDict``. A loss is swapped without touching the package:
+``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")`` makes the keyword-only defaults
+of that function fields, and `resolve` turns the fields back into a function, its arguments checked before anything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+Run = Callable[[ConfigDict, str], Any]
+
+# ------------------------------------------------------------------------------------------- functions by name
+
+
+def fn_spec(fn: str, **overrides: Any) -> ConfigDict:
+    """A function as data: its name ``"module:function"`` and its keyword-only defaults as fields to override.
+
+    Args:
+      fn: where the function lives, ``"package.module:function"``.
+      **overrides: values for keyword-only arguments, required ones included.
+
+    Returns:
+      A ConfigDict with the field ``fn`` and one field for each keyword-only argument that is plain data.
+
+    Raises:
+      ValueError: the function does not exist, has no such keyword-only argument, or one without a default is missing.
+
+    >>> fn_spec("rlhf_jax.config:require_range", low=0.0).to_dict()
+    {'fn': 'rlhf_jax.config:require_range', 'high': None, 'low': 0.0}
+    """
+    keywords = _keyword_only(import_fn(fn))
+    for name in overrides:
+        if name not in keywords:
+            raise ValueError(f"{fn} has no keyword-only argument {name!r}{_nearest(name, keywords)}")
+    missing = [k for k, p in keywords.items() if p.default is p.empty and k not in overrides]
+    if missing:
+        raise ValueError(f"{fn} needs a value for {', '.join(missing)}: fn_spec({fn!r}, {missing[0]}=...)")
+    defaults = {k: p.default for k, p in keywords.items() if _is_plain(p.default)}
+    return ConfigDict({"fn": fn} | defaults | overrides)
+
+
+def resolve(spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str] | None = None) -> Callable[..., Any]:
+    """The function a `fn_spec` names, its keyword-only arguments bound.
+
+    Args:
+      spec: a `fn_spec`, or just ``"module:function"``.
+      available: names the caller can pass; None skips the check.
+
+    Returns:
+      ``functools.partial(function, **fields)``.
+
+    Raises:
+      ValueError: no such function, an unknown field, or an argument that is not in `available` (which is listed).
+    """
+    fields = {"fn": spec} if isinstance(spec, str) else {key: spec[key] for key in spec}
+    name = fields.pop("fn", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a function is chosen with fn='module:function', got fn={name!r}")
+    fn = import_fn(name)
+    keywords = _keyword_only(fn)
+    for key in fields:
+        if key not in keywords:
+            raise ValueError(f"{name} has no keyword-only argument {key!r}{_nearest(key, keywords)}")
+    missing = [k for k, p in keywords.items() if p.default is p.empty and k not in fields]
+    if missing:
+        raise ValueError(f"{name} needs a value for {', '.join(missing)}")
+    if available is not None:
+        _check_arguments(name, fn, tuple(available))
+    return functools.partial(fn, **fields)
+
+
+def import_fn(name: str) -> Callable[..., Any]:
+    """The object ``"package.module:function"`` names; a ValueError says which half is wrong."""
+    module_name, _, attribute = name.partition(":")
+    if not attribute or not all(p.isidentifier() for p in [*module_name.split("."), attribute]):
+        raise ValueError(f"{name!r} is not of the form 'package.module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the module is there; something it imports is not
+        raise ValueError(
+            f"no module {error.name!r} for {name!r}: run from the folder that holds it, or add that to PYTHONPATH"
+        ) from None
+    fn = getattr(module, attribute, None)
+    if not callable(fn):
+        public = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise ValueError(f"module {module_name} has no function {attribute!r}{_nearest(attribute, public)}")
+    return fn
+
+
+def _keyword_only(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {k: p for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_arguments(name: str, fn: Callable[..., Any], available: tuple[str, ...]) -> None:
+    for key, p in inspect.signature(fn).parameters.items():
+        if p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if key not in available and p.default is p.empty:
+            raise ValueError(
+                f"{name} wants the argument {key!r}, which is not available here{_nearest(key, available)}. "
+                f"Available: {', '.join(available)}. A hyperparameter must be keyword-only (after *)."
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    """A hint for an error: the likely spelling when one is near, otherwise everything there is."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(choices)}" if choices else ""
+
+
+# ------------------------------------------------------------------------------------------------- reading configs
+
+
+def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """The locked config of a file, ``"configs/ppo/x.py"`` or ``"configs/ppo/x.py:arg"``, with `overrides` on top.
+
+    Args:
+      path_and_arg: path of a Python file with ``get_config(arg)``; what follows the colon is `arg`.
+      overrides: dotted keys and values as text, as they stand on a command line.
+
+    Raises:
+      ValueError: no such file, no `get_config`, an unknown key (with the nearest name), a value of the wrong type.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    config = _get_config(Path(path))(*([arg] if arg else []))
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config of {path} must return a ConfigDict, got {type(config).__name__}")
+    config = override(config, overrides or {})
+    return config.lock()
+
+
+def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], Any]) -> ConfigDict:
+    """Applies the argument of a config file: variants by name, then ``key=value`` overrides, separated by commas.
+
+    Args:
+      config: the config to change, in place.
+      arg: for example ``"smoke,policy_loss=my_lab.losses:dual_clip,seed=1"``.
+      **variants: functions that change the config, by the name that asks for them.
+
+    Returns:
+      The same config, locked.
+
+    >>> apply_arg(ConfigDict({"seed": 0, "steps": 90}), "smoke,seed=1", smoke=lambda c: c.update(steps=3)).to_dict()
+    {'seed': 1, 'steps': 3}
+    """
+    config.lock()
+    pieces = [piece.strip() for piece in arg.split(",") if piece.strip()]
+    for piece in pieces:
+        if "=" in piece:
+            continue
+        if piece not in variants:
+            raise ValueError(f"no variant {piece!r}{_nearest(piece, variants)}, or write key=value")
+        with _as_user_error(f"variant {piece!r}"):
+            variants[piece](config)
+    return override(config, dict(piece.split("=", 1) for piece in pieces if "=" in piece))
+
+
+def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+    """Sets dotted keys to values given as text, each read as the type the key has; in place.
+
+    A key that holds a `fn_spec` takes ``module:function`` and gets the defaults of that function.
+
+    >>> override(ConfigDict({"ppo": {"lr": 1e-5, "betas": (0.9, 0.95)}}), {"ppo.lr": "3e-5"}).ppo.lr
+    3e-05
+    """
+    for key, text in overrides.items():
+        *groups, leaf = key.split(".")
+        parent, seen = config, "config"
+        for name in groups:
+            parent, seen = _member(parent, name, seen), f"{seen}.{name}"
+        value = _parse(f"config.{key}", text, _member(parent, leaf, seen))
+        with parent.ignore_type():
+            parent[leaf] = value.lock() if isinstance(value, ConfigDict) and config.is_locked else value
+    return config
+
+
+def _member(parent: Any, name: str, seen: str) -> Any:
+    if not isinstance(parent, ConfigDict):
+        raise ValueError(f"{seen} is a value, not a group: it has no key {name!r}")
+    if name not in parent:
+        raise ValueError(f"{seen} has no key {name!r}{_nearest(name, parent.keys())}")
+    return parent[name]
+
+
+def _parse(field: str, text: str, current: Any) -> Any:
+    """`text` as a value of the type of `current`; "None" is allowed everywhere (a check elsewhere may refuse it)."""
+    if isinstance(current, ConfigDict):
+        if "fn" not in current:
+            raise ValueError(f"{field} is a group: set one of {', '.join(f'{field}.{k}' for k in current)}")
+        return fn_spec(text)
+    if text == "None":
+        return None
+    if isinstance(current, str):
+        return text
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        if current is None or type(value) is type(current):
+            return value
+        if isinstance(current, float) and type(value) is int:
+            return float(value)
+        if isinstance(current, tuple) and isinstance(value, list):
+            return tuple(value)
+    if current is None:
+        return text
+    raise ValueError(f"{field}={text} must be a {type(current).__name__}, as in {field}={current!r}")
+
+
+def _get_config(path: Path) -> Callable[..., Any]:
+    if not path.is_file():
+        found = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"no config file {path}{_nearest(str(path), found)}")
+    roots = [parent.parent for parent in path.resolve().parents if parent.name == "configs"]
+    for root in map(str, roots[:1]):  # so that a config can say: from configs import common
+        if root not in sys.path:
+            sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _as_user_error(str(path)):
+        spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config(arg)")
+
+    def get_config(*arg: str) -> Any:
+        with _as_user_error(str(path)):
+            return module.get_config(*arg)
+
+    return get_config
+
+
+@contextlib.contextmanager
+def _as_user_error(where: str) -> Iterator[None]:
+    """A misspelt key or a wrong type set in Python reads like one set on the command line."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        text = str(error.args[0] if error.args else error)
+        typo = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)
+        unknown = re.search(r'Key "(.+?)" does not exist', text)
+        if typo:
+            raise ValueError(f"{where}: no key {typo[2]!r}; did you mean {typo[1]!r}?") from None
+        if unknown:
+            raise ValueError(f"{where}: no key {unknown[1]!r}") from None
+        if "Could not override field" in text:
+            raise ValueError(f"{where}: {text}") from None
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+def require(condition: bool, field: str, value: Any, fix: str) -> None:
+    """Refuses a config value: ``ValueError("field=value: fix")`` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: {fix}")
+
+
+def require_divides(field: str, value: int, whole: int, what: str) -> None:
+    """Refuses a part that does not divide its whole, and lists the parts that do.
+
+    >>> require_divides("minibatches", 6, 16, "the rollout batch")
+    Traceback (most recent call last):
+    ValueError: minibatches=6 must divide the rollout batch of 16: choose 1, 2, 4, 8 or 16
+    """
+    if value >= 1 and whole % value == 0:
+        return
+    divisors = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+    choices = divisors if len(divisors) <= 8 else sorted(divisors, key=lambda n: abs(int(n) - value))[:6]
+    *head, last = sorted(choices, key=int)
+    listed = f"{', '.join(head)} or {last}" if head else last
+    raise ValueError(f"{field}={value} must divide {what} of {whole}: choose {listed}")
+
+
+def require_one_of(field: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuses a value that is not one of `choices` and names the nearest."""
+    if value not in choices:
+        names = [str(c) for c in choices]
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field}={value!r} must be one of {', '.join(names)}{hint}")
+
+
+def require_range(field: str, value: float, *, low: float | None = None, high: float | None = None) -> None:
+    """Refuses a number outside ``low <= value <= high`` (None: no bound), NaN included."""
+    if not ((low is None or value >= low) and (high is None or value <= high)) or value != value:
+        bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+        raise ValueError(f"{field}={value!r} must be {' and '.join(bounds) or 'a number'}")
+
+
+# ------------------------------------------------------------------------------------------------------ JSON, secrets
+
+REDACTED = "<redacted>"
+_SECRET = re.compile(r"(^|_)(token|secret|passw(or)?d|credentials?)($|_)|(api|access|private)_?key")
+_NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON to keep beside a run, without secrets (keys like hf_token or api_key, ``user:pass@`` in URLs).
+
+    >>> print(to_json(ConfigDict({"seed": 1, "hf_token": "abc"})))
+    {
+      "hf_token": "<redacted>",
+      "seed": 1
+    }
+    """
+    return json.dumps(_plain(config), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config `to_json` wrote; lists come back as the tuples they were."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
+def _plain(value: Any, key: str = "") -> Any:
+    if isinstance(value, FieldReference):
+        value = value.get()
+    if isinstance(value, ConfigDict):  # references kept: it goes around __getitem__, for storing a key is not using it
+        return {k: _plain(v, k) for k, v in value.items(preserve_field_references=True)}
+    if isinstance(value, tuple | list):
+        return [_plain(v, key) for v in value]
+    if isinstance(value, str):
+        name = key.lower().replace("-", "_")
+        if value and _SECRET.search(name) and not _NOT_SECRET.search(name):
+            return REDACTED
+        return _USER_INFO.sub("", value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise ValueError(
+        f"config.{key} holds a {type(value).__name__}: only numbers, text, tuples and groups can be stored"
+    )
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two configs (as dicts), one line a key.
+
+    >>> diff({"ppo": {"lr": 1e-5, "seed": 0}}, {"ppo": {"lr": 2e-5, "seed": 0}})
+    ['ppo.lr: 1e-05 -> 2e-05']
+    """
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += diff(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ who reads which key
+
+
+def record_reads(config: ConfigDict) -> tuple[ConfigDict, set[str]]:
+    """A copy of `config` that notes each key as it is read, so that a test can show that no key is without effect.
+
+    >>> config, reads = record_reads(ConfigDict({"ppo": {"lr": 1e-5, "epochs": 1}}))
+    >>> config.ppo.lr, sorted(reads), sorted(leaf_keys(config) - reads)
+    (1e-05, ['ppo.lr'], ['ppo.epochs'])
+    """
+    reads: set[str] = set()
+    return _Recording(config, "", reads).lock(), reads
+
+
+def leaf_keys(config: ConfigDict, prefix: str = "") -> set[str]:
+    """The dotted name of every value of the config, without reading it."""
+    keys = set()
+    for key, value in config.items(preserve_field_references=True):
+        keys |= leaf_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}"}
+    return keys
+
+
+class _Recording(ConfigDict):
+    _prefix: str
+    _reads: set[str]
+
+    def __init__(self, source: ConfigDict, prefix: str, reads: set[str]):
+        super().__init__()
+        object.__setattr__(self, "_prefix", prefix)
+        object.__setattr__(self, "_reads", reads)
+        for key, value in source.items():
+            self[key] = _Recording(value, f"{prefix}{key}.", reads) if isinstance(value, ConfigDict) else value
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if not isinstance(value, ConfigDict) and key in self:
+            self._reads.add(f"{self._prefix}{key}")
+        return value
+
+
+# ------------------------------------------------------------------------------------------ run folders, command line
+
+CONFIG_FILE = "config.json"
+
+
+def prepare_workdir(
+    workdir: str | os.PathLike[str], config: ConfigDict, *, overwrite: bool = False, allow_config_change: bool = False
+) -> bool:
+    """Makes the run folder and stores the config in it, or finds there the run that is to be resumed.
+
+    Nothing is ever deleted: `overwrite` renames an earlier run to ``<workdir>.old-<time>``.
+
+    Args:
+      workdir: the folder of this run.
+      config: what the run will do; stored as ``config.json``.
+      overwrite: start afresh where a run is.
+      allow_config_change: resume although the config differs from the stored one.
+
+    Returns:
+      True when the folder is new, False when a run in it goes on.
+
+    Raises:
+      ValueError: the folder holds something else, or a run with another config (the differences are listed).
+    """
+    path = Path(workdir)
+    stored = path / CONFIG_FILE
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not stored.is_file())):
+        raise ValueError(f"workdir={str(path)!r} is not a run of this program: choose another, it is left as it is")
+    if stored.is_file() and overwrite:
+        aside = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        print(f"The earlier run was moved to {aside}.", flush=True)
+    text = to_json(config)
+    fresh = not stored.is_file()
+    if not fresh:
+        changes = diff(_stored_config(stored), json.loads(text))
+        if changes and not allow_config_change:
+            raise ValueError(
+                f"{path} holds a run with another config ({'; '.join(changes[:8])}): "
+                "choose another workdir, or --overwrite (keeps the old run aside), or --allow_config_change to go on"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = stored.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(stored)
+    return fresh
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
+
+
+def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None) -> None:
+    """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
+
+    ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
+    ``--allow_config_change``, ``--distributed`` (several hosts). A user's mistake is one line on stderr and exit
+    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs and show
+    a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
+
+    Args:
+      run: ``(config, workdir)``; it validates the config before it computes anything.
+      config: the config file when ``--config`` is not given.
+      workdir: the run folder when ``--workdir`` is not given.
+      argv: the arguments; None reads the command line.
+    """
+    sys.exit(_main(run, config, workdir, sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(run: Run, config_default: str, workdir_default: str, argv: list[str]) -> int:
+    fresh, path = False, None
+    try:
+        flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
+        if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
+            sys.path.insert(0, os.getcwd())
+        config = load_config(flags.config, overrides)
+        path, is_writer = Path(flags.workdir), not flags.distributed or _initialize_distributed()
+        if is_writer:
+            fresh = prepare_workdir(
+                path, config, overwrite=flags.overwrite, allow_config_change=flags.allow_config_change
+            )
+        run(config, str(path))
+    except (ValueError, OSError, FloatingPointError) as error:
+        if fresh and path is not None:
+            _remove_unused(path)
+        if os.environ.get("RLHF_JAX_TRACEBACK"):
+            raise
+        return _say(f"Error: {error}{_where(error)}", 2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt as stop:
+        detail = f" ({stop})" if str(stop) else ""
+        return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", 130)
+    return 0
+
+
+def _where(error: Exception) -> str:
+    """Our own errors speak for themselves; one from inside a library may be a bug, so it says how to see more."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return " (RLHF_JAX_TRACEBACK=1 shows where)" if "site-packages" in frame.filename else ""
+
+
+def _say(text: str, status: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return status
+
+
+def _remove_unused(path: Path) -> None:
+    """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace."""
+    if [p.name for p in path.iterdir()] == [CONFIG_FILE]:
+        (path / CONFIG_FILE).unlink()
+        path.rmdir()
+
+
+def _initialize_distributed() -> bool:
+    import jax
+
+    jax.distributed.initialize()
+    return jax.process_index() == 0
+
+
+def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
+    parser = argparse.ArgumentParser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any key of the config is a flag too: --config.KEY=VALUE",
+    )  # fmt: skip
+    parser.add_argument("--config", default=config or None, required=not config, metavar="FILE[:ARG]", help=config)
+    parser.add_argument("--workdir", default=workdir or None, required=not workdir, metavar="DIR", help=workdir)
+    parser.add_argument("--overwrite", action="store_true", help="start afresh; an earlier run is renamed, not deleted")
+    parser.add_argument("--allow_config_change", action="store_true", help="resume although the config changed")
+    parser.add_argument("--distributed", action="store_true", help="one process of several (SLURM, GKE, TPU pod, MPI)")
+    flags, rest = parser.parse_known_args(argv)
+    overrides: dict[str, str] = {}
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            known = [a for action in parser._actions for a in action.option_strings]
+            raise ValueError(f"unknown flag {flag!r}{_nearest(flag, known)}")
+        if not equals and not rest:
+            raise ValueError(f"{flag} needs a value: {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = value if equals else rest.pop(0)
+    return flags, overrides

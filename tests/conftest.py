@@ -1,0 +1,72 @@
+"""Test surroundings: 8 fake CPU devices, strict shapes, no network, compiled programs kept between runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+DEVICES = 8
+
+
+def _environment() -> None:
+    """What JAX and the tokenizers read when they are imported; a process a test starts inherits it."""
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    flags += [f"--xla_force_host_platform_device_count={DEVICES}"]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["MPLBACKEND"] = "agg"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    if not os.access(Path(cache).parent, os.W_OK):
+        cache = tempfile.gettempdir()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "rlhf_jax" / "compiled"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+_environment()
+
+import jax  # noqa: E402  (after the environment is set)
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices() -> None:
+    assert jax.device_count() == DEVICES, "JAX was initialised before conftest.py could ask for 8 CPU devices"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this machine may be reached, so that no test passes thanks to a download."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX:
+            assert isinstance(address, tuple)
+            assert str(address[0]) in ("127.0.0.1", "::1", "localhost"), f"a test wants to reach {address}"
+        connect(self, address)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+    """No implicit promotion: an int reward buffer that swallows float scores is an error (PITFALLS: dtypes)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets (HH-RLHF, OpenAssistant, tiny checkpoints) that `RLHF_JAX_DATA` names."""
+    value = os.environ.get("RLHF_JAX_DATA", "")
+    if not value:
+        pytest.skip("RLHF_JAX_DATA is not set: it names the folder of real data sets this test reads")
+    if not Path(value).is_dir():
+        pytest.fail(f"RLHF_JAX_DATA={value} is not a folder")
+    return Path(value)

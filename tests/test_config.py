@@ -1,0 +1,324 @@
+"""Config: names to functions, overrides, validation, secrets, run folders and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from rlhf_jax import config as C
+
+ROOT = Path(__file__).parents[1]
+
+
+def loss(logp, advantages, *, clip_ratio=0.2, clip_value=None, betas=(0.9, 0.95)):
+    return logp, advantages, clip_ratio, clip_value, betas
+
+
+def needs(logp, *, coef):
+    return logp * coef
+
+
+def wants_more(logp, reward_model_embedding, *, clip_ratio=0.2):
+    return logp
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A researcher's own module, importable as my_lab_losses."""
+    (tmp_path / "my_lab_losses.py").write_text(
+        "def dual_clip(logp, old_logp, advantages, *, clip_ratio=0.2, dual=3.0):\n    return logp\n"
+        "def wrong(logp, rewrads, *, a=1):\n    return logp\n"
+        "def plain(logp, *, a=1, b=0.5, f=len):\n    return (logp, a, b)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_lab_losses"
+    sys.modules.pop("my_lab_losses", None)
+
+
+CONFIG = """
+from rlhf_jax.config import ConfigDict, apply_arg, fn_spec
+
+def get_config(arg=""):
+    config = ConfigDict()
+    config.seed = 0
+    config.lr = 1e-5
+    config.betas = (0.9, 0.95)
+    config.clip_value = 0.2
+    config.name = "run"
+    config.nothing = None
+    config.ptx = True
+    config.policy_loss = fn_spec("my_lab_losses:plain")
+    config.ppo = ConfigDict({"minibatches": 8})
+    def typo(c): c.ppo.minibatchs = 3
+    def wrong_type(c): c.ppo.minibatches = "many"
+    return apply_arg(config, arg, smoke=lambda c: c.ppo.update(minibatches=2), typo=typo, wrong_type=wrong_type)
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path, lab):
+    path = tmp_path / "x.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_fn_spec_fields_are_the_keyword_only_defaults(lab):
+    spec = C.fn_spec(f"{lab}:plain", a=7)
+    assert spec.to_dict() == {"fn": f"{lab}:plain", "a": 7, "b": 0.5}  # f=len is not data
+    assert C.resolve(spec)(1) == (1, 7, 0.5)
+
+
+def test_fn_spec_refuses_unknown_and_missing_arguments(lab):
+    with pytest.raises(ValueError, match="did you mean 'dual'"):
+        C.fn_spec(f"{lab}:dual_clip", duall=1)
+    (Path(sys.path[0]) / "needy_losses.py").write_text("def needs(logp, *, coef):\n    return logp * coef\n")
+    with pytest.raises(ValueError, match="needs a value for coef"):
+        C.fn_spec("needy_losses:needs")
+    assert C.resolve(C.fn_spec("needy_losses:needs", coef=3))(2) == 6
+    with pytest.raises(ValueError, match="needs a value for coef"):
+        C.resolve("needy_losses:needs")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_lab_losses", "not of the form"),
+        ("my_lab_losses:", "not of the form"),
+        ("my lab:x; import os", "not of the form"),
+        ("my_lab_losess:dual_clip", "no module 'my_lab_losess'.*PYTHONPATH"),
+        ("my_lab_losses:dual_clop", "did you mean 'dual_clip'"),
+    ],
+)
+def test_a_function_name_that_leads_nowhere_says_which_half_is_wrong(lab, name, message):
+    with pytest.raises(ValueError, match=message):
+        C.fn_spec(name)
+
+
+def test_an_import_error_inside_the_users_module_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "breaks.py").write_text("import not_installed_here\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
+        C.import_fn("breaks:f")
+
+
+def test_resolve_checks_arguments_against_what_is_available(lab):
+    available = ("logp", "old_logp", "advantages", "rewards")
+    assert C.resolve(C.fn_spec(f"{lab}:dual_clip"), available)(1, 2, 3) == 1
+    with pytest.raises(ValueError, match=r"'rewrads'.*did you mean 'rewards'.*Available: logp, old_logp"):
+        C.resolve(f"{lab}:wrong", available)
+    with pytest.raises(ValueError, match="no keyword-only argument 'clip'"):
+        C.resolve(ConfigDict({"fn": f"{lab}:dual_clip", "clip": 1.0}), available)
+
+
+def test_overrides_take_the_type_of_the_key(config_file):
+    config = C.load_config(
+        config_file,
+        {
+            "lr": "3", "seed": "7", "betas": "(0.8, 0.9)", "clip_value": "None", "name": "12", "nothing": "0.5",
+            "ptx": "false", "ppo.minibatches": "4", "policy_loss.b": "0.1",
+        },
+    )  # fmt: skip
+    assert (config.lr, config.seed, config.betas, config.clip_value) == (3.0, 7, (0.8, 0.9), None)
+    assert isinstance(config.lr, float)
+    assert (config.name, config.nothing, config.ptx, config.ppo.minibatches) == ("12", 0.5, False, 4)
+    assert C.resolve(config.policy_loss)(0) == (0, 1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"ppo.minibatchs": "4"}, r"config.ppo has no key 'minibatchs'; did you mean 'minibatches'"),
+        ({"ppp.minibatches": "4"}, r"config has no key 'ppp'; did you mean 'ppo'"),
+        ({"seed.x": "4"}, r"config.seed is a value, not a group"),
+        ({"seed": "0.5"}, r"config.seed=0.5 must be a int"),
+        ({"ptx": "1"}, r"config.ptx=1 must be a bool"),
+        ({"lr": "fast"}, r"config.lr=fast must be a float"),
+        ({"ppo": "4"}, r"config.ppo is a group: set one of config.ppo.minibatches"),
+        ({"policy_loss": "my_lab_losses:dual_clop"}, "did you mean 'dual_clip'"),
+        ({"policy_loss.clip": "1"}, "has no key 'clip'"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_the_nearest_name(config_file, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        C.load_config(config_file, overrides)
+
+
+def test_variants_and_swaps_in_the_argument_of_a_config_file(config_file):
+    assert C.load_config(config_file).ppo.minibatches == 8
+    config = C.load_config(
+        f"{config_file}:smoke,seed=3,policy_loss=my_lab_losses:dual_clip", {"policy_loss.dual": "2.5"}
+    )
+    assert (config.ppo.minibatches, config.seed) == (2, 3)
+    assert config.policy_loss.to_dict() == {"fn": "my_lab_losses:dual_clip", "clip_ratio": 0.2, "dual": 2.5}
+    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+        C.load_config(f"{config_file}:smok")
+
+
+@pytest.mark.parametrize(("arg", "message"), [("typo", "did you mean 'minibatches'"), ("wrong_type", "minibatches")])
+def test_a_misspelt_key_set_in_python_is_a_users_error(config_file, arg, message):
+    with pytest.raises(ValueError, match=message):
+        C.load_config(f"{config_file}:{arg}")
+
+
+def test_the_loaded_config_is_locked_in_every_group(config_file):
+    config = C.load_config(config_file, {"policy_loss": "my_lab_losses:dual_clip"})
+    for group in (config, config.ppo, config.policy_loss):
+        with pytest.raises(AttributeError):
+            group.new_key = 1
+
+
+def test_a_missing_config_file_names_the_nearest(config_file):
+    with pytest.raises(ValueError, match=r"no config file .*y\.py"):
+        C.load_config(config_file.replace("x.py", "y.py"))
+
+
+def test_every_file_that_is_no_config_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="no function get_config"):
+        C.load_config(str(tmp_path / "empty.py"))
+
+
+def test_validation_names_field_value_and_fix():
+    with pytest.raises(
+        ValueError, match=r"^minibatches=6 must divide the rollout batch of 16: choose 1, 2, 4, 8 or 16$"
+    ):
+        C.require_divides("minibatches", 6, 16, "the rollout batch")
+    with pytest.raises(ValueError, match="choose"):
+        C.require_divides("minibatches", 0, 16, "the rollout batch")
+    with pytest.raises(ValueError, match=r"choose 7, 8, 9, 10, 12 or 14$"):
+        C.require_divides("minibatches", 11, 5040, "the rollout batch")
+    with pytest.raises(ValueError, match=r"dtype='bf16' must be one of float32, bfloat16; did you mean 'bfloat16'"):
+        C.require_one_of("dtype", "bf16", ("float32", "bfloat16"))
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"gamma=.* must be >= 0.0 and <= 1.0"):
+            C.require_range("gamma", bad, low=0.0, high=1.0)
+    C.require_range("gamma", 1.0, low=0.0, high=1.0)
+    with pytest.raises(ValueError, match="k=3: K must be even"):
+        C.require(False, "k", 3, "K must be even")
+
+
+def test_json_round_trip_keeps_everything_but_secrets():
+    config = ConfigDict(
+        {"a": {"lr": 0.1 + 0.2, "betas": (0.9, (1, 2)), "n": None}, "flag": True, "eos_token": "<|eos|>"}
+    )
+    assert C.from_json(C.to_json(config)) == config
+    secret = "canary-4711"
+    for key in ("hf_token", "token", "API_KEY", "wandb-api-key", "client_secret", "db_password", "auth_token"):
+        assert secret not in C.to_json(ConfigDict({"nested": {key: secret}})), key
+    for key in ("tokenizer", "max_new_tokens", "tokens", "stop_token", "monkey"):
+        assert secret in C.to_json(ConfigDict({key: secret})), key
+    assert secret not in C.to_json(ConfigDict({"url": f"https://user:{secret}@example.org/x"}))
+
+
+def test_json_refuses_what_it_cannot_store():
+    with pytest.raises(ValueError, match=r"config.fn holds a builtin_function"):
+        C.to_json(ConfigDict({"fn": len}))
+
+
+def test_record_reads_sees_each_way_of_reading_and_not_the_storing():
+    source = ConfigDict(
+        {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": 4, "g": 5, "spec": C.fn_spec("rlhf_jax.config:require_range")}
+    )
+    config, reads = C.record_reads(source)
+    C.to_json(config)
+    assert not reads
+    assert C.leaf_keys(config) == {"a", "b.c", "b.d.e", "f", "g", "spec.fn", "spec.low", "spec.high"}
+    assert config.a == 1
+    assert config.b["c"] == 2
+    assert config.get("f") == 4
+    assert reads == {"a", "b.c", "f"}
+    assert {**config.b.d} == {"e": 3}
+    C.resolve(config.spec)
+    assert C.leaf_keys(config) - reads == {"g"}
+
+
+def test_a_run_folder_is_made_resumed_and_set_aside(tmp_path):
+    run, config = tmp_path / "run", ConfigDict({"lr": 1.0})
+    assert C.prepare_workdir(run, config)
+    (run / "metrics.jsonl").write_text("precious")
+    assert not C.prepare_workdir(run, config)
+    changed = ConfigDict({"lr": 2.0})
+    with pytest.raises(ValueError, match=r"lr: 1\.0 -> 2\.0"):
+        C.prepare_workdir(run, changed)
+    assert json.loads((run / "config.json").read_text()) == {"lr": 1.0}
+    assert not C.prepare_workdir(run, changed, allow_config_change=True)
+    assert json.loads((run / "config.json").read_text()) == {"lr": 2.0}
+    assert C.prepare_workdir(run, config, overwrite=True)
+    (aside,) = tmp_path.glob("run.old-*")
+    assert (aside / "metrics.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not a run of this program"):
+        C.prepare_workdir(tmp_path, ConfigDict(), overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+PROGRAM = """
+import os, sys
+from rlhf_jax.config import main, require_divides
+
+def run(config, workdir):
+    require_divides("ppo.minibatches", config.ppo.minibatches, 16, "the rollout batch")
+    if config.name == "interrupt": raise KeyboardInterrupt("step 7")
+    if config.name == "disk": raise OSError(28, "No space left on device")
+    if config.name == "bug": raise ZeroDivisionError("a bug")
+    print("ran", config.ppo.minibatches, config.policy_loss.fn, workdir)
+
+if __name__ == "__main__":
+    main(run)
+"""
+
+
+@pytest.fixture
+def command(tmp_path, config_file):
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def call(*flags: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "program.py", "--config=x.py", "--workdir=out/run", *flags]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+
+    return call
+
+
+def test_the_command_line_runs_and_takes_overrides(command, tmp_path):
+    done = command("--config.ppo.minibatches=4", "--config.policy_loss", "my_lab_losses:dual_clip")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ran", "4", "my_lab_losses:dual_clip", "out/run"]
+    assert json.loads((tmp_path / "out/run/config.json").read_text())["ppo"]["minibatches"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--config.ppo.minibatchs=4"], 2, "did you mean 'minibatches'"),
+        (["--config.ppo.minibatches=6"], 2, "ppo.minibatches=6 must divide the rollout batch of 16"),
+        (["--wrokdir=x"], 2, "did you mean '--workdir'"),
+        (["--config=y.py"], 2, "no config file y.py"),
+        (["--config.name=disk"], 1, "No space left on device"),
+        (["--config.name=interrupt"], 130, "Stopped (step 7). The same command goes on"),
+    ],
+)
+def test_a_users_mistake_is_one_line_without_a_traceback(command, tmp_path, flags, status, message):
+    done = command(*flags)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    if status == 2:
+        assert not (tmp_path / "out/run").exists(), "a refused config must leave no run folder"
+
+
+def test_a_bug_keeps_its_traceback(command):
+    done = command("--config.name=bug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -1,0 +1,101 @@
+"""Simulated labelers: they write demonstrations of mixed quality and rank responses with their own taste and noise.
+
+A labeler sees what a person sees, a response's parts, weighs them in its own way, likes longer or shorter answers a
+little, is not quite consistent, and calls two responses equal when it can hardly tell them apart. Held-out labelers
+come from the same population and never label training data (Ouyang et al. 2022, section 3.4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+
+from rlhf_jax.data.storyland.gold import WEIGHTS, gold
+from rlhf_jax.data.storyland.tasks import Task, answer, flawed_answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Labeler:
+    """One simulated person.
+
+    Attributes:
+      name: ``train-0``, ``heldout-1``, ...
+      group: train or heldout.
+      noise: standard deviation of a judgement, in gold points.
+      tie: responses whose perceived worth differs by less are tied.
+      length_bias: gold points for doubling the length.
+      taste: this labeler's weight of instruction, constraint and facts, relative to the gold scorer's.
+      carelessness: probability that a demonstration is flawed.
+    """
+
+    name: str
+    group: str
+    noise: float
+    tie: float
+    length_bias: float
+    taste: dict[str, float]
+    carelessness: float
+
+    def rank(self, task: Task, responses: Sequence[str], *, place: object) -> list[int]:
+        """Ranks of the responses: 1 is best, equal ranks are ties (the JSONL form of `schema.Ranking`).
+
+        The judgement is a pure function of the labeler, `place` (say, the prompt's id) and the texts; equal
+        texts are always tied, as for a person who sees them side by side.
+        """
+        rng = random.Random(f"{self.name}/{place}")
+        worth: dict[str, float] = {}
+        for response in responses:
+            if response not in worth:
+                worth[response] = self._worth(task, response) + self.noise * _normal(rng)
+        order = sorted(set(worth.values()), reverse=True)
+        rank_of, rank, leader = {}, 1, order[0]
+        for value in order:
+            if leader - value > self.tie:
+                rank, leader = rank + 1, value
+            rank_of[value] = rank
+        return [rank_of[worth[response]] for response in responses]
+
+    def demonstrate(self, task: Task, *, place: object) -> str:
+        """A demonstration: an honest answer, or a flawed one as often as this labeler is careless."""
+        rng = random.Random(f"{self.name}/demonstration/{place}")
+        return flawed_answer(task, rng) if rng.random() < self.carelessness else answer(task, rng)
+
+    def _worth(self, task: Task, response: str) -> float:
+        judged = gold(task, response)
+        shift = sum(
+            WEIGHTS[part] * (self.taste[part] - 1) * (value - 0.5)
+            for part, value in judged.parts.items()
+            if part in WEIGHTS
+        )
+        return judged.score + shift + self.length_bias * math.log2(1 + len(response.split()))
+
+
+def _normal(rng: random.Random) -> float:
+    """A standard normal draw by Box and Muller, from `random()` alone so that it never changes with Python."""
+    return math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
+
+
+def labelers(group: str, count: int, *, seed: int = 0) -> list[Labeler]:
+    """The labelers of a group, ``train`` or ``heldout``, drawn from one population.
+
+    Raises:
+      ValueError: `group` is neither.
+    """
+    if group not in ("train", "heldout"):
+        raise ValueError(f"group={group!r} is unknown: choose train or heldout")
+    return [_labeler(group, index, random.Random(f"labeler/{seed}/{group}/{index}")) for index in range(count)]
+
+
+def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
+    between = lambda low, high: low + (high - low) * rng.random()  # noqa: E731
+    return Labeler(
+        name=f"{group}-{index}",
+        group=group,
+        noise=between(0.08, 0.16),
+        tie=between(0.02, 0.08),
+        length_bias=between(-0.01, 0.03),
+        taste={part: between(0.7, 1.3) for part in WEIGHTS},
+        carelessness=between(0.2, 0.5),
+    )

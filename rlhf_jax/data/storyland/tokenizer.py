@@ -1,0 +1,43 @@
+"""Storyland's tokenizer: byte-level BPE trained on the corpus, committed as a tokenizer.json that transformers loads."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax.data.storyland.corpus import documents
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+VOCAB_SIZE = 1152
+TRAINING_DOCUMENTS = 40_000
+
+
+def assets() -> Path:
+    """The folder with the committed tokenizer and base models, inside the installed package."""
+    return Path(str(resources.files("rlhf_jax.data.storyland"))) / "assets"
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the first documents of the corpus: nearly every storyland word is one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents(0, TRAINING_DOCUMENTS), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False, model_max_length=256
+    )
+
+
+def corpus_fingerprint(count: int = 1000) -> str:
+    """sha256 of the first `count` documents: the corpus that the base models were pretrained on, frozen."""
+    return hashlib.sha256("\0".join(documents(0, count)).encode()).hexdigest()

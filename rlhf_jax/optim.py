@@ -1,0 +1,290 @@
+"""Optimizers as optax chains, learning-rate schedules, weight averaging, and the guard against bad steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from rlhf_jax.types import Params
+
+LearningRate = float | int | optax.Schedule
+
+
+def cosine_to(peak: float | int, total_steps: int, *, final_fraction: float | int = 0.1) -> optax.Schedule:
+    """Half a cosine from `peak` at step 0 to ``final_fraction * peak`` at `total_steps`, and that from there on.
+
+    ``lr(s) = peak * (f + (1 - f) * (1 + cos(pi * s / total_steps)) / 2)``; no warmup.
+
+    Args:
+      peak: learning rate of the first step.
+      total_steps: optimizer steps of the whole training (not micro-batches).
+      final_fraction: f.
+
+    Returns:
+      Optimizer step to learning rate.
+
+    Raises:
+      ValueError: if `total_steps` is below 1.
+
+    Source: Ouyang et al. 2022, appendices C.1 and C.2 (supervised and reward models decay to 10%).
+
+    >>> schedule = cosine_to(2.0, 10)
+    >>> [round(float(schedule(s)), 3) for s in (0, 5, 10, 99)]
+    [2.0, 1.1, 0.2, 0.2]
+    """
+    _require_steps("total_steps", total_steps)
+    return optax.cosine_decay_schedule(peak, total_steps, alpha=final_fraction)
+
+
+def warmup_then_constant(
+    peak: float | int, warmup_steps: int, *, initial_fraction: float | int = 0.1
+) -> optax.Schedule:
+    """A line from ``initial_fraction * peak`` at step 0 to `peak` at `warmup_steps`, and that from there on.
+
+    Args:
+      peak: learning rate after the warmup.
+      warmup_steps: optimizer steps; for PPO iterations x epochs x minibatches. 0 means no warmup.
+      initial_fraction: where the line starts, as a share of `peak`.
+
+    Returns:
+      Optimizer step to learning rate.
+
+    Raises:
+      ValueError: if `warmup_steps` is negative.
+
+    Source: Ouyang et al. 2022, appendix C.4 (the first 10 iterations, from one tenth of the peak).
+
+    >>> schedule = warmup_then_constant(1.0, 4)
+    >>> [round(float(schedule(s)), 3) for s in (0, 2, 4, 99)]
+    [0.1, 0.55, 1.0, 1.0]
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} is negative: use 0 for no warmup")
+    if warmup_steps == 0:
+        return optax.constant_schedule(peak)
+    return optax.linear_schedule(initial_fraction * peak, peak, warmup_steps)
+
+
+def linear_to_zero(peak: float | int, total_steps: int) -> optax.Schedule:
+    """A line from `peak` at step 0 to 0 at `total_steps`, so that the last step still learns.
+
+    Args:
+      peak: learning rate of the first step.
+      total_steps: optimizer steps of the whole training.
+
+    Returns:
+      Optimizer step to learning rate.
+
+    Raises:
+      ValueError: if `total_steps` is below 1.
+
+    Source: Ziegler et al. 2019, released code; Stiennon et al. 2020, appendix B.1.
+
+    >>> schedule = linear_to_zero(1.0, 4)
+    >>> [float(schedule(s)) for s in (0, 3, 4)]
+    [1.0, 0.25, 0.0]
+    """
+    _require_steps("total_steps", total_steps)
+    return optax.linear_schedule(peak, 0.0, total_steps)
+
+
+def _require_steps(name: str, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"{name}={steps} must be at least 1: it counts the optimizer steps of the whole training")
+
+
+def adam(
+    learning_rate: LearningRate,
+    *,
+    b1: float | int = 0.9,
+    b2: float | int = 0.95,
+    eps: float | int = 1e-8,
+    weight_decay: float | int = 0.0,
+    clip_norm: float | int | None = None,
+) -> optax.GradientTransformation:
+    """Adam with epsilon after the bias correction, the form of PyTorch and optax.
+
+    ``theta -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta)``
+
+    Args:
+      learning_rate: a number or a schedule over optimizer steps.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the corrected second moment.
+      weight_decay: decoupled, on kernels and embeddings only (see `decay_mask`).
+      clip_norm: gradients with a larger global norm are scaled down to it first; None for no clipping.
+
+    Returns:
+      An optax chain whose state remembers the learning rate of its last step (`last_learning_rate`).
+
+    Source: Ouyang et al. 2022, appendix C (betas); Kingma and Ba 2015; Loshchilov and Hutter 2019 (decay).
+    """
+    return _chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), learning_rate, weight_decay, clip_norm)
+
+
+def tf_adam(
+    learning_rate: LearningRate,
+    *,
+    b1: float | int = 0.9,
+    b2: float | int = 0.95,
+    eps: float | int = 1e-5,
+    weight_decay: float | int = 0.0,
+    clip_norm: float | int | None = None,
+) -> optax.GradientTransformation:
+    """Adam with epsilon before the bias correction, the form of TensorFlow 1 and so of the 2019 and 2020 code.
+
+    ``theta -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``
+
+    Early steps are smaller than in `adam`: its epsilon would be ``eps / sqrt(1 - b2^t)`` here.
+
+    Args:
+      learning_rate: a number or a schedule over optimizer steps.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the uncorrected second moment.
+      weight_decay: decoupled, on kernels and embeddings only.
+      clip_norm: as in `adam`.
+
+    Returns:
+      An optax chain whose state remembers the learning rate of its last step.
+
+    Source: Kingma and Ba 2015, section 2 (its "epsilon hat"); Ziegler et al. 2019, released code.
+    """
+    return _chain(_scale_by_tf_adam(b1, b2, eps), learning_rate, weight_decay, clip_norm)
+
+
+def _scale_by_tf_adam(b1: float | int, b2: float | int, eps: float | int) -> optax.GradientTransformation:
+    inner = optax.scale_by_adam(b1=b1, b2=b2)
+
+    def update(updates, state, params=None):
+        _, state = inner.update(updates, state, params)
+        assert isinstance(state, optax.ScaleByAdamState)
+        correction = jnp.sqrt(1 - b2**state.count) / (1 - b1**state.count)
+        updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
+        return updates, state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _chain(scale, learning_rate: LearningRate, weight_decay: float | int, clip_norm: float | int | None):
+    parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    parts.append(scale)
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
+    return optax.chain(*parts, _scale_by_learning_rate(learning_rate))
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """Which leaves weight decay acts on: everything but biases and the scales of norms.
+
+    Args:
+      params: a tree of arrays.
+
+    Returns:
+      A tree of Python booleans.
+
+    >>> decay_mask({"kernel": jnp.ones(2), "bias": jnp.ones(2), "norm": {"scale": jnp.ones(2)}})
+    {'bias': False, 'kernel': True, 'norm': {'scale': False}}
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
+
+
+class LearningRateState(NamedTuple):
+    """Steps taken, and the learning rate of the last one (for the log)."""
+
+    count: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformation:
+    schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+
+    def init(params):
+        del params
+        return LearningRateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update(updates, state, params=None):
+        del params
+        rate = jnp.asarray(schedule(state.count), jnp.float32)
+        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+        return updates, LearningRateState(jnp.asarray(optax.safe_increment(state.count)), rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
+    """Learning rate of the last step, or None when the optimizer does not keep one.
+
+    Args:
+      opt_state: of `adam`, `tf_adam`, or of anything made with `optax.inject_hyperparams`.
+
+    Returns:
+      The rate that the last update was scaled by; 0 before the first.
+    """
+    return optax.tree_utils.tree_get(opt_state, "learning_rate")
+
+
+def ema_update(ema: Params, params: Params, *, decay: float | int) -> Params:
+    """Exponential moving average of weights, in float32: ``ema <- decay * ema + (1 - decay) * params``.
+
+    In bfloat16 the increment of 0.8% would round away; so the average is float32 whatever the parameters are.
+
+    Args:
+      ema: the average so far, float32.
+      params: the weights after an optimizer step.
+      decay: 0.992 in the paper.
+
+    Returns:
+      The new average. After n updates of constant weights the start has weight ``decay ** n``.
+
+    Source: Ouyang et al. 2022, appendix C.4.
+
+    >>> float(ema_update({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, decay=0.75)["w"])
+    0.75
+    """
+
+    def update(average, value):
+        return decay * average.astype(jnp.float32) + (1 - decay) * value.astype(jnp.float32)
+
+    return jax.tree.map(update, ema, params)
+
+
+def is_sound(*scalars: Float[Array, ""], norm: Float[Array, ""], limit: float | int | None = None) -> Bool[Array, ""]:
+    """Whether a step may be taken: everything finite, and the gradient norm not above `limit`.
+
+    Args:
+      *scalars: losses of the step.
+      norm: global gradient norm, before clipping.
+      limit: norms above it count as a spike; None to look for non-finite numbers only.
+
+    Returns:
+      A scalar for `keep_unless`.
+
+    >>> [bool(is_sound(jnp.float32(1.0), norm=jnp.float32(n), limit=9.0)) for n in (3.0, 30.0, jnp.nan)]
+    [True, False, False]
+    """
+    sound = jnp.isfinite(norm)
+    for scalar in scalars:
+        sound &= jnp.isfinite(scalar)
+    return sound if limit is None else sound & (norm <= limit)
+
+
+def keep_unless(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """`new` when `sound`, else the whole of `old`: weights, moments, counters and average.
+
+    A bad step must leave nothing behind. `optax.apply_if_finite` gives up after a number of bad steps and then applies
+    one; this never does. Whoever runs the loop counts `skipped` and stops.
+
+    Args:
+      sound: from `is_sound`.
+      new: state after the step.
+      old: state before it.
+
+    Returns:
+      One of the two, leaf by leaf.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)

@@ -88,12 +88,13 @@ def _validate(model, prompts, max_new_tokens, temperature, top_k, top_p, samples
         raise ValueError(f"top_k={top_k} must not be negative: choose 0 to keep every token")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie in (0, 1]: choose 1.0 to keep every token")
-    slots = prompts.tokens.shape[1] + max_new_tokens
+    width = prompts.tokens.shape[1]
+    slots = width + max_new_tokens
     context = getattr(model.config, "context_length", slots)
     if slots > context:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after prompts of {prompts.tokens.shape[1]} slots needs {slots} positions, "
-            f"more than the context_length={context}: choose at most {context - prompts.tokens.shape[1]}"
+            f"max_new_tokens={max_new_tokens} after prompts of {width} slots needs {slots} positions, "
+            f"more than the context_length={context}: choose at most {context - width}"
         )
 
 
@@ -241,7 +242,8 @@ def _append(
 
 def _rows(prompts: PromptBatch, state: Decoding, samples_per_prompt: int) -> Samples:
     """Prompt and response joined without a gap."""
-    tokens, lengths = (jnp.repeat(jnp.asarray(x), samples_per_prompt, axis=0) for x in (prompts.tokens, prompts.lengths))
+    tokens = jnp.repeat(jnp.asarray(prompts.tokens), samples_per_prompt, axis=0)
+    lengths = jnp.repeat(jnp.asarray(prompts.lengths), samples_per_prompt, axis=0)
     slots = jnp.arange(tokens.shape[1] + state.tokens.shape[1])[None, :]
     place = slots - lengths[:, None]
     in_response = (place >= 0) & (place < state.counts[:, None])

@@ -2,12 +2,16 @@
 
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import init_score, language_model, scalar_from_language_model, scalar_model
+from rlhf_jax.models.hf import load_hf, load_llama2c, save_hf
 
 __all__ = [
     "DecoderConfig",
     "gpt2",
     "init_score",
     "language_model",
+    "load_hf",
+    "load_llama2c",
+    "save_hf",
     "scalar_from_language_model",
     "scalar_model",
 ]

@@ -1,8 +1,8 @@
 """One decoder for the GPT-2, Llama, Mistral and Qwen2 families: modules in flax nnx, handed out as pure functions.
 
-Outside this folder nobody sees nnx: parameters are a nested dict of arrays, and `apply_decoder` rebuilds the modules from
-it while JAX traces, so a compiled step pays nothing for them. The blocks are stacked: every leaf of ``params["blocks"]``
-has a leading layer axis, and one `lax.scan` runs them.
+Outside this folder nobody sees nnx: parameters are a nested dict of arrays, and `apply_decoder` rebuilds the modules
+from it while JAX traces, so a compiled step pays nothing for them. The blocks are stacked: every leaf of
+``params["blocks"]`` has a leading layer axis, and one `lax.scan` runs them.
 
 Shape legend: B rows, T query slots, S key slots, D width, H query heads, G key-value heads, E head width, L layers.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp

@@ -60,7 +60,7 @@ def scalar_model(config: DecoderConfig) -> Model:
         params = init_decoder(config, jax.random.fold_in(key, 0))
         return params | {"score": init_score(config.width, jax.random.fold_in(key, 1))}
 
-    def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+    def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, " ..."]:
         score = params["score"]
         return _product("...d,d->...", hidden, score["weight"]) + score["bias"].astype(jnp.float32)
 

@@ -1,0 +1,578 @@
+"""Weights in and out: Hugging Face folders (config.json + safetensors), GGUF files and llama2.c checkpoints.
+
+No torch, no pickle, no remote code, and no path is ever built from a name found in a file: shards are the
+``*.safetensors`` files of the folder, whatever an index says.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.types import Model, Params
+
+# Our module -> the module's name in a Hugging Face file; {} is the layer.
+_LLAMA = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "unembed": "lm_head",
+    "blocks.attention_norm": "model.layers.{}.input_layernorm",
+    "blocks.attention.query": "model.layers.{}.self_attn.q_proj",
+    "blocks.attention.key": "model.layers.{}.self_attn.k_proj",
+    "blocks.attention.value": "model.layers.{}.self_attn.v_proj",
+    "blocks.attention.out": "model.layers.{}.self_attn.o_proj",
+    "blocks.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.mlp.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.mlp.up": "model.layers.{}.mlp.up_proj",
+    "blocks.mlp.down": "model.layers.{}.mlp.down_proj",
+}
+_GPT2 = {
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "unembed": "lm_head",
+    "blocks.attention_norm": "transformer.h.{}.ln_1",
+    # GPT-2 stores these three as one c_attn, split and joined by _fused.
+    "blocks.attention.query": "transformer.h.{}.attn.query",
+    "blocks.attention.key": "transformer.h.{}.attn.key",
+    "blocks.attention.value": "transformer.h.{}.attn.value",
+    "blocks.attention.out": "transformer.h.{}.attn.c_proj",
+    "blocks.mlp_norm": "transformer.h.{}.ln_2",
+    "blocks.mlp.up": "transformer.h.{}.mlp.c_fc",
+    "blocks.mlp.down": "transformer.h.{}.mlp.c_proj",
+}
+_GGUF = {
+    "embed": "token_embd",
+    "norm": "output_norm",
+    "unembed": "output",
+    "blocks.attention_norm": "blk.{}.attn_norm",
+    "blocks.attention.query": "blk.{}.attn_q",
+    "blocks.attention.key": "blk.{}.attn_k",
+    "blocks.attention.value": "blk.{}.attn_v",
+    "blocks.attention.out": "blk.{}.attn_output",
+    "blocks.mlp_norm": "blk.{}.ffn_norm",
+    "blocks.mlp.gate": "blk.{}.ffn_gate",
+    "blocks.mlp.up": "blk.{}.ffn_up",
+    "blocks.mlp.down": "blk.{}.ffn_down",
+}
+_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2"}
+_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_SCORE_BIAS = "rlhf_jax_score_bias"
+
+Read = Callable[[str], np.ndarray]
+"""Name of a tensor -> the tensor; ValueError where it is missing."""
+
+
+def load_hf(
+    path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Model, Params, Any]:
+    """Load a GPT-2, Llama, Mistral or Qwen2 model from a local folder, or a Llama model from a GGUF file.
+
+    A folder with a score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one label) gives a scalar
+    model. Compute is float32; for bfloat16 compute build the model again from ``replace(model.config, dtype=...)``.
+
+    Args:
+      path: a folder with config.json, \\*.safetensors and (optional) tokenizer.json; or a .gguf file.
+      dtype: of the parameters.
+      mesh: where to put them: each array is split over the ``fsdp`` axis; None = the default device.
+
+    Returns:
+      The model, its parameters, and the tokenizer (None where the folder holds no tokenizer.json).
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is corrupt, of an unknown kind, or does not fit the others.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype, mesh)
+    description = _read_config(path)
+    config = config_from_hf(description)
+    tensors = _Tensors(path)
+    names = _NAMES[description["model_type"]]
+    model = scalar_model(config) if "score.weight" in tensors else language_model(config)
+    read = _fused(tensors, config) if names is _GPT2 else tensors
+    transposed = names is not _GPT2
+    params = _assemble(model, names, read, dtype, mesh, transposed=transposed)
+    if "score" in params:
+        bias = np.float32(description.get(_SCORE_BIAS, 0.0))
+        params["score"] = {
+            "weight": _place(tensors("score.weight").reshape(-1), dtype, mesh),
+            "bias": _place(bias, dtype, mesh),
+        }
+    return model, params, _load_tokenizer(path, config)
+
+
+def save_hf(path: str | Path, model: Model, params: Params, tokenizer: Any = None) -> None:
+    """Write a folder that `load_hf` and transformers read: config.json, model.safetensors and the tokenizer's files.
+
+    Tensors keep the dtype of `params` (bfloat16 included). The bias of a score head has no place in the Hugging Face
+    layout and goes to config.json as ``rlhf_jax_score_bias``.
+
+    Raises:
+      ValueError: the model has no config, or its mixture of parts is no known family.
+    """
+    if not isinstance(model.config, DecoderConfig):
+        raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
+    path = Path(path)
+    description = hf_config(model.config, score="score" in params)
+    arrays = jax.tree.map(np.asarray, jax.device_get(params))
+    description["dtype"] = str(arrays["embed"]["embedding"].dtype)
+    if "score" in arrays:
+        description[_SCORE_BIAS] = float(arrays["score"]["bias"])
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = _disassemble(model.config, description["model_type"], arrays)
+    safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+# ------------------------------------------------------------------------------------------------ configs
+
+
+def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder that a config.json describes.
+
+    Raises:
+      ValueError: a family or a feature this decoder does not have.
+    """
+    kind = description.get("model_type")
+    if kind not in _NAMES:
+        raise ValueError(f"model_type={kind!r} is not supported: choose a model of {', '.join(_NAMES)}")
+    try:
+        return _gpt2_config(description) if kind == "gpt2" else _llama_config(description)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks the field {error}: copy the model folder again") from error
+
+
+def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
+    activation = d.get("activation_function", "gelu_new")
+    if activation not in _GPT2_ACTIVATIONS:
+        raise ValueError(f"activation_function={activation!r} is not supported: {', '.join(_GPT2_ACTIVATIONS)} are")
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if d.get(name):
+            raise ValueError(f"{name}=true is not supported: choose a GPT-2 model without it")
+    return DecoderConfig(
+        vocab_size=d["vocab_size"],
+        context_length=d["n_positions"],
+        layers=d["n_layer"],
+        width=d["n_embd"],
+        heads=d["n_head"],
+        mlp_width=d.get("n_inner"),
+        positions="learned",
+        norm="layernorm",
+        norm_eps=d.get("layer_norm_epsilon", 1e-5),
+        activation=_GPT2_ACTIVATIONS[activation],
+        bias="all",
+        tied=d.get("tie_word_embeddings", True),
+    )
+
+
+def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
+    kind = d["model_type"]
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"rope type {rope_type!r} is not supported: choose a model with plain rotary positions")
+    if d.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu")
+    attention, mlp = (d.get(name, False) for name in ("attention_bias", "mlp_bias"))
+    if attention != mlp:
+        raise ValueError(f"attention_bias={attention} and mlp_bias={mlp} must be equal: choose such a model")
+    context = d["max_position_embeddings"]
+    # Within the window, sliding-window attention is plain attention.
+    if d.get("sliding_window") and d.get("use_sliding_window", True):
+        context = min(context, d["sliding_window"])
+    return DecoderConfig(
+        vocab_size=d["vocab_size"],
+        context_length=context,
+        layers=d["num_hidden_layers"],
+        width=d["hidden_size"],
+        heads=d["num_attention_heads"],
+        kv_heads=d.get("num_key_value_heads"),
+        head_dim=d.get("head_dim"),
+        mlp_width=d["intermediate_size"],
+        norm_eps=d.get("rms_norm_eps", 1e-6),
+        bias="qkv" if kind == "qwen2" else "all" if attention else "none",
+        tied=d.get("tie_word_embeddings", False),
+        rotary_base=float(rope.get("rope_theta", d.get("rope_theta", 10_000.0))),
+    )
+
+
+def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
+    """The config.json of a decoder; `score` names the sequence classifier instead of the language model.
+
+    Raises:
+      ValueError: the mixture of parts is neither GPT-2 nor Llama nor Qwen2.
+    """
+    kind = _family(config)
+    task = "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+    shared = {
+        "model_type": kind,
+        "architectures": [_ARCHITECTURES[kind] + task],
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+        **({"num_labels": 1} if score else {}),
+    }
+    if kind == "gpt2":
+        return shared | {
+            "n_positions": config.context_length,
+            "n_layer": config.layers,
+            "n_embd": config.width,
+            "n_head": config.heads,
+            "n_inner": config.mlp_width,
+            "layer_norm_epsilon": config.norm_eps,
+            "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        }
+    return shared | {
+        "max_position_embeddings": config.context_length,
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "rope_theta": config.rotary_base,
+        **({} if kind == "qwen2" else {"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"}),
+    }
+
+
+def _family(config: DecoderConfig) -> str:
+    parts = (config.positions, config.norm, config.activation)
+    multi_head = config.kv_heads == config.heads and config.heads * config.head_dim == config.width
+    if parts[:2] == ("learned", "layernorm") and parts[2] != "swiglu" and config.bias == "all" and multi_head:
+        return "gpt2"
+    if parts == ("rotary", "rmsnorm", "swiglu"):
+        return "qwen2" if config.bias == "qkv" else "llama"
+    raise ValueError(
+        f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, bias={config.bias!r} is no Hugging Face "
+        "family: choose the gpt2 preset, or rotary + rmsnorm + swiglu"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {path}: pass the folder of a saved model or a .gguf file")
+    try:
+        description = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is corrupt ({error}): copy it again") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path / 'config.json'} holds no object: copy it again")
+    return description
+
+
+class _Tensors:
+    """The tensors of all *.safetensors files of a folder, read one at a time."""
+
+    def __init__(self, path: Path):
+        self._files: dict[str, Any] = {}
+        self._path = path
+        for file in sorted(path.glob("*.safetensors")):
+            try:
+                handle = safetensors.safe_open(file, framework="numpy")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is corrupt ({error}): copy it again") from error
+            self._files |= {_full_name(name): (handle, name) for name in handle.keys()}  # noqa: SIM118
+        if not self._files:
+            raise FileNotFoundError(f"no *.safetensors in {path}: convert the weights to safetensors first")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __call__(self, name: str) -> np.ndarray:
+        if name not in self._files:
+            raise ValueError(f"{self._path} holds no tensor {name!r}: a shard is missing, or config.json is another's")
+        handle, stored = self._files[name]
+        return handle.get_tensor(stored)
+
+
+def _full_name(name: str) -> str:
+    # The first GPT-2 files have no "transformer." before their names.
+    return f"transformer.{name}" if name.split(".")[0] in ("wte", "wpe", "h", "ln_f") else name
+
+
+def _fused(read: Read, config: DecoderConfig) -> Read:
+    """GPT-2's c_attn [D, 3D] served as query, key and value."""
+
+    def split(name: str) -> np.ndarray:
+        for place, part in enumerate(("query", "key", "value")):
+            if f".attn.{part}." in name:
+                fused = read(name.replace(f".attn.{part}.", ".attn.c_attn."))
+                return fused[..., place * config.width : (place + 1) * config.width]
+        return read(name)
+
+    return split
+
+
+def _hf_name(names: Mapping[str, str], path: tuple[str, ...]) -> str:
+    return f"{names['.'.join(path[:-1])]}.{'bias' if path[-1] == 'bias' else 'weight'}"
+
+
+def _assemble(model: Model, names, read: Read, dtype, mesh, *, transposed: bool) -> Params:
+    """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in)."""
+    expected = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    params = {}
+    for path, leaf in expected.items():
+        if path[0] == "score":
+            params[path] = None
+            continue
+        name = _hf_name(names, path)
+        layers = [name.format(i) for i in range(leaf.shape[0])] if path[0] == "blocks" else [name]
+        shape = leaf.shape[1:] if path[0] == "blocks" else leaf.shape
+        flip = path[-1] == "kernel" and (transposed or path[0] == "unembed")
+        values = [_checked(n, read(n).T if flip else read(n), shape) for n in layers]
+        params[path] = _place(np.stack(values) if path[0] == "blocks" else values[0], dtype, mesh)
+    return traverse_util.unflatten_dict(params)
+
+
+def _checked(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if value.shape != shape:
+        raise ValueError(f"tensor {name!r} has the shape {value.shape}, config.json asks for {shape}: not its weights")
+    return value
+
+
+def _place(value: np.ndarray | np.generic, dtype, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    value = np.asarray(value).astype(jnp.dtype(dtype))
+    if mesh is None:
+        return jnp.asarray(value)
+    parts = mesh.shape.get("fsdp", 1)
+    axes = [axis for axis in range(value.ndim) if parts > 1 and value.shape[axis] % parts == 0]
+    spec: list[str | None] = [None] * value.ndim
+    if axes:
+        spec[max(axes, key=lambda axis: value.shape[axis])] = "fsdp"
+    return jax.device_put(value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+
+
+def _disassemble(config: DecoderConfig, kind: str, arrays: Params) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    names = _NAMES[kind]
+    for path, value in traverse_util.flatten_dict(arrays).items():
+        if path[0] == "score":
+            continue
+        flip = path[-1] == "kernel" and (kind != "gpt2" or path[0] == "unembed")
+        for layer, one in enumerate(value) if path[0] == "blocks" else [(0, value)]:
+            tensors[_hf_name(names, path).format(layer)] = np.ascontiguousarray(one.T if flip else one)
+    if "score" in arrays:
+        tensors["score.weight"] = arrays["score"]["weight"].reshape(1, -1)
+    return _joined(tensors, config.layers) if kind == "gpt2" else tensors
+
+
+def _joined(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
+    for layer in range(layers):
+        for leaf in ("weight", "bias"):
+            names = [f"transformer.h.{layer}.attn.{part}.{leaf}" for part in ("query", "key", "value")]
+            fused = np.concatenate([tensors.pop(name) for name in names], axis=-1)
+            tensors[f"transformer.h.{layer}.attn.c_attn.{leaf}"] = fused
+    return tensors
+
+
+def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    import transformers  # slow to import, and only this needs it
+
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception on a malformed file
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy or save it again") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, more than the model's "
+            f"vocab_size={config.vocab_size}: its last ids have no embedding; use the tokenizer the model was trained with"
+        )
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------- GGUF and llama2.c
+
+
+def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key matrix (out, in) from interleaved rotary pairs (0,1),(2,3).. to half-split pairs."""
+    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _unpermuted(read: Read, config: DecoderConfig) -> Read:
+    heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
+
+    def unpermute(name: str) -> np.ndarray:
+        part = next((part for part in heads if f".{part}." in name), None)
+        return read(name) if part is None else _half_split(read(name), heads[part])
+
+    return unpermute
+
+
+def _load_gguf(path: Path, dtype, mesh) -> tuple[Model, Params, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: pass a .gguf file or the folder of a saved model")
+    try:
+        import gguf  # an extra: pip install rlhf_jax[gguf]
+    except ImportError as error:
+        raise ValueError("reading .gguf files needs the gguf package: pip install gguf") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the reader fails with whatever the bytes lead it to
+        raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def read(name: str) -> np.ndarray:
+        if name not in tensors:
+            raise ValueError(f"{path} holds no tensor {name!r}: only plain llama models are supported")
+        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    config = _gguf_config(reader, path, read, tied="output.weight" not in tensors)
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{path} scales its rotary frequencies: choose a model with plain rotary positions")
+    model = language_model(config)
+    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, mesh, transposed=True)
+    return model, params, _load_tokenizer(path.parent, config)
+
+
+def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:
+    def field(name: str, default=None):
+        entry = reader.get_field(name)
+        if entry is None and default is None:
+            raise ValueError(f"{path} lacks the field {name!r}: only llama models are supported")
+        return default if entry is None else entry.contents()
+
+    kind = field("general.architecture")
+    if kind != "llama":
+        raise ValueError(f"general.architecture={kind!r} is not supported: choose a llama GGUF file")
+    heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+    return DecoderConfig(
+        vocab_size=read("token_embd.weight").shape[0],
+        context_length=field("llama.context_length"),
+        layers=field("llama.block_count"),
+        width=width,
+        heads=heads,
+        kv_heads=field("llama.attention.head_count_kv", heads),
+        head_dim=field("llama.attention.key_length", width // heads),
+        mlp_width=field("llama.feed_forward_length"),
+        norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rotary_base=field("llama.rope.freq_base", 10_000.0),
+        tied=tied,
+    )
+
+
+def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> tuple[Model, Params, Any]:
+    """Load a llama2.c checkpoint (.bin, version 0, float32) and its tokenizer (.bin).
+
+    The header is seven int32: width, mlp_width, layers, heads, kv_heads, vocabulary (negative: untied head), context.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the file's size does not fit its header.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: pass a llama2.c .bin checkpoint")
+    content = path.read_bytes()
+    if len(content) < 28:
+        raise ValueError(f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again")
+    width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack("<7i", content[:28])
+    config = DecoderConfig(
+        vocab_size=abs(vocabulary),
+        context_length=context,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_width=mlp_width,
+        tied=vocabulary > 0,
+    )
+    tensors = _llama2c_tensors(config, np.frombuffer(content, "<f4", offset=28), path)
+    model = language_model(config)
+    read = _unpermuted(tensors.__getitem__, config)
+    params = _assemble(model, _GGUF, read, jnp.float32, None, transposed=True)
+    return model, params, None if tokenizer_path is None else _load_llama2c_tokenizer(Path(tokenizer_path), config)
+
+
+def _llama2c_tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> dict[str, np.ndarray]:
+    """The file's tensors under their GGUF names: the file has them in this order, each for all layers."""
+    d, m, v = config.width, config.mlp_width, config.vocab_size
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    blocks = {"attn_norm": (d,), "attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q)}
+    blocks |= {"ffn_norm": (d,), "ffn_gate": (m, d), "ffn_down": (d, m), "ffn_up": (m, d)}
+    order = {"token_embd": (v, d)} | {f"blk.{{}}.{name}": shape for name, shape in blocks.items()}
+    order |= {"output_norm": (d,), "rotary tables": (config.context_length, config.head_dim)}
+    if not config.tied:
+        order["output"] = (v, d)
+    tensors, offset = {}, 0
+    for name, shape in order.items():
+        for layer in range(config.layers if "{}" in name else 1):
+            size = int(np.prod(shape))
+            if offset + size > values.size:
+                raise ValueError(f"{path} is corrupt (it ends in {name!r}): copy it again")
+            tensors[f"{name.format(layer)}.weight"] = values[offset : offset + size].reshape(shape)
+            offset += size
+    if offset != values.size:
+        raise ValueError(f"{path} is corrupt ({values.size - offset} values too many): copy it again")
+    return tensors
+
+
+def _load_llama2c_tokenizer(path: Path, config: DecoderConfig) -> Any:
+    import tokenizers
+    import transformers  # slow to import, and only this needs it
+    from tokenizers import decoders, models, normalizers, processors
+
+    scores = _llama2c_pieces(path, config.vocab_size)
+    vocabulary = {piece: place for place, piece in enumerate(scores)}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(scores), unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def _llama2c_pieces(path: Path, vocab_size: int) -> dict[str, float]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: pass the llama2.c tokenizer .bin")
+    content, offset, scores = path.read_bytes(), 4, {}
+    try:
+        for place in range(vocab_size):
+            score, length = struct.unpack_from("<fi", content, offset)
+            piece = content[offset + 8 : offset + 8 + length].decode("utf-8")
+            offset += 8 + length
+            # llama2.c wraps the control tokens in line breaks.
+            scores[{0: "<unk>", 1: "<s>", 2: "</s>"}.get(place, piece)] = score
+    except (struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
+    return scores
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, the best score first: what llama2.c searches greedily."""
+    joined = sorted((piece for piece in list(scores)[259:] if len(piece) > 1), key=lambda piece: -scores[piece])
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in joined
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]

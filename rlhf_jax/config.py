@@ -1,8 +1,8 @@
 """Configs: functions chosen by name, overrides from the command line, errors that name the field and the fix.
 
-A config file is Python with ``get_config(arg: str = "") -> ConfigDict``. A loss is swapped without touching the package:
-``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")`` makes the keyword-only defaults
-of that function fields, and `resolve` turns the fields back into a function, its arguments checked before anything runs.
+A config file is Python with ``get_config(arg: str = "") -> ConfigDict``. A loss is swapped without touching the
+package: ``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")`` makes the keyword-only defaults of
+that function fields, and `resolve` turns the fields back into a function whose arguments were checked at start-up.
 """
 
 from __future__ import annotations
@@ -485,8 +485,8 @@ def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] |
 
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
     ``--allow_config_change``, ``--distributed`` (several hosts). A user's mistake is one line on stderr and exit
-    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs and show
-    a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
+    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs and
+    show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.

@@ -1,0 +1,304 @@
+"""Where numbers go: JSON lines always, a live line on the console, TensorBoard and Weights & Biases as extras."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from rlhf_jax.types import Max, Mean
+
+Values = Mapping[str, Any]
+"""Metrics by name: `Mean`, `Max`, arrays or numbers. A name may hold slashes, as in ``policy/clip_fraction``."""
+
+Writer = Callable[[int, str, dict[str, float]], None]
+"""Takes ``(step, stage, floats)``."""
+
+FILE = "metrics.jsonl"
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What the console needs of a text stream; `sys.stdout`, a file and a `StringIO` are such."""
+
+    def write(self, text: str, /) -> int: ...  # noqa: D102
+    def flush(self) -> None: ...  # noqa: D102
+    def isatty(self) -> bool: ...  # noqa: D102
+
+
+def to_host(metrics: Values) -> dict[str, float]:
+    """Metrics as Python floats, fetched from the device together; a `Mean` is divided, on the host in float64.
+
+    >>> import jax.numpy as jnp
+    >>> to_host({"loss": Mean(jnp.float32(6), jnp.float32(4)), "norm": Max(jnp.float32(2)), "lr": 0.5})
+    {'loss': 1.5, 'norm': 2.0, 'lr': 0.5}
+    """
+    fetched = jax.device_get(dict(metrics))
+    return {name: _number(fetched[name]) for name in metrics}  # JAX sorts the keys of a dict; keep the caller's order
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, Mean):
+        total, count = float(value.total), float(value.count)
+        return total / count if count else 0.0
+    return float(value.value if isinstance(value, Max) else value)
+
+
+class StageLog:
+    """Records one stage of a run: ``log(step, metrics)`` once a step, in a ``with`` block.
+
+    A step's numbers are fetched when the next step has been handed in, so the device never waits for the console.
+
+    Args:
+      workdir: the run folder; lines are appended to ``metrics.jsonl`` in it.
+      stage: the name of the stage, ``"sft"``.
+      total: how many steps the stage has.
+      resume_step: the step training goes on from (0: a fresh start). Lines of this stage with a later step are dropped
+        first, so that each step appears once although its checkpoint was older.
+      show: the metrics for the console, in order; those that a step lacks are left out.
+      writers: further writers, such as `tensorboard_writer`.
+      every: at most one console line in so many seconds when the console is not a terminal.
+      stream: the console.
+      clock: seconds, ever increasing.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        stage: str,
+        *,
+        total: int,
+        resume_step: int = 0,
+        show: Sequence[str] = ("loss",),
+        writers: Sequence[Writer] = (),
+        every: float = 10.0,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._path = Path(workdir) / FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        drop_after(self._path, stage, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._stage, self._writers = stage, tuple(writers)
+        self._console = Console(stage, total, resume_step, show=show, every=every, stream=stream, clock=clock)
+        self._pending: tuple[int, float, Values] | None = None
+
+    def __call__(self, step: int, metrics: Values) -> None:
+        """Hands in the metrics of `step` (counted from 1: the number of steps done)."""
+        previous, self._pending = self._pending, (step, time.time(), metrics)
+        if previous:
+            self._write(*previous)
+
+    def flush(self) -> None:
+        """Writes what is pending, waiting for the device: before a checkpoint, an evaluation, the end."""
+        pending, self._pending = self._pending, None
+        if pending:
+            self._write(*pending)
+
+    def close(self) -> None:
+        """Flushes, ends the console line and closes the file."""
+        try:
+            self.flush()
+        finally:
+            self._console.close()
+            self._file.close()
+
+    def __enter__(self) -> StageLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, step: int, when: float, metrics: Values) -> None:
+        numbers = to_host(metrics)
+        self._file.write(to_line(step, self._stage, when, numbers))
+        self._file.flush()
+        self._console.update(step, numbers)
+        for writer in self._writers:
+            writer(step, self._stage, numbers)
+
+
+def to_line(step: int, stage: str, when: float, numbers: Mapping[str, float]) -> str:
+    """One record as a line of JSON; a number that is not finite becomes null, which every JSON reader accepts.
+
+    >>> to_line(3, "sft", 0.0, {"loss": 1.5, "norm": float("inf")}).strip()
+    '{"step": 3, "stage": "sft", "time": 0.0, "loss": 1.5, "norm": null}'
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return json.dumps({"step": step, "stage": stage, "time": round(when, 3), **finite}, allow_nan=False) + "\n"
+
+
+def read(path: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` (of one stage); a line cut off by a crash is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        record = _record(line)
+        if record and stage in (None, record.get("stage")):
+            records.append(record)
+    return records
+
+
+def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
+    """Rewrites the file without the lines of `stage` after `step` and without a cut-off line; all or nothing.
+
+    Returns:
+      How many lines were dropped.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _keeps(_record(line), stage, step)]
+    if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+    return len(lines) - len(kept)
+
+
+def _keeps(record: dict[str, Any] | None, stage: str, step: int) -> bool:
+    return record is not None and (record.get("stage") != stage or int(record.get("step", 0)) <= step)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+# ---------------------------------------------------------------------------------------------------- the console
+
+
+class Console:
+    """Progress of one stage: a bar that is redrawn on a terminal, a plain line now and then elsewhere.
+
+    Arguments as for `StageLog`. The rate counts steps done since `resume_step`, after the first one (it compiles).
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        resume_step: int = 0,
+        *,
+        show: Sequence[str] = ("loss",),
+        every: float = 10.0,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stage, self._total, self._show, self._every = stage, total, tuple(show), every
+        self._stream = sys.stdout if stream is None else stream
+        self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._clock = clock
+        self._started = (resume_step, clock())
+        self._first: tuple[int, float] | None = None
+        self._last_line = -math.inf
+        self._open_line = ""
+
+    def update(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Shows `step` when it is time to."""
+        now = self._clock()
+        line = f"{self._stage} {self._progress(step)}{self._speed(step, now)}{self._chosen(numbers)}"
+        if self._first is None:
+            self._first = (step, now)
+        if self._live:
+            self._open_line = line[: shutil.get_terminal_size((120, 24)).columns - 1]
+            self._stream.write(f"\r{self._open_line}\x1b[K")
+        elif step >= self._total or now - self._last_line >= self._every:
+            self._last_line = now
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the live line, so that what comes next starts on its own."""
+        if self._open_line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open_line = ""
+
+    def _progress(self, step: int) -> str:
+        count = f"{step}/{self._total}"
+        if not self._live:
+            return count
+        full = round(20 * min(1.0, step / max(1, self._total)))
+        return f"[{'#' * full}{'.' * (20 - full)}] {count}"
+
+    def _speed(self, step: int, now: float) -> str:
+        begin, since = self._first or self._started
+        if step <= begin or now <= since:
+            return ""
+        rate = (step - begin) / (now - since)
+        shown = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+        left = max(0, self._total - step) / rate
+        return f"  {shown}  " + (f"ETA {duration(left)}" if left else f"took {duration(now - self._started[1])}")
+
+    def _chosen(self, numbers: Mapping[str, float]) -> str:
+        return "".join(f"  {name} {numbers[name]:.4g}" for name in self._show if name in numbers)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(7.4), duration(95), duration(7325)
+    ('7s', '1m35s', '2h02m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+# --------------------------------------------------------------------------------------------------------- extras
+
+
+def tensorboard_writer(logdir: str | os.PathLike[str]) -> Writer:
+    """A writer of TensorBoard event files (the extra ``tensorboard``); scalars are named ``stage/metric``."""
+    board = _extra("tensorboardX", "tensorboard").SummaryWriter(str(logdir))
+
+    def write(step: int, stage: str, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            board.add_scalar(f"{stage}/{name}", value, step)
+        board.flush()
+
+    return write
+
+
+def wandb_writer(*, project: str, name: str | None = None, run_id: str | None = None, mode: str = "online") -> Writer:
+    """A writer to Weights & Biases (the extra ``wandb``); the key comes from the environment only.
+
+    Args:
+      project: the project of the run.
+      name: a name for people.
+      run_id: resumes that run when it exists.
+      mode: "online", "offline" or "disabled".
+    """
+    wandb = _extra("wandb", "wandb")
+    run = wandb.init(project=project, name=name, id=run_id, mode=mode, resume="allow")
+
+    def write(step: int, stage: str, numbers: dict[str, float]) -> None:
+        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")  # each stage counts its own steps
+        run.log({f"{stage}/{key}": value for key, value in numbers.items()} | {f"{stage}/step": step})
+
+    return write
+
+
+def _extra(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ValueError(
+            f'the {extra} writer needs the package {module}: pip install "rlhf_jax[{extra}]", or switch it off'
+        ) from None

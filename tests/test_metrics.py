@@ -1,0 +1,194 @@
+"""Metrics: one fetch, one line a step through crashes and resumes, readable progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax import metrics as M
+from rlhf_jax.types import Max, Mean
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Clock:
+    """Advances by `tick` seconds at each reading."""
+
+    def __init__(self, tick):
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self):
+        self.now += self.tick
+        return self.now
+
+
+def test_to_host_divides_totals_with_one_fetch(monkeypatch):
+    fetches = []
+    fetch = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(1) or fetch(x))
+    metrics = {
+        "loss": Mean(jnp.float32(6), jnp.int32(4)),
+        "empty": Mean(jnp.float32(0), jnp.float32(0)),
+        "norm": Max(jnp.float32(3)),
+        "lr": 0.25,
+        "n": jnp.int32(7),
+    }
+    assert M.to_host(metrics) == {"loss": 1.5, "empty": 0.0, "norm": 3.0, "lr": 0.25, "n": 7.0}
+    assert len(fetches) == 1
+
+
+def log_steps(tmp_path, steps, *, stage="sft", resume_step=0, total=10, **kw):
+    with M.StageLog(tmp_path, stage, total=total, resume_step=resume_step, stream=io.StringIO(), **kw) as log:
+        for step in steps:
+            log(step, {"loss": Mean(jnp.float32(step), jnp.float32(2))})
+
+
+def test_one_line_a_step_with_step_stage_time_and_values(tmp_path):
+    log_steps(tmp_path, [1, 2])
+    lines = [json.loads(line) for line in (tmp_path / M.FILE).read_text().splitlines()]
+    assert [(r["step"], r["stage"], r["loss"]) for r in lines] == [(1, "sft", 0.5), (2, "sft", 1.0)]
+    assert all(r["time"] > 1.7e9 for r in lines)
+
+
+def test_resume_drops_the_lines_after_the_checkpoint_so_each_step_appears_once(tmp_path):
+    log_steps(tmp_path, [1, 2, 3], stage="sft")
+    log_steps(tmp_path, [1, 2, 3, 4, 5], stage="ppo")
+    with (tmp_path / M.FILE).open("a") as f:
+        f.write('{"step": 6, "stage": "ppo", "lo')  # killed while it wrote
+    log_steps(tmp_path, [4, 5, 6], stage="ppo", resume_step=3)
+    records = M.read(tmp_path / M.FILE)
+    assert [r["step"] for r in records if r["stage"] == "ppo"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in M.read(tmp_path / M.FILE, "sft")] == [1, 2, 3]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_line_that_lost_only_its_end_is_kept_and_closed(tmp_path):
+    path = tmp_path / M.FILE
+    path.write_text('{"step": 1, "stage": "sft"}')
+    log_steps(tmp_path, [2], resume_step=1)
+    assert [r["step"] for r in M.read(path)] == [1, 2]
+
+
+def test_a_fresh_start_of_a_stage_drops_its_old_lines(tmp_path):
+    log_steps(tmp_path, [1, 2, 3])
+    log_steps(tmp_path, [1])
+    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1]
+
+
+def test_non_finite_numbers_stay_valid_json(tmp_path):
+    with M.StageLog(tmp_path, "ppo", total=1, stream=io.StringIO()) as log:
+        log(1, {"loss": float("nan"), "norm": jnp.float32(math.inf), "kl": 0.1})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    record = json.loads((tmp_path / M.FILE).read_text(), parse_constant=refuse)
+    assert (record["loss"], record["norm"], record["kl"]) == (None, None, 0.1)
+
+
+def test_a_step_is_fetched_only_when_the_next_one_is_handed_in(tmp_path):
+    log = M.StageLog(tmp_path, "sft", total=3, stream=io.StringIO())
+    log(1, {"loss": 1.0})
+    assert (tmp_path / M.FILE).read_text() == ""
+    log(2, {"loss": 2.0})
+    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1]
+    log.flush()
+    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1, 2]
+    log.close()
+
+
+def test_the_last_step_is_written_when_the_loop_is_interrupted(tmp_path):
+    def interrupted():
+        with M.StageLog(tmp_path, "sft", total=3, stream=io.StringIO()) as log:
+            log(1, {"loss": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1]
+
+
+def test_plain_console_prints_now_and_then_and_at_the_end():
+    out = io.StringIO()
+    console = M.Console("reward_model", 100, show=("loss", "accuracy"), every=10.0, stream=out, clock=Clock(2.0))
+    for step in range(1, 101):
+        console.update(step, {"loss": 0.5, "accuracy": 0.75, "hidden": 1.0})
+    console.close()
+    lines = out.getvalue().splitlines()
+    assert 20 <= len(lines) <= 23
+    assert lines[1] == "reward_model 6/100  2.0 s/step  ETA 3m08s  loss 0.5  accuracy 0.75"
+    assert lines[-1].startswith("reward_model 100/100  2.0 s/step  took 3m20s  loss 0.5")
+    assert "\r" not in out.getvalue()
+    assert "hidden" not in out.getvalue()
+
+
+def test_terminal_console_redraws_one_line():
+    out = Terminal()
+    console = M.Console("ppo", 4, show=("kl",), stream=out, clock=Clock(0.25))
+    for step in range(1, 5):
+        console.update(step, {"kl": 1.25})
+    console.close()
+    text = out.getvalue()
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    frames = text.split("\r")[1:]
+    assert len(frames) == 4
+    assert frames[1].startswith("ppo [##########..........] 2/4  4.0 steps/s  ETA 0s  kl 1.25")
+
+
+def test_eta_after_a_resume_counts_only_the_steps_of_this_process():
+    out = io.StringIO()
+    console = M.Console("ppo", 1000, 900, every=0.0, stream=out, clock=Clock(1.0))
+    for step in (901, 902, 903):
+        console.update(step, {})
+    assert out.getvalue().splitlines()[-1] == "ppo 903/1000  1.0 steps/s  ETA 1m37s"
+
+
+def test_writers_get_floats(tmp_path):
+    seen = []
+    log_steps(tmp_path, [1], writers=[lambda *record: seen.append(record)])
+    assert seen == [(1, "sft", {"loss": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "extra"),
+    [
+        (lambda: M.tensorboard_writer("logs"), "tensorboardX", "tensorboard"),
+        (lambda: M.wandb_writer(project="p"), "wandb", "wandb"),
+    ],
+)
+def test_a_missing_extra_is_named(monkeypatch, make, module, extra):
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(M.importlib, "import_module", absent)
+    with pytest.raises(ValueError, match=rf'{module}: pip install "rlhf_jax\[{extra}\]"'):
+        make()
+
+
+def test_tensorboard_writer_names_scalars_by_stage(monkeypatch, tmp_path):
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, logdir):
+            assert logdir == str(tmp_path)
+
+        def add_scalar(self, *record):
+            scalars.append(record)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    log_steps(tmp_path, [1], writers=[M.tensorboard_writer(tmp_path)])
+    assert scalars == [("sft/loss", 0.5, 1)]

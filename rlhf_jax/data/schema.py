@@ -32,8 +32,6 @@ from typing import Any, TypeVar
 ABSENT = -1
 """The rank of a response that was not ranked."""
 
-_EXAMPLES = 5
-
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
@@ -103,7 +101,7 @@ class DataReport:
       kept: records returned; ``kept + sum(dropped.values()) == rows``.
       dropped: rows left out, by reason.
       noted: rows kept that deserve a look, by reason (for example rankings in which all responses tie).
-      examples: the first few error messages.
+      examples: the first error message of each reason.
     """
 
     source: str
@@ -111,7 +109,7 @@ class DataReport:
     kept: int = 0
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
-    examples: tuple[str, ...] = ()
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: DataReport) -> DataReport:
         return DataReport(
@@ -120,7 +118,7 @@ class DataReport:
             kept=self.kept + other.kept,
             dropped=_add_counts(self.dropped, other.dropped),
             noted=_add_counts(self.noted, other.noted),
-            examples=(self.examples + other.examples)[:_EXAMPLES],
+            examples={**other.examples, **self.examples},
         )
 
     def summary(self) -> str:
@@ -133,7 +131,7 @@ class DataReport:
         lines = [f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} dropped"]
         for name, counts in (("dropped", self.dropped), ("noted", self.noted)):
             lines += [f"  {name}: {reason} {n}" for reason, n in sorted(counts.items())]
-        return "\n".join(lines + [f"  {example}" for example in self.examples])
+        return "\n".join(lines + [f"  {example}" for example in self.examples.values()])
 
 
 def strict_pairs(ranks: Sequence[int]) -> int:
@@ -179,7 +177,7 @@ def read_jsonl(
     if bad > max_bad_fraction * report.rows:
         raise ValueError(
             f"{bad} of {report.rows} rows of {path} are bad (max_bad_fraction={max_bad_fraction}):\n  "
-            + "\n  ".join(report.examples)
+            + "\n  ".join(report.examples.values())
         )
     if not records:
         raise ValueError(f"{path} holds no {kind.__name__}: write one JSON object a line")
@@ -193,7 +191,7 @@ def read_rows(
 
     Blank lines are skipped. Lines end at "\n" only: U+2028 and U+0085 are ordinary characters inside JSON strings.
     """
-    records, dropped, examples, noted, seen = [], collections.Counter(), [], collections.Counter(), {}
+    records, dropped, examples, noted, seen = [], collections.Counter(), {}, collections.Counter(), {}
     rows = 0
     for line, data in _lines(path):
         rows += 1
@@ -203,13 +201,12 @@ def read_rows(
                 _check_id(record, line, seen)
         except RowError as error:
             dropped[error.reason] += 1
-            if len(examples) < _EXAMPLES:
-                examples.append(f"{path}:{line}: {error}")
+            examples.setdefault(error.reason, f"{path}:{line}: {error}")
             continue
         records.append(record)
         if isinstance(record, Ranking) and strict_pairs(record.ranks) == 0:
             noted["all responses tie"] += 1
-    report = DataReport(str(path), rows, len(records), dict(dropped), dict(noted), tuple(examples))
+    report = DataReport(str(path), rows, len(records), dict(dropped), dict(noted), examples)
     return records, report
 
 

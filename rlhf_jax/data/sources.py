@@ -273,9 +273,9 @@ def _take_split(
 ) -> tuple[list[Any], DataReport]:
     if split not in ("train", "test") or not 0 <= test_fraction <= 1:
         raise ValueError(f'split={split!r} must be "train" or "test", test_fraction={test_fraction} between 0 and 1')
-    damaged = [f"{reason} {n}" for reason, n in report.dropped.items() if reason not in _EXPECTED_DROPS]
+    damaged = [message for reason, message in report.examples.items() if reason not in _EXPECTED_DROPS]
     if damaged:
-        raise ValueError(f"{report.source} has bad rows ({', '.join(damaged)}), the first: {report.examples[0]}")
+        raise ValueError(f"bad rows in {report.source}: {'; '.join(damaged)}")
     kept = [r for r in records if in_test_split(r.prompt, fraction=test_fraction) == (split == "test")]
     if not kept:
         raise ValueError(
@@ -287,7 +287,7 @@ def _take_split(
 def _jsonl_texts(file: Path) -> tuple[list[PlainText], int]:
     documents, report = read_rows(file, lambda row: PlainText(check_text(row.get("text"), "text"), source=file.name))
     if report.dropped:
-        raise ValueError(f"{sum(report.dropped.values())} bad rows: {report.examples[0]}")
+        raise ValueError(f"{report.rows - report.kept} bad rows: {'; '.join(report.examples.values())}")
     return documents, report.rows
 
 

@@ -27,6 +27,8 @@ PROMPT_END = "\n\n"
 """What follows the text of every prompt."""
 
 Ids = Sequence[int]
+RankedIds = tuple[Ids, Sequence[Ids], Sequence[int]]
+"""Ids of a prompt, of its K responses (with EOS), and K ranks: 0 best, ties equal, -1 absent."""
 Item = TypeVar("Item")
 
 
@@ -56,7 +58,8 @@ def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> st
     """sha256 of everything that decides the ids of a text, and of the EOS id."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Set by the last call's arguments, not part of the vocabulary.
-    state.pop("truncation", None), state.pop("padding", None)
+    for call_state in ("truncation", "padding"):
+        state.pop(call_state, None)
     state["eos_token_id"] = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -226,7 +229,7 @@ def lm_rows(documents: Sequence[Ids], *, length: int) -> LMBatch:
 
 
 def ranking_rows(
-    rankings: Sequence[tuple[Ids, Sequence[Ids], Sequence[int]]],
+    rankings: Sequence[RankedIds],
     *,
     length: int,
     max_k: int,
@@ -238,8 +241,7 @@ def ranking_rows(
     go on from the prompt's length. A ranking costs prompt + sum of responses tokens, once, and never leaves its row.
 
     Args:
-      rankings: (prompt ids, K lists of response ids with EOS, K ranks: 0 best, ties equal, -1 absent). A response of
-        rank -1 takes no tokens; its end is 0.
+      rankings: prompt, responses and ranks. A response of rank -1 takes no tokens; its end is 0.
       length: slots of a row, in tokens.
       max_k: K of the batch; a ranking with fewer responses is filled up with rank -1.
       max_n: N of the batch, the most prompts of a row; None = as many as the fullest row holds.
@@ -254,7 +256,7 @@ def ranking_rows(
     Source: Ouyang et al. 2022, section 3.5: all comparisons of a prompt are one batch element.
     """
     for i, ranking in enumerate(rankings):
-        _check_ranking(i, *ranking, max_k)
+        _check_ranking(i, ranking, max_k)
     rows = best_fit([_tokens(r) for r in rankings], capacity=length, max_items=max_n)
     n = max([len(row) for row in rows], default=0) if max_n is None else max_n
     return _ranking_batch([[rankings[i] for i in row] for row in rows], length, n, max_k)
@@ -286,7 +288,7 @@ def ranking_batch(samples: Samples, ranks: Int[np.ndarray, "B K"], *, length: in
             raise ValueError(f"samples rows {b * k} to {b * k + k - 1} have different prompts: row b*K + k is sample k")
         responses = [tokens[i, starts[i] : ends[i]].tolist() for i in rows]
         rankings.append((prompt, responses, ranks[b].tolist()))
-        _check_ranking(b, *rankings[-1], k)
+        _check_ranking(b, rankings[-1], k)
     needed = max([_tokens(r) for r in rankings], default=0)
     if length is not None and needed > length:
         raise ValueError(f"a prompt and its {k} samples need {needed} tokens but length={length}: raise length")
@@ -298,7 +300,8 @@ def _zeros(count: int, *shape: int) -> list[Any]:
     return [np.zeros(shape, np.int32) for _ in range(count)]
 
 
-def _check_ranking(i: int, prompt: Ids, responses: Sequence[Ids], ranks: Sequence[int], max_k: int) -> None:
+def _check_ranking(i: int, ranking: RankedIds, max_k: int) -> None:
+    prompt, responses, ranks = ranking
     if len(responses) != len(ranks):
         raise ValueError(f"ranking {i} has {len(responses)} responses and {len(ranks)} ranks: give one rank each")
     if len(responses) > max_k:
@@ -325,9 +328,7 @@ def _lm_rows(pieces: Sequence[tuple[Ids, int]], length: int) -> LMBatch:
     return LMBatch(tokens=tokens, segments=segments, positions=positions, mask=mask)
 
 
-def _ranking_batch(
-    rows: Sequence[Sequence[tuple[Ids, Sequence[Ids], Sequence[int]]]], t: int, n: int, k: int
-) -> RankingBatch:
+def _ranking_batch(rows: Sequence[Sequence[RankedIds]], t: int, n: int, k: int) -> RankingBatch:
     tokens, segments, parents, positions = _zeros(4, len(rows), t)
     ends, ranks = _zeros(2, len(rows), n, k)
     ranks -= 1

@@ -28,7 +28,7 @@ class KLController(NamedTuple):
     update: Callable[[KLState, Float[Array, ""]], KLState]
 
 
-def fixed_kl(coef: float | int) -> KLController:
+def fixed_kl(*, coef: float | int) -> KLController:
     """The same beta for the whole run.
 
     Args:
@@ -42,7 +42,7 @@ def fixed_kl(coef: float | int) -> KLController:
 
     Source: Ouyang et al. 2022, appendix C.4.
 
-    >>> control = fixed_kl(0.02)
+    >>> control = fixed_kl(coef=0.02)
     >>> round(float(control.update(control.init(), jnp.float32(30.0)).coef), 4)
     0.02
     """
@@ -51,7 +51,7 @@ def fixed_kl(coef: float | int) -> KLController:
 
 
 def adaptive_kl(
-    coef: float | int, *, target: float | int, horizon: float | int, n_steps: int, clip: float | int = 0.2
+    *, coef: float | int, target: float | int, horizon: float | int, n_steps: int, clip: float | int = 0.2
 ) -> KLController:
     """Proportional control in log space that drives the KL of a rollout to `target`.
 
@@ -72,7 +72,7 @@ def adaptive_kl(
 
     Source: Ziegler et al. 2019, section 2.2 and released code.
 
-    >>> control = adaptive_kl(0.15, target=6.0, horizon=10_000, n_steps=500)
+    >>> control = adaptive_kl(coef=0.15, target=6.0, horizon=10_000, n_steps=500)
     >>> round(float(control.update(control.init(), jnp.float32(12.0)).coef), 6)  # error clipped to 0.2: 0.15 * 1.01
     0.1515
     """

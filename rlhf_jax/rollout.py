@@ -1,0 +1,312 @@
+"""Samples to a `Rollout`: reference log-probs, values, scores, shaped rewards and advantages in one compiled piece.
+
+The samples come from `generate`. `Rollout.old_logp` are the sampler's own log-probs, and the token ids go on as they
+are. A reward that is a function of texts runs on the host between the two and comes in as `scores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from rlhf_jax import ops, scoring
+from rlhf_jax.advantages import gae
+from rlhf_jax.kl_control import kl_nats_per_sequence
+from rlhf_jax.types import Max, Mean, Metrics, Model, Params, Rollout, Samples
+
+ScoreAndShape = Callable[..., tuple[Rollout, Metrics]]
+"""``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``."""
+
+
+def score_samples(model: Model, params: Params, samples: Samples) -> Float[Array, " B"]:
+    """Raw reward-model score of each row, read at its last token (hidden index ``lengths - 1``), EOS included.
+
+    Args:
+      model: a scalar model.
+      params: its parameters; the bias that sets demonstrations to 0 is among them.
+      samples: rows; only `tokens` and `lengths` are read.
+
+    Returns:
+      Scores before scaling and before the rule for missing EOS.
+
+    Source: Ouyang et al. 2022, section 3.5.
+    """
+    return scoring.sequence_values(model, params, samples.tokens, samples.lengths)[1]
+
+
+def make_score_and_shape(
+    policy: Model,
+    value: Model,
+    reward: Model | None = None,
+    *,
+    gamma: float | int = 1.0,
+    lam: float | int = 0.95,
+    temperature: float | int = 1.0,
+    missing_eos_score: float | int | None = None,
+    truncation: Literal["terminal", "bootstrap"] = "terminal",
+    score_scale: float | int = 1.0,
+    score_shift: float | int = 0.0,
+) -> ScoreAndShape:
+    """The compiled piece between sampling and the update.
+
+    ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never ended; then
+    ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
+
+    Rows whose score is not finite are masked out whole and counted (``rollout/dropped``).
+
+    Args:
+      policy: the policy's architecture, with which the reference is run.
+      value: the value network's.
+      reward: the reward model's; None when scores come from the host.
+      gamma: discount a token; InstructGPT uses 1.
+      lam: of GAE; the paper does not say, its parents use 0.95.
+      temperature: the sampler's; applied to the reference too, so that KL is 0 while the policies are equal.
+      missing_eos_score: replaces the score of a response that the length limit cut; None to keep what the model says.
+      truncation: ``"terminal"`` treats a cut response as ended (value 0 after it, as the parent code does);
+        ``"bootstrap"`` continues it with ``V(tokens[:lengths])``.
+      score_scale: fixed gain, for a reward model normalised as in Ziegler et al. 2019.
+      score_shift: fixed shift.
+
+    Returns:
+      ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``, compiled.
+      `kl_coef` is an array (`KLState.coef`), so that a new value does not compile again; `ids` are the prompts' places
+      in the stream, one a row; `scores` are raw scores from the host, and then `reward_params` may be None.
+
+    Raises:
+      ValueError: if `truncation` is unknown; when called, if there is neither a reward model nor scores.
+
+    Source: Ouyang et al. 2022, section 3.5, eq. 2; Ziegler et al. 2019, released code (missing EOS, scale).
+    """
+    if truncation not in ("terminal", "bootstrap"):
+        raise ValueError(f"truncation={truncation!r} is unknown: choose 'terminal' or 'bootstrap'")
+
+    def raw_scores(reward_params: Params | None, samples: Samples, scores: Array | None) -> Array:
+        if scores is not None:
+            return scores.astype(jnp.float32)
+        if reward is None or reward_params is None:
+            raise ValueError("scores=None and there is no reward model: give reward and reward_params, or scores")
+        return score_samples(reward, reward_params, samples)
+
+    @jax.jit
+    def score_and_shape(
+        ref_params: Params,
+        value_params: Params,
+        reward_params: Params | None,
+        samples: Samples,
+        kl_coef: Float[Array, ""],
+        ids: Int[Array, " B"],
+        scores: Float[Array, " B"] | None = None,
+    ) -> tuple[Rollout, Metrics]:
+        raw = raw_scores(reward_params, samples, scores)
+        score = used_score(
+            raw, samples.finished, scale=score_scale, shift=score_shift, missing_eos_score=missing_eos_score
+        )
+        whole = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+        valid = jnp.isfinite(score)
+        mask = whole & valid[:, None]
+        score = jnp.where(valid, score, 0)
+
+        rows = (samples.tokens, samples.lengths)
+        ref_logp = scoring.sequence_log_probs(policy, ref_params, *rows, mask, temperature=temperature)
+        old_logp = jnp.where(mask, samples.logp, 0)
+        values, last_value = scoring.sequence_values(value, value_params, *rows)
+        values = jnp.where(mask, values, 0)
+        rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
+        bootstrap = None if truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+        rollout = Rollout(
+            tokens=samples.tokens,
+            mask=mask,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            old_values=values,
+            rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+            score=score,
+            prompt_lengths=samples.prompt_lengths,
+            lengths=samples.lengths,
+            finished=samples.finished,
+            ids=ids,
+        )
+        return rollout, rollout_metrics(rollout, raw, kl_coef=kl_coef)
+
+    return score_and_shape
+
+
+def used_score(
+    raw: Float[Array, " B"],
+    finished: Bool[Array, " B"],
+    *,
+    scale: float | int = 1.0,
+    shift: float | int = 0.0,
+    missing_eos_score: float | int | None = None,
+) -> Float[Array, " B"]:
+    """The score that enters the reward: scaled and shifted, then replaced where the response never ended.
+
+    Args:
+      raw: from the reward model.
+      finished: false where the length limit cut the response, whatever the stop id is.
+      scale: fixed gain.
+      shift: fixed shift.
+      missing_eos_score: for unfinished rows, on the scale after `shift`; None to leave them.
+
+    Returns:
+      Scores.
+
+    Source: Ziegler et al. 2019, released code; Stiennon et al. 2020.
+
+    >>> used_score(jnp.array([0.75, 9.0]), jnp.array([True, False]), scale=2.0, missing_eos_score=-1.0).tolist()
+    [1.5, -1.0]
+    """
+    score = scale * raw + shift
+    return score if missing_eos_score is None else jnp.where(finished, score, missing_eos_score)
+
+
+def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float[Array, ""]) -> Metrics:
+    """What to log of a rollout; every mean names what it is a mean over.
+
+    Args:
+      rollout: of one iteration.
+      raw: scores as the reward model gave them, of all rows.
+      kl_coef: beta of this rollout.
+
+    Returns:
+      ``rollout/kl_nats_per_sequence`` is what the adaptive controller wants. ``surprisal_nats_per_token`` is
+      ``-old_logp``, an unbiased estimate of the policy's entropy. Dropped rows count in ``dropped`` only.
+    """
+    mask = rollout.mask
+    valid = jnp.any(mask, axis=1)
+    rows, tokens = (jnp.sum(x, dtype=jnp.float32) for x in (valid, mask))
+    k3 = ops.kl_estimate(rollout.old_logp, rollout.ref_logp, kind="k3")
+
+    def over_rows(x: Array) -> Mean:
+        return Mean(jnp.sum(jnp.where(valid, x, 0), dtype=jnp.float32), rows)
+
+    return {
+        "rollout/kl_nats_per_sequence": kl_nats_per_sequence(rollout.old_logp, rollout.ref_logp, mask),
+        "rollout/kl_k3_nats_per_sequence": Mean(jnp.sum(jnp.where(mask, k3, 0)), rows),
+        "rollout/kl_coef": Mean(jnp.asarray(kl_coef, jnp.float32), jnp.float32(1)),
+        "rollout/score": over_rows(raw),
+        "rollout/score_square": over_rows(jnp.square(raw)),
+        "rollout/score_used": over_rows(rollout.score),
+        "rollout/reward_per_sequence": over_rows(jnp.sum(rollout.rewards, axis=1)),
+        "rollout/response_tokens": Mean(tokens, rows),
+        "rollout/response_tokens_max": Max(jnp.max(jnp.sum(mask, axis=1, dtype=jnp.float32))),
+        "rollout/missing_eos": over_rows(~rollout.finished),
+        "rollout/surprisal_nats_per_token": Mean(-jnp.sum(rollout.old_logp), tokens),
+        "rollout/value": Mean(jnp.sum(rollout.old_values), tokens),
+        "rollout/dropped": Mean(mask.shape[0] - rows, jnp.float32(mask.shape[0])),
+    }
+
+
+def log_prob_limit(model: Model) -> float:
+    """How far two programs may differ in a token's log-prob, in nats: 1e-4 in float32, 2e-2 in anything coarser.
+
+    Float32 products run in coarser passes on TPU and NVIDIA unless `jax_default_matmul_precision` says otherwise.
+    """
+    precision = jax.config.values["jax_default_matmul_precision"]
+    exact_products = jax.default_backend() == "cpu" or precision in ("highest", "float32")
+    dtype = getattr(model.config, "dtype", "float32")
+    return 1e-4 if exact_products and jnp.dtype(dtype) == jnp.float32 else 2e-2
+
+
+def step_zero_checks(
+    policy: Model,
+    value: Model,
+    reward: Model | None,
+    policy_params: Params,
+    ref_params: Params,
+    value_params: Params,
+    reward_params: Params | None,
+    samples: Samples,
+    *,
+    temperature: Real[ArrayLike, ""] = 1.0,
+    clip_ratio: float | int = 0.2,
+    limit: float | None = None,
+) -> dict[str, float]:
+    """What must hold before the first update of PPO; each of these has broken somebody's training run.
+
+    Policy and reference through one compiled program agree exactly; the sampler's log-probs and those of a program with
+    a backward pass agree with it within `limit`, so no ratio is clipped; the value network started as the reward model.
+
+    Args:
+      policy: a language model.
+      value: a scalar model.
+      reward: a scalar model; None leaves the check of the value network out (scores from the host).
+      policy_params: initial policy.
+      ref_params: frozen reference.
+      value_params: initial value network.
+      reward_params: the reward model, its bias included.
+      samples: some rows sampled from the initial policy; a micro-batch is enough.
+      temperature: the sampler's.
+      clip_ratio: of the policy loss.
+      limit: nats (and score units, for the value); None for `log_prob_limit`.
+
+    Returns:
+      What was measured, under the names of the checks.
+
+    Raises:
+      ValueError: if a check fails; the message gives the measured value, its limit and the likely cause.
+
+    Source: Huang et al. 2023, "The N implementation details of RLHF with PPO" (first-step invariants).
+    """
+    limit = log_prob_limit(policy) if limit is None else limit
+    mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+    score = partial(scoring.sequence_log_probs, policy, temperature=temperature)
+    rows = (samples.tokens, samples.lengths, mask)
+
+    def with_backward_pass(params: Params) -> Array:
+        def loss(params: Params) -> tuple[Array, Array]:
+            logp = score(params, *rows)
+            return jnp.sum(logp), logp
+
+        grads, logp = jax.grad(loss, has_aux=True)(params)
+        # Returned with a zero weight on the gradient, so that the compiler cannot leave the backward pass out.
+        return logp + 0 * sum(jnp.nan_to_num(g).ravel()[0] for g in jax.tree.leaves(grads))
+
+    scoring_program = jax.jit(score)
+    logp = scoring_program(policy_params, *rows)
+    update_logp = jax.jit(with_backward_pass)(policy_params)
+    ratio = jnp.exp(jnp.where(mask, update_logp - samples.logp, 0))
+    clipped = ops.masked_mean((jnp.abs(ratio - 1) > clip_ratio).astype(jnp.float32), mask)
+    measured = {
+        "reference_gap": _largest(logp - scoring_program(ref_params, *rows), mask),
+        "sampler_gap": _largest(logp - samples.logp, mask),
+        "update_gap": _largest(logp - update_logp, mask),
+        "clip_fraction": float(clipped),
+    }
+    limits = {"reference_gap": 0.0, "sampler_gap": limit, "update_gap": limit, "clip_fraction": 0.0}
+    if reward is not None and reward_params is not None:
+        started = jax.jit(partial(score_samples, value))(value_params, samples)
+        target = jax.jit(partial(score_samples, reward))(reward_params, samples)
+        measured["value_gap"] = _largest(started - target, jnp.ones(target.shape, bool))
+        limits["value_gap"] = limit
+    _require_within(measured, limits)
+    return measured
+
+
+_CAUSES = {
+    "reference_gap": "the KL to the reference is not 0: policy and reference must start from the same weights",
+    "sampler_gap": "the sampler draws from another distribution: look at temperature, top_k, top_p and dropout",
+    "update_gap": "the update computes other log-probs than the scoring program: look at dropout and the compute dtype",
+    "clip_fraction": "ratios differ from 1 before any update: look at temperature, top_k, top_p and dropout",
+    "value_gap": "the value network must start from the reward model, head and bias included",
+}
+
+
+def _require_within(measured: dict[str, float], limits: dict[str, float]) -> None:
+    for name, found in measured.items():
+        # Written so that NaN fails.
+        if not found <= limits[name]:
+            raise ValueError(f"step 0: {name}={found:.3g} is above its limit {limits[name]:g}: {_CAUSES[name]}")
+
+
+def _largest(difference: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> float:
+    return float(jnp.max(jnp.where(mask, jnp.abs(difference), 0)))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 WIDTH = 360
 LABEL_WIDTH = 106
+LABEL_LETTERS = 16
 VALUE_WIDTH = 52
 ROW = 26
 
@@ -76,7 +77,8 @@ def bar_chart(
 ) -> str:
     """Horizontal bars from 0 with 95% whiskers and the value at the right; `reference` draws a dashed upright line."""
     maximum = maximum or _round_up(max([b.high if b.high is not None else b.value for b in bars] + [1e-9]))
-    scale = (WIDTH - LABEL_WIDTH - VALUE_WIDTH) / maximum
+    value_width = max([VALUE_WIDTH, *(8 * len(text(b.value)) for b in bars)])
+    scale = (WIDTH - LABEL_WIDTH - value_width) / maximum
     top = 22.0 if reference is not None else 6.0
     rows = [_bar(b, top + i * ROW, scale, maximum, text) for i, b in enumerate(bars)]
     height = top + ROW * len(bars) + 4
@@ -112,10 +114,10 @@ def line_chart(
     for y, label in _tick_labels(y_low, y_high, text):
         parts.append(_grid_line(left, WIDTH - right, place(x_low, y)[1], label))
     for x, label in _tick_labels(x_low, x_high, text if x_range else None):
-        parts.append(f'<text class="tick" x="{place(x, y_low)[0]:.1f}" y="206" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH - right}" y="223" text-anchor="end">{html.escape(x_label)}</text>')
+        parts.append(f'<text class="tick" x="{place(x, y_low)[0]:.1f}" y="208" text-anchor="middle">{label}</text>')
+    parts.append(f'<text class="tick" x="{WIDTH - right}" y="225" text-anchor="end">{html.escape(x_label)}</text>')
     parts += [_line(line, place) for line in lines if line.points]
-    return _svg(title, 228.0, parts)
+    return _svg(title, 230.0, parts)
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
@@ -132,11 +134,12 @@ def _svg(title: str, height: float, parts: Sequence[str]) -> str:
 def _bar(bar: Bar, y: float, scale: float, maximum: float, text: Callable[[float], str]) -> str:
     middle, length = y + ROW / 2, max(0.0, min(bar.value, maximum)) * scale
     hover = f"{bar.label}: {text(bar.value)}"
+    label = bar.label if len(bar.label) <= LABEL_LETTERS else bar.label[: LABEL_LETTERS - 1] + "…"
     if bar.low is not None and bar.high is not None:
         hover += f" (95% interval {text(bar.low)} to {text(bar.high)})"
     parts = [
         f"<g><title>{html.escape(hover)}</title>",
-        f'<text class="label" x="{LABEL_WIDTH - 8}" y="{middle + 4}" text-anchor="end">{html.escape(bar.label)}</text>',
+        f'<text class="label" x="{LABEL_WIDTH - 8}" y="{middle + 4}" text-anchor="end">{html.escape(label)}</text>',
         f'<rect x="{LABEL_WIDTH}" y="{y + 5}" width="{length:.1f}" height="{ROW - 10}" rx="2" fill="{bar.color}"/>',
     ]
     if bar.low is not None and bar.high is not None:

@@ -469,7 +469,7 @@ def _cost(results: Mapping[str, Any]) -> str:
     if not stages:
         return _missing("No times were kept in this run.")
     total = seconds.get("total", sum(stages.values()))
-    bars = [Bar(k.replace("_", " "), v, "var(--base)") for k, v in stages.items()]
+    bars = [Bar(_stage_name(k), v, "var(--base)") for k, v in stages.items()]
     memory = _number(results, "peak_memory_mb")
     lead = f"{_duration(total)} in all"
     lead += f", of which {_duration(seconds['compile'])} compiling" if "compile" in seconds else ""

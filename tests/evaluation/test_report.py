@@ -212,3 +212,13 @@ def test_ticks_are_few_and_inside(low, high):
     assert 2 <= len(ticks) <= 7
     assert low - 1e-9 <= ticks[0]
     assert ticks[-1] <= high * (1 + 1e-9)
+
+
+def test_long_values_and_labels_get_room():
+    bars = [charts.Bar("a stage with a long name", 188.0, "red"), charts.Bar("b", 30.0, "red")]
+    root = ElementTree.fromstring(charts.bar_chart(bars, title="t", maximum=188.0, text=lambda _: "3 min 08 s"))
+    bar = next(root.iter("rect"))
+    assert float(bar.attrib["x"]) + float(bar.attrib["width"]) < charts.WIDTH - 7 * len("3 min 08 s")
+    label = next(t for t in root.iter("text") if t.attrib["class"] == "label")
+    assert label.text == "a stage with a …"
+    assert "a stage with a long name" in "".join(t.text or "" for t in root.iter("title"))

@@ -1,0 +1,370 @@
+"""Checkpoints that can be trusted: atomic, sealed with checksums, put aside (never deleted) when damaged.
+
+Folder layout: ``<step>/`` (Orbax), ``manifests/<step>.json`` (the seal: sha256 of each file, shape and dtype of each
+leaf, the `extra` of the caller), ``quarantine/`` (damaged or unfinished steps, renamed). The seal is written last, so
+a step without one was never finished, and one flipped byte in an array file, which Orbax loads without a word, is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run or stage, in a ``with`` block; saving goes on in the background while training does.
+
+    >>> import tempfile
+    >>> state = {"w": jnp.arange(3.0)}
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     with Checkpoints(root) as checkpoints:
+    ...         checkpoints.save(10, state, extra={"seed": 0})
+    ...     with Checkpoints(root) as checkpoints:
+    ...         step = checkpoints.newest_good()
+    ...         restored, extra = checkpoints.restore(step, state)
+    >>> step, extra, restored["w"].tolist()
+    (10, {'seed': 0}, [0.0, 1.0, 2.0])
+
+    Args:
+      root: the folder; made at the first save.
+      keep: how many steps to keep, the newest; None keeps all. Only steps sealed by this class are ever removed.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, keep: int | None = 3):
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1, or None to keep every checkpoint")
+        self.root = Path(root).absolute()
+        self._keep = keep
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._verified: set[int] = set()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            self.wait()
+        except OSError as failed:
+            if error is None:
+                raise
+            _warn(str(failed))  # the error that ended the block matters more
+        finally:
+            self._worker.shutdown()
+
+    # ------------------------------------------------------------------------------------------------------ saving
+
+    def save(self, step: int, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Starts saving; `state` may be donated or changed as soon as this returns.
+
+        Args:
+          step: larger than every step saved before.
+          state: a tree of arrays.
+          extra: JSON data that belongs to it: counters, the config, fingerprints.
+
+        Raises:
+          FloatingPointError: a leaf is not finite; nothing is written.
+          ValueError: an older step, or a leaf that is no array.
+          OSError: this or the previous save could not be written; the steps sealed before are as they were.
+        """
+        self.wait()
+        leaves = _named_leaves(state)
+        newest = max(self.steps(), default=-1)
+        if step <= newest:
+            raise ValueError(f"step={step} must be larger than the newest checkpoint in {self.root}, {newest}")
+        refuse_non_finite(leaves, f"the state of step {step}")
+        seal = {"format": FORMAT, "step": step, "extra": dict(extra or {}), "leaves": _signature(leaves)}
+        seal = json.loads(json.dumps(seal, allow_nan=False))  # refuse what JSON cannot hold before anything is written
+        with self._cleaned_up(step):
+            if jax.process_index() == 0:
+                (self.root / "manifests").mkdir(parents=True, exist_ok=True)
+                if (self.root / str(step)).exists():
+                    self._quarantine(step, "it was never finished")
+            writing = ocp.save_async(str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size})
+        self._pending = self._worker.submit(self._finish, step, writing, seal)
+
+    def wait(self) -> None:
+        """Returns when the save under way is sealed; an OSError says why it is not."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _finish(self, step: int, writing: Any, seal: dict[str, Any]) -> None:
+        with self._cleaned_up(step):
+            writing.result()
+            if jax.process_index() == 0:
+                seal["files"] = _checksums(self.root / str(step))
+                write_json(self._manifest(step), seal | {"sha256": _digest(seal)})
+        self._verified.add(step)
+        if jax.process_index() == 0:
+            self._prune()
+
+    @contextlib.contextmanager
+    def _cleaned_up(self, step: int) -> Iterator[None]:
+        """A failed save takes its own half-written files away and says what still stands."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                for path in self.root.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+                if not self._manifest(step).exists():
+                    shutil.rmtree(self.root / str(step), ignore_errors=True)
+            kept = [s for s in self.steps() if s != step]
+            still = f"the checkpoint of step {max(kept)} is intact" if kept else "there is no earlier one"
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.root} ({reason}); {still}. "
+                "Free disk space, or choose a workdir that can be written, and give the same command again."
+            ) from error
+
+    def _prune(self) -> None:
+        sealed = self.steps()
+        for step in sealed[: -self._keep] if self._keep else []:
+            self._manifest(step).unlink()  # the seal first: a half-removed step is then an unfinished one
+            shutil.rmtree(self.root / str(step), ignore_errors=True)
+
+    # ----------------------------------------------------------------------------------------------------- finding
+
+    def steps(self) -> list[int]:
+        """The sealed steps, oldest first; their files were not checked (`newest_good` does)."""
+        names = self.root.glob("manifests/*.json")
+        return sorted(int(p.stem) for p in names if p.stem.isdecimal() and (self.root / p.stem).is_dir())
+
+    def newest_good(self) -> int | None:
+        """The newest step whose files are what was sealed; bad and unfinished steps above it are put in quarantine.
+
+        Returns:
+          The step, or None when nothing was ever saved here.
+
+        Raises:
+          ValueError: there were checkpoints, and every one is damaged. Training never restarts silently.
+        """
+        chosen = -2
+        if jax.process_index() == 0:
+            chosen = self._newest_good()
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        if chosen == -2:
+            raise ValueError(
+                f"every checkpoint in {self.root} is damaged (they are in {self.root / 'quarantine'}): "
+                "restore one from a backup, or start afresh with --overwrite (keeps this run aside)"
+            )
+        return chosen if chosen >= 0 else None
+
+    def _newest_good(self) -> int:
+        folders = [p for p in self.root.glob("*") if p.name.isdecimal() and str(int(p.name)) == p.name]
+        for path in self.root.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)  # Orbax's own unfinished files
+        for step in sorted((int(p.name) for p in folders), reverse=True):
+            damage = self._damage(step)
+            if damage is None:
+                self._verified.add(step)
+                return step
+            self._quarantine(step, damage)
+        # One unfinished step without a seal is what a kill during the very first save leaves; more is damage.
+        quarantined = list((self.root / "quarantine").glob("*"))
+        lost = list((self.root / "manifests").glob("*.json"))
+        return -2 if lost or len(quarantined) > 1 or any(p.suffix == ".json" for p in quarantined) else -1
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a step, None when nothing is."""
+        try:
+            seal = json.loads(self._manifest(step).read_bytes())
+            digest = seal.pop("sha256")
+        except FileNotFoundError:
+            return "it was never finished"
+        except (ValueError, KeyError, AttributeError):
+            return "its seal cannot be read"
+        if digest != _digest(seal):
+            return "its seal was changed"
+        try:
+            found = _checksums(self.root / str(step))
+        except OSError as error:
+            return str(error)
+        expected = seal["files"]
+        bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        return f"{bad[0]} is not what was written" if bad else None
+
+    def _quarantine(self, step: int, why: str) -> None:
+        folder = self.root / "quarantine"
+        folder.mkdir(exist_ok=True)
+        place = folder / f"{step}-{time.time_ns()}"
+        (self.root / str(step)).rename(place)
+        if self._manifest(step).exists():
+            self._manifest(step).rename(place.with_name(place.name + ".json"))
+        _warn(f"the checkpoint of step {step} is not used, {why}; it was moved to {place}")
+
+    def _manifest(self, step: int) -> Path:
+        return self.root / "manifests" / f"{step}.json"
+
+    # --------------------------------------------------------------------------------------------------- restoring
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """The state saved at `step`, bit for bit, with the shardings of `abstract_state`.
+
+        Args:
+          step: what `newest_good` returned, or any sealed step.
+          abstract_state: a tree like the saved one, of arrays or `jax.ShapeDtypeStruct`s (with shardings on a mesh).
+
+        Returns:
+          ``(state, extra)``.
+
+        Raises:
+          ValueError: no such step, or the config makes another state: the first leaves that differ are named and
+            nothing is put in quarantine.
+          OSError: the files of the step are damaged.
+        """
+        self.wait()
+        if step not in self.steps():
+            raise ValueError(f"there is no checkpoint of step {step} in {self.root}; there are: {self.steps()}")
+        damage = None if step in self._verified else self._damage(step)
+        if damage:
+            raise OSError(f"the checkpoint of step {step} in {self.root} is damaged: {damage}")
+        seal = json.loads(self._manifest(step).read_bytes())
+        wanted = _named_leaves(abstract_state)
+        _check_signature(step, seal["leaves"], _signature(wanted))
+        specs = {name: _spec(leaf) for name, leaf in wanted.items()}
+        stored = ocp.load(str(self.root / str(step)), {k: v for k, v in specs.items() if v.size})
+        empty = {k: jnp.zeros(v.shape, v.dtype, device=v.sharding) for k, v in specs.items() if not v.size}
+        leaves = [{**stored, **empty}[name] for name in specs]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), seal["extra"]
+
+
+# --------------------------------------------------------------------------------------------------------- the tree
+
+
+def refuse_non_finite(tree: Any, what: str) -> None:
+    """Raises a FloatingPointError that names the leaves of `tree` with NaN or infinity; one fetch from the device."""
+    leaves = {k: v for k, v in _named_leaves(tree).items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+    finite = jax.device_get(_all_finite(leaves))
+    bad = [name for name in leaves if not finite[name]]
+    if bad:
+        raise FloatingPointError(f"{what} is not finite ({', '.join(bad[:3])}): it was not saved")
+
+
+@jax.jit
+def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, in tree order; a flat dict of arrays asks nothing of the containers' types."""
+    leaves = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise ValueError(f"{name} is a {type(leaf).__name__}: a checkpoint holds arrays, data goes in extra")
+        if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise ValueError(f"{name} is {leaf.dtype}, which JAX would narrow: convert it first")
+        assert name not in leaves, f"two leaves are called {name}"
+        leaves[name] = leaf
+    return leaves
+
+
+def _signature(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
+
+
+def _check_signature(step: int, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def show(entry: Any) -> str:
+        return f"{entry[1]}{tuple(entry[0])}" if entry else "absent"
+
+    names = [n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n)]
+    if names:
+        lines = [f"{n}: stored {show(stored.get(n))}, config makes {show(wanted.get(n))}" for n in names[:3]]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"the checkpoint of step {step} is of another model or optimizer ({'; '.join(lines)}{more}): "
+            "use the config it was made with, or another workdir"
+        )
+
+
+def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON so that `path` holds either what it held or all of the new text, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        json.dump(data, f, allow_nan=False)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _warn(text: str) -> None:
+    print(f"Warning: {text}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- being told
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two steps.
+
+    In the block ``stop(step)`` is true once somebody asked: save and leave. A second Ctrl-C interrupts at once. With
+    several processes all get the same answer at the same step, from JAX's own handler (ours would replace it).
+
+    >>> with stop_requests() as stop:
+    ...     stop(0)
+    False
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+
+    def ask(number: int, _: object) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        _warn("stopping after this step (Ctrl-C again: at once)")
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield lambda step: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -35,6 +35,8 @@ _MASKED = -1e30
 class DecoderConfig:
     """Shape and family of a decoder. The defaults are the Llama family; `gpt2` names the other one.
 
+    `kv_heads`, `head_dim` and `mlp_width` given as None are filled in at once: `dataclasses.replace` keeps them.
+
     Attributes:
       vocab_size: V, rows of the embedding.
       context_length: the largest number of positions.
@@ -79,7 +81,6 @@ class DecoderConfig:
             ("kv_heads", self.heads),
             ("head_dim", self.width // max(self.heads, 1)),
             ("mlp_width", 4 * self.width),
-            ("unroll", self.layers),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, derived)
@@ -106,7 +107,7 @@ def _validate(config: DecoderConfig) -> None:
         raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions: set head_dim, width or heads")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout={config.dropout} must lie in [0, 1): it is the share of activations set to 0")
-    if not 1 <= config.unroll <= config.layers:
+    if config.unroll is not None and not 1 <= config.unroll <= config.layers:
         raise ValueError(f"unroll={config.unroll} must lie in 1..layers={config.layers}: choose 1 or leave it None")
 
 
@@ -351,7 +352,7 @@ def apply_decoder(
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     state = (x, None, None) if cache is None else (x, cache.keys, cache.values)
     layers = (jnp.arange(config.layers), params["blocks"])
-    (x, keys, values), _ = jax.lax.scan(block, state, layers, unroll=config.unroll)
+    (x, keys, values), _ = jax.lax.scan(block, state, layers, unroll=config.unroll or config.layers)
     if cache is not None:
         cache = dataclasses.replace(cache, keys=keys, values=values)
     return Output(embedding.norm(x), cache)

@@ -85,7 +85,7 @@ def load_hf(
     model. Compute is float32; for bfloat16 compute build the model again from ``replace(model.config, dtype=...)``.
 
     Args:
-      path: a folder with config.json, \\*.safetensors and (optional) tokenizer.json; or a .gguf file.
+      path: a folder with config.json, safetensors and (optional) tokenizer.json; or a .gguf file.
       dtype: of the parameters.
       mesh: where to put them: each array is split over the ``fsdp`` axis; None = the default device.
 
@@ -401,7 +401,7 @@ def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, more than the model's "
-            f"vocab_size={config.vocab_size}: its last ids have no embedding; use the tokenizer the model was trained with"
+            f"vocab_size={config.vocab_size}: its last ids have no embedding; use the tokenizer it was trained with"
         )
     return tokenizer
 

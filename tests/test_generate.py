@@ -1,0 +1,200 @@
+"""Sampling: layout, log-probs, keys and stops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import ops
+from rlhf_jax.generate import _generate, generate, sample_token, truncate
+from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.types import PromptBatch
+
+CONFIG = DecoderConfig(20, 40, 2, 16, 4, kv_heads=2, mlp_width=24)
+MODEL = language_model(CONFIG)
+# Large weights: a sharp distribution, in which a wrong position or mask shows.
+PARAMS = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, MODEL.init(jax.random.key(7)))
+
+
+def _prompts(lengths=(3, 6, 1, 4), ids=None, width=None) -> PromptBatch:
+    width = width or max(lengths)
+    tokens = np.random.default_rng(0).integers(0, 20, (len(lengths), max(lengths)))
+    tokens = np.pad(tokens, ((0, 0), (0, width - max(lengths))), constant_values=13)
+    return PromptBatch(
+        tokens=jnp.asarray(tokens, jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        ids=jnp.arange(len(lengths)) if ids is None else jnp.asarray(ids),
+    )
+
+
+def _sample(prompts=None, key=0, **kwargs):
+    settings = {"max_new_tokens": 8, "stop_ids": (2,)} | kwargs
+    return generate(MODEL, PARAMS, prompts or _prompts(), jax.random.key(key), **settings)
+
+
+def _responses(samples) -> list[list[int]]:
+    rows = zip(samples.tokens, samples.prompt_lengths, samples.lengths, strict=True)
+    return [np.asarray(t[int(p) : int(n)]).tolist() for t, p, n in rows]
+
+
+def _hidden(tokens, lengths):
+    segments = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return MODEL.apply(PARAMS, tokens, segments=segments, positions=positions).hidden
+
+
+def _mask(samples):
+    slots = jnp.arange(samples.tokens.shape[1])[None]
+    return (slots >= samples.prompt_lengths[:, None]) & (slots < samples.lengths[:, None])
+
+
+def test_rows_are_prompt_response_padding_without_a_gap():
+    prompts, k = _prompts(), 3
+    samples = _sample(prompts, samples_per_prompt=k)
+    assert samples.tokens.shape == (12, 6 + 8)
+    for row in range(12):
+        length, end = int(prompts.lengths[row // k]), int(samples.lengths[row])
+        assert int(samples.prompt_lengths[row]) == length
+        np.testing.assert_array_equal(samples.tokens[row, :length], prompts.tokens[row // k, :length])
+        assert (samples.tokens[row, end:] == 0).all()
+        assert length < end <= length + 8
+        assert (samples.logp[row, :length] == 0).all()
+        assert (samples.logp[row, end:] == 0).all()
+        assert (samples.logp[row, length:end] < 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_logp_equals_the_recomputed_one(temperature):
+    """PITFALLS 5, 1: what the sampler says is what training recomputes from the whole row."""
+    samples = _sample(temperature=temperature, samples_per_prompt=2)
+    mask = _mask(samples)
+    hidden = _hidden(samples.tokens, samples.lengths)
+    logp = ops.token_log_probs(hidden, lambda h: MODEL.head(PARAMS, h), samples.tokens, mask, temperature=temperature)
+    np.testing.assert_allclose(jnp.where(mask, logp, 0), samples.logp, atol=1e-4)
+
+
+def test_greedy_equals_whole_forwards_of_single_unpadded_rows():
+    """PITFALLS 8: padding and other rows change no token; greedy log-probs are 0 by definition."""
+    prompts = _prompts()
+    samples = _sample(prompts, temperature=0.0, stop_ids=())
+    assert (samples.logp == 0).all()
+    for row, response in enumerate(_responses(samples)):
+        prompt = prompts.tokens[row, : int(prompts.lengths[row])].tolist()
+        tokens = jnp.asarray([prompt + response])
+        predicted = MODEL.head(PARAMS, _hidden(tokens, jnp.asarray([tokens.shape[1]]))).argmax(-1)[0]
+        assert predicted[len(prompt) - 1 : -1].tolist() == response
+
+
+def test_same_key_same_bits_and_other_keys_differ():
+    """PITFALLS J2: two rollouts of the same prompts differ; the same seed and step reproduce bit for bit."""
+    one, again, other = _sample(key=1), _sample(key=1), _sample(key=2)
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert _responses(one) != _responses(other)
+
+
+def test_equal_prompts_and_samples_of_one_prompt_differ():
+    """PITFALLS 50."""
+    same = PromptBatch(tokens=jnp.full((3, 2), 5), lengths=jnp.full((3,), 2), ids=jnp.asarray([0, 1, 2]))
+    responses = _responses(_sample(same, samples_per_prompt=2, temperature=2.0))
+    assert len({tuple(r) for r in responses}) == 6
+
+
+def test_batching_and_padding_change_no_token():
+    """PITFALLS 50: tokens depend on (key, id, k, place), not on the batch around them or the width of the row."""
+    prompts = _prompts(ids=[5, 9, 11, 12])
+    whole = _responses(_sample(prompts, samples_per_prompt=2))
+    order = [2, 0]
+    part = PromptBatch(prompts.tokens[jnp.asarray(order)], prompts.lengths[jnp.asarray(order)], jnp.asarray([11, 5]))
+    assert _responses(_sample(part, samples_per_prompt=2)) == whole[4:6] + whole[0:2]
+    wide = _prompts(ids=[5, 9, 11, 12], width=9)
+    assert _responses(_sample(wide, samples_per_prompt=2)) == whole
+    assert _responses(_sample(prompts)) == whole[::2]
+
+
+def test_a_shorter_limit_gives_the_same_beginning():
+    long, short = _responses(_sample(stop_ids=())), _responses(_sample(stop_ids=(), max_new_tokens=3))
+    assert short == [r[:3] for r in long]
+
+
+@pytest.mark.parametrize("stop_ids", [(2,), (3, 7), ()])
+def test_stop_ids_end_the_response_and_belong_to_it(stop_ids):
+    """PITFALLS 12, 40: a stop id need not be EOS; stops in the prompt do not count; a cut row is not `finished`."""
+    prompts = _prompts()
+    prompts = dataclasses.replace(prompts, tokens=prompts.tokens.at[:, 0].set(3))
+    free = _responses(_sample(prompts, stop_ids=(), samples_per_prompt=8, temperature=2.0))
+    samples = _sample(prompts, stop_ids=stop_ids, samples_per_prompt=8, temperature=2.0)
+    expected = [next((r[: i + 1] for i, t in enumerate(r) if t in stop_ids), r) for r in free]
+    assert _responses(samples) == expected
+    np.testing.assert_array_equal(samples.finished, [r[-1] in stop_ids for r in expected])
+    if stop_ids:
+        assert bool(samples.finished.any())
+        assert not bool(samples.finished.all())
+
+
+def test_a_stop_at_the_last_place_counts_as_finished():
+    prompts = _prompts()
+    first = _responses(_sample(prompts, max_new_tokens=1))[0][0]
+    samples = _sample(prompts, max_new_tokens=1, stop_ids=(first,))
+    assert bool(samples.finished[0])
+    assert int(samples.lengths[0]) == int(prompts.lengths[0]) + 1
+
+
+def test_token_zero_may_be_sampled_and_counts():
+    """PITFALLS 4, 11: padding has id 0, and so may a real token; only lengths tell them apart."""
+    favour = jax.tree.map(jnp.zeros_like, PARAMS)
+    samples = generate(MODEL, favour, _prompts(), jax.random.key(0), max_new_tokens=5, temperature=0.0, stop_ids=())
+    assert _responses(samples) == [[0] * 5] * 4
+
+
+def test_truncation_keeps_the_right_tokens_and_renormalises():
+    """PITFALLS 7: log-probs are under the truncated distribution."""
+    logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.7, 0.1]]))
+    kept = lambda **kw: np.isfinite(truncate(logits, **({"top_k": 0, "top_p": 1.0} | kw))).tolist()  # noqa: E731
+    assert kept(top_k=1) == [[True, False, False, False], [False, False, True, False]]
+    assert kept(top_k=2)[0] == [True, True, False, False]
+    assert kept(top_p=0.6) == [[True, True, False, False], [False, False, True, False]]
+    assert kept(top_p=1e-6)[0] == [True, False, False, False]
+    assert kept(top_k=9) == [[True] * 4] * 2
+    keys = jax.random.split(jax.random.key(0), 2)
+    seen = {}
+    for place in range(40):
+        tokens, logp = sample_token(logits, keys, jnp.int32(place), temperature=1.0, top_k=2, top_p=1.0)
+        seen[int(tokens[0])] = float(np.exp(logp[0]))
+    assert seen == pytest.approx({0: 4 / 7, 1: 3 / 7}, abs=1e-6)
+
+
+def test_sampled_frequencies_match_the_softmax_at_the_temperature():
+    probabilities = np.asarray([0.5, 0.25, 0.2, 0.05])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (20_000, 4))
+    tokens, _ = sample_token(logits, keys, jnp.int32(3), temperature=0.5, top_k=0, top_p=1.0)
+    expected = probabilities**2 / (probabilities**2).sum()
+    # Four standard errors of a share of 20,000 draws.
+    np.testing.assert_allclose(np.bincount(np.asarray(tokens), minlength=4) / 20_000, expected, atol=0.015)
+
+
+def test_one_compile_for_new_prompts_and_keys():
+    _sample(key=0)
+    before = _generate._cache_size()
+    _sample(_prompts(lengths=(6, 2, 3, 1), ids=[7, 8, 9, 10]), key=5, stop_ids=[2])
+    assert _generate._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
+        ({"max_new_tokens": 35}, "choose at most 34"),
+    ],
+)
+def test_a_bad_setting_names_field_value_and_fix(change, named):
+    with pytest.raises(ValueError, match=named):
+        _sample(**change)

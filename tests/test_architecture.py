@@ -1,0 +1,228 @@
+"""The rules of the house, read from the syntax trees: who may import whom, sizes, docstrings, nothing machine-made."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlhf_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PROGRAMS = [p for folder in ("experiments", "configs", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
+
+MAY_IMPORT = {
+    "types": set(),
+    "config": set(),
+    "ops": {"types"},
+    "advantages": {"types", "ops"},
+    "losses": {"types", "ops", "advantages"},
+    "optim": {"types"},
+    "sharding": {"types"},
+    "checkpoint": {"types"},
+    "metrics": {"types"},
+    "kl_control": {"types"},
+    "steps": {"types", "ops", "advantages", "losses", "scoring", "optim", "sharding"},
+    "models": {"types", "ops"},
+    "generate": {"types", "ops", "models"},
+    "scoring": {"types", "ops", "models"},
+    "rollout": {"types", "ops", "advantages", "models", "generate", "scoring", "kl_control"},
+    "data": {"types"},
+    "evaluation": {"types", "ops", "generate", "scoring", "data"},
+    "labeling": {"types", "data"},
+}
+"""The first part of a module's name after ``rlhf_jax.`` -> the parts it may import (DESIGN: who may import whom)."""
+
+ONLY_IN = {
+    "flax.nnx": "models",
+    "orbax": "checkpoint",
+    "tensorflow_datasets": "data",
+    "grain": "data",
+    "sqlite3": "labeling",
+}
+NOWHERE = {"torch", "tensorflow", "chex", "pickle", "clu"}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at any depth; ``from a import b`` counts as ``a.b``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def functions(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_who_may_import_whom(path):
+    here = part(path)
+    if here == "__init__":
+        return
+    assert here in MAY_IMPORT, f"give {here} a place in the import table"
+    for name in imports(path):
+        if name.startswith("rlhf_jax.") and name != "rlhf_jax.__version__":
+            other = name.split(".")[1]
+            assert other == here or other in MAY_IMPORT[here], f"{name_of(path)} may not import {name}"
+
+
+@pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=name_of)
+def test_each_dependency_has_one_home(path):
+    here = part(path) if path in MODULES else ""
+    for name in imports(path):
+        assert name.split(".")[0] not in NOWHERE, f"{name_of(path)} imports {name}"
+        for module, home in ONLY_IN.items():
+            if (name + ".").startswith(module + "."):
+                assert here == home, f"{name_of(path)} imports {name}; only {home} may"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if part(p) == "data"], ids=name_of)
+def test_data_never_touches_a_device(path):
+    bad = {name for name in imports(path) if name.split(".")[0] in ("jax", "flax", "optax")}
+    assert not bad, f"{name_of(path)} imports {bad}"
+
+
+def test_only_experiments_read_a_config():
+    readers = {part(p) for p in MODULES if any(name.startswith("ml_collections") for name in imports(p))}
+    assert readers <= {"config"}, f"library functions take plain arguments: {readers}"
+
+
+def test_a_step_is_jitted_in_one_place():
+    """`compile_step` is the only jit of a training step: elsewhere nothing with step in its name is compiled."""
+    for path in MODULES:
+        if part(path) == "steps":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("jit"):
+                assert "step" not in ast.unparse(node), f"{name_of(path)}:{node.lineno} compiles a step"
+        for function in functions(path):
+            if any("jit" in ast.unparse(d) for d in function.decorator_list):
+                assert "step" not in function.name, f"{name_of(path)}:{function.lineno} compiles a step"
+
+
+def test_no_drawer_for_odds_and_ends():
+    names = {p.name for p in MODULES}
+    assert not names & {
+        "utils.py",
+        "util.py",
+        "base.py",
+        "helpers.py",
+        "common.py",
+        "misc.py",
+        "registry.py",
+        "trainer.py",
+    }
+
+
+def test_functions_are_short():
+    long = []
+    for path in MODULES:
+        for function in functions(path):
+            docstring = function.body[0] if ast.get_docstring(function) else None
+            text = (docstring.end_lineno or 0) - docstring.lineno + 1 if docstring else 0
+            lines = (function.end_lineno or 0) - function.lineno + 1 - text
+            if lines > 60:
+                long.append(f"{name_of(path)}:{function.name} has {lines} lines")
+    assert not long, "\n".join(long)
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    missing = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        if path.read_text().strip() and not ast.get_docstring(tree):
+            missing.append(name_of(path))
+        for node in tree.body:
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
+                missing.append(f"{name_of(path)}:{node.name}")
+    assert not missing, missing
+
+
+def test_public_functions_are_annotated():
+    bare = []
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare += [f"{name_of(path)}:{node.name}({a.arg})" for a in arguments if a.annotation is None]
+            bare += [f"{name_of(path)}:{node.name} -> ?"] * (node.returns is None)
+    assert not bare, bare
+
+
+def test_remote_code_is_never_trusted():
+    """The word appears as `trust_remote_code=False` and never as a key or an argument somebody could set."""
+    for path in MODULES + PROGRAMS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant), name_of(path)
+                assert node.value.value is False, name_of(path)
+            if isinstance(node, ast.arg | ast.Attribute):
+                assert "trust_remote_code" not in ast.unparse(node), name_of(path)
+
+
+# A pattern must not find itself here, hence the brackets.
+UNWANTED = {
+    "a path of one machine": re.compile(r"(?<![\w./])/(?:[w]ork|[h]ome/\w+|[U]sers/\w+|[r]oot)/"),
+    "the address of a package index": re.compile(
+        r"(?:index|extra-index|find-links)[-_]?(?:url)?[=\s]+https?:|[p]ypi\.org/simple|files\.[p]ythonhosted|/[s]imple/"
+    ),
+}
+
+
+def test_no_tracked_file_names_a_machine_or_an_index():
+    found = []
+    for path in tracked_files():
+        if path.suffix in {".safetensors", ".png", ".gz", ".npz", ".ico", ".woff2"}:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{name_of(path)}: {what}: {m[0]}" for what, pattern in UNWANTED.items() for m in pattern.finditer(text)
+        ]
+    assert not found, "\n".join(found)
+
+
+def test_the_checks_of_this_file_can_fail(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import torch\nfrom flax import nnx\nfrom orbax.checkpoint import v1\n")
+    assert imports(bad) == {"torch", "flax.nnx", "orbax.checkpoint.v1"}
+    assert UNWANTED["a path of one machine"].search("see /" + "work/main/x")
+    assert UNWANTED["the address of a package index"].search("--index-" + "url https://example.org")

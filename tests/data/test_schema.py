@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.data import schema
@@ -144,6 +144,7 @@ def rankings(draw: st.DrawFn) -> dict:
     )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(rows=st.lists(rankings(), min_size=1, max_size=3), name=st.sampled_from(["r.jsonl", "r.jsonl.gz"]))
 def test_written_rankings_read_back_equal(tmp_path_factory: pytest.TempPathFactory, rows: list[dict], name: str):
     path = tmp_path_factory.mktemp("schema") / name
@@ -152,6 +153,7 @@ def test_written_rankings_read_back_equal(tmp_path_factory: pytest.TempPathFacto
     assert schema.read_jsonl(path, Ranking)[0] == records
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=9))
 def test_a_ranking_with_ties_holds_choose_2_minus_tied_pairs(ranks: list[int]):
     k = len(ranks)

@@ -75,9 +75,9 @@ def test_no_conversation_is_in_both_splits(tmp_path: Path):
     assert len(first["train"]) + len(first["test"]) == 50
     assert 5 <= len(first["test"]) <= 25
     assert splits["test"][1].noted == {"records in the test split": len(splits["test"][0])}
-    assert sources.in_test_split("Human:  Hello \n\nAssistant:", fraction=0.5) == sources.in_test_split(
-        "Human: hello\n\nAssistant: x\n\nHuman: y\n\nAssistant:", fraction=0.5
-    )
+    for i in range(20):
+        follow_up = sources.in_test_split(f"Human: hello {i}\n\nAssistant: x\n\nHuman: y\n\nAssistant:", fraction=0.5)
+        assert sources.in_test_split(f"Human:  Hello  {i} \n\nAssistant:", fraction=0.5) == follow_up
 
 
 def message(text: str, role: str, *replies: dict, **fields: object) -> dict:

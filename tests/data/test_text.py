@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -65,6 +65,7 @@ def test_special_tokens_in_user_text_stay_text(tokenizer: transformers.PreTraine
     assert text.decode_response(tokenizer, response, eos_id=EOS) == user
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(st.characters(codec="utf-8")))
 def test_a_response_survives_encoding_and_decoding(said: str):
     tokenizer = _CACHED
@@ -126,6 +127,7 @@ def test_different_tokenizers_of_policy_and_reward_model_are_refused(tokenizer: 
 # ------------------------------------------------------------------------------------------------------ packing
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(1, 12), max_size=40), st.integers(12, 30), st.none() | st.integers(1, 3))
 def test_best_fit_places_every_item_once_within_capacity(sizes: list[int], capacity: int, max_items: int | None):
     rows = text.best_fit(sizes, capacity=capacity, max_items=max_items)
@@ -140,6 +142,7 @@ def test_best_fit_places_every_item_once_within_capacity(sizes: list[int], capac
 documents_of = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=30), min_size=1, max_size=12)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(documents_of, st.integers(4, 16))
 def test_packing_keeps_every_token_once(documents: list[list[int]], length: int):
     """PITFALLS 43: each piece is a segment with positions from 0, and no token is lost or doubled."""
@@ -266,6 +269,7 @@ def ranked_ids(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[int]]:
     return draw(id_lists), draw(st.lists(id_lists, min_size=k, max_size=k)), ranks
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(ranked_ids(), min_size=1, max_size=8), st.none() | st.integers(1, 3))
 def test_all_responses_of_a_prompt_share_one_row_and_one_prefix(rankings: list, max_n: int | None):
     """PITFALLS 45, 34: a prompt group never splits, costs prompt + sum of responses once, and its ids are unchanged."""

@@ -7,7 +7,7 @@ stands in for what people really want. Everything is a pure function of seeds an
 from rlhf_jax.data.storyland.corpus import document, documents
 from rlhf_jax.data.storyland.gold import PARTS, Gold, gold
 from rlhf_jax.data.storyland.labelers import Labeler, labelers
-from rlhf_jax.data.storyland.tasks import SPLITS, Task, answer, flawed_answer, split_of, task
+from rlhf_jax.data.storyland.tasks import SPLITS, Task, answer, flawed_answer, split_of, task, task_id, task_of
 
 __all__ = [
     "PARTS",
@@ -23,4 +23,6 @@ __all__ = [
     "labelers",
     "split_of",
     "task",
+    "task_id",
+    "task_of",
 ]

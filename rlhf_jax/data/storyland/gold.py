@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from rlhf_jax.data.storyland import grammar
 from rlhf_jax.data.storyland.grammar import Parse, parse, sentences
-from rlhf_jax.data.storyland.tasks import CATEGORIES, Task
+from rlhf_jax.data.storyland.tasks import CATEGORIES, Task, task_of
 
 PARTS = ("instruction", "constraint", "facts", "tone", "fluency", "length")
 WEIGHTS = {"instruction": 0.3, "constraint": 0.4, "facts": 0.4}
@@ -66,6 +66,11 @@ def gold(task: Task, response: str) -> Gold:
     score = mean * content.fluency * (RUDE_SHARE + (1 - RUDE_SHARE) * tone)
     score *= WRONG_LENGTH_SHARE + (1 - WRONG_LENGTH_SHARE) * content.length
     return Gold(score, {**present, "tone": tone, "fluency": content.fluency, "length": content.length})
+
+
+def gold_of(name: str, response: str) -> Gold:
+    """`gold` of a response to the prompt with this id, for configs: ``rlhf_jax.data.storyland.gold:gold_of``."""
+    return gold(task_of(name), response)
 
 
 def is_rude(text: str) -> bool:

@@ -76,6 +76,26 @@ def task(split: str, index: int, *, seed: int = 0) -> Task:
         attempt += 1
 
 
+def task_id(split: str, index: int) -> str:
+    """The name of an instruction in files: ``test/12``."""
+    return f"{split}/{index}"
+
+
+def task_of(name: str) -> Task:
+    """The instruction that `task_id` names.
+
+    Raises:
+      ValueError: the name is not of that form.
+
+    >>> task_of("test/12") == task("test", 12)
+    True
+    """
+    split, _, index = name.partition("/")
+    if not index.isdecimal():
+        raise ValueError(f"id={name!r} is no storyland prompt: it must read like test/12")
+    return task(split, int(index))
+
+
 def draw_task(rng: random.Random) -> Task:
     """An instruction of a use-case drawn by the mix, from any split."""
     threshold = rng.random()

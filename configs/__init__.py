@@ -1,0 +1,1 @@
+"""Configs: one file an experiment, with ``get_config(arg)``."""

@@ -1,0 +1,14 @@
+"""PPO-ptx on storyland.
+
+    python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
+"""
+
+from ml_collections import ConfigDict
+
+from configs import storyland
+from rlhf_jax.config import apply_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; ``:smoke`` is small, ``key=value`` overrides."""
+    return apply_arg(storyland.ppo(), arg, smoke=storyland.smoke_ppo)

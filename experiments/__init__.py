@@ -1,0 +1,1 @@
+"""Experiments: flags and ``run(config, workdir)``; each stage alone, and `instructgpt`, which runs them all."""

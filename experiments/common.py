@@ -1,0 +1,348 @@
+"""What the stages share: devices, models on disk, text to ids, sampling in batches, and one training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that there is no PyTorch, which is as wanted
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax import checkpoint, scoring, sharding
+from rlhf_jax.data import schema, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
+from rlhf_jax.generate import generate
+from rlhf_jax.metrics import StageLog
+from rlhf_jax.models.hf import load_hf, save_hf
+from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
+
+SHIPPED = "storyland:"
+"""Prefix of a model that comes with the package: ``storyland:base_large``."""
+
+
+class Network(NamedTuple):
+    """A model with its parameters and tokenizer, as it lies on disk."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+
+
+def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
+    """The device mesh of a stage. On a CPU each core is one device: data parallel beats threads inside small products.
+
+    Compiled programs are kept in a cache folder of the user, so that a second run starts at once.
+    """
+    # Two programs in flight on several CPU devices can wait for each other's threads for ever; one at a time cannot.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    with contextlib.suppress(RuntimeError):  # devices are already in use: a notebook or a test chose them
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            jax.config.update("jax_num_cpu_devices", 2 ** int(np.log2(min(cores, 8))))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    Compiling.listen()
+    return sharding.make_mesh(tuple(mesh_shape))
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a path, or ``storyland:base_large`` and ``storyland:base_small`` for the shipped ones."""
+    return storyland_assets.assets() / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(name)
+
+
+def load_network(name: str, mesh: jax.sharding.Mesh, *, dropout: float = 0.0) -> Network:
+    """A language or scalar model, its parameters placed on the mesh, with its tokenizer.
+
+    Raises:
+      ValueError: the folder is missing, damaged, or its tokenizer does not fit.
+    """
+    folder = model_folder(name)
+    try:
+        model, params, tokenizer = load_hf(folder)
+    except FileNotFoundError as error:
+        raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
+    if tokenizer is None:
+        raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
+    if dropout:
+        build = type_of(model)
+        model = build(dataclasses.replace(model.config, dropout=dropout))
+    return Network(model, place(params, mesh), tokenizer)
+
+
+def type_of(model: Model) -> Callable[..., Model]:
+    """The function that builds this kind of model from a `DecoderConfig`."""
+    from rlhf_jax.models.heads import language_model, scalar_model
+
+    return scalar_model if "score" in jax.eval_shape(model.init, jax.random.key(0)) else language_model
+
+
+def train_resumable(
+    step_fn: StepFn,
+    state: Any,
+    batches: Batches,
+    mesh: jax.sharding.Mesh,
+    *,
+    workdir: str | os.PathLike[str],
+    stage: str,
+    steps: int,
+    save_every: int,
+    seed: int,
+    show: Sequence[str],
+    dropout: bool = False,
+    on_save: Callable[[int, Any, StageLog], None] = lambda step, state, log: None,
+) -> Any:
+    """Runs a supervised stage to its end, going on from its newest checkpoint; Ctrl-C saves first.
+
+    Args:
+      step_fn: a compiled step.
+      state: the state at step 0, placed.
+      batches: a function of the step.
+      mesh: where batches go.
+      workdir: folder of the stage: ``checkpoints/`` and ``metrics.jsonl``.
+      stage: name in the log.
+      steps: how many.
+      save_every: steps between checkpoints (an epoch, say).
+      seed: of dropout.
+      show: metrics for the console.
+      dropout: hand the step a key.
+      on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end.
+
+    Returns:
+      The state after `steps`.
+    """
+    with (
+        checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep=1) as saved,
+        checkpoint.stop_requests() as stop,
+    ):
+        done = saved.newest_good() or 0
+        if done:
+            state, _ = saved.restore(done, state)
+        with StageLog(workdir, stage, total=steps, resume_step=done, show=show) as log:
+            for step in range(done, steps):
+                batch = sharding.place_batch(batches.at(step), mesh)
+                key = jax.random.fold_in(jax.random.key(seed), step) if dropout else None
+                state, metrics = step_fn(state, batch, key)
+                log(step + 1, metrics)
+                at_end = (step + 1) % save_every == 0 or step + 1 == steps
+                if at_end or stop(step + 1):
+                    log.flush()
+                    saved.save(step + 1, state)
+                    if at_end:
+                        on_save(step + 1, state, log)
+                if stop(step + 1) and step + 1 < steps:
+                    saved.wait()
+                    raise KeyboardInterrupt(f"{stage} at step {step + 1} of {steps}")
+    return state
+
+
+def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Parameters or a training state on the mesh, by the decoder's sharding rules."""
+    return sharding.place_state(tree, mesh)
+
+
+def save_network(folder: str | os.PathLike[str], network: Network) -> None:
+    """Writes a model folder all or nothing: a crash leaves the old one or none."""
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    save_hf(temporary, network.model, network.params, network.tokenizer)
+    if folder.exists():
+        folder.rename(folder.with_name(folder.name + ".old"))
+    temporary.rename(folder)
+    old = folder.with_name(folder.name + ".old")
+    if old.exists():
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------------- results
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads what `checkpoint.write_json` wrote.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: run the stage that makes it first") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): run the stage that makes it again") from None
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Compiling:
+    """Seconds that XLA has compiled in this process, cache look-ups included."""
+
+    seconds = 0.0
+
+    @classmethod
+    def listen(cls) -> None:
+        """Starts to count; calling it again changes nothing."""
+        if not getattr(cls, "_listening", False):
+            jax.monitoring.register_event_duration_secs_listener(cls._add)
+            cls._listening = True
+
+    @classmethod
+    def _add(cls, event: str, seconds: float, **_: Any) -> None:
+        if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
+            cls.seconds += seconds
+
+
+# ----------------------------------------------------------------------------------------------------- text to ids
+
+
+def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list[schema.Prompt]:
+    """The prompts of a JSONL file, at most `limit` of them.
+
+    Raises:
+      ValueError: the file holds fewer than one.
+    """
+    prompts, _ = schema.read_jsonl(path, schema.Prompt)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: check how it was made")
+    return prompts if limit is None else prompts[:limit]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, length: int, where: str) -> list[list[int]]:
+    """Ids of each prompt.
+
+    Raises:
+      ValueError: a prompt is longer than `length` tokens.
+    """
+    ids = [text.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) > length:
+        raise ValueError(
+            f"{where}: a prompt has {len(ids[longest])} tokens and prompt_length is {length} "
+            f"({prompts[longest][:60]!r}...): raise prompt_length or leave the prompt out"
+        )
+    return ids
+
+
+def lm_rows(tokenizer: Any, path: str | os.PathLike[str], *, length: int) -> LMBatch:
+    """Packed rows of a JSONL file of plain text."""
+    documents, _ = schema.read_jsonl(path, schema.PlainText)
+    ids = [text.encode_document(tokenizer, d.text, eos_id=tokenizer.eos_token_id) for d in documents]
+    return text.lm_rows(ids, length=length)
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample_responses(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    mesh: jax.sharding.Mesh,
+    *,
+    prompt_length: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    places: Sequence[int] | None = None,
+    stop_ids: Sequence[int] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[str], list[Samples]]:
+    """One response to each prompt, as text and as arrays, batch by batch (the last one filled up with repeats).
+
+    Args:
+      network: a language model.
+      prompts: token ids; repeat a prompt for several samples of it.
+      mesh: where to sample.
+      prompt_length: slots of the prompts.
+      max_new_tokens: longest response, EOS included.
+      temperature: of sampling; 0 is greedy.
+      seed: with each prompt's place the only source of randomness.
+      batch_size: rows sampled together.
+      places: each prompt's place in the stream; None = its index.
+      stop_ids: tokens that end a response besides EOS.
+      progress: called with (batches done, batches).
+    """
+    places = range(len(prompts)) if places is None else places
+    eos = network.tokenizer.eos_token_id
+    texts: list[str] = []
+    arrays: list[Samples] = []
+    batches = -(-len(prompts) // batch_size)
+    for batch in range(batches):
+        index = [min(i, len(prompts) - 1) for i in range(batch * batch_size, (batch + 1) * batch_size)]
+        rows = text.prompt_batch([prompts[i] for i in index], length=prompt_length, ids=[places[i] for i in index])
+        samples = generate(
+            network.model, network.params, sharding.place_batch(rows, mesh), jax.random.key(seed),
+            max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(eos, *stop_ids),
+        )  # fmt: skip
+        samples = jax.tree.map(np.asarray, samples)
+        keep = min(batch_size, len(prompts) - batch * batch_size)
+        samples = jax.tree.map(lambda x, keep=keep: x[:keep], samples)
+        arrays.append(samples)
+        texts += [
+            text.decode_response(network.tokenizer, row[start:end], eos_id=eos)
+            for row, start, end in zip(samples.tokens, samples.prompt_lengths, samples.lengths, strict=True)
+        ]
+        if progress is not None:
+            progress(batch + 1, batches)
+    return texts, arrays
+
+
+def score_responses(
+    network: Network, prompts: Sequence[str], responses: Sequence[str], mesh: jax.sharding.Mesh, *, batch_size: int
+) -> np.ndarray:
+    """Raw reward-model score of each response to its prompt, one number each.
+
+    Rows are sorted by length and cut into batches of a few lengths, so that little padding is computed.
+    """
+    eos = network.tokenizer.eos_token_id
+    rows = [
+        [*text.encode_prompt(network.tokenizer, p), *text.encode_response(network.tokenizer, r, eos_id=eos)]
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = np.zeros(len(rows))
+    for start in range(0, len(rows), batch_size):
+        index = order[start : start + batch_size]
+        filled = index + index[-1:] * (batch_size - len(index))
+        slots = -(-len(rows[index[-1]]) // 32) * 32
+        batch = text.prompt_batch([rows[i] for i in filled], length=slots)
+        values = _scores(network.model, network.params, sharding.place_batch(batch, mesh))
+        scores[index] = np.asarray(values)[: len(index)]
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores(model: Model, params: Params, rows: PromptBatch) -> jax.Array:
+    return scoring.sequence_values(model, params, rows.tokens, rows.lengths)[1]
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the wall time of the block to ``seconds[stage]``."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - begin
+
+
+def config_dict(config: ConfigDict) -> ConfigDict:
+    """A copy that may be changed: a pipeline fills in the paths of its stages."""
+    return ConfigDict(config.to_dict()).unlock()

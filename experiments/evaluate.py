@@ -1,0 +1,262 @@
+"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax, samples side by side.
+
+    python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate \\
+        --config.models.sft=runs/sft/epoch-4 --config.models.ppo=runs/ppo/ema --config.reward_model=runs/reward_model/model
+
+Writes ``evaluation.json`` and ``samples.jsonl``. Without a gold scorer (`config.gold` empty) the reward model judges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax import config as config_lib
+from rlhf_jax import scoring, sharding
+from rlhf_jax.checkpoint import write_json
+from rlhf_jax.data import schema, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.evaluation.alignment_tax import lm_loss
+from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
+from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
+from rlhf_jax.metrics import StageLog
+from rlhf_jax.types import Samples
+
+BASELINE = "sft"
+BEST_OF = "best_of_4"
+
+
+class Answers(NamedTuple):
+    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens, all ``[N, S]``."""
+
+    texts: list[list[str]]
+    gold: np.ndarray
+    parts: list[dict[str, float]]
+    reward: np.ndarray
+    tokens: np.ndarray
+    samples: list[Samples]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of ``samples.jsonl``."""
+
+    id: str | None
+    model: str
+    prompt: str
+    response: str
+    gold_score: float
+    reward_score: float
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
+    mesh = common.start(config.mesh)
+    prompts = common.read_prompts(config.prompts, config.limit)
+    reward = common.load_network(config.reward_model, mesh)
+    judge = config_lib.resolve(config.gold) if config.gold else None
+    paths = {name: path for name, path in config.models.items() if path}
+    if BASELINE not in paths:
+        raise ValueError(f"models.{BASELINE} is empty: win rates are against it, pass its folder")
+    results: dict[str, Any] = {"prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed}
+    answers: dict[str, Answers] = {}
+    jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
+    with StageLog(workdir, "evaluate", total=len(jobs), show=("gold_score", "reward_score", "tokens")) as log:
+        for done, name in enumerate(jobs, start=1):
+            prompted = name == "prompted_base"
+            network = common.load_network(paths["base" if prompted else name], mesh)
+            count = config.baseline_samples if name == BASELINE else config.samples
+            ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
+            answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
+            if config.held_out_text and not prompted:
+                results.setdefault("pretraining_loss", {})[name] = pretraining_loss(network, config, mesh)
+            if name in config.kl_of and config.reference:
+                results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
+            one = answers[name]
+            log(done, {"gold_score": one.gold.mean(), "reward_score": one.reward.mean(), "tokens": one.tokens.mean()})
+    results |= compare(answers, has_gold=judge is not None)
+    write_json(Path(workdir) / "evaluation.json", results)
+    write_samples(Path(workdir) / "samples.jsonl", prompts, answers)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------- asking
+
+Ask = Callable[[common.Network, Sequence[schema.Prompt]], tuple[list[list[int]], int]]
+"""Prompts to token ids, and the slots of a prompt row."""
+
+
+def bare_prompts(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
+    """The instruction itself, as the policy sees it in training."""
+    ids = [text.encode_prompt(network.tokenizer, p.prompt) for p in prompts]
+    return ids, -(-max(map(len, ids)) // 8) * 8
+
+
+def few_shot_prompts(
+    network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt],
+    config: ConfigDict, mesh: jax.sharding.Mesh,
+) -> Ask:  # fmt: skip
+    """Instructions after a few worked examples, the prefix with the highest reward-model score of several.
+
+    Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model score).
+    """
+    shots = config.few_shot
+    records, _ = schema.read_jsonl(shots.demonstrations, schema.Demonstration)
+    rng = np.random.default_rng(config.seed)
+    best: tuple[float, Ask] | None = None
+    for _ in range(shots.candidates):
+        chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
+        ask = _with_prefix([(r.prompt, r.response) for r in chosen], shots.template)
+        trial = answer(network, reward, None, prompts[: shots.trial_prompts], ask, 1, config, mesh)
+        score = float(trial.reward.mean())
+        if best is None or score > best[0]:
+            best = (score, ask)
+    assert best is not None
+    return best[1]
+
+
+def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
+    def ask(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
+        shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
+        texts = [shown + template.format(prompt=p.prompt, response="").rstrip() for p in prompts]
+        encode = network.tokenizer.encode
+        ids = [encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
+        return ids, -(-max(map(len, ids)) // 8) * 8
+
+    return ask
+
+
+def answer(
+    network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
+    count: int, config: ConfigDict, mesh: jax.sharding.Mesh,
+) -> Answers:  # fmt: skip
+    """`count` samples of each prompt, with gold score, reward-model score and length."""
+    ids, slots = ask(network, prompts)
+    prompted = ask is not bare_prompts
+    newline = network.tokenizer.encode("\n", add_special_tokens=False)
+    texts, samples = common.sample_responses(
+        network, [row for row in ids for _ in range(count)], mesh, prompt_length=slots,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed,
+        batch_size=config.batch_size, stop_ids=newline if prompted else (),
+    )  # fmt: skip
+    texts = [t.strip() if prompted else t for t in texts]
+    asked = [p for p in prompts for _ in range(count)]
+    rewards = common.score_responses(
+        reward, [p.prompt for p in asked], texts, mesh, batch_size=config.batch_size
+    )
+    judged = [judge(str(p.id), t) for p, t in zip(asked, texts, strict=True)] if judge else []
+    shape = (len(prompts), count)
+    tokens = np.concatenate([s.lengths - s.prompt_lengths for s in samples])
+    return Answers(
+        [texts[i : i + count] for i in range(0, len(texts), count)],
+        np.array([g.score for g in judged]).reshape(shape) if judged else rewards.reshape(shape),
+        [g.parts for g in judged],
+        rewards.reshape(shape),
+        tokens.reshape(shape),
+        samples,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+def pretraining_loss(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+    """Held-out pretraining loss in nats per token: what it rises by is the alignment tax."""
+    rows = common.lm_rows(network.tokenizer, config.held_out_text, length=config.held_out_row_length)
+    batches = Batches(rows, batch_size=config.batch_size, seed=0)
+    count = min(config.held_out_batches, batches.steps(1))
+    return lm_loss(network.model, network.params, [sharding.place_batch(batches.at(i), mesh) for i in range(count)])
+
+
+def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+    """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence."""
+    reference = common.load_network(config.reference, mesh)
+
+    @jax.jit
+    def log_prob(params: Any, samples: Samples) -> jax.Array:
+        mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+        logp = scoring.sequence_log_probs(
+            network.model, params, samples.tokens, samples.lengths, mask, temperature=config.temperature
+        )
+        return logp.sum(axis=1)
+
+    gaps = []
+    for samples in said.samples:
+        gaps.append(np.asarray(log_prob(network.params, samples) - log_prob(reference.params, samples)))
+    return float(np.concatenate(gaps).mean())
+
+
+def compare(answers: dict[str, Answers], *, has_gold: bool) -> dict[str, Any]:
+    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths, best-of-n."""
+    baseline = answers[BASELINE]
+    others = {name: said for name, said in answers.items() if name != BASELINE}
+    # Best of 4 meets the samples it was not chosen from.
+    best = _best_of(baseline, 4) if baseline.reward.shape[1] > 4 else None
+    results: dict[str, Any] = {}
+    fields = {"win_rate_vs_sft": "gold", "win_rate_vs_sft_by_reward_model": "reward"}
+    for key, field in fields.items():
+        rates = {m: win_rate(getattr(a, field), getattr(baseline, field))._asdict() for m, a in others.items()}
+        if best is not None:
+            rates[BEST_OF] = win_rate(best[field], getattr(baseline, field)[:, 4:])._asdict()
+        results[key] = rates
+    results["win_rate_vs_sft_length_controlled"] = {
+        m: length_controlled_win_rate(a.gold, baseline.gold, a.tokens, baseline.tokens)._asdict()
+        for m, a in others.items()
+    }
+    results["gold_score"] = {m: float(a.gold.mean()) for m, a in answers.items()}
+    results["reward_score"] = {m: float(a.reward.mean()) for m, a in answers.items()}
+    results["response_tokens"] = {m: float(a.tokens.mean()) for m, a in answers.items()}
+    if best is not None:
+        results["gold_score"][BEST_OF] = float(best["gold"].mean())
+        results["response_tokens"][BEST_OF] = float(best["tokens"].mean())
+    if has_gold:
+        results["gold_parts"] = {m: mean_parts(a.parts) for m, a in answers.items()}
+    results["best_of_n"] = best_of_n_curve(baseline)
+    return results
+
+
+def _best_of(said: Answers, n: int) -> dict[str, np.ndarray]:
+    """The sample that the reward model likes best among the first n of each prompt."""
+    pick = said.reward[:, :n].argmax(axis=1)[:, None]
+    return {f: np.take_along_axis(getattr(said, f), pick, axis=1)[:, 0] for f in ("gold", "reward", "tokens")}
+
+
+def best_of_n_curve(said: Answers) -> dict[str, list[float]]:
+    """Gold and proxy of best-of-n by the reward model, and the gold of best-of-n by gold itself."""
+    ns = [2**i for i in range(said.reward.shape[1].bit_length()) if 2**i <= said.reward.shape[1]]
+    return {
+        "n": [float(n) for n in ns],
+        "kl": [kl_bon(n) for n in ns],
+        "proxy": [best_of_n(said.reward, said.reward, n=n) for n in ns],
+        "gold": [best_of_n(said.reward, said.gold, n=n) for n in ns],
+        "gold_by_gold": [best_of_n(said.gold, said.gold, n=n) for n in ns],
+    }
+
+
+def mean_parts(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each part over the answers that have it."""
+    names = sorted({name for one in parts for name in one})
+    return {name: float(np.mean([one[name] for one in parts if name in one])) for name in names}
+
+
+def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]) -> None:
+    """The first sample of each model to each prompt, with its judgements."""
+    schema.write_jsonl(
+        path,
+        [
+            Line(p.id, name, p.prompt, said.texts[i][0], float(said.gold[i, 0]), float(said.reward[i, 0]))
+            for i, p in enumerate(prompts)
+            for name, said in answers.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/evaluate/storyland.py", workdir="runs/evaluate")

@@ -1,0 +1,347 @@
+"""InstructGPT, whole: demonstrations -> SFT -> ranked samples -> reward model -> PPO and PPO-ptx -> evaluation.
+
+    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py --workdir=runs/instructgpt
+
+Each stage reads files and writes files, so any of them can be replaced by files of your own; a stage that is done is not
+done again. Writes ``results.json``, ``report.html`` and ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import common, evaluate, ppo, prepare_data, reward_model, sample, sft
+from rlhf_jax import config as config_lib
+from rlhf_jax import metrics
+from rlhf_jax.checkpoint import write_json
+from rlhf_jax.data import schema
+from rlhf_jax.evaluation import reward_model as quality
+from rlhf_jax.evaluation.report import check_results, write_report
+
+DONE = "done.json"
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Runs what is not done yet and returns the results."""
+    common.Compiling.listen()
+    pipeline = Pipeline(config, Path(workdir))
+    pipeline.stage("data", lambda folder: prepare_data.run(config.data, folder))
+    pipeline.stage("sft", pipeline.sft)
+    pipeline.stage("ppo_init", pipeline.ppo_init)
+    pipeline.stage("samples", pipeline.samples)
+    pipeline.stage("reward_model", pipeline.reward_model)
+    pipeline.stage("baseline", pipeline.baseline)
+    pipeline.stage("ppo", lambda folder: pipeline.ppo(folder, ptx=False))
+    pipeline.stage("ppo_ptx", lambda folder: pipeline.ppo(folder, ptx=True))
+    pipeline.stage("evaluation", pipeline.evaluation)
+    results = pipeline.results()
+    report = pipeline.report(results)
+    print(headline(results), flush=True)
+    print(f"The report is {report}", flush=True)
+    return results
+
+
+class Pipeline:
+    """The stages with their folders: which file of one stage is the input of which other."""
+
+    def __init__(self, config: ConfigDict, folder: Path):
+        self.config, self.folder = config, folder
+
+    def stage(self, name: str, work: Callable[[str], dict]) -> dict:
+        """Runs `work` in the stage's folder unless it is done; keeps what it returned, its time and its compile time."""
+        folder = self.folder / name
+        if (folder / DONE).is_file():
+            return self.done(name)
+        print(f"== {name}", flush=True)
+        begin, compiled = time.monotonic(), common.Compiling.seconds
+        folder.mkdir(parents=True, exist_ok=True)
+        result = work(str(folder))
+        record = {
+            "result": json.loads(json.dumps(result, default=float)),
+            "seconds": round(time.monotonic() - begin, 2),
+            "compile_seconds": round(common.Compiling.seconds - compiled, 2),
+            "peak_memory_mb": round(common.peak_memory_mb()),
+        }
+        write_json(folder / DONE, record)
+        return record["result"]
+
+    def done(self, name: str) -> dict:
+        """What a finished stage returned."""
+        return common.read_json(self.folder / name / DONE)["result"]
+
+    def data(self, name: str) -> str:
+        """A file of the data stage."""
+        return str(self.folder / "data" / f"{name}.jsonl")
+
+    # ------------------------------------------------------------------------------------------------- the stages
+
+    def sft(self, folder: str) -> dict:
+        """The SFT model, every epoch of it."""
+        config = common.config_dict(self.config.sft)
+        config.update(model=self.config.base, seed=self.config.seed, **self._demonstrations())
+        return sft.run(config, folder)
+
+    def ppo_init(self, folder: str) -> dict:
+        """The init of PPO: fewer epochs, 10% pretraining text."""
+        config = common.config_dict(self.config.ppo_init)
+        config.update(model=self.config.base, seed=self.config.seed, **self._demonstrations())
+        config.pretraining_text = self.data("corpus")
+        return sft.run(config, folder)
+
+    def _demonstrations(self) -> dict[str, str]:
+        return {"demonstrations": self.data("demonstrations"), "validation": self.data("demonstrations_validation")}
+
+    def samples(self, folder: str) -> dict:
+        """Ranked responses: for training by the training labelers, for validation by both groups."""
+        trained = self.done("sft")
+        models = tuple(dict.fromkeys((trained["lowest_loss"], trained["last"])))
+        config = common.config_dict(self.config.sample)
+        config.update(models=models, prompts=self.data("prompts_ranking"), seed=self.config.seed)
+        counts = sample.run(config, folder)
+        held = common.config_dict(config)
+        held.update(prompts=self.data("prompts_validation"), labels_each=2)
+        sample.run(held, str(Path(folder) / "validation_train"))
+        responses = schema.read_rows(
+            Path(folder) / "validation_train" / "samples.jsonl",
+            lambda row: sample.Responses(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}),
+        )
+        records = responses[0] if isinstance(responses, tuple) else responses
+        rankings = sample.rank(records, group="heldout", count=config.labelers, labels_each=2)
+        (Path(folder) / "validation_heldout").mkdir(exist_ok=True)
+        schema.write_jsonl(Path(folder) / "validation_heldout" / "rankings.jsonl", rankings)
+        return counts
+
+    def reward_model(self, folder: str) -> dict:
+        """The reward model, from the last SFT checkpoint."""
+        config = common.config_dict(self.config.reward_model)
+        samples = self.folder / "samples"
+        config.update(
+            model=self.done("sft")["last"], seed=self.config.seed, rankings=str(samples / "rankings.jsonl"),
+            demonstrations=self.data("demonstrations"),
+        )  # fmt: skip
+        for group in ("train", "heldout"):
+            config.evaluation[f"validation_{group}"] = str(samples / f"validation_{group}" / "rankings.jsonl")
+        result = reward_model.run(config, folder)
+        for group in ("train", "heldout"):
+            rankings = reward_model.read_rankings(config.evaluation[f"validation_{group}"])
+            result[f"agreement_{group}"] = agreement(rankings)
+        return result
+
+    def baseline(self, folder: str) -> dict:
+        """The SFT baseline: the epoch with the best reward-model score on validation prompts, not the lowest loss."""
+        del folder
+        mesh = common.start(self.config.sft.mesh)
+        config = self.config.evaluate
+        prompts = common.read_prompts(self.data("prompts_validation"))
+        reward = common.load_network(self.done("reward_model")["model"], mesh)
+        judge = config_lib.resolve(config.gold) if config.gold else None
+        epochs = []
+        for row in self.done("sft")["epochs"]:
+            path = self.folder / "sft" / f"epoch-{row['epoch']}"
+            network = common.load_network(str(path), mesh)
+            said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, 2, config, mesh)
+            epochs.append(
+                {**row, "path": str(path), "reward_score": float(said.reward.mean()), "gold_score": float(said.gold.mean())}
+            )
+        best = max(epochs, key=lambda row: row["reward_score"])
+        lowest = min(epochs, key=lambda row: row["validation_loss"])
+        return {"epochs": epochs, "path": best["path"], "epoch": best["epoch"], "lowest_loss_epoch": lowest["epoch"]}
+
+    def ppo(self, folder: str, *, ptx: bool) -> dict:
+        """PPO, with or without the pretraining mix."""
+        config = common.config_dict(self.config.ppo)
+        config.update(
+            name="ppo_ptx" if ptx else "ppo", model=self.done("ppo_init")["last"], seed=self.config.seed,
+            reward_model=self.done("reward_model")["model"], prompts=self.data("prompts_ppo"),
+            pretraining_text=self.data("corpus"), held_out_text=self.data("corpus_held_out"),
+        )  # fmt: skip
+        if not ptx:
+            config.ptx_coef = 0.0
+        return ppo.run(config, folder)
+
+    def evaluation(self, folder: str) -> dict:
+        """All models on the test prompts."""
+        config = common.config_dict(self.config.evaluate)
+        config.update(
+            reward_model=self.done("reward_model")["model"], prompts=self.data("prompts_test"),
+            held_out_text=self.data("corpus_held_out"), reference=self.done("ppo_init")["last"],
+        )  # fmt: skip
+        config.models.update(
+            base=self.config.base, sft=self.done("baseline")["path"],
+            ppo=self.done("ppo")["ema"], ppo_ptx=self.done("ppo_ptx")["ema"],
+        )  # fmt: skip
+        config.few_shot.demonstrations = self.data("demonstrations")
+        return evaluate.run(config, folder)
+
+    # ------------------------------------------------------------------------------------------------ the results
+
+    def results(self) -> dict:
+        """Writes ``results.json`` (docs/results_schema.md) and ``metrics.jsonl`` of all stages."""
+        measured, rewards = self.done("evaluation"), self.done("reward_model")
+        records = {p.parent.name: common.read_json(p) for p in sorted(self.folder.glob(f"*/{DONE}"))}
+        seconds = {name: record["seconds"] for name, record in records.items()}
+        seconds["compile"] = round(sum(record["compile_seconds"] for record in records.values()), 2)
+        seconds["total"] = round(sum(record["seconds"] for record in records.values()), 2)
+        results = {
+            **measured,
+            "demonstration_gold_score": self._demonstration_gold(),
+            "rm_accuracy": {f"{g}_labelers": rewards[f"validation_{g}"]["accuracy"] for g in ("train", "heldout")},
+            "labeler_agreement": {g: rewards[f"agreement_{g}"] for g in ("train", "heldout")},
+            "calibration": calibration_points(rewards["validation_heldout"]["calibration"]),
+            "length_only_accuracy": rewards["validation_heldout"]["length_only_accuracy"],
+            "reward_model": {k: rewards[k] for k in ("prompts", "responses", "pairs", "steps", "padding_share")},
+            "sft": self.done("baseline"),
+            "seconds": seconds,
+            "peak_memory_mb": max(record["peak_memory_mb"] for record in records.values()),
+            "config": json.loads(config_lib.to_json(self.config)),
+            "versions": versions(),
+        }
+        write_json(self.folder / "results.json", results)
+        lines = [line for name in records for line in self._metric_lines(name)]
+        (self.folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        missing = check_results(results)
+        if missing:
+            print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
+        return results
+
+    def _demonstration_gold(self) -> float:
+        judge = config_lib.resolve(self.config.evaluate.gold)
+        records, _ = schema.read_jsonl(self.data("demonstrations_validation"), schema.Demonstration)
+        return float(np.mean([judge(str(r.id), r.response).score for r in records]))
+
+    def _metric_lines(self, stage: str) -> list[str]:
+        file = self.folder / stage / metrics.FILE
+        if not file.is_file():
+            return []
+        rows = metrics.read(file)
+        return [json.dumps({**row, "stage": stage}) + "\n" for row in rows]
+
+    def report(self, results: dict) -> Path:
+        """Writes ``report.html``."""
+        return write_report(
+            self.folder / "report.html", results, self._history(), self._samples(), departures(self.config)
+        )
+
+    def _history(self) -> dict[str, list[dict]]:
+        names = {
+            "rollout/score": "score",
+            "rollout/kl_nats_per_sequence": "kl",
+            "rollout/response_tokens": "response_tokens",
+            "gold_score": "gold_score",
+            "held_out_loss": "pretraining_loss",
+        }
+        history: dict[str, list[dict]] = {}
+        for stage in ("ppo", "ppo_ptx"):
+            rows = metrics.read(self.folder / stage / metrics.FILE)
+            history[stage] = [
+                {"iteration": row["step"]} | {short: row[long] for long, short in names.items() if long in row} for row in rows
+            ]
+        history["sft"] = [
+            {
+                "epoch": row["epoch"],
+                "validation_loss": row["validation_loss"],
+                "score": row["reward_score"],
+                "gold_score": row["gold_score"],
+            }
+            for row in self.done("baseline")["epochs"]
+        ]
+        return history
+
+    def _samples(self, count: int = 12) -> list[dict]:
+        by_prompt: dict[str, dict] = {}
+        for line in (self.folder / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            entry = by_prompt.setdefault(row["prompt"], {"prompt": row["prompt"], "responses": {}})
+            entry["responses"][row["model"]] = {"text": row["response"], "gold_score": row["gold_score"]}
+        return list(by_prompt.values())[:count]
+
+
+def agreement(rankings: Sequence[schema.Ranking]) -> float:
+    """How often two labelers of the group order a pair the same way, from prompts that two of them ranked."""
+    pairs: dict[str, list[tuple[int, ...]]] = {}
+    for ranking in rankings:
+        pairs.setdefault(str(ranking.id).rsplit("/", 1)[0], []).append(ranking.ranks)
+    both = [ranks for ranks in pairs.values() if len(ranks) == 2]
+    k = max(len(a) for a, _ in both)
+    fill = lambda ranks: list(ranks) + [-1] * (k - len(ranks))  # noqa: E731
+    first, second = (np.array([fill(ranks[i]) for ranks in both]) for i in (0, 1))
+    return quality.labeler_agreement(first, second).value
+
+
+def calibration_points(calibration: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The calibration curve under the names of the results schema."""
+    return {key: calibration[key] for key in ("predicted", "observed", "count")}
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, libraries, device."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "rlhf_jax")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"python": platform.python_version(), **found, "device": device, "machine": platform.machine()}
+
+
+def departures(config: ConfigDict) -> list[dict[str, str]]:
+    """Where this run departs from the paper, beside the paper's value."""
+    p, s, r = config.ppo, config.sft, config.reward_model
+    small = "two CPU cores and ten minutes"
+    rows = [
+        ("Policy", "1.3B, 6B and 175B parameters", "appendix C", f"{p.iterations and config.base}", small),
+        ("Demonstrations", "12,725", "table 6", f"{config.data.demonstrations:,}", small),
+        ("SFT epochs", "16", "appendix C.1", str(s.epochs), "chosen among the epochs that fit, by reward-model score"),
+        ("SFT dropout", "0.2", "appendix C.1", str(s.dropout), "a small model has little to spare"),
+        ("Prompts with rankings", "33,207", "table 6", f"{config.data.ranking_prompts:,}", small),
+        ("Labelers", "about 40 people", "section 3.4", "10 + 10 simulated", "the truth is known in storyland"),
+        ("Reward-model batch", "64 prompts", "appendix C.2", f"{r.batch_size} rows", "fewer prompts, still enough steps"),
+        ("Reward model size", "6B for every policy", "section 3.5", "the size of the policy", small),
+        ("Episodes", "256,000", "appendix C.4", f"{p.iterations * p.episodes:,}", small),
+        ("Episodes of an iteration", "512", "appendix C.4", str(p.episodes), small),
+        ("Minibatch", "64", "appendix C.4", str(p.episodes // p.minibatches), "the ratio of 8 steps an iteration is kept"),
+        ("Inner epochs", "1", "appendix C.4", str(p.epochs), ""),
+        ("KL coefficient", "0.02", "appendix C.4", str(p.kl.coef), "a small reward model is easier to fool"),
+        ("Pretraining coefficient", "27.8", "appendix C.4", str(p.ptx_coef), "chosen by the two logged gradient norms"),
+        (
+            "Pretraining rows an episode", "8", "appendix C.4", str(p.ptx_rows_per_episode),
+            "rows of several documents; time",
+        ),
+        ("Gradient clipping", "not stated", "appendix C", "each term at 1.0", "a large term must not shrink the other"),
+        ("Missing end of text", "not stated", "", f"score {p.missing_eos_score}", "Ziegler et al. 2019 use -1"),
+        ("Average of weights", "decay 0.992", "appendix C.4", str(p.ema_decay), "a shorter run needs a shorter memory"),
+        ("Learning rate of PPO", "2.55e-6 to 2.55e-5 swept", "appendix C.4", str(p.learning_rate), "a small model"),
+        ("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),
+    ]  # fmt: skip
+    keys = ("name", "paper", "source", "run", "why")
+    return [dict(zip(keys, row, strict=True)) for row in rows if row[1] != row[3]]
+
+
+def headline(results: dict) -> str:
+    """The result in a few lines."""
+    lines = ["", "Win rate against SFT by the gold scorer (95% interval):"]
+    for model, rate in results["win_rate_vs_sft"].items():
+        lines.append(f"  {model:14} {rate['value']:.3f}  ({rate['low']:.3f} to {rate['high']:.3f})")
+    return "\n".join(lines)
+
+
+def remove_stage(workdir: str, name: str) -> None:
+    """Forgets a stage, so that the next run does it again."""
+    shutil.rmtree(Path(workdir) / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt")

@@ -1,0 +1,263 @@
+"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is mixed in (PPO-ptx).
+
+    python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo \\
+        --config.model=runs/ppo_init/epoch-2 --config.reward_model=runs/reward_model/model \\
+        --config.prompts=runs/data/prompts_ppo.jsonl --config.pretraining_text=runs/data/corpus.jsonl
+
+One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. The model it starts from is
+also the KL reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax import config as config_lib
+from rlhf_jax import kl_control, optim, sharding
+from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
+from rlhf_jax.data import text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.evaluation.alignment_tax import lm_loss
+from rlhf_jax.generate import generate
+from rlhf_jax.metrics import StageLog, to_host
+from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
+from rlhf_jax.steps import POLICY_ARGUMENTS, VALUE_ARGUMENTS, compile_step, make_ppo_step, train_state
+from rlhf_jax.types import LMBatch, Metrics, PPOState, Rollout, Samples
+
+SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
+
+
+class Setup(NamedTuple):
+    """Everything that stays the same while PPO runs: networks, streams, compiled pieces."""
+
+    policy: common.Network
+    reward: common.Network
+    prompt_texts: list[str]
+    prompt_ids: list[str | None]
+    prompts: Batches
+    pretraining: Batches | None
+    held_out: list[LMBatch]
+    controller: kl_control.KLController
+    score_and_shape: Callable[..., tuple[Rollout, Metrics]]
+    step: Callable[..., tuple[PPOState, Metrics]]
+    state: PPOState
+    gold: Callable[[str, str], float] | None
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
+    validate(config)
+    mesh = common.start(config.mesh)
+    setup = prepare(config, mesh)
+    folder = Path(workdir)
+    with Checkpoints(folder / "checkpoints", keep=2) as saved, stop_requests() as stop:
+        state, done = setup.state, saved.newest_good() or 0
+        if done:
+            state, _ = saved.restore(done, state)
+        with StageLog(folder, config.name, total=config.iterations, resume_step=done, show=SHOW) as log:
+            for iteration in range(done, config.iterations):
+                state, metrics = iterate(setup, state, iteration, config, mesh)
+                log(iteration + 1, metrics)
+                last = iteration + 1 == config.iterations
+                if last or (iteration + 1) % config.save_every == 0 or stop(iteration + 1):
+                    log.flush()
+                    saved.save(iteration + 1, state)
+                if stop(iteration + 1) and not last:
+                    saved.wait()
+                    raise KeyboardInterrupt(f"{config.name} at iteration {iteration + 1} of {config.iterations}")
+    common.save_network(folder / "last", setup.policy._replace(params=state.policy.params))
+    common.save_network(folder / "ema", setup.policy._replace(params=state.policy.ema))
+    result = {
+        "ema": str(folder / "ema"),
+        "last": str(folder / "last"),
+        "episodes": config.iterations * config.episodes,
+        "optimizer_steps": int(state.policy.step),
+        "kl_coef": float(state.kl.coef),
+    }
+    write_json(folder / "ppo.json", result)
+    return result
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses numbers that do not fit together, before anything is loaded."""
+    config_lib.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
+    config_lib.require_one_of("kl.controller", config.kl.controller, ("fixed", "adaptive"))
+    config_lib.require_range("kl.coef", config.kl.coef, low=0.0)
+    config_lib.require_range("temperature", config.temperature, low=1e-3)
+    config_lib.require_range("ema_decay", config.ema_decay, low=0.0, high=1.0)
+    config_lib.require_range("iterations", config.iterations, low=1)
+
+
+def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
+    """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
+    policy, reward = common.load_network(config.model, mesh), common.load_network(config.reward_model, mesh)
+    text.check_same_tokenizer(policy=policy.tokenizer, reward_model=reward.tokenizer)
+    records = common.read_prompts(config.prompts)
+    ids = common.encode_prompts(
+        policy.tokenizer, [r.prompt for r in records], length=config.prompt_length, where=config.prompts
+    )
+    prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
+    policy_tx, value_tx = optimizers(config)
+    step = make_ppo_step(
+        policy.model, reward.model, policy_tx, value_tx,
+        policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
+        value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
+        ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
+        epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
+        temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
+        batch_sharding=sharding.batch_sharding(mesh),
+    )  # fmt: skip
+    controller = kl_controller(config)
+    state = PPOState(
+        policy=train_state(policy.params, policy_tx, ema=True),
+        value=train_state(reward.params, value_tx),
+        kl=controller.init(),
+        iteration=jnp.zeros((), jnp.int32),
+    )
+    return Setup(
+        policy, reward, [r.prompt for r in records], [r.id for r in records], prompts,
+        pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
+        make_score_and_shape(
+            policy.model, reward.model, reward.model, gamma=config.gamma, lam=config.lam,
+            temperature=config.temperature, missing_eos_score=config.missing_eos_score, truncation=config.truncation,
+        ),
+        compile_step(step), common.place(state, mesh), gold_scorer(config),
+    )  # fmt: skip
+
+
+def optimizers(config: ConfigDict) -> tuple[Any, Any]:
+    """Adam for the policy and for the value network: warmup over the first iterations, then constant."""
+    per_iteration = config.epochs * config.minibatches
+    warmup = config.warmup_iterations * per_iteration
+    make = lambda rate, clip: optim.adam(  # noqa: E731
+        optim.warmup_then_constant(rate, warmup), b1=config.b1, b2=config.b2, eps=config.adam_eps, clip_norm=clip
+    )
+    return make(config.learning_rate, None), make(config.value_learning_rate, config.value_clip_norm)
+
+
+def kl_controller(config: ConfigDict) -> kl_control.KLController:
+    """The controller of the KL coefficient that the config asks for."""
+    if config.kl.controller == "fixed":
+        return kl_control.fixed_kl(coef=config.kl.coef)
+    return kl_control.adaptive_kl(
+        coef=config.kl.coef, target=config.kl.target, horizon=config.kl.horizon, n_steps=config.episodes
+    )
+
+
+def pretraining_stream(tokenizer: Any, config: ConfigDict) -> Batches | None:
+    """Packed pretraining rows, `ptx_rows_per_episode` for each episode; None for plain PPO."""
+    if not config.ptx_coef:
+        return None
+    rows = common.lm_rows(tokenizer, config.pretraining_text, length=config.ptx_row_length)
+    count = round(config.ptx_rows_per_episode * config.episodes)
+    steps = config.epochs * config.minibatches
+    config_lib.require(
+        count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
+        f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
+    )  # fmt: skip
+    return Batches(rows, batch_size=count, seed=config.seed)
+
+
+def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
+    """Held-out pretraining rows on the devices, to watch the alignment tax."""
+    if not config.held_out_text:
+        return []
+    rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
+    batches = Batches(rows, batch_size=config.held_out_rows, seed=0)
+    return [sharding.place_batch(batches.at(0), mesh)]
+
+
+def gold_scorer(config: ConfigDict) -> Callable[[str, str], float] | None:
+    """``(prompt id, response) -> gold score`` where the truth is known; it is logged and never trained on."""
+    if not config.gold:
+        return None
+    judge = config_lib.resolve(config.gold)
+    return lambda name, response: judge(name, response).score
+
+
+def iterate(
+    setup: Setup, state: PPOState, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[PPOState, Metrics]:
+    """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed, iteration)."""
+    key = jax.random.fold_in(jax.random.key(config.seed), iteration)
+    places = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
+    prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
+    samples = sample(setup, state, prompts, key, config)
+    if iteration == 0:
+        check_step_zero(setup, state, samples, config)
+    rollout, metrics = setup.score_and_shape(
+        setup.policy.params, state.value.params, setup.reward.params, samples, state.kl.coef, prompts.ids
+    )
+    text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
+    state, update = setup.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
+    kl = metrics["rollout/kl_nats_per_sequence"]
+    state = dataclasses.replace(state, kl=setup.controller.update(state.kl, kl.value))
+    guard(metrics | update, iteration, config)
+    return state, metrics | update | observe(setup, state, samples, iteration, config)
+
+
+def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict) -> Samples:
+    """Responses of the current policy, under exactly the distribution that is trained: no top-k, no top-p."""
+    return generate(
+        setup.policy.model, state.policy.params, prompts, jax.random.fold_in(key, 0),
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        stop_ids=(setup.policy.tokenizer.eos_token_id,),
+    )  # fmt: skip
+
+
+def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
+    """Stops the run unless policy, reference, sampler and value network agree before the first update."""
+    step_zero_checks(
+        setup.policy.model, setup.reward.model, setup.reward.model, state.policy.params, setup.policy.params,
+        state.value.params, setup.reward.params, samples, temperature=config.temperature,
+    )  # fmt: skip
+
+
+def guard(metrics: Metrics, iteration: int, config: ConfigDict) -> None:
+    """Stops a run that has diverged.
+
+    Raises:
+      FloatingPointError: the KL is above its ceiling, or every minibatch of the iteration was skipped.
+    """
+    kl, skipped = to_host({"kl": metrics["rollout/kl_nats_per_sequence"], "skipped": metrics["skipped"]}).values()
+    if not kl <= config.kl_ceiling:
+        raise FloatingPointError(
+            f"iteration {iteration + 1}: KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling="
+            f"{config.kl_ceiling}: lower learning_rate or raise kl.coef; the last checkpoint is intact"
+        )
+    if skipped >= 1:
+        raise FloatingPointError(
+            f"iteration {iteration + 1}: every minibatch had a non-finite loss or gradient and was skipped; "
+            "lower learning_rate; the last checkpoint is intact"
+        )
+
+
+def observe(setup: Setup, state: PPOState, samples: Samples, iteration: int, config: ConfigDict) -> dict[str, Any]:
+    """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining loss."""
+    seen: dict[str, Any] = {}
+    if setup.gold is not None:
+        rows = setup.prompts.indices(iteration)
+        eos = setup.policy.tokenizer.eos_token_id
+        fetched = jax.tree.map(np.asarray, samples)
+        texts = [
+            text.decode_response(setup.policy.tokenizer, row[start:end], eos_id=eos)
+            for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
+        ]
+        golds = [setup.gold(str(setup.prompt_ids[i]), t) for i, t in zip(rows, texts, strict=True)]
+        seen["gold_score"] = float(np.mean(golds))
+    if setup.held_out and (iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations):
+        seen["held_out_loss"] = lm_loss(setup.policy.model, state.policy.params, setup.held_out)
+    return seen
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo")

@@ -1,0 +1,81 @@
+"""Pretrains a storyland base model on the corpus, as the shipped ones were.
+
+    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large --workdir=runs/pretrain_large
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax import config as config_lib
+from rlhf_jax import optim, sharding
+from rlhf_jax.data import text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.data.storyland import documents
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
+from rlhf_jax.evaluation.alignment_tax import lm_loss
+from rlhf_jax.metrics import StageLog
+from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.heads import language_model
+from rlhf_jax.steps import compile_step, make_sft_step, train_state
+
+HELD_OUT_SEED = 1
+"""Seed of the corpus stream that no model is trained on."""
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
+    mesh = common.start(config.mesh)
+    tokenizer = text.load_tokenizer(storyland_assets.assets())
+    encode = lambda d: text.encode_document(tokenizer, d, eos_id=tokenizer.eos_token_id)  # noqa: E731
+    rows = text.lm_rows([encode(d) for d in documents(0, config.documents)], length=config.row_length)
+    held_out = text.lm_rows(
+        [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
+    )
+    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
+    held_out = Batches(held_out, batch_size=config.batch_size, seed=0)
+    model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
+    steps = batches.steps(config.epochs)
+    tx = optim.adam(
+        optim.cosine_to(config.learning_rate, steps), weight_decay=config.weight_decay, clip_norm=config.clip_norm
+    )
+    state = common.place(train_state(model.init(jax.random.key(config.seed)), tx), mesh)
+    step_fn = compile_step(make_sft_step(model, tx))
+    begin = time.monotonic()
+    with StageLog(workdir, "pretrain", total=steps, show=("sft/loss", "held_out_loss")) as log:
+        for step in range(0, steps, config.evaluate_every):
+            block = range(step, min(step + config.evaluate_every, steps))
+            state = common.train(step_fn, state, batches, mesh, log, steps=block, seed=config.seed)
+            held = [sharding.place_batch(held_out.at(i), mesh) for i in range(config.held_out_batches)]
+            loss = lm_loss(model, state.params, held)
+            log(block[-1] + 1, {"held_out_loss": loss})
+            save(Path(workdir) / "model", model, state.params, tokenizer)
+    tokens = int((rows.segments > 0).sum())
+    result = {
+        "held_out_loss": loss,
+        "seconds": round(time.monotonic() - begin),
+        "steps": steps,
+        "tokens": tokens,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "seed": config.seed,
+        "corpus_sha256": storyland_assets.corpus_fingerprint(),
+        "tokenizer_sha256": text.tokenizer_fingerprint(tokenizer),
+    }
+    common.write_json(Path(workdir) / "pretrain.json", result)
+    return result
+
+
+def save(folder: Path, model, params, tokenizer) -> None:
+    """The model in bfloat16: half the size, and what `load_hf` reads back as float32."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    common.save_network(folder, common.Network(model, half, tokenizer))
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain")

@@ -1,0 +1,131 @@
+"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch, demonstrations at 0.
+
+    python experiments/reward_model.py --config=configs/reward_model/storyland.py --workdir=runs/reward_model \\
+        --config.model=runs/sft/epoch-4 --config.rankings=runs/samples/rankings.jsonl \\
+        --config.demonstrations=runs/data/demonstrations.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax import config as config_lib
+from rlhf_jax import optim
+from rlhf_jax.checkpoint import write_json
+from rlhf_jax.data import schema, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.evaluation import reward_model as quality
+from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.steps import compile_step, make_reward_step, train_state
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Writes ``model/`` (a sequence classifier of one label) and ``reward_model.json``."""
+    mesh = common.start(config.mesh)
+    base = common.load_network(config.model, mesh)
+    rankings = read_rankings(config.rankings)
+    rows = text.ranking_rows(
+        [encode_ranking(base.tokenizer, r) for r in rankings], length=config.row_length, max_k=config.max_k
+    )
+    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
+    steps = batches.steps(config.epochs)
+    tx = optim.adam(optim.cosine_to(config.learning_rate, steps), b1=config.b1, b2=config.b2, clip_norm=config.clip_norm)
+    model = scalar_model(base.model.config)
+    params = scalar_from_language_model(base.params, jax.random.key(config.seed))
+    loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
+    state = common.train_resumable(
+        compile_step(make_reward_step(model, tx, loss=loss)),
+        common.place(train_state(params, tx), mesh),
+        batches, mesh, workdir=workdir, stage="reward_model", steps=steps, save_every=config.save_every,
+        seed=config.seed, show=("reward/loss", "reward/accuracy"),
+    )  # fmt: skip
+    network = center(common.Network(model, state.params, base.tokenizer), config, mesh)
+    common.save_network(Path(workdir) / "model", network)
+    result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(rankings)}
+    result["padding_share"] = text.padding_share(rows)
+    result["responses"] = sum(len(r.responses) for r in rankings)
+    result["pairs"] = sum(schema.strict_pairs(r.ranks) for r in rankings)
+    for name, path in config.evaluation.items():
+        if path:
+            result[name] = evaluate(network, read_rankings(path), config, mesh)
+    write_json(Path(workdir) / "reward_model.json", result)
+    return result
+
+
+def read_rankings(path: str) -> list[schema.Ranking]:
+    """Rankings of a JSONL file.
+
+    Raises:
+      ValueError: there is none.
+    """
+    rankings, _ = schema.read_jsonl(path, schema.Ranking, allow_empty_responses=True)
+    if not rankings:
+        raise ValueError(f"{path} holds no rankings: check how it was made")
+    return rankings
+
+
+def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
+    """A ranking as token ids, each response with its EOS."""
+    eos = tokenizer.eos_token_id
+    responses = [text.encode_response(tokenizer, response, eos_id=eos) for response in ranking.responses]
+    return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
+
+
+def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> common.Network:
+    """The reward model with its bias set so that the labelers' demonstrations score 0 on average.
+
+    Source: Ouyang et al. 2022, section 3.5.
+    """
+    records, _ = schema.read_jsonl(config.demonstrations, schema.Demonstration)
+    records = records[: config.bias_demonstrations]
+    scores = common.score_responses(
+        network, [r.prompt for r in records], [r.response for r in records], mesh, batch_size=config.score_batch_size
+    )
+    head = network.params["score"]
+    bias = head["bias"] + quality.demonstration_bias(scores)
+    return network._replace(params={**network.params, "score": {**head, "bias": bias}})
+
+
+def evaluate(
+    network: common.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
+) -> dict:
+    """Accuracy on strict pairs with its interval, log-loss, calibration and the rule "longer is better" beside it."""
+    flat = [(r.prompt, response) for r in rankings for response in r.responses]
+    scores = common.score_responses(
+        network, [p for p, _ in flat], [r for _, r in flat], mesh, batch_size=config.score_batch_size
+    )
+    grid, ranks, lengths = pad_ranked(rankings, scores)
+    accuracy = quality.pairwise_accuracy(grid, ranks)
+    calibration = quality.calibration(grid, ranks)
+    return {
+        "accuracy": accuracy._asdict(),
+        "log_loss": quality.pairwise_log_loss(grid, ranks),
+        "length_only_accuracy": quality.length_only_accuracy(lengths, ranks).value,
+        "calibration": {k: np.asarray(v).tolist() for k, v in calibration._asdict().items()},
+        "prompts": len(rankings),
+    }
+
+
+def pad_ranked(rankings: Sequence[schema.Ranking], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, ranks and lengths (words) of each ranking as ``[N, K]`` with -1 for absent ranks."""
+    k = max(len(r.responses) for r in rankings)
+    grid, ranks, lengths = np.zeros((len(rankings), k)), np.full((len(rankings), k), -1), np.zeros((len(rankings), k))
+    start = 0
+    for row, ranking in enumerate(rankings):
+        count = len(ranking.responses)
+        grid[row, :count] = scores[start : start + count]
+        ranks[row, :count] = ranking.ranks
+        lengths[row, :count] = [len(response.split()) for response in ranking.responses]
+        start += count
+    return grid, ranks, lengths
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model")

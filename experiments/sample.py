@@ -1,0 +1,107 @@
+"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank them.
+
+    python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/samples \\
+        --config.prompts=runs/data/prompts_ranking.jsonl --config.models="('runs/sft/epoch-1',)"
+
+Writes ``samples.jsonl`` (prompt, responses, policies, temperatures); with ``config.labelers > 0`` also
+``rankings.jsonl``, whose prompts must be storyland's, because only there simulated labelers know the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax import config as config_lib
+from rlhf_jax.data import schema
+from rlhf_jax.data.storyland import labelers, task_of
+from rlhf_jax.metrics import StageLog
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """K responses to a prompt with where they came from; one line of ``samples.jsonl``."""
+
+    id: str | None
+    prompt: str
+    responses: tuple[str, ...]
+    policies: tuple[str, ...]
+    temperatures: tuple[float, ...]
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Samples, ranks, writes; returns counts."""
+    mesh = common.start(config.mesh)
+    prompts = common.read_prompts(config.prompts)
+    ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
+    # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
+    drawn: dict[tuple[int, int], str] = {}
+    with StageLog(workdir, "sample", total=len(config.models), show=("responses",)) as log:
+        for which, name in enumerate(config.models):
+            network = common.load_network(name, mesh)
+            texts = [p.prompt for p in prompts]
+            ids = common.encode_prompts(network.tokenizer, texts, length=config.prompt_length, where=config.prompts)
+            wanted = [(p, k) for p in range(len(prompts)) for k in range(ks[p]) if k % len(config.models) == which]
+            wanted.sort(key=lambda pk: len(ids[pk[0]]))
+            responses, _ = common.sample_responses(
+                network, [ids[p] for p, _ in wanted], mesh,
+                prompt_length=config.prompt_length, max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature, seed=config.seed, batch_size=config.batch_size,
+                places=[p * config.max_k + k for p, k in wanted],
+            )  # fmt: skip
+            drawn |= dict(zip(wanted, responses, strict=True))
+            log(which + 1, {"responses": len(drawn)})
+    records = [
+        Responses(
+            prompt.id, prompt.prompt, tuple(drawn[p, k] for k in range(ks[p])),
+            tuple(Path(config.models[k % len(config.models)]).name for k in range(ks[p])),
+            (float(config.temperature),) * ks[p],
+        )
+        for p, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    schema.write_jsonl(Path(workdir) / "samples.jsonl", records)
+    if config.labelers:
+        rankings = rank(records, group=config.labeler_group, count=config.labelers, labels_each=config.labels_each)
+        schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
+    return {"prompts": len(prompts), "responses": len(drawn)}
+
+
+def draw_k(seed: int, place: int, low: int, high: int) -> int:
+    """How many responses this prompt gets, uniform in ``low .. high`` (4 to 9 in the paper)."""
+    if not 2 <= low <= high:
+        raise ValueError(f"min_k={low} and max_k={high} must satisfy 2 <= min_k <= max_k")
+    return random.Random(f"k/{seed}/{place}").randint(low, high)
+
+
+def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: int = 1) -> list[schema.Ranking]:
+    """Each prompt's responses ranked by simulated labelers of a group, most by one of them only as in the paper.
+
+    Args:
+      records: sampled responses to storyland prompts.
+      group: train or heldout.
+      count: labelers in the group.
+      labels_each: how many different labelers rank each prompt.
+    """
+    people = labelers(group, count)
+    rankings = []
+    for place, record in enumerate(records):
+        for extra in range(labels_each):
+            person = people[(place + extra) % count]
+            ranks = person.rank(task_of(str(record.id)), record.responses, place=record.id)
+            rankings.append(
+                schema.Ranking(
+                    record.prompt, record.responses, tuple(r - 1 for r in ranks),
+                    id=f"{record.id}/{person.name}", source="storyland", labeler=person.name, labeler_group=group,
+                    policies=record.policies, temperatures=record.temperatures,
+                )
+            )  # fmt: skip
+    return rankings
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/sample/storyland.py", workdir="runs/samples")

@@ -1,0 +1,103 @@
+"""Supervised fine-tuning on demonstrations: the SFT baseline, and with pretraining text mixed in the init of PPO.
+
+    python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft \\
+        --config.demonstrations=runs/data/demonstrations.jsonl --config.validation=runs/data/demonstrations_validation.jsonl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax import config as config_lib
+from rlhf_jax import optim, sharding
+from rlhf_jax.checkpoint import write_json
+from rlhf_jax.data import schema, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.evaluation.alignment_tax import lm_loss
+from rlhf_jax.metrics import StageLog, read
+from rlhf_jax.steps import compile_step, make_sft_step, train_state
+from rlhf_jax.types import LMBatch
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
+    mesh = common.start(config.mesh)
+    network = common.load_network(config.model, mesh, dropout=config.dropout)
+    rows = demonstration_rows(network.tokenizer, config.demonstrations, length=config.row_length)
+    held_out = demonstration_rows(network.tokenizer, config.validation, length=config.row_length)
+    if config.pretraining_fraction:
+        rows = mix_in(rows, network.tokenizer, config)
+    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
+    held_out = Batches(held_out, batch_size=config.batch_size, seed=config.seed)
+    held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
+    epoch_steps = batches.steps(1)
+    steps = epoch_steps * config.epochs
+    tx = optim.adam(optim.cosine_to(config.learning_rate, steps), b1=config.b1, b2=config.b2, clip_norm=config.clip_norm)
+    folder = Path(workdir)
+
+    def on_save(step: int, state: Any, log: StageLog) -> None:
+        epoch = math.ceil(step / epoch_steps)
+        common.save_network(folder / f"epoch-{epoch}", network._replace(params=state.params))
+        log(step, {"epoch": epoch, "validation_loss": lm_loss(network.model, state.params, held)})
+
+    common.train_resumable(
+        compile_step(make_sft_step(network.model, tx)),
+        common.place(train_state(network.params, tx), mesh),
+        batches, mesh, workdir=workdir, stage="sft", steps=steps, save_every=epoch_steps, seed=config.seed,
+        show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, on_save=on_save,
+    )  # fmt: skip
+    epochs = [row for row in read(folder / "metrics.jsonl", "sft") if "validation_loss" in row]
+    lowest = min(epochs, key=lambda row: row["validation_loss"])["epoch"]
+    result = {
+        "epochs": [{"epoch": int(row["epoch"]), "validation_loss": row["validation_loss"]} for row in epochs],
+        "lowest_loss": str(folder / f"epoch-{int(lowest)}"),
+        "last": str(folder / f"epoch-{config.epochs}"),
+        "padding_share": text.padding_share(rows),
+    }
+    write_json(folder / "sft.json", result)
+    return result
+
+
+def demonstration_rows(tokenizer: Any, path: str, *, length: int) -> LMBatch:
+    """Packed rows of a file of demonstrations.
+
+    Raises:
+      ValueError: the file is empty, or a demonstration is longer than a row.
+    """
+    records, _ = schema.read_jsonl(path, schema.Demonstration)
+    if not records:
+        raise ValueError(f"{path} holds no demonstrations: check how it was made")
+    eos = tokenizer.eos_token_id
+    pairs = [
+        (text.encode_prompt(tokenizer, r.prompt), text.encode_response(tokenizer, r.response, eos_id=eos)) for r in records
+    ]
+    return text.sft_rows(pairs, length=length)
+
+
+def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:
+    """The rows with pretraining rows among them, `config.pretraining_fraction` of the whole.
+
+    Source: Ouyang et al. 2022, appendix C.3 (10% pretraining data in the init of PPO).
+    """
+    fraction = config.pretraining_fraction
+    wanted = round(len(rows.tokens) * fraction / (1 - fraction))
+    pool = common.lm_rows(tokenizer, config.pretraining_text, length=config.row_length)
+    if len(pool.tokens) < wanted:
+        raise ValueError(
+            f"pretraining_text={config.pretraining_text} gives {len(pool.tokens)} rows and "
+            f"pretraining_fraction={fraction} needs {wanted}: give more text or lower the fraction"
+        )
+    chosen = np.random.default_rng(config.seed).permutation(len(pool.tokens))[:wanted]
+    fields = [f.name for f in dataclasses.fields(LMBatch)]
+    return LMBatch(**{f: np.concatenate([getattr(rows, f), getattr(pool, f)[chosen]]) for f in fields})
+
+
+if __name__ == "__main__":
+    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft")

@@ -10,7 +10,9 @@ Shape legend: B rows, T query slots, S key slots, D width, H query heads, G key-
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +37,15 @@ _MASKED = -1e30
 class DecoderConfig:
     """Shape and family of a decoder. The defaults are the Llama family; `gpt2` names the other one.
 
-    `kv_heads`, `head_dim` and `mlp_width` given as None are filled in at once: `dataclasses.replace` keeps them.
+    `kv_heads`, `head_dim` and `mlp_width` given as 0 are filled in at once: `dataclasses.replace` keeps them.
 
     Attributes:
       vocab_size: V, rows of the embedding.
       context_length: the largest number of positions.
       layers, width, heads: L, D, H.
-      kv_heads: G, key-value heads; None means `heads` (no grouping).
-      head_dim: E; None means ``width // heads``.
-      mlp_width: hidden width of the MLP; None means ``4 * width``.
+      kv_heads: G, key-value heads; 0 means `heads` (no grouping).
+      head_dim: E; 0 means ``width // heads``.
+      mlp_width: hidden width of the MLP; 0 means ``4 * width``.
       positions: learned table (GPT-2) or rotary in the half-split layout (Llama).
       norm: pre-norm kind; `norm_eps` is added to the variance.
       activation: ``gelu`` (erf), ``gelu_tanh`` (GPT-2) or gated ``swiglu`` (Llama).
@@ -61,9 +63,9 @@ class DecoderConfig:
     layers: int
     width: int
     heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_width: int | None = None
+    kv_heads: int = 0
+    head_dim: int = 0
+    mlp_width: int = 0
     positions: str = "rotary"
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
@@ -82,7 +84,7 @@ class DecoderConfig:
             ("head_dim", self.width // max(self.heads, 1)),
             ("mlp_width", 4 * self.width),
         ):
-            if getattr(self, name) is None:
+            if not getattr(self, name):
                 object.__setattr__(self, name, derived)
         _validate(self)
 
@@ -158,7 +160,8 @@ class Attention(nnx.Module):
             query, key = _rotate(query, angles), _rotate(key, angles)
         return query, key, value
 
-    def __call__(self, query, key, value, bias: Float[Array, "B 1 T S"]) -> Float[Array, "B T D"]:
+    def __call__(self, query: Array, key: Array, value: Array, bias: Float[Array, "B 1 T S"]) -> Float[Array, "B T D"]:
+        """Mix the values under `bias` (0 visible, very negative hidden) and project out."""
         return self.out(_attend(query, key, value, bias).reshape(*query.shape[:2], -1))
 
 
@@ -175,6 +178,7 @@ class MLP(nnx.Module):
         self.down = _linear(config, config.mlp_width, config.width, bias=bias, std=std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply the MLP to each place."""
         if self.config.activation == "swiglu":
             return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
         return self.down(jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh"))
@@ -201,6 +205,7 @@ class Embedding(nnx.Module):
         self.norm = _norm(config, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embed tokens, with their learned positions where the family has them."""
         x = self.embed(tokens)
         return x + self.positions(positions) if hasattr(self, "positions") else x
 
@@ -282,11 +287,11 @@ def init_decoder(config: DecoderConfig, key: Array) -> Params:
     return params | {"blocks": jax.vmap(lambda k: _init_module(Block, config, k))(block_keys)}
 
 
-def _init_module(kind: type[nnx.Module], config: DecoderConfig, key: Array) -> Params:
+def _init_module(kind: Callable[..., nnx.Module], config: DecoderConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-def _bind(kind: type[nnx.Module], config: DecoderConfig, params: Params):
+def _bind(kind: Callable[..., nnx.Module], config: DecoderConfig, params: Params) -> Any:
     """The module over `params`. It runs only while JAX traces, so compiled calls pay no nnx dispatch."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, params)

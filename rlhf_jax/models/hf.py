@@ -172,7 +172,7 @@ def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
         layers=d["n_layer"],
         width=d["n_embd"],
         heads=d["n_head"],
-        mlp_width=d.get("n_inner"),
+        mlp_width=d.get("n_inner") or 0,
         positions="learned",
         norm="layernorm",
         norm_eps=d.get("layer_norm_epsilon", 1e-5),
@@ -204,8 +204,8 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
         layers=d["num_hidden_layers"],
         width=d["hidden_size"],
         heads=d["num_attention_heads"],
-        kv_heads=d.get("num_key_value_heads"),
-        head_dim=d.get("head_dim"),
+        kv_heads=d.get("num_key_value_heads") or 0,
+        head_dim=d.get("head_dim") or 0,
         mlp_width=d["intermediate_size"],
         norm_eps=d.get("rms_norm_eps", 1e-6),
         bias="qkv" if kind == "qwen2" else "all" if attention else "none",
@@ -331,7 +331,7 @@ def _hf_name(names: Mapping[str, str], path: tuple[str, ...]) -> str:
 
 def _assemble(model: Model, names, read: Read, dtype, mesh, *, transposed: bool) -> Params:
     """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in)."""
-    expected = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    expected: dict[Any, Any] = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     params = {}
     for path, leaf in expected.items():
         if path[0] == "score":
@@ -367,7 +367,8 @@ def _place(value: np.ndarray | np.generic, dtype, mesh: jax.sharding.Mesh | None
 def _disassemble(config: DecoderConfig, kind: str, arrays: Params) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     names = _NAMES[kind]
-    for path, value in traverse_util.flatten_dict(arrays).items():
+    flat: dict[Any, Any] = traverse_util.flatten_dict(arrays)
+    for path, value in flat.items():
         if path[0] == "score":
             continue
         flip = path[-1] == "kernel" and (kind != "gpt2" or path[0] == "unembed")
@@ -452,7 +453,7 @@ def _load_gguf(path: Path, dtype, mesh) -> tuple[Model, Params, Any]:
 
 
 def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:
-    def field(name: str, default=None):
+    def field(name: str, default: Any = None) -> Any:
         entry = reader.get_field(name)
         if entry is None and default is None:
             raise ValueError(f"{path} lacks the field {name!r}: only llama models are supported")

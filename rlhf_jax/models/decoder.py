@@ -55,7 +55,7 @@ class DecoderConfig:
       dropout: rate on the embedding and both residual branches; acts only where `apply` is given a key.
       dtype: compute dtype; parameters stay as they are (float32 masters).
       remat: ``block`` recomputes each block in the backward pass.
-      unroll: blocks per iteration of the layer scan; None means all, the fastest on CPU, 1 compiles fastest.
+      unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
     """
 
     vocab_size: int
@@ -236,7 +236,7 @@ def _attend(
     value: Float[Array, "B S G E"],
     bias: Float[Array, "B 1 T S"],
 ) -> Float[Array, "B T H E"]:
-    # Heads before time: one plain batched matrix product per key-value head, a third faster on CPU than the
+    # Heads before time: one plain batched matrix product per key-value head, measured no slower on CPU than the
     # same einsum over [B, T, H, E]. The R = H / G query heads of a group are stacked along time.
     batch, length, heads, head_dim = query.shape
     groups = key.shape[2]

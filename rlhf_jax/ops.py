@@ -234,15 +234,15 @@ def _read_targets(
     def split(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(rows, chunks, columns, *x.shape[2:]), 0, 1)
 
-    def work(h: jax.Array, targets: jax.Array, valid: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.where(valid, x, 0.0), read(head(h), targets))
+    def work(h: jax.Array, targets: jax.Array) -> Any:
+        return read(head(h), targets)
 
-    def skip(h: jax.Array, targets: jax.Array, valid: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, h, targets, valid))
+    def skip(h: jax.Array, targets: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, h, targets))
 
     @jax.checkpoint  # the backward pass keeps a chunk's hidden states, not its logits
     def body(carry: None, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, Any]:
-        return carry, lax.cond(jnp.any(piece[2]), work, skip, *piece)
+        return carry, lax.cond(jnp.any(piece[2]), work, skip, *piece[:2])
 
     # `align` puts zeros where there is no target: whatever stood there can reach neither result nor gradient.
     pieces = (align(hidden, source), align(tokens, order), order >= 0)
@@ -280,13 +280,13 @@ def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float
       mask: true where `x` counts.
 
     Returns:
-      A scalar in the unit of `x`.
+      A float32 scalar in the unit of `x`: bf16 could not even count to 257.
 
     >>> float(masked_mean(jnp.array([1.0, 3.0, 1e6]), jnp.array([True, True, False])))
     2.0
     """
-    count = jnp.maximum(jnp.sum(mask, dtype=x.dtype), 1)
-    return jnp.sum(jnp.where(mask, x, 0)) / count
+    total = jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32)
+    return total / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
 
 
 def whiten(
@@ -312,6 +312,7 @@ def whiten(
     >>> [round(float(v), 4) for v in y]
     [-1.2247, 0.0, 1.2247, 0.0]
     """
+    x = x.astype(jnp.float32)
     mean = masked_mean(x, mask)
     # A second pass takes out the rounding error of the mean, which 1 / sqrt(1e-8) would blow up in all-equal batches.
     mean = mean + masked_mean(x - mean, mask)

@@ -346,6 +346,13 @@ def test_masked_mean_equals_the_hand_sum_on_a_ragged_batch(poison):
     np.testing.assert_allclose(grad, mask / mask.sum(), rtol=1e-6)
 
 
+def test_masked_mean_of_bf16_is_summed_and_counted_in_float32():
+    """PITFALLS 36: bf16 stops counting at 256."""
+    x = jnp.arange(1000).astype(jnp.float32) % 7
+    mean = ops.masked_mean(x.astype(jnp.bfloat16), jnp.ones(1000, bool))
+    assert float(mean) == pytest.approx(float(np.mean(np.arange(1000) % 7)), rel=1e-5)
+
+
 def test_masked_mean_of_nothing_is_zero_but_a_real_nan_shows():
     x, mask = jnp.array([jnp.nan, 1.0]), jnp.array([True, True])
     assert float(ops.masked_mean(x, jnp.zeros_like(mask))) == 0.0

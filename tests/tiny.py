@@ -1,4 +1,4 @@
-"""Networks of a few hundred numbers and batches for them: they compile in a blink, so that steps can be tested often."""
+"""Networks of a few hundred numbers and batches for them: they compile fast, so that steps can be tested often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reward model's loss over all pairs of a ranked group."""
+"""The reward model's losses over a ranked group: all pairs of it, or the choice of its best."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def ranking_loss(
         raise ValueError(f"divisor={divisor!r} is unknown: choose 'pairs' or 'choose'")
     present = ranks >= 0
     better = present[..., :, None] & present[..., None, :] & (ranks[..., :, None] < ranks[..., None, :])
-    safe = jnp.where(present, rewards, 0)
-    margin = jnp.where(better, safe[..., :, None] - safe[..., None, :], 0)
+    margin = jnp.where(better, rewards[..., :, None] - rewards[..., None, :], 0)
     # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     log_loss = jnp.where(better, jax.nn.softplus(-margin), 0)
 
@@ -61,3 +60,39 @@ def ranking_loss(
         "log_loss": Mean(jnp.sum(log_loss), total_pairs),
         "pairs": Mean(total_pairs, prompts),
     }
+
+
+def best_of_loss(rewards: Float[Array, "*batch K"], ranks: Int[Array, "*batch K"]) -> tuple[Mean, Metrics]:
+    """Softmax cross-entropy of the best of K responses: what a labeler's choice alone teaches.
+
+    ``L = mean over prompts of -log(exp(r_best) / sum_k exp(r_k))``
+
+    Where several share the best rank, the target is spread evenly over them. Only rank 0 against the rest counts; the
+    order below it is not used. The mean runs over the prompts whose responses do not all share the best rank.
+
+    Args:
+      rewards: scalar outputs, one a response; absent responses may hold anything.
+      ranks: 0 for the best, -1 for an absent response.
+
+    Returns:
+      Total over prompts in nats, count of prompts with a choice; ``accuracy``: how often the largest reward is at a
+      best response (1 / K by chance).
+
+    Source: Ziegler et al. 2019, eq. 1 (best of 4).
+
+    >>> loss, _ = best_of_loss(jnp.array([[0.0, 0.0, 0.0, 0.0]]), jnp.array([[1, 0, 1, 1]]))
+    >>> round(float(loss.value), 4)  # log 4
+    1.3863
+    """
+    present, best = ranks >= 0, ranks == 0
+    chosen = jnp.sum(best, axis=-1, dtype=jnp.float32)
+    counted = (chosen > 0) & jnp.any(present & ~best, axis=-1)
+    # Finite instead of -inf: a row without any response must not turn its gradient into NaN.
+    rewards = jnp.where(present, rewards, -1e30)
+    log_share = rewards - jax.nn.logsumexp(rewards, axis=-1, keepdims=True)
+    target = jnp.sum(jnp.where(best, log_share, 0), axis=-1) / jnp.maximum(chosen, 1)
+    loss = -jnp.sum(jnp.where(counted, target, 0))
+    prompts = jnp.sum(counted, dtype=jnp.float32)
+    largest_best = jnp.max(jnp.where(best, rewards, -1e30), axis=-1)
+    right = jnp.sum(counted & (largest_best == jnp.max(rewards, axis=-1)), dtype=jnp.float32)
+    return Mean(loss, prompts), {"accuracy": Mean(right, prompts)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +48,10 @@ def make_score_and_shape(
     lam: float | int = 0.95,
     temperature: float | int = 1.0,
     missing_eos_score: float | int | None = None,
-    truncation: Literal["terminal", "bootstrap"] = "terminal",
+    truncation: str = "terminal",
     score_scale: float | int = 1.0,
     score_shift: float | int = 0.0,
+    whiten_rewards: bool = False,
 ) -> ScoreAndShape:
     """The compiled piece between sampling and the update.
 
@@ -72,6 +72,8 @@ def make_score_and_shape(
         ``"bootstrap"`` continues it with ``V(tokens[:lengths])``.
       score_scale: fixed gain, for a reward model normalised as in Ziegler et al. 2019.
       score_shift: fixed shift.
+      whiten_rewards: scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept, before
+        the advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et al. 2019.
 
     Returns:
       ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``, compiled.
@@ -118,6 +120,8 @@ def make_score_and_shape(
         values, last_value = scoring.sequence_values(value, value_params, *rows)
         values = jnp.where(mask, values, 0)
         rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
+        if whiten_rewards:
+            rewards = ops.whiten(rewards, mask, shift_mean=False)
         bootstrap = None if truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
         advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
         rollout = Rollout(

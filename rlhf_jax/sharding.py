@@ -87,7 +87,7 @@ def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> Py
         Nothing is replicated silently; put a rule for that leaf before the others.
     """
 
-    def place(path: tuple, leaf: jax.Array) -> NamedSharding:
+    def place(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = "/".join(_step_name(step) for step in path)
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
         _check_fits(name, tuple(leaf.shape), spec, mesh)
@@ -149,7 +149,7 @@ def place_batch(batch: T, mesh: Mesh) -> T:
     sharding = batch_sharding(mesh)
     pieces, processes = mesh.shape["data"] * mesh.shape["fsdp"], _processes(mesh)
 
-    def place(path: tuple, x: np.ndarray) -> jax.Array:
+    def place(path: tuple, x: np.ndarray | jax.Array) -> jax.Array:
         rows = x.shape[0] * processes
         if rows % pieces:
             name = "/".join(_step_name(step) for step in path)

@@ -45,7 +45,7 @@ from rlhf_jax.types import (
 Loss = Callable[..., Any]
 """Arrays in, ``(Mean, dict of Mean or Max)`` out; a bare `Mean` will do."""
 
-LossOfBatch = Callable[[Params, Any], tuple[Mean, Metrics]]
+LossOfBatch = Callable[[Any, Any], tuple[Mean, Metrics]]
 
 LM_ARGUMENTS = ("logp", *(field.name for field in dataclasses.fields(LMBatch)))
 """What the loss of `make_sft_step` and the `ptx_loss` may name."""
@@ -288,8 +288,8 @@ def train_state(params: Params, tx: optax.GradientTransformation, *, ema: bool =
 
 
 def accumulate_grads(
-    loss_fn: LossOfBatch, params: Params, batch: PyTree, microbatches: int = 1
-) -> tuple[Params, Mean, Metrics]:
+    loss_fn: LossOfBatch, params: PyTree, batch: PyTree, microbatches: int = 1
+) -> tuple[PyTree, Mean, Metrics]:
     """Gradient of a loss over a batch, a micro-batch at a time: totals are differentiated and divided once.
 
     ``grads = (sum_i d total_i / d params) / sum_i count_i``
@@ -313,15 +313,15 @@ def accumulate_grads(
     [3.0, 3.0, 3.0]
     """
 
-    def gradient(piece: PyTree) -> tuple[Params, tuple[Mean, Metrics]]:
-        def total(params: Params) -> tuple[Float[Array, ""], tuple[Mean, Metrics]]:
+    def gradient(piece: PyTree) -> tuple[PyTree, tuple[Mean, Metrics]]:
+        def total(params: PyTree) -> tuple[Float[Array, ""], tuple[Mean, Metrics]]:
             loss, metrics = loss_fn(params, piece)
             return loss.total, (loss, metrics)
 
         grads, aux = jax.grad(total, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
 
-    def body(totals: Params, piece: PyTree) -> tuple[Params, tuple[Mean, Metrics]]:
+    def body(totals: PyTree, piece: PyTree) -> tuple[PyTree, tuple[Mean, Metrics]]:
         grads, aux = gradient(piece)
         return jax.tree.map(jnp.add, totals, grads), aux
 

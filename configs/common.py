@@ -7,8 +7,41 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.config import fn_spec
 
-ADAM = {"b1": 0.9, "b2": 0.95}
-"""Ouyang et al. 2022, appendix C: for everything."""
+ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}
+"""Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the form of 2019."""
+
+DECODER = {"dtype": "float32", "remat": "none", "unroll": None}
+"""How models compute: fields of `DecoderConfig`. Weights are float32 on every setting."""
+
+STORYLAND_GOLD = "rlhf_jax.data.storyland.gold:gold_of"
+"""The gold scorer of the embedded world; empty where nobody knows the truth."""
+
+STAGES = ("data", "sft", "ppo_init", "sample", "reward_model", "ppo", "evaluate")
+"""The groups of a whole-pipeline config."""
+
+
+def pipeline(**stages: ConfigDict) -> ConfigDict:
+    """The config of ``experiments/instructgpt.py``: a group for each of `STAGES`, and what they share.
+
+    ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty: any).
+    """
+    return ConfigDict({"seed": 0, "base": "", "shapes": {"policy": {}, "reward_model": {}}} | stages)
+
+
+def data() -> ConfigDict:
+    """How much of each kind of data, table 6; the test prompts of table 9; 8 documents an episode, appendix C.4."""
+    return ConfigDict(
+        {
+            "labelers": 40,
+            "demonstrations": 12_725,
+            "ranking_prompts": 33_207,
+            "ppo_prompts": 31_144,
+            "validation_prompts": 1_653,
+            "test_prompts": 3_196,
+            "documents": 2_048_000,
+            "held_out_documents": 10_000,
+        }
+    )
 
 
 def sft() -> ConfigDict:
@@ -18,14 +51,18 @@ def sft() -> ConfigDict:
             "seed": 0,
             "mesh": (-1, 1, 1),
             "model": "",
+            "decoder": DECODER,
             "demonstrations": "",
             "validation": "",
             "pretraining_text": "",
             "pretraining_fraction": 0.0,
             "row_length": 2048,
+            "pieces_per_row": None,
             "epochs": 16,
             "batch_size": 32,
+            "microbatches": 1,
             "learning_rate": 9.65e-6,
+            "schedule": "cosine",
             "dropout": 0.2,
             "clip_norm": None,
             **ADAM,
@@ -47,6 +84,7 @@ def sample() -> ConfigDict:
             "seed": 0,
             "mesh": (-1, 1, 1),
             "models": ("",),
+            "decoder": DECODER,
             "prompts": "",
             "min_k": 4,
             "max_k": 9,
@@ -68,15 +106,19 @@ def reward_model() -> ConfigDict:
             "seed": 0,
             "mesh": (-1, 1, 1),
             "model": "",
+            "decoder": DECODER,
             "rankings": "",
             "demonstrations": "",
             "evaluation": {"validation_train": "", "validation_heldout": ""},
             "loss": fn_spec("rlhf_jax.losses.ranking:ranking_loss"),
             "max_k": 9,
             "row_length": 1024 + 9 * 1024,
+            "prompts_per_row": None,
             "epochs": 1,
             "batch_size": 64,
+            "microbatches": 1,
             "learning_rate": 9e-6,
+            "schedule": "cosine",
             "clip_norm": None,
             "save_every": 100,
             "bias_demonstrations": 1024,
@@ -94,6 +136,7 @@ def ppo() -> ConfigDict:
             "seed": 0,
             "mesh": (-1, 1, 1),
             "model": "",
+            "decoder": DECODER,
             "reward_model": "",
             "prompts": "",
             "prompt_length": 1024,
@@ -104,16 +147,19 @@ def ppo() -> ConfigDict:
             "epochs": 1,
             "minibatches": 8,
             "microbatches": 1,
-            "learning_rate": 9e-6,
+            # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the pretraining mix all runs
+            # above this one diverged.
+            "learning_rate": 8.05e-6,
             "value_learning_rate": 9e-6,
+            "schedule": "constant",
             "warmup_iterations": 10,
-            "adam_eps": 1e-8,
             "ppo_clip_norm": None,
             "ptx_clip_norm": None,
             "value_clip_norm": None,
             "policy_loss": fn_spec("rlhf_jax.losses.policy:ppo_policy_loss"),
             "value_loss": fn_spec("rlhf_jax.losses.value:ppo_value_loss"),
             "whiten_advantages": True,
+            "whiten_rewards": False,
             "gamma": 1.0,
             "lam": 0.95,
             "missing_eos_score": None,
@@ -142,6 +188,7 @@ def evaluate() -> ConfigDict:
             "seed": 1,
             "mesh": (-1, 1, 1),
             "models": {"base": "", "sft": "", "ppo": "", "ppo_ptx": ""},
+            "decoder": DECODER,
             "reference": "",
             "kl_of": ("ppo", "ppo_ptx"),
             "reward_model": "",
@@ -165,3 +212,42 @@ def evaluate() -> ConfigDict:
             },
         }
     )
+
+
+# --- whole pipelines at the paper's sizes --------------------------------------------------------------------------
+
+
+def gpt3(layers: int, width: int, heads: int) -> ConfigDict:
+    """Sizes of a decoder of the GPT-3 family (vocabulary of GPT-2, 2,048 positions)."""
+    return ConfigDict({"layers": layers, "width": width, "heads": heads, "vocab_size": 50_257, "context_length": 2048})
+
+
+GPT3_1_3B = (24, 2048, 16)
+GPT3_6B = (32, 4096, 32)
+GPT3_175B = (96, 12_288, 96)
+
+
+def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
+    """Ouyang et al. 2022, whole, with the values of the 1.3B policy; the reward and value model are 6B for all.
+
+    One demonstration and one prompt a row, so that batches count what the paper counts. The labelers, their
+    demonstrations and the gold scorer are storyland's until files of people's work take their place.
+    """
+    config = pipeline(
+        data=data(), sft=sft(), ppo_init=ppo_init(), sample=sample(), reward_model=reward_model(), ppo=ppo(),
+        evaluate=evaluate(),
+    )  # fmt: skip
+    config.shapes.policy, config.shapes.reward_model = gpt3(*policy), gpt3(*GPT3_6B)
+    config.sft.pieces_per_row = config.ppo_init.pieces_per_row = 1
+    config.sample.labelers = 40
+    config.reward_model.update(prompts_per_row=1, bias_demonstrations=12_725)
+    config.ppo.gold = config.evaluate.gold = STORYLAND_GOLD
+    for_accelerators(config)
+    return config
+
+
+def for_accelerators(config: ConfigDict, mesh: tuple[int, int, int] = (1, -1, 1)) -> None:
+    """Models of billions of parameters: bfloat16 compute, blocks computed again on the way back, weights spread out."""
+    for stage in STAGES[1:]:
+        config[stage].mesh = mesh
+        config[stage].decoder.update(dtype="bfloat16", remat="block", unroll=1)

@@ -1,29 +1,24 @@
-"""Storyland's numbers for each stage: a model of a million parameters, rows of under a hundred tokens, two CPU cores."""
+"""Storyland's numbers for each stage: a million parameters, rows of under a hundred tokens, two CPU cores."""
 
 from ml_collections import ConfigDict
 
 from configs import common
 
 BASE = "storyland:base_large"
-GOLD = "rlhf_jax.data.storyland.gold:gold_of"
-PROMPT_LENGTH = 40
+SMALL_BASE = "storyland:base_small"
+GOLD = common.STORYLAND_GOLD
+PROMPT_LENGTH = 48
 MAX_NEW_TOKENS = 48
 
 
 def data() -> ConfigDict:
     """How much of each kind of data."""
-    return ConfigDict(
-        {
-            "labelers": 10,
-            "demonstrations": 1_600,
-            "ranking_prompts": 1_600,
-            "ppo_prompts": 4_000,
-            "validation_prompts": 256,
-            "test_prompts": 400,
-            "documents": 6_000,
-            "held_out_documents": 1_000,
-        }
-    )
+    config = common.data()
+    config.update(
+        labelers=10, demonstrations=1_600, ranking_prompts=1_600, ppo_prompts=4_000, validation_prompts=256,
+        test_prompts=400, documents=6_000, held_out_documents=1_000,
+    )  # fmt: skip
+    return config
 
 
 def sft() -> ConfigDict:
@@ -89,7 +84,7 @@ def smoke_data(config: ConfigDict) -> None:
 
 def smoke_sft(config: ConfigDict) -> None:
     """Two epochs."""
-    config.update(epochs=2, model="storyland:base_small")
+    config.update(epochs=2, model=SMALL_BASE)
 
 
 def smoke_sample(config: ConfigDict) -> None:
@@ -111,3 +106,31 @@ def smoke_evaluate(config: ConfigDict) -> None:
     """Few prompts."""
     config.update(samples=1, batch_size=64, held_out_batches=1)
     config.few_shot.update(candidates=1, trial_prompts=8)
+
+
+def smoke(config: ConfigDict) -> None:
+    """A whole pipeline in under two minutes."""
+    for stage in common.STAGES:
+        globals()[f"smoke_{'sft' if stage == 'ppo_init' else stage}"](config[stage])
+    config.base = SMALL_BASE
+
+
+def shrink(config: ConfigDict) -> None:
+    """A preset of a paper at smoke size: its rules and rates stay, models, rows and counts become storyland's."""
+    with config.shapes.unlocked():
+        config.shapes.policy, config.shapes.reward_model = ConfigDict(), ConfigDict()
+    for stage in common.STAGES[1:]:
+        config[stage].mesh = (-1, 1, 1)
+        config[stage].decoder.update(dtype="float32", remat="none", unroll=None)
+    config.sft.row_length = config.ppo_init.row_length = config.ppo.ptx_row_length = 128
+    config.reward_model.row_length = 512
+    config.evaluate.held_out_row_length = 128
+    for stage in (config.sample, config.ppo):
+        stage.prompt_length = PROMPT_LENGTH
+    for stage in (config.sample, config.ppo, config.evaluate):
+        stage.max_new_tokens = MAX_NEW_TOKENS
+    minibatches = min(config.ppo.minibatches, 2)
+    smoke(config)
+    config.ppo.update(
+        minibatches=minibatches, ptx_rows_per_episode=1.0, warmup_iterations=min(config.ppo.warmup_iterations, 1)
+    )

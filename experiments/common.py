@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that th
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from rlhf_jax import checkpoint, scoring, sharding
+from rlhf_jax import checkpoint, optim, scoring, sharding
+from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate
 from rlhf_jax.metrics import StageLog
-from rlhf_jax.models.hf import load_hf, save_hf
+from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"
@@ -64,8 +66,16 @@ def model_folder(name: str) -> Path:
     return storyland_assets.assets() / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(name)
 
 
-def load_network(name: str, mesh: jax.sharding.Mesh, *, dropout: float = 0.0) -> Network:
+def load_network(
+    name: str, mesh: jax.sharding.Mesh, decoder: Mapping[str, Any] | None = None, *, dropout: float = 0.0
+) -> Network:
     """A language or scalar model, its parameters placed on the mesh, with its tokenizer.
+
+    Args:
+      name: a folder, or a shipped model.
+      mesh: where the parameters go.
+      decoder: how it computes (`config.decoder`): fields of `DecoderConfig` such as dtype and remat.
+      dropout: residual dropout, for training.
 
     Raises:
       ValueError: the folder is missing, damaged, or its tokenizer does not fit.
@@ -77,10 +87,26 @@ def load_network(name: str, mesh: jax.sharding.Mesh, *, dropout: float = 0.0) ->
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
-    if dropout:
-        build = type_of(model)
-        model = build(dataclasses.replace(model.config, dropout=dropout))
+    changes = {**(decoder or {}), "dropout": dropout}
+    model = type_of(model)(dataclasses.replace(model.config, **changes))
     return Network(model, place(params, mesh), tokenizer)
+
+
+def check_shape(field: str, name: str, shape: Mapping[str, Any]) -> None:
+    """Refuses a model on disk whose decoder is not the one a preset speaks of; an empty `shape` takes any.
+
+    Raises:
+      ValueError: a size differs, or there is no such model.
+    """
+    if not name:
+        raise ValueError(f"{field} is empty: pass the folder of a pretrained model with --config.{field}=FOLDER")
+    found = config_from_hf(read_json(model_folder(name) / "config.json"))
+    for key, wanted in shape.items():
+        if getattr(found, key) != wanted:
+            raise ValueError(
+                f"{field}={name} has {key}={getattr(found, key)} and this config is for {key}={wanted}: "
+                "choose another model, or set the size under --config.shapes"
+            )
 
 
 def type_of(model: Model) -> Callable[..., Model]:
@@ -88,6 +114,30 @@ def type_of(model: Model) -> Callable[..., Model]:
     from rlhf_jax.models.heads import language_model, scalar_model
 
     return scalar_model if "score" in jax.eval_shape(model.init, jax.random.key(0)) else language_model
+
+
+def optimizer(
+    config: ConfigDict, learning_rate: optim.LearningRate, *, clip_norm: float | None = None
+) -> optax.GradientTransformation:
+    """Adam as `config` asks for it: ``optimizer`` (adam, or tf_adam for the form of 2019), ``b1, b2, adam_eps``."""
+    config_lib.require_one_of("optimizer", config.optimizer, ("adam", "tf_adam"))
+    make = optim.adam if config.optimizer == "adam" else optim.tf_adam
+    return make(learning_rate, b1=config.b1, b2=config.b2, eps=config.adam_eps, clip_norm=clip_norm)
+
+
+def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Schedule:
+    """The learning rate over `steps` optimizer steps.
+
+    ``cosine`` falls to 10%, ``linear`` to 0, ``constant`` stays at `peak` after the first `warmup` steps.
+
+    Raises:
+      ValueError: an unknown name, or a warmup where the schedule has none.
+    """
+    config_lib.require_one_of("schedule", name, ("cosine", "linear", "constant"))
+    config_lib.require(not warmup or name == "constant", "schedule", name, "has no warmup: set warmup_iterations=0")
+    if name == "constant":
+        return optim.warmup_then_constant(peak, warmup)
+    return optim.cosine_to(peak, steps) if name == "cosine" else optim.linear_to_zero(peak, steps)
 
 
 def train_resumable(

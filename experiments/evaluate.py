@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
     mesh = common.start(config.mesh)
     prompts = common.read_prompts(config.prompts, config.limit)
-    reward = common.load_network(config.reward_model, mesh)
+    reward = common.load_network(config.reward_model, mesh, config.decoder)
     judge = config_lib.resolve(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
     if BASELINE not in paths:
@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     with StageLog(workdir, "evaluate", total=len(jobs), show=("gold_score", "reward_score", "tokens")) as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
-            network = common.load_network(paths["base" if prompted else name], mesh)
+            network = common.load_network(paths["base" if prompted else name], mesh, config.decoder)
             count = config.baseline_samples if name == BASELINE else config.samples
             ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
             answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
@@ -177,7 +177,7 @@ def pretraining_loss(network: common.Network, config: ConfigDict, mesh: jax.shar
 
 def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence."""
-    reference = common.load_network(config.reference, mesh)
+    reference = common.load_network(config.reference, mesh, config.decoder)
 
     @jax.jit
     def log_prob(params: Any, samples: Samples) -> jax.Array:

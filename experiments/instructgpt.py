@@ -35,6 +35,7 @@ DONE = "done.json"
 def run(config: ConfigDict, workdir: str) -> dict:
     """Runs what is not done yet and returns the results."""
     common.Compiling.listen()
+    check_shapes(config)
     pipeline = Pipeline(config, Path(workdir))
     pipeline.stage("data", lambda folder: prepare_data.run(config.data, folder))
     pipeline.stage("sft", pipeline.sft)
@@ -50,6 +51,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     print(headline(results), flush=True)
     print(f"The report is {report}", flush=True)
     return results
+
+
+def check_shapes(config: ConfigDict) -> None:
+    """Refuses models of other sizes than the config is for, before anything is computed."""
+    common.check_shape("base", config.base, config.shapes.policy)
+    if config.reward_model.model:
+        common.check_shape("reward_model.model", config.reward_model.model, config.shapes.reward_model)
 
 
 class Pipeline:
@@ -123,11 +131,11 @@ class Pipeline:
         return counts
 
     def reward_model(self, folder: str) -> dict:
-        """The reward model, from the last SFT checkpoint."""
+        """The reward model, from `reward_model.model` or, where that is empty, the last SFT checkpoint."""
         config = common.config_dict(self.config.reward_model)
         samples = self.folder / "samples"
         config.update(
-            model=self.done("sft")["last"], seed=self.config.seed, rankings=str(samples / "rankings.jsonl"),
+            model=config.model or self.done("sft")["last"], seed=self.config.seed, rankings=str(samples / "rankings.jsonl"),
             demonstrations=self.data("demonstrations"),
         )  # fmt: skip
         for group in ("train", "heldout"):
@@ -144,12 +152,12 @@ class Pipeline:
         mesh = common.start(self.config.sft.mesh)
         config = self.config.evaluate
         prompts = common.read_prompts(self.data("prompts_validation"))
-        reward = common.load_network(self.done("reward_model")["model"], mesh)
+        reward = common.load_network(self.done("reward_model")["model"], mesh, config.decoder)
         judge = config_lib.resolve(config.gold) if config.gold else None
         epochs = []
         for row in self.done("sft")["epochs"]:
             path = self.folder / "sft" / f"epoch-{row['epoch']}"
-            network = common.load_network(str(path), mesh)
+            network = common.load_network(str(path), mesh, config.decoder)
             said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, 2, config, mesh)
             epochs.append(
                 {**row, "path": str(path), "reward_score": float(said.reward.mean()), "gold_score": float(said.gold.mean())}

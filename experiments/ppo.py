@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax import kl_control, optim, sharding
+from rlhf_jax import kl_control, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
 from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
@@ -99,7 +99,8 @@ def validate(config: ConfigDict) -> None:
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
-    policy, reward = common.load_network(config.model, mesh), common.load_network(config.reward_model, mesh)
+    policy = common.load_network(config.model, mesh, config.decoder)
+    reward = common.load_network(config.reward_model, mesh, config.decoder)
     text.check_same_tokenizer(policy=policy.tokenizer, reward_model=reward.tokenizer)
     records = common.read_prompts(config.prompts)
     ids = common.encode_prompts(
@@ -129,19 +130,21 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
         make_score_and_shape(
             policy.model, reward.model, reward.model, gamma=config.gamma, lam=config.lam,
             temperature=config.temperature, missing_eos_score=config.missing_eos_score, truncation=config.truncation,
+            whiten_rewards=config.whiten_rewards,
         ),
         compile_step(step), common.place(state, mesh), gold_scorer(config),
     )  # fmt: skip
 
 
 def optimizers(config: ConfigDict) -> tuple[Any, Any]:
-    """Adam for the policy and for the value network: warmup over the first iterations, then constant."""
+    """Adam for the policy and for the value network; the schedule counts epochs x minibatches steps an iteration."""
     per_iteration = config.epochs * config.minibatches
-    warmup = config.warmup_iterations * per_iteration
-    make = lambda rate, clip: optim.adam(  # noqa: E731
-        optim.warmup_then_constant(rate, warmup), b1=config.b1, b2=config.b2, eps=config.adam_eps, clip_norm=clip
+    steps, warmup = config.iterations * per_iteration, config.warmup_iterations * per_iteration
+    policy, value = (
+        common.schedule(config.schedule, peak, steps, warmup=warmup)
+        for peak in (config.learning_rate, config.value_learning_rate)
     )
-    return make(config.learning_rate, None), make(config.value_learning_rate, config.value_clip_norm)
+    return common.optimizer(config, policy), common.optimizer(config, value, clip_norm=config.value_clip_norm)
 
 
 def kl_controller(config: ConfigDict) -> kl_control.KLController:

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax import optim
 from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
@@ -29,19 +28,21 @@ from rlhf_jax.steps import compile_step, make_reward_step, train_state
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (a sequence classifier of one label) and ``reward_model.json``."""
     mesh = common.start(config.mesh)
-    base = common.load_network(config.model, mesh)
+    base = common.load_network(config.model, mesh, config.decoder)
     rankings = read_rankings(config.rankings)
     rows = text.ranking_rows(
-        [encode_ranking(base.tokenizer, r) for r in rankings], length=config.row_length, max_k=config.max_k
-    )
+        [encode_ranking(base.tokenizer, r) for r in rankings],
+        length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row,
+    )  # fmt: skip
     batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
     steps = batches.steps(config.epochs)
-    tx = optim.adam(optim.cosine_to(config.learning_rate, steps), b1=config.b1, b2=config.b2, clip_norm=config.clip_norm)
+    rate = common.schedule(config.schedule, config.learning_rate, steps)
+    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
     model = scalar_model(base.model.config)
     params = scalar_from_language_model(base.params, jax.random.key(config.seed))
     loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
     state = common.train_resumable(
-        compile_step(make_reward_step(model, tx, loss=loss)),
+        compile_step(make_reward_step(model, tx, loss=loss, microbatches=config.microbatches)),
         common.place(train_state(params, tx), mesh),
         batches, mesh, workdir=workdir, stage="reward_model", steps=steps, save_every=config.save_every,
         seed=config.seed, show=("reward/loss", "reward/accuracy"),

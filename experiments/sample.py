@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     drawn: dict[tuple[int, int], str] = {}
     with StageLog(workdir, "sample", total=len(config.models), show=("responses",)) as log:
         for which, name in enumerate(config.models):
-            network = common.load_network(name, mesh)
+            network = common.load_network(name, mesh, config.decoder)
             texts = [p.prompt for p in prompts]
             ids = common.encode_prompts(network.tokenizer, texts, length=config.prompt_length, where=config.prompts)
             wanted = [(p, k) for p in range(len(prompts)) for k in range(ks[p]) if k % len(config.models) == which]

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax import optim, sharding
+from rlhf_jax import sharding
 from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
@@ -29,9 +29,9 @@ from rlhf_jax.types import LMBatch
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
     mesh = common.start(config.mesh)
-    network = common.load_network(config.model, mesh, dropout=config.dropout)
-    rows = demonstration_rows(network.tokenizer, config.demonstrations, length=config.row_length)
-    held_out = demonstration_rows(network.tokenizer, config.validation, length=config.row_length)
+    network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout)
+    rows = demonstration_rows(network.tokenizer, config.demonstrations, config)
+    held_out = demonstration_rows(network.tokenizer, config.validation, config)
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config)
     batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
@@ -39,7 +39,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
     epoch_steps = batches.steps(1)
     steps = epoch_steps * config.epochs
-    tx = optim.adam(optim.cosine_to(config.learning_rate, steps), b1=config.b1, b2=config.b2, clip_norm=config.clip_norm)
+    rate = common.schedule(config.schedule, config.learning_rate, steps)
+    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
     folder = Path(workdir)
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
@@ -48,7 +49,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         log(step, {"epoch": epoch, "validation_loss": lm_loss(network.model, state.params, held)})
 
     common.train_resumable(
-        compile_step(make_sft_step(network.model, tx)),
+        compile_step(make_sft_step(network.model, tx, microbatches=config.microbatches)),
         common.place(train_state(network.params, tx), mesh),
         batches, mesh, workdir=workdir, stage="sft", steps=steps, save_every=epoch_steps, seed=config.seed,
         show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, on_save=on_save,
@@ -65,8 +66,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     return result
 
 
-def demonstration_rows(tokenizer: Any, path: str, *, length: int) -> LMBatch:
-    """Packed rows of a file of demonstrations.
+def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch:
+    """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit).
 
     Raises:
       ValueError: the file is empty, or a demonstration is longer than a row.
@@ -78,7 +79,7 @@ def demonstration_rows(tokenizer: Any, path: str, *, length: int) -> LMBatch:
     pairs = [
         (text.encode_prompt(tokenizer, r.prompt), text.encode_response(tokenizer, r.response, eos_id=eos)) for r in records
     ]
-    return text.sft_rows(pairs, length=length)
+    return text.sft_rows(pairs, length=config.row_length, max_pieces=config.pieces_per_row)
 
 
 def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:

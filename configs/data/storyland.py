@@ -1,6 +1,6 @@
 """The data files of storyland.
 
-    python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
+python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
 """
 
 from ml_collections import ConfigDict

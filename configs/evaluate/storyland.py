@@ -1,6 +1,6 @@
 """Evaluation on storyland's test prompts.
 
-    python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate
+python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """PPO-ptx on storyland.
 
-    python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
+python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """K samples of storyland prompts, ranked by simulated labelers.
 
-    python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/sample
+python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/sample
 """
 
 from ml_collections import ConfigDict

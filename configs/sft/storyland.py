@@ -1,6 +1,6 @@
 """SFT on storyland's demonstrations.
 
-    python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft
+python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft
 """
 
 from ml_collections import ConfigDict

@@ -197,7 +197,9 @@ def prompt_batch(prompts: Sequence[Ids], *, length: int, ids: Sequence[int] | No
     return PromptBatch(tokens=tokens, lengths=lengths, ids=places)
 
 
-def sft_rows(pairs: Sequence[tuple[Ids, Ids]], *, length: int, mask_prompt: bool = True) -> LMBatch:
+def sft_rows(
+    pairs: Sequence[tuple[Ids, Ids]], *, length: int, mask_prompt: bool = True, max_pieces: int | None = None
+) -> LMBatch:
     """Demonstrations, several to a row (best fit), each a segment of its own with positions from 0.
 
     Args:
@@ -205,6 +207,8 @@ def sft_rows(pairs: Sequence[tuple[Ids, Ids]], *, length: int, mask_prompt: bool
       length: slots of a row, in tokens.
       mask_prompt: targets are the response tokens and EOS; False adds the prompt's tokens but its first. The paper
         does not say which it used.
+      max_pieces: most demonstrations of a row; 1 makes a batch of 32 rows one of 32 demonstrations, at the price of
+        padding. None = as many as fit.
 
     Raises:
       ValueError: a prompt or response is empty, or a pair is longer than `length`.
@@ -215,7 +219,7 @@ def sft_rows(pairs: Sequence[tuple[Ids, Ids]], *, length: int, mask_prompt: bool
         if not len(prompt) or not len(response):
             raise ValueError(f"pair {i} has {len(prompt)} prompt and {len(response)} response tokens: both need one")
     pieces = [([*prompt, *response], len(prompt) if mask_prompt else 1) for prompt, response in pairs]
-    return _lm_rows(pieces, length)
+    return _lm_rows(pieces, length, max_pieces)
 
 
 def lm_rows(documents: Sequence[Ids], *, length: int) -> LMBatch:
@@ -310,9 +314,9 @@ def _check_ranking(i: int, ranking: RankedIds, max_k: int) -> None:
         raise ValueError(f"ranking {i} has an empty prompt or response: a response holds at least its EOS")
 
 
-def _lm_rows(pieces: Sequence[tuple[Ids, int]], length: int) -> LMBatch:
+def _lm_rows(pieces: Sequence[tuple[Ids, int]], length: int, max_pieces: int | None = None) -> LMBatch:
     """Pack (ids, number of leading tokens that are no targets)."""
-    rows = best_fit([len(ids) for ids, _ in pieces], capacity=length)
+    rows = best_fit([len(ids) for ids, _ in pieces], capacity=length, max_items=max_pieces)
     tokens, segments, positions = _zeros(3, len(rows), length)
     mask: Any = np.zeros((len(rows), length), bool)
     for b, row in enumerate(rows):

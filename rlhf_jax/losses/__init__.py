@@ -6,8 +6,8 @@ hyperparameters behind ``*``, return the total and the count instead of their ra
 
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.preference import dpo_loss
-from rlhf_jax.losses.ranking import ranking_loss
+from rlhf_jax.losses.ranking import best_of_loss, ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
 from rlhf_jax.losses.value import ppo_value_loss
 
-__all__ = ["dpo_loss", "ppo_policy_loss", "ppo_value_loss", "ranking_loss", "sft_loss"]
+__all__ = ["best_of_loss", "dpo_loss", "ppo_policy_loss", "ppo_value_loss", "ranking_loss", "sft_loss"]

@@ -155,3 +155,30 @@ def test_unknown_divisor_is_refused():
     inner = getattr(losses.ranking_loss, "__wrapped__", losses.ranking_loss)
     with pytest.raises(ValueError, match="divisor='mean' is unknown"):
         inner(jnp.zeros((1, 2)), jnp.zeros((1, 2), jnp.int32), divisor="mean")
+
+
+def test_best_of_loss_equals_a_loop_over_prompts():
+    """Ragged K, ties at the top, prompts without a choice, poisoned absent responses."""
+    rewards = np.array([[1.0, -2.0, 0.5, np.nan], [0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 0.0, 0.0]], np.float32)
+    ranks = jnp.array([[1, 0, 2, -1], [2, 0, 0, 1], [0, 0, -1, -1]])  # the last row holds no choice
+    rewards = jnp.asarray(rewards)
+    first = np.log(np.exp(1.0) + np.exp(-2.0) + np.exp(0.5)) + 2.0
+    second = np.log(np.exp(0.0) + 2 * np.exp(3.0) + np.exp(1.0)) - 3.0
+    (loss, metrics), gradient = jax.value_and_grad(lambda r: _total(losses.best_of_loss(r, ranks)), has_aux=True)(
+        rewards
+    )
+    np.testing.assert_allclose(loss, first + second, rtol=1e-6)
+    assert (float(metrics[0].count), float(metrics[1]["accuracy"].total)) == (2.0, 1.0)
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(gradient[2])
+
+
+def _total(result):
+    return result[0].total, result
+
+
+def test_best_of_loss_of_two_is_the_pairwise_loss():
+    """With K = 2 the softmax of the better one is the sigmoid of the difference."""
+    rewards, ranks = jnp.array([[0.3, -1.2], [0.1, 2.0]]), jnp.array([[0, 1], [0, 1]])
+    best, pairs = losses.best_of_loss(rewards, ranks)[0], losses.ranking_loss(rewards, ranks)[0]
+    np.testing.assert_allclose(best.value, pairs.value, rtol=1e-6)

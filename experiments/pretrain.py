@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from ml_collections import ConfigDict
 from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
+from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.metrics import StageLog
+from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.steps import compile_step, make_sft_step, train_state
@@ -45,36 +47,35 @@ def run(config: ConfigDict, workdir: str) -> dict:
     tx = optim.adam(
         optim.cosine_to(config.learning_rate, steps), weight_decay=config.weight_decay, clip_norm=config.clip_norm
     )
-    state = common.place(train_state(model.init(jax.random.key(config.seed)), tx), mesh)
-    step_fn = compile_step(make_sft_step(model, tx))
+    held = [sharding.place_batch(held_out.at(i), mesh) for i in range(config.held_out_batches)]
+    folder = Path(workdir)
+
+    def on_save(step: int, state: Any, log: StageLog) -> None:
+        log(step, {"held_out_loss": lm_loss(model, state.params, held)})
+        # bfloat16 is half the size, and `load_hf` reads it back as float32
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+        common.save_network(folder / "model", common.Network(model, half, tokenizer))
+
     begin = time.monotonic()
-    with StageLog(workdir, "pretrain", total=steps, show=("sft/loss", "held_out_loss")) as log:
-        for step in range(0, steps, config.evaluate_every):
-            block = range(step, min(step + config.evaluate_every, steps))
-            state = common.train(step_fn, state, batches, mesh, log, steps=block, seed=config.seed)
-            held = [sharding.place_batch(held_out.at(i), mesh) for i in range(config.held_out_batches)]
-            loss = lm_loss(model, state.params, held)
-            log(block[-1] + 1, {"held_out_loss": loss})
-            save(Path(workdir) / "model", model, state.params, tokenizer)
-    tokens = int((rows.segments > 0).sum())
+    state = common.train_resumable(
+        compile_step(make_sft_step(model, tx)),
+        common.place(train_state(model.init(jax.random.key(config.seed)), tx), mesh),
+        batches, mesh, workdir=workdir, stage="pretrain", steps=steps, save_every=config.evaluate_every,
+        seed=config.seed, show=("sft/loss", "held_out_loss"), on_save=on_save,
+    )  # fmt: skip
+    losses = [row["held_out_loss"] for row in read(folder / "metrics.jsonl", "pretrain") if "held_out_loss" in row]
     result = {
-        "held_out_loss": loss,
+        "held_out_loss": losses[-1],
         "seconds": round(time.monotonic() - begin),
         "steps": steps,
-        "tokens": tokens,
+        "tokens": int((rows.segments > 0).sum()),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "seed": config.seed,
         "corpus_sha256": storyland_assets.corpus_fingerprint(),
         "tokenizer_sha256": text.tokenizer_fingerprint(tokenizer),
     }
-    common.write_json(Path(workdir) / "pretrain.json", result)
+    write_json(folder / "pretrain.json", result)
     return result
-
-
-def save(folder: Path, model, params, tokenizer) -> None:
-    """The model in bfloat16: half the size, and what `load_hf` reads back as float32."""
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    common.save_network(folder, common.Network(model, half, tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The pretraining corpus: a small web. Stories, notes, fact pages, exercise sheets with answers, and pages of
-instructions that are mostly not followed.
+"""The pretraining corpus: a small web.
+
+Stories, letters, fact pages, exercise sheets with answers, and pages of instructions that are mostly not followed.
 
 ``document(index)`` is a pure function. The share of each kind is in `KINDS`. Two things are there on purpose:
 the skills that instructions need (right answers on exercise sheets, stories that keep to their heading), and the
 habit that makes a base model useless as an assistant: after a bare instruction usually comes another
-instruction, a remark or something else. Only training prompts appear; about a quarter of the answers are flawed.
+instruction, a remark or something else. Only training prompts appear; a fifth of the answers are flawed.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def document(index: int, *, seed: int = 0) -> str:
     for share, write_document in KINDS:
         threshold -= share
         if threshold < 0:
-            break
-    return write_document(rng)
+            return write_document(rng)
+    return KINDS[-1][1](rng)
 
 
 def documents(start: int, stop: int, *, seed: int = 0) -> Iterator[str]:
@@ -102,7 +103,7 @@ def _titled_story(rng: random.Random) -> str:
     wish = asked.wish
     heading = str(pick(rng, ("A {} story about a {}", "The {} {}", "{}: {}"))).format(wish["mood"], wish["hero"])
     if wish["words"] and rng.random() < 0.8:
-        heading += "\nWords: " + ", ".join(str(w) for w in wish["words"])  # pyright: ignore[reportGeneralTypeIssues]
+        heading += "\nWords: " + ", ".join(str(w) for w in wish["words"])
     if rng.random() < 0.5:
         heading += f"\nSentences: {NUMBERS[int(str(wish['count']))]}"
     return heading + "\n\n" + answer(asked, rng)
@@ -147,6 +148,13 @@ def _lists(rng: random.Random) -> str:
     return f"Some {category}: " + ", ".join(str(c) for c in chosen) + "."
 
 
+def _dictation(rng: random.Random) -> str:
+    """Words said twice in the same order: nothing can be guessed, everything can be copied."""
+    slots = ("object", "hero", "place", "name", "color")
+    said = " ".join(word(rng, str(pick(rng, slots))) for _ in range(8 + int(rng.random() * 9)))
+    return f"Dictation: {said}\nAgain: {said}"
+
+
 def _letter(rng: random.Random) -> str:
     name, other = word(rng, "name"), word(rng, "name")
     kind = rng.random() < 0.6
@@ -162,12 +170,13 @@ def _letter(rng: random.Random) -> str:
 
 KINDS: tuple[tuple[float, Callable[[random.Random], str]], ...] = (
     (0.36, _exercises),
-    (0.14, _instructions),
-    (0.18, _titled_story),
-    (0.06, _long_story),
-    (0.06, _facts),
-    (0.12, _passage),
-    (0.03, _lists),
-    (0.05, _letter),
+    (0.12, _instructions),
+    (0.14, _titled_story),
+    (0.04, _long_story),
+    (0.05, _facts),
+    (0.14, _passage),
+    (0.02, _lists),
+    (0.04, _letter),
+    (0.09, _dictation),
 )
 """Share of each kind of document."""

@@ -3,7 +3,7 @@
 score = tone' * fluency * length' * (weighted mean of instruction, constraint and facts), each part in [0, 1]:
 
 - instruction: it is the asked kind of answer, about the asked subject;
-- constraint: it keeps the explicit wishes (mood, number, words, ending, ...), counted only as far as the instruction is met;
+- constraint: it keeps the explicit wishes (mood, number, words, ending), counted as far as the instruction is met;
 - facts: what it claims is true (of the world, the passage or the text);
 - tone: not rude;
 - fluency: every sentence is one that storyland English can write, and none says the same again;
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from rlhf_jax.data.storyland import grammar
 from rlhf_jax.data.storyland.grammar import Parse, parse, sentences
-from rlhf_jax.data.storyland.tasks import CATEGORIES, Task, task_of
+from rlhf_jax.data.storyland.tasks import CATEGORIES, COUNTED, Task, task_of
 
 PARTS = ("instruction", "constraint", "facts", "tone", "fluency", "length")
 WEIGHTS = {"instruction": 0.3, "constraint": 0.4, "facts": 0.4}
@@ -80,9 +80,14 @@ def is_rude(text: str) -> bool:
 
 
 def _fluency(lines: Sequence[str], parsed: Sequence[Parse | None]) -> float:
-    """Share of sentences that the grammar could write; a form that comes again counts half."""
-    forms = [p.form for p in parsed if p is not None]
-    return (len(forms) + len(set(forms))) / (2 * len(lines))
+    """Share of sentences that the grammar could write; a form that comes again counts half, a sentence nothing."""
+    said = {line: p.form for line, p in zip(lines, parsed, strict=True) if p is not None}
+    return (len(said) + len(set(said.values()))) / (2 * len(lines))
+
+
+def _said(sentence: Parse | None, kind: str) -> dict[str, str]:
+    """What stands in the slots of a sentence of this kind; nothing when it is of another kind or none."""
+    return sentence.slots if sentence is not None and sentence.form.kind == kind else {}
 
 
 def _length(count: int, wished: int) -> float:
@@ -105,9 +110,9 @@ def _story(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) 
 
 
 def _closed_qa(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) -> _Content:
-    first, fact = parsed[0], wish["fact"]
-    answers = first is not None and first.form.kind == "closed_qa" and wish["target"] in first.slots
-    right = answers and all(fact[slot] == value for slot, value in first.slots.items())
+    said, fact = _said(parsed[0], "closed_qa"), wish["fact"]
+    answers = wish["target"] in said
+    right = answers and all(fact[slot] == value for slot, value in said.items())
     return _Content(float(answers), None, float(right), _fluency(lines, parsed), _length(len(lines), 1))
 
 
@@ -117,19 +122,21 @@ def _open_qa(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]
     subjects = wish["subjects"]
     instruction = sum(subject in said for subject in subjects) / len(subjects)
     facts = sum(said.get(subject) == table[subject] for subject in subjects) / len(subjects)
-    dull = [p if p is None else p.form.kind == "open_qa" for p in parsed]
-    return _Content(instruction, None, facts, sum(map(bool, dull)) / len(lines), _length(len(lines), len(subjects)))
+    said_once = {line for line, p in zip(lines, parsed, strict=True) if p is not None and p.form.kind == "open_qa"}
+    return _Content(instruction, None, facts, len(said_once) / len(lines), _length(len(lines), len(subjects)))
 
 
 def _list(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) -> _Content:
-    items = [item for item in re.split(r", ", lines[0].removesuffix(".")) if item]
+    heading, _, rest = lines[0].removesuffix(".").partition(": ")
+    items = [item for item in rest.split(", ") if item]
     members = CATEGORIES[wish["category"]]
     instruction = sum(item in members for item in items) / len(items) if items else 0.0
     checks = [float(len(items) == wish["count"])]
     checks += [float(bool(items) and items[0] == wish["first"])] if wish["first"] else []
     checks += [float(wish["without"] not in items)] if wish["without"] else []
+    headed = heading == f"{COUNTED.get(len(items), '').capitalize()} {wish['category']}" and lines[0].endswith(".")
     known = len({item for item in items if item in _LISTABLE})
-    fluency = known / max(len(items), 1) / len(lines) * (1.0 if lines[0].endswith(".") else 0.5)
+    fluency = known / max(len(items), 1) / len(lines) * (1.0 if headed else 0.5)
     constraint = instruction * sum(checks) / len(checks)
     return _Content(instruction, constraint, None, fluency, _length(len(items), int(wish["count"])))
 
@@ -145,18 +152,16 @@ def _rewrite(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]
 
 
 def _summary(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) -> _Content:
-    first = parsed[0]
-    is_summary = first is not None and first.form.kind == "summary"
+    said = _said(parsed[0], "summary")
     slots = ("adjective", "hero", "object")
-    facts = sum(first.slots[slot] == wish[slot] for slot in slots) / len(slots) if is_summary else 0.0
-    return _Content(float(is_summary), None, facts, _fluency(lines, parsed), _length(len(lines), 1))
+    facts = sum(said.get(slot) == wish[slot] for slot in slots) / len(slots)
+    return _Content(float(bool(said)), None, facts, _fluency(lines, parsed), _length(len(lines), 1))
 
 
 def _classify(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) -> _Content:
-    first = parsed[0]
-    is_label = first is not None and first.form.kind == "label"
-    right = is_label and first.slots["mood"] == wish["mood"]
-    return _Content(float(is_label), None, float(right), _fluency(lines, parsed), _length(len(lines), 1))
+    said = _said(parsed[0], "label")
+    right = said.get("mood") == wish["mood"]
+    return _Content(float(bool(said)), None, float(right), _fluency(lines, parsed), _length(len(lines), 1))
 
 
 def _refuse(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) -> _Content:

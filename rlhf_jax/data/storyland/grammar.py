@@ -5,13 +5,15 @@ A form is a sentence with ``{slots}`` (filled from `LEXICON`) and ``[a|b|c]`` al
 texts through `parse`, so a sentence is fluent storyland English exactly when some form could have written it.
 """
 
+# ruff: noqa: SIM905 (word lists are easier to read and edit as text)
+
 from __future__ import annotations
 
 import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 ANIMALS = tuple(
     "fox bear cat dog rabbit horse duck frog mouse wolf goat sheep hen pig cow lion tiger monkey turtle whale "
@@ -37,7 +39,7 @@ NAMES = tuple(
     "Tom Mia Anna Ben Sam Lily Jack Rosa Max Ella Leo Nora Finn Ivy Hugo Clara Otto Emma Paul Ruth Adam Jane Kurt "
     "Vera".split()
 )
-HOMES = dict(
+HOMES: dict[str, str] = dict(
     zip(
         ANIMALS,
         "forest cave house house garden field lake pond cellar forest hill meadow barn farm field desert jungle tree "
@@ -45,7 +47,7 @@ HOMES = dict(
         strict=True,
     )
 )
-FOODS = dict(
+FOODS: dict[str, str] = dict(
     zip(
         ANIMALS,
         "berries honey fish meat carrots hay bread flies cheese meat leaves grass corn corn grass meat meat bananas "
@@ -53,7 +55,7 @@ FOODS = dict(
         strict=True,
     )
 )
-TOOLS = dict(
+TOOLS: dict[str, str] = dict(
     zip(
         PEOPLE,
         "crown crown bread boat plow book brush bottle map voice sword broom wires club fire ring spear needle hammer "
@@ -78,6 +80,9 @@ LEXICON: Mapping[str, Sequence[str]] = {
     "food": tuple(sorted(set(FOODS.values()))),
     "tool": tuple(sorted(set(TOOLS.values()))),
 }
+
+
+T = TypeVar("T")
 
 
 class Form(NamedTuple):
@@ -204,13 +209,11 @@ def _forms(kind: str, mood: str, text: str) -> tuple[Form, ...]:
 STORY_FORMS: Mapping[tuple[str, str], tuple[Form, ...]] = {
     key: _forms(key[0], key[1], text) for key, text in _STORY.items()
 }
-ANSWER_FORMS: Mapping[str, tuple[Form, ...]] = {
-    kind: _forms(kind, "neutral", text) for kind, text in _ANSWERS.items()
-}
+ANSWER_FORMS: Mapping[str, tuple[Form, ...]] = {kind: _forms(kind, "neutral", text) for kind, text in _ANSWERS.items()}
 RUDE_FORMS = _forms("rude", "neutral", _RUDE)
 
 
-def pick(rng: random.Random, items: Sequence) -> object:
+def pick(rng: random.Random, items: Sequence[T]) -> T:
     """One item, uniformly. Uses only `random()`, whose stream Python promises to keep, so the corpus never moves."""
     return items[int(rng.random() * len(items))]
 
@@ -224,7 +227,7 @@ def word(rng: random.Random, slot: str, without: Sequence[str] = ()) -> str:
 
 
 def write(form: Form, rng: random.Random, slots: Mapping[str, str]) -> str:
-    """The form as a sentence: its slots from `slots`, those that are missing there at random, `other` never the hero."""
+    """The form as a sentence: its slots from `slots`, those missing there at random, `other` never the hero."""
     filled = dict(slots)
     for slot in re.findall(r"\{(\w+)\}", form.pattern):
         if slot not in filled:
@@ -270,6 +273,6 @@ def parse(sentence: str) -> Parse | None:
 
 
 def sentences(text: str) -> list[str]:
-    """Splits a text after each full stop, question mark or line break; whatever is left over counts as a sentence too."""
+    """Splits a text after each full stop, question mark or line break; what is left over is a sentence too."""
     parts = re.split(r"(?<=[.?!])\s+|\n+", text.strip())
     return [part for part in parts if part]

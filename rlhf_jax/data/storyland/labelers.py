@@ -41,14 +41,10 @@ class Labeler:
     def rank(self, task: Task, responses: Sequence[str], *, place: object) -> list[int]:
         """Ranks of the responses: 1 is best, equal ranks are ties (the JSONL form of `schema.Ranking`).
 
-        The judgement is a pure function of the labeler, `place` (say, the prompt's id) and the texts; equal
-        texts are always tied, as for a person who sees them side by side.
+        The judgement of a response is a pure function of the labeler, `place` (say, the prompt's id) and its text,
+        so neither order nor company matter, and equal texts are always tied.
         """
-        rng = random.Random(f"{self.name}/{place}")
-        worth: dict[str, float] = {}
-        for response in responses:
-            if response not in worth:
-                worth[response] = self._worth(task, response) + self.noise * _normal(rng)
+        worth = {response: self._worth(task, response) + self._slip(response, place) for response in set(responses)}
         order = sorted(set(worth.values()), reverse=True)
         rank_of, rank, leader = {}, 1, order[0]
         for value in order:
@@ -61,6 +57,9 @@ class Labeler:
         """A demonstration: an honest answer, or a flawed one as often as this labeler is careless."""
         rng = random.Random(f"{self.name}/demonstration/{place}")
         return flawed_answer(task, rng) if rng.random() < self.carelessness else answer(task, rng)
+
+    def _slip(self, response: str, place: object) -> float:
+        return self.noise * _normal(random.Random(f"{self.name}/{place}/{response}"))
 
     def _worth(self, task: Task, response: str) -> float:
         judged = gold(task, response)

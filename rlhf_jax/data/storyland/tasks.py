@@ -14,6 +14,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rlhf_jax.data.storyland import grammar
 from rlhf_jax.data.storyland.grammar import ANIMALS, FOODS, HOMES, NUMBERS, STORY_FORMS, TOOLS, pick, word, write
@@ -31,6 +32,7 @@ CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "drinks": ("tea", "water", "milk", "juice", "wine", "beer", "coffee", "soup"),
     "clothes": ("hat", "coat", "shoe", "scarf", "sock", "shirt", "dress", "glove", "belt", "boot"),
 }
+COUNTED = NUMBERS | {5: "five", 6: "six"}
 RUDE_WISHES = ("mean", "rude", "nasty")
 RUDE_THINGS = ("note", "joke", "letter", "song", "poem")
 
@@ -47,7 +49,7 @@ class Task:
 
     use_case: str
     prompt: str
-    wish: Mapping[str, object]
+    wish: Mapping[str, Any]
 
 
 def split_of(prompt: str) -> str:
@@ -106,14 +108,14 @@ def draw_task(rng: random.Random) -> Task:
     return _story(rng)
 
 
-# --- one function a use-case -------------------------------------------------------------------------------------------
+# --- one function a use-case -----------------------------------------------------------------------------------------
 
 
 def _story(rng: random.Random) -> Task:
     hero, mood = word(rng, "hero"), word(rng, "mood")
     count = 2 + int(rng.random() * 3)
     prompt = str(pick(rng, _STORY_PROMPTS)).format(hero=hero, mood=mood, count=NUMBERS[count])
-    wish: dict[str, object] = {"hero": hero, "mood": mood, "count": count, "words": (), "ending": ""}
+    wish: dict[str, Any] = {"hero": hero, "mood": mood, "count": count, "words": (), "ending": ""}
     extra = rng.random()
     if extra < 0.5:
         words = (word(rng, "object"),)
@@ -126,7 +128,7 @@ def _story(rng: random.Random) -> Task:
         wish["words"] = words
     elif extra < 0.75:
         form = pick(rng, STORY_FORMS["close", "neutral"])
-        ending = write(form, rng, {"hero": hero})  # pyright: ignore[reportArgumentType]
+        ending = write(form, rng, {"hero": hero})
         prompt += f" End with: {ending}"
         wish["ending"] = ending
     return Task("story", prompt, wish)
@@ -153,10 +155,11 @@ def _closed_qa(rng: random.Random) -> Task:
     facts = _facts(rng, 2 + int(rng.random() * 2))
     verbs = ("took", "carried", "brought")
     passage = " ".join(
-        f"{fact['name']} {pick(rng, verbs)} the {fact['color']} {fact['object']} to the {fact['place']}." for fact in facts
+        f"{fact['name']} {pick(rng, verbs)} the {fact['color']} {fact['object']} to the {fact['place']}."
+        for fact in facts
     )
     asked = facts[int(rng.random() * len(facts))]
-    question, answer, target = pick(rng, _QUESTIONS)  # pyright: ignore[reportGeneralTypeIssues]
+    question, answer, target = pick(rng, _QUESTIONS)
     question, answer = question.format(**asked), answer.format(**asked)
     heading = str(pick(rng, ("Read this: {0} {1}", "{0} {1}", "{1} {0}")))
     return Task("closed_qa", heading.format(passage, question), {"answer": answer, "target": target, "fact": asked})
@@ -172,7 +175,7 @@ _QUESTIONS = (
 
 
 def _open_qa(rng: random.Random) -> Task:
-    question, answer, relation, table = pick(rng, KNOWLEDGE)  # pyright: ignore[reportGeneralTypeIssues]
+    question, answer, relation, table = pick(rng, KNOWLEDGE)
     subjects = [str(pick(rng, tuple(table)))]
     if rng.random() < 0.7:
         second = str(pick(rng, tuple(table)))
@@ -184,7 +187,7 @@ def _open_qa(rng: random.Random) -> Task:
     return Task("open_qa", prompt, {"answer": " ".join(answers), "subjects": tuple(subjects), "relation": relation})
 
 
-KNOWLEDGE = (  # question, answer, relation, truth
+KNOWLEDGE: tuple[tuple[str, str, str, Mapping[str, str]], ...] = (  # question, answer, relation, truth
     ("Where does a {} live?", "A {} lives in the {}.", "home", HOMES),
     ("What does a {} eat?", "A {} eats {}.", "food", FOODS),
     ("What does a {} need?", "A {} needs the {}.", "tool", TOOLS),
@@ -196,7 +199,7 @@ def _list(rng: random.Random) -> Task:
     members = CATEGORIES[category]
     count = 2 + int(rng.random() * 3)
     prompt = str(pick(rng, ("List {} {}", "Name {} {}", "Give me {} {}"))).format(NUMBERS[count], category)
-    wish: dict[str, object] = {"category": category, "count": count, "first": "", "without": ""}
+    wish: dict[str, Any] = {"category": category, "count": count, "first": "", "without": ""}
     style = rng.random()
     member = str(pick(rng, members))
     if style < 0.4:
@@ -274,7 +277,7 @@ _MIX: tuple[tuple[float, Callable[[random.Random], Task]], ...] = (
 )
 
 
-# --- answers ------------------------------------------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def answer(asked: Task, rng: random.Random) -> str:
@@ -286,23 +289,24 @@ def answer(asked: Task, rng: random.Random) -> str:
     return str(asked.wish["answer"])
 
 
-def _list_answer(wish: Mapping[str, object], rng: random.Random) -> str:
+def _list_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
     members = [m for m in CATEGORIES[str(wish["category"])] if m not in (wish["without"], wish["first"])]
     chosen = [str(wish["first"])] if wish["first"] else []
     while len(chosen) < int(str(wish["count"])):
         chosen.append(members.pop(int(rng.random() * len(members))))
-    return ", ".join(chosen) + "."
+    number = COUNTED[int(str(wish["count"]))].capitalize()
+    return f"{number} {wish['category']}: {', '.join(chosen)}."
 
 
-def _story_answer(wish: Mapping[str, object], rng: random.Random) -> str:
+def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
     hero, mood, count = str(wish["hero"]), str(wish["mood"]), int(str(wish["count"]))
-    words = [str(w) for w in wish["words"]]  # pyright: ignore[reportGeneralTypeIssues]
+    words = [str(w) for w in wish["words"]]
     kinds = ["open"] + ["middle"] * (count - 1)
     if wish["ending"]:
         kinds.pop()
     elif count > 2 and rng.random() < 0.3:
         kinds[-1] = "close"
-    objects = _spread(words, sum(kind != "close" for kind in kinds), rng) + [""]
+    objects = [*_spread(words, sum(kind != "close" for kind in kinds), rng), ""]
     cast = {"hero": hero, "object": words[0] if words else word(rng, "object")}
     cast |= {slot: word(rng, slot, (hero,)) for slot in ("other", "place", "color")}
     lines: list[str] = []
@@ -310,7 +314,7 @@ def _story_answer(wish: Mapping[str, object], rng: random.Random) -> str:
     for kind, needed in zip(kinds, objects, strict=False):
         forms = STORY_FORMS[kind, mood if kind == "middle" else "neutral"]
         form = _fresh_form(forms, used, needed, rng)
-        known = {slot: w for slot, w in cast.items() if slot == "hero" or rng.random() < 0.7}
+        known = {slot: w for slot, w in cast.items() if slot == "hero" or rng.random() < 0.8}
         lines.append(write(form, rng, known | ({"object": needed} if needed else {})))
     return " ".join([*lines, str(wish["ending"])] if wish["ending"] else lines)
 
@@ -330,7 +334,7 @@ def _fresh_form(
     return used[-1]
 
 
-# --- flawed answers: what careless labelers and the web write --------------------------------------------------------------
+# --- flawed answers: what careless labelers and the web write --------------------------------------------------------
 
 
 def flawed_answer(asked: Task, rng: random.Random) -> str:
@@ -356,24 +360,24 @@ def _rude_answer(asked: Task, rng: random.Random) -> str:
     return " ".join(parts if rng.random() < 0.5 else parts[::-1])
 
 
-def _careless_wish(wish: Mapping[str, object], rng: random.Random) -> dict[str, object]:
+def _careless_wish(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
     """A story wish misread: most often the mood, else the number of sentences, the words or ending, or the hero."""
     misread = dict(wish)
     flaw = rng.random()
     if flaw < 0.4:
         misread["mood"] = word(rng, "mood", (str(wish["mood"]),))
     elif flaw < 0.6:
-        misread["count"] = int(pick(rng, [n for n in NUMBERS if n != wish["count"]]))  # pyright: ignore[reportArgumentType]
+        misread["count"] = int(pick(rng, [n for n in NUMBERS if n != wish["count"]]))
     elif flaw < 0.85 and (wish["words"] or wish["ending"]):
         misread |= {"words": (), "ending": ""}
     else:
         misread |= {"hero": word(rng, "hero", (str(wish["hero"]),)), "ending": ""}
     if misread["count"] == 2 and misread["ending"]:
-        misread["words"] = tuple(misread["words"])[:1]  # pyright: ignore[reportArgumentType]
+        misread["words"] = tuple(misread["words"])[:1]
     return misread
 
 
-def _careless_list(wish: Mapping[str, object], rng: random.Random) -> dict[str, object]:
+def _careless_list(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
     if (wish["first"] or wish["without"]) and rng.random() < 0.5:
         return {"first": "", "without": ""}
     if rng.random() < 0.5:

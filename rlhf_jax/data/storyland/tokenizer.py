@@ -1,4 +1,4 @@
-"""Storyland's tokenizer: byte-level BPE trained on the corpus, committed as a tokenizer.json that transformers loads."""
+"""Storyland's tokenizer: byte-level BPE trained on the corpus, a committed tokenizer.json that transformers loads."""
 
 from __future__ import annotations
 

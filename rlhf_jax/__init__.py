@@ -1,3 +1,117 @@
-"""InstructGPT in JAX: pure array functions, one struct vocabulary, flat readable experiments."""
+"""InstructGPT in JAX: pure array functions, one struct vocabulary, flat readable experiments.
+
+The names here are the public ones. What they share is in `rlhf_jax.types`; the index convention is in
+docs/conventions.md.
+"""
 
 __version__ = "0.1.0"
+
+from rlhf_jax.advantages import gae, group_relative, leave_one_out, reward_to_go
+from rlhf_jax.config import fn_spec, load_config, resolve
+from rlhf_jax.generate import generate
+from rlhf_jax.kl_control import adaptive_kl, fixed_kl
+from rlhf_jax.losses import best_of_loss, dpo_loss, ppo_policy_loss, ppo_value_loss, ranking_loss, sft_loss
+from rlhf_jax.models import (
+    DecoderConfig,
+    gpt2,
+    language_model,
+    load_hf,
+    save_hf,
+    scalar_from_language_model,
+    scalar_model,
+)
+from rlhf_jax.ops import (
+    align,
+    kl_estimate,
+    log_probs_from_logits,
+    masked_mean,
+    previous_index,
+    shaped_rewards,
+    token_log_probs,
+    whiten,
+)
+from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
+from rlhf_jax.steps import (
+    accumulate_grads,
+    compile_step,
+    make_ppo_step,
+    make_reward_step,
+    make_sft_step,
+    train_state,
+)
+from rlhf_jax.types import (
+    Cache,
+    KLState,
+    LMBatch,
+    Max,
+    Mean,
+    Metrics,
+    Model,
+    Output,
+    Params,
+    PPOState,
+    PromptBatch,
+    RankingBatch,
+    Rollout,
+    Samples,
+    StepFn,
+    TrainState,
+)
+
+__all__ = [
+    "Cache",
+    "DecoderConfig",
+    "KLState",
+    "LMBatch",
+    "Max",
+    "Mean",
+    "Metrics",
+    "Model",
+    "Output",
+    "PPOState",
+    "Params",
+    "PromptBatch",
+    "RankingBatch",
+    "Rollout",
+    "Samples",
+    "StepFn",
+    "TrainState",
+    "accumulate_grads",
+    "adaptive_kl",
+    "align",
+    "best_of_loss",
+    "compile_step",
+    "dpo_loss",
+    "fixed_kl",
+    "fn_spec",
+    "gae",
+    "generate",
+    "gpt2",
+    "group_relative",
+    "kl_estimate",
+    "language_model",
+    "leave_one_out",
+    "load_config",
+    "load_hf",
+    "log_probs_from_logits",
+    "make_ppo_step",
+    "make_reward_step",
+    "make_score_and_shape",
+    "make_sft_step",
+    "masked_mean",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "previous_index",
+    "ranking_loss",
+    "resolve",
+    "reward_to_go",
+    "save_hf",
+    "scalar_from_language_model",
+    "scalar_model",
+    "sft_loss",
+    "shaped_rewards",
+    "step_zero_checks",
+    "token_log_probs",
+    "train_state",
+    "whiten",
+]

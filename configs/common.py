@@ -138,6 +138,7 @@ def ppo() -> ConfigDict:
             "model": "",
             "decoder": DECODER,
             "reward_model": "",
+            "text_reward": "",
             "prompts": "",
             "prompt_length": 1024,
             "max_new_tokens": 1024,

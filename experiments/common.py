@@ -54,7 +54,7 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             jax.config.update("jax_num_cpu_devices", 2 ** int(np.log2(min(cores, 8))))
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
@@ -254,7 +254,7 @@ class Compiling:
             cls._listening = True
 
     @classmethod
-    def _add(cls, event: str, seconds: float, **_: Any) -> None:
+    def _add(cls, event: str, seconds: float, **_: str | int) -> None:
         if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
             cls.seconds += seconds
 
@@ -346,7 +346,7 @@ def sample_responses(
         samples = jax.tree.map(lambda x, keep=keep: x[:keep], samples)
         arrays.append(samples)
         texts += [
-            text.decode_response(network.tokenizer, row[start:end], eos_id=eos)
+            text.decode_response(network.tokenizer, row[start:end].tolist(), eos_id=eos)
             for row, start, end in zip(samples.tokens, samples.prompt_lengths, samples.lengths, strict=True)
         ]
         if progress is not None:

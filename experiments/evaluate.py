@@ -1,7 +1,10 @@
-"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax, samples side by side.
+r"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax, samples side by side.
 
-    python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate \\
-        --config.models.sft=runs/sft/epoch-4 --config.models.ppo=runs/ppo/ema --config.reward_model=runs/reward_model/model
+Run:
+
+    python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate \
+        --config.models.sft=runs/sft/epoch-4 --config.models.ppo=runs/ppo/ema \
+        --config.reward_model=runs/reward_model/model
 
 Writes ``evaluation.json`` and ``samples.jsonl``. Without a gold scorer (`config.gold` empty) the reward model judges.
 """
@@ -148,9 +151,7 @@ def answer(
     )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
-    rewards = common.score_responses(
-        reward, [p.prompt for p in asked], texts, mesh, batch_size=config.batch_size
-    )
+    rewards = common.score_responses(reward, [p.prompt for p in asked], texts, mesh, batch_size=config.batch_size)
     judged = [judge(str(p.id), t) for p, t in zip(asked, texts, strict=True)] if judge else []
     shape = (len(prompts), count)
     tokens = np.concatenate([s.lengths - s.prompt_lengths for s in samples])

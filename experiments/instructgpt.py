@@ -1,9 +1,11 @@
 """InstructGPT, whole: demonstrations -> SFT -> ranked samples -> reward model -> PPO and PPO-ptx -> evaluation.
 
+Run:
+
     python experiments/instructgpt.py --config=configs/instructgpt/storyland.py --workdir=runs/instructgpt
 
-Each stage reads files and writes files, so any of them can be replaced by files of your own; a stage that is done is not
-done again. Writes ``results.json``, ``report.html`` and ``metrics.jsonl``.
+Each stage reads files and writes files, so any of them can be replaced by files of your own; a stage that is done is
+not done again. Writes ``results.json``, ``report.html`` and ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +68,7 @@ class Pipeline:
         self.config, self.folder = config, folder
 
     def stage(self, name: str, work: Callable[[str], dict]) -> dict:
-        """Runs `work` in the stage's folder unless it is done; keeps what it returned, its time and its compile time."""
+        """Runs `work` in the stage's folder unless it is done; keeps what it returned and what it cost."""
         folder = self.folder / name
         if (folder / DONE).is_file():
             return self.done(name)
@@ -120,11 +121,7 @@ class Pipeline:
         held = common.config_dict(config)
         held.update(prompts=self.data("prompts_validation"), labels_each=2)
         sample.run(held, str(Path(folder) / "validation_train"))
-        responses = schema.read_rows(
-            Path(folder) / "validation_train" / "samples.jsonl",
-            lambda row: sample.Responses(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}),
-        )
-        records = responses[0] if isinstance(responses, tuple) else responses
+        records = sample.read_samples(Path(folder) / "validation_train" / "samples.jsonl")
         rankings = sample.rank(records, group="heldout", count=config.labelers, labels_each=2)
         (Path(folder) / "validation_heldout").mkdir(exist_ok=True)
         schema.write_jsonl(Path(folder) / "validation_heldout" / "rankings.jsonl", rankings)
@@ -135,7 +132,8 @@ class Pipeline:
         config = common.config_dict(self.config.reward_model)
         samples = self.folder / "samples"
         config.update(
-            model=config.model or self.done("sft")["last"], seed=self.config.seed, rankings=str(samples / "rankings.jsonl"),
+            model=config.model or self.done("sft")["last"], seed=self.config.seed,
+            rankings=str(samples / "rankings.jsonl"),
             demonstrations=self.data("demonstrations"),
         )  # fmt: skip
         for group in ("train", "heldout"):
@@ -160,7 +158,12 @@ class Pipeline:
             network = common.load_network(str(path), mesh, config.decoder)
             said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, 2, config, mesh)
             epochs.append(
-                {**row, "path": str(path), "reward_score": float(said.reward.mean()), "gold_score": float(said.gold.mean())}
+                {
+                    **row,
+                    "path": str(path),
+                    "reward_score": float(said.reward.mean()),
+                    "gold_score": float(said.gold.mean()),
+                }
             )
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])
@@ -253,7 +256,8 @@ class Pipeline:
         for stage in ("ppo", "ppo_ptx"):
             rows = metrics.read(self.folder / stage / metrics.FILE)
             history[stage] = [
-                {"iteration": row["step"]} | {short: row[long] for long, short in names.items() if long in row} for row in rows
+                {"iteration": row["step"]} | {short: row[long] for long, short in names.items() if long in row}
+                for row in rows
             ]
         history["sft"] = [
             {
@@ -316,11 +320,11 @@ def departures(config: ConfigDict) -> list[dict[str, str]]:
         ("SFT dropout", "0.2", "appendix C.1", str(s.dropout), "a small model has little to spare"),
         ("Prompts with rankings", "33,207", "table 6", f"{config.data.ranking_prompts:,}", small),
         ("Labelers", "about 40 people", "section 3.4", "10 + 10 simulated", "the truth is known in storyland"),
-        ("Reward-model batch", "64 prompts", "appendix C.2", f"{r.batch_size} rows", "fewer prompts, still enough steps"),
+        ("Reward-model batch", "64 prompts", "appendix C.2", f"{r.batch_size} rows", "fewer prompts, enough steps"),
         ("Reward model size", "6B for every policy", "section 3.5", "the size of the policy", small),
         ("Episodes", "256,000", "appendix C.4", f"{p.iterations * p.episodes:,}", small),
         ("Episodes of an iteration", "512", "appendix C.4", str(p.episodes), small),
-        ("Minibatch", "64", "appendix C.4", str(p.episodes // p.minibatches), "the ratio of 8 steps an iteration is kept"),
+        ("Minibatch", "64", "appendix C.4", str(p.episodes // p.minibatches), "8 steps an iteration, as there"),
         ("Inner epochs", "1", "appendix C.4", str(p.epochs), ""),
         ("KL coefficient", "0.02", "appendix C.4", str(p.kl.coef), "a small reward model is easier to fool"),
         ("Pretraining coefficient", "27.8", "appendix C.4", str(p.ptx_coef), "chosen by the two logged gradient norms"),

@@ -1,7 +1,9 @@
-"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is mixed in (PPO-ptx).
+r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is mixed in (PPO-ptx).
 
-    python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo \\
-        --config.model=runs/ppo_init/epoch-2 --config.reward_model=runs/reward_model/model \\
+Run:
+
+    python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo \
+        --config.model=runs/ppo_init/epoch-2 --config.reward_model=runs/reward_model/model \
         --config.prompts=runs/data/prompts_ppo.jsonl --config.pretraining_text=runs/data/corpus.jsonl
 
 One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. The model it starts from is
@@ -29,18 +31,24 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.generate import generate
 from rlhf_jax.metrics import StageLog, to_host
+from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
 from rlhf_jax.steps import POLICY_ARGUMENTS, VALUE_ARGUMENTS, compile_step, make_ppo_step, train_state
-from rlhf_jax.types import LMBatch, Metrics, PPOState, Rollout, Samples
+from rlhf_jax.types import LMBatch, Metrics, Model, PPOState, Rollout, Samples
 
 SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
+
+
+Judge = Callable[[str, str], float]
+"""``(prompt id, response) -> score``."""
 
 
 class Setup(NamedTuple):
     """Everything that stays the same while PPO runs: networks, streams, compiled pieces."""
 
     policy: common.Network
-    reward: common.Network
+    reward: common.Network | None
+    value: Model
     prompt_texts: list[str]
     prompt_ids: list[str | None]
     prompts: Batches
@@ -50,7 +58,8 @@ class Setup(NamedTuple):
     score_and_shape: Callable[..., tuple[Rollout, Metrics]]
     step: Callable[..., tuple[PPOState, Metrics]]
     state: PPOState
-    gold: Callable[[str, str], float] | None
+    gold: Judge | None
+    text_reward: Judge | None
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -100,8 +109,7 @@ def validate(config: ConfigDict) -> None:
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
     policy = common.load_network(config.model, mesh, config.decoder)
-    reward = common.load_network(config.reward_model, mesh, config.decoder)
-    text.check_same_tokenizer(policy=policy.tokenizer, reward_model=reward.tokenizer)
+    reward, value = reward_and_value(policy, config, mesh)
     records = common.read_prompts(config.prompts)
     ids = common.encode_prompts(
         policy.tokenizer, [r.prompt for r in records], length=config.prompt_length, where=config.prompts
@@ -109,7 +117,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
     policy_tx, value_tx = optimizers(config)
     step = make_ppo_step(
-        policy.model, reward.model, policy_tx, value_tx,
+        policy.model, value.model, policy_tx, value_tx,
         policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
         value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
         ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
@@ -120,20 +128,36 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     controller = kl_controller(config)
     state = PPOState(
         policy=train_state(policy.params, policy_tx, ema=True),
-        value=train_state(reward.params, value_tx),
+        value=train_state(value.params, value_tx),
         kl=controller.init(),
         iteration=jnp.zeros((), jnp.int32),
     )
     return Setup(
-        policy, reward, [r.prompt for r in records], [r.id for r in records], prompts,
+        policy, reward, value.model, [r.prompt for r in records], [r.id for r in records], prompts,
         pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
         make_score_and_shape(
-            policy.model, reward.model, reward.model, gamma=config.gamma, lam=config.lam,
+            policy.model, value.model, reward.model if reward else None, gamma=config.gamma, lam=config.lam,
             temperature=config.temperature, missing_eos_score=config.missing_eos_score, truncation=config.truncation,
             whiten_rewards=config.whiten_rewards,
         ),
-        compile_step(step), common.place(state, mesh), gold_scorer(config),
+        compile_step(step), common.place(state, mesh), judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
+
+
+def reward_and_value(
+    policy: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[common.Network | None, common.Network]:
+    """The reward model (None when a function of texts rewards) and the network that the value function starts from."""
+    config_lib.require(
+        bool(config.reward_model) or bool(config.text_reward), "reward_model", config.reward_model,
+        "pass the folder of a reward model, or text_reward=module:function",
+    )  # fmt: skip
+    if not config.reward_model:
+        params = scalar_from_language_model(policy.params, jax.random.key(config.seed))
+        return None, common.Network(scalar_model(policy.model.config), params, policy.tokenizer)
+    network = common.load_network(config.reward_model, mesh, config.decoder)
+    text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
+    return (None if config.text_reward else network), network
 
 
 def optimizers(config: ConfigDict) -> tuple[Any, Any]:
@@ -179,12 +203,17 @@ def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -
     return [sharding.place_batch(batches.at(0), mesh)]
 
 
-def gold_scorer(config: ConfigDict) -> Callable[[str, str], float] | None:
-    """``(prompt id, response) -> gold score`` where the truth is known; it is logged and never trained on."""
-    if not config.gold:
+def judge(name: str) -> Judge | None:
+    """The function ``module:function`` of (prompt id, response), its ``.score`` where it returns parts too."""
+    if not name:
         return None
-    judge = config_lib.resolve(config.gold)
-    return lambda name, response: judge(name, response).score
+    function = config_lib.resolve(name)
+
+    def score(prompt_id: str, response: str) -> float:
+        judged = function(prompt_id, response)
+        return float(getattr(judged, "score", judged))
+
+    return score
 
 
 def iterate(
@@ -197,15 +226,20 @@ def iterate(
     samples = sample(setup, state, prompts, key, config)
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
+    texts = response_texts(setup, samples) if setup.gold or setup.text_reward else []
+    scores = None
+    if setup.text_reward is not None:
+        scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
     rollout, metrics = setup.score_and_shape(
-        setup.policy.params, state.value.params, setup.reward.params, samples, state.kl.coef, prompts.ids
-    )
+        setup.policy.params, state.value.params, setup.reward.params if setup.reward else None, samples,
+        state.kl.coef, prompts.ids, scores,
+    )  # fmt: skip
     text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
     state, update = setup.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
     kl = metrics["rollout/kl_nats_per_sequence"]
     state = dataclasses.replace(state, kl=setup.controller.update(state.kl, kl.value))
     guard(metrics | update, iteration, config)
-    return state, metrics | update | observe(setup, state, samples, iteration, config)
+    return state, metrics | update | observe(setup, state, texts, iteration, config)
 
 
 def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict) -> Samples:
@@ -219,10 +253,27 @@ def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: 
 
 def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
     """Stops the run unless policy, reference, sampler and value network agree before the first update."""
+    reward = setup.reward
     step_zero_checks(
-        setup.policy.model, setup.reward.model, setup.reward.model, state.policy.params, setup.policy.params,
-        state.value.params, setup.reward.params, samples, temperature=config.temperature,
+        setup.policy.model, setup.value, reward.model if reward else None, state.policy.params, setup.policy.params,
+        state.value.params, reward.params if reward else None, samples, temperature=config.temperature,
     )  # fmt: skip
+
+
+def response_texts(setup: Setup, samples: Samples) -> list[str]:
+    """The responses as text, for judges; the token ids go on to the update as they are."""
+    eos = setup.policy.tokenizer.eos_token_id
+    fetched = jax.tree.map(np.asarray, samples)
+    return [
+        text.decode_response(setup.policy.tokenizer, row[start:end].tolist(), eos_id=eos)
+        for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
+    ]
+
+
+def judge_all(setup: Setup, score: Judge, texts: list[str], iteration: int) -> list[float]:
+    """`score` of each response of an iteration."""
+    rows = setup.prompts.indices(iteration)
+    return [score(str(setup.prompt_ids[i]), t) for i, t in zip(rows, texts, strict=True)]
 
 
 def guard(metrics: Metrics, iteration: int, config: ConfigDict) -> None:
@@ -244,19 +295,11 @@ def guard(metrics: Metrics, iteration: int, config: ConfigDict) -> None:
         )
 
 
-def observe(setup: Setup, state: PPOState, samples: Samples, iteration: int, config: ConfigDict) -> dict[str, Any]:
+def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict) -> dict[str, Any]:
     """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining loss."""
     seen: dict[str, Any] = {}
     if setup.gold is not None:
-        rows = setup.prompts.indices(iteration)
-        eos = setup.policy.tokenizer.eos_token_id
-        fetched = jax.tree.map(np.asarray, samples)
-        texts = [
-            text.decode_response(setup.policy.tokenizer, row[start:end], eos_id=eos)
-            for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
-        ]
-        golds = [setup.gold(str(setup.prompt_ids[i]), t) for i, t in zip(rows, texts, strict=True)]
-        seen["gold_score"] = float(np.mean(golds))
+        seen["gold_score"] = float(np.mean(judge_all(setup, setup.gold, texts, iteration)))
     if setup.held_out and (iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations):
         seen["held_out_loss"] = lm_loss(setup.policy.model, state.policy.params, setup.held_out)
     return seen

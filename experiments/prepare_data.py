@@ -1,5 +1,7 @@
 """Writes the JSONL files that the stages read: demonstrations, prompts, plain text.
 
+Run:
+
     python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
 """
 

@@ -1,5 +1,7 @@
 """Pretrains a storyland base model on the corpus, as the shipped ones were.
 
+Run:
+
     python experiments/pretrain.py --config=configs/pretrain/storyland.py:large --workdir=runs/pretrain_large
 """
 
@@ -35,7 +37,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
     mesh = common.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
-    encode = lambda d: text.encode_document(tokenizer, d, eos_id=tokenizer.eos_token_id)  # noqa: E731
+    eos = int(tokenizer.convert_tokens_to_ids(storyland_assets.EOS))
+    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
     rows = text.lm_rows([encode(d) for d in documents(0, config.documents)], length=config.row_length)
     held_out = text.lm_rows(
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length

@@ -1,7 +1,9 @@
-"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch, demonstrations at 0.
+r"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch, demonstrations at 0.
 
-    python experiments/reward_model.py --config=configs/reward_model/storyland.py --workdir=runs/reward_model \\
-        --config.model=runs/sft/epoch-4 --config.rankings=runs/samples/rankings.jsonl \\
+Run:
+
+    python experiments/reward_model.py --config=configs/reward_model/storyland.py --workdir=runs/reward_model \
+        --config.model=runs/sft/epoch-4 --config.rankings=runs/samples/rankings.jsonl \
         --config.demonstrations=runs/data/demonstrations.jsonl
 """
 

@@ -1,6 +1,8 @@
-"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank them.
+r"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank them.
 
-    python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/samples \\
+Run:
+
+    python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/samples \
         --config.prompts=runs/data/prompts_ranking.jsonl --config.models="('runs/sft/epoch-1',)"
 
 Writes ``samples.jsonl`` (prompt, responses, policies, temperatures); with ``config.labelers > 0`` also
@@ -40,22 +42,29 @@ def run(config: ConfigDict, workdir: str) -> dict:
     prompts = common.read_prompts(config.prompts)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
     # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
+    jobs = []
+    for which, name in enumerate(config.models):
+        network = common.load_network(name, mesh, config.decoder)
+        ids = common.encode_prompts(
+            network.tokenizer, [p.prompt for p in prompts], length=config.prompt_length, where=config.prompts
+        )
+        wanted = [(p, k) for p in range(len(prompts)) for k in range(ks[p]) if k % len(config.models) == which]
+        jobs.append((network, ids, wanted))
+    batches = [-(-len(wanted) // config.batch_size) for _, _, wanted in jobs]
     drawn: dict[tuple[int, int], str] = {}
-    with StageLog(workdir, "sample", total=len(config.models), show=("responses",)) as log:
-        for which, name in enumerate(config.models):
-            network = common.load_network(name, mesh, config.decoder)
-            texts = [p.prompt for p in prompts]
-            ids = common.encode_prompts(network.tokenizer, texts, length=config.prompt_length, where=config.prompts)
-            wanted = [(p, k) for p in range(len(prompts)) for k in range(ks[p]) if k % len(config.models) == which]
-            wanted.sort(key=lambda pk: len(ids[pk[0]]))
+    with StageLog(workdir, "sample", total=sum(batches), show=("responses",)) as log:
+        for which, (network, ids, wanted) in enumerate(jobs):
+            before = sum(batches[:which])
             responses, _ = common.sample_responses(
                 network, [ids[p] for p, _ in wanted], mesh,
                 prompt_length=config.prompt_length, max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature, seed=config.seed, batch_size=config.batch_size,
                 places=[p * config.max_k + k for p, k in wanted],
+                progress=lambda done, _, before=before: log(
+                    before + done, {"responses": (before + done) * config.batch_size}
+                ),
             )  # fmt: skip
             drawn |= dict(zip(wanted, responses, strict=True))
-            log(which + 1, {"responses": len(drawn)})
     records = [
         Responses(
             prompt.id, prompt.prompt, tuple(drawn[p, k] for k in range(ks[p])),
@@ -69,6 +78,14 @@ def run(config: ConfigDict, workdir: str) -> dict:
         rankings = rank(records, group=config.labeler_group, count=config.labelers, labels_each=config.labels_each)
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
     return {"prompts": len(prompts), "responses": len(drawn)}
+
+
+def read_samples(path: Path) -> list[Responses]:
+    """What `run` wrote to ``samples.jsonl``."""
+    read = lambda row: Responses(  # noqa: E731
+        row.get("id"), row["prompt"], *(tuple(row[name]) for name in ("responses", "policies", "temperatures"))
+    )
+    return schema.read_rows(path, read)[0]
 
 
 def draw_k(seed: int, place: int, low: int, high: int) -> int:

@@ -1,16 +1,19 @@
-"""Supervised fine-tuning on demonstrations: the SFT baseline, and with pretraining text mixed in the init of PPO.
+r"""Supervised fine-tuning on demonstrations: the SFT baseline, and with pretraining text mixed in the init of PPO.
 
-    python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft \\
-        --config.demonstrations=runs/data/demonstrations.jsonl --config.validation=runs/data/demonstrations_validation.jsonl
+Run:
+
+    python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft \
+        --config.demonstrations=runs/data/demonstrations.jsonl \
+        --config.validation=runs/data/demonstrations_validation.jsonl
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -77,7 +80,8 @@ def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
     eos = tokenizer.eos_token_id
     pairs = [
-        (text.encode_prompt(tokenizer, r.prompt), text.encode_response(tokenizer, r.response, eos_id=eos)) for r in records
+        (text.encode_prompt(tokenizer, r.prompt), text.encode_response(tokenizer, r.response, eos_id=eos))
+        for r in records
     ]
     return text.sft_rows(pairs, length=config.row_length, max_pieces=config.pieces_per_row)
 
@@ -96,8 +100,7 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:
             f"pretraining_fraction={fraction} needs {wanted}: give more text or lower the fraction"
         )
     chosen = np.random.default_rng(config.seed).permutation(len(pool.tokens))[:wanted]
-    fields = [f.name for f in dataclasses.fields(LMBatch)]
-    return LMBatch(**{f: np.concatenate([getattr(rows, f), getattr(pool, f)[chosen]]) for f in fields})
+    return jax.tree.map(lambda own, other: np.concatenate([own, other[chosen]]), rows, pool)
 
 
 if __name__ == "__main__":

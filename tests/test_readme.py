@@ -1,4 +1,4 @@
-"""The README's examples run as they stand: blocks marked `readme-test`, a file name after it where one is to be written."""
+"""The README's examples run as they stand: blocks marked `readme-test`; one with a file name is that file."""
 
 from __future__ import annotations
 

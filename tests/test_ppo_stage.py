@@ -1,0 +1,139 @@
+"""The loop of PPO as it is run, on a network of a few thousand numbers: four iterations whole, and cut and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import ppo
+from rlhf_jax.config import load_config
+from rlhf_jax.data.schema import PlainText, Prompt, write_jsonl
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
+from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
+from rlhf_jax.models.hf import save_hf
+
+ROOT = Path(__file__).parents[1]
+EPISODES, ITERATIONS, OPTIMIZER_STEPS = 8, 4, 4
+PEAK, TARGET, HORIZON = 0.02, 0.05, 40
+
+
+def inputs(folder: Path) -> dict[str, str]:
+    """A random model, a reward model grown from it, one prompt many times over, and some text."""
+    tokenizer = load_tokenizer(storyland_assets.assets())
+    model = language_model(gpt2(len(tokenizer), 64, 1, 16, 2))
+    params = model.init(jax.random.key(0))
+    save_hf(folder / "model", model, params, tokenizer)
+    reward_params = scalar_from_language_model(params, jax.random.key(1))
+    save_hf(folder / "reward", scalar_model(model.config), reward_params, tokenizer)
+    write_jsonl(folder / "prompts.jsonl", [Prompt("Write a story.", id=f"p{i}") for i in range(EPISODES)])
+    write_jsonl(folder / "text.jsonl", [PlainText(f"A dog and a cat. Number {i}.") for i in range(40)])
+    return {
+        "model": str(folder / "model"),
+        "reward_model": str(folder / "reward"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "pretraining_text": str(folder / "text.jsonl"),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """``whole`` ran without a break; ``cut`` stopped after three iterations, one past its checkpoint, and went on."""
+    folder = tmp_path_factory.mktemp("ppo")
+    overrides = {
+        "iterations": str(ITERATIONS), "episodes": str(EPISODES), "epochs": "2", "minibatches": "2", "save_every": "2",
+        "prompt_length": "16", "max_new_tokens": "8", "ptx_row_length": "32", "ptx_rows_per_episode": "1.0",
+        "gold": "", "schedule": "linear", "warmup_iterations": "0", "learning_rate": str(PEAK),
+        "kl.controller": "adaptive", "kl.target": str(TARGET), "kl.horizon": str(HORIZON), "kl_ceiling": "1e6",
+    }  # fmt: skip
+    config = load_config(f"{ROOT}/configs/ppo/storyland.py:smoke", overrides | inputs(folder))
+    sampled: list[np.ndarray] = []
+    pieces = None
+    prepare, sample, iterate = ppo.prepare, ppo.sample, ppo.iterate
+
+    def prepare_once(*arguments):
+        """The same config: the second and the third start use the programs that the first one compiled."""
+        nonlocal pieces
+        setup = prepare(*arguments)
+        pieces = pieces or {"step": setup.step, "score_and_shape": setup.score_and_shape}
+        return setup._replace(**pieces)
+
+    def sample_and_keep(*arguments):
+        samples = sample(*arguments)
+        sampled.append(np.asarray(samples.tokens))
+        return samples
+
+    def pull_the_plug(setup, state, iteration, *rest):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return iterate(setup, state, iteration, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "prepare", prepare_once)
+        patch.setattr(ppo, "sample", sample_and_keep)
+        result = ppo.run(config, str(folder / "whole"))
+        patch.setattr(ppo, "check_step_zero", lambda *_: None)  # passed a moment ago, and compiles five programs
+        patch.setattr(ppo, "iterate", pull_the_plug)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.run(config, str(folder / "cut"))
+        patch.setattr(ppo, "iterate", iterate)
+        resumed = ppo.run(config, str(folder / "cut"))
+    return SimpleNamespace(folder=folder, config=config, result=result, resumed=resumed, sampled=sampled)
+
+
+def history(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k and k != "time"} for line in lines]
+
+
+def column(runs: SimpleNamespace, name: str) -> list[float]:
+    return [line[name] for line in history(runs.folder / "whole")]
+
+
+def test_a_cut_run_that_goes_on_ends_bit_for_bit_like_a_whole_one(runs):
+    """PITFALLS 49, J7: weights, average, moments, KL coefficient, keys, rate and place in the data; no line twice."""
+    whole, cut = runs.folder / "whole", runs.folder / "cut"
+    assert len(runs.sampled) == ITERATIONS + 3 + (ITERATIONS - 2)  # it did start again from its checkpoint
+    for i, tokens in enumerate(runs.sampled[ITERATIONS:]):
+        np.testing.assert_array_equal(tokens, runs.sampled[i if i < 3 else i - 1])
+    for name in ("last", "ema"):
+        for file in sorted((whole / name).iterdir()):
+            assert file.read_bytes() == (cut / name / file.name).read_bytes(), file.name
+    assert history(cut) == history(whole)
+    assert runs.resumed["kl_coef"] == runs.result["kl_coef"]
+
+
+def test_consecutive_rollouts_of_the_same_prompts_differ(runs):
+    """PITFALL J2: one prompt, eight rows, four rollouts; no two rows are alike."""
+    rows = [tuple(row) for tokens in runs.sampled[:ITERATIONS] for row in tokens.tolist()]
+    assert len(rows) == ITERATIONS * EPISODES == len(set(rows))
+
+
+def test_kl_is_zero_before_the_first_update_and_positive_after(runs):
+    """PITFALL 30: the reference is a copy that stays; the policy moves away from it."""
+    kl = column(runs, "rollout/kl_k3_nats_per_sequence")
+    assert abs(kl[0]) < 1e-4
+    assert min(kl[1:]) > 1e-3
+
+
+def test_kl_controller_is_stepped_once_a_rollout(runs):
+    """PITFALL 29: the coefficients that were used, against the rule by hand."""
+    coef, kl = column(runs, "rollout/kl_coef"), column(runs, "rollout/kl_nats_per_sequence")
+    expected = [runs.config.kl.coef]
+    for value in kl:
+        expected.append(expected[-1] * (1 + np.clip(value / TARGET - 1, -0.2, 0.2) * EPISODES / HORIZON))
+    np.testing.assert_allclose([*coef, runs.result["kl_coef"]], expected, rtol=1e-5)
+
+
+def test_learning_rate_reaches_its_end_with_the_last_optimizer_step(runs):
+    """PITFALL 38: linear to 0 over all optimizer steps, so the last iteration uses the last four rates."""
+    total = ITERATIONS * OPTIMIZER_STEPS
+    assert runs.result["optimizer_steps"] == total
+    rates = PEAK * (1 - np.arange(total) / total)
+    np.testing.assert_allclose(column(runs, "policy/lr"), rates.reshape(ITERATIONS, -1).mean(axis=1), rtol=1e-5)

@@ -171,12 +171,13 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
       rules: ordered.
 
     Returns:
-      The same tree of global arrays.
+      The same tree of global arrays, always copies: a step that donates them leaves `state` alone.
 
     Raises:
       ValueError: as `tree_shardings`.
     """
-    return jax.device_put(state, tree_shardings(state, mesh, rules))
+    # device_put would share the shard that is on the right device already, and a donating step would then delete it.
+    return jax.device_put(jax.tree.map(np.array, state), tree_shardings(state, mesh, rules))
 
 
 def _processes(mesh: Mesh) -> int:

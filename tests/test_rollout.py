@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +56,18 @@ def samples(logp_noise: float = 0.0) -> Samples:
     prompt_lengths, lengths = jnp.array([2, 3, 1]), jnp.array([5, 10, 2])
     tokens = jax.random.randint(jax.random.key(3), (3, tiny.SLOTS), 0, tiny.VOCABULARY)
     mask = scoring.response_mask(prompt_lengths, lengths, tiny.SLOTS)
-    logp = scoring.sequence_log_probs(tiny.LANGUAGE, LM_PARAMS, tokens, lengths, mask)
+    logp = tiny.log_probs(LM_PARAMS, tokens, lengths, mask)
     noise = logp_noise * jax.random.normal(jax.random.key(4), logp.shape)
     return Samples(tokens, prompt_lengths, lengths, jnp.where(mask, logp + noise, 0), jnp.array([True, False, True]))
 
 
+@lru_cache  # tests with the same settings share one compiled program
+def score_and_shape(**options):
+    return rollouts.make_score_and_shape(tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, **options)
+
+
 def shape(rows: Samples, *, scores=None, kl_coef=0.0, **options):
-    fn = rollouts.make_score_and_shape(tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, **options)
+    fn = score_and_shape(**options)
     ids = jnp.arange(rows.lengths.shape[0], dtype=jnp.int32)
     return fn(LM_PARAMS, SCALAR_PARAMS, SCALAR_PARAMS, rows, jnp.float32(kl_coef), ids, scores)
 

@@ -50,6 +50,9 @@ LANGUAGE = Model(partial(_init, head_shape=(WIDTH, VOCABULARY)), _apply, _logits
 SCALAR = Model(partial(_init, head_shape=(WIDTH,)), _apply, _scalars, _no_cache)
 
 
+log_probs = jax.jit(partial(scoring.sequence_log_probs, LANGUAGE))
+
+
 def lm_batch(rows: int, seed: int = 0) -> LMBatch:
     """Ragged rows of one text each, everything but the first token a target."""
     random = np.random.default_rng(seed)
@@ -68,7 +71,7 @@ def rollout(rows: int, policy_params, seed: int = 0, *, temperature: float = 1.0
     tokens = jnp.asarray(random.integers(0, VOCABULARY, (rows, SLOTS)), jnp.int32)
     mask = scoring.response_mask(prompt_lengths, lengths, SLOTS)
     noise = lambda: jnp.asarray(random.normal(size=(rows, SLOTS)), jnp.float32) * mask  # noqa: E731
-    logp = scoring.sequence_log_probs(LANGUAGE, policy_params, tokens, lengths, mask, temperature=temperature)
+    logp = log_probs(policy_params, tokens, lengths, mask, temperature=temperature)
     return Rollout(
         tokens=tokens,
         mask=mask,

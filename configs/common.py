@@ -32,6 +32,7 @@ def data() -> ConfigDict:
     """How much of each kind of data, table 6; the test prompts of table 9; 8 documents an episode, appendix C.4."""
     return ConfigDict(
         {
+            "source": "storyland",
             "labelers": 40,
             "demonstrations": 12_725,
             "ranking_prompts": 33_207,
@@ -207,6 +208,7 @@ def evaluate() -> ConfigDict:
             "few_shot": {
                 "demonstrations": "",
                 "template": "Task: {prompt}\nAnswer: {response}",
+                "stop": "\n",
                 "examples": 2,
                 "candidates": 4,
                 "trial_prompts": 64,

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from experiments import pretrained
 from rlhf_jax import checkpoint, optim, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema, text
@@ -43,16 +44,10 @@ class Network(NamedTuple):
 
 
 def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
-    """The device mesh of a stage. On a CPU each core is one device: data parallel beats threads inside small products.
+    """The device mesh of a stage, ``(-1, 1, 1)`` for data parallel over all devices.
 
     Compiled programs are kept in a cache folder of the user, so that a second run starts at once.
     """
-    # Two programs in flight on several CPU devices can wait for each other's threads for ever; one at a time cannot.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    with contextlib.suppress(RuntimeError):  # devices are already in use: a notebook or a test chose them
-        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            jax.config.update("jax_num_cpu_devices", 2 ** int(np.log2(min(cores, 8))))
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -62,8 +57,10 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, or ``storyland:base_large`` and ``storyland:base_small`` for the shipped ones."""
-    return storyland_assets.assets() / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(name)
+    """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by name (``smollm2``)."""
+    if name.startswith(SHIPPED):
+        return storyland_assets.assets() / name.removeprefix(SHIPPED)
+    return pretrained.folder(name) if name in pretrained.MODELS else Path(name)
 
 
 def load_network(
@@ -254,9 +251,9 @@ class Compiling:
             cls._listening = True
 
     @classmethod
-    def _add(cls, event: str, seconds: float, **_: str | int) -> None:
+    def _add(cls, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
-            cls.seconds += seconds
+            cls.seconds += duration_secs
 
 
 # ----------------------------------------------------------------------------------------------------- text to ids

@@ -12,6 +12,7 @@ Writes ``evaluation.json`` and ``samples.jsonl``. Without a gold scorer (`config
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,14 +38,22 @@ BEST_OF = "best_of_4"
 
 
 class Answers(NamedTuple):
-    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens, all ``[N, S]``."""
+    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens, all ``[N, S]``.
+
+    `gold` is None where nobody knows the truth.
+    """
 
     texts: list[list[str]]
-    gold: np.ndarray
+    gold: np.ndarray | None
     parts: list[dict[str, float]]
     reward: np.ndarray
     tokens: np.ndarray
     samples: list[Samples]
+
+    def means(self) -> dict[str, float]:
+        """Mean scores and length."""
+        gold = {} if self.gold is None else {"gold_score": float(self.gold.mean())}
+        return gold | {"reward_score": float(self.reward.mean()), "tokens": float(self.tokens.mean())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Line:
     model: str
     prompt: str
     response: str
-    gold_score: float
+    gold_score: float | None
     reward_score: float
 
 
@@ -82,9 +91,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 results.setdefault("pretraining_loss", {})[name] = pretraining_loss(network, config, mesh)
             if name in config.kl_of and config.reference:
                 results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
-            one = answers[name]
-            log(done, {"gold_score": one.gold.mean(), "reward_score": one.reward.mean(), "tokens": one.tokens.mean()})
-    results |= compare(answers, has_gold=judge is not None)
+            log(done, answers[name].means())
+    results |= compare(answers)
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)
     return results
@@ -143,11 +151,11 @@ def answer(
     """`count` samples of each prompt, with gold score, reward-model score and length."""
     ids, slots = ask(network, prompts)
     prompted = ask is not bare_prompts
-    newline = network.tokenizer.encode("\n", add_special_tokens=False)
+    stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
     texts, samples = common.sample_responses(
         network, [row for row in ids for _ in range(count)], mesh, prompt_length=slots,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed,
-        batch_size=config.batch_size, stop_ids=newline if prompted else (),
+        batch_size=config.batch_size, stop_ids=stop,
     )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
@@ -157,12 +165,18 @@ def answer(
     tokens = np.concatenate([s.lengths - s.prompt_lengths for s in samples])
     return Answers(
         [texts[i : i + count] for i in range(0, len(texts), count)],
-        np.array([g.score for g in judged]).reshape(shape) if judged else rewards.reshape(shape),
+        np.array([g.score for g in judged]).reshape(shape) if judge else None,
         [g.parts for g in judged],
         rewards.reshape(shape),
         tokens.reshape(shape),
         samples,
     )
+
+
+@functools.cache
+def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Tokens whose text begins with `text`: where the prompted base model has said its answer and goes on."""
+    return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(text))
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
@@ -194,28 +208,36 @@ def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, 
     return float(np.concatenate(gaps).mean())
 
 
-def compare(answers: dict[str, Answers], *, has_gold: bool) -> dict[str, Any]:
-    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths, best-of-n."""
+def compare(answers: dict[str, Answers]) -> dict[str, Any]:
+    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths, best-of-n.
+
+    Without gold scores the keys that speak of them are left out.
+    """
     baseline = answers[BASELINE]
     others = {name: said for name, said in answers.items() if name != BASELINE}
     # Best of 4 meets the samples it was not chosen from.
     best = _best_of(baseline, 4) if baseline.reward.shape[1] > 4 else None
     results: dict[str, Any] = {}
-    fields = {"win_rate_vs_sft": "gold", "win_rate_vs_sft_by_reward_model": "reward"}
-    for key, field in fields.items():
+    has_gold = baseline.gold is not None
+    fields = {"win_rate_vs_sft": "gold"} if has_gold else {}
+    for key, field in (fields | {"win_rate_vs_sft_by_reward_model": "reward"}).items():
         rates = {m: win_rate(getattr(a, field), getattr(baseline, field))._asdict() for m, a in others.items()}
         if best is not None:
             rates[BEST_OF] = win_rate(best[field], getattr(baseline, field)[:, 4:])._asdict()
         results[key] = rates
-    results["win_rate_vs_sft_length_controlled"] = {
-        m: length_controlled_win_rate(a.gold, baseline.gold, a.tokens, baseline.tokens)._asdict()
-        for m, a in others.items()
-    }
-    results["gold_score"] = {m: float(a.gold.mean()) for m, a in answers.items()}
+    for key, field in fields.items():
+        results[f"{key}_length_controlled"] = {
+            m: length_controlled_win_rate(
+                getattr(a, field), getattr(baseline, field), a.tokens, baseline.tokens
+            )._asdict()
+            for m, a in others.items()
+        }
+        results["gold_score"] = {m: float(getattr(a, field).mean()) for m, a in answers.items()}
     results["reward_score"] = {m: float(a.reward.mean()) for m, a in answers.items()}
     results["response_tokens"] = {m: float(a.tokens.mean()) for m, a in answers.items()}
     if best is not None:
-        results["gold_score"][BEST_OF] = float(best["gold"].mean())
+        if has_gold:
+            results["gold_score"][BEST_OF] = float(best["gold"].mean())
         results["response_tokens"][BEST_OF] = float(best["tokens"].mean())
     if has_gold:
         results["gold_parts"] = {m: mean_parts(a.parts) for m, a in answers.items()}
@@ -226,19 +248,22 @@ def compare(answers: dict[str, Answers], *, has_gold: bool) -> dict[str, Any]:
 def _best_of(said: Answers, n: int) -> dict[str, np.ndarray]:
     """The sample that the reward model likes best among the first n of each prompt."""
     pick = said.reward[:, :n].argmax(axis=1)[:, None]
-    return {f: np.take_along_axis(getattr(said, f), pick, axis=1)[:, 0] for f in ("gold", "reward", "tokens")}
+    fields = ("reward", "tokens") if said.gold is None else ("gold", "reward", "tokens")
+    return {f: np.take_along_axis(getattr(said, f), pick, axis=1)[:, 0] for f in fields}
 
 
 def best_of_n_curve(said: Answers) -> dict[str, list[float]]:
     """Gold and proxy of best-of-n by the reward model, and the gold of best-of-n by gold itself."""
     ns = [2**i for i in range(said.reward.shape[1].bit_length()) if 2**i <= said.reward.shape[1]]
-    return {
+    curve = {
         "n": [float(n) for n in ns],
         "kl": [kl_bon(n) for n in ns],
         "proxy": [best_of_n(said.reward, said.reward, n=n) for n in ns],
-        "gold": [best_of_n(said.reward, said.gold, n=n) for n in ns],
-        "gold_by_gold": [best_of_n(said.gold, said.gold, n=n) for n in ns],
     }
+    if said.gold is not None:
+        curve["gold"] = [best_of_n(said.reward, said.gold, n=n) for n in ns]
+        curve["gold_by_gold"] = [best_of_n(said.gold, said.gold, n=n) for n in ns]
+    return curve
 
 
 def mean_parts(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -249,14 +274,12 @@ def mean_parts(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]) -> None:
     """The first sample of each model to each prompt, with its judgements."""
-    schema.write_jsonl(
-        path,
-        [
-            Line(p.id, name, p.prompt, said.texts[i][0], float(said.gold[i, 0]), float(said.reward[i, 0]))
-            for i, p in enumerate(prompts)
-            for name, said in answers.items()
-        ],
-    )
+    lines = []
+    for i, p in enumerate(prompts):
+        for name, said in answers.items():
+            gold = None if said.gold is None else float(said.gold[i, 0])
+            lines.append(Line(p.id, name, p.prompt, said.texts[i][0], gold, float(said.reward[i, 0])))
+    schema.write_jsonl(path, lines)
 
 
 if __name__ == "__main__":

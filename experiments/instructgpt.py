@@ -111,8 +111,22 @@ class Pipeline:
     def _demonstrations(self) -> dict[str, str]:
         return {"demonstrations": self.data("demonstrations"), "validation": self.data("demonstrations_validation")}
 
+    def rankings(self) -> dict[str, str]:
+        """The rankings to train on (``training``) and to measure on: people's own, or those of the samples stage."""
+        own = {p.stem.removeprefix("rankings_"): str(p) for p in self.folder.glob("data/rankings*.jsonl")}
+        if own:
+            return {"training": own.pop("rankings"), **own}
+        folder = self.folder / "samples"
+        groups = {group: folder / group / "rankings.jsonl" for group in ("validation_train", "validation_heldout")}
+        return {"training": str(folder / "rankings.jsonl")} | {group: str(path) for group, path in groups.items()}
+
     def samples(self, folder: str) -> dict:
-        """Ranked responses: for training by the training labelers, for validation by both groups."""
+        """Ranked responses: for training by the training labelers, for validation by both groups.
+
+        Nothing is sampled where the data hold rankings by people.
+        """
+        if not self.config.sample.labelers:
+            return self.rankings()
         trained = self.done("sft")
         models = tuple(dict.fromkeys((trained["lowest_loss"], trained["last"])))
         config = common.config_dict(self.config.sample)
@@ -129,19 +143,18 @@ class Pipeline:
 
     def reward_model(self, folder: str) -> dict:
         """The reward model, from `reward_model.model` or, where that is empty, the last SFT checkpoint."""
-        config = common.config_dict(self.config.reward_model)
-        samples = self.folder / "samples"
+        config, rankings = common.config_dict(self.config.reward_model), self.rankings()
         config.update(
-            model=config.model or self.done("sft")["last"], seed=self.config.seed,
-            rankings=str(samples / "rankings.jsonl"),
+            model=config.model or self.done("sft")["last"], seed=self.config.seed, rankings=rankings["training"],
             demonstrations=self.data("demonstrations"),
         )  # fmt: skip
-        for group in ("train", "heldout"):
-            config.evaluation[f"validation_{group}"] = str(samples / f"validation_{group}" / "rankings.jsonl")
+        for name in config.evaluation:
+            config.evaluation[name] = rankings.get(name, "")
         result = reward_model.run(config, folder)
-        for group in ("train", "heldout"):
-            rankings = reward_model.read_rankings(config.evaluation[f"validation_{group}"])
-            result[f"agreement_{group}"] = agreement(rankings)
+        if self.config.sample.labelers:
+            for group in ("train", "heldout"):
+                ranked_twice = reward_model.read_rankings(rankings[f"validation_{group}"])
+                result[f"agreement_{group}"] = agreement(ranked_twice)
         return result
 
     def baseline(self, folder: str) -> dict:
@@ -157,14 +170,7 @@ class Pipeline:
             path = self.folder / "sft" / f"epoch-{row['epoch']}"
             network = common.load_network(str(path), mesh, config.decoder)
             said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, 2, config, mesh)
-            epochs.append(
-                {
-                    **row,
-                    "path": str(path),
-                    "reward_score": float(said.reward.mean()),
-                    "gold_score": float(said.gold.mean()),
-                }
-            )
+            epochs.append({**row, "path": str(path), **said.means()})
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])
         return {"epochs": epochs, "path": best["path"], "epoch": best["epoch"], "lowest_loss_epoch": lowest["epoch"]}
@@ -206,11 +212,8 @@ class Pipeline:
         seconds["total"] = round(sum(record["seconds"] for record in records.values()), 2)
         results = {
             **measured,
-            "demonstration_gold_score": self._demonstration_gold(),
-            "rm_accuracy": {f"{g}_labelers": rewards[f"validation_{g}"]["accuracy"] for g in ("train", "heldout")},
-            "labeler_agreement": {g: rewards[f"agreement_{g}"] for g in ("train", "heldout")},
-            "calibration": calibration_points(rewards["validation_heldout"]["calibration"]),
-            "length_only_accuracy": rewards["validation_heldout"]["length_only_accuracy"],
+            **self._gold_results(),
+            **reward_model_results(rewards),
             "reward_model": {k: rewards[k] for k in ("prompts", "responses", "pairs", "steps", "padding_share")},
             "sft": self.done("baseline"),
             "seconds": seconds,
@@ -226,10 +229,13 @@ class Pipeline:
             print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
         return results
 
-    def _demonstration_gold(self) -> float:
+    def _gold_results(self) -> dict[str, float]:
+        """The gold score of the labelers' own answers, where there is a gold scorer."""
+        if not self.config.evaluate.gold:
+            return {}
         judge = config_lib.resolve(self.config.evaluate.gold)
         records, _ = schema.read_jsonl(self.data("demonstrations_validation"), schema.Demonstration)
-        return float(np.mean([judge(str(r.id), r.response).score for r in records]))
+        return {"demonstration_gold_score": float(np.mean([judge(str(r.id), r.response).score for r in records]))}
 
     def _metric_lines(self, stage: str) -> list[str]:
         file = self.folder / stage / metrics.FILE
@@ -259,14 +265,14 @@ class Pipeline:
                 {"iteration": row["step"]} | {short: row[long] for long, short in names.items() if long in row}
                 for row in rows
             ]
+        keep = {
+            "epoch": "epoch",
+            "validation_loss": "validation_loss",
+            "reward_score": "score",
+            "gold_score": "gold_score",
+        }
         history["sft"] = [
-            {
-                "epoch": row["epoch"],
-                "validation_loss": row["validation_loss"],
-                "score": row["reward_score"],
-                "gold_score": row["gold_score"],
-            }
-            for row in self.done("baseline")["epochs"]
+            {short: row[long] for long, short in keep.items() if long in row} for row in self.done("baseline")["epochs"]
         ]
         return history
 
@@ -275,7 +281,7 @@ class Pipeline:
         for line in (self.folder / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             entry = by_prompt.setdefault(row["prompt"], {"prompt": row["prompt"], "responses": {}})
-            entry["responses"][row["model"]] = {"text": row["response"], "gold_score": row["gold_score"]}
+            entry["responses"][row["model"]] = {"text": row["response"], "gold_score": row.get("gold_score")}
         return list(by_prompt.values())[:count]
 
 
@@ -289,6 +295,24 @@ def agreement(rankings: Sequence[schema.Ranking]) -> float:
     fill = lambda ranks: list(ranks) + [-1] * (k - len(ranks))  # noqa: E731
     first, second = (np.array([fill(ranks[i]) for ranks in both]) for i in (0, 1))
     return quality.labeler_agreement(first, second).value
+
+
+MEASURED_ON = {"validation_train": "train_labelers", "validation_heldout": "heldout_labelers"}
+"""Sets of held-out rankings under the names of the results schema; people's own keep theirs (held_out_hh_rlhf)."""
+
+
+def reward_model_results(rewards: dict) -> dict:
+    """What the results say of the reward model: accuracy on each held-out set, the rest on the largest of them."""
+    sets = {name: found for name, found in rewards.items() if isinstance(found, dict) and "accuracy" in found}
+    # Of storyland's two, equally large, the held-out labelers' counts: it is the later one.
+    main = max(reversed(list(sets.values())), key=lambda found: found["prompts"])
+    agreed = {g: rewards[f"agreement_{g}"] for g in ("train", "heldout") if f"agreement_{g}" in rewards}
+    return {
+        "rm_accuracy": {MEASURED_ON.get(name, name): found["accuracy"] for name, found in sets.items()},
+        **({"labeler_agreement": agreed} if agreed else {}),
+        "calibration": calibration_points(main["calibration"]),
+        "length_only_accuracy": main["length_only_accuracy"],
+    }
 
 
 def calibration_points(calibration: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -312,14 +336,17 @@ def versions() -> dict[str, str]:
 def departures(config: ConfigDict) -> list[dict[str, str]]:
     """Where this run departs from the paper, beside the paper's value."""
     p, s, r = config.ppo, config.sft, config.reward_model
-    small = "two CPU cores and ten minutes"
+    small = "two CPU cores and little time"
+    simulated = ("10 + 10 simulated", "the truth is known in storyland")
+    people = ("the crowds of HH-RLHF and OpenAssistant", "rankings that anyone can have")
+    labelers = simulated if config.sample.labelers else people
     rows = [
         ("Policy", "1.3B, 6B and 175B parameters", "appendix C", f"{p.iterations and config.base}", small),
         ("Demonstrations", "12,725", "table 6", f"{config.data.demonstrations:,}", small),
         ("SFT epochs", "16", "appendix C.1", str(s.epochs), "chosen among the epochs that fit, by reward-model score"),
         ("SFT dropout", "0.2", "appendix C.1", str(s.dropout), "a small model has little to spare"),
         ("Prompts with rankings", "33,207", "table 6", f"{config.data.ranking_prompts:,}", small),
-        ("Labelers", "about 40 people", "section 3.4", "10 + 10 simulated", "the truth is known in storyland"),
+        ("Labelers", "about 40 people", "section 3.4", *labelers),
         ("Reward-model batch", "64 prompts", "appendix C.2", f"{r.batch_size} rows", "fewer prompts, enough steps"),
         ("Reward model size", "6B for every policy", "section 3.5", "the size of the policy", small),
         ("Episodes", "256,000", "appendix C.4", f"{p.iterations * p.episodes:,}", small),
@@ -344,8 +371,9 @@ def departures(config: ConfigDict) -> list[dict[str, str]]:
 
 def headline(results: dict) -> str:
     """The result in a few lines."""
-    lines = ["", "Win rate against SFT by the gold scorer (95% interval):"]
-    for model, rate in results["win_rate_vs_sft"].items():
+    judge = "the gold scorer" if "win_rate_vs_sft" in results else "the reward model"
+    lines = ["", f"Win rate against SFT by {judge} (95% interval):"]
+    for model, rate in results.get("win_rate_vs_sft", results["win_rate_vs_sft_by_reward_model"]).items():
         lines.append(f"  {model:14} {rate['value']:.3f}  ({rate['low']:.3f} to {rate['high']:.3f})")
     return "\n".join(lines)
 

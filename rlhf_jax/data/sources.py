@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,9 @@ HH_SUBSETS = ("helpful-base", "helpful-rejection-sampled", "helpful-online", "ha
 HH_REPO = "Anthropic/hh-rlhf"
 OASST_REPO = "OpenAssistant/oasst1"
 OASST_TREES = "2023-04-12_oasst_ready.trees.jsonl.gz"
+TEXT_REPO = "ggml-org/ci"
+TEXT_ARCHIVE = "wikitext-2-raw-v1.zip"
+TEXT_FOLDERS = ("english_text", "wikitext2")
 
 _EXPECTED_DROPS = ("identical responses", "prompts differ", "empty response", "no Assistant turn")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -138,6 +142,26 @@ def read_text(path: str | os.PathLike[str], *, separator: str | None = None) -> 
     return documents, DataReport(str(path), rows, len(documents), dropped)
 
 
+def read_english(data_dir: str | os.PathLike[str] | None = None) -> tuple[list[PlainText], DataReport]:
+    """Running English for the pretraining mix, one document a file: novels, or two parts of WikiText-2.
+
+    Args:
+      data_dir: folder with a folder english_text or wikitext2, or with text files itself; None = download WikiText-2.
+
+    Source: Merity et al. 2016, arXiv 1609.07843 (WikiText-2).
+    """
+    if data_dir is not None:
+        return read_text(_folder(data_dir, *TEXT_FOLDERS))
+    archive = _download(TEXT_REPO, TEXT_ARCHIVE)
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            names = [name for name in packed.namelist() if name.endswith((".train.raw", ".test.raw"))]
+            texts = [(name, packed.read(name).decode("utf-8")) for name in sorted(names)]
+    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{archive} is damaged ({error}): download it again") from None
+    return [PlainText(text, source=name) for name, text in texts], DataReport(TEXT_REPO, len(texts), len(texts))
+
+
 def dialogue(turns: Sequence[tuple[str, str]]) -> str:
     r"""A prompt out of (role, text) turns; role "assistant" is the assistant, any other the human.
 
@@ -151,9 +175,14 @@ def dialogue(turns: Sequence[tuple[str, str]]) -> str:
 
 def in_test_split(prompt: str, *, fraction: float) -> bool:
     """Whether a dialogue belongs to the test split: sha256 of its first human turn, spaces and case aside."""
+    return conversation_place(prompt) < fraction
+
+
+def conversation_place(prompt: str) -> float:
+    """A number in [0, 1) that all prompts of one conversation share: the sha256 of its first human turn."""
     turn = ("\n\n" + prompt).split(_HUMAN)[1] if _HUMAN in "\n\n" + prompt else prompt
     key = " ".join(turn.split(_ASSISTANT)[0].lower().split())
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
 # ------------------------------------------------------------------------------------------------------ HH-RLHF

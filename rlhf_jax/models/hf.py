@@ -90,7 +90,8 @@ def load_hf(
       mesh: where to put them: each array is split over the ``fsdp`` axis; None = the default device.
 
     Returns:
-      The model, its parameters, and the tokenizer (None where the folder holds no tokenizer.json).
+      The model, its parameters, and the tokenizer (None where the folder holds no tokenizer.json; a GGUF file describes
+      its own where it is byte-level BPE).
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -399,9 +400,13 @@ def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
         )
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy or save it again") from error
+    return _fitting(tokenizer, config, folder)
+
+
+def _fitting(tokenizer: Any, config: DecoderConfig, where: Path) -> Any:
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, more than the model's "
+            f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's "
             f"vocab_size={config.vocab_size}: its last ids have no embedding; use the tokenizer it was trained with"
         )
     return tokenizer
@@ -449,7 +454,46 @@ def _load_gguf(path: Path, dtype, mesh) -> tuple[Model, Params, Any]:
         raise ValueError(f"{path} scales its rotary frequencies: choose a model with plain rotary positions")
     model = language_model(config)
     params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, mesh, transposed=True)
-    return model, params, _load_tokenizer(path.parent, config)
+    tokenizer = _load_tokenizer(path.parent, config) or _gguf_tokenizer(reader)
+    return model, params, None if tokenizer is None else _fitting(tokenizer, config, path)
+
+
+_GGUF_CONTROL = 3
+"""Type of a control token in ``tokenizer.ggml.token_type``."""
+
+
+def _gguf_tokenizer(reader) -> Any:
+    """The byte-level BPE tokenizer that a GGUF file describes; None where it describes another kind."""
+    import tokenizers
+    import transformers  # slow to import, and only this needs it
+    from tokenizers import decoders, models, pre_tokenizers
+
+    def field(name: str) -> Any:
+        entry = reader.get_field(f"tokenizer.ggml.{name}")
+        return None if entry is None else entry.contents()
+
+    # How the text is cut before the merges: as GPT-2 does, and for SmolLM each digit by itself first.
+    cuts = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
+    if field("model") != "gpt2" or field("pre") not in cuts:
+        return None
+    pieces, kinds, merges = field("tokens"), field("token_type"), field("merges")
+    merges = [tuple(merge.split(" ")) for merge in merges]
+    inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_CONTROL]
+    inner.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
+    ids = {name: field(f"{part}_token_id") for name, part in _GGUF_SPECIAL.items()}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        clean_up_tokenization_spaces=False,
+        **{name: pieces[i] for name, i in ids.items() if i is not None},
+    )
+
+
+_GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:

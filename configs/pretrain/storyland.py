@@ -13,6 +13,7 @@ def get_config(arg: str = "large") -> ConfigDict:
     """The config for `arg`: large, small or smoke, then ``key=value``."""
     config = ConfigDict(
         {
+            "name": "large",
             "seed": 0,
             "mesh": (-1, 1, 1),
             "documents": 280_000,
@@ -42,7 +43,7 @@ def get_config(arg: str = "large") -> ConfigDict:
 
 
 def _small(config: ConfigDict) -> None:
-    config.documents = 60_000
+    config.update(name="small", documents=60_000)
     config.model.update(
         layers=2, width=64, heads=2, mlp_width=256,
         positions="learned", norm="layernorm", activation="gelu_tanh", bias="all",
@@ -51,4 +52,4 @@ def _small(config: ConfigDict) -> None:
 
 def _smoke(config: ConfigDict) -> None:
     _small(config)
-    config.update(documents=400, held_out_documents=100, held_out_batches=1, evaluate_every=10)
+    config.update(name="smoke", documents=400, held_out_documents=100, held_out_batches=1, evaluate_every=10)

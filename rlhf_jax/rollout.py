@@ -88,12 +88,7 @@ def make_score_and_shape(
     if truncation not in ("terminal", "bootstrap"):
         raise ValueError(f"truncation={truncation!r} is unknown: choose 'terminal' or 'bootstrap'")
 
-    def raw_scores(reward_params: Params | None, samples: Samples, scores: Array | None) -> Array:
-        if scores is not None:
-            return scores.astype(jnp.float32)
-        if reward is None or reward_params is None:
-            raise ValueError("scores=None and there is no reward model: give reward and reward_params, or scores")
-        return score_samples(reward, reward_params, samples)
+    shape = partial(used_score, scale=score_scale, shift=score_shift, missing_eos_score=missing_eos_score)
 
     @jax.jit
     def score_and_shape(
@@ -105,15 +100,8 @@ def make_score_and_shape(
         ids: Int[Array, " B"],
         scores: Float[Array, " B"] | None = None,
     ) -> tuple[Rollout, Metrics]:
-        raw = raw_scores(reward_params, samples, scores)
-        score = used_score(
-            raw, samples.finished, scale=score_scale, shift=score_shift, missing_eos_score=missing_eos_score
-        )
-        whole = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
-        valid = jnp.isfinite(score)
-        mask = whole & valid[:, None]
-        score = jnp.where(valid, score, 0)
-
+        raw = _raw_scores(reward, reward_params, samples, scores)
+        score, mask = _without_bad_rows(shape(raw, samples.finished), samples)
         rows = (samples.tokens, samples.lengths)
         ref_logp = scoring.sequence_log_probs(policy, ref_params, *rows, mask, temperature=temperature)
         old_logp = jnp.where(mask, samples.logp, 0)
@@ -142,6 +130,23 @@ def make_score_and_shape(
         return rollout, rollout_metrics(rollout, raw, kl_coef=kl_coef)
 
     return score_and_shape
+
+
+def _raw_scores(
+    reward: Model | None, reward_params: Params | None, samples: Samples, scores: Float[Array, " B"] | None
+) -> Float[Array, " B"]:
+    if scores is not None:
+        return scores.astype(jnp.float32)
+    if reward is None or reward_params is None:
+        raise ValueError("scores=None and there is no reward model: give reward and reward_params, or scores")
+    return score_samples(reward, reward_params, samples)
+
+
+def _without_bad_rows(score: Float[Array, " B"], samples: Samples) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
+    """The score, 0 where it is not finite, and the response mask without those rows."""
+    valid = jnp.isfinite(score)
+    whole = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+    return jnp.where(valid, score, 0), whole & valid[:, None]
 
 
 def used_score(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -210,14 +211,13 @@ def make_ppo_step(
     ptx_microbatches = microbatches if ptx_microbatches is None else ptx_microbatches
 
     def policy_gradient(params: Params, rows: Rollout, lm_rows: LMBatch | None) -> _Gradient:
-        grads, mean, metrics = accumulate_grads(policy_fn, params, rows, microbatches)
-        ppo = _Gradient.of(grads, mean, metrics, name="policy").clipped(ppo_clip_norm)
+        ppo = _Gradient.of(*accumulate_grads(policy_fn, params, rows, microbatches), name="policy")
         if lm_rows is None:
-            return ppo
-        grads, mean, metrics = accumulate_grads(ptx_fn, params, (lm_rows, None), ptx_microbatches)
-        return ppo.plus(_Gradient.of(grads, mean, metrics, name="ptx"), coef=ptx_coef, clip_norm=ptx_clip_norm)
+            return ppo.clipped(ppo_clip_norm)
+        ptx = _Gradient.of(*accumulate_grads(ptx_fn, params, (lm_rows, None), ptx_microbatches), name="ptx")
+        return ppo.clipped(ppo_clip_norm).plus(ptx, coef=ptx_coef, clip_norm=ptx_clip_norm)
 
-    def optimizer_step(states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None], rollout: Rollout):
+    def optimizer_step(rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]):
         rows, lm_rows = _constrain((jax.tree.map(lambda x: x[index[0]], rollout), index[1]), batch_sharding)
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
@@ -236,13 +236,10 @@ def make_ppo_step(
         if whiten_advantages:
             rollout = dataclasses.replace(rollout, advantages=ops.whiten(rollout.advantages, rollout.mask))
         order = minibatch_order(key, rollout.tokens.shape[0], epochs=epochs, minibatches=minibatches)
-        lm_rows = None
-        if lm_batch is not None and ptx_coef != 0:
-            lm_rows = _split_strided(lm_batch, epochs * minibatches, "epochs * minibatches", "pretraining batch")
-        (new_policy, new_value), metrics = lax.scan(
-            lambda states, index: optimizer_step(states, index, rollout), (state.policy, state.value), (order, lm_rows)
-        )
-        state = dataclasses.replace(state, policy=new_policy, value=new_value, iteration=state.iteration + 1)
+        lm_rows = lm_batch if ptx_coef != 0 else None
+        lm_rows = _split_strided(lm_rows, epochs * minibatches, "epochs * minibatches", "pretraining batch")
+        states, metrics = lax.scan(partial(optimizer_step, rollout), (state.policy, state.value), (order, lm_rows))
+        state = dataclasses.replace(state, policy=states[0], value=states[1], iteration=state.iteration + 1)
         return state, _add_up(metrics)
 
     return step

@@ -68,6 +68,10 @@ def functions(path: Path):
             yield node
 
 
+def is_method_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+
+
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -111,6 +115,16 @@ def test_each_dependency_has_one_home(path):
 def test_data_never_touches_a_device(path):
     bad = {name for name in imports(path) if name.split(".")[0] in ("jax", "flax", "optax")}
     assert not bad, f"{name_of(path)} imports {bad}"
+
+
+def test_the_path_from_samples_to_update_knows_no_tokenizer():
+    """PITFALL 34: no text in between, so sampled ids cannot come back as others."""
+    for path in MODULES:
+        if part(path) in {"generate", "rollout", "scoring", "steps", "advantages", "losses", "ops"}:
+            foreign = {n for n in imports(path) if n.split(".")[0] in ("transformers", "tokenizers") or ".data" in n}
+            assert not foreign, f"{name_of(path)} imports {foreign}"
+            called = {n.func.attr for n in ast.walk(ast.parse(path.read_text())) if is_method_call(n)}
+            assert not {name for name in called if "decode" in name or "encode" in name}, name_of(path)
 
 
 def test_only_experiments_read_a_config():

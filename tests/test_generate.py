@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import ops
+from rlhf_jax import ops, sharding
 from rlhf_jax.generate import _generate, generate, sample_token, truncate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.types import PromptBatch
@@ -115,14 +115,26 @@ def test_batching_and_padding_change_no_token():
     assert _responses(_sample(prompts)) == whole[::2]
 
 
+def test_samples_are_the_same_on_any_mesh():
+    """PITFALLS 50: equal prompts on eight shards get different responses, and the same ones on one device."""
+    same = PromptBatch(tokens=jnp.full((8, 2), 5), lengths=jnp.full((8,), 2), ids=jnp.arange(8))
+    alone = _responses(_sample(same, temperature=2.0))
+    assert len({tuple(r) for r in alone}) == 8
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        placed = sharding.place_batch(jax.tree.map(np.asarray, same), sharding.make_mesh(shape))
+        assert _responses(_sample(placed, temperature=2.0)) == alone
+
+
 def test_a_shorter_limit_gives_the_same_beginning():
     long, short = _responses(_sample(stop_ids=())), _responses(_sample(stop_ids=(), max_new_tokens=3))
     assert short == [r[:3] for r in long]
 
 
-@pytest.mark.parametrize("stop_ids", [(2,), (3, 7), ()])
+@pytest.mark.parametrize("stop_ids", [(2,), (3, 7), (0,), ()])
 def test_stop_ids_end_the_response_and_belong_to_it(stop_ids):
-    """PITFALLS 12, 40: a stop id need not be EOS; stops in the prompt do not count; a cut row is not `finished`."""
+    """PITFALLS 12, 40, J4: a stop id need not be EOS and may be that of padding, 0; stops in the prompt do not count;
+    a cut row is not `finished`.
+    """
     prompts = _prompts()
     prompts = dataclasses.replace(prompts, tokens=prompts.tokens.at[:, 0].set(3))
     free = _responses(_sample(prompts, stop_ids=(), samples_per_prompt=8, temperature=2.0))

@@ -1,13 +1,13 @@
 """From samples to a rollout by hand numbers, and the checks at step 0.
 
-PITFALLS 3-6, 13, 15-17, 28, 31, 40-42, J1, J3.
+PITFALLS 1, 3-7, 9, 13, 15-17, 28, 31, 32, 34, 36, 40-42, J1, J3.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,27 @@ def test_log_probs_are_the_table_entries():
     logp = scoring.sequence_log_probs(BIGRAM, {"table": table}, tokens, lengths, mask)
     expected = np.asarray(jax.nn.log_softmax(table))
     np.testing.assert_allclose(logp[0], [0, expected[1, 3], expected[3, 0], expected[0, 2]], rtol=1e-6)
+
+
+def test_sampled_ids_reach_the_rollout_unchanged():
+    """PITFALL 34: whatever the ids are, those of padding included."""
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        tokens = jnp.asarray(random.integers(0, tiny.VOCABULARY, (3, tiny.SLOTS)), jnp.int32)
+        np.testing.assert_array_equal(shape(dataclasses.replace(samples(), tokens=tokens))[0].tokens, tokens)
+
+
+def test_scores_and_values_do_not_depend_on_the_amount_of_padding():
+    """PITFALLS 9, 32: more padding, of any id, moves no score and no value."""
+    rows = samples()
+    read = jax.jit(partial(scoring.sequence_values, tiny.SCALAR))
+    values, score = read(SCALAR_PARAMS, rows.tokens, rows.lengths)
+    for extra, token in ((1, 0), (4, 6)):
+        wide = jnp.pad(rows.tokens, ((0, 0), (0, extra)), constant_values=token)
+        wide_values, wide_score = read(SCALAR_PARAMS, wide, rows.lengths)
+        np.testing.assert_allclose(wide_score, score, rtol=1e-6)
+        mask = scoring.response_mask(rows.prompt_lengths, rows.lengths, tiny.SLOTS)
+        np.testing.assert_allclose(wide_values[:, : tiny.SLOTS][mask], values[mask], rtol=1e-6)
 
 
 def test_values_are_read_one_token_before_and_scores_at_the_last_one():
@@ -303,6 +324,32 @@ def test_step_zero_refuses_log_probs_of_another_sampler():
         check(temperature=0.9)
     with pytest.raises(ValueError, match="sampler_gap=nan"):
         check(dataclasses.replace(samples(), logp=jnp.full((3, tiny.SLOTS), jnp.nan)))
+
+
+def _generated(model, params, **settings):
+    prompts = PromptBatch(jnp.ones((8, 4), jnp.int32), jnp.array([2, 3, 4, 1] * 2), jnp.arange(8))
+    return generate(model, params, prompts, KEY, max_new_tokens=6, stop_ids=(0,), **settings)
+
+
+def test_step_zero_refuses_samples_of_a_truncated_distribution():
+    """PITFALL 7: top-k samples have log-probs under what is left, and the update has those of the full softmax."""
+    model = language_model(DecoderConfig(11, 16, 1, 8, 2))
+    params = model.init(KEY)
+    scalar = (None, params, params, {}, None)
+    with pytest.raises(ValueError, match=r"sampler_gap=.*top_k, top_p"):
+        rollouts.step_zero_checks(model, POSITION, *scalar, _generated(model, params, top_k=3))
+
+
+def test_step_zero_checks_pass_in_bfloat16_and_equal_models_have_kl_zero():
+    """PITFALLS 1, 36: sampler, scorer and update agree to 2e-2 nats; two equal models through one program exactly."""
+    model = language_model(DecoderConfig(11, 16, 1, 8, 2, dtype="bfloat16"))
+    params = jax.tree.map(lambda x: 4 * x, model.init(KEY))
+    other = jax.tree.map(jnp.copy, params)
+    measured = rollouts.step_zero_checks(
+        model, POSITION, None, params, other, {}, None, _generated(model, params, temperature=0.7), temperature=0.7
+    )
+    assert measured["reference_gap"] == measured["clip_fraction"] == 0
+    assert max(measured["sampler_gap"], measured["update_gap"]) < 2e-2
 
 
 def test_step_zero_refuses_clipped_ratios_even_under_a_loose_limit():

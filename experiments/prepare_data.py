@@ -107,7 +107,7 @@ class Lengths:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.tokenizer = load_tokenizer(common.model_folder(config.model))
+        self.tokenizer: Any = load_tokenizer(common.model_folder(config.model))
         self.left_out: collections.Counter[str] = collections.Counter()
 
     def _fits(self, what: str, tokens: int, limit: int) -> bool:
@@ -264,13 +264,13 @@ def _text(documents: Sequence[schema.PlainText], config: ConfigDict) -> tuple[li
 
 def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
     """A document cut between paragraphs into pieces of about `size` characters."""
-    pieces, piece = [], ""
-    for paragraph in (*document.text.replace("\r\n", "\n").split("\n\n"), ""):
-        piece += "\n\n" * bool(piece) + paragraph.strip()
-        if len(piece) >= size or (not paragraph and piece):
-            pieces.append(schema.PlainText(piece, id=f"{document.source}-{len(pieces)}", source=document.source))
-            piece = ""
-    return pieces
+    texts = [""]
+    for paragraph in filter(None, map(str.strip, document.text.replace("\r\n", "\n").split("\n\n"))):
+        if len(texts[-1]) >= size:
+            texts.append("")
+        texts[-1] += "\n\n" * bool(texts[-1]) + paragraph
+    name = document.source
+    return [schema.PlainText(text, id=f"{name}-{place}", source=name) for place, text in enumerate(texts)]
 
 
 def _report(

@@ -94,9 +94,6 @@ def cpu(config: ConfigDict) -> None:
         ppo_prompts=256, validation_prompts=24, test_prompts=48, held_out_rankings=150, ranked_response_length=96,
         ranking_length=512, documents=400, held_out_documents=60, document_characters=600,
     )  # fmt: skip
-    # One device for both cores: two would each hold a copy of every network.
-    for stage in common.STAGES[1:]:
-        config[stage].mesh = (1, 1, 1)
     config.sft.update(epochs=2, batch_size=4)
     config.ppo_init.update(epochs=1, batch_size=4)
     config.reward_model.update(row_length=512, batch_size=4, max_k=9, bias_demonstrations=64, score_batch_size=16)
@@ -120,7 +117,10 @@ def smoke(config: ConfigDict) -> None:
     config.sft.update(epochs=1, batch_size=8, row_length=160)
     config.ppo_init.update(epochs=1, batch_size=8, row_length=160)
     config.reward_model.update(row_length=256, batch_size=8, score_batch_size=16)
-    config.ppo.update(iterations=1, episodes=8, minibatches=2, warmup_iterations=1, held_out_rows=8, ptx_row_length=96)
+    config.ppo.update(
+        iterations=1, episodes=8, minibatches=1, warmup_iterations=1, held_out_rows=8, ptx_row_length=96,
+        ptx_rows_per_episode=1.0,
+    )  # fmt: skip
     config.evaluate.update(baseline_samples=1, batch_size=8, held_out_batches=1, held_out_row_length=96)
     config.evaluate.few_shot.update(candidates=1, trial_prompts=4, examples=1)
 

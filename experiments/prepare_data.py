@@ -167,15 +167,14 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     rankings = _named([*groups, *pairs])
     demonstrations = _named([*replies, *sources.best_responses(pairs)])
     prompts = _distinct(schema.Prompt(r.prompt, id=r.id, source=r.source) for r in rankings)
-    held_out = parts.take("held out", rankings, ("validation", "test"), config.held_out_rankings, lengths.ranking)
     text, held_out_text = _text(documents, config)
 
     def prompts_of(part: str, count: int) -> list[schema.Prompt]:
-        return parts.take(part, prompts, (part,), count, lambda p: p if lengths.prompt(p.prompt) else None)
+        return parts.take(prompts, (part,), count, lambda p: p if lengths.prompt(p.prompt) else None)
 
     def demonstrations_of(part: str, count: int) -> list[schema.Demonstration]:
         keep = lambda d: d if lengths.demonstration(d) else None  # noqa: E731
-        return parts.take(part, _distinct(demonstrations), (part,), count, keep)
+        return parts.take(_distinct(demonstrations), (part,), count, keep)
 
     files: dict[str, Iterable[Any]] = {
         "prompts_test": prompts_of("test", config.test_prompts),
@@ -183,12 +182,15 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
         "demonstrations": demonstrations_of("demonstrations", config.demonstrations),
         "demonstrations_validation": demonstrations_of("validation", config.validation_prompts),
         "prompts_ppo": prompts_of("ppo", config.ppo_prompts),
-        "rankings": parts.take("ranking", rankings, ("ranking",), config.ranking_prompts, lengths.ranking),
+        "rankings": parts.take(rankings, ("ranking",), config.ranking_prompts, lengths.ranking),
         "corpus": text,
         "corpus_held_out": held_out_text,
     }
     for name in ("hh_rlhf", "oasst"):
-        files[f"rankings_held_out_{name}"] = [r for r in held_out if str(r.source).startswith(name)]
+        these = [r for r in rankings if str(r.source).startswith(name)]
+        held_out = parts.take(these, ("validation", "test"), config.held_out_rankings, lengths.ranking)
+        files[f"rankings_held_out_{name}"] = held_out
+    _require_records(files)
     counts = _write(folder, {name: records for name, records in files.items() if records})
     reports = [of_pairs, of_groups, of_replies, of_documents]
     _report(folder / "data_report.txt", reports, lengths.left_out, counts, files["rankings"])
@@ -207,9 +209,7 @@ class _Parts:
             self.ranges[name] = (start, start + share)
             start += share
 
-    def take(
-        self, what: str, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]
-    ) -> list[Any]:
+    def take(self, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]) -> list[Any]:
         """At most `count` of the records of `parts` that `keep` returns, in an order that the seed decides."""
 
         def here(record: Any) -> bool:
@@ -227,11 +227,17 @@ class _Parts:
                 break
             kept = keep(record)
             taken += [] if kept is None else [kept]
-        if not taken:
-            raise ValueError(
-                f"no {what} record is left: raise prompt_length, response_length or ranked_response_length, or shares"
-            )
         return taken
+
+
+def _require_records(files: dict[str, Any]) -> None:
+    """Refuses an empty file of those that a stage cannot do without; a source may have no held-out rankings."""
+    for name, records in files.items():
+        if not records and not name.startswith("rankings_held_out"):
+            raise ValueError(
+                f"no record is left for {name}.jsonl: raise prompt_length, response_length or ranked_response_length, "
+                "or the part's share"
+            )
 
 
 def _shuffled(seed: int, *parts: str | None) -> bytes:

@@ -207,7 +207,7 @@ def evaluate() -> ConfigDict:
             "held_out_batches": 8,
             "few_shot": {
                 "demonstrations": "",
-                "template": "Task: {prompt}\nAnswer: {response}",
+                "template": "Question: {prompt}\nReply: {response}",
                 "stop": "\n",
                 "examples": 2,
                 "candidates": 4,

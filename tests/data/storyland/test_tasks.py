@@ -14,7 +14,7 @@ from rlhf_jax.data.storyland import SPLITS, Task, answer, flawed_answer, gold, s
 from rlhf_jax.data.storyland.grammar import HEROES, MOODS, NUMBERS, OBJECTS
 
 ROOT = Path(__file__).parents[3]
-MANY = {"train": 30_000, "validation": 10_000, "test": 10_000}
+MANY = {"train": 12_000, "validation": 4_000, "test": 4_000}
 COUNTS = {"train": 15_000, "validation": 1_000, "test": 1_000}
 USE_CASES = {"story", "closed_qa", "open_qa", "list", "rewrite", "summary", "classify", "refuse"}
 

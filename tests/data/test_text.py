@@ -183,6 +183,16 @@ def test_each_response_has_exactly_one_trained_eos_when_pad_is_eos():
     assert np.sum(np.asarray(batch.segments) > 0) == sum(len(p) + len(r) for p, r in pairs)
 
 
+def test_one_demonstration_a_row_when_asked():
+    """So that a batch of 32 rows is one of 32 demonstrations, as the paper counts."""
+    pairs = [([1], [2, EOS]), ([3, 4], [EOS]), ([5], [EOS])]
+    assert len(text.sft_rows(pairs, length=16).tokens) == 1
+    batch = text.sft_rows(pairs, length=16, max_pieces=1)
+    assert len(batch.tokens) == len(pairs)
+    assert np.max(np.asarray(batch.segments)) == 1
+    assert np.sum(np.asarray(batch.mask)) == sum(len(response) for _, response in pairs)
+
+
 def test_mask_ends_with_the_row_for_eos_in_the_middle_at_the_end_and_missing():
     """PITFALLS 12: padding is never a target, with EOS in mid-row, at the row's end, or missing."""
     for response, length in (([5, EOS], 8), ([5, EOS], 3), ([5, 6], 8)):

@@ -53,12 +53,12 @@ def ppo() -> ConfigDict:
     """PPO-ptx; plain PPO is the same with ``ptx_coef=0``."""
     config = common.ppo()
     config.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=36, episodes=256, learning_rate=6e-4,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=50, episodes=128, learning_rate=5e-4,
         value_learning_rate=5e-4, warmup_iterations=4, ppo_clip_norm=1.0, ptx_clip_norm=1.0, value_clip_norm=1.0,
-        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.97, ptx_coef=1.0, ptx_rows_per_episode=0.25,
+        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.97, ptx_coef=1.0, ptx_rows_per_episode=0.5,
         ptx_row_length=128, gold=GOLD,
     )  # fmt: skip
-    config.kl.coef = 0.1
+    config.kl.coef = 0.12
     return config
 
 

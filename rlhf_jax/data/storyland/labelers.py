@@ -92,7 +92,7 @@ def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
     return Labeler(
         name=f"{group}-{index}",
         group=group,
-        noise=between(0.04, 0.09),
+        noise=between(0.08, 0.16),
         tie=between(0.02, 0.08),
         length_bias=between(-0.01, 0.03),
         taste={part: between(0.7, 1.3) for part in WEIGHTS},

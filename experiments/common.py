@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate
 from rlhf_jax.metrics import StageLog
+from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
@@ -86,7 +85,7 @@ def load_network(
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
     changes = {**(decoder or {}), "dropout": dropout}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
-    return Network(model, place(params, mesh), tokenizer)
+    return Network(model, sharding.place_state(params, mesh), tokenizer)
 
 
 def check_shape(field: str, name: str, shape: Mapping[str, Any]) -> None:
@@ -108,8 +107,6 @@ def check_shape(field: str, name: str, shape: Mapping[str, Any]) -> None:
 
 def type_of(model: Model) -> Callable[..., Model]:
     """The function that builds this kind of model from a `DecoderConfig`."""
-    from rlhf_jax.models.heads import language_model, scalar_model
-
     return scalar_model if "score" in jax.eval_shape(model.init, jax.random.key(0)) else language_model
 
 
@@ -194,11 +191,6 @@ def train_resumable(
                     saved.wait()
                     raise KeyboardInterrupt(f"{stage} at step {step + 1} of {steps}")
     return state
-
-
-def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters or a training state on the mesh, by the decoder's sharding rules."""
-    return sharding.place_state(tree, mesh)
 
 
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
@@ -342,13 +334,19 @@ def sample_responses(
         keep = min(batch_size, len(prompts) - batch * batch_size)
         samples = jax.tree.map(lambda x, keep=keep: x[:keep], samples)
         arrays.append(samples)
-        texts += [
-            text.decode_response(network.tokenizer, row[start:end].tolist(), eos_id=eos)
-            for row, start, end in zip(samples.tokens, samples.prompt_lengths, samples.lengths, strict=True)
-        ]
+        texts += response_texts(network.tokenizer, samples)
         if progress is not None:
             progress(batch + 1, batches)
     return texts, arrays
+
+
+def response_texts(tokenizer: Any, samples: Samples) -> list[str]:
+    """The responses as text, for people and judges; the token ids go on to an update as they are."""
+    fetched = jax.tree.map(np.asarray, samples)
+    return [
+        text.decode_response(tokenizer, row[start:end].tolist(), eos_id=tokenizer.eos_token_id)
+        for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
+    ]
 
 
 def score_responses(
@@ -378,16 +376,6 @@ def score_responses(
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(model: Model, params: Params, rows: PromptBatch) -> jax.Array:
     return scoring.sequence_values(model, params, rows.tokens, rows.lengths)[1]
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the wall time of the block to ``seconds[stage]``."""
-    begin = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - begin
 
 
 def config_dict(config: ConfigDict) -> ConfigDict:

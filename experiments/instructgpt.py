@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -376,11 +375,6 @@ def headline(results: dict) -> str:
     for model, rate in results.get("win_rate_vs_sft", results["win_rate_vs_sft_by_reward_model"]).items():
         lines.append(f"  {model:14} {rate['value']:.3f}  ({rate['low']:.3f} to {rate['high']:.3f})")
     return "\n".join(lines)
-
-
-def remove_stage(workdir: str, name: str) -> None:
-    """Forgets a stage, so that the next run does it again."""
-    shutil.rmtree(Path(workdir) / name, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
             temperature=config.temperature, missing_eos_score=config.missing_eos_score, truncation=config.truncation,
             whiten_rewards=config.whiten_rewards,
         ),
-        compile_step(step), common.place(state, mesh), judge(config.gold), judge(config.text_reward),
+        compile_step(step), sharding.place_state(state, mesh), judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def iterate(
     samples = sample(setup, state, prompts, key, config)
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
-    texts = response_texts(setup, samples) if setup.gold or setup.text_reward else []
+    texts = common.response_texts(setup.policy.tokenizer, samples) if setup.gold or setup.text_reward else []
     scores = None
     if setup.text_reward is not None:
         scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
@@ -258,16 +258,6 @@ def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: Con
         setup.policy.model, setup.value, reward.model if reward else None, state.policy.params, setup.policy.params,
         state.value.params, reward.params if reward else None, samples, temperature=config.temperature,
     )  # fmt: skip
-
-
-def response_texts(setup: Setup, samples: Samples) -> list[str]:
-    """The responses as text, for judges; the token ids go on to the update as they are."""
-    eos = setup.policy.tokenizer.eos_token_id
-    fetched = jax.tree.map(np.asarray, samples)
-    return [
-        text.decode_response(setup.policy.tokenizer, row[start:end].tolist(), eos_id=eos)
-        for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
-    ]
 
 
 def judge_all(setup: Setup, score: Judge, texts: list[str], iteration: int) -> list[float]:

@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     begin = time.monotonic()
     state = common.train_resumable(
         compile_step(make_sft_step(model, tx)),
-        common.place(train_state(model.init(jax.random.key(config.seed)), tx), mesh),
+        sharding.place_state(train_state(model.init(jax.random.key(config.seed)), tx), mesh),
         batches, mesh, workdir=workdir, stage="pretrain", steps=steps, save_every=config.evaluate_every,
         seed=config.seed, show=("sft/loss", "held_out_loss"), on_save=on_save,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
+from rlhf_jax import sharding
 from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
     state = common.train_resumable(
         compile_step(make_reward_step(model, tx, loss=loss, microbatches=config.microbatches)),
-        common.place(train_state(params, tx), mesh),
+        sharding.place_state(train_state(params, tx), mesh),
         batches, mesh, workdir=workdir, stage="reward_model", steps=steps, save_every=config.save_every,
         seed=config.seed, show=("reward/loss", "reward/accuracy"),
     )  # fmt: skip

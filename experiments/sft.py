@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
     common.train_resumable(
         compile_step(make_sft_step(network.model, tx, microbatches=config.microbatches)),
-        common.place(train_state(network.params, tx), mesh),
+        sharding.place_state(train_state(network.params, tx), mesh),
         batches, mesh, workdir=workdir, stage="sft", steps=steps, save_every=epoch_steps, seed=config.seed,
         show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, on_save=on_save,
     )  # fmt: skip

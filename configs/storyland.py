@@ -15,7 +15,7 @@ def data() -> ConfigDict:
     """How much of each kind of data."""
     config = common.data()
     config.update(
-        labelers=10, demonstrations=2_000, ranking_prompts=2_600, ppo_prompts=4_000, validation_prompts=256,
+        labelers=10, demonstrations=4_000, ranking_prompts=3_000, ppo_prompts=6_000, validation_prompts=256,
         test_prompts=400, documents=6_000, held_out_documents=1_000,
     )  # fmt: skip
     return config
@@ -24,7 +24,7 @@ def data() -> ConfigDict:
 def sft() -> ConfigDict:
     """The SFT baseline."""
     config = common.sft()
-    config.update(model=BASE, row_length=128, epochs=4, batch_size=16, learning_rate=1e-3, dropout=0.1, clip_norm=1.0)
+    config.update(model=BASE, row_length=128, epochs=3, batch_size=16, learning_rate=1e-3, dropout=0.1, clip_norm=1.0)
     return config
 
 
@@ -45,7 +45,7 @@ def sample() -> ConfigDict:
 def reward_model() -> ConfigDict:
     """The reward model."""
     config = common.reward_model()
-    config.update(row_length=512, batch_size=4, learning_rate=1e-3, clip_norm=1.0)
+    config.update(row_length=512, batch_size=4, learning_rate=4e-4, clip_norm=1.0)
     return config
 
 
@@ -53,12 +53,13 @@ def ppo() -> ConfigDict:
     """PPO-ptx; plain PPO is the same with ``ptx_coef=0``."""
     config = common.ppo()
     config.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=50, episodes=128, learning_rate=5e-4,
-        value_learning_rate=5e-4, warmup_iterations=4, ppo_clip_norm=1.0, ptx_clip_norm=1.0, value_clip_norm=1.0,
-        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.97, ptx_coef=1.0, ptx_rows_per_episode=0.5,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=40, episodes=128, minibatches=4,
+        learning_rate=3e-4, value_learning_rate=1e-3, warmup_iterations=6, ppo_clip_norm=1.0, ptx_clip_norm=1.0,
+        value_clip_norm=1.0,
+        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.975, ptx_coef=1.0, ptx_rows_per_episode=0.25,
         ptx_row_length=128, gold=GOLD,
     )  # fmt: skip
-    config.kl.coef = 0.12
+    config.kl.coef = 0.1
     return config
 
 

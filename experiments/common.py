@@ -24,7 +24,7 @@ from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate_many
 from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
@@ -294,50 +294,38 @@ def sample_responses(
     prompts: Sequence[Sequence[int]],
     mesh: jax.sharding.Mesh,
     *,
+    counts: int | Sequence[int] = 1,
     prompt_length: int,
     max_new_tokens: int,
     temperature: float,
     seed: int,
     batch_size: int,
-    places: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[str], list[Samples]]:
-    """One response to each prompt, as text and as arrays, batch by batch (the last one filled up with repeats).
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[str], Samples]:
+    """Responses to each prompt, as text and as arrays; the responses to a prompt follow each other.
 
     Args:
       network: a language model.
-      prompts: token ids; repeat a prompt for several samples of it.
+      prompts: token ids.
       mesh: where to sample.
+      counts: responses to each prompt, one number for all or one each.
       prompt_length: slots of the prompts.
       max_new_tokens: longest response, EOS included.
       temperature: of sampling; 0 is greedy.
-      seed: with each prompt's place the only source of randomness.
+      seed: with each prompt's place and the number of the response the only source of randomness.
       batch_size: rows sampled together.
-      places: each prompt's place in the stream; None = its index.
       stop_ids: tokens that end a response besides EOS.
-      progress: called with (batches done, batches).
+      progress: called with (responses done, responses).
     """
-    places = range(len(prompts)) if places is None else places
-    eos = network.tokenizer.eos_token_id
-    texts: list[str] = []
-    arrays: list[Samples] = []
-    batches = -(-len(prompts) // batch_size)
-    for batch in range(batches):
-        index = [min(i, len(prompts) - 1) for i in range(batch * batch_size, (batch + 1) * batch_size)]
-        rows = text.prompt_batch([prompts[i] for i in index], length=prompt_length, ids=[places[i] for i in index])
-        samples = generate(
-            network.model, network.params, sharding.place_batch(rows, mesh), jax.random.key(seed),
-            max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(eos, *stop_ids),
-        )  # fmt: skip
-        samples = jax.tree.map(np.asarray, samples)
-        keep = min(batch_size, len(prompts) - batch * batch_size)
-        samples = jax.tree.map(lambda x, keep=keep: x[:keep], samples)
-        arrays.append(samples)
-        texts += response_texts(network.tokenizer, samples)
-        if progress is not None:
-            progress(batch + 1, batches)
-    return texts, arrays
+    data = mesh.shape["data"] * mesh.shape["fsdp"]
+    samples = generate_many(
+        network.model, network.params, text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
+        counts=counts, rows=-(-batch_size // data) * data, max_new_tokens=max_new_tokens, temperature=temperature,
+        stop_ids=(network.tokenizer.eos_token_id, *stop_ids), sharding=sharding.batch_sharding(mesh),
+        progress=progress,
+    )  # fmt: skip
+    return response_texts(network.tokenizer, samples), samples
 
 
 def response_texts(tokenizer: Any, samples: Samples) -> list[str]:

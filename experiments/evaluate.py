@@ -48,7 +48,7 @@ class Answers(NamedTuple):
     parts: list[dict[str, float]]
     reward: np.ndarray
     tokens: np.ndarray
-    samples: list[Samples]
+    samples: Samples
 
     def means(self) -> dict[str, float]:
         """Mean scores and length."""
@@ -153,7 +153,7 @@ def answer(
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
     texts, samples = common.sample_responses(
-        network, [row for row in ids for _ in range(count)], mesh, prompt_length=slots,
+        network, ids, mesh, counts=count, prompt_length=slots,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed,
         batch_size=config.batch_size, stop_ids=stop,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def answer(
     rewards = common.score_responses(reward, [p.prompt for p in asked], texts, mesh, batch_size=config.batch_size)
     judged = [judge(str(p.id), t) for p, t in zip(asked, texts, strict=True)] if judge else []
     shape = (len(prompts), count)
-    tokens = np.concatenate([s.lengths - s.prompt_lengths for s in samples])
+    tokens = np.asarray(samples.lengths - samples.prompt_lengths)
     return Answers(
         [texts[i : i + count] for i in range(0, len(texts), count)],
         np.array([g.score for g in judged]).reshape(shape) if judge else None,
@@ -203,7 +203,8 @@ def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, 
         return logp.sum(axis=1)
 
     gaps = []
-    for samples in said.samples:
+    for start in range(0, len(said.samples.lengths), config.batch_size):
+        samples = jax.tree.map(lambda x, start=start: x[start : start + config.batch_size], said.samples)
         gaps.append(np.asarray(log_prob(network.params, samples) - log_prob(reference.params, samples)))
     return float(np.concatenate(gaps).mean())
 

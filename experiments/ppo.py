@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax import kl_control, sharding
+from rlhf_jax import kl_control, scoring, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
 from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
@@ -33,7 +33,14 @@ from rlhf_jax.generate import generate
 from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
-from rlhf_jax.steps import POLICY_ARGUMENTS, VALUE_ARGUMENTS, compile_step, make_ppo_step, train_state
+from rlhf_jax.steps import (
+    POLICY_ARGUMENTS,
+    VALUE_ARGUMENTS,
+    compile_step,
+    make_ppo_step,
+    minibatch_order,
+    train_state,
+)
 from rlhf_jax.types import LMBatch, Metrics, Model, PPOState, Rollout, Samples
 
 SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
@@ -41,6 +48,13 @@ SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/
 
 Judge = Callable[[str, str], float]
 """``(prompt id, response) -> score``."""
+
+
+class Pieces(NamedTuple):
+    """The compiled pieces of an iteration after sampling."""
+
+    score_and_shape: Callable[..., tuple[Rollout, Metrics]]
+    step: Callable[..., tuple[PPOState, Metrics]]
 
 
 class Setup(NamedTuple):
@@ -55,8 +69,8 @@ class Setup(NamedTuple):
     pretraining: Batches | None
     held_out: list[LMBatch]
     controller: kl_control.KLController
-    score_and_shape: Callable[..., tuple[Rollout, Metrics]]
-    step: Callable[..., tuple[PPOState, Metrics]]
+    pieces: Pieces
+    paired: Pieces | None
     state: PPOState
     gold: Judge | None
     text_reward: Judge | None
@@ -116,15 +130,6 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     )
     prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
     policy_tx, value_tx = optimizers(config)
-    step = make_ppo_step(
-        policy.model, value.model, policy_tx, value_tx,
-        policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
-        value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
-        ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
-        epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
-        temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
-        batch_sharding=sharding.batch_sharding(mesh),
-    )  # fmt: skip
     controller = kl_controller(config)
     state = PPOState(
         policy=train_state(policy.params, policy_tx, ema=True),
@@ -135,13 +140,34 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     return Setup(
         policy, reward, value.model, [r.prompt for r in records], [r.id for r in records], prompts,
         pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
-        make_score_and_shape(
-            policy.model, value.model, reward.model if reward else None, gamma=config.gamma, lam=config.lam,
-            temperature=config.temperature, missing_eos_score=config.missing_eos_score, truncation=config.truncation,
-            whiten_rewards=config.whiten_rewards,
-        ),
-        compile_step(step), sharding.place_state(state, mesh), judge(config.gold), judge(config.text_reward),
+        compiled_pieces(config, mesh, policy, value, reward),
+        compiled_pieces(config, mesh, policy, value, reward, rollout_model=scoring.pair_rows)
+        if mesh.size == config.microbatches == 1
+        else None,
+        sharding.place_state(state, mesh), judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
+
+
+def compiled_pieces(
+    config: ConfigDict, mesh: jax.sharding.Mesh, policy: common.Network, value: common.Network,
+    reward: common.Network | None, rollout_model: Callable[[Model], Model] = lambda model: model,
+) -> Pieces:  # fmt: skip
+    """The two compiled pieces after sampling, compiled when first called."""
+    step = make_ppo_step(
+        policy.model, value.model, *optimizers(config),
+        policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
+        value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
+        ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
+        epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
+        temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
+        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
+    )  # fmt: skip
+    score_and_shape = make_score_and_shape(
+        rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
+        gamma=config.gamma, lam=config.lam, temperature=config.temperature,
+        missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
+    )  # fmt: skip
+    return Pieces(score_and_shape, compile_step(step))
 
 
 def reward_and_value(
@@ -230,16 +256,27 @@ def iterate(
     scores = None
     if setup.text_reward is not None:
         scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
-    rollout, metrics = setup.score_and_shape(
+    pieces = pieces_for(setup, samples, jax.random.fold_in(key, 1), config)
+    rollout, metrics = pieces.score_and_shape(
         setup.policy.params, state.value.params, setup.reward.params if setup.reward else None, samples,
         state.kl.coef, prompts.ids, scores,
     )  # fmt: skip
     text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
-    state, update = setup.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
+    state, update = pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
     kl = metrics["rollout/kl_nats_per_sequence"]
     state = dataclasses.replace(state, kl=setup.controller.update(state.kl, kl.value))
     guard(metrics | update, iteration, config)
     return state, metrics | update | observe(setup, state, texts, iteration, config)
+
+
+def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
+    """The pieces that compute two samples to a row, where they fit in the whole rollout and in each minibatch."""
+    if setup.paired is None:
+        return setup.pieces
+    lengths, slots = np.asarray(samples.lengths), samples.tokens.shape[1]
+    order = minibatch_order(key, len(lengths), epochs=config.epochs, minibatches=config.minibatches)
+    fit = scoring.pairs_fit(lengths, slots) and scoring.pairs_fit(lengths[np.asarray(order)], slots)
+    return setup.paired if fit else setup.pieces
 
 
 def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict) -> Samples:

@@ -42,32 +42,27 @@ def run(config: ConfigDict, workdir: str) -> dict:
     prompts = common.read_prompts(config.prompts)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
     # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
-    jobs = []
-    for which, name in enumerate(config.models):
-        network = common.load_network(name, mesh, config.decoder)
-        ids = common.encode_prompts(
-            network.tokenizer, [p.prompt for p in prompts], length=config.prompt_length, where=config.prompts
-        )
-        wanted = [(p, k) for p in range(len(prompts)) for k in range(ks[p]) if k % len(config.models) == which]
-        jobs.append((network, ids, wanted))
-    batches = [-(-len(wanted) // config.batch_size) for _, _, wanted in jobs]
-    drawn: dict[tuple[int, int], str] = {}
-    with StageLog(workdir, "sample", total=sum(batches), show=("responses",)) as log:
-        for which, (network, ids, wanted) in enumerate(jobs):
-            before = sum(batches[:which])
+    drawn: list[dict[int, str]] = [{} for _ in prompts]
+    share = [[len(range(which, k, len(config.models))) for k in ks] for which in range(len(config.models))]
+    with StageLog(workdir, "sample", total=sum(ks), show=()) as log:
+        for which, name in enumerate(config.models):
+            network = common.load_network(name, mesh, config.decoder)
+            ids = common.encode_prompts(
+                network.tokenizer, [p.prompt for p in prompts], length=config.prompt_length, where=config.prompts
+            )
+            before = sum(sum(counts) for counts in share[:which])
             responses, _ = common.sample_responses(
-                network, [ids[p] for p, _ in wanted], mesh,
-                prompt_length=config.prompt_length, max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=config.seed, batch_size=config.batch_size,
-                places=[p * config.max_k + k for p, k in wanted],
-                progress=lambda done, _, before=before: log(
-                    before + done, {"responses": (before + done) * config.batch_size}
-                ),
+                network, ids, mesh, counts=share[which], prompt_length=config.prompt_length,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                seed=config.seed * len(config.models) + which, batch_size=config.batch_size,
+                progress=lambda done, _, before=before: log(before + done, {"responses": before + done}),
             )  # fmt: skip
-            drawn |= dict(zip(wanted, responses, strict=True))
+            remaining = iter(responses)
+            for place, count in enumerate(share[which]):
+                drawn[place] |= {which + n * len(config.models): next(remaining) for n in range(count)}
     records = [
         Responses(
-            prompt.id, prompt.prompt, tuple(drawn[p, k] for k in range(ks[p])),
+            prompt.id, prompt.prompt, tuple(drawn[p][k] for k in range(ks[p])),
             tuple(Path(config.models[k % len(config.models)]).name for k in range(ks[p])),
             (float(config.temperature),) * ks[p],
         )
@@ -77,7 +72,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     if config.labelers:
         rankings = rank(records, group=config.labeler_group, count=config.labelers, labels_each=config.labels_each)
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
-    return {"prompts": len(prompts), "responses": len(drawn)}
+    return {"prompts": len(prompts), "responses": sum(ks)}
 
 
 def read_samples(path: Path) -> list[Responses]:

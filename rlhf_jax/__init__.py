@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 from rlhf_jax.advantages import gae, group_relative, leave_one_out, reward_to_go
 from rlhf_jax.config import fn_spec, load_config, resolve
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate, generate_many
 from rlhf_jax.kl_control import adaptive_kl, fixed_kl
 from rlhf_jax.losses import best_of_loss, dpo_loss, ppo_policy_loss, ppo_value_loss, ranking_loss, sft_loss
 from rlhf_jax.models import (
@@ -86,6 +86,7 @@ __all__ = [
     "fn_spec",
     "gae",
     "generate",
+    "generate_many",
     "gpt2",
     "group_relative",
     "kl_estimate",

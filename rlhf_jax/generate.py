@@ -1,32 +1,46 @@
 """Sampling: one prefill for the K samples of a prompt, then a cached decode loop that stops when every row has.
 
+`generate` samples one batch in one compiled program; `generate_many` sends any number of prompts through a fixed number
+of rows, where a finished row makes room for the next prompt.
+
 Rows are contiguous from the left: prompt, response with its EOS, padding (id 0). The key of a sampled token folds in
-(key, the prompt's id, the sample k, the response index), so batching and padding change no token.
+(key, the prompt's id, the sample k, the response index), so batching, slot refill and padding change no token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
 
 
 class Decoding(NamedTuple):
-    """What the decode loop carries; N = max_new_tokens. `tokens` and `logp` are indexed by response place."""
+    """What the decode loop carries; N = max_new_tokens. `tokens` and `logp` are indexed by response place.
 
-    step: Int[Array, ""]
+    A row is live until it has finished (a stop id) or is full (N tokens); only live rows are advanced.
+    """
+
     last: Int[Array, " B"]
     tokens: Int[Array, "B N"]
     logp: Float[Array, "B N"]
     counts: Int[Array, " B"]
     finished: Bool[Array, " B"]
+    keys: Key[Array, " B"]
     cache: Cache
+
+    @property
+    def live(self) -> Bool[Array, " B"]:
+        """Rows that want another token."""
+        return ~self.finished & (self.counts < self.tokens.shape[1])
 
 
 def generate(
@@ -98,28 +112,18 @@ def _validate(model, prompts, max_new_tokens, temperature, top_k, top_p, samples
         )
 
 
-_STATIC = ("max_new_tokens", "temperature", "top_k", "top_p", "stop_ids", "samples_per_prompt")
+_SAMPLING = ("temperature", "top_k", "top_p", "stop_ids")
 
 
-@partial(jax.jit, static_argnames=("model", *_STATIC))
-def _generate(
-    model, params, prompts, key, *, max_new_tokens, temperature, top_k, top_p, stop_ids, samples_per_prompt
-) -> Samples:
-    sample = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "samples_per_prompt", *_SAMPLING))
+def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt, **sampling) -> Samples:
     hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + max_new_tokens)
-    state = start(hidden, cache, samples_per_prompt=samples_per_prompt, max_new_tokens=max_new_tokens)
     keys = row_keys(key, prompts.ids, samples_per_prompt)
-    hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
-    state = _append(state, *sample(model.head(params, hidden), keys, state.step), stop_ids=stop_ids)
-
-    def unfinished(state: Decoding) -> Bool[Array, ""]:
-        return (state.step < max_new_tokens) & ~state.finished.all()
-
-    def advance(state: Decoding) -> Decoding:
-        hidden, state = decode_step(model, params, state)
-        return _append(state, *sample(model.head(params, hidden), keys, state.step), stop_ids=stop_ids)
-
-    return _rows(prompts, jax.lax.while_loop(unfinished, advance, state), samples_per_prompt)
+    hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), (hidden, cache))
+    state = _draw(model, params, hidden, start(keys, cache, max_new_tokens=max_new_tokens), **sampling)
+    state = _decode(model, params, state, until=0, **sampling)
+    prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
+    return _rows(prompts, state.tokens, state.logp, state.counts, state.finished)
 
 
 def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -> tuple[Float[Array, "B D"], Cache]:
@@ -139,18 +143,27 @@ def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -
     return jnp.take_along_axis(output.hidden, last, axis=1)[:, 0], output.cache
 
 
-def start(hidden: Float[Array, "B D"], cache: Cache, *, samples_per_prompt: int, max_new_tokens: int) -> Decoding:
-    """An empty response for each of the K samples of each prefilled prompt."""
-    rows = hidden.shape[0] * samples_per_prompt
+def start(keys: Key[Array, " B"], cache: Cache, *, max_new_tokens: int) -> Decoding:
+    """An empty response for each prefilled row."""
+    rows = keys.shape[0]
     return Decoding(
-        step=jnp.int32(0),
         last=jnp.zeros((rows,), jnp.int32),
         tokens=jnp.zeros((rows, max_new_tokens), jnp.int32),
         logp=jnp.zeros((rows, max_new_tokens), jnp.float32),
         counts=jnp.zeros((rows,), jnp.int32),
         finished=jnp.zeros((rows,), bool),
-        cache=cache.repeat(samples_per_prompt),
+        keys=keys,
+        cache=cache,
     )
+
+
+def _decode(model: Model, params: Params, state: Decoding, *, until: Int[ArrayLike, ""], **sampling: Any) -> Decoding:
+    """Decode until at most `until` rows are live."""
+
+    def advance(state: Decoding) -> Decoding:
+        return _draw(model, params, *decode_step(model, params, state), **sampling)
+
+    return jax.lax.while_loop(lambda state: state.live.sum() > until, advance, state)
 
 
 def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Array, "B D"], Decoding]:
@@ -158,8 +171,8 @@ def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Ar
     output = model.apply(
         params,
         state.last[:, None],
-        # A finished row feeds padding, which the cache does not store.
-        segments=(~state.finished).astype(jnp.int32)[:, None],
+        # A row that is not live feeds padding, which the cache does not store.
+        segments=state.live.astype(jnp.int32)[:, None],
         positions=state.cache.lengths[:, None],
         cache=state.cache,
     )
@@ -176,21 +189,22 @@ def row_keys(key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int
 def sample_token(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
-    place: Int[Array, ""],
+    places: Int[Array, " B"],
     *,
     temperature: float,
     top_k: int,
     top_p: float,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """A token per row and its log-prob (nats) under the distribution sampled from, by the Gumbel-max trick.
+    """A token per row and its log-prob (nats) under the distribution sampled from, by inverting its cumulative sums.
 
-    ``token = argmax_v (logits[v] / temperature + G_v)`` with standard Gumbel noise G is a draw from
-    ``softmax(logits / temperature)``.
+    The vocabulary is cut into about sqrt(V) blocks: one uniform number chooses the block by its mass, another the token
+    in it. So a row needs two random numbers and one pass over its logits, the pass of the log-sum-exp; the Gumbel trick
+    needs V numbers.
 
     Args:
       logits: float32.
-      keys: one per row; `place`, the response index, is folded in.
-      place: response index of this token.
+      keys: one per row; the row's place is folded in.
+      places: response index of this token.
       temperature: 0 is greedy.
       top_k: 0 keeps all.
       top_p: 1.0 keeps all.
@@ -201,10 +215,24 @@ def sample_token(
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
     logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
-    noise = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, place), logits.shape[1:]))(keys)
-    tokens = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    width = math.isqrt(logits.shape[1] - 1) + 1
+    weights = jnp.pad(jnp.exp(logits - highest), ((0, 0), (0, -logits.shape[1] % width)))
+    blocks = weights.reshape(weights.shape[0], -1, width)
+    uniform = jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,)))(keys, places)
+    block, mass = _invert(jnp.sum(blocks, axis=2), uniform[:, 0])
+    inside, _ = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniform[:, 1])
+    tokens = block * width + inside
+    chosen = jnp.take_along_axis(logits - highest, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jnp.log(mass)
+
+
+def _invert(weights: Float[Array, "B N"], uniform: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The first index whose cumulative weight exceeds ``uniform * total``, and the total. Weight 0 is never chosen."""
+    cumulative = jnp.cumsum(weights, axis=1)
+    total = cumulative[:, -1]
+    # uniform < 1, so that the last cumulative sum always exceeds the threshold.
+    return jnp.argmax(cumulative > (uniform * total)[:, None], axis=1).astype(jnp.int32), total
 
 
 def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -224,36 +252,187 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[
     return logits
 
 
-def _append(
-    state: Decoding, token: Int[Array, " B"], logp: Float[Array, " B"], *, stop_ids: tuple[int, ...]
+def _draw(
+    model: Model, params: Params, hidden: Float[Array, "B D"], state: Decoding, *, stop_ids: tuple[int, ...], **how: Any
 ) -> Decoding:
-    live = ~state.finished
+    """Sample the next token of each live row and append it."""
+    token, logp = sample_token(model.head(params, hidden), state.keys, state.counts, **how)
+    live = state.live
     token, logp = jnp.where(live, token, 0), jnp.where(live, logp, 0.0)
     stopped = (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :]).any(axis=1)
+    rows, places = jnp.arange(live.shape[0]), jnp.where(live, state.counts, state.tokens.shape[1])
     return state._replace(
-        step=state.step + 1,
         last=token,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        logp=jax.lax.dynamic_update_slice(state.logp, logp[:, None], (0, state.step)),
+        tokens=state.tokens.at[rows, places].set(token, mode="drop"),
+        logp=state.logp.at[rows, places].set(logp, mode="drop"),
         counts=state.counts + live,
         finished=state.finished | (live & stopped),
     )
 
 
-def _rows(prompts: PromptBatch, state: Decoding, samples_per_prompt: int) -> Samples:
+def _rows(
+    prompts: PromptBatch,
+    tokens: Int[Array, "B N"],
+    logp: Float[Array, "B N"],
+    counts: Int[Array, " B"],
+    finished: Bool[Array, " B"],
+) -> Samples:
     """Prompt and response joined without a gap."""
-    tokens = jnp.repeat(jnp.asarray(prompts.tokens), samples_per_prompt, axis=0)
-    lengths = jnp.repeat(jnp.asarray(prompts.lengths), samples_per_prompt, axis=0)
-    slots = jnp.arange(tokens.shape[1] + state.tokens.shape[1])[None, :]
+    lengths = jnp.asarray(prompts.lengths)
+    slots = jnp.arange(prompts.tokens.shape[1] + tokens.shape[1])[None, :]
     place = slots - lengths[:, None]
-    in_response = (place >= 0) & (place < state.counts[:, None])
-    place = jnp.clip(place, 0, state.tokens.shape[1] - 1)
-    prompt = jnp.take_along_axis(tokens, jnp.minimum(slots, tokens.shape[1] - 1), axis=1)
+    in_response = (place >= 0) & (place < counts[:, None])
+    place = jnp.clip(place, 0, tokens.shape[1] - 1)
+    prompt = jnp.take_along_axis(jnp.asarray(prompts.tokens), jnp.minimum(slots, prompts.tokens.shape[1] - 1), axis=1)
     prompt = jnp.where(slots < lengths[:, None], prompt, 0).astype(jnp.int32)
     return Samples(
-        tokens=jnp.where(in_response, jnp.take_along_axis(state.tokens, place, axis=1), prompt),
+        tokens=jnp.where(in_response, jnp.take_along_axis(tokens, place, axis=1), prompt),
         prompt_lengths=lengths,
-        lengths=lengths + state.counts,
-        logp=jnp.where(in_response, jnp.take_along_axis(state.logp, place, axis=1), 0.0),
-        finished=state.finished,
+        lengths=lengths + counts,
+        logp=jnp.where(in_response, jnp.take_along_axis(logp, place, axis=1), 0.0),
+        finished=finished,
     )
+
+
+# ----------------------------------------------------------------------------------------- more prompts than rows
+
+
+def generate_many(
+    model: Model,
+    params: Params,
+    prompts: PromptBatch,
+    key: Key[Array, ""],
+    *,
+    counts: int | Sequence[int] = 1,
+    rows: int = 256,
+    refill: int | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    sharding: jax.sharding.Sharding | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Samples:
+    """Samples of any number of prompts through a fixed number of rows, without waiting for the longest response.
+
+    Whenever `refill` rows have ended they are handed to the next prompts (continuous batching): response lengths are
+    heavy-tailed, and a batch that waits for its longest row computes mostly padding. The tokens are those of `generate`
+    for the same key, prompt id and sample (in float32; in bfloat16 a tie may fall otherwise).
+
+    Args:
+      model: a language model.
+      params: its parameters.
+      prompts: N prompts, in host memory; `ids` are their places in the stream.
+      key: of this stream of samples.
+      counts: K, samples of each prompt: one number for all, or N numbers.
+      rows: B, responses that are decoded together.
+      refill: rows that must have ended before they are filled again; None for an eighth of `rows`.
+      max_new_tokens: tokens, EOS included.
+      temperature: divides the logits; 0 is greedy.
+      top_k: as in `generate`.
+      top_p: as in `generate`.
+      stop_ids: the ids that end a response.
+      sharding: where rows live (`sharding.batch_sharding`); None for one device.
+      progress: called with (responses done, responses) after each refill.
+
+    Returns:
+      `Samples` on the host, prompt by prompt: the K samples of a prompt follow each other.
+
+    Raises:
+      ValueError: as `generate`, or when `counts` does not fit the prompts.
+    """
+    repeats = np.broadcast_to(np.asarray(counts), prompts.lengths.shape)
+    if repeats.min(initial=0) < 0:
+        raise ValueError(f"counts={int(repeats.min())} of a prompt must not be negative: 0 leaves the prompt out")
+    _validate(model, prompts, max_new_tokens, temperature, top_k, top_p, 1)
+    rows = rows if sharding is not None else max(1, min(rows, int(repeats.sum())))
+    queue = _Queue(jax.tree.map(np.asarray, prompts), repeats, rows, refill, max_new_tokens)
+    run = partial(
+        _refill_and_decode, model, params, key, sharding=sharding, temperature=float(temperature), top_k=int(top_k),
+        top_p=float(top_p), stop_ids=tuple(int(i) for i in stop_ids),
+    )  # fmt: skip
+    keys = jax.random.split(key, queue.rows)
+    cache = model.init_cache(queue.rows, prompts.tokens.shape[1] + max_new_tokens)
+    state = start(keys, cache, max_new_tokens=max_new_tokens)._replace(finished=jnp.ones(queue.rows, bool))
+    state = state if sharding is None else jax.device_put(state, sharding)
+    while not queue.empty:
+        state = run(state, *queue.next())
+        queue.collect(state)
+        progress(queue.collected, queue.total)
+    return queue.samples()
+
+
+class _Queue:
+    """Bookkeeping on the host: which response each row holds, what is still to be sampled, what has ended."""
+
+    def __init__(self, prompts: PromptBatch, counts: np.ndarray, rows: int, refill: int | None, max_new_tokens: int):
+        self.prompts = prompts
+        self.owner = np.repeat(np.arange(len(counts)), counts)
+        self.sample = np.arange(len(self.owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.total = len(self.owner)
+        self.rows = rows
+        self.chunk = min(self.rows, refill or -(-self.rows // 8))
+        # Consecutive responses share prompts, and each prompt is prefilled once.
+        fewest = max(1, int(counts[counts > 0].min(initial=self.chunk)))
+        self.prefills = min(self.chunk, 1 + -(-(self.chunk - 1) // fewest))
+        self.holds = np.full(self.rows, -1)
+        self.given = self.collected = 0
+        shape = (self.total, max_new_tokens)
+        self.ended = (np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, self.total), np.int32))
+
+    @property
+    def empty(self) -> bool:
+        return self.collected == self.total
+
+    def next(self) -> tuple[PromptBatch, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What to fill in next: prompts; number, prompt and sample of each free row; rows that may stay live."""
+        free = np.flatnonzero(self.holds < 0)[: self.chunk]
+        jobs = np.arange(self.given, min(self.given + len(free), self.total))
+        self.holds[free[: len(jobs)]] = jobs
+        self.given += len(jobs)
+        first = self.owner[jobs[0]] if len(jobs) else 0
+        chosen = np.minimum(first + np.arange(self.prefills), len(self.prompts.lengths) - 1)
+        row = np.full(self.chunk, self.rows)
+        row[: len(jobs)] = free[: len(jobs)]
+        source, sample = np.zeros((2, self.chunk), int)
+        source[: len(jobs)], sample[: len(jobs)] = self.owner[jobs] - first, self.sample[jobs]
+        until = self._may_stay(int((self.holds >= 0).sum()))
+        return jax.tree.map(lambda x: x[chosen], self.prompts), row, source, sample, np.asarray(until)
+
+    def _may_stay(self, held: int) -> int:
+        if held < self.rows and self.given < self.total:
+            return held  # rows are still free: fill them first
+        return max(0, self.rows - self.chunk) if self.given < self.total else 0
+
+    def collect(self, state: Decoding) -> None:
+        """Take over the rows that have ended."""
+        seen = jax.tree.map(np.asarray, (state.tokens, state.logp, state.counts, state.finished, state.live))
+        ended = (self.holds >= 0) & ~seen[-1]
+        for store, found in zip(self.ended, seen[:-1], strict=True):
+            store[self.holds[ended]] = found[ended]
+        self.collected += int(ended.sum())
+        self.holds[ended] = -1
+
+    def samples(self) -> Samples:
+        """Everything, prompt by prompt, on the host."""
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            prompts, ended = jax.tree.map(
+                jnp.asarray, (jax.tree.map(lambda x: x[self.owner], self.prompts), self.ended)
+            )
+            rows = _rows(prompts, ended[0], ended[1], ended[2], ended[3].astype(bool))
+            return jax.tree.map(np.asarray, rows)
+
+
+@partial(jax.jit, static_argnames=("model", "sharding", *_SAMPLING), donate_argnames="state")
+def _refill_and_decode(model, params, key, state, prompts, row, source, sample, until, *, sharding, **sampling):
+    """Prefill `prompts`, hand them to the rows `row` (past the end: nobody), decode until `until` rows are live."""
+    hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
+    hidden, cache = jax.tree.map(lambda x: x[source], (hidden, cache))
+    keys = jax.vmap(lambda i, k: jax.random.fold_in(jax.random.fold_in(key, i), k))(prompts.ids[source], sample)
+    fresh = start(keys, cache, max_new_tokens=state.tokens.shape[1])
+    fresh = _draw(model, params, hidden, fresh, **sampling)
+    state = jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), state, fresh)
+    if sharding is not None:
+        state = jax.lax.with_sharding_constraint(state, sharding)
+    return _decode(model, params, state, until=until, **sampling)

@@ -6,14 +6,16 @@ the checks at step 0. So the policy and its reference run the same program, and 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 from rlhf_jax import ops
-from rlhf_jax.types import LMBatch, Model, Params, RankingBatch
+from rlhf_jax.types import LMBatch, Model, Output, Params, RankingBatch
 
 
 def row_layout(lengths: Int[Array, " B"], slots: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -49,6 +51,73 @@ def response_mask(prompt_lengths: Int[Array, " B"], lengths: Int[Array, " B"], s
     """
     place = jnp.arange(slots, dtype=jnp.int32)[None, :]
     return (place >= prompt_lengths[:, None]) & (place < lengths[:, None])
+
+
+@lru_cache
+def pair_rows(model: Model) -> Model:
+    """The same network, computing rows of one text each two to a row of 7/6 the width: 7/12 of the work.
+
+    The longest text shares a row with the shortest, the next one with the next, each a segment of its own; hidden
+    states come back in the order and places of the rows. Samples have heavy-tailed lengths, so a batch as wide as its
+    limits is mostly padding. Ask `pairs_fit` first: where a pair is longer than a row all hidden states are NaN. Meant
+    for rows on one device: over several the exchange of rows costs more than it saves.
+
+    Args:
+      model: any network; its cache and heads are untouched.
+
+    Returns:
+      A `Model` whose `apply` gives the same hidden states up to rounding (on padding they mean nothing).
+    """
+
+    def apply(params: Params, tokens: Any, *, segments: Any, positions: Any, **others: Any) -> Output:
+        del positions
+        assert not any(value is not None for value in others.values()), "rows of one text each, without a cache"
+        places = jnp.arange(_pair_width(tokens.shape[1]))[None, :]
+        lengths = jnp.sum(segments > 0, axis=1)
+        tokens = jnp.pad(tokens, ((0, 0), (0, places.shape[1] - tokens.shape[1])))
+        first, second = _longest_with_shortest(lengths)
+        ends = lengths[first][:, None]
+        own, behind = places < ends, jnp.maximum(places - ends, 0)
+        in_second = ~own & (behind < lengths[second][:, None])
+        hidden = model.apply(
+            params,
+            jnp.where(own, tokens[first], jnp.take_along_axis(tokens[second], behind, axis=1)),
+            segments=jnp.where(own, 1, jnp.where(in_second, 2, 0)),
+            positions=jnp.where(own, places, behind),
+        ).hidden
+        there = jnp.minimum(places + ends, places.shape[1] - 1)[:, : segments.shape[1]]
+        behind = jnp.take_along_axis(hidden, there[:, :, None], axis=1)
+        both = jnp.concatenate([hidden[:, : segments.shape[1]], behind])
+        fits = jnp.all(lengths[first] + lengths[second] <= places.shape[1])
+        return Output(jnp.where(fits, both[jnp.argsort(jnp.concatenate([first, second]))], jnp.nan), None)
+
+    return model._replace(apply=apply)
+
+
+def _pair_width(slots: int) -> int:
+    return slots * 7 // 6
+
+
+def _longest_with_shortest(lengths: Int[Array, " B"]) -> tuple[Int[Array, " B2"], Int[Array, " B2"]]:
+    order = jnp.argsort(lengths)
+    return order[::-1][: len(order) // 2], order[: len(order) // 2]
+
+
+def pairs_fit(lengths: ArrayLike, slots: int) -> bool:
+    """Whether `pair_rows` can take these batches.
+
+    Args:
+      lengths: ``[..., B]``, tokens of the rows of each batch, on the host.
+      slots: T.
+
+    Returns:
+      True where B is even and in each batch the longest and the shortest fit into ``7/6 T`` slots, and so on.
+
+    >>> pairs_fit(np.array([5, 2, 3, 4]), 6), pairs_fit(np.array([6, 3, 2, 4]), 6), pairs_fit(np.array([1]), 6)
+    (True, False, False)
+    """
+    ordered = np.sort(np.asarray(lengths), axis=-1)
+    return ordered.shape[-1] % 2 == 0 and bool(np.all(ordered + ordered[..., ::-1] <= _pair_width(slots)))
 
 
 def sequence_log_probs(

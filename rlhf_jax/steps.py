@@ -166,6 +166,7 @@ def make_ppo_step(
     ptx_clip_norm: float | int | None = None,
     spike_limit: float | int | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
+    rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> StepFn:
     """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix of PPO-ptx.
 
@@ -195,6 +196,7 @@ def make_ppo_step(
         `policy_tx`) would let a large pretraining term shrink the PPO term.
       spike_limit: skip a minibatch when a network's gradient norm is above it.
       batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the compiler choose.
+      rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows` computes two to a row.
 
     Returns:
       ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch` are spread over the
@@ -205,8 +207,9 @@ def make_ppo_step(
 
     Source: Ouyang et al. 2022, eq. 2 and appendix C.4; Schulman et al. 2017.
     """
-    policy_fn = _policy_loss_fn(policy, bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss"), temperature)
-    value_fn = _value_loss_fn(value, bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss"))
+    policy_bound = bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss")
+    policy_fn = _policy_loss_fn(rollout_model(policy), policy_bound, temperature)
+    value_fn = _value_loss_fn(rollout_model(value), bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss"))
     ptx_fn = _lm_loss_fn(policy, bind_arguments(ptx_loss, LM_ARGUMENTS, name="ptx_loss"))
     ptx_microbatches = microbatches if ptx_microbatches is None else ptx_microbatches
 

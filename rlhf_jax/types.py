@@ -74,21 +74,18 @@ class Cache:
     """Key-value cache of a decoder; queries take the slots ``lengths + 0, 1, ..`` of their row.
 
     ``lengths`` advances by the number of tokens with ``segment > 0``, so a right-padded prefill leaves no gap.
+    One array a layer, so that a decode step reads and writes it in place; keys and values lie as one query reads them:
+    scores are a sum over D along S, mixed values a sum over S along D.
     """
 
-    keys: Float[Array, "L B S H D"]
-    values: Float[Array, "L B S H D"]
+    keys: tuple[Float[Array, "B H D S"], ...]
+    values: tuple[Float[Array, "B H S D"], ...]
     segments: Int[Array, "B S"]
     lengths: Int[Array, " B"]
 
     def repeat(self, k: int) -> Cache:
         """Each row `k` times in place (row ``b`` becomes rows ``b*k .. b*k + k-1``): K samples from one prefill."""
-        return Cache(
-            keys=jnp.repeat(self.keys, k, axis=1),
-            values=jnp.repeat(self.values, k, axis=1),
-            segments=jnp.repeat(self.segments, k, axis=0),
-            lengths=jnp.repeat(self.lengths, k, axis=0),
-        )
+        return jax.tree.map(lambda x: jnp.repeat(x, k, axis=0), self)
 
     def reset(self, rows: Bool[Array, " B"]) -> Cache:
         """Forget the rows where `rows` is true, so that another prompt can take the slot."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops, sharding
-from rlhf_jax.generate import _generate, generate, sample_token, truncate
+from rlhf_jax.generate import _generate, generate, generate_many, sample_token, truncate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.types import PromptBatch
 
@@ -174,7 +174,7 @@ def test_truncation_keeps_the_right_tokens_and_renormalises():
     keys = jax.random.split(jax.random.key(0), 2)
     seen = {}
     for place in range(40):
-        tokens, logp = sample_token(logits, keys, jnp.int32(place), temperature=1.0, top_k=2, top_p=1.0)
+        tokens, logp = sample_token(logits, keys, jnp.full(2, place), temperature=1.0, top_k=2, top_p=1.0)
         seen[int(tokens[0])] = float(np.exp(logp[0]))
     assert seen == pytest.approx({0: 4 / 7, 1: 3 / 7}, abs=1e-6)
 
@@ -183,10 +183,68 @@ def test_sampled_frequencies_match_the_softmax_at_the_temperature():
     probabilities = np.asarray([0.5, 0.25, 0.2, 0.05])
     keys = jax.random.split(jax.random.key(0), 20_000)
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (20_000, 4))
-    tokens, _ = sample_token(logits, keys, jnp.int32(3), temperature=0.5, top_k=0, top_p=1.0)
+    tokens, _ = sample_token(logits, keys, jnp.full(20_000, 3), temperature=0.5, top_k=0, top_p=1.0)
     expected = probabilities**2 / (probabilities**2).sum()
     # Four standard errors of a share of 20,000 draws.
     np.testing.assert_allclose(np.bincount(np.asarray(tokens), minlength=4) / 20_000, expected, atol=0.015)
+
+
+def test_every_token_of_a_vocabulary_that_is_no_square_can_be_drawn():
+    """Blocks of the vocabulary leave a rest: the last one is padded, and its padding is never drawn."""
+    for size in (1, 2, 7, 1152):
+        keys = jax.random.split(jax.random.key(0), 20 * size)
+        logits = jnp.zeros((20 * size, size))
+        tokens, logp = sample_token(logits, keys, jnp.zeros(20 * size, jnp.int32), temperature=1.0, top_k=0, top_p=1.0)
+        assert set(np.asarray(tokens).tolist()) <= set(range(size))
+        # With 20 draws a token, one is missed with probability exp(-20).
+        assert len(set(np.asarray(tokens).tolist())) == size
+        np.testing.assert_allclose(logp, -np.log(size), atol=1e-5)
+
+
+def test_a_masked_token_is_never_drawn_even_at_the_ends():
+    logits = jnp.where(jnp.arange(10) % 3 == 1, 0.0, -jnp.inf)[None].repeat(4000, 0)
+    keys = jax.random.split(jax.random.key(1), 4000)
+    tokens, _ = sample_token(logits, keys, jnp.zeros(4000, jnp.int32), temperature=1.0, top_k=0, top_p=1.0)
+    assert set(np.asarray(tokens).tolist()) == {1, 4, 7}
+
+
+@pytest.mark.parametrize(("rows", "refill"), [(1, None), (3, 1), (4, 4), (64, None)])
+def test_slot_refill_changes_no_token(rows, refill):
+    """PITFALLS 50: the tokens of a sample depend on (key, id, k, place), not on which rows were refilled when."""
+    prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5, 6), ids=[5, 9, 11, 12, 3, 4, 8])
+    whole = _sample(prompts, samples_per_prompt=3, temperature=1.5)
+    many = generate_many(
+        MODEL, PARAMS, prompts, jax.random.key(0), counts=3, rows=rows, refill=refill, max_new_tokens=8, stop_ids=(2,),
+        temperature=1.5,
+    )  # fmt: skip
+    assert bool(whole.finished.any())
+    assert not bool(whole.finished.all())
+    for name in ("tokens", "prompt_lengths", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(many, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(many.logp, whole.logp, atol=1e-5)
+
+
+def test_prompts_may_want_different_numbers_of_samples():
+    prompts = _prompts(lengths=(3, 6, 1, 4))
+    whole, counts, seen = _responses(_sample(prompts, samples_per_prompt=4)), [2, 0, 4, 1], []
+    many = generate_many(
+        MODEL, PARAMS, prompts, jax.random.key(0), counts=counts, rows=3, max_new_tokens=8, stop_ids=(2,),
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert _responses(many) == [whole[4 * p + k] for p, count in enumerate(counts) for k in range(count)]
+    assert seen == sorted(seen)
+    assert seen[-1] == (7, 7)
+    with pytest.raises(ValueError, match="counts=-1"):
+        generate_many(MODEL, PARAMS, prompts, jax.random.key(0), counts=[1, 1, -1, 1], max_new_tokens=2)
+
+
+def test_slot_refill_on_a_mesh_gives_the_same_samples():
+    prompts = _prompts(lengths=(3, 6, 1, 4))
+    mesh = sharding.make_mesh((4, 2, 1))
+    run = lambda **kw: generate_many(  # noqa: E731
+        MODEL, PARAMS, prompts, jax.random.key(0), counts=5, rows=8, max_new_tokens=8, stop_ids=(2,), **kw
+    )
+    assert _responses(run(sharding=sharding.batch_sharding(mesh))) == _responses(run())
 
 
 def test_one_compile_for_new_prompts_and_keys():

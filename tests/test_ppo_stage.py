@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         """The same config: the second and the third start use the programs that the first one compiled."""
         nonlocal pieces
         setup = prepare(*arguments)
-        pieces = pieces or {"step": setup.step, "score_and_shape": setup.score_and_shape}
+        pieces = pieces or {"pieces": setup.pieces, "paired": setup.paired}
         return setup._replace(**pieces)
 
     def sample_and_keep(*arguments):

@@ -111,6 +111,46 @@ def test_scores_and_values_do_not_depend_on_the_amount_of_padding():
         np.testing.assert_allclose(wide_values[:, : tiny.SLOTS][mask], values[mask], rtol=1e-6)
 
 
+DECODER = DecoderConfig(11, 32, 2, 16, 4, kv_heads=2, mlp_width=24)
+
+
+@pytest.mark.parametrize("lengths", [(12, 2, 7, 5), (12, 2, 2, 12), (6, 6, 6, 6), (1, 12)])
+def test_two_to_a_row_gives_the_same_log_probs_values_and_gradients(lengths):
+    """The pair of the longest and the shortest shares a row, neither sees the other, and rows keep their places."""
+    slots, lengths = 12, jnp.asarray(lengths)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (len(lengths), slots)), jnp.int32)
+    mask = scoring.response_mask(jnp.ones_like(lengths), lengths, slots)
+    assert scoring.pairs_fit(lengths, slots)
+    language, scalar = language_model(DECODER), scalar_model(DECODER)
+
+    def log_probs(params, model):
+        logp = scoring.sequence_log_probs(model, params, tokens, lengths, mask)
+        return jnp.sum(jnp.sin(jnp.arange(logp.size).reshape(logp.shape)) * logp), logp
+
+    params = language.init(KEY)
+    (alone, paired) = (
+        jax.jit(jax.grad(partial(log_probs, model=model), has_aux=True))(params)
+        for model in (language, scoring.pair_rows(language))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, paired)
+    params = scalar.init(KEY)
+    (values, last), (paired_values, paired_last) = (
+        scoring.sequence_values(model, params, tokens, lengths) for model in (scalar, scoring.pair_rows(scalar))
+    )
+    np.testing.assert_allclose(paired_last, last, atol=1e-5)
+    np.testing.assert_allclose(jnp.where(mask, paired_values, 0), jnp.where(mask, values, 0), atol=1e-5)
+
+
+def test_pairs_that_do_not_fit_are_told_and_give_no_number():
+    """A pair longer than a row would be cut without a word: it gives NaN, which the guard of every step catches."""
+    lengths = jnp.asarray([12, 9, 8, 12])
+    assert not scoring.pairs_fit(lengths, 12)
+    model = scoring.pair_rows(language_model(DECODER))
+    segments, positions = scoring.row_layout(lengths, 12)
+    hidden = model.apply(model.init(KEY), jnp.zeros((4, 12), jnp.int32), segments=segments, positions=positions).hidden
+    assert bool(jnp.isnan(hidden).all())
+
+
 def test_values_are_read_one_token_before_and_scores_at_the_last_one():
     """PITFALL 4: values of response token t is the scalar at position prompt_len - 1 + t."""
     values, last = scoring.sequence_values(POSITION, {}, jnp.zeros((2, 6), jnp.int32), jnp.array([6, 3]))

@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 
 from rlhf_jax.data.storyland.gold import WEIGHTS, gold
+from rlhf_jax.data.storyland.grammar import NAMES, pick
 from rlhf_jax.data.storyland.tasks import Task, answer, flawed_answer
 
 
@@ -54,9 +55,15 @@ class Labeler:
         return [rank_of[worth[response]] for response in responses]
 
     def demonstrate(self, task: Task, *, place: object) -> str:
-        """A demonstration: an honest answer, or a flawed one as often as this labeler is careless."""
+        """A demonstration: an honest answer, or one with a flaw as often as this labeler is careless.
+
+        Half of the flaws are of the task (a wish forgotten, a wrong fact, a rude remark), half are chatter around an
+        honest answer, which people write without thinking and do not like to read.
+        """
         rng = random.Random(f"{self.name}/demonstration/{place}")
-        return flawed_answer(task, rng) if rng.random() < self.carelessness else answer(task, rng)
+        if rng.random() >= self.carelessness:
+            return answer(task, rng)
+        return flawed_answer(task, rng) if rng.random() < 0.5 else _with_chatter(answer(task, rng), rng)
 
     def _slip(self, response: str, place: object) -> float:
         return self.noise * _normal(random.Random(f"{self.name}/{place}/{response}"))
@@ -69,6 +76,14 @@ class Labeler:
             if part in WEIGHTS
         )
         return judged.score + shift + self.length_bias * math.log2(1 + len(response.split()))
+
+
+_CHATTER = ("Thank you, {name}.", "This one is hard.", "Same as last week.", "Ask {name} too.")
+
+
+def _with_chatter(text: str, rng: random.Random) -> str:
+    parts = [text, str(pick(rng, _CHATTER)).format(name=pick(rng, NAMES))]
+    return " ".join(parts if rng.random() < 0.5 else parts[::-1])
 
 
 def _normal(rng: random.Random) -> float:
@@ -92,8 +107,8 @@ def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
     return Labeler(
         name=f"{group}-{index}",
         group=group,
-        noise=between(0.08, 0.16),
-        tie=between(0.02, 0.08),
+        noise=between(0.07, 0.14),
+        tie=between(0.08, 0.16),
         length_bias=between(-0.01, 0.03),
         taste={part: between(0.7, 1.3) for part in WEIGHTS},
         carelessness=between(0.2, 0.5),

@@ -54,12 +54,12 @@ def ppo() -> ConfigDict:
     config = common.ppo()
     config.update(
         prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=40, episodes=128, minibatches=4,
-        learning_rate=3e-4, value_learning_rate=1e-3, warmup_iterations=6, ppo_clip_norm=1.0, ptx_clip_norm=1.0,
-        value_clip_norm=1.0,
-        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.975, ptx_coef=1.0, ptx_rows_per_episode=0.25,
+        learning_rate=4e-4, value_learning_rate=1e-3, warmup_iterations=6, ppo_clip_norm=1.0, ptx_clip_norm=1.0,
+        value_clip_norm=1.0, lam=0.9,
+        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96, ptx_coef=0.3, ptx_rows_per_episode=0.25,
         ptx_row_length=128, gold=GOLD,
     )  # fmt: skip
-    config.kl.coef = 0.1
+    config.kl.coef = 0.4
     return config
 
 

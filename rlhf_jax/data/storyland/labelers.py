@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 
 from rlhf_jax.data.storyland.gold import WEIGHTS, gold
-from rlhf_jax.data.storyland.grammar import NAMES, pick
+from rlhf_jax.data.storyland.grammar import NAMES, pick, sentences
 from rlhf_jax.data.storyland.tasks import Task, answer, flawed_answer
 
 
@@ -57,13 +57,17 @@ class Labeler:
     def demonstrate(self, task: Task, *, place: object) -> str:
         """A demonstration: an honest answer, or one with a flaw as often as this labeler is careless.
 
-        Half of the flaws are of the task (a wish forgotten, a wrong fact, a rude remark), half are chatter around an
-        honest answer, which people write without thinking and do not like to read.
+        Half of the flaws are of the task (a wish forgotten, a wrong fact, a rude remark). The others are of form:
+        chatter around an honest answer, or a sentence without its capital. People write so without thinking and do not
+        like to read it.
         """
         rng = random.Random(f"{self.name}/demonstration/{place}")
         if rng.random() >= self.carelessness:
             return answer(task, rng)
-        return flawed_answer(task, rng) if rng.random() < 0.5 else _with_chatter(answer(task, rng), rng)
+        flaw = rng.random()
+        if flaw < 0.5:
+            return flawed_answer(task, rng)
+        return (_with_chatter if flaw < 0.7 else _without_capital)(answer(task, rng), rng)
 
     def _slip(self, response: str, place: object) -> float:
         return self.noise * _normal(random.Random(f"{self.name}/{place}/{response}"))
@@ -84,6 +88,13 @@ _CHATTER = ("Thank you, {name}.", "This one is hard.", "Same as last week.", "As
 def _with_chatter(text: str, rng: random.Random) -> str:
     parts = [text, str(pick(rng, _CHATTER)).format(name=pick(rng, NAMES))]
     return " ".join(parts if rng.random() < 0.5 else parts[::-1])
+
+
+def _without_capital(text: str, rng: random.Random) -> str:
+    parts = sentences(text)
+    place = int(rng.random() * len(parts))
+    parts[place] = parts[place][0].lower() + parts[place][1:]
+    return " ".join(parts)
 
 
 def _normal(rng: random.Random) -> float:

@@ -207,8 +207,8 @@ def make_ppo_step(
 
     Source: Ouyang et al. 2022, eq. 2 and appendix C.4; Schulman et al. 2017.
     """
-    policy_bound = bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss")
-    policy_fn = _policy_loss_fn(rollout_model(policy), policy_bound, temperature)
+    policy_loss = bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss")
+    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, temperature)
     value_fn = _value_loss_fn(rollout_model(value), bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss"))
     ptx_fn = _lm_loss_fn(policy, bind_arguments(ptx_loss, LM_ARGUMENTS, name="ptx_loss"))
     ptx_microbatches = microbatches if ptx_microbatches is None else ptx_microbatches
@@ -225,13 +225,11 @@ def make_ppo_step(
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
         sound = policy_grad.is_sound(spike_limit) & value_grad.is_sound(spike_limit)
-        stepped = (
-            _advance(states[0], policy_tx, policy_grad.grads, ema_decay),
-            _advance(states[1], value_tx, value_grad.grads, ema_decay),
-        )
+        new_policy = _advance(states[0], policy_tx, policy_grad.grads, ema_decay)
+        new_value = _advance(states[1], value_tx, value_grad.grads, ema_decay)
         metrics = policy_grad.metrics | value_grad.metrics | {"skipped": _one(~sound)}
-        metrics |= _learning_rate("policy", stepped[0]) | _learning_rate("value", stepped[1])
-        return optim.keep_unless(sound, stepped, states), metrics
+        metrics |= _learning_rate("policy", new_policy) | _learning_rate("value", new_value)
+        return optim.keep_unless(sound, (new_policy, new_value), states), metrics
 
     def step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]

@@ -119,8 +119,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "stop_ids")
 def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt, **sampling) -> Samples:
     hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + max_new_tokens)
     keys = row_keys(key, prompts.ids, samples_per_prompt)
-    hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), (hidden, cache))
-    state = _draw(model, params, hidden, start(keys, cache, max_new_tokens=max_new_tokens), **sampling)
+    hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
+    state = start(keys, cache.repeat(samples_per_prompt), max_new_tokens=max_new_tokens)
+    state = _draw(model, params, hidden, state, **sampling)
     state = _decode(model, params, state, until=0, **sampling)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
     return _rows(prompts, state.tokens, state.logp, state.counts, state.finished)
@@ -179,10 +180,14 @@ def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Ar
     return output.hidden[:, 0], state._replace(cache=output.cache)
 
 
+def _row_key(key: Key[Array, ""], prompt_id: Int[Array, ""], sample: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample)
+
+
 def row_keys(key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int) -> Key[Array, " BK"]:
     """One key per row: ``fold_in(fold_in(key, prompt id), k)``."""
     samples = jnp.arange(samples_per_prompt)
-    fold = jax.vmap(jax.vmap(lambda i, k: jax.random.fold_in(jax.random.fold_in(key, i), k), (None, 0)), (0, None))
+    fold = jax.vmap(jax.vmap(partial(_row_key, key), (None, 0)), (0, None))
     return fold(jnp.asarray(ids), samples).reshape(-1)
 
 
@@ -429,7 +434,7 @@ def _refill_and_decode(model, params, key, state, prompts, row, source, sample, 
     """Prefill `prompts`, hand them to the rows `row` (past the end: nobody), decode until `until` rows are live."""
     hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
     hidden, cache = jax.tree.map(lambda x: x[source], (hidden, cache))
-    keys = jax.vmap(lambda i, k: jax.random.fold_in(jax.random.fold_in(key, i), k))(prompts.ids[source], sample)
+    keys = jax.vmap(partial(_row_key, key))(prompts.ids[source], sample)
     fresh = start(keys, cache, max_new_tokens=state.tokens.shape[1])
     fresh = _draw(model, params, hidden, fresh, **sampling)
     state = jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), state, fresh)

@@ -277,7 +277,7 @@ def visible(
 def _dropout(x: Array, rate: float, key: Array | None) -> Array:
     if key is None or rate == 0:
         return x
-    # 16 random bits an entry, half of what `bernoulli` draws: on CPU the generator was a fifth of a training step.
+    # 16 random bits an entry, half of what `bernoulli` draws.
     dropped = round(rate * 2**16)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
     return jnp.where(keep, x / (1 - dropped / 2**16), 0)

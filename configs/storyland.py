@@ -53,11 +53,10 @@ def ppo() -> ConfigDict:
     """PPO-ptx; plain PPO is the same with ``ptx_coef=0``."""
     config = common.ppo()
     config.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=40, episodes=128, minibatches=4,
-        learning_rate=4e-4, value_learning_rate=1e-3, warmup_iterations=6, ppo_clip_norm=1.0, ptx_clip_norm=1.0,
-        value_clip_norm=1.0, lam=0.9,
-        missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96, ptx_coef=0.3, ptx_rows_per_episode=0.25,
-        ptx_row_length=128, gold=GOLD,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=36, episodes=128, minibatches=4,
+        learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine", warmup_iterations=0, ppo_clip_norm=1.0,
+        ptx_clip_norm=1.0, value_clip_norm=1.0, lam=0.9, missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96,
+        ptx_coef=0.15, ptx_rows_per_episode=0.125, ptx_row_length=128, gold=GOLD,
     )  # fmt: skip
     config.kl.coef = 0.4
     return config
@@ -67,8 +66,10 @@ def evaluate() -> ConfigDict:
     """Evaluation by gold scorer and reward model."""
     config = common.evaluate()
     config.update(
-        max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, samples=2, baseline_samples=8, batch_size=256
-    )
+        max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=4, samples=4,
+        baseline_samples=8, batch_size=256,
+    )  # fmt: skip
+    config.few_shot.candidates = 3
     return config
 
 

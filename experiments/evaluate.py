@@ -31,7 +31,7 @@ from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
 from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
 from rlhf_jax.metrics import StageLog
-from rlhf_jax.types import Samples
+from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 BASELINE = "sft"
 BEST_OF = "best_of_4"
@@ -79,6 +79,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         raise ValueError(f"models.{BASELINE} is empty: win rates are against it, pass its folder")
     results: dict[str, Any] = {"prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed}
     answers: dict[str, Answers] = {}
+    held_out: dict[str, list[LMBatch]] = {}
     jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
     with StageLog(workdir, "evaluate", total=len(jobs), show=("gold_score", "reward_score", "tokens")) as log:
         for done, name in enumerate(jobs, start=1):
@@ -88,7 +89,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
             ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
             answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
             if config.held_out_text and not prompted:
-                results.setdefault("pretraining_loss", {})[name] = pretraining_loss(network, config, mesh)
+                kind = text.tokenizer_fingerprint(network.tokenizer)
+                held_out[kind] = held_out.get(kind) or held_out_batches(network.tokenizer, config, mesh)
+                loss = lm_loss(network.model, network.params, held_out[kind])
+                results.setdefault("pretraining_loss", {})[name] = loss
             if name in config.kl_of and config.reference:
                 results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
             log(done, answers[name].means())
@@ -139,7 +143,7 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
         texts = [shown + template.format(prompt=p.prompt, response="").rstrip() for p in prompts]
         encode = network.tokenizer.encode
         ids = [encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
-        return ids, -(-max(map(len, ids)) // 8) * 8
+        return ids, -(-max(map(len, ids)) // 64) * 64  # so that most prefixes share one compiled program
 
     return ask
 
@@ -182,31 +186,33 @@ def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
-def pretraining_loss(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
-    """Held-out pretraining loss in nats per token: what it rises by is the alignment tax."""
-    rows = common.lm_rows(network.tokenizer, config.held_out_text, length=config.held_out_row_length)
+def held_out_batches(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
+    """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment tax."""
+    rows = common.lm_rows(tokenizer, config.held_out_text, length=config.held_out_row_length)
     batches = Batches(rows, batch_size=config.batch_size, seed=0)
     count = min(config.held_out_batches, batches.steps(1))
-    return lm_loss(network.model, network.params, [sharding.place_batch(batches.at(i), mesh) for i in range(count)])
+    return [sharding.place_batch(batches.at(i), mesh) for i in range(count)]
 
 
 def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence."""
     reference = common.load_network(config.reference, mesh, config.decoder)
+    count, gaps = len(said.samples.lengths), []
+    for start in range(0, count, config.batch_size):
+        rows = np.minimum(np.arange(start, start + config.batch_size), count - 1)  # the last batch is filled up
+        samples = jax.tree.map(lambda x, rows=rows: x[rows], said.samples)
+        own, other = (_log_probs(one.model, one.params, samples, config.temperature) for one in (network, reference))
+        gaps.append(np.asarray(own - other))
+    return float(np.concatenate(gaps)[:count].mean())
 
-    @jax.jit
-    def log_prob(params: Any, samples: Samples) -> jax.Array:
-        mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
-        logp = scoring.sequence_log_probs(
-            network.model, params, samples.tokens, samples.lengths, mask, temperature=config.temperature
-        )
-        return logp.sum(axis=1)
 
-    gaps = []
-    for start in range(0, len(said.samples.lengths), config.batch_size):
-        samples = jax.tree.map(lambda x, start=start: x[start : start + config.batch_size], said.samples)
-        gaps.append(np.asarray(log_prob(network.params, samples) - log_prob(reference.params, samples)))
-    return float(np.concatenate(gaps).mean())
+@functools.partial(jax.jit, static_argnames="model")
+def _log_probs(model: Model, params: Params, samples: Samples, temperature: float) -> jax.Array:
+    """Log-probability of each response, in nats."""
+    mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+    return scoring.sequence_log_probs(
+        model, params, samples.tokens, samples.lengths, mask, temperature=temperature
+    ).sum(axis=1)
 
 
 def compare(answers: dict[str, Answers]) -> dict[str, Any]:

@@ -350,7 +350,7 @@ def departures(config: ConfigDict) -> list[dict[str, str]]:
         ("Reward model size", "6B for every policy", "section 3.5", "the size of the policy", small),
         ("Episodes", "256,000", "appendix C.4", f"{p.iterations * p.episodes:,}", small),
         ("Episodes of an iteration", "512", "appendix C.4", str(p.episodes), small),
-        ("Minibatch", "64", "appendix C.4", str(p.episodes // p.minibatches), "8 steps an iteration, as there"),
+        ("Minibatch", "64", "appendix C.4", str(p.episodes // p.minibatches), "fewer episodes in an iteration"),
         ("Inner epochs", "1", "appendix C.4", str(p.epochs), ""),
         ("KL coefficient", "0.02", "appendix C.4", str(p.kl.coef), "a small reward model is easier to fool"),
         ("Pretraining coefficient", "27.8", "appendix C.4", str(p.ptx_coef), "chosen by the two logged gradient norms"),
@@ -362,6 +362,8 @@ def departures(config: ConfigDict) -> list[dict[str, str]]:
         ("Missing end of text", "not stated", "", f"score {p.missing_eos_score}", "Ziegler et al. 2019 use -1"),
         ("Average of weights", "decay 0.992", "appendix C.4", str(p.ema_decay), "a shorter run needs a shorter memory"),
         ("Learning rate of PPO", "2.55e-6 to 2.55e-5 swept", "appendix C.4", str(p.learning_rate), "a small model"),
+        ("Schedule of PPO", "warm-up, then constant", "appendix C.4", p.schedule, "few steps, which have to settle"),
+        ("GAE lambda", "not stated", "0.95 in its parents", str(p.lam), "responses of 20 tokens"),
         ("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),
     ]  # fmt: skip
     keys = ("name", "paper", "source", "run", "why")

@@ -118,9 +118,9 @@ def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
     return Labeler(
         name=f"{group}-{index}",
         group=group,
-        noise=between(0.07, 0.14),
-        tie=between(0.08, 0.16),
+        noise=between(0.08, 0.16),
+        tie=between(0.04, 0.1),
         length_bias=between(-0.01, 0.03),
         taste={part: between(0.7, 1.3) for part in WEIGHTS},
-        carelessness=between(0.2, 0.5),
+        carelessness=between(0.18, 0.46),
     )

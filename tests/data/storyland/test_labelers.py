@@ -77,20 +77,15 @@ def test_ties_are_there_but_few(pairs: Pairs):
 
 
 @pytest.mark.parametrize(("first", "second"), [("train", "train"), ("heldout", "heldout"), ("train", "heldout")])
-def test_two_labelers_agree_on_most_pairs_but_not_on_all(pairs: Pairs, first: str, second: str):
-    """People agree on 72.6% and 77.3%, ties left out (Ouyang et al. 2022, section 3.4).
-
-    Storyland's labelers agree on 94% to 97% of the pairs of demonstrations: they tie what they can hardly tell apart,
-    and a flaw of form is plain to see. The bound was 90% before both came in; docs/storyland.md says that they are
-    surer than people.
-    """
+def test_two_labelers_agree_as_often_as_people_do(pairs: Pairs, first: str, second: str):
+    """People agree on 72.6% and 77.3%, ties left out (Ouyang et al. 2022, section 3.4); ours on 86% to 89%."""
     one, other = labelers(first, 10)[:5], labelers(second, 10)[5:]
     same = []
     for (a, b), pair in zip(itertools.cycle(itertools.product(one, other)), pairs, strict=False):
         x, y = order(a, *pair), order(b, *pair)
         same += [x == y] if x and y else []
     assert len(same) > 500
-    assert 0.7 < mean(same) < 0.98
+    assert 0.7 < mean(same) < 0.9
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -136,8 +131,7 @@ def test_demonstrations_are_good_but_clearly_below_honest_answers(group: str):
     shown = mean(gold(TASKS[i], people[i % 10].demonstrate(TASKS[i], place=i)).score for i in PLACES)
     honest = mean(gold(TASKS[i], answer(TASKS[i], random.Random(i))).score for i in PLACES)
     assert shown < honest - 0.1
-    # .764 and .739; the bound was .75 before flaws of form were added, which cost .04.
-    assert shown > 0.71
+    assert shown > 0.75
 
 
 def test_a_demonstration_is_deterministic_and_labelers_write_differently(written: list[list[str]]):

@@ -3,7 +3,7 @@ r"""Compares models on test prompts: win rates against SFT, gold scores by part,
 Run:
 
     python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate \
-        --config.models.sft=runs/sft/epoch-4 --config.models.ppo=runs/ppo/ema \
+        --config.models.sft=runs/sft/epoch-3 --config.models.ppo=runs/ppo/ema \
         --config.reward_model=runs/reward_model/model
 
 Writes ``evaluation.json`` and ``samples.jsonl``. Without a gold scorer (`config.gold` empty) the reward model judges.

@@ -3,7 +3,7 @@ r"""Trains the reward model on rankings: all pairs of a prompt in one batch elem
 Run:
 
     python experiments/reward_model.py --config=configs/reward_model/storyland.py --workdir=runs/reward_model \
-        --config.model=runs/sft/epoch-4 --config.rankings=runs/samples/rankings.jsonl \
+        --config.model=runs/sft/epoch-3 --config.rankings=runs/samples/rankings.jsonl \
         --config.demonstrations=runs/data/demonstrations.jsonl
 """
 

@@ -242,9 +242,11 @@ def _attend(
     groups = key.shape[1]
     query = (query * head_dim**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, head_dim)
     scores = _rows_times(query, key).reshape(batch, heads, length, -1) + bias
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = _rows_times(weights.reshape(batch, groups, -1, scores.shape[-1]), value).astype(value.dtype)
-    return mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
+    # Softmax with its division after the product with the values: one pass over the scores less, there and back.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = _rows_times(weights.astype(value.dtype).reshape(batch, groups, -1, scores.shape[-1]), value)
+    mixed = mixed.reshape(batch, heads, length, head_dim) / weights.sum(axis=-1, keepdims=True)
+    return mixed.astype(value.dtype).swapaxes(1, 2)
 
 
 def _rows_times(rows: Float[Array, "B G N M"], matrix: Float[Array, "B G M S"]) -> Float[Array, "B G N S"]:

@@ -199,6 +199,7 @@ def evaluate() -> ConfigDict:
             "temperature": 1.0,
             "samples": 1,
             "baseline_samples": 1,
+            "base_samples": 1,
             "max_new_tokens": 1024,
             "batch_size": 256,
             "gold": "",

@@ -87,18 +87,18 @@ def few(config: ConfigDict, prompt: int, response: int) -> None:
 
 
 def cpu(config: ConfigDict) -> None:
-    """Short prompts and few steps: under an hour on two cores. It shows that all of it runs, and little else."""
+    """Short prompts and few steps: about half an hour on two cores. It shows that all of it runs, and little else."""
     few(config, 96, 64)
     config.data.update(
-        subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=192, ranking_prompts=320,
-        ppo_prompts=256, validation_prompts=24, test_prompts=48, held_out_rankings=150, ranked_response_length=128,
+        subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=128, ranking_prompts=240,
+        ppo_prompts=128, validation_prompts=16, test_prompts=32, held_out_rankings=120, ranked_response_length=128,
         ranking_length=640, documents=400, held_out_documents=60, document_characters=600,
     )  # fmt: skip
     config.sft.update(epochs=2, batch_size=4)
     config.ppo_init.update(epochs=1, batch_size=4)
     config.reward_model.update(row_length=640, batch_size=4, max_k=9, bias_demonstrations=64, score_batch_size=16)
     config.ppo.update(
-        iterations=12, episodes=8, minibatches=2, warmup_iterations=1, ptx_rows_per_episode=0.5, held_out_rows=8,
+        iterations=8, episodes=8, minibatches=2, warmup_iterations=1, ptx_rows_per_episode=0.5, held_out_rows=8,
         evaluate_every=4, save_every=100,
     )  # fmt: skip
     config.evaluate.update(samples=1, baseline_samples=1, batch_size=16, held_out_batches=2)

@@ -51,6 +51,7 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
     """
     if not has_accelerator():
         keep_freed_memory()
+        compile_lightly()
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -78,6 +79,16 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_max = -1, -4
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def compile_lightly() -> None:
+    """Asks XLA for LLVM's level 1 where nothing was asked for. Call it before devices are found.
+
+    Programs compiled in a fifth less time and ran as fast (measured on PPO's, whose time is in matrix products).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1".strip()
 
 
 def model_folder(name: str) -> Path:

@@ -80,12 +80,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     results: dict[str, Any] = {"prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed}
     answers: dict[str, Answers] = {}
     held_out: dict[str, list[LMBatch]] = {}
+    counts = {BASELINE: config.baseline_samples, "base": config.base_samples, "prompted_base": config.base_samples}
     jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
     with StageLog(workdir, "evaluate", total=len(jobs), show=("gold_score", "reward_score", "tokens")) as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
             network = common.load_network(paths["base" if prompted else name], mesh, config.decoder)
-            count = config.baseline_samples if name == BASELINE else config.samples
+            count = counts.get(name, config.samples)
             ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
             answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
             if config.held_out_text and not prompted:
@@ -111,7 +112,7 @@ Ask = Callable[[common.Network, Sequence[schema.Prompt]], tuple[list[list[int]],
 def bare_prompts(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
     """The instruction itself, as the policy sees it in training."""
     ids = [text.encode_prompt(network.tokenizer, p.prompt) for p in prompts]
-    return ids, -(-max(map(len, ids)) // 8) * 8
+    return ids, -(-max(map(len, ids)) // 16) * 16  # few lengths, few compiled programs
 
 
 def few_shot_prompts(

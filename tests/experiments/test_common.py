@@ -1,0 +1,71 @@
+"""What every stage does before it touches a device."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import common
+
+ROOT = Path(__file__).parents[2]
+
+COUNT_FAULTS = """
+import ctypes, resource, sys
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+if sys.argv[1] == "keep":
+    from experiments import common
+    common.keep_freed_memory()
+def use(size=64 * 2**20):
+    place = libc.malloc(size)
+    libc.memset(place, 1, size)
+    libc.free(place)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COUNT_FAULTS, how]
+    return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc hands freed memory back at once")
+def test_freed_memory_is_kept_so_that_no_step_faults_it_in_again():
+    pages = 4 * 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert faults("keep") < pages // 100 < faults("plain")
+
+
+def test_light_compiling_is_asked_for_unless_the_user_chose_a_level(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    common.compile_lightly()
+    common.compile_lightly()
+    asked = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    assert os.environ["XLA_FLAGS"] == asked
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    common.compile_lightly()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=3"
+
+
+def test_an_accelerator_is_seen_by_its_plugin_and_can_be_ruled_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(common.metadata, "entry_points", lambda group: ["cuda"] if group == "jax_plugins" else [])
+    ruled_out = jax.config.values["jax_platforms"]
+    try:
+        jax.config.update("jax_platforms", None)
+        assert common.has_accelerator()
+        jax.config.update("jax_platforms", "cpu")
+        assert not common.has_accelerator()
+    finally:
+        jax.config.update("jax_platforms", ruled_out)

@@ -38,7 +38,7 @@ def ppo_init() -> ConfigDict:
 def sample() -> ConfigDict:
     """Samples to be ranked."""
     config = common.sample()
-    config.update(prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, labelers=10)
+    config.update(prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, batch_size=512, labelers=10)
     return config
 
 
@@ -66,8 +66,8 @@ def evaluate() -> ConfigDict:
     """Evaluation by gold scorer and reward model."""
     config = common.evaluate()
     config.update(
-        max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=4, samples=2,
-        baseline_samples=6, batch_size=256,
+        max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=1, samples=2,
+        baseline_samples=6, batch_size=512,
     )  # fmt: skip
     config.few_shot.candidates = 2
     return config

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
 
 from experiments import pretrained
 from rlhf_jax import checkpoint, optim, scoring, sharding
@@ -71,12 +72,14 @@ def keep_freed_memory() -> None:
 
     XLA takes the scratch memory of a CPU step from malloc. By default such large pieces go back to the system after
     each step and are faulted in page by page in the next one: on a virtual machine of two cores an SFT step of a
-    million parameters took 1.3 to 1.6 times as long.
+    million parameters took 1.3 to 1.6 times as long. One arena for all threads, because the arenas of XLA's threads
+    are handed back whole, whatever the threshold says.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    m_trim_threshold, m_mmap_max = -1, -4
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    mallopt(m_arena_max, 1)
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
 
@@ -376,25 +379,29 @@ def response_texts(tokenizer: Any, samples: Samples) -> list[str]:
 def score_responses(
     network: Network, prompts: Sequence[str], responses: Sequence[str], mesh: jax.sharding.Mesh, *, batch_size: int
 ) -> np.ndarray:
-    """Raw reward-model score of each response to its prompt, one number each.
-
-    Rows are sorted by length and cut into batches of a few lengths, so that little padding is computed.
-    """
+    """Raw reward-model score of each response to its prompt, one number each."""
     eos = network.tokenizer.eos_token_id
     rows = [
         [*text.encode_prompt(network.tokenizer, p), *text.encode_response(network.tokenizer, r, eos_id=eos)]
         for p, r in zip(prompts, responses, strict=True)
     ]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = np.zeros(len(rows))
-    for start in range(0, len(rows), batch_size):
-        index = order[start : start + batch_size]
-        filled = index + index[-1:] * (batch_size - len(index))
-        slots = -(-len(rows[index[-1]]) // 32) * 32
-        batch = text.prompt_batch([rows[i] for i in filled], length=slots)
-        values = _scores(network.model, network.params, sharding.place_batch(batch, mesh))
-        scores[index] = np.asarray(values)[: len(index)]
+    for index, slots in by_length([len(row) for row in rows], batch_size):
+        batch = text.prompt_batch([rows[i] for i in index], length=slots)
+        scores[index] = _scores(network.model, network.params, sharding.place_batch(batch, mesh))
     return scores
+
+
+def by_length(lengths: ArrayLike, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches of like lengths, so that little padding is computed: their indices and the slots they need.
+
+    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few compiled programs.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        index = order[np.minimum(np.arange(start, start + batch_size), len(order) - 1)]
+        yield index, -(-int(lengths[index[-1]]) // 32) * 32
 
 
 @functools.partial(jax.jit, static_argnames="model")

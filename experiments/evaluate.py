@@ -198,13 +198,13 @@ def held_out_batches(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh
 def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence."""
     reference = common.load_network(config.reference, mesh, config.decoder)
-    count, gaps = len(said.samples.lengths), []
-    for start in range(0, count, config.batch_size):
-        rows = np.minimum(np.arange(start, start + config.batch_size), count - 1)  # the last batch is filled up
-        samples = jax.tree.map(lambda x, rows=rows: x[rows], said.samples)
+    gaps = np.zeros(len(said.samples.lengths))
+    for index, slots in common.by_length(said.samples.lengths, config.batch_size):
+        samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
+        samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
         own, other = (_log_probs(one.model, one.params, samples, config.temperature) for one in (network, reference))
-        gaps.append(np.asarray(own - other))
-    return float(np.concatenate(gaps)[:count].mean())
+        gaps[index] = own - other
+    return float(gaps.mean())
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -69,3 +69,10 @@ def test_an_accelerator_is_seen_by_its_plugin_and_can_be_ruled_out(monkeypatch: 
         assert not common.has_accelerator()
     finally:
         jax.config.update("jax_platforms", ruled_out)
+
+
+def test_batches_by_length_hold_every_row_once_and_waste_little():
+    lengths = [40, 3, 64, 30, 90]
+    batches = list(common.by_length(lengths, 2))
+    assert [slots for _, slots in batches] == [32, 64, 96]
+    assert [index.tolist() for index, _ in batches] == [[1, 3], [0, 2], [4, 4]]

@@ -72,14 +72,12 @@ def keep_freed_memory() -> None:
 
     XLA takes the scratch memory of a CPU step from malloc. By default such large pieces go back to the system after
     each step and are faulted in page by page in the next one: on a virtual machine of two cores an SFT step of a
-    million parameters took 1.3 to 1.6 times as long. One arena for all threads, because the arenas of XLA's threads
-    are handed back whole, whatever the threshold says.
+    million parameters took 1.3 to 1.6 times as long.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-    mallopt(m_arena_max, 1)
+    m_trim_threshold, m_mmap_max = -1, -4
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
 

@@ -126,16 +126,22 @@ def few_shot_prompts(
     shots = config.few_shot
     records, _ = schema.read_jsonl(shots.demonstrations, schema.Demonstration)
     rng = np.random.default_rng(config.seed)
-    best: tuple[float, Ask] | None = None
+    asks: list[Ask] = []
     for _ in range(shots.candidates):
         chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
-        ask = _with_prefix([(r.prompt, r.response) for r in chosen], shots.template)
-        trial = answer(network, reward, None, prompts[: shots.trial_prompts], ask, 1, config, mesh)
-        score = float(trial.reward.mean())
-        if best is None or score > best[0]:
-            best = (score, ask)
-    assert best is not None
-    return best[1]
+        asks.append(_with_prefix([(r.prompt, r.response) for r in chosen], shots.template))
+    slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
+    asks = [_in_slots(ask, slots) for ask in asks]
+
+    def score(ask: Ask) -> float:
+        trial = prompts[: shots.trial_prompts]
+        return float(answer(network, reward, None, trial, ask, config.base_samples, config, mesh).reward.mean())
+
+    return max(asks, key=score) if len(asks) > 1 else asks[0]
+
+
+def _in_slots(ask: Ask, slots: int) -> Ask:
+    return lambda network, prompts: (ask(network, prompts)[0], slots)
 
 
 def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
@@ -144,7 +150,7 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
         texts = [shown + template.format(prompt=p.prompt, response="").rstrip() for p in prompts]
         encode = network.tokenizer.encode
         ids = [encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
-        return ids, -(-max(map(len, ids)) // 64) * 64  # so that most prefixes share one compiled program
+        return ids, -(-max(map(len, ids)) // 16) * 16
 
     return ask
 

@@ -10,6 +10,7 @@ table 1), with more of the checkable small ones and no chat.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import random
 import re
@@ -83,6 +84,7 @@ def task_id(split: str, index: int) -> str:
     return f"{split}/{index}"
 
 
+@functools.lru_cache(maxsize=16_384)
 def task_of(name: str) -> Task:
     """The instruction that `task_id` names.
 

@@ -155,6 +155,7 @@ def ppo() -> ConfigDict:
             "value_learning_rate": 9e-6,
             "schedule": "constant",
             "warmup_iterations": 10,
+            "value_warmup_iterations": 10,
             "ppo_clip_norm": None,
             "ptx_clip_norm": None,
             "value_clip_norm": None,

@@ -60,7 +60,8 @@ def instructgpt() -> ConfigDict:
     config.reward_model.update(row_length=2048, batch_size=16, learning_rate=2e-5, clip_norm=1.0, save_every=200)
     config.ppo.update(
         prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=200, episodes=128, learning_rate=5e-6,
-        value_learning_rate=1e-5, warmup_iterations=4, ppo_clip_norm=1.0, ptx_clip_norm=1.0, value_clip_norm=1.0,
+        value_learning_rate=1e-5, warmup_iterations=4, value_warmup_iterations=4,
+        ppo_clip_norm=1.0, ptx_clip_norm=1.0, value_clip_norm=1.0,
         kl_ceiling=200.0, ema_decay=0.97, ptx_coef=1.0, ptx_rows_per_episode=0.5, ptx_row_length=rows,
         save_every=50,
     )  # fmt: skip
@@ -90,7 +91,7 @@ def cpu(config: ConfigDict) -> None:
     """Short prompts and few steps, reckoned at half an hour on two cores. It shows that all of it runs, little else."""
     few(config, 96, 64)
     config.data.update(
-        subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=128, ranking_prompts=240,
+        subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=96, ranking_prompts=160,
         ppo_prompts=128, validation_prompts=16, test_prompts=32, held_out_rankings=120, ranked_response_length=128,
         ranking_length=640, documents=400, held_out_documents=60, document_characters=600,
     )  # fmt: skip
@@ -98,8 +99,8 @@ def cpu(config: ConfigDict) -> None:
     config.ppo_init.update(epochs=1, batch_size=4)
     config.reward_model.update(row_length=640, batch_size=4, max_k=9, bias_demonstrations=64, score_batch_size=16)
     config.ppo.update(
-        iterations=8, episodes=8, minibatches=2, warmup_iterations=1, ptx_rows_per_episode=0.5, held_out_rows=8,
-        evaluate_every=4, save_every=100,
+        iterations=6, episodes=8, minibatches=2, warmup_iterations=1, value_warmup_iterations=1,
+        ptx_rows_per_episode=0.5, held_out_rows=8, evaluate_every=3, save_every=100,
     )  # fmt: skip
     config.evaluate.update(samples=1, baseline_samples=1, batch_size=16, held_out_batches=2)
     config.evaluate.few_shot.update(candidates=1, trial_prompts=4)
@@ -118,7 +119,8 @@ def smoke(config: ConfigDict) -> None:
     config.ppo_init.update(epochs=1, batch_size=8, row_length=160)
     config.reward_model.update(row_length=256, batch_size=8, score_batch_size=16)
     config.ppo.update(
-        iterations=1, episodes=8, minibatches=1, warmup_iterations=1, held_out_rows=8, ptx_row_length=96,
+        iterations=1, episodes=8, minibatches=1, warmup_iterations=1, value_warmup_iterations=1, held_out_rows=8,
+        ptx_row_length=96,
         ptx_rows_per_episode=1.0,
     )  # fmt: skip
     config.evaluate.update(baseline_samples=1, batch_size=8, held_out_batches=1, held_out_row_length=96)

@@ -159,16 +159,17 @@ def optimizer(
 def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Schedule:
     """The learning rate over `steps` optimizer steps.
 
-    ``cosine`` falls to 10%, ``linear`` to 0, ``constant`` stays at `peak` after the first `warmup` steps.
+    ``cosine`` falls to 10%, ``linear`` to 0, ``constant`` stays at `peak`; the first `warmup` steps lead up to it.
 
     Raises:
-      ValueError: an unknown name, or a warmup where the schedule has none.
+      ValueError: an unknown name, or a warmup that leaves no steps.
     """
     config_lib.require_one_of("schedule", name, ("cosine", "linear", "constant"))
-    config_lib.require(not warmup or name == "constant", "schedule", name, "has no warmup: set warmup_iterations=0")
     if name == "constant":
         return optim.warmup_then_constant(peak, warmup)
-    return optim.cosine_to(peak, steps) if name == "cosine" else optim.linear_to_zero(peak, steps)
+    config_lib.require(warmup < steps, "warmup", warmup, f"of {steps} steps leaves none for schedule={name}: lower it")
+    after = optim.cosine_to if name == "cosine" else optim.linear_to_zero
+    return optim.with_warmup(after(peak, steps - warmup), warmup)
 
 
 def train_resumable(

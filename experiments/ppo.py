@@ -189,10 +189,12 @@ def reward_and_value(
 def optimizers(config: ConfigDict) -> tuple[Any, Any]:
     """Adam for the policy and for the value network; the schedule counts epochs x minibatches steps an iteration."""
     per_iteration = config.epochs * config.minibatches
-    steps, warmup = config.iterations * per_iteration, config.warmup_iterations * per_iteration
     policy, value = (
-        common.schedule(config.schedule, peak, steps, warmup=warmup)
-        for peak in (config.learning_rate, config.value_learning_rate)
+        common.schedule(config.schedule, peak, config.iterations * per_iteration, warmup=warmup * per_iteration)
+        for peak, warmup in (
+            (config.learning_rate, config.warmup_iterations),
+            (config.value_learning_rate, config.value_warmup_iterations),
+        )
     )
     return common.optimizer(config, policy), common.optimizer(config, value, clip_norm=config.value_clip_norm)
 

@@ -62,11 +62,34 @@ def warmup_then_constant(
     >>> [round(float(schedule(s)), 3) for s in (0, 2, 4, 99)]
     [0.1, 0.55, 1.0, 1.0]
     """
+    return with_warmup(optax.constant_schedule(peak), warmup_steps, initial_fraction=initial_fraction)
+
+
+def with_warmup(schedule: optax.Schedule, warmup_steps: int, *, initial_fraction: float | int = 0.1) -> optax.Schedule:
+    """`schedule`, begun `warmup_steps` later: until then a line from ``initial_fraction`` of its first rate up to it.
+
+    Args:
+      schedule: what comes after the warmup, counted from its own step 0.
+      warmup_steps: optimizer steps. 0 means no warmup.
+      initial_fraction: where the line starts, as a share of ``schedule(0)``.
+
+    Returns:
+      Optimizer step to learning rate.
+
+    Raises:
+      ValueError: if `warmup_steps` is negative.
+
+    >>> schedule = with_warmup(linear_to_zero(1.0, 4), 4)
+    >>> [round(float(schedule(s)), 3) for s in (0, 2, 4, 6, 8)]
+    [0.1, 0.55, 1.0, 0.5, 0.0]
+    """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} is negative: use 0 for no warmup")
     if warmup_steps == 0:
-        return optax.constant_schedule(peak)
-    return optax.linear_schedule(initial_fraction * peak, peak, warmup_steps)
+        return schedule
+    first = float(schedule(0))
+    line = optax.linear_schedule(initial_fraction * first, first, warmup_steps)
+    return optax.join_schedules([line, schedule], [warmup_steps])
 
 
 def linear_to_zero(peak: float | int, total_steps: int) -> optax.Schedule:

@@ -314,8 +314,10 @@ def test_learning_rates_over_the_run():
     np.testing.assert_allclose([warmup(0), warmup(80), warmup(3_999)], [0.1, 1.0, 1.0], rtol=1e-5)
     linear = common.schedule("linear", 1.0, 10)
     np.testing.assert_allclose([linear(0), linear(9), linear(10)], [1.0, 0.1, 0.0], atol=1e-6)
-    with pytest.raises(ValueError, match="has no warmup"):
-        common.schedule("linear", 1.0, 10, warmup=1)
+    later = common.schedule("linear", 1.0, 14, warmup=4)
+    np.testing.assert_allclose([later(0), later(4), later(13), later(14)], [0.1, 1.0, 0.1, 0.0], atol=1e-6)
+    with pytest.raises(ValueError, match="leaves none for schedule=linear"):
+        common.schedule("linear", 1.0, 10, warmup=10)
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         common.schedule("cosin", 1.0, 10)
 

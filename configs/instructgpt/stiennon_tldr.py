@@ -53,7 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.ppo.update(
         prompt_length=POST, max_new_tokens=SUMMARY, episodes=512, iterations=1954, epochs=4, minibatches=1,
-        learning_rate=1.5e-5, value_learning_rate=1.5e-5, schedule="linear", warmup_iterations=0, ema_decay=0.0,
+        learning_rate=1.5e-5, value_learning_rate=1.5e-5, schedule="linear", warmup_iterations=0,
+        value_warmup_iterations=0, ema_decay=0.0,
         ptx_coef=0.0,
     )  # fmt: skip
     config.ppo.kl.coef = 0.05

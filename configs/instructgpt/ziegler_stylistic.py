@@ -55,7 +55,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward_model.loss = fn_spec("rlhf_jax.losses.ranking:best_of_loss")
     config.ppo.update(
         prompt_length=QUERY, max_new_tokens=RESPONSE, temperature=0.7, episodes=512, iterations=1954, epochs=4,
-        minibatches=1, learning_rate=1e-5, value_learning_rate=1e-5, warmup_iterations=0, whiten_rewards=True,
+        minibatches=1, learning_rate=1e-5, value_learning_rate=1e-5, warmup_iterations=0,
+        value_warmup_iterations=0, whiten_rewards=True,
         missing_eos_score=-1.0, ema_decay=0.0, ptx_coef=0.0,
     )  # fmt: skip
     config.ppo.kl.update(controller="adaptive", coef=0.15, target=6.0, horizon=10_000)

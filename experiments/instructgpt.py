@@ -362,7 +362,11 @@ def departures(config: ConfigDict) -> list[dict[str, str]]:
         ("Missing end of text", "not stated", "", f"score {p.missing_eos_score}", "Ziegler et al. 2019 use -1"),
         ("Average of weights", "decay 0.992", "appendix C.4", str(p.ema_decay), "a shorter run needs a shorter memory"),
         ("Learning rate of PPO", "2.55e-6 to 2.55e-5 swept", "appendix C.4", str(p.learning_rate), "a small model"),
-        ("Schedule of PPO", "warm-up, then constant", "appendix C.4", p.schedule, "few steps, which have to settle"),
+        (
+            "Schedule of PPO", "10 iterations of warm-up, then constant", "appendix C.4",
+            f"{p.warmup_iterations} of warm-up (value network {p.value_warmup_iterations}), then {p.schedule}",
+            "few steps, which have to settle; the value network learns first",
+        ),
         ("GAE lambda", "not stated", "0.95 in its parents", str(p.lam), "responses of 20 tokens"),
         ("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),
     ]  # fmt: skip

@@ -15,8 +15,8 @@ def data() -> ConfigDict:
     """How much of each kind of data."""
     config = common.data()
     config.update(
-        labelers=10, demonstrations=2_800, ranking_prompts=2_400, ppo_prompts=6_000, validation_prompts=256,
-        test_prompts=600, documents=6_000, held_out_documents=1_000,
+        labelers=10, demonstrations=3_600, ranking_prompts=3_000, ppo_prompts=6_000, validation_prompts=256,
+        test_prompts=800, documents=6_000, held_out_documents=1_000,
     )  # fmt: skip
     return config
 
@@ -53,8 +53,8 @@ def ppo() -> ConfigDict:
     """PPO-ptx; plain PPO is the same with ``ptx_coef=0``."""
     config = common.ppo()
     config.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=24, episodes=128, minibatches=4,
-        learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine", warmup_iterations=5,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=30, episodes=128, minibatches=4,
+        learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine", warmup_iterations=0,
         value_warmup_iterations=0, ppo_clip_norm=1.0,
         ptx_clip_norm=1.0, value_clip_norm=1.0, lam=0.9, missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96,
         ptx_coef=0.15, ptx_rows_per_episode=0.125, ptx_row_length=128, gold=GOLD,
@@ -68,7 +68,7 @@ def evaluate() -> ConfigDict:
     config = common.evaluate()
     config.update(
         max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=2, samples=2,
-        baseline_samples=6, base_samples=2, batch_size=256,
+        baseline_samples=6, batch_size=256,
     )  # fmt: skip
     config.few_shot.candidates = 2
     return config
@@ -102,9 +102,7 @@ def smoke_reward_model(config: ConfigDict) -> None:
 
 def smoke_ppo(config: ConfigDict) -> None:
     """Two iterations."""
-    config.update(
-        iterations=2, warmup_iterations=1, episodes=16, minibatches=2, held_out_rows=8, evaluate_every=1, save_every=1
-    )
+    config.update(iterations=2, episodes=16, minibatches=2, held_out_rows=8, evaluate_every=1, save_every=1)
 
 
 def smoke_evaluate(config: ConfigDict) -> None:
@@ -137,8 +135,7 @@ def shrink(config: ConfigDict) -> None:
     minibatches = min(config.ppo.minibatches, 2)
     smoke(config)
     config.ppo.update(
-        minibatches=minibatches,
-        ptx_rows_per_episode=1.0,
+        minibatches=minibatches, ptx_rows_per_episode=1.0,
         warmup_iterations=min(config.ppo.warmup_iterations, 1),
         value_warmup_iterations=min(config.ppo.value_warmup_iterations, 1),
-    )
+    )  # fmt: skip

@@ -133,8 +133,9 @@ def few_shot_prompts(
     slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
     asks = [_in_slots(ask, slots) for ask in asks]
 
+    trial = prompts[: shots.trial_prompts]
+
     def score(ask: Ask) -> float:
-        trial = prompts[: shots.trial_prompts]
         return float(answer(network, reward, None, trial, ask, config.base_samples, config, mesh).reward.mean())
 
     return max(asks, key=score) if len(asks) > 1 else asks[0]

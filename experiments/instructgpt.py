@@ -365,7 +365,7 @@ def departures(config: ConfigDict) -> list[dict[str, str]]:
         (
             "Schedule of PPO", "10 iterations of warm-up, then constant", "appendix C.4",
             f"{p.warmup_iterations} of warm-up (value network {p.value_warmup_iterations}), then {p.schedule}",
-            "few steps, which have to settle; the value network learns first",
+            "few steps, which have to settle",
         ),
         ("GAE lambda", "not stated", "0.95 in its parents", str(p.lam), "responses of 20 tokens"),
         ("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),

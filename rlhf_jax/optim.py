@@ -87,7 +87,7 @@ def with_warmup(schedule: optax.Schedule, warmup_steps: int, *, initial_fraction
         raise ValueError(f"warmup_steps={warmup_steps} is negative: use 0 for no warmup")
     if warmup_steps == 0:
         return schedule
-    first = float(schedule(0))
+    first = float(jnp.asarray(schedule(0)))
     line = optax.linear_schedule(initial_fraction * first, first, warmup_steps)
     return optax.join_schedules([line, schedule], [warmup_steps])
 

@@ -120,8 +120,7 @@ def smoke(config: ConfigDict) -> None:
     config.reward_model.update(row_length=256, batch_size=8, score_batch_size=16)
     config.ppo.update(
         iterations=1, episodes=8, minibatches=1, warmup_iterations=1, value_warmup_iterations=1, held_out_rows=8,
-        ptx_row_length=96,
-        ptx_rows_per_episode=1.0,
+        ptx_row_length=96, ptx_rows_per_episode=1.0,
     )  # fmt: skip
     config.evaluate.update(baseline_samples=1, batch_size=8, held_out_batches=1, held_out_row_length=96)
     config.evaluate.few_shot.update(candidates=1, trial_prompts=4, examples=1)

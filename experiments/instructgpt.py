@@ -30,6 +30,7 @@ from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.evaluation.report import check_results, write_report
 
 DONE = "done.json"
+STAGES = ("data", "sft", "ppo_init", "samples", "reward_model", "baseline", "ppo", "ppo_ptx", "evaluation")
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -205,7 +206,7 @@ class Pipeline:
     def results(self) -> dict:
         """Writes ``results.json`` (docs/results_schema.md) and ``metrics.jsonl`` of all stages."""
         measured, rewards = self.done("evaluation"), self.done("reward_model")
-        records = {p.parent.name: common.read_json(p) for p in sorted(self.folder.glob(f"*/{DONE}"))}
+        records = {name: common.read_json(self.folder / name / DONE) for name in STAGES}
         seconds = {name: record["seconds"] for name, record in records.items()}
         seconds["compile"] = round(sum(record["compile_seconds"] for record in records.values()), 2)
         seconds["total"] = round(sum(record["seconds"] for record in records.values()), 2)

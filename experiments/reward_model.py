@@ -56,9 +56,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
     result["padding_share"] = text.padding_share(rows)
     result["responses"] = sum(len(r.responses) for r in rankings)
     result["pairs"] = sum(schema.strict_pairs(r.ranks) for r in rankings)
-    for name, path in config.evaluation.items():
-        if path:
-            result[name] = evaluate(network, read_rankings(path), config, mesh)
+    sets = {name: read_rankings(path) for name, path in config.evaluation.items() if path}
+    scores = score_each(network, [r for rankings in sets.values() for r in rankings], config, mesh)
+    result |= {name: evaluate(rankings, scores) for name, rankings in sets.items()}
     write_json(Path(workdir) / "reward_model.json", result)
     return result
 
@@ -97,14 +97,23 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
 
 
-def evaluate(
+Scores = dict[tuple[str, str], float]
+"""Score of each (prompt, response)."""
+
+
+def score_each(
     network: common.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
-) -> dict:
-    """Accuracy on strict pairs with its interval, log-loss, calibration and the rule "longer is better" beside it."""
-    flat = [(r.prompt, response) for r in rankings for response in r.responses]
+) -> Scores:
+    """The score of each response, once, however many labelers ranked it."""
+    pairs = list(dict.fromkeys((r.prompt, response) for r in rankings for response in r.responses))
     scores = common.score_responses(
-        network, [p for p, _ in flat], [r for _, r in flat], mesh, batch_size=config.score_batch_size
+        network, [p for p, _ in pairs], [r for _, r in pairs], mesh, batch_size=config.score_batch_size
     )
+    return dict(zip(pairs, scores.tolist(), strict=True))
+
+
+def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
+    """Accuracy on strict pairs with its interval, log-loss, calibration and the rule "longer is better" beside it."""
     grid, ranks, lengths = pad_ranked(rankings, scores)
     accuracy = quality.pairwise_accuracy(grid, ranks)
     calibration = quality.calibration(grid, ranks)
@@ -117,17 +126,15 @@ def evaluate(
     }
 
 
-def pad_ranked(rankings: Sequence[schema.Ranking], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores, ranks and lengths (words) of each ranking as ``[N, K]`` with -1 for absent ranks."""
     k = max(len(r.responses) for r in rankings)
     grid, ranks, lengths = np.zeros((len(rankings), k)), np.full((len(rankings), k), -1), np.zeros((len(rankings), k))
-    start = 0
     for row, ranking in enumerate(rankings):
         count = len(ranking.responses)
-        grid[row, :count] = scores[start : start + count]
+        grid[row, :count] = [scores[ranking.prompt, response] for response in ranking.responses]
         ranks[row, :count] = ranking.ranks
         lengths[row, :count] = [len(response.split()) for response in ranking.responses]
-        start += count
     return grid, ranks, lengths
 
 

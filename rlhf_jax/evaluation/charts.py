@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 WIDTH = 360
@@ -29,17 +30,34 @@ class Bar(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of points (x, y); a dashed line is a reference, without markers."""
+    """One line of points (x, y); a dashed line is a reference, without markers.
+
+    With ``smooth > 0`` the line is drawn through the mean of each point and `smooth` neighbours on either side, fewer
+    towards the ends, and the points themselves are pale.
+    """
 
     label: str
     color: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    smooth: int = 0
+
+    @property
+    def trend(self) -> Sequence[tuple[float, float]]:
+        """What the line goes through."""
+        sides = (min(self.smooth, i, len(self.points) - 1 - i) for i in range(len(self.points)))
+        windows = (self.points[i - side : i + side + 1] for i, side in enumerate(sides))
+        return [(fmean(x for x, _ in window), fmean(y for _, y in window)) for window in windows]
 
 
 def percent(value: float) -> str:
     """``0.7342 -> 73%``."""
     return f"{100 * value:.0f}%"
+
+
+def percent_with_tenths(value: float) -> str:
+    """``0.7342 -> 73.4%``."""
+    return f"{100 * value:.1f}%"
 
 
 def decimals(count: int) -> Callable[[float], str]:
@@ -113,7 +131,10 @@ def line_chart(
     parts = [f'<text class="tick" x="0" y="12">{html.escape(y_label)}</text>']
     for y, label in _tick_labels(y_low, y_high, text):
         parts.append(_grid_line(left, WIDTH - right, place(x_low, y)[1], label))
+    counts = all(float(x).is_integer() for x, _ in points)
     for x, label in _tick_labels(x_low, x_high, text if x_range else None):
+        if counts and not x.is_integer():
+            continue  # there is no epoch 1.5
         parts.append(f'<text class="tick" x="{place(x, y_low)[0]:.1f}" y="208" text-anchor="middle">{label}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - right}" y="225" text-anchor="end">{html.escape(x_label)}</text>')
     parts += [_line(line, place) for line in lines if line.points]
@@ -155,11 +176,12 @@ def _bar(bar: Bar, y: float, scale: float, maximum: float, text: Callable[[float
 
 def _line(line: Line, place: Callable[[float, float], tuple[float, float]]) -> str:
     spots = [place(x, y) for x, y in line.points]
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (place(x, y) for x, y in line.trend))
+    pale = ' opacity=".35"' if line.smooth else ""
     if line.dashed:
         return f'<path class="reference" d="{path}"/>'
     marks = [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2.6 if len(spots) <= 60 else 1.2}" fill="{line.color}">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2.6 if len(spots) <= 60 else 1.2}" fill="{line.color}"{pale}>'
         f"<title>{html.escape(f'{line.label}: {number(px)}, {number(py)}')}</title></circle>"
         for (x, y), (px, py) in zip(spots, line.points, strict=True)
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.evaluation import charts
-from rlhf_jax.evaluation.charts import Bar, Line, decimals, percent
+from rlhf_jax.evaluation.charts import Bar, Line, decimals, percent, percent_with_tenths
 from rlhf_jax.evaluation.page import PAGE, STYLE
 
 
@@ -54,6 +54,9 @@ CURVES = {
     "validation_loss": ("Validation loss", "nats per token"),
     "accuracy": ("Accuracy", "share of pairs"),
 }
+
+SMOOTH = 2
+"""Iterations on either side over which a curve of PPO is averaged: each has other prompts, and the points scatter."""
 
 REQUIRED = (
     *(
@@ -156,7 +159,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     rate = [_number(results, f"win_rate_vs_sft.ppo_ptx.{x}") for x in ("value", "low", "high")]
     if any(x is None for x in rate):
         return "This run has no win rate for PPO-ptx yet: it was stopped early, or its evaluation is still to come."
-    value, low, high = (percent(x or 0.0) for x in rate)
+    value, low, high = (percent_with_tenths(x or 0.0) for x in rate)
     count = _number(results, "win_rate_vs_sft.ppo_ptx.n")
     prompts = f"{count:.0f} test prompts" if count else "the test prompts"
     return (
@@ -201,13 +204,13 @@ def _claims(results: Mapping[str, Any]) -> Iterator[tuple[str, bool | None, str]
         "Preference rises from base to prompted base to SFT to PPO-ptx.",
         [f"{win}.base.value", f"{win}.prompted_base.value", f"{win}.ppo_ptx.value"],
         lambda base, prompted, ptx: base < prompted < 0.5 < ptx,
-        "Win rates against SFT: base {0:.0%}, prompted base {1:.0%}, PPO-ptx {2:.0%}.",
+        "Win rates against SFT: base {0:.1%}, prompted base {1:.1%}, PPO-ptx {2:.1%}.",
     )
     yield judge(
         "PPO-ptx beats SFT beyond chance, and not by length alone.",
         [f"{win}.ppo_ptx.low", f"{equal}.ppo_ptx.low"],
         lambda plain, controlled: min(plain, controlled) > 0.5,
-        "Lower ends of the 95% intervals: {0:.0%}, and {1:.0%} at equal length.",
+        "Lower ends of the 95% intervals: {0:.1%}, and {1:.1%} at equal length.",
     )
     yield judge(
         "PPO forgets pretraining text; mixing it in (PPO-ptx) prevents part of that.",
@@ -240,7 +243,7 @@ def _win_rates(results: Mapping[str, Any]) -> str:
                 maximum=1.0,
                 reference=0.5,
                 reference_label="SFT",
-                text=percent,
+                text=percent_with_tenths,
             )
             figures.append(_figure(svg, title[0].upper() + title[1:]))
     return _grid(
@@ -326,20 +329,21 @@ def _training(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     rows = {key: stages[key] for key in ("ppo", "ppo_ptx") if stages.get(key)}
     figures = []
     for key in ("score", "gold_score"):
-        lines = [_line(stage, rows[stage], "kl", key) for stage in rows]
+        lines = [_line(stage, rows[stage], "kl", key, smooth=SMOOTH) for stage in rows]
         if any(line.points for line in lines):
             title = f"{CURVES[key][0]} against KL"
             svg = charts.line_chart(
                 lines, title=title, x_label="KL to the reference, nats per sequence", y_label=CURVES[key][1]
             )
             figures.append(_figure(svg, title))
-    figures += _curve_figures(rows, ("score", "gold_score", "kl", "response_tokens", "pretraining_loss"))
+    figures += _curve_figures(rows, ("score", "gold_score", "kl", "response_tokens", "pretraining_loss"), smooth=SMOOTH)
     names = charts.legend([(MODELS[key].name, MODELS[key].color(key)) for key in rows])
     return _grid(
         figures,
         "The first charts show what was bought (score) for what was paid (distance from the starting policy, KL): up "
         "and to the left is cheap progress. Where the reward model's score still rises while the gold score falls, the "
-        "policy is fooling the reward model. The others follow the same run over its iterations.",
+        "policy is fooling the reward model. The others follow the same run over its iterations. A point is one "
+        "iteration with prompts of its own; the line is the mean over five of them.",
         names,
     )
 
@@ -360,11 +364,13 @@ def _tax(results: Mapping[str, Any]) -> str:
 
 def _reward_model(results: Mapping[str, Any]) -> str:
     bars = []
-    for group, label in (("train", "training"), ("heldout", "held-out")):
-        value, low, high = (_number(results, f"rm_accuracy.{group}_labelers.{x}") for x in ("value", "low", "high"))
-        agreement = _number(results, f"labeler_agreement.{group}")
+    known = {"train_labelers": "RM, training", "heldout_labelers": "RM, held-out"}
+    for group in dict.fromkeys([*known, *_mapping(results, "rm_accuracy")]):
+        value, low, high = (_number(results, f"rm_accuracy.{group}.{x}") for x in ("value", "low", "high"))
+        agreement = _number(results, f"labeler_agreement.{group.removesuffix('_labelers')}")
         if value is not None:
-            bars.append(Bar(f"RM, {label}", value, "var(--reward-model)", low, high))
+            label = known.get(group, f"RM, {group.removeprefix('held_out_')}")
+            bars.append(Bar(label, value, "var(--reward-model)", low, high))
         if agreement is not None:
             bars.append(Bar("agreement", agreement, "var(--base)"))
     length = _number(results, "length_only_accuracy")
@@ -424,7 +430,7 @@ def _overoptimization(results: Mapping[str, Any]) -> str:
                 [Line(title, f"var({color})", points)], title=title, x_label="KL of best-of-n, nats", y_label="score"
             )
             figures.append(_figure(svg, f"{title} of the best of n"))
-    n = html.escape(", ".join(str(x) for x in curve.get("n") or ())) or "not given"
+    n = html.escape(", ".join(f"{x:g}" if _finite(x) else str(x) for x in curve.get("n") or ())) or "not given"
     return _grid(
         figures,
         f"The SFT model answers n times and the reward model keeps the answer it likes best (n = {n}, left to right). "
@@ -517,12 +523,12 @@ def _unit(bars: Sequence[Bar]) -> float | None:
 
 
 def _curve_figures(
-    stages: Mapping[str, Sequence[Mapping[str, Any]]], keys: Iterable[str], prefix: str = ""
+    stages: Mapping[str, Sequence[Mapping[str, Any]]], keys: Iterable[str], prefix: str = "", smooth: int = 0
 ) -> list[str]:
     figures = []
     for key in keys:
         step = next((s for s in ("iteration", "epoch", "step") for rows in stages.values() if s in rows[0]), "step")
-        lines = [_line(stage, rows, step, key) for stage, rows in stages.items()]
+        lines = [_line(stage, rows, step, key, smooth=smooth) for stage, rows in stages.items()]
         if any(len(line.points) > 1 for line in lines):
             title = prefix + CURVES[key][0]
             svg = charts.line_chart(lines, title=title, x_label=step, y_label=CURVES[key][1])
@@ -534,10 +540,16 @@ def _stage_name(stage: str) -> str:
     return MODELS[stage].name if stage in MODELS else stage.replace("_", " ")
 
 
-def _line(stage: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> Line:
+def _line(stage: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, *, smooth: int = 0) -> Line:
+    """A curve, smoothed where there are points enough: held-out loss is measured every few iterations only."""
     points = [(float(row[x]), float(row[y])) for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
     kind = MODELS.get(stage)
-    return Line(kind.name if kind else stage, kind.color(stage) if kind else "var(--sft)", points)
+    return Line(
+        kind.name if kind else stage,
+        kind.color(stage) if kind else "var(--sft)",
+        points,
+        smooth=smooth if len(points) > 10 else 0,
+    )
 
 
 def _by_stage(

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_whole_report_is_one_self_contained_file(tmp_path: Path):
 def test_headline_states_the_win_rate_and_its_interval():
     page = _Page(_full())
     assert "320 test prompts" in page.text[""]
-    assert "71% of the time (95% interval 66% to 76%" in page.text[""]
+    assert "71.0% of the time (95% interval 66.0% to 76.0%" in page.text[""]
 
 
 def test_verdicts_follow_the_numbers():
@@ -204,6 +205,23 @@ def test_lines_stay_inside_their_frame():
     spots = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in root.iter("circle")]
     assert len(spots) == 30
     assert all(46 <= x <= 344 and 30 <= y <= 190 for x, y in spots)
+
+
+def test_a_smooth_line_starts_and_ends_at_its_points_and_averages_between_them():
+    points = [(0.0, 0.0), (1.0, 6.0), (2.0, 0.0), (3.0, 6.0), (4.0, 3.0)]
+    assert charts.Line("a", "red", points).trend == points
+    trend = charts.Line("a", "red", points, smooth=2).trend
+    assert trend == [(0.0, 0.0), (1.0, 2.0), (2.0, 3.0), (3.0, 3.0), (4.0, 3.0)]
+    svg = charts.line_chart([charts.Line("a", "red", points, smooth=2)], title="t", x_label="kl", y_label="y")
+    assert svg.count("<circle") == len(points)
+
+
+@pytest.mark.parametrize(("last", "ticks"), [(3.0, ["1", "2", "3"]), (2.5, ["1", "1.5", "2", "2.5"])])
+def test_an_axis_of_whole_numbers_has_no_fractions(last, ticks):
+    svg = charts.line_chart(
+        [charts.Line("a", "red", [(1.0, 0.0), (last, 1.0)])], title="t", x_label="epoch", y_label="y"
+    )
+    assert re.findall(r'y="208"[^>]*>([^<]*)<', svg) == ticks
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 17.0), (1e-5, 3e-5), (0.0, 1e6), (0.93, 0.94)])

@@ -201,6 +201,7 @@ def evaluate() -> ConfigDict:
             "samples": 1,
             "baseline_samples": 1,
             "base_samples": 1,
+            "validation_samples": 2,  # of each SFT epoch to a validation prompt, to choose the baseline by
             "max_new_tokens": 1024,
             "batch_size": 256,
             "gold": "",

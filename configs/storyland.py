@@ -15,8 +15,8 @@ def data() -> ConfigDict:
     """How much of each kind of data."""
     config = common.data()
     config.update(
-        labelers=10, demonstrations=3_600, ranking_prompts=3_000, ppo_prompts=6_000, validation_prompts=256,
-        test_prompts=800, documents=6_000, held_out_documents=1_000,
+        labelers=10, demonstrations=2_400, ranking_prompts=3_200, ppo_prompts=6_000, validation_prompts=256,
+        test_prompts=700, documents=6_000, held_out_documents=1_000,
     )  # fmt: skip
     return config
 
@@ -24,7 +24,7 @@ def data() -> ConfigDict:
 def sft() -> ConfigDict:
     """The SFT baseline."""
     config = common.sft()
-    config.update(model=BASE, row_length=128, epochs=3, batch_size=16, learning_rate=1e-3, dropout=0.1, clip_norm=1.0)
+    config.update(model=BASE, row_length=128, epochs=3, batch_size=16, learning_rate=1e-3, dropout=0.2, clip_norm=1.0)
     return config
 
 
@@ -53,8 +53,8 @@ def ppo() -> ConfigDict:
     """PPO-ptx; plain PPO is the same with ``ptx_coef=0``."""
     config = common.ppo()
     config.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=30, episodes=128, minibatches=4,
-        learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine", warmup_iterations=0,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=26, episodes=128, minibatches=4,
+        learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine", warmup_iterations=4,
         value_warmup_iterations=0, ppo_clip_norm=1.0,
         ptx_clip_norm=1.0, value_clip_norm=1.0, lam=0.9, missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96,
         ptx_coef=0.15, ptx_rows_per_episode=0.125, ptx_row_length=128, gold=GOLD,
@@ -63,12 +63,18 @@ def ppo() -> ConfigDict:
     return config
 
 
+def overoptimise(config: ConfigDict) -> None:
+    """PPO as it should not be done: hardly a KL penalty, and on and on. The reward model is fooled, gold falls."""
+    config.update(name="ppo_overoptimised", iterations=60, ptx_coef=0.0, schedule="constant")
+    config.kl.coef = 0.01
+
+
 def evaluate() -> ConfigDict:
     """Evaluation by gold scorer and reward model."""
     config = common.evaluate()
     config.update(
         max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=2, samples=2,
-        baseline_samples=6, batch_size=256,
+        baseline_samples=6, validation_samples=4, batch_size=256,
     )  # fmt: skip
     config.few_shot.candidates = 2
     return config

@@ -169,7 +169,9 @@ class Pipeline:
         for row in self.done("sft")["epochs"]:
             path = self.folder / "sft" / f"epoch-{row['epoch']}"
             network = common.load_network(str(path), mesh, config.decoder)
-            said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, 2, config, mesh)
+            said = evaluate.answer(
+                network, reward, judge, prompts, evaluate.bare_prompts, config.validation_samples, config, mesh
+            )
             epochs.append({**row, "path": str(path), **said.means()})
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])

@@ -1,6 +1,8 @@
 """PPO-ptx on storyland.
 
 python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
+
+``:overoptimised`` shows what happens without a leash: the reward model's score rises while the gold score falls.
 """
 
 from ml_collections import ConfigDict
@@ -10,5 +12,5 @@ from rlhf_jax.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; ``:smoke`` is small, ``key=value`` overrides."""
-    return apply_arg(storyland.ppo(), arg, smoke=storyland.smoke_ppo)
+    """The config; ``:smoke`` is small, ``:overoptimised`` a warning, ``key=value`` overrides."""
+    return apply_arg(storyland.ppo(), arg, smoke=storyland.smoke_ppo, overoptimised=storyland.overoptimise)

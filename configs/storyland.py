@@ -45,7 +45,7 @@ def sample() -> ConfigDict:
 def reward_model() -> ConfigDict:
     """The reward model."""
     config = common.reward_model()
-    config.update(row_length=512, batch_size=4, learning_rate=4e-4, clip_norm=1.0)
+    config.update(row_length=480, batch_size=4, learning_rate=4e-4, clip_norm=1.0)
     return config
 
 

@@ -360,11 +360,17 @@ def sample_responses(
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     samples = generate_many(
         network.model, network.params, text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
-        counts=counts, rows=-(-batch_size // data) * data, max_new_tokens=max_new_tokens, temperature=temperature,
-        stop_ids=(network.tokenizer.eos_token_id, *stop_ids), sharding=sharding.batch_sharding(mesh),
-        progress=progress,
+        counts=counts, rows=-(-batch_size // data) * data, streams=sampling_streams(mesh),
+        max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(network.tokenizer.eos_token_id, *stop_ids),
+        sharding=sharding.batch_sharding(mesh), progress=progress,
     )  # fmt: skip
     return response_texts(network.tokenizer, samples), samples
+
+
+def sampling_streams(mesh: jax.sharding.Mesh) -> int:
+    """Two on a CPU of two cores or more, which one stream does not keep busy; one on accelerators."""
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return 2 if alone and (os.cpu_count() or 1) > 1 else 1
 
 
 def response_texts(tokenizer: Any, samples: Samples) -> list[str]:

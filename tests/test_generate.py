@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops, sharding
-from rlhf_jax.generate import _generate, generate, generate_many, sample_token, truncate
+from rlhf_jax.generate import _generate, _refill_and_decode, generate, generate_many, sample_token, truncate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.types import PromptBatch
 
@@ -208,14 +208,17 @@ def test_a_masked_token_is_never_drawn_even_at_the_ends():
     assert set(np.asarray(tokens).tolist()) == {1, 4, 7}
 
 
-@pytest.mark.parametrize(("rows", "refill"), [(1, None), (3, 1), (4, 4), (64, None)])
-def test_slot_refill_changes_no_token(rows, refill):
+@pytest.mark.parametrize(
+    ("rows", "refill", "streams"),
+    [(1, None, 1), (3, 1, 1), (4, 4, 1), (64, None, 1), (6, 1, 2), (64, None, 3), (2, 1, 99)],
+)
+def test_slot_refill_changes_no_token(rows, refill, streams):
     """PITFALLS 50: the tokens of a sample depend on (key, id, k, place), not on which rows were refilled when."""
     prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5, 6), ids=[5, 9, 11, 12, 3, 4, 8])
     whole = _sample(prompts, samples_per_prompt=3, temperature=1.5)
     many = generate_many(
-        MODEL, PARAMS, prompts, jax.random.key(0), counts=3, rows=rows, refill=refill, max_new_tokens=8, stop_ids=(2,),
-        temperature=1.5,
+        MODEL, PARAMS, prompts, jax.random.key(0), counts=3, rows=rows, refill=refill, streams=streams,
+        max_new_tokens=8, stop_ids=(2,), temperature=1.5,
     )  # fmt: skip
     assert bool(whole.finished.any())
     assert not bool(whole.finished.all())
@@ -224,18 +227,57 @@ def test_slot_refill_changes_no_token(rows, refill):
     np.testing.assert_allclose(many.logp, whole.logp, atol=1e-5)
 
 
-def test_prompts_may_want_different_numbers_of_samples():
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_prompts_may_want_different_numbers_of_samples(streams):
     prompts = _prompts(lengths=(3, 6, 1, 4))
     whole, counts, seen = _responses(_sample(prompts, samples_per_prompt=4)), [2, 0, 4, 1], []
     many = generate_many(
-        MODEL, PARAMS, prompts, jax.random.key(0), counts=counts, rows=3, max_new_tokens=8, stop_ids=(2,),
-        progress=lambda done, total: seen.append((done, total)),
+        MODEL, PARAMS, prompts, jax.random.key(0), counts=counts, rows=3, streams=streams, max_new_tokens=8,
+        stop_ids=(2,), progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert _responses(many) == [whole[4 * p + k] for p, count in enumerate(counts) for k in range(count)]
     assert seen == sorted(seen)
     assert seen[-1] == (7, 7)
     with pytest.raises(ValueError, match="counts=-1"):
         generate_many(MODEL, PARAMS, prompts, jax.random.key(0), counts=[1, 1, -1, 1], max_new_tokens=2)
+
+
+def test_one_program_is_compiled_for_all_streams():
+    prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5))
+    run = lambda streams: generate_many(  # noqa: E731
+        MODEL, PARAMS, prompts, jax.random.key(0), counts=2, rows=4 * streams, streams=streams, max_new_tokens=7
+    )
+    run(1)
+    before = _refill_and_decode._cache_size()
+    run(2)
+    assert _refill_and_decode._cache_size() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_failing_stream_stops_the_others_and_its_error_is_raised(error):
+    seen = []
+
+    def progress(done, total):
+        seen.append(done)
+        if len(seen) == 2:
+            raise error("stop here")
+
+    prompts = _prompts(lengths=(3, 6, 1, 4))
+    with pytest.raises(error, match="stop here"):
+        generate_many(
+            MODEL, PARAMS, prompts, jax.random.key(0), counts=9, rows=2, refill=1, streams=2, max_new_tokens=8,
+            progress=progress,
+        )  # fmt: skip
+    assert len(seen) <= 4  # at most the refill that the other stream had begun, and one more
+
+
+def test_streams_over_several_devices_are_refused():
+    where = sharding.batch_sharding(sharding.make_mesh((4, 2, 1)))
+    with pytest.raises(ValueError, match="streams=2"):
+        generate_many(
+            MODEL, PARAMS, _prompts(lengths=(3, 6)), jax.random.key(0), rows=8, streams=2, max_new_tokens=2,
+            sharding=where,
+        )  # fmt: skip
 
 
 def test_slot_refill_on_a_mesh_gives_the_same_samples():

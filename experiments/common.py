@@ -370,7 +370,8 @@ def sample_responses(
 def sampling_streams(mesh: jax.sharding.Mesh) -> int:
     """Two on a CPU of two cores or more, which one stream does not keep busy; one on accelerators."""
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return 2 if alone and (os.cpu_count() or 1) > 1 else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if alone and cores > 1 else 1
 
 
 def response_texts(tokenizer: Any, samples: Samples) -> list[str]:

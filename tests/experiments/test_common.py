@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import common
@@ -76,3 +77,10 @@ def test_batches_by_length_hold_every_row_once_and_waste_little():
     batches = list(common.by_length(lengths, 2))
     assert [slots for _, slots in batches] == [32, 64, 96]
     assert [index.tolist() for index, _ in batches] == [[1, 3], [0, 2], [4, 4]]
+
+
+@pytest.mark.parametrize(("cores", "devices", "streams"), [(2, 1, 2), (16, 1, 2), (1, 1, 1), (2, 8, 1)])
+def test_one_cpu_device_samples_in_two_streams_if_it_has_two_cores(monkeypatch, cores, devices, streams):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1, 1), ("data", "fsdp", "model"))
+    assert common.sampling_streams(mesh) == streams

@@ -108,7 +108,9 @@ def smoke_reward_model(config: ConfigDict) -> None:
 
 def smoke_ppo(config: ConfigDict) -> None:
     """Two iterations."""
-    config.update(iterations=2, episodes=16, minibatches=2, held_out_rows=8, evaluate_every=1, save_every=1)
+    config.update(
+        iterations=2, episodes=16, minibatches=2, warmup_iterations=0, held_out_rows=8, evaluate_every=1, save_every=1
+    )
 
 
 def smoke_evaluate(config: ConfigDict) -> None:

@@ -118,6 +118,11 @@ def validate(config: ConfigDict) -> None:
     config_lib.require_range("temperature", config.temperature, low=1e-3)
     config_lib.require_range("ema_decay", config.ema_decay, low=0.0, high=1.0)
     config_lib.require_range("iterations", config.iterations, low=1)
+    for name in ("warmup_iterations", "value_warmup_iterations"):
+        config_lib.require(
+            config.schedule == "constant" or config[name] < config.iterations, name, config[name],
+            f"leaves none of iterations={config.iterations} for schedule={config.schedule}: lower it",
+        )  # fmt: skip
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 DEVICES = 8
 
+collect_ignore = ["golden"]  # scripts that want torch; their output is tested
+
 
 def _environment() -> None:
     """What JAX and the tokenizers read when they are imported; a process a test starts inherits it."""

@@ -1,4 +1,4 @@
-"""One decoder for the GPT-2, Llama, Mistral and Qwen2 families: modules in flax nnx, handed out as pure functions.
+"""One decoder for the GPT-2, Llama, Mistral, Qwen2 and Qwen3 families: flax nnx modules handed out as pure functions.
 
 Outside this folder nobody sees nnx: parameters are a nested dict of arrays, and `apply_decoder` rebuilds the modules
 from it while JAX traces, so a compiled step pays nothing for them. The blocks are stacked: every leaf of
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,20 @@ _CHOICES = {
 }
 # Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
 _MASKED = -1e30
+
+
+class RotaryScaling(NamedTuple):
+    """How Llama 3.1 and later stretch rotary positions to a longer context than they were first trained on.
+
+    Frequencies whose wavelength exceeds ``original_context / low`` turn `factor` times slower, those below
+    ``original_context / high`` stay, and between the two the share that stays falls linearly in
+    ``original_context / wavelength``. Source: Llama 3 Herd of Models 2024 and the rope_scaling of its config.json.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_context: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +66,8 @@ class DecoderConfig:
       bias: biases of the projections: ``none`` (Llama), ``qkv`` (Qwen2) or ``all`` (GPT-2; LayerNorm has one too).
       tied: the unembedding is the embedding.
       rotary_base: theta of the rotary angles.
+      rotary_scaling: their stretch to a long context (Llama 3.1); None = none.
+      qk_norm: an RMSNorm over each head's query and key before they are rotated (Qwen3).
       dropout: rate on the embedding and both residual branches; acts only where `apply` is given a key.
       dtype: compute dtype; parameters stay as they are (float32 masters).
       remat: ``block`` recomputes each block in the backward pass.
@@ -73,6 +89,8 @@ class DecoderConfig:
     bias: str = "none"
     tied: bool = True
     rotary_base: float = 10_000.0
+    rotary_scaling: RotaryScaling | None = None
+    qk_norm: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
@@ -107,6 +125,8 @@ def _validate(config: DecoderConfig) -> None:
         raise ValueError(f"kv_heads={config.kv_heads} must divide heads={config.heads}: choose one of {divisors}")
     if config.positions == "rotary" and config.head_dim % 2:
         raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions: set head_dim, width or heads")
+    if config.rotary_scaling is not None and not 0 < config.rotary_scaling.low < config.rotary_scaling.high:
+        raise ValueError(f"rotary_scaling={config.rotary_scaling} must have 0 < low < high: copy it from config.json")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout={config.dropout} must lie in [0, 1): it is the share of activations set to 0")
     if config.unroll is not None and not 1 <= config.unroll <= config.layers:
@@ -128,10 +148,16 @@ def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, std
 
 
 def _norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    kind = nnx.RMSNorm
-    if config.norm == "layernorm":
-        kind = partial(nnx.LayerNorm, use_bias=config.bias == "all", use_fast_variance=False)
-    return kind(config.width, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    if config.norm == "rmsnorm":
+        return _rms_norm(config, config.width, rngs=rngs)
+    return nnx.LayerNorm(
+        config.width, epsilon=config.norm_eps, use_bias=config.bias == "all", use_fast_variance=False,
+        dtype=jnp.dtype(config.dtype), rngs=rngs,
+    )  # fmt: skip
+
+
+def _rms_norm(config: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def _residual_std(config: DecoderConfig) -> float:
@@ -151,11 +177,16 @@ class Attention(nnx.Module):
         self.value = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
         std = _residual_std(config)
         self.out = _linear(config, query_width, config.width, bias=config.bias == "all", std=std, rngs=rngs)
+        if config.qk_norm:
+            self.query_norm = _rms_norm(config, config.head_dim, rngs=rngs)
+            self.key_norm = _rms_norm(config, config.head_dim, rngs=rngs)
 
     def project(self, x: Float[Array, "B T D"], angles: _Angles | None):
         """Queries ``[B, T, H, E]``, keys and values ``[B, T, G, E]``, rotated where `angles` are given."""
         split = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
         query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
             query, key = _rotate(query, angles), _rotate(key, angles)
         return query, key, value
@@ -218,9 +249,18 @@ _Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]
 def _rotary_angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> _Angles | None:
     if config.positions != "rotary":
         return None
-    frequency = config.rotary_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    angle = positions[..., None, None].astype(jnp.float32) * _rotary_frequencies(config)[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotary_frequencies(config: DecoderConfig) -> Float[Array, " E2"]:
+    frequency = config.rotary_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if config.rotary_scaling is None:
+        return frequency
+    factor, low, high, original = config.rotary_scaling
+    turns = original * frequency / (2 * jnp.pi)  # within the context of the first training
+    stays = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequency * (stays + (1 - stays) / factor)
 
 
 def _rotate(x: Float[Array, "B T H E"], angles: _Angles) -> Float[Array, "B T H E"]:

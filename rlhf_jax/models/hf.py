@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.types import Model, Params
 
@@ -33,6 +33,8 @@ _LLAMA = {
     "blocks.attention.key": "model.layers.{}.self_attn.k_proj",
     "blocks.attention.value": "model.layers.{}.self_attn.v_proj",
     "blocks.attention.out": "model.layers.{}.self_attn.o_proj",
+    "blocks.attention.query_norm": "model.layers.{}.self_attn.q_norm",
+    "blocks.attention.key_norm": "model.layers.{}.self_attn.k_norm",
     "blocks.mlp_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.mlp.gate": "model.layers.{}.mlp.gate_proj",
     "blocks.mlp.up": "model.layers.{}.mlp.up_proj",
@@ -67,8 +69,8 @@ _GGUF = {
     "blocks.mlp.up": "blk.{}.ffn_up",
     "blocks.mlp.down": "blk.{}.ffn_down",
 }
-_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
-_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2"}
+_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _SCORE_BIAS = "rlhf_jax_score_bias"
 
@@ -79,7 +81,7 @@ Read = Callable[[str], np.ndarray]
 def load_hf(
     path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Model, Params, Any]:
-    """Load a GPT-2, Llama, Mistral or Qwen2 model from a local folder, or a Llama model from a GGUF file.
+    """Load a GPT-2, Llama, Mistral, Qwen2 or Qwen3 model from a local folder, or a Llama model from a GGUF file.
 
     A folder with a score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one label) gives a scalar
     model. Compute is float32; for bfloat16 compute build the model again from ``replace(model.config, dtype=...)``.
@@ -118,10 +120,11 @@ def load_hf(
 
 
 def save_hf(path: str | Path, model: Model, params: Params, tokenizer: Any = None) -> None:
-    """Write a folder that `load_hf` and transformers read: config.json, model.safetensors and the tokenizer's files.
+    """Write a folder that `load_hf` and transformers read: weights, config, tokenizer, model card.
 
     Tensors keep the dtype of `params` (bfloat16 included). The bias of a score head has no place in the Hugging Face
-    layout and goes to config.json as ``rlhf_jax_score_bias``.
+    layout and goes to config.json as ``rlhf_jax_score_bias``: score = logits + bias. A sequence classifier of
+    transformers reads the last token that is not ``pad_token_id``, so the id written there is never that of EOS.
 
     Raises:
       ValueError: the model has no config, or its mixture of parts is no known family.
@@ -134,12 +137,43 @@ def save_hf(path: str | Path, model: Model, params: Params, tokenizer: Any = Non
     description["dtype"] = str(arrays["embed"]["embedding"].dtype)
     if "score" in arrays:
         description[_SCORE_BIAS] = float(arrays["score"]["bias"])
+    special = {} if tokenizer is None else _special_ids(tokenizer)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(path / "config.json", description | special)
+    if special and "score" not in arrays:
+        _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
+    (path / "README.md").write_text(_card(description), encoding="utf-8")
     tensors = _disassemble(model.config, description["model_type"], arrays)
     safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    """Ids of BOS, EOS and padding for config.json; padding never has that of EOS, even where the tokenizer says so."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pad = next(i for i in (tokenizer.pad_token_id, bos, 0, 1) if i is not None and i != eos)
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    return {name: int(i) for name, i in ids.items() if i is not None}
+
+
+def _card(description: Mapping[str, Any]) -> str:
+    """The model card: what this is, and what a reader of a reward model has to add to its logits."""
+    head = "---\nlibrary_name: transformers\ntags:\n- rlhf_jax\n---\n\n"
+    loading = f"Loads with `rlhf_jax.load_hf(folder)` or as transformers' `{description['architectures'][0]}`.\n"
+    if _SCORE_BIAS not in description:
+        return f"{head}# Language model\n\n{loading}"
+    bias = description[_SCORE_BIAS]
+    return (
+        f"{head}# Reward model\n\n{loading}\nThe score of a text is `logits[:, 0] + {bias!r}`: the layout of a "
+        f"sequence classifier has no bias, so it stands in `config.json` as `{_SCORE_BIAS}`. With it the labelers' "
+        "demonstrations score 0 on average. Pad on the right; the score is read at the last token that is not "
+        "`pad_token_id`.\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -187,9 +221,6 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     kind = d["model_type"]
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"rope type {rope_type!r} is not supported: choose a model with plain rotary positions")
     if d.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu")
     attention, mlp = (d.get(name, False) for name in ("attention_bias", "mlp_bias"))
@@ -212,14 +243,29 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
         bias="qkv" if kind == "qwen2" else "all" if attention else "none",
         tied=d.get("tie_word_embeddings", False),
         rotary_base=float(rope.get("rope_theta", d.get("rope_theta", 10_000.0))),
+        rotary_scaling=_rotary_scaling(rope),
+        qk_norm=kind == "qwen3",
     )
+
+
+_ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""The fields of `RotaryScaling`, in its order, as config.json names them."""
+
+
+def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary positions")
+    return RotaryScaling(*(rope[name] for name in _ROPE_LLAMA3))
 
 
 def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
     """The config.json of a decoder; `score` names the sequence classifier instead of the language model.
 
     Raises:
-      ValueError: the mixture of parts is neither GPT-2 nor Llama nor Qwen2.
+      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2 and Qwen3.
     """
     kind = _family(config)
     task = "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
@@ -251,20 +297,29 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "rope_theta": config.rotary_base,
-        **({} if kind == "qwen2" else {"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"}),
+        **_rope_scaling(config.rotary_scaling),
+        **({"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"} if kind == "llama" else {}),
     }
+
+
+def _rope_scaling(scaling: RotaryScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {}
+    return {"rope_scaling": {"rope_type": "llama3", **dict(zip(_ROPE_LLAMA3, scaling, strict=True))}}
 
 
 def _family(config: DecoderConfig) -> str:
     parts = (config.positions, config.norm, config.activation)
     multi_head = config.kv_heads == config.heads and config.heads * config.head_dim == config.width
-    if parts[:2] == ("learned", "layernorm") and parts[2] != "swiglu" and config.bias == "all" and multi_head:
+    plain = config.bias == "all" and multi_head and not config.qk_norm
+    if parts[:2] == ("learned", "layernorm") and parts[2] != "swiglu" and plain:
         return "gpt2"
-    if parts == ("rotary", "rmsnorm", "swiglu"):
-        return "qwen2" if config.bias == "qkv" else "llama"
+    if parts == ("rotary", "rmsnorm", "swiglu") and not (config.qk_norm and config.bias != "none"):
+        return "qwen3" if config.qk_norm else "qwen2" if config.bias == "qkv" else "llama"
     raise ValueError(
-        f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, bias={config.bias!r} is no Hugging Face "
-        "family: choose the gpt2 preset, or rotary + rmsnorm + swiglu"
+        f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, bias={config.bias!r}, qk_norm="
+        f"{config.qk_norm} is no Hugging Face family: choose the gpt2 preset, or rotary + rmsnorm + swiglu, with "
+        "qk_norm only without biases"
     )
 
 

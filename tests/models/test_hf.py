@@ -16,13 +16,18 @@ import safetensors.numpy
 
 from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
+from rlhf_jax.models.decoder import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf, hf_config
 from rlhf_jax.types import PromptBatch
 
 LLAMA = DecoderConfig(40, 16, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False, rotary_base=5e5)
+LLAMA3 = dataclasses.replace(LLAMA, rotary_scaling=RotaryScaling(8.0, 1.0, 4.0, 8))
 QWEN2 = dataclasses.replace(LLAMA, bias="qkv", tied=True)
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=6)
 GPT2 = gpt2(40, 16, 2, 16, 4)
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, QWEN2, GPT2], ids=["llama", "qwen2", "gpt2"])
+FAMILIES = pytest.mark.parametrize(
+    "config", [LLAMA, LLAMA3, QWEN2, QWEN3, GPT2], ids=["llama", "llama3", "qwen2", "qwen3", "gpt2"]
+)
 
 
 def _random(model):
@@ -96,6 +101,45 @@ def test_transformers_reads_our_config(config, tmp_path):
     assert theirs.num_attention_heads == 4
     assert theirs.vocab_size == 40
     assert config_from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
+
+
+class _Tokenizer:
+    """Only what `save_hf` asks a tokenizer for."""
+
+    def __init__(self, bos: int | None, eos: int, pad: int | None):
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
+
+    def save_pretrained(self, path):
+        (Path(path) / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pad"),
+    [
+        (_Tokenizer(1, 2, 3), 3),
+        (_Tokenizer(1, 2, 2), 1),
+        (_Tokenizer(None, 2, 2), 0),
+        (_Tokenizer(0, 0, 0), 1),
+        (_Tokenizer(None, 0, None), 1),
+    ],
+)
+@pytest.mark.parametrize("build", [language_model, scalar_model])
+def test_exported_padding_is_never_the_end_of_text(tokenizer, pad, build, tmp_path):
+    """PITFALLS 31: a sequence classifier that pads with EOS reads the score before a row's EOS."""
+    save_hf(tmp_path, build(LLAMA), _random(build(LLAMA)), tokenizer)
+    description = json.loads((tmp_path / "config.json").read_text())
+    assert (description["pad_token_id"], description["eos_token_id"]) == (pad, tokenizer.eos_token_id)
+    assert (tmp_path / "generation_config.json").is_file() == (build is language_model)
+
+
+def test_the_model_card_says_how_the_score_is_read(tmp_path):
+    save_hf(tmp_path / "policy", language_model(LLAMA), _random(language_model(LLAMA)), _Tokenizer(1, 2, 3))
+    assert "LlamaForCausalLM" in (tmp_path / "policy" / "README.md").read_text()
+    params = _random(scalar_model(LLAMA))
+    save_hf(tmp_path / "reward", scalar_model(LLAMA), params, _Tokenizer(1, 2, 3))
+    card = (tmp_path / "reward" / "README.md").read_text()
+    assert "LlamaForSequenceClassification" in card
+    assert repr(float(params["score"]["bias"])) in card
 
 
 def test_shards_and_unprefixed_gpt2_names_load(tmp_path):
@@ -218,7 +262,8 @@ def test_cut_files_are_corrupt(name, tmp_path):
     [
         ({"model_type": "bert"}, "model_type='bert'"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "lacks the field 'factor'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_size": 32, "head_dim": 4}, "asks for"),
     ],

@@ -137,3 +137,25 @@ def test_learning_rate_reaches_its_end_with_the_last_optimizer_step(runs):
     assert runs.result["optimizer_steps"] == total
     rates = PEAK * (1 - np.arange(total) / total)
     np.testing.assert_allclose(column(runs, "policy/lr"), rates.reshape(ITERATIONS, -1).mean(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["warmup_iterations", "value_warmup_iterations"])
+def test_a_warmup_as_long_as_the_run_is_refused_by_its_name(name):
+    from configs.ppo.storyland import get_config
+
+    config = get_config(f"iterations=5,{name}=4")
+    ppo.validate(config)
+    config[name] = 5
+    with pytest.raises(ValueError, match=f"^{name}=5: leaves none of iterations=5 for schedule=cosine"):
+        ppo.validate(config)
+    config.schedule = "constant"
+    ppo.validate(config)
+
+
+def test_the_overoptimised_variant_is_storylands_ppo_off_its_leash():
+    from configs.ppo.storyland import get_config
+
+    usual, off = get_config().to_dict(), get_config("overoptimised").to_dict()
+    changed = {key for key in usual if usual[key] != off[key]}
+    assert changed == {"name", "iterations", "ptx_coef", "schedule", "kl"}
+    assert off["kl"]["coef"] < usual["kl"]["coef"] / 10

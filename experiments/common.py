@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import gc
 import json
 import os
 import resource
@@ -81,6 +82,18 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_max = -1, -4
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def release_freed_memory() -> None:
+    """Hands back to the system what a stage has freed; elsewhere than under glibc it does nothing.
+
+    `keep_freed_memory` keeps it for the next step, but the next stage has arrays of other sizes, and what is kept adds
+    up: after four stages PPO of a 135M model held 20 GB, where alone it takes 12.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def compile_lightly() -> None:

@@ -83,6 +83,7 @@ class Pipeline:
             "peak_memory_mb": round(common.peak_memory_mb()),
         }
         write_json(folder / DONE, record)
+        common.release_freed_memory()
         return record["result"]
 
     def done(self, name: str) -> dict:

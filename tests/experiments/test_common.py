@@ -37,6 +37,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+COUNT_RELEASED = """
+import ctypes
+from experiments import common
+common.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+place, size = libc.malloc(256 * 2**20), 256 * 2**20
+libc.memset(place, 1, size)
+above = libc.malloc(1000)  # keeps the freed piece away from the top, which free() itself might hand back
+libc.free(place)
+before = resident()
+common.release_freed_memory()
+print(before - resident())
+"""
+
+
 def faults(how: str) -> int:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", COUNT_FAULTS, how]
@@ -47,6 +67,14 @@ def faults(how: str) -> int:
 def test_freed_memory_is_kept_so_that_no_step_faults_it_in_again():
     pages = 4 * 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
     assert faults("keep") < pages // 100 < faults("plain")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps freed memory")
+def test_a_stage_hands_its_memory_back():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COUNT_RELEASED]
+    released = float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert released > 200
 
 
 def test_light_compiling_is_asked_for_unless_the_user_chose_a_level(monkeypatch: pytest.MonkeyPatch):

@@ -88,7 +88,7 @@ def few(config: ConfigDict, prompt: int, response: int) -> None:
 
 
 def cpu(config: ConfigDict) -> None:
-    """Short prompts and few steps, reckoned at half an hour on two cores. It shows that all of it runs, little else."""
+    """Short prompts and few steps, half an hour on two cores. It shows that all of it runs, little else."""
     few(config, 96, 64)
     config.data.update(
         subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=96, ranking_prompts=160,

@@ -5,7 +5,7 @@ r"""InstructGPT on people's preferences: HH-RLHF pairs and OpenAssistant ranking
         --config.data_dir=DIR
 
 ``DIR`` holds ``hh_rlhf/``, ``oasst*/`` and ``english_text/`` or ``wikitext2/``; without it they are downloaded from the
-Hugging Face hub. ``:cpu`` is for two cores and half an hour (reckoned), ``:smoke`` for a minute with the small model
+Hugging Face hub. ``:cpu`` is for two cores and half an hour, ``:smoke`` for a minute with the small model
 of storyland; without either the sizes are for one accelerator.
 
 What is different from storyland:

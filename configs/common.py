@@ -23,9 +23,11 @@ STAGES = ("data", "sft", "ppo_init", "sample", "reward_model", "ppo", "evaluate"
 def pipeline(**stages: ConfigDict) -> ConfigDict:
     """The config of ``experiments/instructgpt.py``: a group for each of `STAGES`, and what they share.
 
-    ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty: any).
+    ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty: any), and of each SFT
+    epoch ``validation_samples`` answers to a validation prompt choose the baseline.
     """
-    return ConfigDict({"seed": 0, "base": "", "shapes": {"policy": {}, "reward_model": {}}} | stages)
+    shared = {"seed": 0, "base": "", "shapes": {"policy": {}, "reward_model": {}}, "validation_samples": 2}
+    return ConfigDict(shared | stages)
 
 
 def data() -> ConfigDict:
@@ -201,7 +203,6 @@ def evaluate() -> ConfigDict:
             "samples": 1,
             "baseline_samples": 1,
             "base_samples": 1,
-            "validation_samples": 2,  # of each SFT epoch to a validation prompt, to choose the baseline by
             "max_new_tokens": 1024,
             "batch_size": 256,
             "gold": "",

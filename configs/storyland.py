@@ -74,7 +74,7 @@ def evaluate() -> ConfigDict:
     config = common.evaluate()
     config.update(
         max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=2, samples=2,
-        baseline_samples=6, validation_samples=4, batch_size=256,
+        baseline_samples=6, batch_size=256,
     )  # fmt: skip
     config.few_shot.candidates = 2
     return config

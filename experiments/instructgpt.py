@@ -170,9 +170,8 @@ class Pipeline:
         for row in self.done("sft")["epochs"]:
             path = self.folder / "sft" / f"epoch-{row['epoch']}"
             network = common.load_network(str(path), mesh, config.decoder)
-            said = evaluate.answer(
-                network, reward, judge, prompts, evaluate.bare_prompts, config.validation_samples, config, mesh
-            )
+            count = self.config.validation_samples
+            said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, count, config, mesh)
             epochs.append({**row, "path": str(path), **said.means()})
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])

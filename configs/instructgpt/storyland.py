@@ -16,4 +16,5 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
     config = common.pipeline(**{stage: getattr(storyland, stage)() for stage in common.STAGES})
     config.base = storyland.BASE
+    config.validation_samples = 4
     return apply_arg(config, arg, smoke=storyland.smoke)

@@ -65,7 +65,7 @@ def ppo() -> ConfigDict:
 
 def overoptimise(config: ConfigDict) -> None:
     """PPO as it should not be done: hardly a KL penalty, and on and on. The reward model is fooled, gold falls."""
-    config.update(name="ppo_overoptimised", iterations=60, ptx_coef=0.0, schedule="constant")
+    config.update(name="ppo_overoptimised", iterations=60, ptx_coef=0.0, schedule="constant", kl_ceiling=1e4)
     config.kl.coef = 0.01
 
 

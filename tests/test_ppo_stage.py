@@ -157,5 +157,5 @@ def test_the_overoptimised_variant_is_storylands_ppo_off_its_leash():
 
     usual, off = get_config().to_dict(), get_config("overoptimised").to_dict()
     changed = {key for key in usual if usual[key] != off[key]}
-    assert changed == {"name", "iterations", "ptx_coef", "schedule", "kl"}
+    assert changed == {"name", "iterations", "ptx_coef", "schedule", "kl", "kl_ceiling"}
     assert off["kl"]["coef"] < usual["kl"]["coef"] / 10

@@ -125,7 +125,7 @@ class _Tokenizer:
 )
 @pytest.mark.parametrize("build", [language_model, scalar_model])
 def test_exported_padding_is_never_the_end_of_text(tokenizer, pad, build, tmp_path):
-    """PITFALLS 31: a sequence classifier that pads with EOS reads the score before a row's EOS."""
+    """PITFALLS 11: a sequence classifier that pads with EOS reads the score before a row's EOS."""
     save_hf(tmp_path, build(LLAMA), _random(build(LLAMA)), tokenizer)
     description = json.loads((tmp_path / "config.json").read_text())
     assert (description["pad_token_id"], description["eos_token_id"]) == (pad, tokenizer.eos_token_id)

@@ -68,27 +68,34 @@ def has_accelerator() -> bool:
     return installed and jax.config.values["jax_platforms"] != "cpu"
 
 
-def keep_freed_memory() -> None:
+LARGE = 20_000_000
+"""Parameters from which memory is scarcer than the time to fault it in."""
+
+
+def keep_freed_memory(keep: bool = True) -> None:
     """Has glibc keep what is freed, for the next step; elsewhere it does nothing. Call it before devices are found.
 
     XLA takes the scratch memory of a CPU step from malloc. By default such large pieces go back to the system after
     each step and are faulted in page by page in the next one: on a virtual machine of two cores an SFT step of a
     million parameters took 1.3 to 1.6 times as long. Not all faults go: what XLA's own threads free beyond 64 MB is
     still handed back. One arena for all threads would keep that too, but compiling then takes a quarter longer.
+
+    With ``keep=False`` large pieces go back at once again, as by default: a model of 135M parameters in PPO held 19 GB
+    otherwise.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
     m_trim_threshold, m_mmap_max = -1, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_mmap_max, 0 if keep else 65_536)
+    mallopt(m_trim_threshold, 2**31 - 1 if keep else 2**17)
 
 
 def release_freed_memory() -> None:
     """Hands back to the system what a stage has freed; elsewhere than under glibc it does nothing.
 
     `keep_freed_memory` keeps it for the next step, but the next stage has arrays of other sizes, and what is kept adds
-    up: after four stages PPO of a 135M model held 20 GB, where alone it takes 12.
+    up.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -134,6 +141,8 @@ def load_network(
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
+    if sum(leaf.size for leaf in jax.tree.leaves(params)) > LARGE:
+        keep_freed_memory(False)
     changes = {**(decoder or {}), "dropout": dropout}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
     return Network(model, sharding.place_state(params, mesh), tokenizer)

@@ -34,6 +34,18 @@ ABSENT = -1
 
 
 @dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Conversation = str | tuple[Message, ...]
+"""What a response answers: a text, or the turns before it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Demonstration:
     """A prompt and the answer a labeler wrote for it (supervised fine-tuning)."""
 

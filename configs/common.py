@@ -10,6 +10,10 @@ from rlhf_jax.config import fn_spec
 ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}
 """Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the form of 2019."""
 
+TRAINED = {"train": "all", "lora": {"rank": 16, "alpha": 32.0, "targets": "attention/|mlp/", "layers": None}}
+"""Which parameters are trained: ``all``, ``lora`` adapters (of the last `layers` blocks; None: of all), or of a reward
+model the score ``head`` alone."""
+
 DECODER = {"dtype": "float32", "remat": "none", "unroll": None}
 """How models compute: fields of `DecoderConfig`. Weights are float32 on every setting."""
 
@@ -68,6 +72,7 @@ def sft() -> ConfigDict:
             "schedule": "cosine",
             "dropout": 0.2,
             "clip_norm": None,
+            **TRAINED,
             **ADAM,
         }
     )
@@ -126,6 +131,7 @@ def reward_model() -> ConfigDict:
             "save_every": 100,
             "bias_demonstrations": 1024,
             "score_batch_size": 256,
+            **TRAINED,
             **ADAM,
         }
     )
@@ -181,6 +187,7 @@ def ppo() -> ConfigDict:
             "evaluate_every": 10,
             "save_every": 25,
             "gold": "",
+            **TRAINED,
             **ADAM,
         }
     )

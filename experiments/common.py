@@ -32,6 +32,7 @@ from rlhf_jax.generate import generate_many
 from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
+from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"
@@ -146,6 +147,48 @@ def load_network(
     changes = {**(decoder or {}), "dropout": dropout}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
     return Network(model, sharding.place_state(params, mesh), tokenizer)
+
+
+class Trained(NamedTuple):
+    """Which parameters a stage trains. The others are frozen: shared with whoever else holds them, never copied."""
+
+    params: Params
+    """What the optimizer sees, at step 0: all parameters, or LoRA adapters and a score head."""
+    frozen: Params
+    """The rest; empty where everything is trained."""
+    alpha: float
+
+    def model(self, model: Model, frozen: Params) -> Model:
+        """`model` as a function of `params`, for `compile_frozen_step`."""
+        return lora_model(model, frozen, alpha=self.alpha)
+
+    def full(self, params: Params) -> Params:
+        """Parameters of the model that share the frozen arrays, for `Model.apply`."""
+        return with_lora(self.frozen, params, alpha=self.alpha)
+
+    def merged(self, params: Params) -> Params:
+        """Plain parameters without adapters, for sampling and for saving."""
+        return merge_lora(self.frozen, params, alpha=self.alpha)
+
+
+def trained(params: Params, config: ConfigDict) -> Trained:
+    """What `config.train` asks for: ``all`` parameters, ``lora`` adapters (`config.lora`), or the score ``head`` alone.
+
+    With ``lora`` a score head is trained whole, beside the adapters of the trunk.
+
+    Raises:
+      ValueError: another word, ``head`` for a language model, or adapters that do not fit the model.
+    """
+    config_lib.require_one_of("train", config.train, ("all", "lora", "head"))
+    rank, alpha, targets, layers = (config.lora[name] for name in ("rank", "alpha", "targets", "layers"))
+    if config.train == "all":
+        return Trained(params, {}, alpha)
+    frozen = {name: part for name, part in params.items() if name != "score"}
+    own = {name: part for name, part in params.items() if name == "score"}
+    if config.train == "lora":
+        own |= init_lora(frozen, jax.random.key(config.seed), rank=rank, targets=targets, layers=layers)
+    config_lib.require(bool(own), "train", config.train, "needs a reward model; for a language model use lora or all")
+    return Trained(own, frozen, alpha)
 
 
 def check_shape(field: str, name: str, shape: Mapping[str, Any]) -> None:

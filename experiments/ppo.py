@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +37,12 @@ from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
 from rlhf_jax.steps import (
     POLICY_ARGUMENTS,
     VALUE_ARGUMENTS,
-    compile_step,
+    compile_frozen_step,
     make_ppo_step,
     minibatch_order,
     train_state,
 )
-from rlhf_jax.types import LMBatch, Metrics, Model, PPOState, Rollout, Samples
+from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout, Samples, StepFn
 
 SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
 
@@ -63,6 +64,8 @@ class Setup(NamedTuple):
     policy: common.Network
     reward: common.Network | None
     value: Model
+    trained_policy: common.Trained
+    trained_value: common.Trained
     prompt_texts: list[str]
     prompt_ids: list[str | None]
     prompts: Batches
@@ -97,8 +100,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 if stop(iteration + 1) and not last:
                     saved.wait()
                     raise KeyboardInterrupt(f"{config.name} at iteration {iteration + 1} of {config.iterations}")
-    common.save_network(folder / "last", setup.policy._replace(params=state.policy.params))
-    common.save_network(folder / "ema", setup.policy._replace(params=state.policy.ema))
+    assert state.policy.ema is not None  # prepare asks for it
+    for name, params in (("last", state.policy.params), ("ema", state.policy.ema)):
+        common.save_network(folder / name, setup.policy._replace(params=setup.trained_policy.merged(params)))
     result = {
         "ema": str(folder / "ema"),
         "last": str(folder / "last"),
@@ -136,17 +140,18 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
     policy_tx, value_tx = optimizers(config)
     controller = kl_controller(config)
+    trained = common.trained(policy.params, config), common.trained(value.params, config)
     state = PPOState(
-        policy=train_state(policy.params, policy_tx, ema=True),
-        value=train_state(value.params, value_tx),
+        policy=train_state(trained[0].params, policy_tx, ema=True),
+        value=train_state(trained[1].params, value_tx),
         kl=controller.init(),
         iteration=jnp.zeros((), jnp.int32),
     )
     return Setup(
-        policy, reward, value.model, [r.prompt for r in records], [r.id for r in records], prompts,
+        policy, reward, value.model, *trained, [r.prompt for r in records], [r.id for r in records], prompts,
         pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
-        compiled_pieces(config, mesh, policy, value, reward),
-        compiled_pieces(config, mesh, policy, value, reward, rollout_model=scoring.pair_rows)
+        compiled_pieces(config, mesh, policy, value, reward, trained),
+        compiled_pieces(config, mesh, policy, value, reward, trained, rollout_model=scoring.pair_rows)
         if mesh.size == config.microbatches == 1
         else None,
         sharding.place_state(state, mesh), judge(config.gold), judge(config.text_reward),
@@ -155,11 +160,12 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
 
 def compiled_pieces(
     config: ConfigDict, mesh: jax.sharding.Mesh, policy: common.Network, value: common.Network,
-    reward: common.Network | None, rollout_model: Callable[[Model], Model] = lambda model: model,
+    reward: common.Network | None, trained: tuple[common.Trained, common.Trained],
+    rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
     """The two compiled pieces after sampling, compiled when first called."""
-    step = make_ppo_step(
-        policy.model, value.model, *optimizers(config),
+    make_step = partial(
+        make_ppo_step,
         policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
         value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
         ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
@@ -167,12 +173,17 @@ def compiled_pieces(
         temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
         batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
     )  # fmt: skip
+
+    def step(frozen: tuple[Params, Params]) -> StepFn:
+        networks = trained[0].model(policy.model, frozen[0]), trained[1].model(value.model, frozen[1])
+        return make_step(*networks, *optimizers(config))
+
     score_and_shape = make_score_and_shape(
         rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
         gamma=config.gamma, lam=config.lam, temperature=config.temperature,
         missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
     )  # fmt: skip
-    return Pieces(score_and_shape, compile_step(step))
+    return Pieces(score_and_shape, compile_frozen_step(step, (trained[0].frozen, trained[1].frozen)))
 
 
 def reward_and_value(
@@ -265,8 +276,8 @@ def iterate(
         scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
     pieces = pieces_for(setup, samples, jax.random.fold_in(key, 1), config)
     rollout, metrics = pieces.score_and_shape(
-        setup.policy.params, state.value.params, setup.reward.params if setup.reward else None, samples,
-        state.kl.coef, prompts.ids, scores,
+        setup.policy.params, setup.trained_value.full(state.value.params),
+        setup.reward.params if setup.reward else None, samples, state.kl.coef, prompts.ids, scores,
     )  # fmt: skip
     text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
     state, update = pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
@@ -289,7 +300,7 @@ def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDic
 def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict) -> Samples:
     """Responses of the current policy, under exactly the distribution that is trained: no top-k, no top-p."""
     return generate(
-        setup.policy.model, state.policy.params, prompts, jax.random.fold_in(key, 0),
+        setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts, jax.random.fold_in(key, 0),
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         stop_ids=(setup.policy.tokenizer.eos_token_id,),
     )  # fmt: skip
@@ -299,8 +310,10 @@ def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: Con
     """Stops the run unless policy, reference, sampler and value network agree before the first update."""
     reward = setup.reward
     step_zero_checks(
-        setup.policy.model, setup.value, reward.model if reward else None, state.policy.params, setup.policy.params,
-        state.value.params, reward.params if reward else None, samples, temperature=config.temperature,
+        setup.policy.model, setup.value, reward.model if reward else None,
+        setup.trained_policy.full(state.policy.params), setup.policy.params,
+        setup.trained_value.full(state.value.params), reward.params if reward else None, samples,
+        temperature=config.temperature,
     )  # fmt: skip
 
 
@@ -335,7 +348,8 @@ def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, con
     if setup.gold is not None:
         seen["gold_score"] = float(np.mean(judge_all(setup, setup.gold, texts, iteration)))
     if setup.held_out and (iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations):
-        seen["held_out_loss"] = lm_loss(setup.policy.model, state.policy.params, setup.held_out)
+        policy = setup.trained_policy.full(state.policy.params)
+        seen["held_out_loss"] = lm_loss(setup.policy.model, policy, setup.held_out)
     return seen
 
 

@@ -25,7 +25,8 @@ from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
-from rlhf_jax.steps import compile_step, make_reward_step, train_state
+from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
+from rlhf_jax.types import Params, StepFn
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -42,15 +43,19 @@ def run(config: ConfigDict, workdir: str) -> dict:
     rate = common.schedule(config.schedule, config.learning_rate, steps)
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
     model = scalar_model(base.model.config)
-    params = scalar_from_language_model(base.params, jax.random.key(config.seed))
+    trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
     loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
+
+    def make_step(frozen: Params) -> StepFn:
+        return make_reward_step(trained.model(model, frozen), tx, loss=loss, microbatches=config.microbatches)
+
     state = common.train_resumable(
-        compile_step(make_reward_step(model, tx, loss=loss, microbatches=config.microbatches)),
-        sharding.place_state(train_state(params, tx), mesh),
+        compile_frozen_step(make_step, trained.frozen),
+        sharding.place_state(train_state(trained.params, tx), mesh),
         batches, mesh, workdir=workdir, stage="reward_model", steps=steps, save_every=config.save_every,
         seed=config.seed, show=("reward/loss", "reward/accuracy"),
     )  # fmt: skip
-    network = center(common.Network(model, state.params, base.tokenizer), config, mesh)
+    network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
     common.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(rankings)}
     result["padding_share"] = text.padding_share(rows)

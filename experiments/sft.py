@@ -25,8 +25,8 @@ from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.metrics import StageLog, read
-from rlhf_jax.steps import compile_step, make_sft_step, train_state
-from rlhf_jax.types import LMBatch
+from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
+from rlhf_jax.types import LMBatch, Params, StepFn
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -44,16 +44,21 @@ def run(config: ConfigDict, workdir: str) -> dict:
     steps = epoch_steps * config.epochs
     rate = common.schedule(config.schedule, config.learning_rate, steps)
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
+    trained = common.trained(network.params, config)
     folder = Path(workdir)
+
+    def make_step(frozen: Params) -> StepFn:
+        return make_sft_step(trained.model(network.model, frozen), tx, microbatches=config.microbatches)
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         epoch = math.ceil(step / epoch_steps)
-        common.save_network(folder / f"epoch-{epoch}", network._replace(params=state.params))
-        log(step, {"epoch": epoch, "validation_loss": lm_loss(network.model, state.params, held)})
+        common.save_network(folder / f"epoch-{epoch}", network._replace(params=trained.merged(state.params)))
+        loss = lm_loss(network.model, trained.full(state.params), held)
+        log(step, {"epoch": epoch, "validation_loss": loss})
 
     common.train_resumable(
-        compile_step(make_sft_step(network.model, tx, microbatches=config.microbatches)),
-        sharding.place_state(train_state(network.params, tx), mesh),
+        compile_frozen_step(make_step, trained.frozen),
+        sharding.place_state(train_state(trained.params, tx), mesh),
         batches, mesh, workdir=workdir, stage="sft", steps=steps, save_every=epoch_steps, seed=config.seed,
         show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, on_save=on_save,
     )  # fmt: skip

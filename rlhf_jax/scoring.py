@@ -6,7 +6,7 @@ the checks at step 0. So the policy and its reference run the same program, and 
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,7 +53,6 @@ def response_mask(prompt_lengths: Int[Array, " B"], lengths: Int[Array, " B"], s
     return (place >= prompt_lengths[:, None]) & (place < lengths[:, None])
 
 
-@lru_cache
 def pair_rows(model: Model) -> Model:
     """The same network, computing rows of one text each two to a row of 7/6 the width: 7/12 of the work.
 

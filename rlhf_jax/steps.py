@@ -266,6 +266,33 @@ def compile_step(step: StepFn, *, state_sharding: PyTree | None = None, donate: 
     return jax.jit(step, donate_argnums=donated, out_shardings=(state_sharding, None))
 
 
+def compile_frozen_step(
+    make_step: Callable[[Any], StepFn], frozen: PyTree, *, state_sharding: PyTree | None = None, donate: bool = True
+) -> StepFn:
+    """Compile a step over weights that it reads and never changes: LoRA, or a trained head on a frozen trunk.
+
+    `frozen` is an argument of the compiled program: neither a constant in it (a second copy) nor donated (it may be the
+    KL reference too). The state holds only what is trained.
+
+    Args:
+      make_step: ``frozen -> step``, for example ``lambda base: make_sft_step(lora_model(model, base, alpha=16), tx)``.
+      frozen: a tree of arrays; empty where everything is trained.
+      state_sharding: as in `compile_step`.
+      donate: as in `compile_step`.
+
+    Returns:
+      The step, compiled once per shape.
+    """
+    donated = (1,) if donate else ()
+
+    def step(frozen: PyTree, state: Any, *others: Any) -> Any:
+        return make_step(frozen)(state, *others)
+
+    if state_sharding is None:
+        return partial(jax.jit(step, donate_argnums=donated), frozen)
+    return partial(jax.jit(step, donate_argnums=donated, out_shardings=(state_sharding, None)), frozen)
+
+
 def train_state(params: Params, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
     """A network at step 0, on copies of `params`, so that a donating step cannot touch what was passed in.
 

@@ -3,15 +3,20 @@
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import init_score, language_model, scalar_from_language_model, scalar_model
 from rlhf_jax.models.hf import load_hf, load_llama2c, save_hf
+from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 
 __all__ = [
     "DecoderConfig",
     "gpt2",
+    "init_lora",
     "init_score",
     "language_model",
     "load_hf",
     "load_llama2c",
+    "lora_model",
+    "merge_lora",
     "save_hf",
     "scalar_from_language_model",
     "scalar_model",
+    "with_lora",
 ]

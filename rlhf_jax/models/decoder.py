@@ -10,13 +10,14 @@ Shape legend: B rows, T query slots, S key slots, D width, H query heads, G key-
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.types import Cache, Output, Params
@@ -31,6 +32,9 @@ _CHOICES = {
 }
 # Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
 _MASKED = -1e30
+_ADAPTERS = ("lora_a", "lora_b")
+_Leaves = dict[Any, Array]
+"""Arrays by their path in the parameters, a tuple of names."""
 
 
 class RotaryScaling(NamedTuple):
@@ -136,8 +140,26 @@ def _validate(config: DecoderConfig) -> None:
 # ----------------------------------------------------------------------------------------------- modules
 
 
+class Linear(nnx.Linear):
+    """A projection ``x W``; where its parameters also hold ``lora_a, lora_b`` it is ``x W + (x A) B`` (`models.lora`).
+
+    In this order the backward pass never forms the gradient of W, a third of the work.
+    """
+
+    lora_a: nnx.Param
+    lora_b: nnx.Param
+
+    def __call__(self, inputs: Float[Array, "*B I"], out_sharding: Any = None) -> Float[Array, "*B O"]:
+        """Apply the projection to the last axis."""
+        outputs = super().__call__(inputs, out_sharding)
+        if not hasattr(self, "lora_a"):
+            return outputs
+        inputs = inputs.astype(outputs.dtype)
+        return outputs + inputs @ self.lora_a[...].astype(inputs.dtype) @ self.lora_b[...].astype(inputs.dtype)
+
+
 def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, std: float = 0.02, rngs: nnx.Rngs):
-    return nnx.Linear(
+    return Linear(
         inputs,
         outputs,
         use_bias=bias,
@@ -347,7 +369,12 @@ def _init_module(kind: Callable[..., nnx.Module], config: DecoderConfig, key: Ar
 def _bind(kind: Callable[..., nnx.Module], config: DecoderConfig, params: Params) -> Any:
     """The module over `params`. It runs only while JAX traces, so compiled calls pay no nnx dispatch."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, params)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
+    adapters = {path: flat.pop(path) for path in list(flat) if path[-1] in _ADAPTERS}
+    module = nnx.merge(graph, traverse_util.unflatten_dict(flat))
+    for (*path, name), value in adapters.items():
+        setattr(functools.reduce(getattr, path, module), name, nnx.Param(value))
+    return module
 
 
 def apply_decoder(
@@ -408,13 +435,33 @@ def apply_decoder(
 
 
 def _scan_blocks(config: DecoderConfig, block: Callable[..., Array], blocks: Params, x: Array) -> Array:
-    """All blocks over whole rows, as one scan over the stacked layers."""
+    """All blocks over whole rows, as one scan over the stacked layers; as two where only the last ones are adapted."""
 
-    def body(x: Array, layer: tuple[Array, Params]) -> tuple[Array, None]:
-        return block(x, *layer, _heads_first), None
+    def scan(x: Array, layers: Array, stacked: Any, at: Callable[[Array, Any], Params]) -> Array:
+        def body(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
+            return block(x, layer[0], at(*layer), _heads_first), None
 
-    body = jax.checkpoint(body) if config.remat == "block" else body
-    return jax.lax.scan(body, x, (jnp.arange(config.layers), blocks), unroll=config.unroll or config.layers)[0]
+        body = jax.checkpoint(body) if config.remat == "block" else body
+        return jax.lax.scan(body, x, (layers, stacked), unroll=min(config.unroll or config.layers, len(layers)))[0]
+
+    plain, adapters = _without_adapters(blocks)
+    if not adapters:
+        return scan(x, jnp.arange(config.layers), blocks, lambda layer, stacked: stacked)
+
+    def adapted(layer: Array, own: _Leaves) -> Params:
+        # Frozen weights are read where they lie: as a scanned operand the two parts would be copies.
+        return traverse_util.unflatten_dict({path: leaf[layer] for path, leaf in plain.items()} | own)
+
+    below = config.layers - next(iter(adapters.values())).shape[0]
+    x = scan(x, jnp.arange(below), {}, adapted) if below else x
+    return scan(x, jnp.arange(below, config.layers), adapters, adapted)
+
+
+def _without_adapters(blocks: Params) -> tuple[_Leaves, _Leaves]:
+    """Leaves by path: the weights, and the low-rank adapters of the last blocks."""
+    flat: dict[Any, Any] = traverse_util.flatten_dict(blocks)
+    adapters = {path: flat.pop(path) for path in list(flat) if path[-1] in _ADAPTERS}
+    return flat, adapters
 
 
 def _cached_blocks(
@@ -431,8 +478,12 @@ def _cached_blocks(
         keys[layer], values[layer] = write(keys[layer], values[layer], new_keys, new_values)
         return keys[layer].astype(x.dtype), values[layer].astype(x.dtype)
 
+    plain, adapters = _without_adapters(blocks)
+    below = config.layers - next((leaf.shape[0] for leaf in adapters.values()), 0)
     for layer in range(config.layers):
-        x = block(x, layer, jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks), look)
+        own = {path: leaf[layer] for path, leaf in plain.items()}
+        own |= {path: leaf[layer - below] for path, leaf in adapters.items() if layer >= below}
+        x = block(x, layer, traverse_util.unflatten_dict(own), look)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 

@@ -39,6 +39,36 @@ def data() -> ConfigDict:
     )
 
 
+def oasst_data() -> ConfigDict:
+    """OpenAssistant's rankings alone. Replies are long, and there are few of them: nearly all go into training."""
+    config = data()
+    config.update(subsets=(), prompt_length=512, response_length=512, ranking_length=4096, ranked_response_length=768)
+    config.shares.update(test=0.1, validation=0.05, demonstrations=0.05, ranking=0.75, ppo=0.05)
+    return config
+
+
+def reward_model(source: str) -> ConfigDict:
+    """The reward model alone, on the files of a data folder (``--config.data=FOLDER``); `source` is held out too."""
+    config = common.reward_model()
+    config.data = ""
+    folder = config.get_ref("data")
+    config.rankings, config.demonstrations = folder + "/rankings.jsonl", folder + "/demonstrations.jsonl"
+    config.evaluation = {f"held_out_{source}": folder + f"/rankings_held_out_{source}.jsonl"}
+    config.update(
+        model=BASE, train="lora", row_length=640 if source == "hh_rlhf" else 4096, learning_rate=2e-4, clip_norm=1.0,
+        batch_size=4 if source == "hh_rlhf" else 2, bias_demonstrations=128, score_batch_size=16, save_every=50,
+    )  # fmt: skip
+    config.lora.layers = 10
+    config.decoder.unroll = 1
+    return config
+
+
+def smoke_reward_model(config: ConfigDict) -> None:
+    """Storyland's small model, one block of it adapted."""
+    config.update(model="storyland:base_small", batch_size=2, epochs=0.05, save_every=5, row_length=2048)
+    config.lora.update(layers=1, rank=2)
+
+
 def instructgpt() -> ConfigDict:
     """The pipeline for one accelerator."""
     config = common.pipeline(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax import sharding
+from rlhf_jax import scoring, sharding
 from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
@@ -34,9 +34,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
     mesh = common.start(config.mesh)
     base = common.load_network(config.model, mesh, config.decoder)
     rankings = read_rankings(config.rankings)
+    encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
     rows = text.ranking_rows(
-        [encode_ranking(base.tokenizer, r) for r in rankings],
-        length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row,
+        encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
     batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
     steps = batches.steps(config.epochs)
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
     common.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(rankings)}
-    result["padding_share"] = text.padding_share(rows)
+    result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}
     result["responses"] = sum(len(r.responses) for r in rankings)
     result["pairs"] = sum(schema.strict_pairs(r.ranks) for r in rankings)
     sets = {name: read_rankings(path) for name, path in config.evaluation.items() if path}
@@ -87,6 +87,15 @@ def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], 
     return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
 
 
+def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
+    """Tokens of one pass over rankings in rows that share the prompt, and what one row a response would cost."""
+    responses = sum(len(ids) for _, each, _ in encoded for ids in each)
+    return {
+        "tokens": responses + sum(len(prompt) for prompt, _, _ in encoded),
+        "tokens_in_separate_rows": responses + sum(len(prompt) * len(each) for prompt, each, _ in encoded),
+    }
+
+
 def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> common.Network:
     """The reward model with its bias set so that the labelers' demonstrations score 0 on average.
 
@@ -109,26 +118,84 @@ Scores = dict[tuple[str, str], float]
 def score_each(
     network: common.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> Scores:
-    """The score of each response, once, however many labelers ranked it."""
-    pairs = list(dict.fromkeys((r.prompt, response) for r in rankings for response in r.responses))
-    scores = common.score_responses(
-        network, [p for p, _ in pairs], [r for _, r in pairs], mesh, batch_size=config.score_batch_size
-    )
-    return dict(zip(pairs, scores.tolist(), strict=True))
+    """The score of each response, once, however many labelers ranked it; responses to a prompt share its row."""
+    names, items = _distinct_responses(network.tokenizer, rankings, config)
+    if not items:
+        return {}
+    longest = max(len(prompt) + len(response) for prompt, responses, _ in items for response in responses)
+    length = max(config.row_length, longest)
+    places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
+    rows = text.ranking_rows(items, length=length, max_k=config.max_k)
+    scored = np.zeros(rows.ends.shape)
+    for start in range(0, len(scored), config.batch_size):
+        # The last batch is filled up with the last row: one program for all.
+        index = np.minimum(np.arange(start, start + config.batch_size), len(scored) - 1)
+        batch = sharding.place_batch(jax.tree.map(lambda x, index=index: x[index], rows), mesh)
+        scored[index] = _ranking_scores(network.model, network.params, batch)
+    return {
+        name: float(scored[row, place, k])
+        for row, inside in enumerate(places)
+        for place, item in enumerate(inside)
+        for k, name in enumerate(names[item])
+    }
+
+
+_ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
+
+
+def _distinct_responses(
+    tokenizer: Any, rankings: Sequence[schema.Ranking], config: ConfigDict
+) -> tuple[list[list[tuple[str, str]]], list[text.RankedIds]]:
+    """Each prompt's different responses, in groups that fit a row: their names and their ids."""
+    asked: dict[str, dict[str, None]] = {}
+    for ranking in rankings:
+        asked.setdefault(ranking.prompt, {}).update(dict.fromkeys(ranking.responses))
+    names: list[list[tuple[str, str]]] = []
+    items: list[text.RankedIds] = []
+    for prompt, responses in asked.items():
+        prompt_ids, encoded, _ = encode_ranking(tokenizer, schema.Ranking(prompt, tuple(responses), ()))
+        sizes = [len(ids) for ids in encoded]
+        room = max([config.row_length - len(prompt_ids), *sizes])
+        for group in text.best_fit(sizes, capacity=room, max_items=config.max_k):
+            names.append([(prompt, list(responses)[i]) for i in group])
+            items.append((prompt_ids, [encoded[i] for i in group], [0] * len(group)))
+    return names, items
 
 
 def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
-    """Accuracy on strict pairs with its interval, log-loss, calibration and the rule "longer is better" beside it."""
+    """Accuracy on strict pairs with its interval, whole and in bins; the rule "longer is better" beside it."""
     grid, ranks, lengths = pad_ranked(rankings, scores)
-    accuracy = quality.pairwise_accuracy(grid, ranks)
     calibration = quality.calibration(grid, ranks)
+    margins = np.unique(np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES))
+    by_margin = quality.accuracy_by_margin(grid, ranks, edges=margins) if len(margins) > 1 else None
+    by_length = quality.accuracy_by_length_difference(grid, ranks, lengths, edges=LENGTH_EDGES)
     return {
-        "accuracy": accuracy._asdict(),
+        "accuracy": quality.pairwise_accuracy(grid, ranks)._asdict(),
         "log_loss": quality.pairwise_log_loss(grid, ranks),
         "length_only_accuracy": quality.length_only_accuracy(lengths, ranks).value,
-        "calibration": {k: np.asarray(v).tolist() for k, v in calibration._asdict().items()},
+        "length_only": quality.length_only_accuracy(lengths, ranks)._asdict(),
+        "accuracy_by_margin": None if by_margin is None else _lists(by_margin),
+        "accuracy_by_length_difference": _lists(by_length),
+        "calibration": _lists(calibration),
         "prompts": len(rankings),
     }
+
+
+MARGIN_QUANTILES = np.linspace(0, 1, 6)
+LENGTH_EDGES = np.array([-1e4, -50.0, -15.0, 0.0, 1.0, 16.0, 51.0, 1e4])
+"""Bins of (words of the preferred response) - (words of the other one); the middle bin holds equal lengths."""
+
+
+def pair_margins(grid: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Score of the preferred response minus that of the other, of each strict pair."""
+    pairs = quality.strict_pairs(ranks)
+    return grid[pairs.prompt, pairs.better] - grid[pairs.prompt, pairs.worse]
+
+
+def _lists(table: Any) -> dict[str, list[float | None]]:
+    """A named tuple of arrays for JSON; NaN, where a bin holds nothing, as null."""
+    columns = {name: np.asarray(column).tolist() for name, column in table._asdict().items()}
+    return {name: [None if x != x else x for x in column] for name, column in columns.items()}
 
 
 def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
-from rlhf_jax.models.hf import save_hf
+from rlhf_jax.models.hf import load_hf, save_hf
 
 ROOT = Path(__file__).parents[1]
 EPISODES, ITERATIONS, OPTIMIZER_STEPS = 8, 4, 4
@@ -159,3 +159,44 @@ def test_the_overoptimised_variant_is_storylands_ppo_off_its_leash():
     changed = {key for key in usual if usual[key] != off[key]}
     assert changed == {"name", "iterations", "ptx_coef", "schedule", "kl", "kl_ceiling"}
     assert off["kl"]["coef"] < usual["kl"]["coef"] / 10
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two iterations that train adapters alone, and what the networks were before and after."""
+    folder = tmp_path_factory.mktemp("lora")
+    overrides = {
+        "iterations": "2", "episodes": "8", "minibatches": "2", "prompt_length": "16", "max_new_tokens": "8",
+        "ptx_row_length": "32", "ptx_rows_per_episode": "1.0", "gold": "", "kl_ceiling": "1e6", "save_every": "1",
+        "learning_rate": "0.02", "value_learning_rate": "0.02", "warmup_iterations": "0",
+        "train": "lora", "lora.rank": "2", "value_warmup_iterations": "0",
+    }  # fmt: skip
+    config = load_config(f"{ROOT}/configs/ppo/storyland.py:smoke", overrides | inputs(folder))
+    setups = []
+    with pytest.MonkeyPatch.context() as patch:
+        prepare = ppo.prepare
+        patch.setattr(ppo, "prepare", lambda *arguments: setups.append(prepare(*arguments)) or setups[-1])
+        ppo.run(config, str(folder / "run"))
+    return SimpleNamespace(folder=folder, setup=setups[0])
+
+
+def test_policy_and_reference_reward_model_and_value_network_share_their_base(lora_run):
+    setup = lora_run.setup
+    for network, trained in ((setup.policy, setup.trained_policy), (setup.reward, setup.trained_value)):
+        kernel = network.params["blocks"]["mlp"]["up"]["kernel"]
+        assert trained.frozen["blocks"]["mlp"]["up"]["kernel"] is kernel
+        assert trained.full(trained.params)["blocks"]["mlp"]["up"]["kernel"] is kernel
+        assert not kernel.is_deleted()  # the step donates its state and nothing else
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (setup.state.policy, setup.policy.params)]
+    assert sizes[0] < sizes[1]  # weights, moments and average of the adapters, beside one copy of the network
+
+
+def test_adapters_are_trained_and_what_is_saved_is_merged(lora_run):
+    before = load_hf(lora_run.folder / "model")[1]
+    after = load_hf(lora_run.folder / "run" / "last")[1]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    assert moved["embed"]["embedding"] == 0.0
+    assert moved["blocks"]["attention"]["query"]["kernel"] > 1e-4
+    kl = [line["rollout/kl_nats_per_sequence"] for line in history(lora_run.folder / "run")]
+    assert abs(kl[0]) < 1e-4 < 1e-2 < abs(kl[1])  # eight samples: the estimate may be negative

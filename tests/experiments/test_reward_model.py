@@ -1,47 +1,118 @@
 """Measuring a reward model on rankings: what is scored, and how it is compared."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from experiments import common, reward_model
+from rlhf_jax import sharding
 from rlhf_jax.data.schema import Ranking
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
+from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.heads import scalar_model
 
-FIRST = Ranking("p", ("a", "bbb", "cc", "a"), (2, 0, 1, 2), labeler="one")
-SECOND = Ranking("p", ("a", "bbb", "cc", "a"), (0, 2, 1, 0), labeler="two")
-OTHER_PROMPT = Ranking("q", ("a", "dd"), (0, 1))
+FIRST = Ranking("Say a word.", ("a", "a dog ran", "the cat", "a"), (2, 0, 1, 2), labeler="one")
+SECOND = Ranking("Say a word.", ("a", "a dog ran", "the cat", "a"), (0, 2, 1, 0), labeler="two")
+OTHER_PROMPT = Ranking("Another prompt, longer than the first.", ("a", "the cat sat."), (0, 1))
+
+
+@pytest.fixture(scope="module")
+def network():
+    tokenizer = load_tokenizer(storyland_assets.assets())
+    model = scalar_model(DecoderConfig(len(tokenizer), 128, 2, 16, 2))
+    return common.Network(model, model.init(jax.random.key(0)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What was scored; a response scores its number of letters, 10 more after the prompt q."""
-    pairs: list[tuple[str, str]] = []
+def scores(network, mesh):
+    """Scores of the responses to rankings, with options of the config."""
 
-    def score_responses(network, prompts, responses, mesh, *, batch_size):
-        pairs.extend(zip(prompts, responses, strict=True))
-        return np.array([len(r) + 10.0 * (p == "q") for p, r in zip(prompts, responses, strict=True)])
+    def score(rankings, **options):
+        config = ConfigDict({"row_length": 64, "max_k": 4, "batch_size": 2} | options)
+        return reward_model.score_each(network, rankings, config, mesh)
 
-    monkeypatch.setattr(common, "score_responses", score_responses)
-    return pairs
+    return score
 
 
-def scores(rankings):
-    return reward_model.score_each(None, rankings, ConfigDict({"score_batch_size": 8}), None)  # pyright: ignore
+@pytest.mark.parametrize("options", [{}, {"row_length": 4}, {"max_k": 1}, {"row_length": 24, "batch_size": 1}])
+def test_scores_in_shared_rows_are_those_of_one_text_a_row(network, mesh, scores, options):
+    found = scores([FIRST, SECOND, OTHER_PROMPT], **options)
+    prompts, responses = zip(*found, strict=True)
+    alone = common.score_responses(network, prompts, responses, mesh, batch_size=8)
+    np.testing.assert_allclose(list(found.values()), alone, atol=1e-5)
+    assert np.std(alone) > 1e-2
 
 
-def test_each_response_is_scored_once_however_many_labelers_ranked_it(asked):
-    scores([FIRST, SECOND, OTHER_PROMPT])
-    assert sorted(asked) == [("p", "a"), ("p", "bbb"), ("p", "cc"), ("q", "a"), ("q", "dd")]
+def test_each_response_is_scored_once_however_many_labelers_ranked_it(network, scores):
+    asked = set(scores([FIRST, SECOND, OTHER_PROMPT]))
+    wanted = {(r.prompt, response) for r in (FIRST, OTHER_PROMPT) for response in r.responses}
+    assert asked == wanted
+    names, items = reward_model._distinct_responses(
+        network.tokenizer, [FIRST, SECOND, OTHER_PROMPT], ConfigDict({"row_length": 64, "max_k": 4})
+    )
+    assert [len(group) for group in names] == [len(responses) for _, responses, _ in items] == [3, 2]
 
 
-def test_scores_meet_their_own_prompt_and_absent_places_have_no_rank(asked):
-    grid, ranks, lengths = reward_model.pad_ranked([FIRST, OTHER_PROMPT], scores([FIRST, OTHER_PROMPT]))
-    assert grid.tolist() == [[1, 3, 2, 1], [11, 12, 0, 0]]
+def test_scores_meet_their_own_prompt_and_absent_places_have_no_rank(scores):
+    found = scores([FIRST, OTHER_PROMPT])
+    grid, ranks, lengths = reward_model.pad_ranked([FIRST, OTHER_PROMPT], found)
+    assert grid[0, 0] == grid[0, 3] == found["Say a word.", "a"] != grid[1, 0]
     assert ranks.tolist() == [[2, 0, 1, 2], [0, 1, -1, -1]]
-    assert lengths.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert lengths.tolist() == [[1, 3, 2, 1], [1, 3, 0, 0]]
 
 
-def test_two_labelers_who_disagree_give_opposite_accuracies(asked):
-    found = scores([FIRST, SECOND])
-    assert reward_model.evaluate([FIRST], found)["accuracy"]["value"] == 1.0
-    assert reward_model.evaluate([SECOND], found)["accuracy"]["value"] == 0.0
+def judged(ranking, values):
+    return reward_model.evaluate(
+        [ranking], {(ranking.prompt, r): v for r, v in zip(ranking.responses, values, strict=True)}
+    )
+
+
+def test_two_labelers_who_disagree_give_opposite_accuracies():
+    assert judged(FIRST, [0.0, 2.0, 1.0, 0.0])["accuracy"]["value"] == 1.0
+    assert judged(SECOND, [0.0, 2.0, 1.0, 0.0])["accuracy"]["value"] == 0.0
+
+
+def test_accuracy_is_told_by_margin_and_by_length_difference():
+    """FIRST holds five strict pairs, each with its longer response better; here "a dog ran" is scored too low."""
+    told = judged(FIRST, [1.0, 0.0, 3.0, 1.0])
+    assert told["accuracy"]["value"] == told["length_only"]["value"] * 2 / 5 == 0.4
+    by_length = told["accuracy_by_length_difference"]
+    assert [n for n in by_length["count"] if n] == [5]
+    assert by_length["accuracy"][by_length["count"].index(5)] == 0.4
+    assert sum(told["accuracy_by_margin"]["count"]) == 5
+    assert told["accuracy_by_margin"]["accuracy"][-1] == 2 / 3
+
+
+def test_tokens_of_shared_rows_and_of_separate_ones():
+    encoded = [([1] * 10, [[2], [2, 3], [2, 3, 4]], (0, 1, 2)), ([1] * 4, [[2], [3]], (0, 1))]
+    assert reward_model.tokens(encoded) == {"tokens": 10 + 6 + 4 + 2, "tokens_in_separate_rows": 30 + 6 + 8 + 2}
+
+
+@pytest.mark.parametrize("train", ["lora", "head"])
+def test_only_what_train_names_is_trained(network, train):
+    config = ConfigDict({"seed": 0, "train": train, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)})
+    trained = common.trained(network.params, config)
+    assert ("blocks" in trained.params) == (train == "lora")
+    assert trained.frozen["embed"] is network.params["embed"]
+    jax.tree.map(np.testing.assert_array_equal, trained.merged(trained.params), network.params)
+
+
+def test_a_word_that_train_does_not_know_is_refused(network):
+    config = functools.partial(ConfigDict, {"seed": 0, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)})
+    for train, params, message in (
+        ("trunk", network.params, "train='trunk'"),
+        ("head", {"embed": {}}, "train='head': needs a reward model"),
+    ):
+        asked = config()
+        asked.train = train
+        with pytest.raises(ValueError, match=message):
+            common.trained(params, asked)

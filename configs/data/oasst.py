@@ -1,0 +1,16 @@
+"""The data files of OpenAssistant alone: rankings of 2 to 9 replies, the best replies as demonstrations.
+
+Without ``data_dir`` they are downloaded from the Hugging Face hub.
+
+python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hh_rlhf
+from rlhf_jax.config import apply_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; ``:smoke`` is small, ``key=value`` overrides."""
+    return apply_arg(hh_rlhf.oasst_data(), arg, smoke=hh_rlhf.smoke_data)

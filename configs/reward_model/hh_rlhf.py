@@ -1,0 +1,19 @@
+r"""A reward model on people's pairs (HH-RLHF): SmolLM2-135M-Instruct, LoRA in its last ten blocks.
+
+    python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data
+    python experiments/reward_model.py --config=configs/reward_model/hh_rlhf.py --workdir=runs/hh_reward \
+        --config.data=runs/hh_data
+
+The same command serves two CPU cores (the three published test files, under an hour) and a GPU (all of HH-RLHF, which
+``prepare_data.py`` downloads without ``--data_dir``). ``--config.train=all`` trains the whole network.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hh_rlhf
+from rlhf_jax.config import apply_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; ``:smoke`` is a few steps of storyland's small model, ``key=value`` overrides."""
+    return apply_arg(hh_rlhf.reward_model("hh_rlhf"), arg, smoke=hh_rlhf.smoke_reward_model)

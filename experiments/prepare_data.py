@@ -155,14 +155,17 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     """HH-RLHF pairs and OpenAssistant rankings, cut into parts by conversation, and running English.
 
     Rankings, demonstrations and prompts never share a conversation. Writes ``data_report.txt`` too: what was read, what
-    was left out and why. Where `config.data_dir` holds HH-RLHF alone, a line says which files are not written.
+    was left out and why. Where `config.data_dir` holds HH-RLHF alone, a line says which files are not written; without
+    `config.subsets` there is OpenAssistant alone.
     """
     parts = _Parts(config)
     where = config.data_dir or None
     everything: dict[str, Any] = {"split": "train", "test_fraction": 0.0}
-    pairs, of_pairs = sources.read_hh(where, **everything, subsets=config.subsets)
     oasst, text_dir, skipped = _beside_hh(where, config.subsets)
-    reports = [of_pairs]
+    reports, pairs = [], []
+    if config.subsets:
+        pairs, of_pairs = sources.read_hh(where, **everything, subsets=config.subsets)
+        reports.append(of_pairs)
     groups: list[schema.Ranking] = []
     replies: list[schema.Demonstration] = []
     if oasst:

@@ -50,6 +50,9 @@ ROLES = ("system", "user", "assistant")
 SCREEN = 24
 """Most lines of a data report."""
 
+NESTING = 32
+"""Most lists and objects in each other; a record needs three."""
+
 PLACES = 3
 """How many lines of a file a data report names for a reason."""
 
@@ -156,7 +159,7 @@ RULES: Mapping[str, Rule] = {
     "not UTF-8": Rule("bad", "bytes that are not UTF-8", "save the file as UTF-8; a byte order mark is fine"),
     "malformed JSON": Rule("bad", "a line that is not JSON", "write one JSON object a line"),
     "not an object": Rule("bad", "JSON, but a list, a text or a number", "write `{...}`"),
-    "nested too deep": Rule("bad", "lists in lists beyond what the parser takes", "write one flat object a line"),
+    "nested too deep": Rule("bad", f"over {NESTING} lists or objects in each other", "write one flat object a line"),
     "number too long": Rule("bad", "an integer of more than 4300 digits", "write it as a string, or remove it"),
     "not a number": Rule("bad", "`NaN`, `Infinity` or `-Infinity`", "use a finite number or null"),
     "duplicate key": Rule("bad", "a field given twice in one object", "keep one"),
@@ -264,8 +267,10 @@ class DataReport:
           dropped: duplicate key 2 (rows.jsonl:4, 9)
         """
         lines = [f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} dropped"]
+        folders = {os.path.dirname(place) for places in self.places.values() for place in places}
+        folder = os.path.join(folders.pop(), "") if len(folders) == 1 else ""  # the first line names it
         items = [
-            f"{name}: {reason} {n}{_places(self.places.get(reason, []), n)}"
+            f"{name}: {reason} {n}{_places([p.removeprefix(folder) for p in self.places.get(reason, [])], n)}"
             for name, counts in (("dropped", self.dropped), ("noted", self.noted))
             for reason, n in sorted(counts.items())
         ]
@@ -455,22 +460,37 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(data.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
+        row = _DECODER.decode(data.decode("utf-8"))
     except RowError:
         raise
     except UnicodeDecodeError as error:
         raise RowError("not UTF-8", f"byte {error.start} is not UTF-8: save the file as UTF-8") from None
     except RecursionError:
-        raise RowError("nested too deep", "the JSON is nested too deep: write one flat object a line") from None
+        raise _too_deep() from None
     except json.JSONDecodeError as error:
-        what = f"malformed JSON ({error.msg} at character {error.pos})"
+        what = f"malformed JSON (character {error.pos}: {error.msg})"
         raise RowError("malformed JSON", f"{what}: write one JSON object a line") from None
     except ValueError:  # Python's own limit on the digits of an integer
         what = "malformed JSON (an integer of more digits than Python reads)"
         raise RowError("number too long", f"{what}: write it as a string, or remove it") from None
+    if data.count(b"[") + data.count(b"{") > NESTING and _is_deep(row):
+        raise _too_deep()
     if not isinstance(row, dict):
         raise RowError("not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}")
     return row
+
+
+def _too_deep() -> RowError:
+    return RowError("nested too deep", "the JSON is nested too deep: write one flat object a line")
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether more than `NESTING` lists and objects lie in each other, whatever the parser's own limit."""
+    level = [value]
+    for _ in range(NESTING):
+        inner = (item for box in level for item in (box.values() if isinstance(box, dict) else box))
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _reject_constant(name: str) -> Any:
@@ -483,6 +503,9 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(k for k, n in collections.Counter(k for k, _ in pairs).items() if n > 1)
         raise RowError("duplicate key", f"field {_show(twice)} is given twice: keep one")
     return row
+
+
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
 
 
 class _Kept:
@@ -573,8 +596,9 @@ def _fit(record: Any, limit: int, length: Callable[[str], int], too_long: str) -
         return record
     if too_long == "truncate" and answers:
         return _cut(record, limit - taken, length)
-    unit = "characters" if length is len else "tokens"
-    raise RowError("too long", f"the row has {total} {unit} with its longest response, limit={limit}: shorten it")
+    what = "prompt and longest response take" if before and answers else "the row takes"
+    unit = " characters" if length is len else ""
+    raise RowError("too long", f"{what} {total}{unit}, limit={limit}: shorten the row or raise limit")
 
 
 def _cut(record: Any, room: int, length: Callable[[str], int]) -> Any:
@@ -694,7 +718,7 @@ def _list(row: dict[str, Any], field: str) -> list[Any]:
     if value is None:
         raise RowError("missing field", f"field {field!r} must be a list, got nothing: write [...]")
     if not isinstance(value, list):
-        raise _wrong_type(value, field, "a list", "write [...], one entry a response")
+        raise _wrong_type(value, field, "a list", "write [...]")
     return value
 
 
@@ -706,17 +730,20 @@ def _prompt(row: dict[str, Any]) -> Conversation:
     if row.get("messages") is None:
         if isinstance(row.get("prompt"), list):
             raise _wrong_type(row["prompt"], "prompt", "a string", "name the field 'messages' when it holds turns")
-        return check_text(row.get("prompt"), "prompt", reason="empty prompt")
+        if row.get("prompt") is None:
+            fix = "write the text in quotes, or its turns as 'messages'"
+            raise RowError("missing field", f"field 'prompt' must be a string, got nothing: {fix}")
+        return check_text(row["prompt"], "prompt", reason="empty prompt")
     if row.get("prompt") is not None:
         raise RowError("prompt and messages", "fields 'prompt' and 'messages' are both given: keep one")
-    turns = tuple(_message(turn, k) for k, turn in enumerate(_list(row, "messages")))
+    turns = tuple(_message(turn, k, reason="empty message") for k, turn in enumerate(_list(row, "messages")))
     if not turns:
-        raise RowError("empty prompt", "field 'messages' is empty: write at least the user's turn")
+        raise RowError("empty prompt", "field 'messages' holds no prompt: write at least the user's turn")
     _check_turns(turns)
     return turns
 
 
-def _message(turn: Any, place: int, *, reason: str = "empty message", allow_empty: bool = False) -> Message:
+def _message(turn: Any, place: int, *, reason: str, allow_empty: bool = False) -> Message:
     field = f"messages[{place}]"
     if not isinstance(turn, dict):
         raise _wrong_type(turn, field, "an object", 'write {"role": "user", "content": "..."}')
@@ -744,8 +771,8 @@ def _check_turns(turns: Sequence[Message]) -> None:
     if turns[-1].role != "user":
         raise RowError(
             "last turn not the user's",
-            f"field 'messages[{len(turns) - 1}].role' is {turns[-1].role}: a prompt ends with the user's turn, so "
-            "remove this one (a demonstration may end with the assistant's when it has no 'response')",
+            f"field 'messages[{len(turns) - 1}].role' is {turns[-1].role}, but a prompt ends with the user's turn: "
+            "remove this one (or, in a demonstration, 'response')",
         )
 
 
@@ -840,7 +867,7 @@ def _temperature(value: Any, field: str) -> float:
 
 def _revision(value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 0):
-        raise RowError("bad revision", f"field 'revision' = {_show(value)} must be an integer from 0: count from 0")
+        raise RowError("bad revision", f"field 'revision' = {_show(value)} must be an integer from 0, such as 3")
     return value
 
 

@@ -521,19 +521,21 @@ class _Kept:
         key = None
         if isinstance(record, Ranking) and record.labeler is not None:
             key = (record.labeler, record.prompt, tuple(sorted(record.responses)))
-        self._check_id(line, record.id, key)
+        self._check_id(record.id, key)
         if key is not None:
             if key in self.lines:
                 self._revise(line, record, self.lines[key], tally)
             self.lines[key] = line
         self.records[line] = record
+        if record.id is not None:
+            self.ids.setdefault(record.id, (line, key))
 
-    def _check_id(self, line: int, name: str | None, key: Any) -> None:
-        if name is None:
+    def _check_id(self, name: str | None, key: Any) -> None:
+        if name is None or name not in self.ids:
             return
-        first, first_key = self.ids.setdefault(name, (line, key))
+        first, first_key = self.ids[name]
         # The revisions of one ranking may share its id.
-        if first != line and (key is None or key != first_key):
+        if key is None or key != first_key:
             raise RowError("duplicate id", f"field 'id' = {_show(name)} is also in line {first}: make ids unique")
 
     def _revise(self, line: int, record: Ranking, before: int, tally: _Tally) -> None:
@@ -542,7 +544,7 @@ class _Kept:
             raise RowError(
                 "ranked twice",
                 f"labeler {_show(record.labeler)} ranks the prompt and responses of line {before} again "
-                f"(revisions {old} and {new}): remove one, or number them with 'revision'",
+                f"(revisions {_show(old)} and {_show(new)}): remove one, or number them with 'revision'",
             )
         if new < old:
             raise RowError("superseded by revision", f"revision {_show(new)} < {_show(old)} of line {before}")

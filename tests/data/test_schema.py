@@ -377,6 +377,13 @@ def test_only_revisions_of_one_ranking_share_an_id(tmp_path: Path):
         read_jsonl(path, Ranking)
 
 
+def test_a_bad_row_does_not_take_an_id(tmp_path: Path):
+    again = labeled("x", [2, 1], id="1")
+    path = write(tmp_path / "r.jsonl", labeled("x", [1, 2]), again, {**again, "prompt": "q"})
+    records, report = read_jsonl(path, Ranking, max_bad_fraction=0.5)
+    assert ([r.prompt for r in records], report.dropped) == (["p", "q"], {"ranked twice": 1})
+
+
 def test_equal_responses_with_unequal_ranks_are_kept_and_noted(tmp_path: Path):
     path = write(
         tmp_path / "r.jsonl",

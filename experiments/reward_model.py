@@ -76,9 +76,8 @@ def read_rankings(path: str) -> list[schema.Ranking]:
 
 
 def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
-    """A ranking as token ids, each response with its EOS."""
-    eos = tokenizer.eos_token_id
-    responses = [text.encode_response(tokenizer, response, eos_id=eos) for response in ranking.responses]
+    """A ranking as token ids, each response with the token that ends it."""
+    responses = [text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses]
     return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
 
 
@@ -97,7 +96,7 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
 
 
-Scores = dict[tuple[str, str], float]
+Scores = dict[tuple[schema.Conversation, str], float]
 """Score of each (prompt, response)."""
 
 

@@ -49,7 +49,7 @@ Conversation = str | tuple[Message, ...]
 class Demonstration:
     """A prompt and the answer a labeler wrote for it (supervised fine-tuning)."""
 
-    prompt: str
+    prompt: Conversation
     response: str
     id: str | None = None
     source: str | None = None
@@ -61,7 +61,7 @@ class Demonstration:
 class Ranking:
     """K responses to one prompt, ranked by one labeler; `ranks` is 0 for the best, equal for ties, -1 when absent."""
 
-    prompt: str
+    prompt: Conversation
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     id: str | None = None
@@ -77,7 +77,7 @@ class Ranking:
 class Prompt:
     """A prompt without an answer (PPO, evaluation)."""
 
-    prompt: str
+    prompt: Conversation
     id: str | None = None
     source: str | None = None
     use_case: str | None = None

@@ -15,14 +15,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import transformers
 
 from rlhf_jax.data.schema import Conversation, Message
 
 Tokenizer = transformers.PreTrainedTokenizerFast
-Turns = Literal["all", "last"]
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -128,7 +127,7 @@ def encode_reply(tokenizer: Tokenizer, messages: Sequence[Message], response: st
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, turns: Turns = "all"
+    tokenizer: Tokenizer, messages: Sequence[Message], *, turns: str = "all"
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation that ends with the assistant, and which of them are trained on.
 

@@ -124,7 +124,7 @@ def encode_demonstration(
     prompt: Conversation,
     response: str,
     *,
-    assistant_turns: chat.Turns = "all",
+    assistant_turns: str = "all",
 ) -> MaskedIds:
     """Ids of a prompt with its response, and True for those that supervised fine-tuning trains on.
 

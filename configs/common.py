@@ -65,6 +65,7 @@ def sft() -> ConfigDict:
             "pretraining_fraction": 0.0,
             "row_length": 2048,
             "pieces_per_row": None,
+            "assistant_turns": "all",
             "epochs": 16,
             "batch_size": 32,
             "microbatches": 1,

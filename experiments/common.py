@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from experiments import pretrained
 from rlhf_jax import checkpoint, optim, scoring, sharding
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import schema, text
+from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate_many
@@ -367,7 +367,9 @@ def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list
     return prompts if limit is None else prompts[:limit]
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, length: int, where: str) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[schema.Conversation], *, length: int, where: str
+) -> list[list[int]]:
     """Ids of each prompt.
 
     Raises:
@@ -378,7 +380,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, length: int, where
     if len(ids[longest]) > length:
         raise ValueError(
             f"{where}: a prompt has {len(ids[longest])} tokens and prompt_length is {length} "
-            f"({prompts[longest][:60]!r}...): raise prompt_length or leave the prompt out"
+            f"({chat.readable(prompts[longest])[:60]!r}...): raise prompt_length or leave the prompt out"
         )
     return ids
 
@@ -398,6 +400,7 @@ def sample_responses(
     prompts: Sequence[Sequence[int]],
     mesh: jax.sharding.Mesh,
     *,
+    asked: Sequence[schema.Conversation] = (),
     counts: int | Sequence[int] = 1,
     prompt_length: int,
     max_new_tokens: int,
@@ -413,23 +416,27 @@ def sample_responses(
       network: a language model.
       prompts: token ids.
       mesh: where to sample.
+      asked: what the ids stand for, prompt by prompt: after messages a response ends as the chat template ends a turn.
+        Without it EOS ends every response.
       counts: responses to each prompt, one number for all or one each.
       prompt_length: slots of the prompts.
       max_new_tokens: longest response, EOS included.
       temperature: of sampling; 0 is greedy.
       seed: with each prompt's place and the number of the response the only source of randomness.
       batch_size: rows sampled together.
-      stop_ids: tokens that end a response besides EOS.
+      stop_ids: tokens that end a response besides those of `asked`.
       progress: called with (responses done, responses).
     """
     data = mesh.shape["data"] * mesh.shape["fsdp"]
+    ends = text.stop_ids(network.tokenizer, asked)
     samples = generate_many(
         network.model, network.params, text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
         counts=counts, rows=-(-batch_size // data) * data, streams=sampling_streams(mesh),
-        max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(network.tokenizer.eos_token_id, *stop_ids),
+        max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids),
         sharding=sharding.batch_sharding(mesh), progress=progress,
     )  # fmt: skip
-    return response_texts(network.tokenizer, samples), samples
+    each = [p for p, k in zip(asked, np.broadcast_to(counts, len(asked)), strict=True) for _ in range(k)]
+    return response_texts(network.tokenizer, samples, each), samples
 
 
 def sampling_streams(mesh: jax.sharding.Mesh) -> int:
@@ -439,22 +446,35 @@ def sampling_streams(mesh: jax.sharding.Mesh) -> int:
     return 2 if alone and cores > 1 else 1
 
 
-def response_texts(tokenizer: Any, samples: Samples) -> list[str]:
-    """The responses as text, for people and judges; the token ids go on to an update as they are."""
+def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conversation] = ()) -> list[str]:
+    """The responses as text, for people and judges; the token ids go on to an update as they are.
+
+    Args:
+      tokenizer: of the model that spoke.
+      samples: N responses.
+      asked: the N prompts they answer; without it they end at EOS.
+    """
     fetched = jax.tree.map(np.asarray, samples)
-    return [
-        text.decode_response(tokenizer, row[start:end].tolist(), eos_id=tokenizer.eos_token_id)
+    rows = [
+        row[start:end].tolist()
         for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
     ]
+    ends = text.stop_ids(tokenizer, asked)
+    prompts = asked or [""] * len(rows)
+    return [text.decode_answer(tokenizer, p, ids, stop_ids=ends) for p, ids in zip(prompts, rows, strict=True)]
 
 
 def score_responses(
-    network: Network, prompts: Sequence[str], responses: Sequence[str], mesh: jax.sharding.Mesh, *, batch_size: int
+    network: Network,
+    prompts: Sequence[schema.Conversation],
+    responses: Sequence[str],
+    mesh: jax.sharding.Mesh,
+    *,
+    batch_size: int,
 ) -> np.ndarray:
     """Raw reward-model score of each response to its prompt, one number each."""
-    eos = network.tokenizer.eos_token_id
     rows = [
-        [*text.encode_prompt(network.tokenizer, p), *text.encode_response(network.tokenizer, r, eos_id=eos)]
+        [*text.encode_prompt(network.tokenizer, p), *text.encode_answer(network.tokenizer, p, r)]
         for p, r in zip(prompts, responses, strict=True)
     ]
     scores = np.zeros(len(rows))

@@ -25,7 +25,7 @@ from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import scoring, sharding
 from rlhf_jax.checkpoint import write_json
-from rlhf_jax.data import schema, text
+from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
@@ -129,7 +129,7 @@ def few_shot_prompts(
     asks: list[Ask] = []
     for _ in range(shots.candidates):
         chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
-        asks.append(_with_prefix([(r.prompt, r.response) for r in chosen], shots.template))
+        asks.append(_with_prefix([(chat.readable(r.prompt), r.response) for r in chosen], shots.template))
     slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
     asks = [_in_slots(ask, slots) for ask in asks]
 
@@ -148,7 +148,7 @@ def _in_slots(ask: Ask, slots: int) -> Ask:
 def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
     def ask(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
         shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
-        texts = [shown + template.format(prompt=p.prompt, response="").rstrip() for p in prompts]
+        texts = [shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip() for p in prompts]
         encode = network.tokenizer.encode
         ids = [encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
         return ids, -(-max(map(len, ids)) // 16) * 16
@@ -165,7 +165,7 @@ def answer(
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
     texts, samples = common.sample_responses(
-        network, ids, mesh, counts=count, prompt_length=slots,
+        network, ids, mesh, asked=() if prompted else [p.prompt for p in prompts], counts=count, prompt_length=slots,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed,
         batch_size=config.batch_size, stop_ids=stop,
     )  # fmt: skip
@@ -293,7 +293,7 @@ def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[st
     for i, p in enumerate(prompts):
         for name, said in answers.items():
             gold = None if said.gold is None else float(said.gold[i, 0])
-            lines.append(Line(p.id, name, p.prompt, said.texts[i][0], gold, float(said.reward[i, 0])))
+            lines.append(Line(p.id, name, chat.readable(p.prompt), said.texts[i][0], gold, float(said.reward[i, 0])))
     schema.write_jsonl(path, lines)
 
 

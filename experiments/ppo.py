@@ -27,7 +27,7 @@ from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import kl_control, scoring, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
-from rlhf_jax.data import text
+from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.generate import generate
@@ -66,7 +66,7 @@ class Setup(NamedTuple):
     value: Model
     trained_policy: common.Trained
     trained_value: common.Trained
-    prompt_texts: list[str]
+    asked: list[schema.Conversation]
     prompt_ids: list[str | None]
     prompts: Batches
     pretraining: Batches | None
@@ -134,9 +134,10 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     policy = common.load_network(config.model, mesh, config.decoder)
     reward, value = reward_and_value(policy, config, mesh)
     records = common.read_prompts(config.prompts)
-    ids = common.encode_prompts(
-        policy.tokenizer, [r.prompt for r in records], length=config.prompt_length, where=config.prompts
-    )
+    asked = [r.prompt for r in records]
+    if reward and not all(isinstance(prompt, str) for prompt in asked):
+        chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
+    ids = common.encode_prompts(policy.tokenizer, asked, length=config.prompt_length, where=config.prompts)
     prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
     policy_tx, value_tx = optimizers(config)
     controller = kl_controller(config)
@@ -148,7 +149,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
         iteration=jnp.zeros((), jnp.int32),
     )
     return Setup(
-        policy, reward, value.model, *trained, [r.prompt for r in records], [r.id for r in records], prompts,
+        policy, reward, value.model, *trained, asked, [r.id for r in records], prompts,
         pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
         compiled_pieces(config, mesh, policy, value, reward, trained),
         compiled_pieces(config, mesh, policy, value, reward, trained, rollout_model=scoring.pair_rows)
@@ -270,7 +271,10 @@ def iterate(
     samples = sample(setup, state, prompts, key, config)
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
-    texts = common.response_texts(setup.policy.tokenizer, samples) if setup.gold or setup.text_reward else []
+    texts = []
+    if setup.gold or setup.text_reward:
+        asked = [setup.asked[i] for i in setup.prompts.indices(iteration)]
+        texts = common.response_texts(setup.policy.tokenizer, samples, asked)
     scores = None
     if setup.text_reward is not None:
         scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
@@ -302,7 +306,7 @@ def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: 
     return generate(
         setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts, jax.random.fold_in(key, 0),
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        stop_ids=(setup.policy.tokenizer.eos_token_id,),
+        stop_ids=text.stop_ids(setup.policy.tokenizer, setup.asked),
     )  # fmt: skip
 
 

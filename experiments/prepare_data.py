@@ -117,13 +117,13 @@ class Lengths:
             self.left_out[f"{what} longer than {limit} tokens"] += 1
         return tokens <= limit
 
-    def _prompt(self, prompt: str) -> int:
+    def _prompt(self, prompt: schema.Conversation) -> int:
         return len(encode_prompt(self.tokenizer, prompt))
 
     def _response(self, response: str) -> int:
         return len(encode_response(self.tokenizer, response, eos_id=self.tokenizer.eos_token_id))
 
-    def prompt(self, prompt: str) -> bool:
+    def prompt(self, prompt: schema.Conversation) -> bool:
         """Whether a prompt fits."""
         return self._fits("prompt", self._prompt(prompt), self.config.prompt_length)
 

@@ -72,6 +72,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "seconds": round(time.monotonic() - begin),
         "steps": steps,
         "tokens": int((rows.segments > 0).sum()),
+        "padding_share": text.padding_share(rows),
         "command": f"python experiments/pretrain.py --config=configs/pretrain/storyland.py:{config.name}",
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "seed": config.seed,

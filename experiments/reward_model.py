@@ -81,9 +81,8 @@ def read_rankings(path: str) -> list[schema.Ranking]:
 
 
 def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
-    """A ranking as token ids, each response with its EOS."""
-    eos = tokenizer.eos_token_id
-    responses = [text.encode_response(tokenizer, response, eos_id=eos) for response in ranking.responses]
+    """A ranking as token ids, each response with the token that ends it."""
+    responses = [text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses]
     return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
 
 
@@ -111,7 +110,7 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
 
 
-Scores = dict[tuple[str, str], float]
+Scores = dict[tuple[schema.Conversation, str], float]
 """Score of each (prompt, response)."""
 
 
@@ -145,12 +144,12 @@ _ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
 
 def _distinct_responses(
     tokenizer: Any, rankings: Sequence[schema.Ranking], config: ConfigDict
-) -> tuple[list[list[tuple[str, str]]], list[text.RankedIds]]:
+) -> tuple[list[list[tuple[schema.Conversation, str]]], list[text.RankedIds]]:
     """Each prompt's different responses, in groups that fit a row: their names and their ids."""
-    asked: dict[str, dict[str, None]] = {}
+    asked: dict[schema.Conversation, dict[str, None]] = {}
     for ranking in rankings:
         asked.setdefault(ranking.prompt, {}).update(dict.fromkeys(ranking.responses))
-    names: list[list[tuple[str, str]]] = []
+    names: list[list[tuple[schema.Conversation, str]]] = []
     items: list[text.RankedIds] = []
     for prompt, responses in asked.items():
         prompt_ids, encoded, _ = encode_ranking(tokenizer, schema.Ranking(prompt, tuple(responses), ()))

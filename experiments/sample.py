@@ -15,6 +15,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -30,7 +31,7 @@ class Responses:
     """K responses to a prompt with where they came from; one line of ``samples.jsonl``."""
 
     id: str | None
-    prompt: str
+    prompt: schema.Conversation
     responses: tuple[str, ...]
     policies: tuple[str, ...]
     temperatures: tuple[float, ...]
@@ -47,12 +48,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
     with StageLog(workdir, "sample", total=sum(ks), show=()) as log:
         for which, name in enumerate(config.models):
             network = common.load_network(name, mesh, config.decoder)
-            ids = common.encode_prompts(
-                network.tokenizer, [p.prompt for p in prompts], length=config.prompt_length, where=config.prompts
-            )
+            asked = [p.prompt for p in prompts]
+            ids = common.encode_prompts(network.tokenizer, asked, length=config.prompt_length, where=config.prompts)
             before = sum(sum(counts) for counts in share[:which])
             responses, _ = common.sample_responses(
-                network, ids, mesh, counts=share[which], prompt_length=config.prompt_length,
+                network, ids, mesh, asked=asked, counts=share[which], prompt_length=config.prompt_length,
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 seed=config.seed * len(config.models) + which, batch_size=config.batch_size,
                 progress=lambda done, _, before=before: log(before + done, {"responses": before + done}),
@@ -78,9 +78,14 @@ def run(config: ConfigDict, workdir: str) -> dict:
 def read_samples(path: Path) -> list[Responses]:
     """What `run` wrote to ``samples.jsonl``."""
     read = lambda row: Responses(  # noqa: E731
-        row.get("id"), row["prompt"], *(tuple(row[name]) for name in ("responses", "policies", "temperatures"))
+        row.get("id"), _prompt(row), *(tuple(row[name]) for name in ("responses", "policies", "temperatures"))
     )
     return schema.read_rows(path, read)[0]
+
+
+def _prompt(row: dict[str, Any]) -> schema.Conversation:
+    prompt = row["messages"] if "messages" in row else row["prompt"]
+    return prompt if isinstance(prompt, str) else tuple(schema.Message(**message) for message in prompt)
 
 
 def draw_k(seed: int, place: int, low: int, high: int) -> int:

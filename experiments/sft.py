@@ -77,18 +77,20 @@ def run(config: ConfigDict, workdir: str) -> dict:
 def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch:
     """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit).
 
+    Of a conversation the targets are the assistant's turns, all of them or the last (`config.assistant_turns`).
+
     Raises:
       ValueError: the file is empty, or a demonstration is longer than a row.
     """
     records, _ = schema.read_jsonl(path, schema.Demonstration)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
-    eos = tokenizer.eos_token_id
-    pairs = [
-        (text.encode_prompt(tokenizer, r.prompt), text.encode_response(tokenizer, r.response, eos_id=eos))
+    config_lib.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
+    pieces = [
+        text.encode_demonstration(tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns)
         for r in records
     ]
-    return text.sft_rows(pairs, length=config.row_length, max_pieces=config.pieces_per_row)
+    return text.masked_rows(pieces, length=config.row_length, max_pieces=config.pieces_per_row)
 
 
 def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:

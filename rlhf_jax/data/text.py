@@ -1,8 +1,9 @@
-r"""Texts to token rows: the one template, tokenising, masks and packing.
+r"""Texts to token rows: templates, tokenising, masks and packing.
 
-The template: the prompt is its text and ``"\n\n"``; the response is its text and EOS. Prompt and response are
-tokenised separately and their ids concatenated, for SFT, reward model and PPO alike, so that a response has the same
-ids wherever it is seen. Rows are contiguous from the left and padded on the right; masks come from lengths.
+A prompt is a text or the turns of a conversation. The template of a text: the prompt is its text and ``"\n\n"``; the
+response is its text and EOS. Conversations are written by `chat`. Prompt and response are tokenised separately and
+their ids concatenated, for SFT, reward model and PPO alike, so that a response has the same ids wherever it is seen.
+Rows are contiguous from the left and padded on the right; masks come from lengths and roles, never from ids.
 
 Row functions never cut or drop anything: what does not fit is an error, and `drop_too_long` is the counted way out.
 """
@@ -13,7 +14,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ import numpy as np
 import transformers
 from jaxtyping import Int
 
+from rlhf_jax.data import chat
+from rlhf_jax.data.schema import Conversation, Message
 from rlhf_jax.types import LMBatch, PromptBatch, RankingBatch, Samples
 
 PROMPT_END = "\n\n"
@@ -29,6 +32,8 @@ PROMPT_END = "\n\n"
 Ids = Sequence[int]
 RankedIds = tuple[Ids, Sequence[Ids], Sequence[int]]
 """Ids of a prompt, of its K responses (with EOS), and K ranks: 0 best, ties equal, -1 absent."""
+MaskedIds = tuple[Ids, Sequence[bool]]
+"""Ids, and True for those that are trained on."""
 Item = TypeVar("Item")
 
 
@@ -80,35 +85,100 @@ def check_same_tokenizer(**tokenizers: transformers.PreTrainedTokenizerFast) -> 
 
 
 def encode_prompt(
-    tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, bos_id: int | None = None
+    tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, *, bos_id: int | None = None
 ) -> list[int]:
-    """Token ids of a prompt with the template's ending; `bos_id` comes first where the base model was trained so.
+    """Token ids of a prompt, up to where the response begins.
 
-    The name of a special token inside `text` stays ordinary text: a user cannot write a control token.
+    The name of a special token inside a text or a message stays ordinary text: a user cannot write a control token.
+
+    Args:
+      tokenizer: its chat template writes messages; where it has none, `chat.PLAIN_TEMPLATE` does.
+      prompt: a text, which the template's ending follows, or messages of which the last is not the assistant's.
+      bos_id: comes first where the base model was trained so; None for messages, whose template writes its own.
+
+    Raises:
+      ValueError: messages that the template cannot write (see `chat.encode_messages`), or `bos_id` with messages.
     """
-    ids = _encode(tokenizer, text + PROMPT_END)
-    return ids if bos_id is None else [bos_id, *ids]
+    if isinstance(prompt, str):
+        ids = chat.encode_text(tokenizer, prompt + PROMPT_END)
+        return ids if bos_id is None else [bos_id, *ids]
+    if bos_id is not None:
+        raise ValueError(f"bos_id={bos_id} does not go with messages: a chat template writes BOS itself; leave it out")
+    return chat.encode_messages(tokenizer, prompt)[0]
 
 
 def encode_response(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int) -> list[int]:
-    """Token ids of a whole response, EOS last."""
-    return [*_encode(tokenizer, text), eos_id]
+    """Token ids of a whole response to a text, EOS last."""
+    return [*chat.encode_text(tokenizer, text), eos_id]
+
+
+def encode_answer(tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, response: str) -> list[int]:
+    """Token ids of a whole response to `prompt`: EOS last after a text, the template's end of turn after messages."""
+    if isinstance(prompt, str):
+        return encode_response(tokenizer, response, eos_id=_eos_id(tokenizer))
+    return chat.encode_reply(tokenizer, prompt, response)
+
+
+def encode_demonstration(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    prompt: Conversation,
+    response: str,
+    *,
+    assistant_turns: str = "all",
+) -> MaskedIds:
+    """Ids of a prompt with its response, and True for those that supervised fine-tuning trains on.
+
+    Args:
+      tokenizer: as in `encode_prompt`.
+      prompt: a text, or the turns before the response.
+      response: what the assistant answers.
+      assistant_turns: of messages, "all" trains on the assistant's earlier turns too, "last" on the response alone. A
+        text has one.
+    """
+    if not isinstance(prompt, str):
+        return chat.encode_conversation(tokenizer, [*prompt, Message("assistant", response)], turns=assistant_turns)
+    asked, said = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, prompt, response)
+    return [*asked, *said], [False] * len(asked) + [True] * len(said)
 
 
 def encode_document(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int) -> list[int]:
     """Token ids of a document of the pretraining mix, EOS last."""
-    return [*_encode(tokenizer, text), eos_id]
+    return [*chat.encode_text(tokenizer, text), eos_id]
 
 
-def decode_response(tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int) -> str:
-    """The text before the first EOS (all of it when there is none). For people and scorers; never encode it again."""
+def stop_ids(tokenizer: transformers.PreTrainedTokenizerFast, prompts: Iterable[Conversation]) -> tuple[int, ...]:
+    """The ids that end a response to any of `prompts`: EOS, and what the template ends the assistant's turn with."""
+    roles = {tuple(m.role for m in p): p for p in prompts if not isinstance(p, str)}
+    ends = (chat.next_turn(tokenizer, messages).end_id for messages in roles.values())
+    return tuple(dict.fromkeys([_eos_id(tokenizer), *ends]))
+
+
+def decode_response(tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int | Sequence[int]) -> str:
+    """The text before the first of the `eos_id` (all of it when there is none).
+
+    For people and scorers; never encode it again.
+    """
+    ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     ids = [int(i) for i in ids]
-    end = ids.index(eos_id) if eos_id in ids else len(ids)
+    end = next((place for place, i in enumerate(ids) if i in ends), len(ids))
     return str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+def decode_answer(
+    tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, ids: Ids, *, stop_ids: Sequence[int]
+) -> str:
+    """The text of a response to `prompt`, without the spaces that a chat template puts around an answer."""
+    said = decode_response(tokenizer, ids, eos_id=stop_ids)
+    if isinstance(prompt, str):
+        return said
+    turn = chat.next_turn(tokenizer, prompt)
+    return said.removeprefix(turn.lead).removesuffix(turn.tail.removesuffix(turn.end))
+
+
+def _eos_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError("the tokenizer names no EOS token: set eos_token in tokenizer_config.json")
+    return tokenizer.eos_token_id
 
 
 # ------------------------------------------------------------------------------------------------------ packing
@@ -159,9 +229,11 @@ def padding_share(batch: LMBatch | RankingBatch) -> float:
 
 
 def _tokens(item: Any) -> int:
-    """Slots that a document, a pair or a ranking takes; responses of rank -1 take none."""
+    """Slots that a document, a pair, a masked piece or a ranking takes; responses of rank -1 take none."""
     if not len(item) or np.ndim(item[0]) == 0:
         return len(item)
+    if len(item) == 2 and isinstance(item[1][0] if len(item[1]) else 0, bool):
+        return len(item[0])
     if len(item) == 2:
         return sum(len(ids) for ids in item)
     prompt, responses, ranks = item
@@ -218,7 +290,30 @@ def sft_rows(
     for i, (prompt, response) in enumerate(pairs):
         if not len(prompt) or not len(response):
             raise ValueError(f"pair {i} has {len(prompt)} prompt and {len(response)} response tokens: both need one")
-    pieces = [([*prompt, *response], len(prompt) if mask_prompt else 1) for prompt, response in pairs]
+    context = [len(prompt) if mask_prompt else 1 for prompt, _ in pairs]
+    pieces = [[*prompt, *response] for prompt, response in pairs]
+    return masked_rows(
+        [(p, _after(c, len(p))) for p, c in zip(pieces, context, strict=True)], length=length, max_pieces=max_pieces
+    )
+
+
+def masked_rows(pieces: Sequence[MaskedIds], *, length: int, max_pieces: int | None = None) -> LMBatch:
+    """Pieces with targets of their own, several to a row (best fit), each a segment with positions from 0.
+
+    Args:
+      pieces: (ids, mask), as `encode_demonstration` gives them; the mask is True where an id is a target.
+      length: slots of a row, in tokens.
+      max_pieces: most pieces of a row; None = as many as fit.
+
+    Raises:
+      ValueError: a piece is longer than `length`, a mask has another length than its ids, its first id is a target
+        (nothing predicts it), or it has no target.
+    """
+    for i, (ids, mask) in enumerate(pieces):
+        if len(ids) != len(mask):
+            raise ValueError(f"piece {i} has {len(ids)} ids and a mask of {len(mask)}: give one entry each")
+        if not any(mask) or mask[0]:
+            raise ValueError(f"piece {i} needs a target, and not at its first id, which nothing predicts")
     return _lm_rows(pieces, length, max_pieces)
 
 
@@ -229,7 +324,7 @@ def lm_rows(documents: Sequence[Ids], *, length: int) -> LMBatch:
     but the first of a piece, which has no predecessor.
     """
     pieces = [list(d[i : i + length]) for d in documents for i in range(0, len(d), length)]
-    return _lm_rows([(piece, 1) for piece in pieces], length)
+    return _lm_rows([(piece, _after(1, len(piece))) for piece in pieces], length)
 
 
 def ranking_rows(
@@ -314,20 +409,24 @@ def _check_ranking(i: int, ranking: RankedIds, max_k: int) -> None:
         raise ValueError(f"ranking {i} has an empty prompt or response: a response holds at least its EOS")
 
 
-def _lm_rows(pieces: Sequence[tuple[Ids, int]], length: int, max_pieces: int | None = None) -> LMBatch:
-    """Pack (ids, number of leading tokens that are no targets)."""
+def _after(context: int, count: int) -> list[bool]:
+    """The mask of `count` tokens of which all but the first `context` are targets."""
+    return [place >= context for place in range(count)]
+
+
+def _lm_rows(pieces: Sequence[MaskedIds], length: int, max_pieces: int | None = None) -> LMBatch:
     rows = best_fit([len(ids) for ids, _ in pieces], capacity=length, max_items=max_pieces)
     tokens, segments, positions = _zeros(3, len(rows), length)
     mask: Any = np.zeros((len(rows), length), bool)
     for b, row in enumerate(rows):
         start = 0
         for segment, item in enumerate(row, start=1):
-            ids, context = pieces[item]
+            ids, targets = pieces[item]
             end = start + len(ids)
             tokens[b, start:end] = ids
             segments[b, start:end] = segment
             positions[b, start:end] = np.arange(len(ids))
-            mask[b, start + context : end] = True
+            mask[b, start:end] = targets
             start = end
     return LMBatch(tokens=tokens, segments=segments, positions=positions, mask=mask)
 

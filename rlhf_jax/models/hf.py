@@ -541,9 +541,11 @@ def _gguf_tokenizer(reader) -> Any:
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_CONTROL]
     inner.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
     ids = {name: field(f"{part}_token_id") for name, part in _GGUF_SPECIAL.items()}
+    template = reader.get_field("tokenizer.chat_template")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
         clean_up_tokenization_spaces=False,
+        chat_template=template and template.contents(),
         **{name: pieces[i] for name, i in ids.items() if i is not None},
     )
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tokenizers
 import transformers
@@ -12,9 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from rlhf_jax import scoring, steps
 from rlhf_jax.data import text
+from rlhf_jax.losses.ranking import ranking_loss
+from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.ops import previous_index
-from rlhf_jax.types import Samples
+from rlhf_jax.types import LMBatch, RankingBatch, Samples
 
 EOT = "<|endoftext|>"
 STORY = "The fox said hello. The dog said nothing, and they walked home together in the rain.\n\n"
@@ -363,3 +372,116 @@ def test_rows_are_numpy_of_the_types_dtypes():
     batch = text.sft_rows([([1], [2, EOS])], length=4)
     assert all(isinstance(x, np.ndarray) for x in (batch.tokens, batch.segments, batch.positions, batch.mask))
     assert (batch.tokens.dtype, batch.mask.dtype) == (np.int32, np.bool_)
+
+
+# --------------------------------------------------------------------------------- packed loss is unpacked loss
+
+TINY = DecoderConfig(vocab_size=40, context_length=64, layers=1, width=16, heads=4, kv_heads=2)
+ROWS = 14
+SGD = optax.sgd(1.0)  # parameters before minus parameters after are the gradient
+SFT_STEP = jax.jit(steps.make_sft_step(language_model(TINY), SGD))
+REWARD_STEP = jax.jit(steps.make_reward_step(scalar_model(TINY), SGD))
+
+
+def in_rows(batch: LMBatch | RankingBatch) -> LMBatch | RankingBatch:
+    """With empty rows (and empty places for prompts) up to one shape, so that one program serves all: they add 0."""
+    spare = ROWS - len(batch.tokens)
+    grown = {}
+    for field in dataclasses.fields(batch):
+        x = np.asarray(getattr(batch, field.name))
+        more = [(0, spare), *[(0, 0)] * (x.ndim - 1)]
+        if field.name in ("ends", "ranks"):
+            more[1] = (0, 4 - x.shape[1])
+        grown[field.name] = jnp.asarray(np.pad(x, more, constant_values=-1 if field.name == "ranks" else 0))
+    return dataclasses.replace(batch, **grown)
+
+
+def scorer() -> dict:
+    """A fresh score head is 0 and gives no gradient to what lies below: this one is not."""
+    params = scalar_model(TINY).init(jax.random.key(0))
+    noise = jax.random.normal(jax.random.key(1), params["score"]["weight"].shape)
+    return {**params, "score": {**params["score"], "weight": 0.3 * noise}}
+
+
+def loss_and_gradient(batch: LMBatch | RankingBatch) -> tuple[float, jax.Array]:
+    """Of a training step as the stages make it; the gradients of all parameters in one vector."""
+    if isinstance(batch, LMBatch):
+        step, name, params = SFT_STEP, "sft/loss", language_model(TINY).init(jax.random.key(0))
+    else:
+        step, name, params = REWARD_STEP, "reward/loss", scorer()
+    with jax.default_matmul_precision("highest"):
+        state, metrics = step(steps.train_state(params, SGD), in_rows(batch), None)
+    gradient = jax.tree.map(lambda before, after: before - after, params, state.params)
+    return float(metrics[name].value), jax.flatten_util.ravel_pytree(gradient)[0]
+
+
+def assert_same_step(packed: LMBatch | RankingBatch, unpacked: LMBatch | RankingBatch) -> None:
+    assert len(packed.tokens) < len(unpacked.tokens)
+    assert text.padding_share(packed) < text.padding_share(unpacked)
+    (loss, gradient), (expected, expected_gradient) = loss_and_gradient(packed), loss_and_gradient(unpacked)
+    assert expected > 0.1
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert float(jnp.linalg.norm(expected_gradient)) > 0.01
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+def drawn(seed: int, low: int, high: int) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, TINY.vocab_size, rng.integers(low, high)).tolist()
+
+
+def test_packed_sft_loss_is_the_loss_of_one_demonstration_a_row():
+    pairs = [(drawn(i, 2, 12), [*drawn(i + 100, 1, 14), EOS]) for i in range(13)]
+    rows = [text.sft_rows(pairs, length=48, max_pieces=most) for most in (None, 1)]
+    assert_same_step(*rows)
+
+
+def test_packed_loss_of_conversations_is_the_loss_of_one_a_row():
+    """Targets in the middle of a piece, as the turns of a conversation have them."""
+    random = np.random.default_rng(0)
+    ids = [drawn(i, 6, 24) for i in range(13)]
+    pieces = [(piece, [False, *(random.random(len(piece) - 2) < 0.5).tolist(), True]) for piece in ids]
+    assert text.drop_too_long(pieces, length=23) == (pieces, 0)
+    rows = [text.masked_rows(pieces, length=48, max_pieces=most) for most in (None, 1)]
+    assert int(rows[0].mask.sum()) == int(rows[1].mask.sum()) == sum(map(sum, (mask for _, mask in pieces)))
+    assert_same_step(*rows)
+
+
+def test_packed_pretraining_loss_is_the_loss_of_one_document_a_row():
+    """A document longer than a row is cut into the same pieces either way."""
+    documents = [[*drawn(i, 3, 30), EOS] for i in range(12)] + [[*drawn(50, 60, 61), EOS]]
+    alone = [text.lm_rows([d], length=48) for d in documents]
+    unpacked = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
+    assert_same_step(text.lm_rows(documents, length=48), unpacked)
+
+
+def rankings() -> list[tuple[list[int], list[list[int]], list[int]]]:
+    """Two to four responses, with ties and a response that nobody ranked."""
+    ranks = [[0, 1], [1, 0, 2], [0, 0, 1, 2], [1, -1, 0], [0, 1], [2, 1, 0]]
+    return [
+        (drawn(i, 2, 6), [[*drawn(10 * i + j + 100, 1, 7), EOS] for j in range(len(r))], r) for i, r in enumerate(ranks)
+    ]
+
+
+def test_packed_ranking_loss_is_the_loss_of_one_prompt_a_row():
+    """Several prompts to a row: ``ends, ranks`` are B N K with N above 1."""
+    packed, unpacked = (text.ranking_rows(rankings(), length=60, max_k=4, max_n=most) for most in (None, 1))
+    assert packed.ends.shape[1] > 1 == unpacked.ends.shape[1]
+    assert_same_step(packed, unpacked)
+
+
+def test_shared_prefix_loss_is_the_loss_of_each_response_in_a_row_of_its_own():
+    """The prompt written out before each response, no parents: what a reward model without packing computes."""
+    asked = rankings()
+    alone = text.prompt_batch([[*p, *r] for p, responses, _ in asked for r in responses], length=16)
+    with jax.default_matmul_precision("highest"):
+        scored = jax.jit(functools.partial(scoring.sequence_values, scalar_model(TINY)))(
+            scorer(), jnp.asarray(alone.tokens), jnp.asarray(alone.lengths)
+        )[1]
+    remaining = iter(scored.tolist())
+    scores = [[next(remaining) for _ in r] + [0.0] * (4 - len(r)) for _, _, r in asked]
+    ranks = [r + [-1] * (4 - len(r)) for _, _, r in asked]
+    expected = float(ranking_loss(jnp.asarray(scores), jnp.asarray(ranks))[0].value)
+    loss, _ = loss_and_gradient(text.ranking_rows(asked, length=60, max_k=4))
+    assert expected > 0.1
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)

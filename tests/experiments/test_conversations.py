@@ -88,7 +88,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         patch.setattr(ppo, "sample", sample_and_keep)
         patch.setattr(ppo, "check_step_zero", lambda *_: None)  # tested elsewhere, and compiles five programs
         tuned = sft.run(
-            load("sft", model=base, demonstrations="demonstrations", validation="demonstrations", epochs="3",
+            load("sft", model=base, demonstrations="demonstrations", validation="demonstrations", epochs="10",
                  row_length="120", batch_size="4", learning_rate="1e-2", dropout="0.0", schedule="constant"),
             str(folder / "sft"),
         )  # fmt: skip

@@ -122,6 +122,7 @@ def reward_model() -> ConfigDict:
             "loss": fn_spec("rlhf_jax.losses.ranking:ranking_loss"),
             "max_k": 9,
             "row_length": 1024 + 9 * 1024,
+            "too_long": "error",
             "prompts_per_row": None,
             "epochs": 1,
             "batch_size": 64,

@@ -56,7 +56,7 @@ def reward_model(source: str) -> ConfigDict:
     config.rankings, config.demonstrations = folder + "/rankings.jsonl", folder + "/demonstrations.jsonl"
     config.evaluation = {f"held_out_{source}": folder + f"/rankings_held_out_{source}.jsonl"}
     config.update(
-        model=BASE, train="lora", row_length=640 if source == "hh_rlhf" else 4096, learning_rate=2e-4, clip_norm=1.0,
+        model=BASE, train="lora", too_long="drop", row_length=640 if source == "hh_rlhf" else 4096, learning_rate=2e-4, clip_norm=1.0,
         batch_size=4 if source == "hh_rlhf" else 2, bias_demonstrations=128, score_batch_size=16, save_every=50,
     )  # fmt: skip
     config.lora.layers = 10

@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     mesh = common.start(config.mesh)
     base = common.load_network(config.model, mesh, config.decoder)
     rankings = read_rankings(config.rankings)
-    encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
+    encoded, left_out = fitting([encode_ranking(base.tokenizer, r) for r in rankings], config)
     rows = text.ranking_rows(
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
@@ -57,10 +57,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
     )  # fmt: skip
     network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
     common.save_network(Path(workdir) / "model", network)
-    result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(rankings)}
+    result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
     result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}
-    result["responses"] = sum(len(r.responses) for r in rankings)
-    result["pairs"] = sum(schema.strict_pairs(r.ranks) for r in rankings)
+    result["left_out_too_long"] = left_out
+    result["responses"] = sum(len(responses) for _, responses, _ in encoded)
+    result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
     sets = {name: read_rankings(path) for name, path in config.evaluation.items() if path}
     scores = score_each(network, [r for rankings in sets.values() for r in rankings], config, mesh)
     result |= {name: evaluate(rankings, scores) for name, rankings in sets.items()}
@@ -84,6 +85,12 @@ def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], 
     """A ranking as token ids, each response with the token that ends it."""
     responses = [text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses]
     return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
+
+
+def fitting(encoded: list[text.RankedIds], config: ConfigDict) -> tuple[list[text.RankedIds], int]:
+    """The rankings that fit a row, and how many do not: an error, unless `config.too_long` says to drop them."""
+    config_lib.require_one_of("too_long", config.too_long, ("error", "drop"))
+    return text.drop_too_long(encoded, length=config.row_length) if config.too_long == "drop" else (encoded, 0)
 
 
 def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:

@@ -55,9 +55,10 @@ def reward_model(source: str) -> ConfigDict:
     folder = config.get_ref("data")
     config.rankings, config.demonstrations = folder + "/rankings.jsonl", folder + "/demonstrations.jsonl"
     config.evaluation = {f"held_out_{source}": folder + f"/rankings_held_out_{source}.jsonl"}
+    short = source == "hh_rlhf"
     config.update(
-        model=BASE, train="lora", too_long="drop", row_length=640 if source == "hh_rlhf" else 4096, learning_rate=2e-4, clip_norm=1.0,
-        batch_size=4 if source == "hh_rlhf" else 2, bias_demonstrations=128, score_batch_size=16, save_every=50,
+        model=BASE, train="lora", row_length=640 if short else 4096, batch_size=4 if short else 2, too_long="drop",
+        learning_rate=2e-4, clip_norm=1.0, bias_demonstrations=128, score_batch_size=16, save_every=50,
     )  # fmt: skip
     config.lora.layers = 10
     config.decoder.unroll = 1

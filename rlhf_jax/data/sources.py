@@ -540,8 +540,8 @@ def _cut_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 _ARROW = (".parquet", ".arrow")
 _TABLES = ("*.parquet", "*.arrow", "*.jsonl", "*.jsonl.gz")
-_SHARD = re.compile(r"(?:.*-)?(?P<split>\w+?)(?:-(?P<place>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{16})?)?")
-"""train, train-00000-of-00002, NAME-train-00000-of-00002, train-00000-of-00002-0123456789abcdef."""
+_SHARD = re.compile(r"(?P<table>.+?)(?:-(?P<place>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{16})?)?")
+"""train, train-00000-of-00002, NAME-train-00000-of-00002, train-00000-of-00002-0123456789abcdef; without the suffix."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -591,13 +591,14 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _shards(root: Path, split: str | None) -> list[Path]:
-    groups: dict[str, list[tuple[Path, re.Match[str] | None]]] = {}
+    groups: dict[str, list[tuple[Path, re.Match[str]]]] = {}
     for file in sorted(f for pattern in _TABLES for f in root.rglob(pattern)):
-        stem = file.name.split(".")[0]
-        if stem.startswith(("cache-", "tmp")) or any(part.startswith(".") for part in file.relative_to(root).parts):
+        match = _SHARD.fullmatch(re.sub(r"\.(parquet|arrow|jsonl|jsonl\.gz)$", "", file.name))
+        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        if match is None or hidden or match["table"].startswith(("cache-", "tmp")):
             continue  # what `datasets` and the hub client leave behind
-        match = _SHARD.fullmatch(stem)
-        name = file.parent.name if stem.isdigit() else match["split"] if match else stem
+        name = match["table"].rsplit("-", 1)[-1]
+        name = file.parent.name if name.isdigit() else name  # train/0000.parquet
         groups.setdefault(name, []).append((file, match))
     if not groups:
         raise ValueError(f"{root} holds no {' or '.join(_TABLES)}: pass the file or the folder that does")
@@ -609,10 +610,10 @@ def _shards(root: Path, split: str | None) -> list[Path]:
     return [file for file, _ in chosen]
 
 
-def _check_shards(chosen: Sequence[tuple[Path, re.Match[str] | None]]) -> None:
+def _check_shards(chosen: Sequence[tuple[Path, re.Match[str]]]) -> None:
     """Raise unless each place of ``-00000-of-00002`` is there once."""
-    places = [(int(match["place"]), int(match["count"])) for _, match in chosen if match and match["count"]]
-    if not places and len({file.name.split(".")[0] for file, _ in chosen}) == len(chosen):
+    places = [(int(match["place"]), int(match["count"])) for _, match in chosen if match["count"]]
+    if not places and len({match["table"] for _, match in chosen}) == len(chosen):
         return
     counts = {count for _, count in places}
     if len(counts) != 1 or len(places) != len(chosen) or sorted(p for p, _ in places) != list(range(max(counts))):

@@ -3,14 +3,17 @@ from __future__ import annotations
 import collections
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from rlhf_jax.data import sources
-from rlhf_jax.data.schema import Demonstration, Ranking, strict_pairs
+from rlhf_jax.data import schema, sources
+from rlhf_jax.data.schema import Demonstration, Message, Prompt, Ranking, strict_pairs
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -178,6 +181,296 @@ def test_bad_split_and_empty_split(tmp_path: Path):
         sources.read_hh(tmp_path, split="test", test_fraction=2)
 
 
+# ------------------------------------------------------------------------------------------------- tables (TRL, HF)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def said(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def save_parquet(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def save_arrow(path: Path, rows: list[dict], *, batches: int = 1, file_format: bool = False) -> Path:
+    """As `datasets` writes it: the stream format, several record batches."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    new = pa.ipc.new_file if file_format else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=-(-len(rows) // batches))
+    return path
+
+
+def save_to_disk(folder: Path, shards: list[list[dict]], **state: object) -> Path:
+    """The layout of `Dataset.save_to_disk`."""
+    names = [f"data-{k:05}-of-{len(shards):05}.arrow" for k in range(len(shards))]
+    for name, rows in zip(names, shards, strict=True):
+        save_arrow(folder / name, rows)
+    about = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": "a8e8c2c43b24df5a",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+        **state,
+    }
+    (folder / "state.json").write_text(json.dumps(about, indent=2))
+    info = {"citation": "", "description": "", "features": {}, "homepage": "", "license": ""}
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
+    return folder
+
+
+def pairs_of(start: int, count: int) -> list[dict]:
+    return [{"prompt": f"p{k}", "chosen": "good", "rejected": "bad"} for k in range(start, start + count)]
+
+
+TURNS = (Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Who?"))
+BEFORE = [user("Hi"), said("Hello."), user("Who?")]
+PAIRS = {
+    "texts": ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "The sky is", ("blue.", "green.")),
+    "texts with the prompt in them": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        "The sky is",
+        ("blue.", "black."),
+    ),
+    "one text goes on where the other ends": (
+        {"chosen": "The sky is blue today.", "rejected": "The sky is blue"},
+        "The sky is",
+        ("blue today.", "blue"),
+    ),
+    "dialogues": (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Good day", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"},
+        "Human: Hi\n\nAssistant:",
+        ("Good day", "Go away"),
+    ),
+    "messages": ({"prompt": BEFORE, "chosen": [said("Me.")], "rejected": [said("You.")]}, TURNS, ("Me.", "You.")),
+    "messages with the prompt in them": (
+        {"chosen": [*BEFORE, said("Me.")], "rejected": [*BEFORE, said("You.")]},
+        TURNS,
+        ("Me.", "You."),
+    ),
+    "messages with the prompt twice": (
+        {"prompt": BEFORE, "chosen": [*BEFORE, said("Me.")], "rejected": [*BEFORE, said("You.")]},
+        TURNS,
+        ("Me.", "You."),
+    ),
+    "a text and messages that repeat it": (
+        {"prompt": "Who?", "chosen": [user("Who?"), said("Me.")], "rejected": [user("Who?"), said("You.")]},
+        (Message("user", "Who?"),),
+        ("Me.", "You."),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PAIRS)
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet", ".arrow"])
+def test_pairs_in_every_form_and_file(tmp_path: Path, form: str, suffix: str):
+    row, prompt, responses = PAIRS[form]
+    save = {".jsonl.gz": lambda path, rows: write(path, *rows), ".parquet": save_parquet, ".arrow": save_arrow}[suffix]
+    path = save(tmp_path / f"pairs{suffix}", [{**row, "id": "7", "labeler": "x", "score": 3.5}])
+    records, report = sources.read_pairs(path, source="trl")
+    assert records == [Ranking(prompt, responses, (0, 1), id="7", source="trl", labeler="x")]
+    assert (report.rows, report.kept) == (1, 1)
+    schema.write_jsonl(tmp_path / "again.jsonl", records)
+    assert schema.read_jsonl(tmp_path / "again.jsonl", Ranking)[0] == records
+
+
+def test_demonstrations_and_prompts(tmp_path: Path):
+    completions = [
+        {"prompt": "The sky is", "completion": " blue."},
+        {"prompt": "It is", "completion": [said("late.")]},
+    ]
+    records, _ = sources.read_completions(write(tmp_path / "a.jsonl.gz", *completions))
+    assert records == [Demonstration("The sky is", "blue."), Demonstration("It is", "late.")]
+    rows = [{"prompt": BEFORE, "completion": [said("Me.")]}]
+    assert sources.read_completions(save_parquet(tmp_path / "b.parquet", rows))[0] == [Demonstration(TURNS, "Me.")]
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"messages": [system, *BEFORE, said("Me.")], "prompt": None}]
+    records, _ = sources.read_completions(save_arrow(tmp_path / "c.arrow", rows), source="chat")
+    assert records == [Demonstration((Message("system", "Be brief."), *TURNS), "Me.", source="chat")]
+    path = write(tmp_path / "d.jsonl.gz", {"prompt": "p", "id": "1", "extra": 2}, {"prompt": BEFORE})
+    assert sources.read_prompts(path)[0] == [Prompt("p", id="1"), Prompt(TURNS)]
+
+
+def test_rated_responses_become_ranks_with_ties(tmp_path: Path):
+    row = {"prompt": "p", "responses": ["a", " b ", "c", "d", "e"], "scores": [3, 4.5, 3.0, None, -1]}
+    records, _ = sources.read_rated(write(tmp_path / "a.jsonl.gz", row))
+    assert records == [Ranking("p", ("a", "b", "c", "d", "e"), (1, 0, 1, -1, 2))]
+    given = [("m1", "a", 7.0), ("m2", "b", float("nan")), ("m3", "c", 8.5)]
+    row = {"instruction": "q", "completions": [{"model": m, "response": r, "overall_score": s} for m, r, s in given]}
+    records, _ = sources.read_rated(save_parquet(tmp_path / "b.parquet", [{"source": "ultra", **row}]))
+    assert records == [Ranking("q", ("a", "b", "c"), (1, -1, 0), source="ultra", policies=("m1", "m2", "m3"))]
+    bad = {"prompt": "p", "responses": ["a", "b"], "scores": [1, "2"]}
+    with pytest.raises(ValueError, match=r"c\.jsonl\.gz:1: field 'scores\[1\]' must be a number or null, got str"):
+        sources.read_rated(write(tmp_path / "c.jsonl.gz", bad))
+    with pytest.raises(ValueError, match="a number for each response"):
+        sources.read_rated(write(tmp_path / "d.jsonl.gz", {"prompt": "p", "responses": ["a", "b"], "scores": [1]}))
+
+
+def test_a_public_set_has_expected_drops(tmp_path: Path):
+    rows = [
+        *pairs_of(0, 1),
+        {"prompt": "p", "chosen": "same", "rejected": "same "},
+        {"prompt": "p", "chosen": "a", "rejected": ""},
+        {"prompt": None, "chosen": "no", "rejected": "shared beginning"},
+        {"prompt": None, "chosen": "q: a\n\nAssistant: x", "rejected": "q: b\n\nAssistant: y"},
+    ]
+    records, report = sources.read_pairs(save_arrow(tmp_path / "a.arrow", rows, batches=3))
+    assert [r.prompt for r in records] == ["p0"]
+    assert report.dropped == {"identical responses": 1, "empty response": 1, "prompts differ": 2}
+    assert report.places["prompts differ"] == [f"{tmp_path}/a.arrow:4", f"{tmp_path}/a.arrow:5"]
+    assert report.rows == report.kept + sum(report.dropped.values()) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing: the row has chosen, prompt"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "field 'prompt' must be a text or a list of messages, got int"),
+        ({"prompt": "p", "chosen": [user("x"), said("y")], "rejected": [said("z")]}, "2 messages answer the prompt"),
+        ({"chosen": "a", "rejected": [user("x"), said("y")]}, "a text alone does not say what it answers"),
+        ({"prompt": [said("x")], "chosen": "a", "rejected": "b"}, "the user's turn is due"),
+        ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "must be one of system, user"),
+        ({"prompt": ["x"], "chosen": "a", "rejected": "b"}, "must be an object, got str"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "id": "first"}, "'first' is also in an earlier row"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_row(tmp_path: Path, row: dict, message: str):
+    good = [{**p, "id": name} for p, name in zip(pairs_of(0, 3), ("first", "2", "3"), strict=True)]
+    path = write(tmp_path / "pairs.jsonl.gz", *good, row)
+    with pytest.raises(ValueError, match=r"1 of 4 rows of .* are bad") as caught:
+        sources.read_pairs(path)
+    assert f"{path}:4: " in str(caught.value)
+    assert message in str(caught.value)
+    records, report = sources.read_pairs(path, max_bad_fraction=0.25)
+    assert (len(records), report.rows, sum(report.dropped.values())) == (3, 4, 1)
+
+
+def test_folders_of_save_to_disk(tmp_path: Path):
+    one = save_to_disk(tmp_path / "one", [pairs_of(0, 2), pairs_of(2, 1)])
+    save_arrow(one / "cache-0123456789abcdef.arrow", pairs_of(90, 1))
+    records, report = sources.read_pairs(one)
+    assert [r.prompt for r in records] == ["p0", "p1", "p2"]
+    assert report.rows == 3
+    both = tmp_path / "both"
+    save_to_disk(both / "train", [pairs_of(0, 2)])
+    save_to_disk(both / "test", [pairs_of(5, 1)])
+    (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert [r.prompt for r in sources.read_pairs(both, split="test")[0]] == ["p5"]
+    with pytest.raises(ValueError, match=r"split=None of .*both: choose one of test, train"):
+        sources.read_pairs(both)
+    with pytest.raises(ValueError, match="leave split='train' out"):
+        sources.read_pairs(one, split="train")
+
+
+def test_damaged_folders_of_save_to_disk(tmp_path: Path):
+    folder = save_to_disk(tmp_path / "a", [pairs_of(0, 2), pairs_of(2, 1)])
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(ValueError, match=r"lacks \['data-00001-of-00002\.arrow'\]"):
+        sources.read_pairs(folder)
+    moved = save_to_disk(tmp_path / "b", [pairs_of(0, 2)], _indices_data_files=[{"filename": "indices.arrow"}])
+    with pytest.raises(ValueError, match="saved with an index file: save it again after flatten_indices"):
+        sources.read_pairs(moved)
+    save_arrow(tmp_path / "secret.arrow", pairs_of(7, 1))
+    outside = save_to_disk(tmp_path / "c", [pairs_of(0, 2)], _data_files=[{"filename": "../secret.arrow"}])
+    with pytest.raises(ValueError, match="lacks"):
+        sources.read_pairs(outside)
+    (outside / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not as save_to_disk writes it"):
+        sources.read_pairs(outside)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+        ["data/train-00000-of-00002-0123456789abcdef.parquet", "data/train-00001-of-00002-fedcba9876543210.parquet"],
+        ["default/train/0000.parquet", "default/train/0001.parquet"],
+    ],
+)
+def test_folders_from_the_hub(tmp_path: Path, names: list[str]):
+    for k, name in enumerate(names):
+        save_parquet(tmp_path / name, pairs_of(2 * k, 2))
+    save_parquet(tmp_path / ".cache" / "train-00000-of-00001.parquet", pairs_of(90, 1))
+    (tmp_path / "README.md").write_text("a card")
+    assert [r.prompt for r in sources.read_pairs(tmp_path)[0]] == ["p0", "p1", "p2", "p3"]
+    test = names[0].replace("train", "test_prefs").replace("-of-00002", "-of-00001")
+    save_parquet(tmp_path / test, pairs_of(7, 1))
+    assert [r.prompt for r in sources.read_pairs(tmp_path, split="test_prefs")[0]] == ["p7"]
+    with pytest.raises(ValueError, match=r"split='dev' of .*: choose one of test_prefs, train"):
+        sources.read_pairs(tmp_path, split="dev")
+
+
+def test_incomplete_or_ambiguous_folders(tmp_path: Path):
+    for name in ("a/train-00000-of-00002.parquet", "b/train-00001-of-00002.parquet"):
+        save_parquet(tmp_path / name, pairs_of(0, 1))
+    with pytest.raises(ValueError, match=r"holds several data sets: pass one of .*/a, .*/b"):
+        sources.read_pairs(tmp_path)
+    with pytest.raises(ValueError, match="are not the shards of one table: copy the missing ones"):
+        sources.read_pairs(tmp_path / "a")
+    write(tmp_path / "c" / "train.jsonl.gz", *pairs_of(0, 1))
+    save_parquet(tmp_path / "c" / "train.parquet", pairs_of(0, 1))
+    with pytest.raises(ValueError, match="are not the shards of one table"):
+        sources.read_pairs(tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \*\.parquet or \*\.arrow or"):
+        sources.read_pairs(tmp_path / "d")
+    with pytest.raises(ValueError, match="does not exist: check the path"):
+        sources.read_pairs(tmp_path / "nowhere.parquet")
+    (tmp_path / "e.csv").write_text("prompt,chosen,rejected")
+    with pytest.raises(ValueError, match=r"is none of \*\.parquet"):
+        sources.read_pairs(tmp_path / "e.csv")
+    with pytest.raises(ValueError, match="is one file: leave split='train' out"):
+        sources.read_pairs(tmp_path / "c" / "train.parquet", split="train")
+    with pytest.raises(ValueError, match="max_bad_fraction=1"):
+        sources.read_pairs(tmp_path / "c" / "train.parquet", max_bad_fraction=1.0)
+
+
+def test_both_arrow_formats_and_cut_files(tmp_path: Path):
+    rows = pairs_of(0, 6)
+    for file_format in (False, True):
+        path = save_arrow(tmp_path / f"{file_format}.arrow", rows, batches=3, file_format=file_format)
+        assert [r.prompt for r in sources.read_pairs(path)[0]] == [f"p{k}" for k in range(6)]
+    stream = (tmp_path / "False.arrow").read_bytes()
+    parquet = save_parquet(tmp_path / "p.parquet", rows).read_bytes()
+    assert pa.ipc.open_stream(stream[:-8]).read_all().num_rows == 6  # pyarrow does not miss the end mark
+    for name, data in (
+        ("cut.arrow", stream[: len(stream) // 2]),
+        ("cut.arrow", stream[:-8]),
+        ("cut.arrow", b""),
+        ("cut.parquet", parquet[:-20]),
+        ("cut.parquet", b""),
+    ):
+        cut = tmp_path / name
+        cut.write_bytes(data)
+        with pytest.raises(ValueError, match=r"cut\.\w+ cannot be read \(.*\): copy or download it again"):
+            sources.read_pairs(cut)
+
+
+def test_pyarrow_is_named_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save_parquet(tmp_path / "a.parquet", pairs_of(0, 1))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r'a\.parquet needs pyarrow: pip install "rlhf_jax\[data\]"'):
+        sources.read_pairs(path)
+    assert len(sources.read_pairs(write(tmp_path / "a.jsonl.gz", *pairs_of(0, 2)))[0]) == 2
+
+
+def test_a_conversation_has_one_place_in_both_forms():
+    text = "Human: Hi\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant:"
+    assert sources.conversation_place(TURNS) == sources.conversation_place(text)
+    assert sources.conversation_place((Message("system", "x"), *TURNS)) == sources.conversation_place(text)
+    assert sources.conversation_place((Message("user", "Ho"),)) != sources.conversation_place(text)
+
+
 # --------------------------------------------------------------------------------------------------- real files
 
 
@@ -218,3 +511,13 @@ def test_real_text(data_dir: Path):
     assert len(documents) == 8
     stories, _ = sources.read_text(data_dir / "tinystories_slice")
     assert len(stories) == 1017
+
+
+def test_real_hh_rlhf_is_also_a_table_in_trls_form(data_dir: Path, tmp_path: Path):
+    """Implicit prompts: the pairs that `read_hh` keeps, from parquet."""
+    lines = gzip.decompress((data_dir / "hh_rlhf" / "helpful-base.test.jsonl.gz").read_bytes()).splitlines()
+    path = save_parquet(tmp_path / "test-00000-of-00001.parquet", [json.loads(line) for line in lines])
+    records, report = sources.read_pairs(path, source="hh_rlhf/helpful-base")
+    wanted, counts = sources.read_hh(data_dir, **EVERYTHING, subsets=("helpful-base",))
+    assert records == wanted
+    assert report.dropped == counts.dropped

@@ -881,6 +881,15 @@ _PARSERS: dict[type, Callable[[dict[str, Any], bool], Any]] = {
 }
 
 
+def parse_row(row: dict[str, Any], kind: type[Record], *, allow_empty_responses: bool = False) -> Record:
+    """One row, already JSON, as a record; for readers of other file formats.
+
+    Raises:
+      RowError: the row breaks a rule.
+    """
+    return _PARSERS[kind](row, allow_empty_responses)
+
+
 def _to_json(record: Any) -> dict[str, Any]:
     row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
     if isinstance(row.get("prompt"), tuple):

@@ -396,7 +396,7 @@ def _read_table(
     def parse(row: dict[str, Any]) -> Record:
         # Other tables have other columns: what a record does not know stays behind.
         carried = {name: row[name] for name in labels if isinstance(row.get(name), str) and row[name].strip()}
-        record = schema._PARSERS[kind](given | carried | form(row), False)
+        record = schema.parse_row(given | carried | form(row), kind)
         if record.id is not None and record.id in ids:
             raise RowError("duplicate id", f"field 'id' = {record.id[:60]!r} is also in an earlier row")
         ids.add(record.id or "")

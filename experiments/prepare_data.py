@@ -34,6 +34,8 @@ from rlhf_jax.generate import generate
 FIRST_INDEX = {"demonstrations": 0, "ranking": 1_000_000, "ppo": 2_000_000}
 """Where each training set begins in the endless stream of training instructions, so that no two share a prompt."""
 HELD_OUT_TEXT_SEED = 1
+OASST_FILES = ("rankings.jsonl.gz", "demonstrations.jsonl.gz", "*tree*.jsonl.gz")
+TEXT_FILES = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz")
 PTX_FIRST_DOCUMENT = 1_000_000
 """The pretraining mix comes from a part of the corpus stream that the base models have not seen."""
 
@@ -153,21 +155,64 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     """HH-RLHF pairs and OpenAssistant rankings, cut into parts by conversation, and running English.
 
     Rankings, demonstrations and prompts never share a conversation. Writes ``data_report.txt`` too: what was read, what
-    was left out and why.
+    was left out and why. Where `config.data_dir` holds HH-RLHF alone, a line says which files are not written.
     """
     parts = _Parts(config)
     where = config.data_dir or None
     everything: dict[str, Any] = {"split": "train", "test_fraction": 0.0}
     pairs, of_pairs = sources.read_hh(where, **everything, subsets=config.subsets)
-    groups, of_groups = sources.read_oasst(where, **everything)
-    replies, of_replies = sources.read_oasst_demonstrations(where, **everything)
-    documents, of_documents = sources.read_english(where)
+    oasst, text_dir, skipped = _beside_hh(where, config.subsets)
+    reports = [of_pairs]
+    groups: list[schema.Ranking] = []
+    replies: list[schema.Demonstration] = []
+    if oasst:
+        groups, of_groups = sources.read_oasst(where, **everything)
+        replies, of_replies = sources.read_oasst_demonstrations(where, **everything)
+        reports += [of_groups, of_replies]
     lengths = Lengths(config)
+    files = _preference_files(config, parts, lengths, _named([*groups, *pairs]),
+                              _named([*replies, *sources.best_responses(pairs)]))  # fmt: skip
+    if text_dir:
+        documents, of_documents = sources.read_english(where)
+        reports.append(of_documents)
+        files["corpus"], files["corpus_held_out"] = _text(documents, config)
+    _require_records(files)
+    counts = _write(folder, {name: records for name, records in files.items() if records})
+    _report(folder / "data_report.txt", reports, lengths.left_out, counts, files["rankings"], skipped)
+    return counts
 
-    rankings = _named([*groups, *pairs])
-    demonstrations = _named([*replies, *sources.best_responses(pairs)])
+
+def _beside_hh(where: str | None, subsets: Sequence[str]) -> tuple[bool, bool, list[str]]:
+    """Whether OpenAssistant and running text are to be had, and a line for each that is not.
+
+    A download has both. A folder may hold HH-RLHF alone: nothing is fetched then that was not asked for.
+    """
+    if where is None:
+        return True, True, []
+    root = Path(where)
+    oasst = any(next(root.glob(name), None) for name in ("oasst*", *OASST_FILES))
+    # The rows of HH-RLHF and OpenAssistant are no text: where their files lie in the folder itself, text has its own.
+    theirs = [f for name in (*OASST_FILES, *(f"{s}.*" for s in subsets)) for f in root.glob(name)]
+    names = (*sources.TEXT_FOLDERS, *(() if theirs else TEXT_FILES))
+    text = any(next(root.glob(name), None) for name in names)
+    skipped = []
+    if not oasst:
+        skipped += [f"skipped: no folder oasst* in {root}: no OpenAssistant rankings, no rankings_held_out_oasst.jsonl"]
+    if not text:
+        folders = " or ".join(sources.TEXT_FOLDERS)
+        skipped += [
+            f"skipped: no folder {folders} in {root}: no corpus.jsonl and no corpus_held_out.jsonl, which the stages "
+            "with a pretraining mix and the evaluation on text read"
+        ]
+    return oasst, text, skipped
+
+
+def _preference_files(
+    config: ConfigDict, parts: _Parts, lengths: Lengths, rankings: list[schema.Ranking],
+    demonstrations: list[schema.Demonstration],
+) -> dict[str, Any]:  # fmt: skip
+    """The records of each file but the text."""
     prompts = _distinct(schema.Prompt(r.prompt, id=r.id, source=r.source) for r in rankings)
-    text, held_out_text = _text(documents, config)
 
     def prompts_of(part: str, count: int) -> list[schema.Prompt]:
         return parts.take(prompts, (part,), count, lambda p: p if lengths.prompt(p.prompt) else None)
@@ -176,25 +221,19 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
         keep = lambda d: d if lengths.demonstration(d) else None  # noqa: E731
         return parts.take(_distinct(demonstrations), (part,), count, keep)
 
-    files: dict[str, Iterable[Any]] = {
+    files: dict[str, Any] = {
         "prompts_test": prompts_of("test", config.test_prompts),
         "prompts_validation": prompts_of("validation", config.validation_prompts),
         "demonstrations": demonstrations_of("demonstrations", config.demonstrations),
         "demonstrations_validation": demonstrations_of("validation", config.validation_prompts),
         "prompts_ppo": prompts_of("ppo", config.ppo_prompts),
         "rankings": parts.take(rankings, ("ranking",), config.ranking_prompts, lengths.ranking),
-        "corpus": text,
-        "corpus_held_out": held_out_text,
     }
     for name in ("hh_rlhf", "oasst"):
         these = [r for r in rankings if str(r.source).startswith(name)]
         held_out = parts.take(these, ("validation", "test"), config.held_out_rankings, lengths.ranking)
         files[f"rankings_held_out_{name}"] = held_out
-    _require_records(files)
-    counts = _write(folder, {name: records for name, records in files.items() if records})
-    reports = [of_pairs, of_groups, of_replies, of_documents]
-    _report(folder / "data_report.txt", reports, lengths.left_out, counts, files["rankings"])
-    return counts
+    return files
 
 
 class _Parts:
@@ -281,11 +320,12 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
 
 def _report(
     path: Path, reports: Sequence[schema.DataReport], left_out: collections.Counter[str], counts: dict[str, int],
-    rankings: Iterable[schema.Ranking],
+    rankings: Iterable[schema.Ranking], skipped: Sequence[str],
 ) -> None:  # fmt: skip
     sizes = collections.Counter(len(r.responses) for r in rankings)
     # Readers name the split they were asked for; the parts here are others.
     lines = [dataclasses.replace(report, noted={}).summary() for report in reports]
+    lines += skipped
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(left_out.items())]
     lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 import subprocess
 import types
 import zipfile
@@ -238,8 +239,45 @@ def test_missing_folders_are_named(made, tmp_path):
     (tmp_path / "hh_rlhf").mkdir()
     refuse(made, tmp_path, r"no helpful-base .* pass the folder that holds HH-RLHF", data_dir=tmp_path)
     data_dir = make_data(tmp_path / "raw")
-    (data_dir / "oasst_en100").rename(data_dir / "other")
+    for file in (data_dir / "oasst_en100").iterdir():
+        file.unlink()
     refuse(made, tmp_path, "pass the folder that holds OpenAssistant's file", data_dir=data_dir)
+
+
+@pytest.mark.parametrize("folder", ["hh_rlhf", ""])
+def test_a_folder_with_nothing_but_pairs_gives_what_it_can(made, tmp_path, capsys, folder):
+    """The folder of HH-RLHF itself, or the one around it: pairs are cut as before, what is missing is said."""
+    data_dir = make_data(tmp_path / "raw")
+    for other in ("oasst_en100", "english_text"):
+        shutil.rmtree(data_dir / other)
+    (data_dir / "hh_rlhf" / "README.txt").write_text("no text to train on")
+    counts = prepare_data.run(small(data_dir / folder, made.model), str(tmp_path / "out"))
+    missing = {"rankings_held_out_oasst", "corpus", "corpus_held_out"}
+    assert set(counts) == set(KINDS) - missing == {p.stem for p in (tmp_path / "out").glob("*.jsonl")}
+    report = (tmp_path / "out" / "data_report.txt").read_text()
+    assert report == capsys.readouterr().out
+    assert "skipped: no folder oasst* in" in report
+    assert "skipped: no folder english_text or wikitext2 in" in report
+    held, trained = (
+        [json.loads(line)["prompt"] for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("rankings_held_out_hh_rlhf", "rankings")
+    )
+    # By name in the line from 0 to 1: demonstrations, ppo, ranking, then what is held out.
+    assert min(map(sources.conversation_place, held)) >= 0.8
+    assert max(map(sources.conversation_place, trained)) < 0.8
+
+
+def test_text_is_skipped_without_rankings_of_oasst_and_the_other_way_round(made, tmp_path):
+    data_dir = make_data(tmp_path / "raw")
+    shutil.rmtree(data_dir / "english_text")
+    counts = prepare_data.run(small(data_dir, made.model), str(tmp_path / "out"))
+    assert counts["rankings_held_out_oasst"] == made.counts["rankings_held_out_oasst"]
+    assert "corpus" not in counts
+    (data_dir / "stories.jsonl").write_text("".join(json.dumps({"text": f"story {i}\n\nend"}) + "\n" for i in range(9)))
+    shutil.rmtree(data_dir / "oasst_en100")
+    counts = prepare_data.run(small(data_dir, made.model), str(tmp_path / "text"))
+    assert counts["corpus"] > 0
+    assert "rankings_held_out_oasst" not in counts
 
 
 def test_a_corrupt_file_is_named(made, tmp_path):
@@ -257,7 +295,7 @@ def test_limits_that_leave_nothing_are_refused(made, tmp_path):
 def test_shares_that_do_not_add_up_and_unknown_sources_are_refused(made, tmp_path):
     config = small(made.data_dir, made.model)
     config.shares.test = 0.5
-    with pytest.raises(ValueError, match=r"shares=.*add up to 1\.4: make it 1"):
+    with pytest.raises(ValueError, match=r"shares=.*add up to 1\.35: make it 1"):
         prepare_data.run(config, str(tmp_path))
     with pytest.raises(ValueError, match=r"source='hh-rlhf' must be one of .* did you mean 'hh_rlhf'"):
         prepare_data.run(ConfigDict({"source": "hh-rlhf"}), str(tmp_path))
@@ -507,3 +545,13 @@ def test_real_pairs_and_rankings_become_stage_files(data_dir, tmp_path):
     held, _ = schema.read_jsonl(tmp_path / "rankings_held_out_oasst.jsonl", schema.Ranking)
     assert max(len(r.responses) for r in [*rankings, *held]) >= 8
     assert counts["corpus"] > 1_000
+
+
+def test_the_pairs_alone_hold_out_a_thousand_to_measure_a_reward_model_on(data_dir, tmp_path):
+    """The default config on the folder of HH-RLHF itself, counted by the shipped tokenizer."""
+    # A word is more tokens in storyland's tokenizer than in a real model's, so the length limits are raised with it.
+    changes = {"prompt_length": "640", "response_length": "480", "ranked_response_length": "1280"}
+    config = load_config(CONFIG, {"data_dir": str(data_dir / "hh_rlhf"), "model": "storyland:base_large", **changes})
+    counts = prepare_data.run(config, str(tmp_path))
+    assert counts["rankings_held_out_hh_rlhf"] >= 1_100
+    assert counts["rankings"] > 2_000

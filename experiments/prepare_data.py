@@ -320,6 +320,17 @@ def _distinct(records: Iterable[Any]) -> list[Any]:
     return list({r.prompt: r for r in reversed(list(records))}.values())[::-1]
 
 
+def _unique_ids(records: Sequence[Any]) -> list[Any]:
+    """The records; of those that came with one id from several files, all but the first get a number behind it."""
+    seen: collections.Counter[str] = collections.Counter()
+    result = []
+    for record in records:
+        seen[record.id] += 1
+        count = seen[record.id]
+        result.append(record if count == 1 else dataclasses.replace(record, id=f"{record.id}/{count}"))
+    return result
+
+
 def _text(documents: Sequence[schema.PlainText], config: ConfigDict) -> tuple[list, list]:
     """Pieces of some paragraphs for the pretraining mix, and held-out ones from other documents.
 
@@ -510,9 +521,10 @@ def _stage_files(parts: dict[str, dict[str, list[Any]]], ranking_share: float, s
 
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
         records = [record for part in of if part for record in part[split]]
-        return _distinct(
-            schema.Prompt(**{f.name: getattr(r, f.name) for f in dataclasses.fields(schema.Prompt)}) for r in records
-        )
+        return _unique_ids(
+            _distinct(schema.Prompt(**{f.name: getattr(r, f.name) for f in dataclasses.fields(schema.Prompt)})
+            for r in records)
+        )  # fmt: skip
 
     labelled = (rankings, demonstrations)
     files: dict[str, Any] = {

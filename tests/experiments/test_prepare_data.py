@@ -620,6 +620,20 @@ def test_own_files_become_stage_files_and_every_config_key_is_read(made, tmp_pat
         assert len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", kind)[0]) == counts[name]
 
 
+def test_an_id_that_two_files_use_is_no_duplicate_in_the_prompts_of_both(tmp_path):
+    """Whoever numbers the rows of each file from 0 gets files that can be read again."""
+    files = make_own(tmp_path / "own")
+    for name in ("prompts", "demonstrations", "rankings"):
+        rows = Path(files[name]).read_text().splitlines()
+        numbered = ({**json.loads(row), "id": str(i)} for i, row in enumerate(rows))
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in numbered))
+    counts = prepare_data.run(load_config(OWN, files), str(tmp_path / "out"))
+    for name in ("prompts_test", "prompts_validation", "prompts_ppo"):
+        assert len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", schema.Prompt)[0]) == counts[name]
+    ids = [row["id"] for row in read_out(tmp_path / "out", "prompts_test")]
+    assert any("/" in name for name in ids)
+
+
 def test_personal_data_goes_out_of_training_only(tmp_path):
     files = make_own(tmp_path / "own")
     prepare_data.run(load_config(OWN, files), str(tmp_path / "out"))

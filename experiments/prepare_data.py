@@ -510,8 +510,8 @@ def _without_leaks(parts: dict[str, dict[str, list[Any]]], leaks: str, reports: 
         curation.check_leakage({split: of(split) for split in SPLITS})
     except ValueError as error:
         raise ValueError(
-            f"{error}\nMake the prompts of a conversation name one user, or leave such records out of training with "
-            "--config.leaks=drop"
+            f"{error}\nLeave such records out of training with --config.leaks=drop, or split by conversation with "
+            "--config.key=conversation"
         ) from None
 
 

@@ -4,6 +4,7 @@ Run:
 
     python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
     python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data
+    python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.demonstrations=FILE
     python experiments/prepare_data.py --model=smollm2
 
 ``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``, ``--data_dir`` and
@@ -16,7 +17,7 @@ import collections
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from ml_collections import ConfigDict
 from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax.checkpoint import write_json
-from rlhf_jax.data import schema, sources
+from rlhf_jax.data import curation, schema, sources
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer, prompt_batch
 from rlhf_jax.generate import generate
 
@@ -63,10 +65,14 @@ def storyland(config: ConfigDict, folder: Path) -> dict:
         "corpus": _corpus(PTX_FIRST_DOCUMENT, config.documents, seed=0),
         "corpus_held_out": _corpus(0, config.held_out_documents, seed=HELD_OUT_TEXT_SEED),
     }
-    return _write(folder, files)
+    files = {name: list(records) for name, records in files.items()}
+    counts = _write(folder, files)
+    tokenizer = load_tokenizer(storyland_assets.assets())
+    _report(folder, [_tables(files, lambda text: len(encode_prompt(tokenizer, text)))])
+    return counts
 
 
-def _write(folder: Path, files: dict[str, Iterable[Any]]) -> dict[str, int]:
+def _write(folder: Path, files: Mapping[str, Iterable[Any]]) -> dict[str, int]:
     counts = {}
     for name, records in files.items():
         records = list(records)
@@ -122,6 +128,21 @@ class Lengths:
 
     def _response(self, response: str) -> int:
         return len(encode_response(self.tokenizer, response, eos_id=self.tokenizer.eos_token_id))
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return self._prompt(text)
+
+    def fitting(self, records: Iterable[Any]) -> list[Any]:
+        """The records that fit, rankings without the responses that do not; documents are cut elsewhere."""
+        keep = {schema.Demonstration: self.demonstration, schema.Prompt: lambda r: self.prompt(r.prompt)}
+        kept = []
+        for record in records:
+            if isinstance(record, schema.Ranking):
+                kept += filter(None, [self.ranking(record)])
+            elif type(record) not in keep or keep[type(record)](record):
+                kept.append(record)
+        return kept
 
     def prompt(self, prompt: schema.Conversation) -> bool:
         """Whether a prompt fits."""
@@ -181,7 +202,13 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
         files["corpus"], files["corpus_held_out"] = _text(documents, config)
     _require_records(files)
     counts = _write(folder, {name: records for name, records in files.items() if records})
-    _report(folder / "data_report.txt", reports, lengths.left_out, counts, files["rankings"], skipped)
+    sizes = collections.Counter(len(r.responses) for r in files["rankings"])
+    # Readers name the split they were asked for; the parts here are others.
+    lines = [dataclasses.replace(report, noted={}).summary() for report in reports] + skipped
+    lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
+    lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
+    lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
+    _report(folder, [*lines, "", _tables(files, lengths.count, _identifier())])
     return counts
 
 
@@ -296,6 +323,17 @@ def _distinct(records: Iterable[Any]) -> list[Any]:
     return list({r.prompt: r for r in reversed(list(records))}.values())[::-1]
 
 
+def _unique_ids(records: Sequence[Any]) -> list[Any]:
+    """The records; of those that came with one id from several files, all but the first get a number behind it."""
+    seen: collections.Counter[str] = collections.Counter()
+    result = []
+    for record in records:
+        seen[record.id] += 1
+        count = seen[record.id]
+        result.append(record if count == 1 else dataclasses.replace(record, id=f"{record.id}/{count}"))
+    return result
+
+
 def _text(documents: Sequence[schema.PlainText], config: ConfigDict) -> tuple[list, list]:
     """Pieces of some paragraphs for the pretraining mix, and held-out ones from other documents.
 
@@ -321,19 +359,196 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
     return [schema.PlainText(text, id=f"{name}-{place}", source=name) for place, text in enumerate(texts)]
 
 
-def _report(
-    path: Path, reports: Sequence[schema.DataReport], left_out: collections.Counter[str], counts: dict[str, int],
-    rankings: Iterable[schema.Ranking], skipped: Sequence[str],
-) -> None:  # fmt: skip
-    sizes = collections.Counter(len(r.responses) for r in rankings)
-    # Readers name the split they were asked for; the parts here are others.
-    lines = [dataclasses.replace(report, noted={}).summary() for report in reports]
-    lines += skipped
-    lines += [f"left out: {reason}: {count}" for reason, count in sorted(left_out.items())]
-    lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
+def _report(folder: Path, lines: Sequence[str]) -> None:
+    text = "\n".join(lines).rstrip("\n") + "\n"
+    (folder / "data_report.txt").write_text(text, encoding="utf-8")
+    print(text, end="", flush=True)
+
+
+def _tables(
+    files: dict[str, Any], tokens: Callable[[str], int] | None, identify: Callable[[str], str] | None = None
+) -> str:
+    """The tables of the files, whose names say their split, and how many prompts are trained on and held out too."""
+    splits: dict[str, list[Any]] = {"train": [], "validation": [], "test": [], "held out": []}
+    for name, records in files.items():
+        split = name.rpartition("_")[2] if name.endswith(("_validation", "_test")) else "train"
+        splits["held out" if "held_out" in name else split] += records
+    held_out = [record for split, records in splits.items() if split != "train" for record in records]
+    leaks = len(curation.leakage({"train": splits["train"], "held out": held_out}))
+    tables = curation.data_tables({k: v for k, v in splits.items() if v}, tokens=tokens, identify=identify)
+    return f"Held-out records whose prompt or first human turn is in a training file: {leaks}\n\n{tables}"
+
+
+def _identifier() -> Callable[[str], str] | None:
+    try:
+        return curation.default_identifier()
+    except ValueError:  # the tables then say nothing of languages
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------- own files
+
+OWN_FILES: dict[str, type] = {
+    "demonstrations": schema.Demonstration,
+    "rankings": schema.Ranking,
+    "prompts": schema.Prompt,
+    "corpus": schema.PlainText,
+}
+SPLITS = ("train", "validation", "test")
+
+
+def own_files(config: ConfigDict, folder: Path) -> dict:
+    """A user's own files, cleaned and split. Writes ``data_report.txt``: bad rows, what was left out, the tables.
+
+    In this order: rows are read strictly, near-duplicate prompts left out, users capped, records split by user (or
+    organization, or conversation), the splits checked for leaks, personal data taken out of the training split, and
+    what is too long left out.
+    """
+    _check_own(config)
+    reports: list[schema.DataReport] = []
+    sets = _deduplicated(_read_own(config, reports), config.prefix_length, reports)
+    if config.per_user:
+        for name, records in sets.items():
+            sets[name], report = curation.cap_per_user(records, config.per_user, key=config.key)
+            reports.append(dataclasses.replace(report, source=f"cap per {config.key}, {name}"))
+    fractions = {name: config.fractions[name] for name in SPLITS}
+    parts = {
+        name: curation.split_by(records, key=config.key, fractions=fractions, seed=config.seed)
+        for name, records in sets.items()
+    }
+    _without_leaks(parts, config.leaks, reports)
+    if config.pii_hook:
+        hook = config_lib.resolve(config.pii_hook)
+        for name, part in parts.items():
+            part["train"], report = curation.scrub(part["train"], hook)
+            reports.append(dataclasses.replace(report, source=f"personal data, training {name}"))
+    lengths = Lengths(config) if config.model else None
+    if lengths is not None:
+        parts = {k: {split: lengths.fitting(r) for split, r in part.items()} for k, part in parts.items()}
+    files = _stage_files(parts, config.ranking_share, config.seed)
+    _require_records(files)
+    counts = _write(folder, {name: records for name, records in files.items() if records})
+    lines = [report.summary() for report in reports if report.rows]
+    lines += [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())] if lengths else []
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(*lines, sep="\n", flush=True)
+    _report(folder, [*lines, "", _tables(files, lengths.count if lengths else None, _identifier())])
+    return counts
+
+
+def _check_own(config: ConfigDict) -> None:
+    config_lib.require_one_of("key", config.key, ("user", "organization", "conversation"))
+    config_lib.require_one_of("leaks", config.leaks, ("error", "drop"))
+    config_lib.require_range("prefix_length", config.prefix_length, low=0)
+    config_lib.require_range("per_user", config.per_user, low=0)
+    config_lib.require_range("ranking_share", config.ranking_share, low=0.0, high=1.0)
+    config_lib.require(
+        bool(config.demonstrations or config.rankings or config.prompts), "prompts", config.prompts,
+        "name a file, or one of demonstrations or rankings: --config.prompts=FILE",
+    )  # fmt: skip
+
+
+def _read_own(config: ConfigDict, reports: list[schema.DataReport]) -> dict[str, list[Any]]:
+    """The records of each file that is given; each record has an id afterwards."""
+    sets: dict[str, list[Any]] = {}
+    for name, kind in OWN_FILES.items():
+        if not config[name]:
+            continue
+        records, report = schema.read_jsonl(config[name], kind, max_bad_fraction=config.max_bad_fraction)
+        reports.append(report)
+        sets[name] = [r if r.id else dataclasses.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
+    named = {
+        key: sum(bool(getattr(r, key, None)) for s in sets.values() for r in s) for key in ("user", "organization")
+    }
+    if config.key in named and not named[config.key]:
+        other = next((key for key, count in named.items() if count), "")
+        if other:
+            raise ValueError(
+                f"key={config.key!r}: no record names one, but {named[other]} name a field {other!r}: "
+                f"split by it with --config.key={other}"
+            )
+        reports.append(schema.DataReport(f"no record has a field {config.key!r}: split by conversation", 1, 1))
+    return sets
+
+
+def _deduplicated(
+    sets: dict[str, list[Any]], prefix_length: int, reports: list[schema.DataReport]
+) -> dict[str, list[Any]]:
+    """Only one of the prompts that begin alike, over all files. Further labels of that very prompt stay.
+
+    A prompt without a label that comes twice in its file is left out, a document too.
+    """
+    if not prefix_length:
+        return sets
+    normal = lambda record: curation.normalise(curation.prompt_text(record))  # noqa: E731
+    first: dict[str, Any] = {}
+    for name, records in sets.items():
+        for record in records if name != "corpus" else ():
+            first.setdefault(normal(record), record)
+    kept, report = curation.drop_long_common_prefix(first.values(), prefix_length=prefix_length)
+    reports.append(dataclasses.replace(report, source="different prompts of all files"))
+    texts = set(map(normal, kept))
+    result = {}
+    for name, records in sets.items():
+        if name != "corpus":
+            records = [record for record in records if normal(record) in texts]
+        if name in ("prompts", "corpus"):  # compared whole
+            records, report = curation.drop_long_common_prefix(records, prefix_length=sys.maxsize)
+            reports.append(dataclasses.replace(report, source=f"repeats in {name}"))
+        result[name] = records
+    return result
+
+
+def _without_leaks(parts: dict[str, dict[str, list[Any]]], leaks: str, reports: list[schema.DataReport]) -> None:
+    """Refuses prompts that are in two splits, or takes them out of the split that is nearer to training; in place."""
+
+    def of(split: str) -> list[Any]:
+        return [record for part in parts.values() for record in part[split]]
+
+    if leaks == "drop":
+        for split, held_out in (("validation", of("test")), ("train", [*of("test"), *of("validation")])):
+            for name, part in parts.items():
+                part[split], report = curation.without_leaks(part[split], held_out)
+                reports.append(dataclasses.replace(report, source=f"leaks from held-out splits, {split} {name}"))
+    try:
+        curation.check_leakage({split: of(split) for split in SPLITS})
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nLeave such records out of training with --config.leaks=drop, or split by conversation with "
+            "--config.key=conversation"
+        ) from None
+
+
+def _stage_files(parts: dict[str, dict[str, list[Any]]], ranking_share: float, seed: int) -> dict[str, Any]:
+    """The files that the stages read, as far as there are records for them."""
+    demonstrations, rankings, prompts, corpus = (parts.get(name) for name in OWN_FILES)
+
+    def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
+        records = [record for part in of if part for record in part[split]]
+        return _unique_ids(
+            _distinct(schema.Prompt(**{f.name: getattr(r, f.name) for f in dataclasses.fields(schema.Prompt)})
+            for r in records)
+        )  # fmt: skip
+
+    labelled = (rankings, demonstrations)
+    files: dict[str, Any] = {
+        "prompts_test": prompts_of("test", prompts, *labelled),
+        "prompts_validation": prompts_of("validation", prompts, *labelled),
+    }
+    if demonstrations:
+        files["demonstrations"] = demonstrations["train"]
+        files["demonstrations_validation"] = demonstrations["validation"]
+    if rankings:
+        files["rankings"] = rankings["train"]
+        files["rankings_held_out"] = [*rankings["validation"], *rankings["test"]]
+    train = prompts_of("train", prompts) if prompts else prompts_of("train", rankings or demonstrations)
+    if not rankings:
+        order = sorted(train, key=lambda p: _shuffled(seed, curation.prompt_text(p)))
+        cut = round(ranking_share * len(order))
+        files["prompts_ranking"], train = order[:cut], order[cut:]
+    files["prompts_ppo"] = train
+    if corpus:
+        files["corpus"], files["corpus_held_out"] = corpus["train"], [*corpus["validation"], *corpus["test"]]
+    return files
 
 
 # ------------------------------------------------------------------------------------------------ pretrained models
@@ -365,6 +580,7 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
 SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
     "storyland": storyland,
     "hh_rlhf": hh_rlhf,
+    "jsonl": own_files,
     "pretrained": pretrained,
 }
 

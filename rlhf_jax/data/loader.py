@@ -1,17 +1,29 @@
-"""Batches as a pure function of (seed, step): nothing to save but one integer, nothing to lose on a restart."""
+"""Batches as a pure function of (seed, step): nothing to save but one integer, nothing to lose on a restart.
+
+`Batches.at` names one batch; `Batches.stream` is the same batches in order, made ahead of time by a thread or by
+worker processes (grain). Which of the two is used, and with how many workers, never changes a batch.
+"""
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
 Rows = TypeVar("Rows")
-"""A struct of `rlhf_jax.types` (or a dict) whose arrays share their first axis: the rows."""
+"""A struct of `rlhf_jax.types` (or a dict) whose arrays share their first axis: the rows. Or a list of records."""
 
 
 class Batches(Generic[Rows]):
@@ -22,26 +34,38 @@ class Batches(Generic[Rows]):
     no tail is dropped: a batch over the border holds the end of one epoch and the start of the next. Resuming at a
     step needs nothing but the step, and how many processes share the work changes nothing.
 
+    The rows are arrays, or a source of records that are read by number: a list, or a `tfds.data_source`. Records are
+    read when a batch needs them, and `transform` makes the batch out of them.
+
     >>> batches = Batches({"x": np.arange(5)}, batch_size=2, seed=0)
     >>> rows = np.concatenate([batches.at(step)["x"] for step in range(5)])
     >>> sorted(rows[:5]) == sorted(rows[5:]) == [0, 1, 2, 3, 4]
     True
+    >>> lengths = lambda texts: {"n": np.array([len(text) for text in texts])}
+    >>> words = Batches(["a", "bb", "ccc"], batch_size=3, seed=0, transform=lengths)
+    >>> sorted(words.at(0)["n"].tolist())
+    [1, 2, 3]
 
     Args:
-      rows: struct of numpy arrays with rows first.
+      rows: struct or dict of numpy arrays with rows first; or a source of records with `len` and ``source[i]``
+        (``__getitems__`` is used where the source has it).
       batch_size: rows of a batch, over all processes.
       seed: of the shuffling.
       process_index: which slice of the batch this process gets.
       process_count: number of processes.
+      transform: makes the batch of this process's rows, for example tokenises and pads the list of records. A function
+        of the rows alone (no random state of its own), so that a batch stays a function of (seed, step). None: the
+        rows as they are.
 
     Raises:
       ValueError: there are no rows, the arrays differ in their number, or the batch does not divide.
     """
 
     def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-    ) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self, rows: Rows | Sequence[Any], *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1,
+        transform: Callable[[Any], Rows] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self.batch_size, self.seed, self.transform = rows, batch_size, seed, transform
         self.size = _row_count(rows)
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(
@@ -56,8 +80,69 @@ class Batches(Generic[Rows]):
 
     def at(self, step: int) -> Rows:
         """This process's rows of batch `step`."""
-        index = self.indices(step)[self._slice]
-        return _map(lambda x: np.asarray(x)[index], self.rows)
+        rows = _take(self.rows, self.indices(step)[self._slice])
+        return rows if self.transform is None else self.transform(rows)
+
+    def stream(self, start_step: int = 0, *, workers: int = 0, prefetch: int = 2) -> Generator[Rows, None, None]:
+        """The batches ``at(start_step)``, ``at(start_step + 1)``, ... without end, made ahead of time.
+
+        To resume, pass the step to go on with; nothing else is kept. With workers each batch is made whole by one of
+        them, in turn. They start in a second or two and get a copy of this object, so they pay off where `transform`
+        is slow or the source is read from a disk; arrays in memory are best served with ``workers=0``. What workers
+        are given (rows, `transform`) must be picklable; functions of a notebook and lambdas are. A script that uses
+        workers needs the usual ``if __name__ == "__main__":``, as `multiprocessing` imports it anew in each.
+
+        Workers ignore Ctrl-C and SIGTERM, which the training process answers, and end with it however it ends. Closing
+        or dropping the iterator ends them at once.
+
+        Args:
+          start_step: the first batch.
+          workers: processes that make batches; 0 = a thread of this process.
+          prefetch: batches kept ready, by each worker where there are some; 0 (without workers) = made when asked for.
+
+        Raises:
+          ValueError: a negative number, no `prefetch` for workers, or batches of workers that are no arrays.
+          OSError: a worker ended, for example for want of memory. An error of `transform` comes as it is.
+        """
+        for name, value, least in (
+            ("start_step", start_step, 0), ("workers", workers, 0), ("prefetch", prefetch, 1 if workers else 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}={value} must be {least} or more")
+        stream = self._stream(start_step, workers, prefetch)
+        _OPEN_STREAMS.add(stream)
+        return stream
+
+    def _stream(self, start_step: int, workers: int, prefetch: int) -> Generator[Rows, None, None]:
+        import grain  # a second or two, and only those who stream pay for it
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain reads absl's flags; a notebook, pytest or our own command line has none
+            flags.FLAGS.mark_as_parsed()
+        make: Callable[[int], Any] = _PackedAt(self) if workers else self.at
+        batches = grain.MapDataset.range(start_step, sys.maxsize).map(make)
+        ahead = 0 if workers else prefetch
+        iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads=min(1, ahead), prefetch_buffer_size=ahead))
+        if workers:
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+            iterator = iterator.mp_prefetch(options, worker_init_fn=_start_worker)
+        iterator = iter(iterator)
+        _close_streams_at_exit()
+        step = start_step
+        try:
+            while True:
+                batch: Any = next(iterator)
+                yield _unpack(batch) if workers else batch
+                step += 1
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise OSError(
+                f"a loader worker ended while it made a batch from step {step} on ({error}): if the machine ran out of "
+                "memory (or of /dev/shm) take fewer workers or a smaller prefetch; workers=0 shows transform's errors"
+            ) from error
+        finally:
+            iterator.close()
 
     def indices(self, step: int) -> Int[np.ndarray, " B"]:
         """Row numbers of the whole batch `step`: to name the rows of a step that went wrong."""
@@ -65,7 +150,7 @@ class Batches(Generic[Rows]):
             raise ValueError(f"step={step} must be 0 or more")
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(place, self.size)
-        return np.array([self._permutation(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+        return np.concatenate([self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
 
     def epoch(self, step: int) -> float:
         """Epochs that lie before batch `step`."""
@@ -76,12 +161,68 @@ class Batches(Generic[Rows]):
         return int(np.ceil(epochs * self.size / self.batch_size))
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            # A cache of the two newest, for batches over a border; the value depends on (seed, epoch) alone.
-            while len(self._permutations) > 1:
-                self._permutations.pop(next(iter(self._permutations)))
-            self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-        return self._permutations[epoch]
+        known = self._permutations.get(epoch)
+        if known is None:
+            known = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            # A cache of the two newest, for batches over a border; the value depends on (seed, epoch) alone. It is
+            # replaced, never changed: the thread of a stream may read it meanwhile.
+            self._permutations = {**dict([*self._permutations.items()][-1:]), epoch: known}
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_permutations": {}}  # a worker computes its own
+
+
+_OPEN_STREAMS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_streams_at_exit() -> None:
+    """So that a stream that is open when the program ends stops its workers while all modules are still there."""
+    atexit.register(lambda: [stream.close() for stream in list(_OPEN_STREAMS)])
+
+
+class _PackedAt:
+    """What a worker does for a step: the batch as its class and its arrays, which travel in shared memory.
+
+    Whatever is not an array would go through a pipe, and a worker that dies halfway leaves its reader waiting.
+    """
+
+    def __init__(self, batches: Batches[Any]) -> None:
+        self.batches = batches
+
+    def __call__(self, step: int) -> tuple[type, dict[str, np.ndarray]]:
+        try:
+            rows = self.batches.at(step)
+        except SystemExit as error:  # a worker that ends with status 0 would be waited for without end
+            raise RuntimeError(f"transform exits ({error}) in batch {step}: raise an error instead") from error
+        arrays = {k: np.ascontiguousarray(v) for k, v in _fields(rows).items()} if _is_columns(rows) else {}
+        if not arrays or any(array.dtype.hasobject for array in arrays.values()):
+            raise ValueError(
+                f"with workers a batch must be a dict or struct of arrays of numbers, got {type(rows).__name__}: "
+                "give a transform that tokenises and pads, or workers=0"
+            )
+        return type(rows), arrays
+
+
+def _unpack(packed: tuple[type, dict[str, np.ndarray]]) -> Any:
+    kind, arrays = packed
+    return kind(**{name: np.array(array) for name, array in arrays.items()})  # a copy: shared memory is freed at once
+
+
+def _start_worker(index: int, count: int) -> None:
+    """A worker leaves signals to the training process and ends with it, however that ends."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def fingerprint(rows: Any) -> str:
@@ -100,13 +241,22 @@ def _fields(rows: Any) -> dict[str, Any]:
     return {f.name: getattr(rows, f.name) for f in dataclasses.fields(rows)}
 
 
-def _map(fn: Callable[[Any], Any], rows: Rows) -> Rows:
-    arrays = {name: fn(value) for name, value in _fields(rows).items()}
-    return type(rows)(**arrays)
+def _is_columns(rows: Any) -> bool:
+    return isinstance(rows, dict) or dataclasses.is_dataclass(rows)
+
+
+def _take(rows: Any, index: Int[np.ndarray, " b"]) -> Any:
+    """The chosen rows: the same struct of arrays, or a list of records."""
+    if _is_columns(rows):
+        arrays = {name: np.asarray(value)[index] for name, value in _fields(rows).items()}
+        return type(rows)(**arrays)
+    many = getattr(rows, "__getitems__", None)
+    places = index.tolist()
+    return list(many(places)) if many else [rows[place] for place in places]
 
 
 def _row_count(rows: Any) -> int:
-    sizes = {name: len(value) for name, value in _fields(rows).items()}
+    sizes = {name: len(value) for name, value in _fields(rows).items()} if _is_columns(rows) else {"": len(rows)}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"the arrays must have one number of rows, got {sizes}: build them together")
     size = next(iter(sizes.values()))

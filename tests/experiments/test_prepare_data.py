@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -555,3 +556,199 @@ def test_the_pairs_alone_hold_out_a_thousand_to_measure_a_reward_model_on(data_d
     counts = prepare_data.run(config, str(tmp_path))
     assert counts["rankings_held_out_hh_rlhf"] >= 1_100
     assert counts["rankings"] > 2_000
+
+
+# ---------------------------------------------------------------------------------------------------- one's own files
+
+HAS_USERS = "user" in {field.name for field in dataclasses.fields(schema.Prompt)}
+OWN = f"{ROOT}/configs/data/jsonl.py:smoke"
+
+
+def make_own(folder: Path, *, users: bool = False) -> dict[str, str]:
+    """Files as a user would bring them: 60 prompts of 15 people, demonstrations, rankings, some text."""
+    name = lambda i: {"user": f"u{i % 15}"} if users else {}  # noqa: E731
+    files: dict[str, list[dict]] = {
+        "prompts": [{"prompt": f"{words('p', i)} {i}", **name(i)} for i in range(60)],
+        "demonstrations": [
+            {"prompt": f"{words('d', i)} {i}", "response": f"a{i}@b.org {words('r', i)}", "labeler": "ann", **name(i)}
+            for i in range(40)
+        ],
+        "rankings": [
+            {"prompt": f"{words('k', i)} {i}", "responses": [words('a', i), words('b', i)], "ranks": [1, 2], **name(i)}
+            for i in range(40)
+        ],
+        "corpus": [{"text": words('t', i, count=30)} for i in range(30)],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return {file: str(folder / f"{file}.jsonl") for file in files}
+
+
+def add(path: str, *new: dict | str) -> None:
+    with Path(path).open("a") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in new)
+
+
+def read_out(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_own_files_become_stage_files_and_every_config_key_is_read(made, tmp_path, capsys):
+    files = make_own(tmp_path / "own")
+    config, reads = record_reads(load_config(OWN, {**files, "model": made.model}))
+    counts = prepare_data.run(config, str(tmp_path / "out"))
+    assert set(counts) == {
+        "prompts_test", "prompts_validation", "prompts_ppo", "demonstrations", "demonstrations_validation", "rankings",
+        "rankings_held_out", "corpus", "corpus_held_out",
+    }  # fmt: skip
+    assert leaf_keys(config) - reads == set()
+    report = (tmp_path / "out" / "data_report.txt").read_text()
+    assert report == capsys.readouterr().out
+    assert "prompts.jsonl: 60 rows, 60 kept, 0 dropped" in report
+    assert "no record has a field 'user': split by conversation" in report
+    assert "Prompts: tokens by kind and split" in report
+    assert "is in a training file: 0\n" in report
+    assert sum(counts[n] for n in ("rankings", "rankings_held_out")) == 40
+    trained = {
+        row["prompt"] for n in ("demonstrations", "rankings", "prompts_ppo") for row in read_out(tmp_path / "out", n)
+    }
+    held = [row["prompt"] for n in ("prompts_test", "prompts_validation") for row in read_out(tmp_path / "out", n)]
+    assert trained.isdisjoint(held)
+    assert len(trained) + len(held) == 140
+    for name, kind in (("prompts_test", schema.Prompt), ("rankings", schema.Ranking), ("corpus", schema.PlainText)):
+        assert len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", kind)[0]) == counts[name]
+
+
+def test_an_id_that_two_files_use_is_no_duplicate_in_the_prompts_of_both(tmp_path):
+    """Whoever numbers the rows of each file from 0 gets files that can be read again."""
+    files = make_own(tmp_path / "own")
+    for name in ("prompts", "demonstrations", "rankings"):
+        rows = Path(files[name]).read_text().splitlines()
+        numbered = ({**json.loads(row), "id": str(i)} for i, row in enumerate(rows))
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in numbered))
+    counts = prepare_data.run(load_config(OWN, files), str(tmp_path / "out"))
+    for name in ("prompts_test", "prompts_validation", "prompts_ppo"):
+        assert len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", schema.Prompt)[0]) == counts[name]
+    ids = [row["id"] for row in read_out(tmp_path / "out", "prompts_test")]
+    assert any("/" in name for name in ids)
+
+
+def test_personal_data_goes_out_of_training_only(tmp_path):
+    files = make_own(tmp_path / "own")
+    prepare_data.run(load_config(OWN, files), str(tmp_path / "out"))
+    trained = [row["response"] for row in read_out(tmp_path / "out", "demonstrations")]
+    held = [row["response"] for row in read_out(tmp_path / "out", "demonstrations_validation")]
+    assert trained
+    assert all("[EMAIL]" in text and "@" not in text for text in trained)
+    assert held
+    assert all("@b.org" in text for text in held)
+    prepare_data.run(load_config(OWN, {**files, "pii_hook": ""}), str(tmp_path / "bare"))
+    assert all("@b.org" in row["response"] for row in read_out(tmp_path / "bare", "demonstrations"))
+    hook = "tests.experiments.test_prepare_data:no_sea"
+    prepare_data.run(load_config(OWN, {**files, "pii_hook": hook}), str(tmp_path / "mine"))
+    assert not any("sea" in row["prompt"] for row in read_out(tmp_path / "mine", "prompts_ppo"))
+    assert "left out by the hook" in (tmp_path / "mine" / "data_report.txt").read_text()
+    with pytest.raises(ValueError, match="has no function 'no_se'; did you mean 'no_sea'"):
+        prepare_data.run(load_config(OWN, {**files, "pii_hook": hook[:-1]}), str(tmp_path / "none"))
+
+
+def no_sea(text: str) -> str | None:
+    """A hook of one's own."""
+    return None if "sea" in text else text
+
+
+def test_bad_rows_stop_it_or_are_counted(tmp_path):
+    files = make_own(tmp_path / "own")
+    add(files["prompts"], "{no json", {"prompt": " "}, {"prompt": "x", "usr": "u1"})
+    with pytest.raises(ValueError, match=r"3 of 63 rows of .*prompts\.jsonl are bad"):
+        prepare_data.run(load_config(OWN, files), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    prepare_data.run(load_config(OWN, {**files, "max_bad_fraction": "0.1"}), str(tmp_path / "out"))
+    report = (tmp_path / "out" / "data_report.txt").read_text()
+    for reason in ("malformed JSON 1", "empty prompt 1", "unknown field 1", "prompts.jsonl:61: malformed JSON"):
+        assert reason in report
+
+
+def test_variations_of_a_prompt_go_and_further_labels_of_it_stay(tmp_path):
+    files = make_own(tmp_path / "own")
+    start = "Summarise the following letter in one friendly sentence: "
+    add(files["demonstrations"], *({"prompt": start + "cats", "response": f"summary {i}"} for i in range(3)))
+    add(files["prompts"], {"prompt": start + "dogs"}, {"prompt": "What now?"}, {"prompt": "what  NOW?"})
+    for length, count in (("40", 1), ("0", 2)):
+        folder = tmp_path / length
+        prepare_data.run(load_config(OWN, {**files, "prefix_length": length, "leaks": "drop"}), str(folder))
+        rows = [row for name in ("prompts_test", "prompts_validation", "prompts_ppo") for row in read_out(folder, name)]
+        rows += read_out(folder, "demonstrations")
+        assert len({row["prompt"] for row in rows if row["prompt"].startswith(start)}) == count
+        assert sum(row["prompt"].casefold().split() == ["what", "now?"] for row in rows) == count
+        if "summary" in str(read_out(folder, "demonstrations")):
+            assert sum(row["response"].startswith("summary") for row in read_out(folder, "demonstrations")) == 3
+    assert "dropped: long common prefix 1" in (tmp_path / "40" / "data_report.txt").read_text()
+
+
+def test_without_rankings_some_prompts_wait_to_be_ranked(tmp_path):
+    files = make_own(tmp_path / "own")
+    del files["rankings"], files["corpus"], files["demonstrations"]
+    for share, low, high in (("0.25", 0.2, 0.3), ("0.5", 0.45, 0.55)):
+        counts = prepare_data.run(load_config(OWN, {**files, "ranking_share": share}), str(tmp_path / share))
+        train = counts["prompts_ranking"] + counts["prompts_ppo"]
+        assert low < counts["prompts_ranking"] / train < high
+        assert train + counts["prompts_test"] + counts["prompts_validation"] == 60
+        assert "Prompts: words by kind" in (tmp_path / share / "data_report.txt").read_text()
+    del files["prompts"]
+    with pytest.raises(ValueError, match=r"prompts='': name a file.*--config\.prompts=FILE"):
+        prepare_data.run(load_config(OWN, files), str(tmp_path / "none"))
+    for key, value, message in (
+        ("key", "usr", "did you mean 'user'"), ("leaks", "ignore", "must be one of error, drop"),
+        ("prefix_length", "-1", "prefix_length=-1 must be >= 0"), ("fractions.test", "0.5", r"add up to 1, not 1\.3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            prepare_data.run(load_config(OWN, {**make_own(tmp_path / "own"), key: value}), str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_own_files_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    files = make_own(tmp_path / "own")
+    flags = ["--source=jsonl", f"--out={tmp_path / 'out'}", "--config.fractions.train=0.6"]
+    flags += ["--config.fractions.test=0.2", "--config.fractions.validation=0.2"]
+    flags += [f"--config.{key}={value}" for key, value in files.items()]
+    with pytest.raises(SystemExit) as ended:
+        config_lib.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+    assert (ended.value.code, capsys.readouterr().err) == (0, "")
+    assert len(read_out(tmp_path / "out", "rankings")) > 10
+
+
+@pytest.mark.skipif(not HAS_USERS, reason="the records of rlhf_jax.data.schema have no field user")
+def test_no_user_is_in_two_files_and_a_leak_between_users_is_refused_or_dropped(tmp_path):
+    files = make_own(tmp_path / "own", users=True)
+    config = load_config(OWN, {**files, "per_user": "3"})
+    prepare_data.run(config, str(tmp_path / "out"))
+    parts = [
+        ("prompts_test",),
+        ("prompts_validation", "demonstrations_validation"),
+        ("demonstrations", "rankings", "prompts_ppo"),
+    ]
+    users = [{row["user"] for name in part for row in read_out(tmp_path / "out", name)} for part in parts]
+    assert sum(map(len, users)) == len(set.union(*users)) == 15
+    assert "dropped: more than 3 of one user 15" in (tmp_path / "out" / "data_report.txt").read_text()
+    add(files["demonstrations"], *({"prompt": "hello you", "response": "hi", "user": f"u{i}"} for i in range(15)))
+    with pytest.raises(ValueError, match=r"the same prompt is in train\[\d+\].*\n[^\n]*--config\.leaks=drop"):
+        prepare_data.run(load_config(OWN, files), str(tmp_path / "leak"))
+    prepare_data.run(load_config(OWN, {**files, "leaks": "drop"}), str(tmp_path / "dropped"))
+    assert "dropped: also held out" in (tmp_path / "dropped" / "data_report.txt").read_text()
+    assert not any(row["prompt"] == "hello you" for row in read_out(tmp_path / "dropped", "demonstrations"))
+    with pytest.raises(ValueError, match=r"key='organization': no record names one.*--config\.key=user"):
+        prepare_data.run(load_config(OWN, {**files, "key": "organization"}), str(tmp_path / "none"))
+
+
+def test_every_source_prints_the_tables_of_its_data(made, tmp_path):
+    assert "Sizes: records by kind, source and split" in (made.out / "data_report.txt").read_text()
+    few = {"labelers": "2", **dict.fromkeys(("demonstrations", "ranking_prompts", "ppo_prompts", "test_prompts"), "9")}
+    config = load_config(f"{ROOT}/configs/data/storyland.py:smoke", few)
+    prepare_data.run(config, str(tmp_path))
+    report = (tmp_path / "data_report.txt").read_text()
+    for line in ("is in a training file: 0\n", "Use cases: share of each kind", "Labelers, and records of each"):
+        assert line in report
+    assert max(map(len, report.splitlines())) <= 120

@@ -81,7 +81,7 @@ _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", 
 _SCORE_BIAS = "rlhf_jax_score_bias"
 
 _INDEX = "model.safetensors.index.json"
-_BLOCK = 2**24
+_BLOCK = 2**22
 """Bytes that are read or written at once."""
 
 Window = tuple[slice, ...]
@@ -172,11 +172,13 @@ def save_hf(
       max_shard_size: bytes of tensors in one file; above it there are several and an index.
 
     Raises:
-      ValueError: the model has no config, or its mixture of parts is no known family.
+      ValueError: the model has no config, its mixture of parts is no known family, or other processes hold a part.
     """
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
     path = Path(path)
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
+        raise ValueError("params lie on devices of several processes: gather them with multihost_utils first")
     description = hf_config(model.config, score="score" in params)
     description["dtype"] = str(params["embed"]["embedding"].dtype)
     if "score" in params:
@@ -530,7 +532,8 @@ def _checked(name: str, value: Stored, shape: tuple[int, ...]) -> Stored:
 def _place(shape: tuple[int, ...], dtype: Any, sharding: Any, make: Callable[[Window], np.ndarray]) -> jax.Array:
     """An array on its devices; each device's piece is made once. One that starts on 64 bytes is taken over by a CPU."""
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         return make(tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)))
 
     if sharding is None:
@@ -553,15 +556,15 @@ def _read_piece(stored: Sequence[Stored], dtype: Any, index: Window, *, stacked:
 def _copy(source: Stored, window: Window, target: np.ndarray) -> None:
     """Fills `target` from a window of the file, in its dtype, one block of rows after the other."""
     rows, *others = window
-    for block in _blocks(target):
+    for block in _blocks(len(target), target.dtype.itemsize * math.prod(source.shape[1:])):
         target[block] = source[(slice(rows.start + block.start, rows.start + block.stop), *others)]
 
 
-def _blocks(rows: np.ndarray) -> Iterator[slice]:
-    """Rows by blocks of about `_BLOCK` bytes."""
-    step = max(1, _BLOCK // max(1, rows[:1].nbytes))
-    for start in range(0, len(rows), step):
-        yield slice(start, min(start + step, len(rows)))
+def _blocks(rows: int, row_size: int) -> Iterator[slice]:
+    """Rows of `row_size` bytes by blocks of about `_BLOCK`: of the whole row, which a file brings in for a part too."""
+    step = max(1, _BLOCK // max(1, row_size))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -638,17 +641,34 @@ def _tensor(leaf: Any, layer: int | None, flip: bool) -> _Outgoing:
     shape = leaf.shape if layer is None else leaf.shape[1:]
 
     def fetch() -> np.ndarray:
-        value = _fetch(leaf) if layer is None else np.asarray(leaf[layer])
+        value = _fetch(leaf, layer)
         return value.T if flip else value
 
     return _Outgoing(shape[::-1] if flip else shape, np.dtype(leaf.dtype), fetch)
 
 
-def _fetch(leaf: Any) -> np.ndarray:
-    # An array keeps the copy that np.asarray makes of it, so the copy is made of one that goes. One CPU needs none.
-    if isinstance(leaf, jax.Array) and (len(leaf.devices()) > 1 or next(iter(leaf.devices())).platform != "cpu"):
-        leaf = jnp.copy(leaf)
-    return np.asarray(leaf)
+def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
+    """An array or one layer of it on the host: as it lies on one CPU device, else put together from pieces."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    shards = leaf.addressable_shards
+    if len(leaf.sharding.device_set) == 1:
+        return _pull(shards[0].data, layer)
+    value = np.empty(leaf.shape if layer is None else leaf.shape[1:], leaf.dtype)
+    for shard in shards:
+        if layer is None:
+            value[shard.index] = _pull(shard.data, None)
+        elif layer in range(*shard.index[0].indices(leaf.shape[0])):
+            value[shard.index[1:]] = _pull(shard.data, layer - (shard.index[0].start or 0))
+    return value
+
+
+def _pull(piece: jax.Array, layer: int | None) -> np.ndarray:
+    if next(iter(piece.devices())).platform == "cpu":
+        value = np.asarray(piece)  # no copy
+        return value if layer is None else value[layer]
+    # An array keeps the host's copy that np.asarray makes of it. So it is made of a copy on the device, which goes.
+    return np.asarray(jnp.copy(piece) if layer is None else piece[layer])
 
 
 def _joined(tensors: dict[str, _Outgoing], layer: int) -> dict[str, _Outgoing]:
@@ -716,7 +736,7 @@ def _write_file(file: Path, tensors: Mapping[str, _Outgoing]) -> None:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in ordered.values():
             value = tensor.fetch()
-            for block in _blocks(value):
+            for block in _blocks(len(value), value[:1].nbytes):
                 out.write(np.ascontiguousarray(value[block]).reshape(-1).view(np.uint8).data)
 
 

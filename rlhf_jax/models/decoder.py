@@ -26,7 +26,7 @@ _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "gelu_tanh", "swiglu"),
     "bias": ("none", "qkv", "all"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("float32", "bfloat16"),
     "remat": ("none", "block"),
 }
 # Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
@@ -69,7 +69,8 @@ class DecoderConfig:
       rotary_scaling: their stretch to a long context (Llama 3.1); None = none.
       qk_norm: an RMSNorm over each head's query and key before they are rotated (Qwen3).
       dropout: rate on the embedding and both residual branches; acts only where `apply` is given a key.
-      dtype: compute dtype; parameters stay as they are (float32 masters).
+      dtype: compute dtype, float32 or bfloat16; parameters stay as they are (float32 masters). Not float16: its
+        gradients underflow without loss scaling, which bfloat16 does not need.
       remat: ``block`` recomputes each block in the backward pass.
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
     """

@@ -46,6 +46,11 @@ _LLAMA = {
     "blocks.mlp.up": "model.layers.{}.mlp.up_proj",
     "blocks.mlp.down": "model.layers.{}.mlp.down_proj",
 }
+_GEMMA3 = _LLAMA | {
+    "blocks.attention.post_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "blocks.mlp.post_norm": "model.layers.{}.post_feedforward_layernorm",
+}
 _GPT2 = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
@@ -75,8 +80,8 @@ _GGUF = {
     "blocks.mlp.up": "blk.{}.ffn_up",
     "blocks.mlp.down": "blk.{}.ffn_down",
 }
-_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
-_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma3_text": _GEMMA3}
+_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3_text": "Gemma3"}
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _SCORE_BIAS = "rlhf_jax_score_bias"
 
@@ -116,7 +121,7 @@ def load_hf(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Shardings | None = None,
 ) -> tuple[Model, Params, Any]:
-    """Load a GPT-2, Llama, Mistral, Qwen2 or Qwen3 model from a local folder, or a Llama model from a GGUF file.
+    """Load a GPT-2, Llama, Mistral, Qwen or Gemma 3 text model from a local folder, or a Llama model from a GGUF file.
 
     Each parameter goes from the file straight to its devices: the host never holds the model twice. A folder with a
     score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one label) gives a scalar model. Compute
@@ -236,7 +241,8 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
     if description.get("quantization_config"):
         raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
     try:
-        return _gpt2_config(description) if kind == "gpt2" else _llama_config(description)
+        readers = {"gpt2": _gpt2_config, "gemma3_text": _gemma3_config}
+        return readers.get(kind, _llama_config)(description)
     except KeyError as error:
         raise ValueError(f"config.json lacks the field {error}: copy the model folder again") from error
 
@@ -295,6 +301,62 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
+        if d.get(name):
+            raise ValueError(f"{name}={d[name]} is not supported: choose a Gemma 3 text model without it")
+    if d.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise ValueError(f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text model")
+    rope = d.get("rope_parameters") or {}
+    far = rope.get("full_attention") or d.get("rope_scaling") or {}
+    near = rope.get("sliding_attention") or {}
+    if _rotary_scaling(near) is not None:
+        raise ValueError(f"rope_parameters of sliding_attention={near} are not supported: choose plain ones there")
+    layers = d["num_hidden_layers"]
+    return DecoderConfig(
+        vocab_size=d["vocab_size"],
+        context_length=d["max_position_embeddings"],
+        layers=layers,
+        width=d["hidden_size"],
+        heads=d["num_attention_heads"],
+        kv_heads=d["num_key_value_heads"],
+        head_dim=d["head_dim"],
+        mlp_width=d["intermediate_size"],
+        norm="rmsnorm_plus_one",
+        norm_eps=d.get("rms_norm_eps", 1e-6),
+        activation="geglu",
+        tied=d.get("tie_word_embeddings", True),
+        rotary_base=float(far.get("rope_theta", d.get("rope_theta", 1_000_000.0))),
+        rotary_scaling=_rotary_scaling(far),
+        qk_norm=True,
+        post_norm=True,
+        embedding_scaled=True,
+        query_scalar=d.get("query_pre_attn_scalar", 256),
+        window=d["sliding_window"],
+        window_every=_window_every(d, layers),
+        local_rotary_base=float(near.get("rope_theta", d.get("rope_local_base_freq", 10_000.0))),
+    )
+
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+def _window_every(d: Mapping[str, Any], layers: int) -> int:
+    """Which layers are global: every n-th."""
+    types = d.get("layer_types")
+    if types is None:
+        return d.get("sliding_window_pattern", 6)
+    every = types.index(_GLOBAL) + 1 if _GLOBAL in types else layers + 1
+    if types != _layer_types(layers, every):
+        raise ValueError(f"layer_types={types} is not supported: choose a model whose every n-th layer is global")
+    return every
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    """The kind of each layer as config.json lists it."""
+    return [_LOCAL if (layer + 1) % every else _GLOBAL for layer in range(layers)]
+
+
 _ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 """The fields of `RotaryScaling`, in its order, as config.json names them."""
 
@@ -312,10 +374,12 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
     """The config.json of a decoder; `score` names the sequence classifier instead of the language model.
 
     Raises:
-      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2 and Qwen3.
+      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2, Qwen3 and Gemma 3.
     """
     kind = _family(config)
     task = "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+    if kind == "gemma3_text" and score:
+        task = f"Text{task}"  # the one without Text reads images too
     shared = {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind] + task],
@@ -333,7 +397,7 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
             "layer_norm_epsilon": config.norm_eps,
             "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
         }
-    return shared | {
+    shared |= {
         "max_position_embeddings": config.context_length,
         "num_hidden_layers": config.layers,
         "hidden_size": config.width,
@@ -342,10 +406,27 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_width,
         "rms_norm_eps": config.norm_eps,
+    }
+    if kind == "gemma3_text":
+        return shared | _gemma3_fields(config)
+    return shared | {
         "hidden_act": "silu",
         "rope_theta": config.rotary_base,
         **_rope_scaling(config.rotary_scaling),
         **({"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"} if kind == "llama" else {}),
+    }
+
+
+def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config.query_scalar or config.head_dim,
+        "sliding_window": config.window,
+        "layer_types": _layer_types(config.layers, config.window_every),
+        "sliding_window_pattern": config.window_every,
+        "rope_theta": config.rotary_base,
+        "rope_local_base_freq": config.local_rotary_base,
+        **_rope_scaling(config.rotary_scaling),
     }
 
 
@@ -357,16 +438,20 @@ def _rope_scaling(scaling: RotaryScaling | None) -> dict[str, Any]:
 
 def _family(config: DecoderConfig) -> str:
     parts = (config.positions, config.norm, config.activation)
+    gemma = config.qk_norm, config.post_norm, config.embedding_scaled, config.window > 0, config.bias
+    if parts == ("rotary", "rmsnorm_plus_one", "geglu") and gemma == (True, True, True, True, "none"):
+        return "gemma3_text"
+    own = config.post_norm, config.embedding_scaled, config.window, config.query_scalar not in (0, config.head_dim)
     multi_head = config.kv_heads == config.heads and config.heads * config.head_dim == config.width
     plain = config.bias == "all" and multi_head and not config.qk_norm
-    if parts[:2] == ("learned", "layernorm") and parts[2] != "swiglu" and plain:
+    if parts[:2] == ("learned", "layernorm") and parts[2] in ("gelu", "gelu_tanh") and plain and not any(own):
         return "gpt2"
-    if parts == ("rotary", "rmsnorm", "swiglu") and not (config.qk_norm and config.bias != "none"):
+    if parts == ("rotary", "rmsnorm", "swiglu") and not any(own) and not (config.qk_norm and config.bias != "none"):
         return "qwen3" if config.qk_norm else "qwen2" if config.bias == "qkv" else "llama"
     raise ValueError(
         f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, bias={config.bias!r}, qk_norm="
-        f"{config.qk_norm} is no Hugging Face family: choose the gpt2 preset, or rotary + rmsnorm + swiglu, with "
-        "qk_norm only without biases"
+        f"{config.qk_norm}, post_norm={config.post_norm}, window={config.window} is no Hugging Face family: choose the "
+        "gpt2 preset, or rotary + rmsnorm + swiglu, with qk_norm only without biases, or all parts of Gemma 3"
     )
 
 

@@ -26,9 +26,13 @@ LLAMA = DecoderConfig(40, 16, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False, ro
 LLAMA3 = dataclasses.replace(LLAMA, rotary_scaling=RotaryScaling(8.0, 1.0, 4.0, 8))
 QWEN2 = dataclasses.replace(LLAMA, bias="qkv", tied=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=6)
+GEMMA3 = dataclasses.replace(
+    QWEN3, tied=True, norm="rmsnorm_plus_one", activation="geglu", post_norm=True, embedding_scaled=True,
+    query_scalar=12, window=5, window_every=2, local_rotary_base=20.0,
+)  # fmt: skip
 GPT2 = gpt2(40, 16, 2, 16, 4)
 FAMILIES = pytest.mark.parametrize(
-    "config", [LLAMA, LLAMA3, QWEN2, QWEN3, GPT2], ids=["llama", "llama3", "qwen2", "qwen3", "gpt2"]
+    "config", [LLAMA, LLAMA3, QWEN2, QWEN3, GEMMA3, GPT2], ids=["llama", "llama3", "qwen2", "qwen3", "gemma3", "gpt2"]
 )
 
 

@@ -216,9 +216,20 @@ def type_of(model: Model) -> Callable[..., Model]:
 def optimizer(
     config: ConfigDict, learning_rate: optim.LearningRate, *, clip_norm: float | None = None
 ) -> optax.GradientTransformation:
-    """Adam as `config` asks for it: ``optimizer`` (adam, or tf_adam for the form of 2019), ``b1, b2, adam_eps``."""
-    config_lib.require_one_of("optimizer", config.optimizer, ("adam", "tf_adam"))
-    make = optim.adam if config.optimizer == "adam" else optim.tf_adam
+    """The optimizer that `config` asks for: ``optimizer`` and, for the forms of Adam, ``b1, b2, adam_eps``.
+
+    ``adam``, ``tf_adam`` (the form of 2019), ``adam_bf16`` (first moment in bfloat16) or ``adafactor``, which has a
+    factored second moment and no first one, and does not read those three.
+    """
+    adams = {
+        "adam": optim.adam,
+        "tf_adam": optim.tf_adam,
+        "adam_bf16": functools.partial(optim.adam, first_moment_dtype="bfloat16"),
+    }
+    config_lib.require_one_of("optimizer", config.optimizer, (*adams, "adafactor"))
+    if config.optimizer == "adafactor":
+        return optim.adafactor(learning_rate, clip_norm=clip_norm)
+    make = adams[config.optimizer]
     return make(learning_rate, b1=config.b1, b2=config.b2, eps=config.adam_eps, clip_norm=clip_norm)
 
 

@@ -128,10 +128,14 @@ def adam(
     eps: float | int = 1e-8,
     weight_decay: float | int = 0.0,
     clip_norm: float | int | None = None,
+    first_moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """Adam with epsilon after the bias correction, the form of PyTorch and optax.
 
     ``theta -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta)``
+
+    Its state is 8 bytes a parameter, 6 with a bfloat16 first moment. The second moment stays float32: a step changes
+    it by ``1 - b2`` of itself or less, and bfloat16 rounds away what is below 0.4% (all of it for ``b2=0.999``).
 
     Args:
       learning_rate: a number or a schedule over optimizer steps.
@@ -140,13 +144,15 @@ def adam(
       eps: added to the root of the corrected second moment.
       weight_decay: decoupled, on kernels and embeddings only (see `decay_mask`).
       clip_norm: gradients with a larger global norm are scaled down to it first; None for no clipping.
+      first_moment_dtype: what m is kept in, ``"bfloat16"`` for the lean form; None for that of the parameters.
 
     Returns:
       An optax chain whose state remembers the learning rate of its last step (`last_learning_rate`).
 
     Source: Ouyang et al. 2022, appendix C (betas); Kingma and Ba 2015; Loshchilov and Hutter 2019 (decay).
     """
-    return _chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), learning_rate, weight_decay, clip_norm)
+    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=first_moment_dtype)
+    return _chain(scale, learning_rate, weight_decay, clip_norm)
 
 
 def tf_adam(
@@ -191,6 +197,84 @@ def _scale_by_tf_adam(b1: float | int, b2: float | int, eps: float | int) -> opt
         return updates, state
 
     return optax.GradientTransformation(inner.init, update)
+
+
+def adafactor(
+    learning_rate: LearningRate,
+    *,
+    decay_rate: float | int = 0.8,
+    eps: float | int = 1e-30,
+    clip_update: float | int = 1.0,
+    factor_from: int = 128,
+    weight_decay: float | int = 0.0,
+    clip_norm: float | int | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor without a first moment: of a matrix's second moments only the sums of its rows and columns are kept.
+
+    ``v_hat = row column^T / mean(row)``, averages of ``g^2 + eps`` that decay by ``1 - t^-decay_rate``;
+    ``u = g / sqrt(v_hat)``; ``theta -= lr * (u / max(1, rms(u) / clip_update) + weight_decay * theta)``
+
+    Its state is next to nothing: ``4 (n + m)`` bytes for a matrix of ``n m`` parameters, where Adam keeps ``8 n m``.
+    Each layer of a stacked leaf has its own rows and columns; `rms` is over the whole leaf. The learning rate is an
+    absolute one, as in `adam`, and not relative to the size of the parameters.
+
+    Args:
+      learning_rate: a number or a schedule over optimizer steps.
+      decay_rate: how fast the averages lengthen.
+      eps: added to squared gradients.
+      clip_update: updates with a larger root mean square over a leaf are scaled down to it.
+      factor_from: a leaf whose second longest axis is shorter keeps all second moments (4 bytes a parameter).
+      weight_decay: decoupled, on kernels and embeddings only.
+      clip_norm: as in `adam`.
+
+    Returns:
+      An optax chain whose state remembers the learning rate of its last step.
+
+    Source: Shazeer and Stern 2018, algorithms 4 and 5 (factors, update clipping, the decay that lengthens).
+    """
+    scale = optax.chain(_scale_by_factors(decay_rate, eps, factor_from), optax.clip_by_block_rms(clip_update))
+    return _chain(scale, learning_rate, weight_decay, clip_norm)
+
+
+class FactoredMoments(NamedTuple):
+    """Steps taken, and for each parameter ``{"row", "column"}`` or, where it is not factored, ``{"full"}``.
+
+    The names come after the parameter's own, so that sharding rules for parameters, which end in a parameter's name,
+    do not take these vectors for it: they are replicated.
+    """
+
+    count: Int[Array, ""]
+    moments: PyTree
+
+
+def _scale_by_factors(decay_rate: float | int, eps: float | int, factor_from: int) -> optax.GradientTransformation:
+    inner = optax.scale_by_factored_rms(
+        decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=factor_from
+    )  # its state has three trees in the shape of the parameters, with one number where there is nothing
+
+    def packed(state: optax.FactoredState) -> FactoredMoments:
+        def pack(row: Array, column: Array, full: Array) -> dict[str, Array]:
+            return {"row": row, "column": column} if row.size > 1 else {"full": full}
+
+        return FactoredMoments(jnp.asarray(state.count), jax.tree.map(pack, state.v_row, state.v_col, state.v))
+
+    def unpacked(state: FactoredMoments, params: PyTree) -> optax.FactoredState:
+        def tree(name: str) -> PyTree:
+            return jax.tree.map(lambda p, found: found.get(name, jnp.zeros(1, p.dtype)), params, state.moments)
+
+        return optax.FactoredState(state.count, tree("row"), tree("column"), tree("full"))
+
+    def init(params):
+        state = inner.init(params)
+        assert isinstance(state, optax.FactoredState)
+        return packed(state)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, unpacked(state, updates), params)
+        assert isinstance(state, optax.FactoredState)
+        return updates, packed(state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _chain(scale, learning_rate: LearningRate, weight_decay: float | int, clip_norm: float | int | None):
@@ -243,7 +327,7 @@ def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
     """Learning rate of the last step, or None when the optimizer does not keep one.
 
     Args:
-      opt_state: of `adam`, `tf_adam`, or of anything made with `optax.inject_hyperparams`.
+      opt_state: of `adam`, `tf_adam`, `adafactor`, or of anything made with `optax.inject_hyperparams`.
 
     Returns:
       The rate that the last update was scaled by; 0 before the first.

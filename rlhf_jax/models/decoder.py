@@ -1,4 +1,4 @@
-"""One decoder for the GPT-2, Llama, Mistral, Qwen2 and Qwen3 families: flax nnx modules handed out as pure functions.
+"""One decoder for GPT-2, Llama, Mistral, Qwen2, Qwen3 and Gemma 3: flax nnx modules handed out as pure functions.
 
 Outside this folder nobody sees nnx: parameters are a nested dict of arrays, and `apply_decoder` rebuilds the modules
 from it while JAX traces, so a compiled step pays nothing for them. The blocks are stacked: every leaf of
@@ -24,10 +24,10 @@ from rlhf_jax.types import Cache, Output, Params
 
 _CHOICES = {
     "positions": ("learned", "rotary"),
-    "norm": ("layernorm", "rmsnorm"),
-    "activation": ("gelu", "gelu_tanh", "swiglu"),
+    "norm": ("layernorm", "rmsnorm", "rmsnorm_plus_one"),
+    "activation": ("gelu", "gelu_tanh", "swiglu", "geglu"),
     "bias": ("none", "qkv", "all"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("float32", "bfloat16"),
     "remat": ("none", "block"),
 }
 # Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
@@ -65,15 +65,22 @@ class DecoderConfig:
       head_dim: E; 0 means ``width // heads``.
       mlp_width: hidden width of the MLP; 0 means ``4 * width``.
       positions: learned table (GPT-2) or rotary in the half-split layout (Llama).
-      norm: pre-norm kind; `norm_eps` is added to the variance.
-      activation: ``gelu`` (erf), ``gelu_tanh`` (GPT-2) or gated ``swiglu`` (Llama).
+      norm: pre-norm kind; `norm_eps` is added to the variance. ``rmsnorm_plus_one`` multiplies by 1 + scale (Gemma).
+      activation: ``gelu`` (erf), ``gelu_tanh`` (GPT-2), gated ``swiglu`` (Llama) or gated tanh ``geglu`` (Gemma).
       bias: biases of the projections: ``none`` (Llama), ``qkv`` (Qwen2) or ``all`` (GPT-2; LayerNorm has one too).
       tied: the unembedding is the embedding.
       rotary_base: theta of the rotary angles.
       rotary_scaling: their stretch to a long context (Llama 3.1); None = none.
-      qk_norm: an RMSNorm over each head's query and key before they are rotated (Qwen3).
+      qk_norm: an RMSNorm over each head's query and key before they are rotated (Qwen3, Gemma).
+      post_norm: a norm after attention and after the MLP too, before they are added (Gemma).
+      embedding_scaled: embeddings are multiplied by ``sqrt(width)`` (Gemma).
+      query_scalar: queries are divided by its root; 0 means `head_dim`.
+      window: positions a query looks back in a local layer, its own included; 0 = no layer is local.
+      window_every: n, where every n-th layer is global and the others are local.
+      local_rotary_base: theta in local layers.
       dropout: rate on the embedding and both residual branches; acts only where `apply` is given a key.
-      dtype: compute dtype; parameters stay as they are (float32 masters).
+      dtype: compute dtype, float32 or bfloat16; parameters stay as they are (float32 masters). Not float16: its
+        gradients underflow without loss scaling, which bfloat16 does not need.
       remat: ``block`` recomputes each block in the backward pass.
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
     """
@@ -95,6 +102,12 @@ class DecoderConfig:
     rotary_base: float = 10_000.0
     rotary_scaling: RotaryScaling | None = None
     qk_norm: bool = False
+    post_norm: bool = False
+    embedding_scaled: bool = False
+    query_scalar: int = 0
+    window: int = 0
+    window_every: int = 6
+    local_rotary_base: float = 10_000.0
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
@@ -131,6 +144,11 @@ def _validate(config: DecoderConfig) -> None:
         raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions: set head_dim, width or heads")
     if config.rotary_scaling is not None and not 0 < config.rotary_scaling.low < config.rotary_scaling.high:
         raise ValueError(f"rotary_scaling={config.rotary_scaling} must have 0 < low < high: copy it from config.json")
+    if config.window < 0 or config.window_every < 1:
+        raise ValueError(
+            f"window={config.window} must be at least 0 and window_every={config.window_every} at least 1: "
+            "copy sliding_window and its pattern from config.json"
+        )
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout={config.dropout} must lie in [0, 1): it is the share of activations set to 0")
     if config.unroll is not None and not 1 <= config.unroll <= config.layers:
@@ -170,7 +188,7 @@ def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, std
 
 
 def _norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    if config.norm == "rmsnorm":
+    if config.norm != "layernorm":
         return _rms_norm(config, config.width, rngs=rngs)
     return nnx.LayerNorm(
         config.width, epsilon=config.norm_eps, use_bias=config.bias == "all", use_fast_variance=False,
@@ -178,7 +196,24 @@ def _norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     )  # fmt: skip
 
 
-def _rms_norm(config: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+class PlusOneRMSNorm(nnx.Module):
+    """RMSNorm times ``1 + scale``, all in float32 (Gemma); the scale starts at 0."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        scale = 1 + self.scale[...].astype(jnp.float32)
+        return (wide * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def _rms_norm(config: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    if config.norm == "rmsnorm_plus_one":
+        return PlusOneRMSNorm(width, config.norm_eps)
     return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
@@ -202,6 +237,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = _rms_norm(config, config.head_dim, rngs=rngs)
             self.key_norm = _rms_norm(config, config.head_dim, rngs=rngs)
+        if config.post_norm:
+            self.post_norm = _norm(config, rngs=rngs)
 
     def project(self, x: Float[Array, "B T D"], angles: _Angles | None):
         """Queries ``[B, T, H, E]``, keys and values ``[B, T, G, E]``, rotated where `angles` are given."""
@@ -215,26 +252,35 @@ class Attention(nnx.Module):
 
     def __call__(self, query: Array, key: Array, value: Array, bias: Float[Array, "B 1 T S"]) -> Float[Array, "B T D"]:
         """Mix values ``[B, G, S, E]`` by keys ``[B, G, E, S]`` under `bias` (0 visible, very negative hidden)."""
-        return self.out(_attend(query, key, value, bias).reshape(*query.shape[:2], -1))
+        mixed = _attend(query, key, value, bias, self.config.query_scalar or self.config.head_dim)
+        mixed = self.out(mixed.reshape(*query.shape[:2], -1))
+        return self.post_norm(mixed) if self.config.post_norm else mixed
+
+
+_GATES = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True)}
 
 
 class MLP(nnx.Module):
-    """``down(act(up x))``, or ``down(silu(gate x) * up x)`` for SwiGLU."""
+    """``down(act(up x))``, or ``down(act(gate x) * up x)`` for SwiGLU and GEGLU."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         bias = config.bias == "all"
-        if config.activation == "swiglu":
+        if config.activation in _GATES:
             self.gate = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
         self.up = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
         std = _residual_std(config)
         self.down = _linear(config, config.mlp_width, config.width, bias=bias, std=std, rngs=rngs)
+        if config.post_norm:
+            self.post_norm = _norm(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP to each place."""
-        if self.config.activation == "swiglu":
-            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-        return self.down(jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh"))
+        if self.config.activation in _GATES:
+            y = self.down(_GATES[self.config.activation](self.gate(x)) * self.up(x))
+        else:
+            y = self.down(jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh"))
+        return self.post_norm(y) if self.config.post_norm else y
 
 
 class Block(nnx.Module):
@@ -256,10 +302,11 @@ class Embedding(nnx.Module):
         if config.positions == "learned":
             self.positions = init(config.context_length, config.width, rngs=rngs)
         self.norm = _norm(config, rngs=rngs)
+        self.factor = config.width**0.5 if config.embedding_scaled else 1.0
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embed tokens, with their learned positions where the family has them."""
-        x = self.embed(tokens)
+        x = self.embed(tokens) * self.factor
         return x + self.positions(positions) if hasattr(self, "positions") else x
 
 
@@ -273,6 +320,31 @@ def _rotary_angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> _Angl
         return None
     angle = positions[..., None, None].astype(jnp.float32) * _rotary_frequencies(config)[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
+
+
+_View = tuple[Float[Array, "B 1 T S"], _Angles | None]
+"""What a layer's attention is given: which keys each query sees, and its rotary angles."""
+
+
+def _views(
+    config: DecoderConfig,
+    seen: Bool[Array, "B T S"],
+    positions: Int[Array, "B T"],
+    key_positions: Int[Array, "#B S"],
+) -> Callable[[Any], _View]:
+    """A layer's view: all layers have the same one, or local layers a window and rotary angles of their own."""
+    whole = jnp.where(seen, 0.0, _MASKED)[:, None], _rotary_angles(config, positions)
+    if not config.window:
+        return lambda layer: whole
+    near = positions[:, :, None] - key_positions[:, None, :] < config.window
+    plain = dataclasses.replace(config, rotary_base=config.local_rotary_base, rotary_scaling=None)
+    local = jnp.where(seen & near, 0.0, _MASKED)[:, None], _rotary_angles(plain, positions)
+
+    def view(layer: Any) -> _View:
+        is_global = (layer + 1) % config.window_every == 0
+        return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), whole, local)
+
+    return view
 
 
 def _rotary_frequencies(config: DecoderConfig) -> Float[Array, " E2"]:
@@ -297,12 +369,13 @@ def _attend(
     key: Float[Array, "B G E S"],
     value: Float[Array, "B G S E"],
     bias: Float[Array, "B 1 T S"],
+    query_scalar: int,
 ) -> Float[Array, "B T H E"]:
     # Heads before time: one plain batched matrix product per key-value head, measured no slower on CPU than the
     # same einsum over [B, T, H, E]. The R = H / G query heads of a group are stacked along time.
     batch, length, heads, head_dim = query.shape
     groups = key.shape[1]
-    query = (query * head_dim**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, head_dim)
+    query = (query * query_scalar**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, head_dim)
     scores = _rows_times(query, key).reshape(batch, heads, length, -1) + bias
     # Softmax with its division after the product with the values: one pass over the scores less, there and back.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
@@ -412,16 +485,18 @@ def apply_decoder(
     slots = jnp.arange(tokens.shape[1])[None, :]
     if cache is None:
         key_segments, slots = segments, jnp.broadcast_to(slots, tokens.shape)
+        key_positions = positions
     else:
         slots = cache.lengths[:, None] + slots
         cache, write = _advance(cache, segments, slots)
         key_segments = cache.segments
-    bias = jnp.where(visible(segments, parents, slots, key_segments), 0.0, _MASKED)[:, None]
-    angles = _rotary_angles(config, positions)
+        key_positions = jnp.arange(key_segments.shape[1])[None, :]  # a cached row is one text from its first slot on
+    view = _views(config, visible(segments, parents, slots, key_segments), positions, key_positions)
 
     def block(x: Array, layer: Any, layer_params: Params, look: Callable[..., tuple[Array, Array]]) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
         module = _bind(Block, config, layer_params)
+        bias, angles = view(layer)
         query, new_keys, new_values = module.attention.project(module.attention_norm(x), angles)
         mixed = module.attention(query, *look(layer, new_keys, new_values), bias)
         x = x + _dropout(mixed, config.dropout, block_keys[0])

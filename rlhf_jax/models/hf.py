@@ -2,21 +2,27 @@
 
 No torch, no pickle, no remote code, and no path is ever built from a name found in a file: shards are the
 ``*.safetensors`` files of the folder, whatever an index says.
+
+Memory: each parameter is allocated once, on its devices' terms, and filled from the files a block of rows at a time;
+saving writes a block at a time. So beside the parameters only a few blocks of `_BLOCK` bytes are ever held.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
@@ -39,6 +45,11 @@ _LLAMA = {
     "blocks.mlp.gate": "model.layers.{}.mlp.gate_proj",
     "blocks.mlp.up": "model.layers.{}.mlp.up_proj",
     "blocks.mlp.down": "model.layers.{}.mlp.down_proj",
+}
+_GEMMA3 = _LLAMA | {
+    "blocks.attention.post_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "blocks.mlp.post_norm": "model.layers.{}.post_feedforward_layernorm",
 }
 _GPT2 = {
     "embed": "transformer.wte",
@@ -69,27 +80,58 @@ _GGUF = {
     "blocks.mlp.up": "blk.{}.ffn_up",
     "blocks.mlp.down": "blk.{}.ffn_down",
 }
-_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
-_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_NAMES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma3_text": _GEMMA3}
+_ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3_text": "Gemma3"}
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _SCORE_BIAS = "rlhf_jax_score_bias"
 
-Read = Callable[[str], np.ndarray]
+_INDEX = "model.safetensors.index.json"
+_BLOCK = 2**22
+"""Bytes that are read or written at once."""
+
+Window = tuple[slice, ...]
+"""A start and a stop for each axis, both numbers."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor in a file: its shape, and the windows of it that somebody asks for. A numpy array is one too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it lies in the file."""
+        ...
+
+    def __getitem__(self, window: Window, /) -> np.ndarray:
+        """Reads a window."""
+        ...
+
+
+Read = Callable[[str], Stored]
 """Name of a tensor -> the tensor; ValueError where it is missing."""
+
+Shardings = Callable[[Params], Any]
+"""Parameters as `jax.ShapeDtypeStruct`s -> the same tree of shardings."""
 
 
 def load_hf(
-    path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    shardings: Shardings | None = None,
 ) -> tuple[Model, Params, Any]:
-    """Load a GPT-2, Llama, Mistral, Qwen2 or Qwen3 model from a local folder, or a Llama model from a GGUF file.
+    """Load a GPT-2, Llama, Mistral, Qwen or Gemma 3 text model from a local folder, or a Llama model from a GGUF file.
 
-    A folder with a score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one label) gives a scalar
-    model. Compute is float32; for bfloat16 compute build the model again from ``replace(model.config, dtype=...)``.
+    Each parameter goes from the file straight to its devices: the host never holds the model twice. A folder with a
+    score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one label) gives a scalar model. Compute
+    is float32; for bfloat16 compute build the model again from ``replace(model.config, dtype=...)``.
 
     Args:
       path: a folder with config.json, safetensors and (optional) tokenizer.json; or a .gguf file.
       dtype: of the parameters.
       mesh: where to put them: each array is split over the ``fsdp`` axis; None = the default device.
+      shardings: where to put them instead, as in training: ``partial(sharding.tree_shardings, mesh=mesh)``.
 
     Returns:
       The model, its parameters, and the tokenizer (None where the folder holds no tokenizer.json; a GGUF file describes
@@ -97,54 +139,62 @@ def load_hf(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is corrupt, of an unknown kind, or does not fit the others.
+      ValueError: a file is corrupt, of an unknown kind, or does not fit the others; or `mesh` beside `shardings`.
     """
     path = Path(path)
+    if mesh is not None and shardings is not None:
+        raise ValueError("mesh and shardings both say where parameters go: pass one of them")
+    if mesh is not None:
+        shardings = partial(_over_fsdp, mesh)
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype, mesh)
+        return _load_gguf(path, dtype, shardings)
     description = _read_config(path)
     config = config_from_hf(description)
     tensors = _Tensors(path)
     names = _NAMES[description["model_type"]]
     model = scalar_model(config) if "score.weight" in tensors else language_model(config)
     read = _fused(tensors, config) if names is _GPT2 else tensors
-    transposed = names is not _GPT2
-    params = _assemble(model, names, read, dtype, mesh, transposed=transposed)
-    if "score" in params:
-        bias = np.float32(description.get(_SCORE_BIAS, 0.0))
-        params["score"] = {
-            "weight": _place(tensors("score.weight").reshape(-1), dtype, mesh),
-            "bias": _place(bias, dtype, mesh),
-        }
+    bias = np.float32(description.get(_SCORE_BIAS, 0.0))
+    params = _assemble(model, names, read, dtype, shardings, transposed=names is not _GPT2, bias=bias)
     return model, params, _load_tokenizer(path, config)
 
 
-def save_hf(path: str | Path, model: Model, params: Params, tokenizer: Any = None) -> None:
+def save_hf(
+    path: str | Path, model: Model, params: Params, tokenizer: Any = None, *, max_shard_size: int = 5_000_000_000
+) -> None:
     """Write a folder that `load_hf` and transformers read: weights, config, tokenizer, model card.
 
-    Tensors keep the dtype of `params` (bfloat16 included). The bias of a score head has no place in the Hugging Face
-    layout and goes to config.json as ``rlhf_jax_score_bias``: score = logits + bias. A sequence classifier of
-    transformers reads the last token that is not ``pad_token_id``, so the id written there is never that of EOS.
+    Tensors keep the dtype of `params` (bfloat16 included) and are written one after the other, without a second copy
+    of the model on the host. The bias of a score head has no place in the Hugging Face layout and goes to config.json
+    as ``rlhf_jax_score_bias``: score = logits + bias. A sequence classifier of transformers reads the last token that
+    is not ``pad_token_id``, so the id written there is never that of EOS.
+
+    Args:
+      path: the folder; weights of an earlier save in it are removed.
+      model: as from `language_model` or `scalar_model`.
+      params: its parameters, on any devices of this process.
+      tokenizer: saved beside them, with its chat template.
+      max_shard_size: bytes of tensors in one file; above it there are several and an index.
 
     Raises:
-      ValueError: the model has no config, or its mixture of parts is no known family.
+      ValueError: the model has no config, its mixture of parts is no known family, or other processes hold a part.
     """
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
     path = Path(path)
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
+        raise ValueError("params lie on devices of several processes: gather them with multihost_utils first")
     description = hf_config(model.config, score="score" in params)
-    arrays = jax.tree.map(np.asarray, jax.device_get(params))
-    description["dtype"] = str(arrays["embed"]["embedding"].dtype)
-    if "score" in arrays:
-        description[_SCORE_BIAS] = float(arrays["score"]["bias"])
+    description["dtype"] = str(params["embed"]["embedding"].dtype)
+    if "score" in params:
+        description[_SCORE_BIAS] = float(params["score"]["bias"])
     special = {} if tokenizer is None else _special_ids(tokenizer)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", description | special)
-    if special and "score" not in arrays:
+    if special and "score" not in params:
         _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
     (path / "README.md").write_text(_card(description), encoding="utf-8")
-    tensors = _disassemble(model.config, description["model_type"], arrays)
-    safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    _write_shards(path, dict(_outgoing(model.config, description["model_type"], params)), max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -188,8 +238,11 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
     kind = description.get("model_type")
     if kind not in _NAMES:
         raise ValueError(f"model_type={kind!r} is not supported: choose a model of {', '.join(_NAMES)}")
+    if description.get("quantization_config"):
+        raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
     try:
-        return _gpt2_config(description) if kind == "gpt2" else _llama_config(description)
+        readers = {"gpt2": _gpt2_config, "gemma3_text": _gemma3_config}
+        return readers.get(kind, _llama_config)(description)
     except KeyError as error:
         raise ValueError(f"config.json lacks the field {error}: copy the model folder again") from error
 
@@ -248,6 +301,62 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
+        if d.get(name):
+            raise ValueError(f"{name}={d[name]} is not supported: choose a Gemma 3 text model without it")
+    if d.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise ValueError(f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text model")
+    rope = d.get("rope_parameters") or {}
+    far = rope.get("full_attention") or d.get("rope_scaling") or {}
+    near = rope.get("sliding_attention") or {}
+    if _rotary_scaling(near) is not None:
+        raise ValueError(f"rope_parameters of sliding_attention={near} are not supported: choose plain ones there")
+    layers = d["num_hidden_layers"]
+    return DecoderConfig(
+        vocab_size=d["vocab_size"],
+        context_length=d["max_position_embeddings"],
+        layers=layers,
+        width=d["hidden_size"],
+        heads=d["num_attention_heads"],
+        kv_heads=d["num_key_value_heads"],
+        head_dim=d["head_dim"],
+        mlp_width=d["intermediate_size"],
+        norm="rmsnorm_plus_one",
+        norm_eps=d.get("rms_norm_eps", 1e-6),
+        activation="geglu",
+        tied=d.get("tie_word_embeddings", True),
+        rotary_base=float(far.get("rope_theta", d.get("rope_theta", 1_000_000.0))),
+        rotary_scaling=_rotary_scaling(far),
+        qk_norm=True,
+        post_norm=True,
+        embedding_scaled=True,
+        query_scalar=d.get("query_pre_attn_scalar", 256),
+        window=d["sliding_window"],
+        window_every=_window_every(d, layers),
+        local_rotary_base=float(near.get("rope_theta", d.get("rope_local_base_freq", 10_000.0))),
+    )
+
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+def _window_every(d: Mapping[str, Any], layers: int) -> int:
+    """Which layers are global: every n-th."""
+    types = d.get("layer_types")
+    if types is None:
+        return d.get("sliding_window_pattern", 6)
+    every = types.index(_GLOBAL) + 1 if _GLOBAL in types else layers + 1
+    if types != _layer_types(layers, every):
+        raise ValueError(f"layer_types={types} is not supported: choose a model whose every n-th layer is global")
+    return every
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    """The kind of each layer as config.json lists it."""
+    return [_LOCAL if (layer + 1) % every else _GLOBAL for layer in range(layers)]
+
+
 _ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 """The fields of `RotaryScaling`, in its order, as config.json names them."""
 
@@ -265,10 +374,12 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
     """The config.json of a decoder; `score` names the sequence classifier instead of the language model.
 
     Raises:
-      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2 and Qwen3.
+      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2, Qwen3 and Gemma 3.
     """
     kind = _family(config)
     task = "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+    if kind == "gemma3_text" and score:
+        task = f"Text{task}"  # the one without Text reads images too
     shared = {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind] + task],
@@ -286,7 +397,7 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
             "layer_norm_epsilon": config.norm_eps,
             "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
         }
-    return shared | {
+    shared |= {
         "max_position_embeddings": config.context_length,
         "num_hidden_layers": config.layers,
         "hidden_size": config.width,
@@ -295,10 +406,27 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_width,
         "rms_norm_eps": config.norm_eps,
+    }
+    if kind == "gemma3_text":
+        return shared | _gemma3_fields(config)
+    return shared | {
         "hidden_act": "silu",
         "rope_theta": config.rotary_base,
         **_rope_scaling(config.rotary_scaling),
         **({"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"} if kind == "llama" else {}),
+    }
+
+
+def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config.query_scalar or config.head_dim,
+        "sliding_window": config.window,
+        "layer_types": _layer_types(config.layers, config.window_every),
+        "sliding_window_pattern": config.window_every,
+        "rope_theta": config.rotary_base,
+        "rope_local_base_freq": config.local_rotary_base,
+        **_rope_scaling(config.rotary_scaling),
     }
 
 
@@ -310,16 +438,20 @@ def _rope_scaling(scaling: RotaryScaling | None) -> dict[str, Any]:
 
 def _family(config: DecoderConfig) -> str:
     parts = (config.positions, config.norm, config.activation)
+    gemma = config.qk_norm, config.post_norm, config.embedding_scaled, config.window > 0, config.bias
+    if parts == ("rotary", "rmsnorm_plus_one", "geglu") and gemma == (True, True, True, True, "none"):
+        return "gemma3_text"
+    own = config.post_norm, config.embedding_scaled, config.window, config.query_scalar not in (0, config.head_dim)
     multi_head = config.kv_heads == config.heads and config.heads * config.head_dim == config.width
     plain = config.bias == "all" and multi_head and not config.qk_norm
-    if parts[:2] == ("learned", "layernorm") and parts[2] != "swiglu" and plain:
+    if parts[:2] == ("learned", "layernorm") and parts[2] in ("gelu", "gelu_tanh") and plain and not any(own):
         return "gpt2"
-    if parts == ("rotary", "rmsnorm", "swiglu") and not (config.qk_norm and config.bias != "none"):
+    if parts == ("rotary", "rmsnorm", "swiglu") and not any(own) and not (config.qk_norm and config.bias != "none"):
         return "qwen3" if config.qk_norm else "qwen2" if config.bias == "qkv" else "llama"
     raise ValueError(
         f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, bias={config.bias!r}, qk_norm="
-        f"{config.qk_norm} is no Hugging Face family: choose the gpt2 preset, or rotary + rmsnorm + swiglu, with "
-        "qk_norm only without biases"
+        f"{config.qk_norm}, post_norm={config.post_norm}, window={config.window} is no Hugging Face family: choose the "
+        "gpt2 preset, or rotary + rmsnorm + swiglu, with qk_norm only without biases, or all parts of Gemma 3"
     )
 
 
@@ -339,28 +471,74 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class _Tensors:
-    """The tensors of all *.safetensors files of a folder, read one at a time."""
+    """The tensors of all *.safetensors files of a folder."""
 
     def __init__(self, path: Path):
-        self._files: dict[str, Any] = {}
         self._path = path
+        self._tensors: dict[str, _InFile] = {}
         for file in sorted(path.glob("*.safetensors")):
-            try:
-                handle = safetensors.safe_open(file, framework="numpy")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is corrupt ({error}): copy it again") from error
-            self._files |= {_full_name(name): (handle, name) for name in handle.keys()}  # noqa: SIM118
-        if not self._files:
+            for tensor in _tensors_of(file):
+                name = _full_name(tensor.name)
+                if name in self._tensors:
+                    twice = f"{self._tensors[name].file.name} and {file.name} in {path}"
+                    raise ValueError(f"tensor {name!r} is in both {twice}: delete the file of the other model")
+                self._tensors[name] = tensor
+        if not self._tensors:
             raise FileNotFoundError(f"no *.safetensors in {path}: convert the weights to safetensors first")
+        self._check_index()
+
+    def _check_index(self) -> None:
+        """The index is believed in one thing only: which tensors there should be."""
+        if not (self._path / _INDEX).is_file():
+            return
+        try:
+            weight_map = json.loads((self._path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            missing = {str(shard): name for name, shard in weight_map.items() if _full_name(name) not in self}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self._path / _INDEX} is corrupt ({error!r}): copy it again") from error
+        if missing:
+            shard, name = min(missing.items())
+            raise ValueError(
+                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self._path}: copy that file again"
+            )
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._tensors
 
-    def __call__(self, name: str) -> np.ndarray:
-        if name not in self._files:
+    def __call__(self, name: str) -> Stored:
+        if name not in self._tensors:
             raise ValueError(f"{self._path} holds no tensor {name!r}: a shard is missing, or config.json is another's")
-        handle, stored = self._files[name]
-        return handle.get_tensor(stored)
+        return self._tensors[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFile:
+    """A tensor of a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, window: Window, /) -> np.ndarray:
+        # Opened anew for each block: what was read of a mapped file counts as memory of this process until it closes.
+        with safetensors.safe_open(self.file, framework="numpy") as file:
+            return file.get_slice(self.name)[window]
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _tensors_of(file: Path) -> Iterator[_InFile]:
+    try:
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            kinds = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is corrupt ({error}): copy it again") from error
+    for name, (kind, shape) in kinds.items():
+        if kind not in _FLOATS and name.endswith((".weight", ".bias")):
+            raise ValueError(f"tensor {name!r} of {file} is of the type {kind}: choose weights that are not quantised")
+        yield _InFile(file, name, shape)
 
 
 def _full_name(name: str) -> str:
@@ -368,14 +546,26 @@ def _full_name(name: str) -> str:
     return f"transformer.{name}" if name.split(".")[0] in ("wte", "wpe", "h", "ln_f") else name
 
 
+class _Columns:
+    """Some columns of a tensor."""
+
+    def __init__(self, whole: Stored, start: int, width: int):
+        self._whole, self._start = whole, start
+        self.shape = (*whole.shape[:-1], width)
+
+    def __getitem__(self, window: Window, /) -> np.ndarray:
+        *others, columns = window
+        return self._whole[(*others, slice(self._start + columns.start, self._start + columns.stop))]
+
+
 def _fused(read: Read, config: DecoderConfig) -> Read:
     """GPT-2's c_attn [D, 3D] served as query, key and value."""
 
-    def split(name: str) -> np.ndarray:
+    def split(name: str) -> Stored:
         for place, part in enumerate(("query", "key", "value")):
             if f".attn.{part}." in name:
                 fused = read(name.replace(f".attn.{part}.", ".attn.c_attn."))
-                return fused[..., place * config.width : (place + 1) * config.width]
+                return _Columns(fused, place * config.width, config.width)
         return read(name)
 
     return split
@@ -385,63 +575,254 @@ def _hf_name(names: Mapping[str, str], path: tuple[str, ...]) -> str:
     return f"{names['.'.join(path[:-1])]}.{'bias' if path[-1] == 'bias' else 'weight'}"
 
 
-def _assemble(model: Model, names, read: Read, dtype, mesh, *, transposed: bool) -> Params:
+def _flipped(path: tuple[str, ...], *, transposed: bool) -> bool:
+    """Whether a file keeps this matrix as (out, in): all of them, or in GPT-2 the head only."""
+    return path[-1] == "kernel" and (transposed or path[0] == "unembed")
+
+
+def _assemble(
+    model: Model,
+    names: Mapping[str, str],
+    read: Read,
+    dtype: Any,
+    shardings: Shardings | None,
+    *,
+    transposed: bool,
+    bias: np.floating | float = 0.0,
+) -> Params:
     """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in)."""
-    expected: dict[Any, Any] = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    places = {} if shardings is None else traverse_util.flatten_dict(shardings(shapes))
+    expected: dict[Any, Any] = traverse_util.flatten_dict(shapes)
     params = {}
     for path, leaf in expected.items():
+        stacked, flip = path[0] == "blocks", _flipped(path, transposed=transposed)
         if path[0] == "score":
-            params[path] = None
-            continue
-        name = _hf_name(names, path)
-        layers = [name.format(i) for i in range(leaf.shape[0])] if path[0] == "blocks" else [name]
-        shape = leaf.shape[1:] if path[0] == "blocks" else leaf.shape
-        flip = path[-1] == "kernel" and (transposed or path[0] == "unembed")
-        values = [_checked(n, read(n).T if flip else read(n), shape) for n in layers]
-        params[path] = _place(np.stack(values) if path[0] == "blocks" else values[0], dtype, mesh)
+            make = partial(_window_of, _score(read, path[1], leaf.shape, bias).astype(dtype))
+        else:
+            name, shape = _hf_name(names, path), leaf.shape[1:] if stacked else leaf.shape
+            layers = [name.format(i) for i in range(leaf.shape[0])] if stacked else [name]
+            stored = [_checked(n, read(n), shape[::-1] if flip else shape) for n in layers]
+            make = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
+        params[path] = _place(leaf.shape, dtype, places.get(path), make)
     return traverse_util.unflatten_dict(params)
 
 
-def _checked(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if value.shape != shape:
+def _checked(name: str, value: Stored, shape: tuple[int, ...]) -> Stored:
+    if tuple(value.shape) != shape:
         raise ValueError(f"tensor {name!r} has the shape {value.shape}, config.json asks for {shape}: not its weights")
     return value
 
 
-def _place(value: np.ndarray | np.generic, dtype, mesh: jax.sharding.Mesh | None) -> jax.Array:
-    value = np.asarray(value).astype(jnp.dtype(dtype))
-    if mesh is None:
-        return jnp.asarray(value)
+def _place(shape: tuple[int, ...], dtype: Any, sharding: Any, make: Callable[[Window], np.ndarray]) -> jax.Array:
+    """An array on its devices; each device's piece is made once. One that starts on 64 bytes is taken over by a CPU."""
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return make(tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)))
+
+    if sharding is None:
+        placed = jax.device_put(piece((slice(None),) * len(shape)))
+    else:
+        placed = jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
+    return placed.block_until_ready()  # else pieces on their way to a device would add up on the host
+
+
+def _read_piece(stored: Sequence[Stored], dtype: Any, index: Window, *, stacked: bool, flip: bool) -> np.ndarray:
+    """The part `index` of a parameter: of all layers (`stacked`), or of the one tensor it is; `flip` turns matrices."""
+    target = _aligned(tuple(part.stop - part.start for part in index), dtype)
+    layers, window = (index[0], index[1:]) if stacked else (slice(0, 1), index)
+    for place, layer in enumerate(stored[layers]):
+        part = target[place] if stacked else target
+        _copy(layer, window[::-1] if flip else window, part.T if flip else part)
+    return target
+
+
+def _copy(source: Stored, window: Window, target: np.ndarray) -> None:
+    """Fills `target` from a window of the file, in its dtype, one block of rows after the other."""
+    rows, *others = window
+    for block in _blocks(len(target), target.dtype.itemsize * math.prod(source.shape[1:])):
+        target[block] = source[(slice(rows.start + block.start, rows.start + block.stop), *others)]
+
+
+def _blocks(rows: int, row_size: int) -> Iterator[slice]:
+    """Rows of `row_size` bytes by blocks of about `_BLOCK`: of the whole row, which a file brings in for a part too."""
+    step = max(1, _BLOCK // max(1, row_size))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that starts on a multiple of 64 bytes: `jax.device_put` takes such a one as it is on a CPU."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
+
+
+def _score(read: Read, leaf: str, shape: tuple[int, ...], bias: np.floating | float) -> np.ndarray:
+    if leaf == "bias":
+        return np.asarray(bias)
+    return _whole(_checked("score.weight", read("score.weight"), (1, *shape)))[0]
+
+
+def _whole(tensor: Stored) -> np.ndarray:
+    return tensor[tuple(slice(0, size) for size in tensor.shape)]
+
+
+def _window_of(value: np.ndarray, index: Window) -> np.ndarray:
+    return np.array(value[index])
+
+
+def _over_fsdp(mesh: jax.sharding.Mesh, params: Params) -> Any:
+    """The longest axis that divides is split over ``fsdp``; what has none is replicated."""
     parts = mesh.shape.get("fsdp", 1)
-    axes = [axis for axis in range(value.ndim) if parts > 1 and value.shape[axis] % parts == 0]
-    spec: list[str | None] = [None] * value.ndim
-    if axes:
-        spec[max(axes, key=lambda axis: value.shape[axis])] = "fsdp"
-    return jax.device_put(value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+        axes = [axis for axis in range(leaf.ndim) if parts > 1 and leaf.shape[axis] % parts == 0]
+        spec: list[str | None] = [None] * leaf.ndim
+        if axes:
+            spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(place, params)
 
 
-def _disassemble(config: DecoderConfig, kind: str, arrays: Params) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
-    names = _NAMES[kind]
-    flat: dict[Any, Any] = traverse_util.flatten_dict(arrays)
-    for path, value in flat.items():
-        if path[0] == "score":
-            continue
-        flip = path[-1] == "kernel" and (kind != "gpt2" or path[0] == "unembed")
-        for layer, one in enumerate(value) if path[0] == "blocks" else [(0, value)]:
-            tensors[_hf_name(names, path).format(layer)] = np.ascontiguousarray(one.T if flip else one)
-    if "score" in arrays:
-        tensors["score.weight"] = arrays["score"]["weight"].reshape(1, -1)
-    return _joined(tensors, config.layers) if kind == "gpt2" else tensors
+# ------------------------------------------------------------------------------------------------ writing
 
 
-def _joined(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
-    for layer in range(layers):
-        for leaf in ("weight", "bias"):
-            names = [f"transformer.h.{layer}.attn.{part}.{leaf}" for part in ("query", "key", "value")]
-            fused = np.concatenate([tensors.pop(name) for name in names], axis=-1)
-            tensors[f"transformer.h.{layer}.attn.c_attn.{leaf}"] = fused
+class _Outgoing(NamedTuple):
+    """A tensor to be written: what the header says of it, and how it is fetched when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _outgoing(config: DecoderConfig, kind: str, params: Params) -> Iterator[tuple[str, _Outgoing]]:
+    """Every tensor under its Hugging Face name, layer by layer, as files are commonly laid out."""
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
+    for path, leaf in flat.items():
+        if path[0] not in ("blocks", "score"):
+            yield _hf_name(_NAMES[kind], path), _tensor(leaf, None, _flipped(path, transposed=kind != "gpt2"))
+    blocks = {path: leaf for path, leaf in flat.items() if path[0] == "blocks"}
+    for layer in range(config.layers):
+        tensors = {
+            _hf_name(_NAMES[kind], path).format(layer): _tensor(leaf, layer, _flipped(path, transposed=kind != "gpt2"))
+            for path, leaf in blocks.items()
+        }
+        yield from (_joined(tensors, layer) if kind == "gpt2" else tensors).items()
+    if "score" in params:
+        weight = params["score"]["weight"]
+        yield "score.weight", _Outgoing((1, *weight.shape), weight.dtype, lambda: np.asarray(weight)[None])
+
+
+def _tensor(leaf: Any, layer: int | None, flip: bool) -> _Outgoing:
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+
+    def fetch() -> np.ndarray:
+        value = _fetch(leaf, layer)
+        return value.T if flip else value
+
+    return _Outgoing(shape[::-1] if flip else shape, np.dtype(leaf.dtype), fetch)
+
+
+def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
+    """An array or one layer of it on the host: as it lies on one CPU device, else put together from pieces."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    shards = leaf.addressable_shards
+    if len(leaf.sharding.device_set) == 1:
+        return _pull(shards[0].data, layer)
+    value = np.empty(leaf.shape if layer is None else leaf.shape[1:], leaf.dtype)
+    for shard in shards:
+        if layer is None:
+            value[shard.index] = _pull(shard.data, None)
+        elif layer in range(*shard.index[0].indices(leaf.shape[0])):
+            value[shard.index[1:]] = _pull(shard.data, layer - (shard.index[0].start or 0))
+    return value
+
+
+def _pull(piece: jax.Array, layer: int | None) -> np.ndarray:
+    if next(iter(piece.devices())).platform == "cpu":
+        value = np.asarray(piece)  # no copy
+        return value if layer is None else value[layer]
+    # An array keeps the host's copy that np.asarray makes of it. So it is made of a copy on the device, which goes.
+    return np.asarray(jnp.copy(piece) if layer is None else piece[layer])
+
+
+def _joined(tensors: dict[str, _Outgoing], layer: int) -> dict[str, _Outgoing]:
+    """A layer of GPT-2 with its query, key and value as one c_attn."""
+    for leaf in ("weight", "bias"):
+        parts = [tensors.pop(f"transformer.h.{layer}.attn.{part}.{leaf}") for part in ("query", "key", "value")]
+        shape = (*parts[0].shape[:-1], 3 * parts[0].shape[-1])
+        fused = _Outgoing(shape, parts[0].dtype, partial(_side_by_side, parts))
+        tensors[f"transformer.h.{layer}.attn.c_attn.{leaf}"] = fused
     return tensors
+
+
+def _side_by_side(parts: Sequence[_Outgoing]) -> np.ndarray:
+    return np.concatenate([part.fetch() for part in parts], axis=-1)
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, _Outgoing], max_shard_size: int) -> None:
+    """One file, or several and their index; the weights of an earlier save go first."""
+    for old in (*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors"), *folder.glob(_INDEX)):
+        old.unlink()
+    shards = _shards(tensors, max_shard_size)
+    if len(shards) == 1:
+        return _write_file(folder / "model.safetensors", tensors)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, {name: tensors[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(tensor.size for tensor in tensors.values())
+    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Mapping[str, _Outgoing], limit: int) -> list[list[str]]:
+    """Names in files of at most `limit` bytes; a larger tensor has a file of its own."""
+    shards: list[list[str]] = [[]]
+    free = limit
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.size > free:
+            shards.append([])
+            free = limit
+        shards[-1].append(name)
+        free -= tensor.size
+    return shards
+
+
+_HEADER_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def _write_file(file: Path, tensors: Mapping[str, _Outgoing]) -> None:
+    """A safetensors file, written a block at a time: the library's own writer wants all tensors in memory at once.
+
+    Eight bytes of length, the header as JSON padded to a multiple of eight, then the tensors one after the other.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The wider types first, so that each tensor starts on a multiple of its own width.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.size
+        kind = _HEADER_TYPES[tensor.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered.values():
+            value = tensor.fetch()
+            for block in _blocks(len(value), value[:1].nbytes):
+                out.write(np.ascontiguousarray(value[block]).reshape(-1).view(np.uint8).data)
 
 
 def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
@@ -479,14 +860,36 @@ def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
 def _unpermuted(read: Read, config: DecoderConfig) -> Read:
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
 
-    def unpermute(name: str) -> np.ndarray:
+    def unpermute(name: str) -> Stored:
         part = next((part for part in heads if f".{part}." in name), None)
-        return read(name) if part is None else _half_split(read(name), heads[part])
+        return read(name) if part is None else _half_split(_whole(read(name)), heads[part])
 
     return unpermute
 
 
-def _load_gguf(path: Path, dtype, mesh) -> tuple[Model, Params, Any]:
+class _Quantised:
+    """A tensor of a GGUF file, dequantised by rows."""
+
+    def __init__(self, tensor: Any, dequantise: Callable[..., np.ndarray]):
+        self._tensor, self._dequantise = tensor, dequantise
+        self.shape = tuple(int(size) for size in reversed(tensor.shape))
+
+    def __getitem__(self, window: Window, /) -> np.ndarray:
+        rows, *others = window
+        block = np.array(self._dequantise(self._tensor.data[rows], self._tensor.tensor_type)[(slice(None), *others)])
+        _let_go(self._tensor.data)
+        return block
+
+
+def _let_go(mapped: Any) -> None:
+    """What was read of a mapped file no longer counts as memory of this process; reading it again is possible."""
+    while mapped is not None and not isinstance(mapped, mmap.mmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Model, Params, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: pass a .gguf file or the folder of a saved model")
     try:
@@ -499,16 +902,16 @@ def _load_gguf(path: Path, dtype, mesh) -> tuple[Model, Params, Any]:
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str) -> Stored:
         if name not in tensors:
             raise ValueError(f"{path} holds no tensor {name!r}: only plain llama models are supported")
-        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        return _Quantised(tensors[name], gguf.quants.dequantize)
 
     config = _gguf_config(reader, path, read, tied="output.weight" not in tensors)
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{path} scales its rotary frequencies: choose a model with plain rotary positions")
     model = language_model(config)
-    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, mesh, transposed=True)
+    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, shardings, transposed=True)
     tokenizer = _load_tokenizer(path.parent, config) or _gguf_tokenizer(reader)
     return model, params, None if tokenizer is None else _fitting(tokenizer, config, path)
 

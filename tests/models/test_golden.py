@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from rlhf_jax import scoring
 from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
 from rlhf_jax.models.decoder import RotaryScaling
+from rlhf_jax.models.hf import config_from_hf
 from rlhf_jax.types import PromptBatch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
-NAMES = ("gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3")
+NAMES = ("gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3")
 FAMILIES = pytest.mark.parametrize("name", NAMES)
 
 
@@ -99,3 +101,54 @@ def test_norms_of_queries_and_keys_beside_biases_are_no_family(tmp_path):
     model = language_model(DecoderConfig(8, 8, 1, 8, 2, bias="qkv", qk_norm=True))
     with pytest.raises(ValueError, match="qk_norm=True"):
         save_hf(tmp_path / "model", model, model.init(jax.random.key(0)))
+
+
+def test_a_window_counts_positions_where_responses_share_a_prompt():
+    """Two responses after one prompt see what they see in rows of their own, also over the edge of the window."""
+    model, params, _ = load_hf(GOLDEN / "gemma3")
+    prompt, one, two = np.arange(3, 9), np.arange(9, 14), np.arange(20, 25)
+    alone = [logits(model, params, np.concatenate([prompt, end])[None], [11])[0, 6:] for end in (one, two)]
+    packed = {
+        "segments": np.repeat([1, 2, 3], [6, 5, 5]),
+        "parents": np.repeat([0, 1, 1], [6, 5, 5]),
+        "positions": np.concatenate([np.arange(6), np.arange(6, 11), np.arange(6, 11)]),
+    }
+    rows = {name: jnp.asarray(value)[None] for name, value in packed.items()}
+    hidden = model.apply(params, jnp.asarray(np.concatenate([prompt, one, two]))[None], **rows).hidden
+    together = np.asarray(model.head(params, hidden))[0]
+    np.testing.assert_allclose(together[6:11], alone[0], atol=1e-4)
+    np.testing.assert_allclose(together[11:], alone[1], atol=1e-4)
+
+
+def test_the_golden_window_and_its_rotary_angles_matter():
+    """What gemma3 is compared with does depend on each part: without it the logits are others."""
+    ids, lengths, wanted = golden("gemma3")
+    model, params, _ = load_hf(GOLDEN / "gemma3")
+    for change in ({"window": 0}, {"window_every": 2}, {"local_rotary_base": 10_000.0}, {"query_scalar": 0}):
+        other = language_model(dataclasses.replace(model.config, **change))
+        assert np.abs(logits(other, params, ids, lengths)[0] - wanted[0]).max() > 0.01, change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"]}, "layer_types="),
+        ({"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ({"model_type": "gemma2"}, "model_type='gemma2'"),
+    ],
+)
+def test_other_gemmas_are_refused(change, named):
+    description = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    with pytest.raises(ValueError, match=named):
+        config_from_hf(description | change)
+
+
+def test_the_fields_of_earlier_transformers_describe_the_same_gemma():
+    description = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    wanted = config_from_hf(description)
+    for name in ("rope_parameters", "layer_types"):
+        del description[name]
+    early = {"rope_theta": 1000.0, "rope_local_base_freq": 20.0, "sliding_window_pattern": 3}
+    assert config_from_hf(description | early) == wanted

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rlhf_jax import sharding
 from rlhf_jax.generate import generate
-from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
+from rlhf_jax.models import DecoderConfig, gpt2, hf, language_model, load_hf, load_llama2c, save_hf, scalar_model
 from rlhf_jax.models.decoder import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf, hf_config
 from rlhf_jax.types import PromptBatch
@@ -24,9 +26,13 @@ LLAMA = DecoderConfig(40, 16, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False, ro
 LLAMA3 = dataclasses.replace(LLAMA, rotary_scaling=RotaryScaling(8.0, 1.0, 4.0, 8))
 QWEN2 = dataclasses.replace(LLAMA, bias="qkv", tied=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=6)
+GEMMA3 = dataclasses.replace(
+    QWEN3, tied=True, norm="rmsnorm_plus_one", activation="geglu", post_norm=True, embedding_scaled=True,
+    query_scalar=12, window=5, window_every=2, local_rotary_base=20.0,
+)  # fmt: skip
 GPT2 = gpt2(40, 16, 2, 16, 4)
 FAMILIES = pytest.mark.parametrize(
-    "config", [LLAMA, LLAMA3, QWEN2, QWEN3, GPT2], ids=["llama", "llama3", "qwen2", "qwen3", "gpt2"]
+    "config", [LLAMA, LLAMA3, QWEN2, QWEN3, GEMMA3, GPT2], ids=["llama", "llama3", "qwen2", "qwen3", "gemma3", "gpt2"]
 )
 
 
@@ -59,6 +65,44 @@ def test_save_then_load_is_bit_exact_with_the_score_bias(config, build, tmp_path
     assert loaded is model
     assert tokenizer is None
     _same(again, params)
+
+
+@FAMILIES
+def test_blocks_of_rows_and_pieces_of_devices_add_up_to_the_tensors(config, tmp_path, monkeypatch):
+    """Rows that do not divide by the block; each device reads its own part, as it trains."""
+    monkeypatch.setattr(hf, "_BLOCK", 7 * 16 * 4)
+    model = language_model(config)
+    params = _random(model)
+    save_hf(tmp_path, model, params)
+    _same(load_hf(tmp_path)[1], params)
+    mesh = sharding.make_mesh((2, 2, 2))
+    shardings = partial(sharding.tree_shardings, mesh=mesh)
+    loaded = load_hf(tmp_path, shardings=shardings)[1]
+    _same(loaded, params)
+    wanted = sharding.place_state(params, mesh)
+    assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(lambda x: x.sharding, wanted)
+    save_hf(tmp_path / "again", model, loaded)
+    _same(load_hf(tmp_path / "again")[1], params)
+
+
+def test_a_step_that_donates_loaded_parameters_leaves_the_next_load_alone(tmp_path):
+    """A CPU takes over the memory that the file was read into; donating it is safe."""
+    model = language_model(dataclasses.replace(LLAMA, width=64))
+    params = _random(model)
+    save_hf(tmp_path, model, params)
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    loaded = load_hf(tmp_path)[1]
+    assert not any(leaf.committed for leaf in jax.tree.leaves(loaded))
+    for _ in range(3):
+        loaded = add(loaded)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two + 3, rtol=1e-5, atol=1e-5), loaded, params)
+    _same(load_hf(tmp_path)[1], params)
+
+
+def test_one_place_for_parameters():
+    mesh = sharding.make_mesh((1, 8, 1))
+    with pytest.raises(ValueError, match="pass one of them"):
+        load_hf("nowhere", mesh=mesh, shardings=partial(sharding.tree_shardings, mesh=mesh))
 
 
 def test_bfloat16_files_load_and_save(tmp_path):
@@ -156,6 +200,86 @@ def test_shards_and_unprefixed_gpt2_names_load(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="shard is missing"):
         load_hf(tmp_path, dtype=jnp.float32)
+
+
+@FAMILIES
+def test_large_models_are_saved_in_shards_with_an_index(config, tmp_path):
+    """The layout of transformers: numbered files, none above the limit, and an index of every tensor."""
+    model = language_model(config)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _random(model))
+    save_hf(tmp_path, model, params)
+    whole = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    save_hf(tmp_path, model, params, max_shard_size=3000)  # the one file of before goes
+    files = sorted(tmp_path.glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    found = {f.name: safetensors.numpy.load_file(f) for f in files}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, tensors in found.items() for name in tensors}
+    sizes = [sum(value.nbytes for value in tensors.values()) for tensors in found.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 3000
+    merged = {name: value for tensors in found.values() for name, value in tensors.items()}
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(merged[name], value)
+    _same(load_hf(tmp_path, dtype=jnp.bfloat16)[1], params)
+    save_hf(tmp_path, model, params)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    assert [f.name for f in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_parameters_of_two_types_are_saved_where_readers_find_them(tmp_path):
+    """Each tensor starts on a multiple of its own width, as the library's writer has it."""
+    model = scalar_model(dataclasses.replace(LLAMA, width=12, heads=3, kv_heads=3))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _random(model))
+    params["score"] = jax.tree.map(lambda x: x.astype(jnp.float32), params["score"])
+    save_hf(tmp_path, model, params)
+    _same(load_hf(tmp_path, dtype=jnp.bfloat16)[1], jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert header.pop("__metadata__") == {"format": "pt"}
+    width = {"F32": 4, "BF16": 2}
+    assert {entry["dtype"] for entry in header.values()} == set(width)
+    assert all(entry["data_offsets"][0] % width[entry["dtype"]] == 0 for entry in header.values())
+
+
+def test_an_index_names_the_shard_that_is_missing(tmp_path):
+    model = language_model(LLAMA)
+    save_hf(tmp_path, model, _random(model), max_shard_size=6000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=rf"shard is missing: tensor '[\w.]+' should be in '{gone.name}'"):
+        load_hf(tmp_path)
+    # A name in the index is never a path: the folder beside it is not looked into.
+    save_hf(tmp_path / "other", model, _random(model))
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "other/model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"should be in 'other/model\.safetensors'"):
+        load_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json is corrupt"):
+        load_hf(tmp_path)
+
+
+def test_the_weights_of_two_models_in_one_folder_are_refused(tmp_path):
+    _saved(tmp_path)
+    (tmp_path / "old.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"is in both model\.safetensors and old\.safetensors"):
+        load_hf(tmp_path)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    file = _saved(tmp_path) / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.int8)}, file)
+    with pytest.raises(ValueError, match=rf"{name}.* type I8"):
+        load_hf(tmp_path)
 
 
 def test_a_mesh_splits_the_arrays_and_changes_no_value(tmp_path):
@@ -265,6 +389,7 @@ def test_cut_files_are_corrupt(name, tmp_path):
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "lacks the field 'factor'"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": 32, "head_dim": 4}, "asks for"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that there is no PyTorch, which is as wanted
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -137,7 +138,9 @@ def load_network(
     """
     folder = model_folder(name)
     try:
-        model, params, tokenizer = load_hf(folder)
+        # Each array is read straight to where it belongs; nothing is placed again.
+        shardings = functools.partial(sharding.tree_shardings, mesh=mesh)
+        model, params, tokenizer = load_hf(folder, shardings=shardings)
     except FileNotFoundError as error:
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
     if tokenizer is None:
@@ -146,7 +149,7 @@ def load_network(
         keep_freed_memory(False)
     changes = {**(decoder or {}), "dropout": dropout}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
-    return Network(model, sharding.place_state(params, mesh), tokenizer)
+    return Network(model, params, tokenizer)
 
 
 class Trained(NamedTuple):
@@ -174,7 +177,8 @@ class Trained(NamedTuple):
 def trained(params: Params, config: ConfigDict) -> Trained:
     """What `config.train` asks for: ``all`` parameters, ``lora`` adapters (`config.lora`), or the score ``head`` alone.
 
-    With ``lora`` a score head is trained whole, beside the adapters of the trunk.
+    With ``lora`` a score head is trained whole, beside the adapters of the trunk. A head alone starts at 0: its problem
+    is convex, and what a random head says is noise that a few thousand pairs would have to unlearn first.
 
     Raises:
       ValueError: another word, ``head`` for a language model, or adapters that do not fit the model.
@@ -187,6 +191,8 @@ def trained(params: Params, config: ConfigDict) -> Trained:
     own = {name: part for name, part in params.items() if name == "score"}
     if config.train == "lora":
         own |= init_lora(frozen, jax.random.key(config.seed), rank=rank, targets=targets, layers=layers)
+    else:
+        own = jax.tree.map(jnp.zeros_like, own)
     config_lib.require(bool(own), "train", config.train, "needs a reward model; for a language model use lora or all")
     return Trained(own, frozen, alpha)
 

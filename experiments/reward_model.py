@@ -9,7 +9,8 @@ Run:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
-from rlhf_jax.types import Params, StepFn
+from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -38,16 +39,17 @@ def run(config: ConfigDict, workdir: str) -> dict:
     rows = text.ranking_rows(
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
-    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
+    model = scalar_model(base.model.config)
+    trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
+    read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
+    batches = Batches(seen, batch_size=config.batch_size, seed=config.seed)
     steps = batches.steps(config.epochs)
     rate = common.schedule(config.schedule, config.learning_rate, steps)
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
-    model = scalar_model(base.model.config)
-    trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
     loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
 
     def make_step(frozen: Params) -> StepFn:
-        return make_reward_step(trained.model(model, frozen), tx, loss=loss, microbatches=config.microbatches)
+        return make_reward_step(trained.model(read, frozen), tx, loss=loss, microbatches=config.microbatches)
 
     state = common.train_resumable(
         compile_frozen_step(make_step, trained.frozen),
@@ -62,9 +64,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
     result["left_out_too_long"] = left_out
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
     result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
-    sets = {name: read_rankings(path) for name, path in config.evaluation.items() if path}
-    scores = score_each(network, [r for rankings in sets.values() for r in rankings], config, mesh)
-    result |= {name: evaluate(rankings, scores) for name, rankings in sets.items()}
+    sets = {name: held_out(base.tokenizer, path, config) for name, path in config.evaluation.items() if path}
+    scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
+    for name, (rankings, too_long) in sets.items():
+        result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
     write_json(Path(workdir) / "reward_model.json", result)
     return result
 
@@ -91,6 +94,45 @@ def fitting(encoded: list[text.RankedIds], config: ConfigDict) -> tuple[list[tex
     """The rankings that fit a row, and how many do not: an error, unless `config.too_long` says to drop them."""
     config_lib.require_one_of("too_long", config.too_long, ("error", "drop"))
     return text.drop_too_long(encoded, length=config.row_length) if config.too_long == "drop" else (encoded, 0)
+
+
+def held_out(tokenizer: Any, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
+    """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many do not."""
+    rankings = read_rankings(path)
+    if config.too_long == "error":
+        return rankings, 0
+    sizes = [tokens([encode_ranking(tokenizer, r)])["tokens"] for r in rankings]
+    kept = [r for r, size in zip(rankings, sizes, strict=True) if size <= config.row_length]
+    return kept, len(rankings) - len(kept)
+
+
+def read_trunk(
+    model: Model, trunk: Params, rows: RankingBatch, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[Model, RankingBatch]:
+    """A frozen trunk is read once: rows of its hidden states where a score is read, and the model from there on.
+
+    The states take the place of the tokens and each response's end is the place of its state. An epoch over the head
+    then costs next to nothing, so it may take many.
+    """
+    hidden = in_batches(partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh)
+    places: Any = np.broadcast_to(np.arange(hidden.shape[1]).reshape(1, *rows.ends.shape[1:]), rows.ends.shape)
+    empty: Any = np.zeros(hidden.shape[:2], np.int32)
+    seen = RankingBatch(hidden, empty, empty, empty, places.astype(np.int32), rows.ranks)
+    return model._replace(apply=lambda params, states, **_: Output(states, None)), seen
+
+
+def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
+    """A function of rows, `size` of them at a time; the last batch is filled up with the last row: one program."""
+    count, found = len(rows.tokens), []
+    for start in range(0, count, size):
+        index = np.minimum(np.arange(start, start + size), count - 1)
+        batch = sharding.place_batch(jax.tree.map(lambda x, index=index: x[index], rows), mesh)
+        found.append(np.asarray(function(batch)))
+    return np.concatenate(found)[:count]
+
+
+_ranking_hidden = jax.jit(scoring.ranking_hidden, static_argnums=0)
+_ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
 
 
 def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
@@ -132,21 +174,13 @@ def score_each(
     length = max(config.row_length, longest)
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)
-    scored = np.zeros(rows.ends.shape)
-    for start in range(0, len(scored), config.batch_size):
-        # The last batch is filled up with the last row: one program for all.
-        index = np.minimum(np.arange(start, start + config.batch_size), len(scored) - 1)
-        batch = sharding.place_batch(jax.tree.map(lambda x, index=index: x[index], rows), mesh)
-        scored[index] = _ranking_scores(network.model, network.params, batch)
+    scored = in_batches(partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh)
     return {
         name: float(scored[row, place, k])
         for row, inside in enumerate(places)
         for place, item in enumerate(inside)
         for k, name in enumerate(names[item])
     }
-
-
-_ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
 
 
 def _distinct_responses(

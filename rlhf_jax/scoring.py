@@ -205,8 +205,25 @@ def sequence_values(
     return values, jnp.take_along_axis(scalars, lengths[:, None] - 1, axis=1)[:, 0]
 
 
+def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[Array, "B NK D"]:
+    """Hidden state at the last token of each ranked response; the K responses of a prompt share one forward row.
+
+    Args:
+      model: any network.
+      params: its parameters.
+      batch: shared-prefix rows.
+
+    Returns:
+      The states that the head reads, ``n * K + k`` for response k of prompt n; they mean nothing where it is absent.
+    """
+    hidden = model.apply(
+        params, batch.tokens, segments=batch.segments, positions=batch.positions, parents=batch.parents
+    ).hidden
+    return ops.align(hidden, batch.ends.reshape(batch.ends.shape[0], -1))
+
+
 def ranking_scores(model: Model, params: Params, batch: RankingBatch) -> Float[Array, "B N K"]:
-    """Score of each ranked response, read at its last token; the K responses of a prompt share one forward row.
+    """Score of each ranked response, read at its last token.
 
     Args:
       model: a scalar model.
@@ -216,11 +233,6 @@ def ranking_scores(model: Model, params: Params, batch: RankingBatch) -> Float[A
     Returns:
       Scores; 0 where the response is absent (rank -1).
     """
-    hidden = model.apply(
-        params, batch.tokens, segments=batch.segments, positions=batch.positions, parents=batch.parents
-    ).hidden
-    rows, *group = batch.ends.shape
-    ends = batch.ends.reshape(rows, -1)
     # The head runs on the N * K read-outs only.
-    scores = model.head(params, ops.align(hidden, ends)).reshape(rows, *group)
+    scores = model.head(params, ranking_hidden(model, params, batch)).reshape(batch.ends.shape)
     return jnp.where(batch.ranks >= 0, scores, 0)

@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from experiments import common, reward_model
-from rlhf_jax import sharding
+from rlhf_jax import scoring, sharding
+from rlhf_jax.data import text
 from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
@@ -103,7 +105,21 @@ def test_only_what_train_names_is_trained(network, train):
     trained = common.trained(network.params, config)
     assert ("blocks" in trained.params) == (train == "lora")
     assert trained.frozen["embed"] is network.params["embed"]
-    jax.tree.map(np.testing.assert_array_equal, trained.merged(trained.params), network.params)
+    merged = trained.merged(trained.params)
+    np.testing.assert_array_equal(merged["embed"]["embedding"], network.params["embed"]["embedding"])
+    np.testing.assert_array_equal(merged["score"]["weight"], (train == "lora") * network.params["score"]["weight"])
+
+
+def test_a_head_on_states_read_once_scores_like_the_whole_network(network, mesh):
+    """And so its gradient is that of the head over the whole network."""
+    config = ConfigDict({"batch_size": 2, "row_length": 64, "max_k": 4})
+    _, items = reward_model._distinct_responses(network.tokenizer, [FIRST, OTHER_PROMPT], config)
+    rows = text.ranking_rows(items, length=64, max_k=4)
+    read, seen = reward_model.read_trunk(network.model, network.params, rows, config, mesh)
+    whole = scoring.ranking_scores(network.model, network.params, jax.tree.map(jnp.asarray, rows))
+    head = {"score": network.params["score"]}
+    np.testing.assert_allclose(scoring.ranking_scores(read, head, jax.tree.map(jnp.asarray, seen)), whole, atol=1e-5)
+    assert np.std(whole) > 1e-2
 
 
 def test_a_word_that_train_does_not_know_is_refused(network):

@@ -5,8 +5,8 @@ r"""A reward model on people's pairs (HH-RLHF): a score head on the frozen trunk
         --config.data=runs/hh_data
 
 The same command serves two CPU cores (the three published test files, well under an hour) and a GPU (all of HH-RLHF,
-which ``prepare_data.py`` downloads without ``--data_dir``). ``--config.train=lora`` trains adapters in the last ten blocks
-too, ``--config.train=all`` the whole network; both want ``--config.epochs=1`` and a learning rate a few times smaller.
+which ``prepare_data.py`` downloads without ``--data_dir``). ``--config.train=lora`` trains adapters in the last ten
+blocks too, ``--config.train=all`` the whole network; both want ``--config.epochs=1`` and a smaller learning rate.
 Pairs of more than `row_length` tokens are left out, in training and in measuring, and counted.
 """
 

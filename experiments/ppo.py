@@ -165,8 +165,9 @@ def compiled_pieces(
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
     """The two compiled pieces after sampling, compiled when first called."""
+    policy_tx, value_tx = optimizers(config)
     make_step = partial(
-        make_ppo_step,
+        make_ppo_step, policy_tx=policy_tx, value_tx=value_tx,
         policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
         value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
         ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
@@ -177,7 +178,7 @@ def compiled_pieces(
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
         networks = trained[0].model(policy.model, frozen[0]), trained[1].model(value.model, frozen[1])
-        return make_step(*networks, *optimizers(config))
+        return make_step(*networks)
 
     score_and_shape = make_score_and_shape(
         rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),

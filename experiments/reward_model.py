@@ -9,6 +9,7 @@ Run:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,17 +115,25 @@ def read_trunk(
     The states take the place of the tokens and each response's end is the place of its state. An epoch over the head
     then costs next to nothing, so it may take many.
     """
-    hidden = in_batches(partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh)
+    hidden = in_batches(partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh, "frozen trunk")
     places: Any = np.broadcast_to(np.arange(hidden.shape[1]).reshape(1, *rows.ends.shape[1:]), rows.ends.shape)
     empty: Any = np.zeros(hidden.shape[:2], np.int32)
     seen = RankingBatch(hidden, empty, empty, empty, places.astype(np.int32), rows.ranks)
     return model._replace(apply=lambda params, states, **_: Output(states, None)), seen
 
 
-def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
-    """A function of rows, `size` of them at a time; the last batch is filled up with the last row: one program."""
-    count, found = len(rows.tokens), []
+def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str) -> Any:
+    """A function of rows, `size` of them at a time, with a line of progress under `name` now and then.
+
+    The last batch is filled up with the last row, so that there is one program.
+    """
+    count, found, begun = len(rows.tokens), [], time.monotonic()
+    told = begun
     for start in range(0, count, size):
+        now = time.monotonic()
+        if start and now - told > 30:
+            told, left = now, (now - begun) * (count - start) / start
+            print(f"{name}: {start} of {count} rows  ETA {left / 60:.0f} min", flush=True)
         index = np.minimum(np.arange(start, start + size), count - 1)
         batch = sharding.place_batch(jax.tree.map(lambda x, index=index: x[index], rows), mesh)
         found.append(np.asarray(function(batch)))
@@ -174,7 +183,9 @@ def score_each(
     length = max(config.row_length, longest)
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)
-    scored = in_batches(partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh)
+    scored = in_batches(
+        partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh, "held-out"
+    )
     return {
         name: float(scored[row, place, k])
         for row, inside in enumerate(places)

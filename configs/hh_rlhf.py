@@ -67,7 +67,7 @@ def reward_model(source: str) -> ConfigDict:
 
 def smoke_reward_model(config: ConfigDict) -> None:
     """Storyland's small model, one block of it adapted."""
-    config.update(model="storyland:base_small", batch_size=2, epochs=0.05, save_every=5, row_length=2048)
+    config.update(model="storyland:base_small", epochs=1, row_length=2048)
     config.lora.update(layers=1, rank=2)
 
 

@@ -36,7 +36,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     mesh = common.start(config.mesh)
     base = common.load_network(config.model, mesh, config.decoder)
     rankings = read_rankings(config.rankings)
-    encoded, left_out = fitting([encode_ranking(base.tokenizer, r) for r in rankings], config)
+    encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
+    encoded, _ = fitting(encoded, config, base.model.config.context_length)
     rows = text.ranking_rows(
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
@@ -62,10 +63,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
     common.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
     result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}
-    result["left_out_too_long"] = left_out
+    result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
     result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
-    sets = {name: held_out(base.tokenizer, path, config) for name, path in config.evaluation.items() if path}
+    sets = {name: held_out(base, path, config) for name, path in config.evaluation.items() if path}
     scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
     for name, (rankings, too_long) in sets.items():
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
@@ -91,20 +92,36 @@ def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], 
     return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
 
 
-def fitting(encoded: list[text.RankedIds], config: ConfigDict) -> tuple[list[text.RankedIds], int]:
-    """The rankings that fit a row, and how many do not: an error, unless `config.too_long` says to drop them."""
+def fitting(
+    encoded: Sequence[text.RankedIds], config: ConfigDict, context: int
+) -> tuple[list[text.RankedIds], list[int]]:
+    """The rankings that fit a row and the model's `context`, and their places; the others are an error, or dropped.
+
+    Raises:
+      ValueError: one does not fit and `config.too_long` is "error", or none does.
+    """
     config_lib.require_one_of("too_long", config.too_long, ("error", "drop"))
-    return text.drop_too_long(encoded, length=config.row_length) if config.too_long == "drop" else (encoded, 0)
+    whole = [tokens([ranking])["tokens"] for ranking in encoded]
+    text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
+    pairs = enumerate(zip(whole, text_lengths, strict=True))
+    places = [i for i, (size, longest) in pairs if size <= config.row_length and longest <= context]
+    if (config.too_long == "error" and len(places) < len(encoded)) or not places:
+        raise ValueError(
+            f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest takes {max(whole)} tokens"
+            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the model's context is "
+            f"{context}: raise row_length, shorten the data, or leave them out with too_long=drop"
+        )
+    return [encoded[i] for i in places], places
 
 
-def held_out(tokenizer: Any, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
+def held_out(network: common.Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
     """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many do not."""
     rankings = read_rankings(path)
     if config.too_long == "error":
         return rankings, 0
-    sizes = [tokens([encode_ranking(tokenizer, r)])["tokens"] for r in rankings]
-    kept = [r for r, size in zip(rankings, sizes, strict=True) if size <= config.row_length]
-    return kept, len(rankings) - len(kept)
+    encoded = [encode_ranking(network.tokenizer, r) for r in rankings]
+    _, places = fitting(encoded, config, network.model.config.context_length)
+    return [rankings[i] for i in places], len(rankings) - len(places)
 
 
 def read_trunk(
@@ -159,7 +176,17 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
     Source: Ouyang et al. 2022, section 3.5.
     """
     records, _ = schema.read_jsonl(config.demonstrations, schema.Demonstration)
-    records = records[: config.bias_demonstrations]
+    context = network.model.config.context_length
+
+    def fits(record: schema.Demonstration) -> bool:
+        one = schema.Ranking(record.prompt, (record.response,), ())
+        return tokens([encode_ranking(network.tokenizer, one)])["tokens"] <= context
+
+    records = [r for r in records if fits(r)][: config.bias_demonstrations]
+    config_lib.require(
+        bool(records), "demonstrations", config.demonstrations,
+        f"none fits the model's context of {context} tokens: give shorter ones, or a model of a longer context",
+    )  # fmt: skip
     scores = common.score_responses(
         network, [r.prompt for r in records], [r.response for r in records], mesh, batch_size=config.score_batch_size
     )

@@ -43,7 +43,7 @@ def data() -> ConfigDict:
 def oasst_data() -> ConfigDict:
     """OpenAssistant's rankings alone. Replies are long, and there are few of them: nearly all go into training."""
     config = data()
-    config.update(subsets=(), prompt_length=512, response_length=512, ranking_length=4096, ranked_response_length=768)
+    config.update(subsets=(), prompt_length=512, response_length=512, ranking_length=2048, ranked_response_length=768)
     config.shares.update(test=0.1, validation=0.05, demonstrations=0.05, ranking=0.75, ppo=0.05)
     return config
 
@@ -59,7 +59,7 @@ def reward_model(source: str) -> ConfigDict:
     if source == "hh_rlhf":  # a frozen trunk, read once: the head then takes a few passes in a second
         config.update(train="head", row_length=320, batch_size=16, learning_rate=1e-3, epochs=4, save_every=1000)
     else:
-        config.update(train="lora", row_length=4096, batch_size=2, learning_rate=2e-4, save_every=50)
+        config.update(train="lora", row_length=2048, batch_size=2, learning_rate=2e-4, save_every=50)
     config.lora.layers = 10
     config.decoder.unroll = 1
     return config

@@ -132,3 +132,14 @@ def test_a_word_that_train_does_not_know_is_refused(network):
         asked.train = train
         with pytest.raises(ValueError, match=message):
             common.trained(params, asked)
+
+
+def test_texts_longer_than_the_models_context_are_refused_or_dropped():
+    """They would read positions that the model does not have; the scores were NaN."""
+    short, long = ([1] * 4, [[2], [3]], (0, 1)), ([1] * 100, [[2] * 40, [3]], (0, 1))
+    config = ConfigDict({"too_long": "drop", "row_length": 256})
+    assert reward_model.fitting([short, long], config, 128) == ([short], [0])
+    assert reward_model.fitting([short, long], config, 256) == ([short, long], [0, 1])
+    config.too_long = "error"
+    with pytest.raises(ValueError, match="1 of 2 rankings do not fit"):
+        reward_model.fitting([short, long], config, 128)

@@ -247,11 +247,12 @@ def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
     margins = np.unique(np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES))
     by_margin = quality.accuracy_by_margin(grid, ranks, edges=margins) if len(margins) > 1 else None
     by_length = quality.accuracy_by_length_difference(grid, ranks, lengths, edges=LENGTH_EDGES)
+    length_only = quality.length_only_accuracy(lengths, ranks)
     return {
         "accuracy": quality.pairwise_accuracy(grid, ranks)._asdict(),
         "log_loss": quality.pairwise_log_loss(grid, ranks),
-        "length_only_accuracy": quality.length_only_accuracy(lengths, ranks).value,
-        "length_only": quality.length_only_accuracy(lengths, ranks)._asdict(),
+        "length_only_accuracy": length_only.value,
+        "length_only": length_only._asdict(),
         "accuracy_by_margin": None if by_margin is None else _lists(by_margin),
         "accuracy_by_length_difference": _lists(by_length),
         "calibration": _lists(calibration),

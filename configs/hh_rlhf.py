@@ -160,8 +160,9 @@ def smoke(config: ConfigDict) -> None:
 
 
 def smoke_data(config: ConfigDict) -> None:
-    """A few of everything, counted by storyland's tokenizer."""
+    """A few of everything, counted by storyland's tokenizer and short enough for the 256 tokens of its small model."""
     config.update(
+        prompt_length=120, response_length=128, ranked_response_length=128,
         model="storyland:base_small", demonstrations=16, ranking_prompts=16, ppo_prompts=16, validation_prompts=8,
         test_prompts=8, held_out_rankings=8, documents=64, held_out_documents=16,
     )  # fmt: skip

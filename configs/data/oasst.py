@@ -13,4 +13,10 @@ from rlhf_jax.config import apply_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
-    return apply_arg(hh_rlhf.oasst_data(), arg, smoke=hh_rlhf.smoke_data)
+    return apply_arg(hh_rlhf.oasst_data(), arg, smoke=smoke)
+
+
+def smoke(config: ConfigDict) -> None:
+    """Few and short; replies are long here, so a large share of them must be looked at."""
+    hh_rlhf.smoke_data(config)
+    config.shares.update(validation=0.2, demonstrations=0.3, ranking=0.35)

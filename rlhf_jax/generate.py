@@ -119,6 +119,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "stop_ids")
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "samples_per_prompt", *_SAMPLING))
 def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt, **sampling) -> Samples:
+    params = model.for_decoding(params)
     hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + max_new_tokens)
     keys = row_keys(key, prompts.ids, samples_per_prompt)
     hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
@@ -365,13 +366,18 @@ def generate_many(
     shares = _shares(repeats, streams)
     queues = [_Queue(jax.tree.map(lambda x, i=i: x[i], host), repeats[i], rows, refill, max_new_tokens) for i in shares]
     run = partial(
-        _refill_and_decode, model, params, key, sharding=sharding, temperature=float(temperature), top_k=int(top_k),
-        top_p=float(top_p), stop_ids=tuple(int(i) for i in stop_ids),
+        _refill_and_decode, model, _for_decoding(model, params), key, sharding=sharding,
+        temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), stop_ids=tuple(int(i) for i in stop_ids),
     )  # fmt: skip
     slots = prompts.tokens.shape[1] + max_new_tokens
     _drain_all(queues, lambda queue: _empty(model, key, queue, slots, max_new_tokens, sharding), run, progress)
     parts = [queue.samples() for queue in queues]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+@partial(jax.jit, static_argnames="model")
+def _for_decoding(model: Model, params: Params) -> Params:
+    return model.for_decoding(params)
 
 
 def _shares(counts: np.ndarray, streams: int) -> list[slice]:

@@ -101,7 +101,7 @@ class Output(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A network as four pure functions over a nested dict: to RLHF what optax.GradientTransformation is to optimizers.
+    """A network as pure functions over a nested dict: to RLHF what optax.GradientTransformation is to optimizers.
 
     Attributes:
       init: ``(key) -> params``.
@@ -111,6 +111,8 @@ class Model(NamedTuple):
         float32.
       init_cache: ``(batch, length) -> Cache`` with all rows empty.
       config: what the functions were built from (a frozen dataclass), so that a saved model can be described.
+      for_decoding: ``(params) -> params`` as `apply` with a cache and `head` read them fastest; the sampler calls it
+        once a rollout.
     """
 
     init: Callable[[jax.Array], Params]
@@ -118,6 +120,7 @@ class Model(NamedTuple):
     head: Callable[[Params, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
     config: Any = None
+    for_decoding: Callable[[Params], Params] = lambda params: params
 
 
 @struct

@@ -12,7 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PROGRAMS = [p for folder in ("experiments", "configs", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
+PEERS = ROOT / "experiments" / "peers"
+"""Scripts that run other libraries in their own environments, to compare speeds; nothing of ours imports them."""
+PROGRAMS = [
+    path
+    for folder in ("experiments", "configs", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if PEERS not in path.parents
+]
 
 MAY_IMPORT = {
     "types": set(),
@@ -109,6 +116,11 @@ def test_each_dependency_has_one_home(path):
         for module, home in ONLY_IN.items():
             if (name + ".").startswith(module + "."):
                 assert here == home, f"{name_of(path)} imports {name}; only {home} may"
+
+
+@pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=name_of)
+def test_scripts_of_other_libraries_are_never_imported(path):
+    assert not any(name.startswith("experiments.peers") for name in imports(path))
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if part(p) == "data"], ids=name_of)

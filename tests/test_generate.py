@@ -310,3 +310,24 @@ def test_one_compile_for_new_prompts_and_keys():
 def test_a_bad_setting_names_field_value_and_fix(change, named):
     with pytest.raises(ValueError, match=named):
         _sample(**change)
+
+
+def test_the_decode_loop_moves_no_weights():
+    settings = {"max_new_tokens": 8, "samples_per_prompt": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    program = jax.make_jaxpr(lambda p: _generate(MODEL, p, _prompts(), jax.random.key(0), stop_ids=(2,), **settings))
+    kernels = {leaf.shape[1:] for leaf in jax.tree.leaves(PARAMS["blocks"]) if leaf.ndim == 3}
+    bodies = [e.params["body_jaxpr"].jaxpr for e in _equations(program(PARAMS).jaxpr) if e.primitive.name == "while"]
+    loop = max(bodies, key=lambda body: len(body.eqns))
+    made = {out.aval.shape for equation in _equations(loop) for out in equation.outvars}
+    assert (4, 1, 24) in made, "the MLP is in the loop"
+    assert not kernels & made, "a weight is sliced or converted in each step"
+
+
+def _equations(jaxpr):
+    """All equations of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.decoder import DecoderConfig, apply_decoder, init_cache, init_decoder
+from rlhf_jax.models.decoder import DecoderConfig, apply_decoder, decoding_params, init_cache, init_decoder
 from rlhf_jax.types import Model, Params
 
 
@@ -21,6 +21,7 @@ def _model(config: DecoderConfig, init, head) -> Model:
         apply=functools.partial(apply_decoder, config),
         head=head,
         init_cache=functools.partial(init_cache, config),
+        for_decoding=functools.partial(decoding_params, config),
         config=config,
     )
 

@@ -126,4 +126,4 @@ def lora_model(model: Model, base: Params, *, alpha: float | int) -> Model:
     def head(trained: Params, hidden: Array) -> Array:
         return model.head(with_lora(base, trained, alpha=alpha), hidden)
 
-    return model._replace(apply=apply, head=head)
+    return model._replace(apply=apply, head=head, for_decoding=lambda trained: trained)

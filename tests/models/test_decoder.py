@@ -287,3 +287,23 @@ def test_equal_configs_give_the_same_model():
 def test_a_bad_config_names_field_value_and_fix(change, named):
     with pytest.raises(ValueError, match=named.replace("[", r"\[")):
         dataclasses.replace(LLAMA, **({"unroll": None} | change))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@FAMILIES
+def test_parameters_for_decoding_change_no_number(config, dtype):
+    config = dataclasses.replace(config, dtype=dtype)
+    model, params = _params(config)
+    tokens = _tokens(2, 6)
+    ones, places = jnp.ones((2, 6), jnp.int32), jnp.broadcast_to(jnp.arange(6), (2, 6))
+    prepared = model.for_decoding(params)
+    assert len(prepared["blocks"]) == config.layers
+    kernel = prepared["blocks"][1]["attention"]["query"]["kernel"]
+    assert kernel.dtype == dtype
+
+    found = [
+        _apply(model, p, tokens, segments=ones, positions=places, cache=model.init_cache(2, 8))
+        for p in (params, prepared)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    np.testing.assert_array_equal(model.head(params, found[0].hidden), model.head(prepared, found[1].hidden))

@@ -1,0 +1,574 @@
+r"""How fast the parts of the recipe are: steps, decoding, a PPO iteration, next to the hardware and to other libraries.
+
+    python experiments/benchmark.py sft                       # supervised step, every token a target
+    python experiments/benchmark.py reward --k=9              # K-way reward model step in shared-prefix rows
+    python experiments/benchmark.py decode                    # sampling with a cache
+    python experiments/benchmark.py ppo --epochs=4            # a whole PPO iteration, and its three pieces
+    python experiments/benchmark.py slots                     # ragged responses: refilled rows against static batches
+    python experiments/benchmark.py sft_epoch --data=FILE     # an epoch over real ragged text, packed
+
+``--peer=trl|transformers|tunix`` runs that library on the same work in a virtual environment of its own, in turn
+(A B A B), and prints the ratios. ``--sweep=batch=1,2,4,8`` repeats a suite over a size. ``--json`` makes the last line
+one JSON object. Random weights and tokens; nothing is downloaded but a peer's packages.
+
+FLOPs are those of matrix products and causal attention, with the head at target positions only; the "matrix rate" is
+that of a plain matrix product measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import common
+from rlhf_jax import optim
+from rlhf_jax.data import schema, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.generate import generate, generate_many
+from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.rollout import make_score_and_shape
+from rlhf_jax.steps import compile_step, make_ppo_step, make_reward_step, make_sft_step, train_state
+from rlhf_jax.types import KLState, LMBatch, Model, PPOState, PromptBatch, Samples
+
+PEERS = {
+    "trl": ("torch==2.13.0", "trl==1.12.0", "transformers", "accelerate", "datasets"),
+    "transformers": ("torch==2.13.0", "transformers"),
+    "tunix": ("google-tunix==0.1.7",),
+}
+"""What each peer's virtual environment holds; `experiments/peers` has the scripts."""
+
+
+class Work(NamedTuple):
+    """One suite at one size: a step to call again and again, and what a step does."""
+
+    step: Callable[[int], Any]
+    """``(i) -> arrays to wait for``; step i has inputs of its own."""
+    tokens: int
+    flops: float
+    floor_s: float | None = None
+    """Time below which the hardware cannot go, where it is not the matrix rate that decides."""
+    pieces: Callable[[], dict[str, float]] | None = None
+    """Seconds of the parts of a step, measured after the whole."""
+
+
+# --------------------------------------------------------------------------------------------------- sizes
+
+
+def decoder(a: argparse.Namespace, context: int) -> DecoderConfig:
+    """The shape that the flags ask for: GPT-2's family or Llama's."""
+    common_fields = {"dtype": a.dtype, "remat": a.remat, "unroll": a.unroll or None}
+    if a.family == "gpt2":
+        return gpt2(a.vocab, context, a.layers, a.width, a.heads, **common_fields)
+    return DecoderConfig(
+        a.vocab, context, a.layers, a.width, a.heads, kv_heads=a.kv_heads, mlp_width=a.mlp_width, **common_fields
+    )
+
+
+def forward_flops(config: DecoderConfig, lengths: Sequence[int], *, targets: int, seen: float | None = None) -> float:
+    """Of one forward pass: 2 per weight and token, 4 E per head and visible pair, 2 D V per target."""
+    tokens = sum(lengths)
+    heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    mlp = (3 if config.activation in ("swiglu", "geglu") else 2) * config.mlp_width
+    pairs = sum(t * (t + 1) / 2 for t in lengths) if seen is None else seen
+    blocks = 2 * config.width * (heads + mlp) * tokens + 4 * config.heads * config.head_dim * pairs
+    return config.layers * blocks + 2 * config.width * config.vocab_size * targets
+
+
+def parameters(params: Any) -> int:
+    """How many numbers a tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def random_tokens(a: argparse.Namespace, i: int, *shape: int) -> np.ndarray:
+    """Ids of step `i`, uniform over the vocabulary."""
+    return np.random.default_rng([a.seed, i]).integers(1, a.vocab, size=shape, dtype=np.int32)
+
+
+# -------------------------------------------------------------------------------------------------- suites
+
+
+def sft(a: argparse.Namespace) -> Work:
+    """A supervised step on full rows: forward, backward, clipping, AdamW."""
+    length = a.prompt_len + a.new_tokens
+    model = language_model(decoder(a, length))
+    whole = np.ones((a.batch, length), np.int32)
+    targets = np.broadcast_to(np.arange(length) > 0, whole.shape)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), whole.shape)
+
+    def batch(i: int) -> LMBatch:
+        return jax.tree.map(jnp.asarray, LMBatch(random_tokens(a, i, *whole.shape), whole, places, targets))  # pyright: ignore
+
+    tokens, flops = whole.size, 3 * forward_flops(model.config, [length] * a.batch, targets=int(targets.sum()))
+    return Work(_trained(a, model, make_sft_step, batch), tokens, flops)
+
+
+def sft_epoch(a: argparse.Namespace) -> Work:
+    """An epoch over the texts of ``--data``, packed; a step takes as many tokens as ``--batch`` texts have."""
+    documents = read_ids(a)
+    sizes = [len(ids) for ids in documents]
+    length = -(-max(sizes) // 64) * 64
+    rows = text.lm_rows(documents, length=length)
+    batches = Batches(rows, batch_size=max(1, round(a.batch * np.mean(sizes) / length)), seed=a.seed)
+    model, steps = language_model(decoder(a, length)), batches.steps(1)
+    flops = 3 * forward_flops(model.config, sizes, targets=int(rows.mask.sum()))
+    step = _trained(a, model, make_sft_step, lambda i: jax.tree.map(jnp.asarray, batches.at(i)))
+    print(
+        f"{len(sizes):,} texts, {sum(sizes):,} tokens in {len(rows.tokens)} rows of {length}, "
+        f"{steps} steps of {batches.batch_size} rows, {text.padding_share(rows):.1%} padding"
+    )
+    return Work(lambda i: [step(i * steps + j) for j in range(steps)][-1], sum(sizes), flops)
+
+
+def read_ids(a: argparse.Namespace) -> list[list[int]]:
+    """Token ids of the demonstrations in ``--data``, by the tokenizer of ``--model``; or of a file that holds ids."""
+    with open(a.data, encoding="utf-8") as lines:
+        first = json.loads(lines.readline())
+        if "input_ids" in first:
+            lines.seek(0)
+            return [json.loads(line)["input_ids"] for line in lines]
+    tokenizer = text.load_tokenizer(common.model_folder(a.model))
+    records, _ = schema.read_jsonl(a.data, schema.Demonstration)
+    ids = [
+        [*text.encode_prompt(tokenizer, r.prompt), *text.encode_answer(tokenizer, r.prompt, r.response)]
+        for r in records
+    ]
+    return [each for each in ids if len(each) <= a.longest]
+
+
+def reward(a: argparse.Namespace) -> Work:
+    """A reward-model step on ``--batch`` prompts of ``--k`` ranked responses, a prompt and its responses in a row."""
+    rows = [ranking_rows(a, i) for i in range(2)]
+    length = rows[0].tokens.shape[1]
+    model = scalar_model(decoder(a, a.prompt_len + a.new_tokens))
+    seen = a.batch * _shared_pairs(a)
+    flops = 3 * forward_flops(model.config, [length] * a.batch, targets=0, seen=seen)
+    step = _trained(a, model, make_reward_step, lambda i: rows[i % len(rows)])
+    return Work(step, a.batch * length, flops)
+
+
+def ranking_rows(a: argparse.Namespace, i: int) -> Any:
+    """`a.batch` rows: a prompt of `prompt_len` tokens and its `k` responses of `new_tokens`."""
+    ids = random_tokens(a, i, a.batch, a.prompt_len + a.k * a.new_tokens).tolist()
+    split = [
+        (row[: a.prompt_len], np.reshape(row[a.prompt_len :], (a.k, -1)).tolist(), tuple(range(a.k))) for row in ids
+    ]
+    length = a.prompt_len + a.k * a.new_tokens
+    return jax.tree.map(jnp.asarray, text.ranking_rows(split, length=length, max_k=a.k))
+
+
+def _shared_pairs(a: argparse.Namespace) -> float:
+    own = a.new_tokens * (a.new_tokens + 1) / 2
+    return a.prompt_len * (a.prompt_len + 1) / 2 + a.k * (a.new_tokens * a.prompt_len + own)
+
+
+def _trained(a: argparse.Namespace, model: Model, make_step: Any, batch: Callable[[int], Any]) -> Callable[[int], Any]:
+    """A training step that carries its state from call to call."""
+    tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
+    step_fn = compile_step(make_step(model, tx))
+    held = [train_state(jax.jit(model.init)(jax.random.key(a.seed)), tx)]
+
+    def step(i: int) -> Any:
+        held[0], metrics = step_fn(held[0], batch(i), None)
+        return held[0], metrics
+
+    return step
+
+
+def decode(a: argparse.Namespace) -> Work:
+    """Sampling ``--new_tokens`` from ``--batch`` prompts at temperature 1, prefill included."""
+    model, params = _language_model(a)
+    config = model.config
+    prefill = forward_flops(config, [a.prompt_len] * a.batch, targets=a.batch)
+    lengths = [a.prompt_len + a.new_tokens] * a.batch
+    flops = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
+    floor = prefill / matrix_rate(a.dtype) + (a.new_tokens - 1) * decode_floor(a, params, config)
+    run = partial(generate, model, params, max_new_tokens=a.new_tokens)
+    return Work(lambda i: run(prompts_of(a, i), jax.random.key(i)), a.batch * a.new_tokens, flops, floor)
+
+
+def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> float:
+    """Seconds a decode step takes at least: its weights and cache read once, or its products at the matrix rate."""
+    middle = a.prompt_len + a.new_tokens / 2
+    cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
+    size = jnp.dtype(a.dtype).itemsize
+    read = (parameters(params) + cache) * size / bandwidth()
+    seen = forward_flops(config, [1] * a.batch, targets=a.batch, seen=a.batch * middle)
+    return max(read, seen / matrix_rate(a.dtype))
+
+
+def _language_model(a: argparse.Namespace) -> tuple[Model, Any]:
+    model = language_model(decoder(a, a.prompt_len + a.new_tokens))
+    params = jax.jit(model.init)(jax.random.key(a.seed))
+    if a.dtype != "float32":  # sampling reads the weights once a token: as narrow as they are computed with
+        params = jax.tree.map(lambda x: x.astype(a.dtype), params)
+    return model, params
+
+
+def prompts_of(a: argparse.Namespace, i: int, count: int = 0) -> PromptBatch:
+    """Prompts of exactly `prompt_len` tokens."""
+    tokens = random_tokens(a, i, count or a.batch, a.prompt_len)
+    return text.prompt_batch(tokens.tolist(), length=a.prompt_len)
+
+
+def ppo(a: argparse.Namespace) -> Work:
+    """A PPO iteration: sample, score by a reward model, reference and values, update both networks.
+
+    Four networks of one size, no pretraining term and no average of the weights, as the peers.
+    """
+    length = a.prompt_len + a.new_tokens
+    config = decoder(a, length)
+    policy, scalar = language_model(config), scalar_model(config)
+    tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
+    shape = make_score_and_shape(policy, scalar, scalar)
+    step_fn = compile_step(
+        make_ppo_step(policy, scalar, tx, tx, ptx_coef=0.0, epochs=a.epochs, minibatches=a.minibatches)
+    )
+    reference, critic = (jax.jit(m.init)(jax.random.key(a.seed)) for m in (policy, scalar))
+    held = [PPOState(train_state(reference, tx), train_state(critic, tx), KLState(jnp.float32(0.05)), jnp.int32(0))]
+
+    def sample(i: int) -> Samples:
+        return generate(policy, held[0].policy.params, prompts_of(a, i), jax.random.key(i), max_new_tokens=a.new_tokens)
+
+    def score(samples: Samples) -> Any:
+        return shape(reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch))
+
+    def update(rollout: Any, i: int) -> Any:
+        held[0], metrics = step_fn(held[0], rollout, None, jax.random.key(i))
+        return held[0], metrics
+
+    def step(i: int) -> Any:
+        return update(score(sample(i))[0], i)
+
+    def pieces() -> dict[str, float]:
+        samples = sample(0)
+        assert int(samples.lengths.min()) == length, "a response ended early: there is no stop id"
+        rollout = score(samples)[0]
+        parts = {
+            "rollout_s": partial(sample, 1),
+            "score_s": partial(score, samples),
+            "update_s": partial(update, rollout, 2),
+        }
+        return {name: statistics.median(_timed(lambda i, f=f: f(), range(a.steps))) for name, f in parts.items()}
+
+    return Work(step, a.batch * length, _ppo_flops(a, config), pieces=pieces)
+
+
+def _ppo_flops(a: argparse.Namespace, config: DecoderConfig) -> float:
+    lengths = [a.prompt_len + a.new_tokens] * a.batch
+    language = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
+    scalar = forward_flops(config, lengths, targets=0)
+    return 2 * language + 2 * scalar + 3 * a.epochs * (language + scalar)
+
+
+def slots(a: argparse.Namespace) -> Work:
+    """Ragged responses, ``--prompts`` of them through ``--batch`` rows: a row that ends takes the next prompt.
+
+    A quarter of the limit is their mean: each token ends its response with probability ``4 / new_tokens``. `pieces`
+    is the same work in static batches, which wait for their longest response.
+    """
+    model, params = _language_model(a)
+    stop = tuple(range(round(4 * a.vocab / a.new_tokens)))
+    settings = {"max_new_tokens": a.new_tokens, "stop_ids": stop}
+    prompts = prompts_of(a, 0, a.prompts)
+
+    def refilled(i: int, streams: int = 1) -> Samples:
+        key = jax.random.key(i)
+        return generate_many(model, params, prompts, key, rows=a.batch, streams=streams, **settings)
+
+    def static(i: int) -> list[Samples]:
+        parts = [jax.tree.map(lambda x, s=s: x[s : s + a.batch], prompts) for s in range(0, a.prompts, a.batch)]
+        return [jax.device_get(generate(model, params, part, jax.random.key(i), **settings)) for part in parts]
+
+    def pieces() -> dict[str, float]:
+        one, many = refilled(0), static(0)
+        same = np.array_equal(one.tokens, np.concatenate([part.tokens for part in many]))
+        assert same or a.dtype != "float32", "refilled rows and static batches drew different tokens"
+        streams = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+        refilled(0, streams)
+        runs = {"static_s": static, "refilled_s": refilled, "refilled_streams_s": partial(refilled, streams=streams)}
+        found = {name: statistics.median(times) for name, times in _in_turn(runs, a.steps).items()}
+        lengths = one.lengths - one.prompt_lengths
+        return found | {
+            "static_over_refilled": found["static_s"] / found["refilled_s"],
+            "static_over_refilled_streams": found["static_s"] / found["refilled_streams_s"],
+            "mean_response_tokens": float(lengths.mean()),
+        }
+
+    lengths = refilled(0).lengths
+    tokens = int(lengths.sum()) - a.prompts * a.prompt_len
+    return Work(refilled, tokens, forward_flops(model.config, lengths.tolist(), targets=tokens), pieces=pieces)
+
+
+SUITES = {"sft": sft, "sft_epoch": sft_epoch, "reward": reward, "decode": decode, "ppo": ppo, "slots": slots}
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def _timed(step: Callable[[int], Any], numbers: Sequence[int]) -> list[float]:
+    seconds = []
+    for i in numbers:
+        begun = time.perf_counter()
+        jax.block_until_ready(step(i))
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def _in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds):
+        for name, run in runs.items():
+            times[name] += _timed(run, [i])
+    return times
+
+
+def matrix_rate(dtype: str, _known: dict[str, float] = {}) -> float:  # noqa: B006  (measured once)
+    """FLOP/s of a plain matrix product in this process."""
+    if dtype not in _known:
+        size = 1024 if jax.default_backend() == "cpu" else 8192
+        x = jnp.ones((size, size), dtype)
+        product = jax.jit(lambda x: x @ x)
+        _known[dtype] = 2 * size**3 / min(_timed(lambda i: product(x), range(12)))
+    return _known[dtype]
+
+
+def bandwidth(_known: dict[str, float] = {}) -> float:  # noqa: B006
+    """Bytes/s at which weights can be read: a matrix times a few rows, on a matrix larger than any cache."""
+    if "read" not in _known:
+        matrix = jnp.ones((8192, 8192), jnp.float32)
+        rows = jnp.ones((8, 8192), jnp.float32)
+        product = jax.jit(lambda rows, matrix: rows @ matrix)
+        _known["read"] = matrix.nbytes / min(_timed(lambda i: product(rows, matrix), range(8)))
+    return _known["read"]
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    """Runs one suite at one size; seconds of its steps and what follows from them."""
+    work = SUITES[a.suite](a)
+    first = _timed(work.step, [0])[0]
+    _timed(work.step, range(1, a.warmup))
+    seconds = _timed(work.step, range(a.warmup, a.warmup + a.steps))
+    middle = statistics.median(seconds)
+    rate = matrix_rate(a.dtype)
+    found = {
+        "library": "rlhf_jax", "suite": a.suite,
+        "s_per_step_median": middle, "s_per_step_min": min(seconds), "s_per_step_max": max(seconds),
+        "tokens_per_s": work.tokens / middle, "tokens_per_step": work.tokens,
+        "compile_s": max(0.0, first - middle), "peak_rss_mb": common.peak_memory_mb(),
+        "flops_per_step": work.flops, "flops_per_s": work.flops / middle, "matrix_flops_per_s": rate,
+        "share_of_matrix_rate": work.flops / middle / rate,
+    }  # fmt: skip
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        found["peak_device_mb"] = stats["peak_bytes_in_use"] / 2**20
+    if work.floor_s is not None:
+        found |= {"floor_s": work.floor_s, "times_the_floor": middle / work.floor_s}
+    if work.pieces is not None:
+        found |= work.pieces()
+    found["device"], found["jax"] = jax.devices()[0].device_kind, jax.__version__
+    return found | {name: getattr(a, name) for name in SIZES}
+
+
+def show(found: dict[str, Any]) -> str:
+    """The figures of one run as a small table."""
+    rows = [
+        ("step, median", f"{found['s_per_step_median'] * 1e3:.1f} ms"),
+        (
+            "step, fastest and slowest",
+            " and ".join(f"{found[f's_per_step_{x}'] * 1e3:.1f}" for x in ("min", "max")) + " ms",
+        ),
+        ("tokens/s", f"{found['tokens_per_s']:,.0f}"),
+        ("model GFLOP/s", f"{found['flops_per_s'] / 1e9:,.1f}"),
+        ("matrix products, same process", f"{found['matrix_flops_per_s'] / 1e9:,.1f} GFLOP/s"),
+        ("share of the matrix rate", f"{found['share_of_matrix_rate']:.1%}"),
+        ("times the floor", f"{found['times_the_floor']:.2f}" if "times_the_floor" in found else None),
+        *((name, f"{found[name] * 1e3:.1f} ms") for name in PIECES if name in found),
+        *((name, f"{found[name]:.2f}") for name in RATIOS if name in found),
+        ("compiling, first step", f"{found['compile_s']:.1f} s"),
+        ("peak memory", f"{found.get('peak_device_mb', found['peak_rss_mb']):,.0f} MB"),
+    ]
+    shown = [(name, value) for name, value in rows if value]
+    width = max(len(name) for name, _ in shown)
+    return "\n".join([f"{found['suite']} on {found['device']}", *(f"  {n:<{width}}  {v}" for n, v in shown)])
+
+
+PIECES = ("rollout_s", "score_s", "update_s", "static_s", "refilled_s", "refilled_streams_s")
+RATIOS = ("static_over_refilled", "static_over_refilled_streams", "mean_response_tokens")
+
+
+# ------------------------------------------------------------------------------------- sweeps, peers, flags
+
+
+def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """The suite at each value of one flag, each in a process of its own; cost beside that of the first."""
+    name, _, values = a.sweep.partition("=")
+    runs = [run_script(a, [f"--{name}={value}"]) for value in values.split(",")]
+    first = runs[0]["s_per_step_median"]
+    print(f"\n{a.suite} by {name}\n{name:>12}  ms/step  of the first  tokens/s  of matrix rate  peak MB")
+    for value, run in zip(values.split(","), runs, strict=True):
+        step = run["s_per_step_median"]
+        print(f"{value:>12}  {step * 1e3:7.1f}  {step / first:12.2f}  {run['tokens_per_s']:8,.0f}  "
+              f"{run['share_of_matrix_rate']:14.1%}  {run['peak_rss_mb']:7,.0f}")  # fmt: skip
+    return runs
+
+
+def run_script(a: argparse.Namespace, extra: Sequence[str], command: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs a suite in a process of its own, ours or a peer's; its JSON."""
+    command = list(command or [sys.executable, "-m", "experiments.benchmark"])
+    flags = [f"--{name}={getattr(a, name)}" for name in SHARED if getattr(a, name) not in ("", None)]
+    done = subprocess.run(
+        [*command, a.suite, *flags, *extra, *(["--json"] if "experiments.benchmark" in command else [])],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} {a.suite} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(a: argparse.Namespace) -> dict[str, Any]:
+    """Ours and a peer's in turn on the same work, and how many times as fast ours is."""
+    python, script = peer_python(a), Path(__file__).parent / "peers" / f"with_{a.peer}.py"
+    with tempfile.TemporaryDirectory() as folder:
+        own = [f"--cache={folder}"]
+        if a.suite == "sft_epoch":
+            a.data = write_ids(read_ids(a), Path(folder) / "ids.jsonl")
+        rounds = []
+        for number in range(a.rounds):
+            ours, theirs = run_script(a, own), run_script(a, a.peer_flags.split(), [python, str(script)])
+            rounds.append((ours, theirs))
+            print(f"round {number + 1}: rlhf_jax {ours['s_per_step_median']:.4f} s, {a.peer} "
+                  f"{theirs['s_per_step_median']:.4f} s, peak {ours['peak_rss_mb']:,.0f} and "
+                  f"{theirs['peak_rss_mb']:,.0f} MB", flush=True)  # fmt: skip
+    found = ratios(rounds) | {"peer": a.peer, "suite": a.suite, "compile_cold_s": rounds[0][0]["compile_s"]}
+    found |= {"compile_warm_s": rounds[-1][0]["compile_s"]} if a.rounds > 1 else {}
+    print(f"\n{a.suite}: {found['ratio_median']:.2f} times {a.peer} by medians ({found['ratio_min']:.2f} by fastest "
+          f"steps); rounds {', '.join(f'{x:.2f}' for x in found['ratio_of_each_round'])}; peak memory "
+          f"{found['memory_ratio']:.2f} of the peer's")  # fmt: skip
+    return found | {"ours": rounds[-1][0], "theirs": rounds[-1][1]}
+
+
+def ratios(rounds: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Their time over ours: of the median over rounds of the medians, of the fastest steps, and of each round."""
+
+    def over(name: str, pick: Callable[[list[float]], float]) -> float:
+        return pick([b[name] for _, b in rounds]) / pick([a[name] for a, _ in rounds])
+
+    return {
+        "ratio_median": over("s_per_step_median", statistics.median),
+        "ratio_min": over("s_per_step_min", min),
+        "ratio_of_each_round": [b["s_per_step_median"] / a["s_per_step_median"] for a, b in rounds],
+        "memory_ratio": 1 / over("peak_rss_mb", max),
+    }
+
+
+def write_ids(documents: Sequence[Sequence[int]], path: Path) -> str:
+    """The same token ids for both sides."""
+    path.write_text("".join(json.dumps({"input_ids": list(ids)}) + "\n" for ids in documents))
+    return str(path)
+
+
+def peer_python(a: argparse.Namespace) -> str:
+    """The Python of the peer's environment: ``--peer_python``, or one made in the user's cache folder when needed."""
+    if a.peer_python:
+        return a.peer_python
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "peers" / a.peer
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        print(f"Installing {', '.join(PEERS[a.peer])} in {folder} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS[a.peer]], check=True)
+        (folder / "ready").touch()
+    return str(python)
+
+
+SIZES = {
+    "layers": 4, "width": 256, "heads": 4, "vocab": 8192, "batch": 8, "prompt_len": 64, "new_tokens": 64, "k": 4,
+    "epochs": 1, "minibatches": 1, "steps": 5, "warmup": 3, "dtype": "float32", "family": "gpt2", "kv_heads": 0,
+    "mlp_width": 0, "seed": 0,
+}  # fmt: skip
+SHARED = (*SIZES, "data")
+"""Flags that a peer's script takes too."""
+
+OWN_SIZES = {"reward": {"prompt_len": 96, "new_tokens": 32}}
+"""Defaults of a suite where they differ."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; a suite's own defaults fill in what is not given."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("suite", choices=SUITES)
+    for name, value in SIZES.items():
+        p.add_argument(f"--{name}", type=type(value), default=None, help=f"default {value}")
+    p.add_argument("--remat", default="none", choices=("none", "block"))
+    p.add_argument("--unroll", type=int, default=0, help="blocks an iteration of the layer scan, 0 = all")
+    p.add_argument("--prompts", type=int, default=64, help="slots: how many prompts")
+    p.add_argument("--data", default="", help="sft_epoch: demonstrations as JSON lines")
+    p.add_argument("--model", default="smollm2", help="sft_epoch: whose tokenizer")
+    p.add_argument("--longest", type=int, default=512, help="sft_epoch: longer texts are left out")
+    p.add_argument("--cache", default="", help="folder of compiled programs; empty: a new one, so that all is compiled")
+    p.add_argument("--sweep", default="", metavar="FLAG=A,B,..", help="repeat over the values of a size")
+    p.add_argument("--peer", default="", choices=("", *PEERS))
+    p.add_argument("--peer_python", default="", help="Python of the peer's environment; empty: made when first needed")
+    p.add_argument("--peer_flags", default="", help="more flags for the peer's script, in one string")
+    p.add_argument("--rounds", type=int, default=2, help="of ours and the peer's in turn")
+    p.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    a = p.parse_args(argv)
+    for name, value in (SIZES | OWN_SIZES.get(a.suite, {})).items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
+    check(p, a)
+    return a
+
+
+def check(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Refuses flags that do not fit together, before anything runs."""
+    if a.suite == "sft_epoch" and not Path(a.data).is_file():
+        p.error(f"--data={a.data!r} is no file: pass demonstrations as JSON lines (experiments/prepare_data.py)")
+    if a.sweep and a.sweep.partition("=")[0] not in SIZES:
+        p.error(f"--sweep={a.sweep!r} names no size: choose one of {', '.join(SIZES)}, as in --sweep=batch=1,2,4")
+    for name in ("layers", "width", "heads", "vocab", "batch", "prompt_len", "new_tokens", "k", "steps", "warmup"):
+        if getattr(a, name) < 1:
+            p.error(f"--{name}={getattr(a, name)} must be at least 1")
+    if a.width % a.heads:
+        p.error(f"--heads={a.heads} must divide --width={a.width}")
+    if a.batch % a.minibatches:
+        p.error(f"--minibatches={a.minibatches} must divide --batch={a.batch}")
+    if a.dtype not in ("float32", "bfloat16"):
+        p.error(f"--dtype={a.dtype} is unknown: choose float32 or bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what the flags ask for."""
+    a = parse(argv)
+    if a.peer:
+        found: Any = compare(a)
+    elif a.sweep:
+        found = sweep(a)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            jax.config.update("jax_compilation_cache_dir", a.cache or folder)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            common.start((-1, 1, 1))
+            found = measure(a)
+        print(show(found), flush=True)
+    if a.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

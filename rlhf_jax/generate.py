@@ -19,30 +19,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
 
 
 class Decoding(NamedTuple):
-    """What the decode loop carries; N = max_new_tokens. `tokens` and `logp` are indexed by response place.
+    """What the decode loop carries: R responses, each at its place, and B rows that decode those in `response`.
 
-    A row is live until it has finished (a stop id) or is full (N tokens); only live rows are advanced.
+    N = max_new_tokens; `tokens` and `logp` are indexed by response place. A response goes on until it has finished (a
+    stop id) or is full (N tokens). A row whose response has ended is not live, and neither is one that holds nobody's
+    (R): only live rows are advanced.
     """
 
-    last: Int[Array, " B"]
-    tokens: Int[Array, "B N"]
-    logp: Float[Array, "B N"]
-    counts: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-    keys: Key[Array, " B"]
+    tokens: Int[Array, "R N"]
+    logp: Float[Array, "R N"]
+    counts: Int[Array, " R"]
+    finished: Bool[Array, " R"]
+    keys: Key[Array, " R"]
+    response: Int[Array, " B"]
     cache: Cache
 
     @property
     def live(self) -> Bool[Array, " B"]:
         """Rows that want another token."""
-        return ~self.finished & (self.counts < self.tokens.shape[1])
+        going = ~self.finished & (self.counts < self.tokens.shape[1])
+        return jnp.concatenate([going, jnp.zeros((1,), bool)])[self.response]
+
+
+class Waiting(NamedTuple):
+    """Responses that have begun and wait for a row: Q places, and the caches of the prompts they answer.
+
+    Those from `given` to `count` still wait. Response q answers prompt ``source[q]`` of the cache.
+    """
+
+    response: Int[Array, " Q"]
+    source: Int[Array, " Q"]
+    given: Int[Array, ""]
+    count: Int[Array, ""]
+    cache: Cache
 
 
 def generate(
@@ -124,8 +139,8 @@ def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt
     keys = row_keys(key, prompts.ids, samples_per_prompt)
     hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
     state = start(keys, cache.repeat(samples_per_prompt), max_new_tokens=max_new_tokens)
-    state = _draw(model, params, hidden, state, **sampling)
-    state = _decode(model, params, state, until=0, **sampling)
+    state = _draw(model, params, hidden, state, state.response, **sampling)
+    state = jax.lax.while_loop(lambda s: s.live.any(), partial(_advance, model, params, **sampling), state)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
     return _rows(prompts, state.tokens, state.logp, state.counts, state.finished)
 
@@ -151,30 +166,30 @@ def start(keys: Key[Array, " B"], cache: Cache, *, max_new_tokens: int) -> Decod
     """An empty response for each prefilled row."""
     rows = keys.shape[0]
     return Decoding(
-        last=jnp.zeros((rows,), jnp.int32),
         tokens=jnp.zeros((rows, max_new_tokens), jnp.int32),
         logp=jnp.zeros((rows, max_new_tokens), jnp.float32),
         counts=jnp.zeros((rows,), jnp.int32),
         finished=jnp.zeros((rows,), bool),
         keys=keys,
+        response=jnp.arange(rows, dtype=jnp.int32),
         cache=cache,
     )
 
 
-def _decode(model: Model, params: Params, state: Decoding, *, until: Int[ArrayLike, ""], **sampling: Any) -> Decoding:
-    """Decode until at most `until` rows are live."""
-
-    def advance(state: Decoding) -> Decoding:
-        return _draw(model, params, *decode_step(model, params, state), **sampling)
-
-    return jax.lax.while_loop(lambda state: state.live.sum() > until, advance, state)
+def _advance(model: Model, params: Params, state: Decoding, **sampling: Any) -> Decoding:
+    """Another token for each live row."""
+    response = jnp.where(state.live, state.response, state.tokens.shape[0])
+    hidden, state = decode_step(model, params, state)
+    return _draw(model, params, hidden, state, response, **sampling)
 
 
 def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Array, "B D"], Decoding]:
     """Feed each live row's last token: its hidden state (which predicts the next token) and the advanced cache."""
+    last = jnp.maximum(state.counts - 1, 0)[:, None]
+    last = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
     output = model.apply(
         params,
-        state.last[:, None],
+        jnp.where(state.live, last[jnp.minimum(state.response, last.shape[0] - 1)], 0)[:, None],
         # A row that is not live feeds padding, which the cache does not store.
         segments=state.live.astype(jnp.int32)[:, None],
         positions=state.cache.lengths[:, None],
@@ -261,20 +276,25 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[
 
 
 def _draw(
-    model: Model, params: Params, hidden: Float[Array, "B D"], state: Decoding, *, stop_ids: tuple[int, ...], **how: Any
+    model: Model,
+    params: Params,
+    hidden: Float[Array, "B D"],
+    state: Decoding,
+    response: Int[Array, " B"],
+    *,
+    stop_ids: tuple[int, ...],
+    **how: Any,
 ) -> Decoding:
-    """Sample the next token of each live row and append it."""
-    token, logp = sample_token(model.head(params, hidden), state.keys, state.counts, **how)
-    live = state.live
-    token, logp = jnp.where(live, token, 0), jnp.where(live, logp, 0.0)
+    """Sample the next token of each of the responses `response` (past the end: nobody's) and append it."""
+    at = jnp.minimum(response, state.tokens.shape[0] - 1)
+    places = state.counts[at]
+    token, logp = sample_token(model.head(params, hidden), state.keys[at], places, **how)
     stopped = (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :]).any(axis=1)
-    rows, places = jnp.arange(live.shape[0]), jnp.where(live, state.counts, state.tokens.shape[1])
     return state._replace(
-        last=token,
-        tokens=state.tokens.at[rows, places].set(token, mode="drop"),
-        logp=state.logp.at[rows, places].set(logp, mode="drop"),
-        counts=state.counts + live,
-        finished=state.finished | (live & stopped),
+        tokens=state.tokens.at[response, places].set(token, mode="drop"),
+        logp=state.logp.at[response, places].set(logp, mode="drop"),
+        counts=state.counts.at[response].add(1, mode="drop"),
+        finished=state.finished.at[response].max(stopped, mode="drop"),
     )
 
 
@@ -325,9 +345,10 @@ def generate_many(
 ) -> Samples:
     """Samples of any number of prompts through a fixed number of rows, without waiting for the longest response.
 
-    Whenever `refill` rows have ended they are handed to the next prompts (continuous batching): response lengths are
-    heavy-tailed, and a batch that waits for its longest row computes mostly padding. The tokens are those of `generate`
-    for the same key, prompt id and sample (in float32; in bfloat16 a tie may fall otherwise).
+    A row that ends goes on with the next prompt inside the decode loop (continuous batching): response lengths are
+    heavy-tailed, and a batch that waits for its longest row computes mostly padding. `refill` prompts are prefilled
+    together and wait for rows, with caches of their own; the host is asked only when none waits. The tokens are those
+    of `generate` for the same key, prompt id and sample (in float32; in bfloat16 a tie may fall otherwise).
 
     Args:
       model: a language model.
@@ -336,7 +357,7 @@ def generate_many(
       key: of this stream of samples.
       counts: K, samples of each prompt: one number for all, or N numbers.
       rows: B, responses that are decoded together.
-      refill: rows that must have ended before they are filled again; None for an eighth of the rows of a stream.
+      refill: responses that begin together; None for half the rows of a stream. More take more memory.
       streams: the rows are cut into this many groups, each decoded by a thread of its own with its share of the
         prompts. One token at a time does not keep the cores of a CPU busy: two streams are a third faster on two
         cores. An accelerator wants one. It changes no token either.
@@ -390,11 +411,18 @@ def _shares(counts: np.ndarray, streams: int) -> list[slice]:
 def _empty(
     model: Model, key: Key[Array, ""], queue: _Queue, slots: int, max_new_tokens: int, sharding: Any
 ) -> Decoding:
-    """Rows that nobody holds."""
-    state = start(
-        jax.random.split(key, queue.rows), model.init_cache(queue.rows, slots), max_new_tokens=max_new_tokens
-    )._replace(finished=jnp.ones(queue.rows, bool))
-    return state if sharding is None else jax.device_put(state, sharding)
+    """Rows that nobody holds, and places for the responses in them and for those that wait."""
+    places = queue.places
+    state = start(jax.random.split(key, places), model.init_cache(queue.rows, slots), max_new_tokens=max_new_tokens)
+    state = state._replace(finished=jnp.ones(places, bool), response=jnp.full(queue.rows, places, jnp.int32))
+    return state if sharding is None else jax.device_put(state, _over_rows(state, sharding))
+
+
+def _over_rows(state: Decoding, sharding: jax.sharding.NamedSharding) -> Decoding:
+    """Rows and their cache as `sharding` says; every device has all responses."""
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    rows = jax.tree.map(lambda _: sharding, (state.response, state.cache))
+    return jax.tree.map(lambda _: whole, state)._replace(response=rows[0], cache=rows[1])
 
 
 def _drain_all(
@@ -430,7 +458,7 @@ def _drain_all(
 
 
 class _Queue:
-    """Bookkeeping on the host: which response each row holds, what is still to be sampled, what has ended."""
+    """Bookkeeping on the host: which response is at each place, what is still to be sampled, what has ended."""
 
     def __init__(self, prompts: PromptBatch, counts: np.ndarray, rows: int, refill: int | None, max_new_tokens: int):
         self.prompts = prompts
@@ -438,11 +466,12 @@ class _Queue:
         self.sample = np.arange(len(self.owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.total = len(self.owner)
         self.rows = rows
-        self.chunk = min(self.rows, refill or -(-self.rows // 8))
+        self.chunk = min(self.rows, refill or -(-self.rows // 2))
+        self.places = self.rows + self.chunk
         # Consecutive responses share prompts, and each prompt is prefilled once.
         fewest = max(1, int(counts[counts > 0].min(initial=self.chunk)))
         self.prefills = min(self.chunk, 1 + -(-(self.chunk - 1) // fewest))
-        self.holds = np.full(self.rows, -1)
+        self.holds = np.full(self.places, -1)
         self.given = self.collected = 0
         shape = (self.total, max_new_tokens)
         self.ended = (np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, self.total), np.int32))
@@ -451,31 +480,28 @@ class _Queue:
     def empty(self) -> bool:
         return self.collected == self.total
 
-    def next(self) -> tuple[PromptBatch, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What to fill in next: prompts; number, prompt and sample of each free row; rows that may stay live."""
+    def next(self) -> tuple[PromptBatch, np.ndarray, np.ndarray, np.ndarray, np.int32, np.int32]:
+        """What begins next: prompts; place, prompt and sample of each response; how many; rows that may stay live."""
         free = np.flatnonzero(self.holds < 0)[: self.chunk]
         jobs = np.arange(self.given, min(self.given + len(free), self.total))
         self.holds[free[: len(jobs)]] = jobs
         self.given += len(jobs)
         first = self.owner[jobs[0]] if len(jobs) else 0
         chosen = np.minimum(first + np.arange(self.prefills), len(self.prompts.lengths) - 1)
-        row = np.full(self.chunk, self.rows)
-        row[: len(jobs)] = free[: len(jobs)]
-        source, sample = np.zeros((2, self.chunk), int)
+        place = np.full(self.chunk, self.places, np.int32)
+        place[: len(jobs)] = free[: len(jobs)]
+        source, sample = np.zeros((2, self.chunk), np.int32)
         source[: len(jobs)], sample[: len(jobs)] = self.owner[jobs] - first, self.sample[jobs]
-        until = self._may_stay(int((self.holds >= 0).sum()))
-        return jax.tree.map(lambda x: x[chosen], self.prompts), row, source, sample, np.asarray(until)
-
-    def _may_stay(self, held: int) -> int:
-        if held < self.rows and self.given < self.total:
-            return held  # rows are still free: fill them first
-        return max(0, self.rows - self.chunk) if self.given < self.total else 0
+        # While more prompts come the loop ends as soon as none waits: no row shall stand idle.
+        until = self.rows if self.given < self.total else 0
+        prompts = jax.tree.map(lambda x: x[chosen], self.prompts)
+        return prompts, place, source, sample, np.int32(len(jobs)), np.int32(until)
 
     def collect(self, state: Decoding) -> None:
-        """Take over the rows that have ended."""
-        seen = jax.tree.map(np.asarray, (state.tokens, state.logp, state.counts, state.finished, state.live))
-        ended = (self.holds >= 0) & ~seen[-1]
-        for store, found in zip(self.ended, seen[:-1], strict=True):
+        """Take over the responses that have ended."""
+        seen = jax.tree.map(np.asarray, (state.tokens, state.logp, state.counts, state.finished))
+        ended = (self.holds >= 0) & (seen[3] | (seen[2] == seen[0].shape[1]))
+        for store, found in zip(self.ended, seen, strict=True):
             store[self.holds[ended]] = found[ended]
         self.collected += int(ended.sum())
         self.holds[ended] = -1
@@ -491,14 +517,56 @@ class _Queue:
 
 
 @partial(jax.jit, static_argnames=("model", "sharding", *_SAMPLING), donate_argnames="state")
-def _refill_and_decode(model, params, key, state, prompts, row, source, sample, until, *, sharding, **sampling):
-    """Prefill `prompts`, hand them to the rows `row` (past the end: nobody), decode until `until` rows are live."""
+def _refill_and_decode(
+    model, params, key, state, prompts, place, source, sample, count, until, *, sharding, **sampling
+) -> Decoding:
+    """Begin responses to `prompts` at the places `place`, then decode: whenever a row ends, it takes one that waits.
+
+    Ends when none waits and at most `until` rows are live.
+    """
     hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
-    hidden, cache = jax.tree.map(lambda x: x[source], (hidden, cache))
     keys = jax.vmap(partial(_row_key, key))(prompts.ids[source], sample)
-    fresh = start(keys, cache, max_new_tokens=state.tokens.shape[1])
-    fresh = _draw(model, params, hidden, fresh, **sampling)
-    state = jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), state, fresh)
+    state = state._replace(
+        response=jnp.where(state.live, state.response, state.tokens.shape[0]),  # its old place has a new response now
+        counts=state.counts.at[place].set(0, mode="drop"),
+        finished=state.finished.at[place].set(False, mode="drop"),
+        keys=state.keys.at[place].set(keys, mode="drop"),
+    )
+    state = _draw(model, params, hidden[source], state, place, **sampling)
+    waiting = Waiting(place, source, jnp.zeros((), jnp.int32), count, cache)
+
+    def advance(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
+        # A loop, not a condition: its body works in place, and mostly it does not run.
+        state, waiting = jax.lax.while_loop(_may_hand_over, _hand_over, carry)
+        return _advance(model, params, state, **sampling), waiting
+
+    def goes_on(carry: tuple[Decoding, Waiting]) -> Bool[Array, ""]:
+        state, waiting = carry
+        return (waiting.given < waiting.count) | (state.live.sum() > until)
+
     if sharding is not None:
-        state = jax.lax.with_sharding_constraint(state, sharding)
-    return _decode(model, params, state, until=until, **sampling)
+        state = jax.lax.with_sharding_constraint(state, _over_rows(state, sharding))
+    return jax.lax.while_loop(goes_on, advance, (state, waiting))[0]
+
+
+def _may_hand_over(carry: tuple[Decoding, Waiting]) -> Bool[Array, ""]:
+    state, waiting = carry
+    return (waiting.given < waiting.count) & ~state.live.all()
+
+
+def _hand_over(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
+    """Rows that are not live, some at a time, take the next responses that wait."""
+    state, waiting = carry
+    rows, some = state.response.shape[0], max(1, state.response.shape[0] // 16)
+    free = jnp.nonzero(~state.live, size=some, fill_value=rows)[0]
+    jobs = waiting.given + jnp.arange(some)
+    taken = (jobs < waiting.count) & (free < rows)
+    free, jobs = jnp.where(taken, free, rows), jnp.minimum(jobs, waiting.response.shape[0] - 1)
+    source = waiting.source[jobs]
+    state = state._replace(
+        response=state.response.at[free].set(waiting.response[jobs], mode="drop"),
+        cache=jax.tree.map(
+            lambda old, new: old.at[free].set(new[source], mode="drop"), state.cache, waiting.cache
+        ),
+    )  # fmt: skip
+    return state, waiting._replace(given=waiting.given + taken.sum(dtype=jnp.int32))

@@ -134,8 +134,8 @@ _SAMPLING = ("temperature", "top_k", "top_p", "stop_ids")
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "samples_per_prompt", *_SAMPLING))
 def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt, **sampling) -> Samples:
-    params = model.for_decoding(params)
     hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + max_new_tokens)
+    params = model.for_decoding(params)
     keys = row_keys(key, prompts.ids, samples_per_prompt)
     hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
     state = start(keys, cache.repeat(samples_per_prompt), max_new_tokens=max_new_tokens)
@@ -387,7 +387,7 @@ def generate_many(
     shares = _shares(repeats, streams)
     queues = [_Queue(jax.tree.map(lambda x, i=i: x[i], host), repeats[i], rows, refill, max_new_tokens) for i in shares]
     run = partial(
-        _refill_and_decode, model, _for_decoding(model, params), key, sharding=sharding,
+        _refill_and_decode, model, params, _for_decoding(model, params), key, sharding=sharding,
         temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), stop_ids=tuple(int(i) for i in stop_ids),
     )  # fmt: skip
     slots = prompts.tokens.shape[1] + max_new_tokens
@@ -518,11 +518,11 @@ class _Queue:
 
 @partial(jax.jit, static_argnames=("model", "sharding", *_SAMPLING), donate_argnames="state")
 def _refill_and_decode(
-    model, params, key, state, prompts, place, source, sample, count, until, *, sharding, **sampling
+    model, params, fast, key, state, prompts, place, source, sample, count, until, *, sharding, **sampling
 ) -> Decoding:
     """Begin responses to `prompts` at the places `place`, then decode: whenever a row ends, it takes one that waits.
 
-    Ends when none waits and at most `until` rows are live.
+    Ends when none waits and at most `until` rows are live. `fast` are the parameters for decoding.
     """
     hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
     keys = jax.vmap(partial(_row_key, key))(prompts.ids[source], sample)
@@ -538,7 +538,7 @@ def _refill_and_decode(
     def advance(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
         # A loop, not a condition: its body works in place, and mostly it does not run.
         state, waiting = jax.lax.while_loop(_may_hand_over, _hand_over, carry)
-        return _advance(model, params, state, **sampling), waiting
+        return _advance(model, fast, state, **sampling), waiting
 
     def goes_on(carry: tuple[Decoding, Waiting]) -> Bool[Array, ""]:
         state, waiting = carry

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.decoder import DecoderConfig, apply_decoder, decoding_params, init_cache, init_decoder
+from rlhf_jax.models.decoder import (
+    DecoderConfig,
+    apply_decoder,
+    decoding_params,
+    init_cache,
+    init_decoder,
+    tile,
+    times_tiles,
+)
 from rlhf_jax.types import Model, Params
 
 
@@ -24,6 +32,10 @@ def _model(config: DecoderConfig, init, head) -> Model:
         for_decoding=functools.partial(decoding_params, config),
         config=config,
     )
+
+
+FEW_ROWS = 64
+"""Up to so many hidden states, as in decoding, reading the head's weights costs more than using them."""
 
 
 @functools.lru_cache
@@ -41,6 +53,10 @@ def language_model(config: DecoderConfig) -> Model:
         return params
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        if config.tied and hidden.size <= FEW_ROWS * config.width:
+            tiles = tile(params["embed"]["embedding"].astype(jnp.float32))
+            if tiles.ndim == 3:
+                return times_tiles(hidden.astype(jnp.float32), tiles, precision=jax.lax.Precision.HIGHEST)
         if config.tied:
             return _product("...d,vd->...v", hidden, params["embed"]["embedding"])
         return _product("...d,dv->...v", hidden, params["unembed"]["kernel"])

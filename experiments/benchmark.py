@@ -18,6 +18,7 @@ that of a plain matrix product measured in the same process.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from rlhf_jax import optim
+from rlhf_jax import optim, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.generate import generate, generate_many
@@ -298,7 +299,7 @@ def slots(a: argparse.Namespace) -> Work:
         one, many = refilled(0), static(0)
         same = np.array_equal(one.tokens, np.concatenate([part.tokens for part in many]))
         assert same or a.dtype != "float32", "refilled rows and static batches drew different tokens"
-        streams = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+        streams = common.sampling_streams(sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1]))
         refilled(0, streams)
         runs = {"static_s": static, "refilled_s": refilled, "refilled_streams_s": partial(refilled, streams=streams)}
         found = {name: statistics.median(times) for name, times in _in_turn(runs, a.steps).items()}
@@ -337,24 +338,22 @@ def _in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, li
     return times
 
 
-def matrix_rate(dtype: str, _known: dict[str, float] = {}) -> float:  # noqa: B006  (measured once)
+@functools.cache
+def matrix_rate(dtype: str) -> float:
     """FLOP/s of a plain matrix product in this process."""
-    if dtype not in _known:
-        size = 1024 if jax.default_backend() == "cpu" else 8192
-        x = jnp.ones((size, size), dtype)
-        product = jax.jit(lambda x: x @ x)
-        _known[dtype] = 2 * size**3 / min(_timed(lambda i: product(x), range(12)))
-    return _known[dtype]
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / min(_timed(lambda i: product(x), range(12)))
 
 
-def bandwidth(_known: dict[str, float] = {}) -> float:  # noqa: B006
+@functools.cache
+def bandwidth() -> float:
     """Bytes/s at which weights can be read: a matrix times a few rows, on a matrix larger than any cache."""
-    if "read" not in _known:
-        matrix = jnp.ones((8192, 8192), jnp.float32)
-        rows = jnp.ones((8, 8192), jnp.float32)
-        product = jax.jit(lambda rows, matrix: rows @ matrix)
-        _known["read"] = matrix.nbytes / min(_timed(lambda i: product(rows, matrix), range(8)))
-    return _known["read"]
+    matrix = jnp.ones((8192, 8192), jnp.float32)
+    rows = jnp.ones((8, 8192), jnp.float32)
+    product = jax.jit(lambda rows, matrix: rows @ matrix)
+    return matrix.nbytes / min(_timed(lambda i: product(rows, matrix), range(8)))
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
@@ -430,7 +429,8 @@ def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
 def run_script(a: argparse.Namespace, extra: Sequence[str], command: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a suite in a process of its own, ours or a peer's; its JSON."""
     command = list(command or [sys.executable, "-m", "experiments.benchmark"])
-    flags = [f"--{name}={getattr(a, name)}" for name in SHARED if getattr(a, name) not in ("", None)]
+    names = SHARED if command[0] != sys.executable else (*SHARED, *OWN)
+    flags = [f"--{name}={getattr(a, name)}" for name in names if getattr(a, name) not in ("", None)]
     done = subprocess.run(
         [*command, a.suite, *flags, *extra, *(["--json"] if "experiments.benchmark" in command else [])],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
@@ -503,6 +503,8 @@ SIZES = {
 }  # fmt: skip
 SHARED = (*SIZES, "data")
 """Flags that a peer's script takes too."""
+OWN = ("remat", "unroll", "prompts", "model", "longest")
+"""Flags of ours that a peer's script does not know."""
 
 OWN_SIZES = {"reward": {"prompt_len": 96, "new_tokens": 32}}
 """Defaults of a suite where they differ."""

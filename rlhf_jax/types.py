@@ -75,7 +75,7 @@ class Cache:
 
     ``lengths`` advances by the number of tokens with ``segment > 0``, so a right-padded prefill leaves no gap.
     One array a layer, so that a decode step reads and writes it in place; keys and values lie as one query reads them:
-    scores are a sum over D along S, mixed values a sum over S along D.
+    scores are a sum over D along S, mixed values a sum over S along D. (For cuDNN's kernel both are ``B S H D``.)
     """
 
     keys: tuple[Float[Array, "B H D S"], ...]

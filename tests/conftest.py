@@ -10,7 +10,7 @@ from pathlib import Path
 
 DEVICES = 8
 
-collect_ignore = ["golden"]  # scripts that want torch; their output is tested
+collect_ignore = ["golden", "accelerator", "reliability"]  # scripts run by hand
 
 
 def _environment() -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.models import attention
 from rlhf_jax.types import Cache, Output, Params
 
 _CHOICES = {
@@ -29,6 +30,7 @@ _CHOICES = {
     "bias": ("none", "qkv", "all"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "block"),
+    "attention": attention.KERNELS,
 }
 # Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
 _MASKED = -1e30
@@ -82,6 +84,7 @@ class DecoderConfig:
       dtype: compute dtype, float32 or bfloat16; parameters stay as they are (float32 masters). Not float16: its
         gradients underflow without loss scaling, which bfloat16 does not need.
       remat: ``block`` recomputes each block in the backward pass.
+      attention: the kernel for whole rows; ``auto`` takes the fastest of the device (`models.attention`).
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
     """
 
@@ -111,6 +114,7 @@ class DecoderConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     unroll: int | None = None
 
     def __post_init__(self):
@@ -280,10 +284,9 @@ class Attention(nnx.Module):
             query, key = _rotate(query, angles), _rotate(key, angles)
         return query, key, value
 
-    def __call__(self, query: Array, key: Array, value: Array, bias: Float[Array, "B 1 T S"]) -> Float[Array, "B T D"]:
-        """Mix values ``[B, G, S, E]`` by keys ``[B, G, E, S]`` under `bias` (0 visible, very negative hidden)."""
-        mixed = _attend(query, key, value, bias, self.config.query_scalar or self.config.head_dim)
-        mixed = self.out(mixed.reshape(*query.shape[:2], -1))
+    def __call__(self, mixed: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
+        """What the mixed values of all heads add to the residual."""
+        mixed = self.out(mixed.reshape(*mixed.shape[:2], -1))
         return self.post_norm(mixed) if self.config.post_norm else mixed
 
 
@@ -394,37 +397,6 @@ def _rotate(x: Float[Array, "B T H E"], angles: _Angles) -> Float[Array, "B T H 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _attend(
-    query: Float[Array, "B T H E"],
-    key: Float[Array, "B G E S"],
-    value: Float[Array, "B G S E"],
-    bias: Float[Array, "B 1 T S"],
-    query_scalar: int,
-) -> Float[Array, "B T H E"]:
-    # Heads before time: one plain batched matrix product per key-value head, measured no slower on CPU than the
-    # same einsum over [B, T, H, E]. The R = H / G query heads of a group are stacked along time.
-    batch, length, heads, head_dim = query.shape
-    groups = key.shape[1]
-    query = (query * query_scalar**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, head_dim)
-    scores = _rows_times(query, key).reshape(batch, heads, length, -1) + bias
-    # Softmax with its division after the product with the values: one pass over the scores less, there and back.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = _rows_times(weights.astype(value.dtype).reshape(batch, groups, -1, scores.shape[-1]), value)
-    mixed = mixed.reshape(batch, heads, length, head_dim) / weights.sum(axis=-1, keepdims=True)
-    return mixed.astype(value.dtype).swapaxes(1, 2)
-
-
-def _rows_times(rows: Float[Array, "B G N M"], matrix: Float[Array, "B G M S"]) -> Float[Array, "B G N S"]:
-    """The batched product ``rows @ matrix`` in float32; one row (decoding) as multiply and add.
-
-    That reads the cache once where it lies. As a matrix product of one row it took a copy of the cache first and twice
-    the time on CPU.
-    """
-    if rows.shape[2] > 1:
-        return jnp.einsum("bgnm,bgms->bgns", rows, matrix, preferred_element_type=jnp.float32)
-    return jnp.sum(rows.astype(jnp.float32).swapaxes(2, 3) * matrix, axis=2, keepdims=True)
-
-
 def visible(
     query_segments: Int[Array, "B T"],
     query_parents: Int[Array, "B T"],
@@ -518,18 +490,17 @@ def apply_decoder(
         key_positions = positions
     else:
         slots = cache.lengths[:, None] + slots
-        cache, write = _advance(cache, segments, slots)
+        cache, write = _advance(config, cache, segments, slots)
         key_segments = cache.segments
         key_positions = jnp.arange(key_segments.shape[1])[None, :]  # a cached row is one text from its first slot on
     view = _views(config, visible(segments, parents, slots, key_segments), positions, key_positions)
 
-    def block(x: Array, layer: Any, layer_params: Params, look: Callable[..., tuple[Array, Array]]) -> Array:
+    def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array]) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
         module = _bind(Block, config, layer_params)
         bias, angles = view(layer)
-        query, new_keys, new_values = module.attention.project(module.attention_norm(x), angles)
-        mixed = module.attention(query, *look(layer, new_keys, new_values), bias)
-        x = x + _dropout(mixed, config.dropout, block_keys[0])
+        mixed = mix(layer, *module.attention.project(module.attention_norm(x), angles), bias)
+        x = x + _dropout(module.attention(mixed), config.dropout, block_keys[0])
         return x + _dropout(module.mlp(module.mlp_norm(x)), config.dropout, block_keys[1])
 
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
@@ -541,10 +512,15 @@ def apply_decoder(
 
 def _scan_blocks(config: DecoderConfig, block: Callable[..., Array], blocks: Params, x: Array) -> Array:
     """All blocks over whole rows, as one scan over the stacked layers; as two where only the last ones are adapted."""
+    kernel = attention.kernel_for(config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype)
+
+    def mix(layer: Array, *projected: Array) -> Array:
+        del layer
+        return attention.over_rows(kernel, *projected, query_scalar=config.query_scalar or config.head_dim)
 
     def scan(x: Array, layers: Array, stacked: Any, at: Callable[[Array, Any], Params]) -> Array:
         def body(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
-            return block(x, layer[0], at(*layer), _heads_first), None
+            return block(x, layer[0], at(*layer), mix), None
 
         body = jax.checkpoint(body) if config.remat == "block" else body
         return jax.lax.scan(body, x, (layers, stacked), unroll=min(config.unroll or config.layers, len(layers)))[0]
@@ -577,14 +553,15 @@ def _cached_blocks(
     A plain loop over layers that hold their own arrays: a scan would copy each layer's part out of a stacked cache,
     which took a third of a decode step on CPU.
     """
-    keys, values = list(cache.keys), list(cache.values)
+    keys, values, kernel = list(cache.keys), list(cache.values), _cache_kernel(config)
 
-    def look(layer: int, new_keys: Array, new_values: Array) -> tuple[Array, Array]:
+    def mix(layer: int, query: Array, new_keys: Array, new_values: Array, bias: Array) -> Array:
         keys[layer], values[layer] = write(keys[layer], values[layer], new_keys, new_values)
-        return keys[layer].astype(x.dtype), values[layer].astype(x.dtype)
+        seen = keys[layer].astype(x.dtype), values[layer].astype(x.dtype)
+        return attention.over_cache(kernel, query, *seen, bias, config.query_scalar or config.head_dim)
 
     for layer, own in enumerate(_layers(config, blocks)):
-        x = block(x, layer, own, look)
+        x = block(x, layer, own, mix)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 
@@ -630,22 +607,23 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
     return params | {"blocks": tuple(faster(layer) for layer in _layers(config, params["blocks"]))}
 
 
-def _heads_first(layer: Any, key: Float[Array, "B T G E"], value: Float[Array, "B T G E"]) -> tuple[Array, Array]:
-    """Keys ``[B, G, E, T]`` and values ``[B, G, T, E]``, as a cache holds them."""
-    del layer
-    return jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
+def _cache_kernel(config: DecoderConfig) -> str:
+    return attention.cache_kernel(config.attention, head_dim=config.head_dim, dtype=jnp.dtype(config.dtype))
 
 
-def _advance(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]):
+def _advance(config: DecoderConfig, cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]):
     """The cache with the new tokens' segments and lengths, and the function that stores their keys and values."""
-    rows = jnp.arange(segments.shape[0])[:, None]
+    rows, slots_first = jnp.arange(segments.shape[0])[:, None], _cache_kernel(config) == "cudnn"
     # Padding aims past the end, and mode="drop" leaves it out.
     slots = jnp.where(segments > 0, slots, cache.segments.shape[1])
     stored = cache.segments.at[rows, slots].set(segments.astype(cache.segments.dtype), mode="drop")
     lengths = cache.lengths + (segments > 0).sum(axis=1).astype(cache.lengths.dtype)
 
     def write(keys: Array, values: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        """Stores ``[B, T, G, E]`` in the slots of keys ``[B, G, E, S]`` and values ``[B, G, S, E]``."""
+        """Stores ``[B, T, G, E]`` in the slots of a layer's keys and values, laid out as `attention.cache_shapes`."""
+        if slots_first:
+            keys = keys.at[rows, slots].set(key.astype(keys.dtype), mode="drop")
+            return keys, values.at[rows, slots].set(value.astype(values.dtype), mode="drop")
         keys = keys.at[rows, :, :, slots].set(key.astype(keys.dtype), mode="drop")
         return keys, values.at[rows, :, slots].set(value.astype(values.dtype), mode="drop")
 
@@ -654,10 +632,13 @@ def _advance(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     """An empty cache of `length` slots a row, in the compute dtype."""
-    rows, dtype = (batch, config.kv_heads), jnp.dtype(config.dtype)
+    dtype = jnp.dtype(config.dtype)
+    key_shape, value_shape = attention.cache_shapes(
+        _cache_kernel(config), batch, length, config.kv_heads, config.head_dim
+    )
     return Cache(
-        keys=tuple(jnp.zeros((*rows, config.head_dim, length), dtype) for _ in range(config.layers)),
-        values=tuple(jnp.zeros((*rows, length, config.head_dim), dtype) for _ in range(config.layers)),
+        keys=tuple(jnp.zeros(key_shape, dtype) for _ in range(config.layers)),
+        values=tuple(jnp.zeros(value_shape, dtype) for _ in range(config.layers)),
         segments=jnp.zeros((batch, length), jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
     )

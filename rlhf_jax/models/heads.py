@@ -1,6 +1,8 @@
 """Heads over the one decoder: a language model (logits) and a scalar model (reward and value).
 
-Head products are float32 at the highest precision: their errors would reach every log-prob, reward and value.
+Head products are float32, their errors would reach every log-prob, reward and value: at the highest precision for
+float32 hidden states. Those of a bfloat16 model are exact in TF32 and in the passes of ``HIGH``, which rounds their
+products with the weights less than bfloat16 rounded them before.
 """
 
 from __future__ import annotations
@@ -53,13 +55,14 @@ def language_model(config: DecoderConfig) -> Model:
         return params
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        weight = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
         if config.tied and hidden.size <= FEW_ROWS * config.width:
-            tiles = tile(params["embed"]["embedding"].astype(jnp.float32))
+            tiles = tile(weight.astype(jnp.float32))
             if tiles.ndim == 3:
                 return times_tiles(hidden.astype(jnp.float32), tiles, precision=jax.lax.Precision.HIGHEST)
-        if config.tied:
-            return _product("...d,vd->...v", hidden, params["embed"]["embedding"])
-        return _product("...d,dv->...v", hidden, params["unembed"]["kernel"])
+            if weight.dtype == hidden.dtype:  # bfloat16 weights are read as they are: their products are exact
+                return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return _product("...d,vd->...v" if config.tied else "...d,dv->...v", hidden, weight)
 
     return _model(config, init, head)
 
@@ -85,8 +88,9 @@ def scalar_model(config: DecoderConfig) -> Model:
 
 
 def _product(subscripts: str, hidden: Array, weight: Array) -> Array:
+    precision = jax.lax.Precision.HIGH if hidden.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     hidden, weight = hidden.astype(jnp.float32), weight.astype(jnp.float32)
-    return jnp.einsum(subscripts, hidden, weight, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(subscripts, hidden, weight, precision=precision)
 
 
 def init_score(width: int, key: Array) -> Params:

@@ -1,0 +1,117 @@
+"""Run by hand on a GPU or TPU: what its kernels compute is what the plain ones do, within bfloat16.
+
+    python tests/accelerator/check_kernels.py
+
+The test suite runs on CPUs alone; this is its counterpart. Prints a line a check and ends with status 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import scoring
+from rlhf_jax.data import text
+from rlhf_jax.generate import generate, generate_many
+from rlhf_jax.models import attention
+from rlhf_jax.models.decoder import DecoderConfig, visible
+from rlhf_jax.models.heads import language_model
+
+ROWS, SLOTS = 4, 512
+CONFIG = DecoderConfig(
+    1024, SLOTS, layers=4, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=512, dtype="bfloat16"
+)
+
+
+def rows() -> tuple[jax.Array, jax.Array]:
+    """Segments of a prompt, two responses to it and another text, then padding; and their parents."""
+    segments = np.searchsorted([150, 260, 333, 470], np.arange(SLOTS), side="right").astype(np.int32) + 1
+    segments[470:] = 0
+    parents = np.where(np.isin(segments, (2, 3)), 1, 0)
+    return tuple(jnp.asarray(np.broadcast_to(x, (ROWS, SLOTS))) for x in (segments, parents))
+
+
+def kernel() -> tuple[float, float]:
+    """Largest difference of mixed values, and of gradients over the largest gradient, between auto and plain."""
+    segments, parents = rows()
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(ROWS, SLOTS, heads, 64) for heads in (4, 2, 2)]
+    qkv = [jax.random.normal(k, s).astype(jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+    places = jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))
+    bias = jnp.where(visible(segments, parents, places, segments), 0.0, -1e30)[:, None]
+    best = attention.kernel_for("auto", slots=SLOTS, head_dim=64, dtype=jnp.dtype("bfloat16"))
+    print(f"kernel for rows of {SLOTS} in bfloat16 on {jax.devices()[0].device_kind}: {best}")
+
+    def run(name: str, dtype: str):
+        def loss(*qkv):
+            mixed = attention.over_rows(name, *qkv, bias, 64).astype(jnp.float32)
+            mixed = jnp.where((segments > 0)[:, :, None, None], mixed, 0)
+            return jnp.sum(jnp.sin(mixed)), mixed
+
+        wide = [x.astype(dtype) for x in qkv]
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*wide)
+
+    (_, mixed), grads = run(best, "bfloat16")
+    with jax.default_matmul_precision("highest"):
+        (_, true), true_grads = run("plain", "float32")
+    worst = max(
+        float(jnp.abs(g.astype(jnp.float32) - t).max() / jnp.abs(t).max())
+        for g, t in zip(grads, true_grads, strict=True)
+    )
+    return float(jnp.abs(mixed - true).max()), worst
+
+
+def sampler_and_trainer(dtype: str) -> float:
+    """Largest difference between the sampler's log-probs and those of a forward pass over the whole rows."""
+    model = language_model(dataclasses.replace(CONFIG, dtype=dtype))
+    params = model.init(jax.random.key(1))
+    prompts = text.prompt_batch(np.random.default_rng(0).integers(1, 1024, (8, 200)).tolist(), length=200)
+    samples = generate(model, params, prompts, jax.random.key(2), max_new_tokens=200)
+    mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+    score = jax.jit(scoring.sequence_log_probs, static_argnums=0)
+    logp = score(model, params, samples.tokens, samples.lengths, mask)
+    return float(jnp.abs(logp - samples.logp).max())
+
+
+def refill() -> bool:
+    """Whether refilled rows draw the tokens of one batch, in float32."""
+    model = language_model(dataclasses.replace(CONFIG, dtype="float32"))
+    params = model.init(jax.random.key(1))
+    prompts = text.prompt_batch(np.random.default_rng(1).integers(1, 1024, (24, 40)).tolist(), length=40)
+    settings = {"max_new_tokens": 60, "stop_ids": tuple(range(60))}
+    with jax.default_matmul_precision("highest"):
+        together = generate(model, params, prompts, jax.random.key(3), **settings)
+        refilled = generate_many(model, params, prompts, jax.random.key(3), rows=6, **settings)
+    return bool(np.array_equal(together.tokens, refilled.tokens))
+
+
+def exact() -> float:
+    """`sampler_and_trainer` in float32, with products at full precision."""
+    with jax.default_matmul_precision("highest"):
+        return sampler_and_trainer("float32")
+
+
+def main() -> int:
+    """Runs every check."""
+    checks = [
+        ("attention against plain float32, values and gradients", kernel, (2e-2, 3e-2)),
+        ("log-probs of sampler and trainer, bfloat16", lambda: (sampler_and_trainer("bfloat16"),), (2e-2,)),
+        ("refilled rows draw other tokens", lambda: (float(not refill()),), (0.5,)),
+        ("log-probs of sampler and trainer, float32", lambda: (exact(),), (1e-4,)),
+    ]
+    failed = 0
+    for name, check, limits in checks:
+        found = check()
+        good = all(value <= limit for value, limit in zip(found, limits, strict=True))
+        failed += not good
+        shown = ", ".join(f"{value:.2e} (at most {limit:g})" for value, limit in zip(found, limits, strict=True))
+        print(f"{'ok  ' if good else 'FAIL'} {name}: {shown}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

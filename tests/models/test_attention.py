@@ -1,0 +1,90 @@
+"""Each attention kernel against the plain one: packed rows, shared prefixes, grouped heads, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import attention
+from rlhf_jax.models.decoder import DecoderConfig, apply_decoder, init_decoder, visible
+
+SLOTS = 300  # two whole blocks and a part of one
+
+
+@pytest.fixture(scope="module", params=["packed", "shared prefix"])
+def rows(request):
+    """Segments and parents of two rows with padding at their ends."""
+    place = np.arange(SLOTS)
+    segments = np.stack([np.searchsorted([90, 131, 270], place, side="right") + 1 for _ in range(2)]).astype(np.int32)
+    segments[0, 270:], segments[1, 200:] = 0, 0
+    parents = np.where(segments > 1, 1, 0) if request.param == "shared prefix" else np.zeros_like(segments)
+    return jnp.asarray(segments), jnp.asarray(parents)
+
+
+def operands(rows, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    query = jax.random.normal(keys[0], (2, SLOTS, 4, 8))
+    key, value = (jax.random.normal(k, (2, SLOTS, 2, 8)) for k in keys[1:])
+    seen = visible(*rows, jnp.broadcast_to(jnp.arange(SLOTS), (2, SLOTS)), rows[0])
+    return query, key, value, jnp.where(seen, 0.0, -1e30)[:, None]
+
+
+@pytest.mark.parametrize("recompute_from", [SLOTS, SLOTS + 1])
+def test_blocked_equals_plain_with_its_gradients(rows, recompute_from, monkeypatch):
+    monkeypatch.setattr(attention, "RECOMPUTE_FROM", recompute_from)
+    query, key, value, bias = operands(rows)
+    weights = jnp.where(rows[0] > 0, 1.0, 0.0)[:, :, None, None] * jnp.arange(1.0, 9.0)[None, None, None, :]
+
+    def total(kernel):
+        def loss(*qkv):
+            mixed = attention.over_rows(kernel, *qkv, bias, 8)
+            return jnp.sum(jnp.sin(mixed) * weights), mixed
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    (_, plain), plain_grads = total("plain")
+    (_, blocked), blocked_grads = total("blocked")
+    np.testing.assert_allclose(blocked, plain, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(blocked_grads, plain_grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_blocked_multiplies_no_key_after_a_block():
+    """Half of a long row's products, counted by the compiler."""
+
+    def cost(kernel, slots=1024):
+        shapes = [jax.ShapeDtypeStruct((1, slots, 4, 64), jnp.float32)] * 3
+        shapes.append(jax.ShapeDtypeStruct((1, 1, slots, slots), jnp.float32))
+        lowered = jax.jit(lambda *x: attention.over_rows(kernel, *x, 64)).lower(*shapes)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert cost("blocked") < 0.6 * cost("plain")
+
+
+def test_a_decoder_gives_the_same_hidden_states_by_either(rows):
+    config = DecoderConfig(50, SLOTS, layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, attention="plain")
+    tokens = jax.random.randint(jax.random.key(1), (2, SLOTS), 0, 50)
+    positions = jnp.broadcast_to(jnp.arange(SLOTS), (2, SLOTS))
+    params = init_decoder(config, jax.random.key(0))
+
+    def hidden(kernel):
+        own = dataclasses.replace(config, attention=kernel)
+        return apply_decoder(own, params, tokens, segments=rows[0], parents=rows[1], positions=positions).hidden
+
+    real = np.asarray(rows[0] > 0)
+    np.testing.assert_allclose(hidden("auto")[real], hidden("plain")[real], rtol=1e-4, atol=2e-5)
+
+
+def test_which_kernel_is_taken_where_there_is_no_accelerator():
+    def taken(asked="auto", slots=512, dtype=jnp.bfloat16):
+        return attention.kernel_for(asked, slots=slots, head_dim=64, dtype=jnp.dtype(dtype))
+
+    assert taken() == "blocked"
+    assert taken(slots=128) == "plain"
+    assert taken("plain") == "plain"
+    with pytest.raises(ValueError, match=r"attention='cudnn' needs an NVIDIA device .* choose 'auto'"):
+        taken("cudnn")

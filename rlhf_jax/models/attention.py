@@ -12,11 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-KERNELS = ("auto", "plain", "blocked", "cudnn")
+KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
 """``plain`` holds all scores of a layer; ``blocked`` those of one block of queries, and leaves out the keys that come
-after it; ``cudnn`` is NVIDIA's flash attention, for bfloat16."""
+after it; ``cudnn`` is NVIDIA's flash attention, for bfloat16; ``splash`` is that of a TPU, for rows without parents on
+one chip (the compiler cannot partition it)."""
 
 BLOCK = 128
 """Queries of a block: a row of 384 slots then costs two thirds of the plain product, a long one half."""
@@ -25,7 +26,7 @@ RECOMPUTE_FROM = 1024
 """Slots from which the backward pass computes a block's scores again; shorter rows have room for them."""
 
 
-def kernel_for(asked: str, *, slots: int, head_dim: int, dtype: jnp.dtype) -> str:
+def kernel_for(asked: str, *, slots: int, head_dim: int, dtype: jnp.dtype, by_segments: bool = False) -> str:
     """The kernel that rows of `slots` get.
 
     Args:
@@ -33,12 +34,13 @@ def kernel_for(asked: str, *, slots: int, head_dim: int, dtype: jnp.dtype) -> st
       slots: T.
       head_dim: E.
       dtype: compute dtype.
+      by_segments: whether a query sees all of its own segment that is not later, and nothing else.
 
     Returns:
-      ``plain``, ``blocked`` or ``cudnn``.
+      One of the others.
 
     Raises:
-      ValueError: ``cudnn`` was asked for and cannot take this.
+      ValueError: ``cudnn`` or ``splash`` was asked for and cannot take this.
     """
     fits = dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and slots % 2 == 0
     if asked == "cudnn" and not (fits and _has_cudnn()):
@@ -46,8 +48,16 @@ def kernel_for(asked: str, *, slots: int, head_dim: int, dtype: jnp.dtype) -> st
             f"attention='cudnn' needs an NVIDIA device with cuDNN, dtype bfloat16 (here {dtype}), a head width that is "
             f"a multiple of 8 up to 128 (here {head_dim}) and an even row length (here {slots}): choose 'auto'"
         )
+    splashes = by_segments and slots % BLOCK == 0
+    if asked == "splash" and not splashes:
+        raise ValueError(
+            f"attention='splash' needs rows of a multiple of {BLOCK} slots (here {slots}), without parents, windows "
+            "or a cache: choose 'auto'"
+        )
     if asked != "auto":
         return asked
+    if splashes and jax.default_backend() == "tpu" and jax.device_count() == 1:
+        return "splash"
     if fits and slots >= BLOCK and _has_cudnn():
         return "cudnn"
     return "blocked" if slots > BLOCK else "plain"
@@ -66,6 +76,7 @@ def over_rows(
     value: Float[Array, "B T G E"],
     bias: Float[Array, "B 1 T T"],
     query_scalar: int,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Every query over the keys of its row.
 
@@ -76,6 +87,7 @@ def over_rows(
       value: as `key`.
       bias: 0 where a query sees a key, very negative elsewhere; every query sees at least one.
       query_scalar: scores are divided by its root.
+      segments: what `bias` was made of, for ``splash``.
 
     Returns:
       Mixed values, in the dtype of `value`.
@@ -84,6 +96,8 @@ def over_rows(
         return jax.nn.dot_product_attention(
             query, key, value, mask=bias == 0, is_causal=True, scale=query_scalar**-0.5, implementation="cudnn"
         )
+    if kernel == "splash":
+        return _splash(query * query_scalar**-0.5, key, value, segments)
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
     if kernel == "plain":
         return over_keys(query, key, value, bias, query_scalar)
@@ -100,6 +114,27 @@ def _blocked(query: Array, key: Array, value: Array, bias: Array, query_scalar: 
         end = min(begin + BLOCK, slots)
         mixed.append(part(query[:, begin:end], key[..., :end], value[:, :, :end], bias[:, :, begin:end, :end]))
     return jnp.concatenate(mixed, axis=1)
+
+
+def _splash(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+    """On anything but a TPU it is interpreted, for tests."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
+
+    slots, heads = query.shape[1:3]
+    causal = splash.MultiHeadMask([splash.CausalMask((slots, slots))] * heads)
+    block = next(n for n in (4 * BLOCK, 2 * BLOCK, BLOCK) if slots % n == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    run = splash.make_splash_mha(
+        causal, head_shards=1, q_seq_shards=1, interpret=jax.default_backend() != "tpu", block_sizes=sizes
+    )
+
+    def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        return run(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
+
+    mixed = jax.vmap(row)(*(x.swapaxes(1, 2) for x in (query, key, value)), segments)
+    return mixed.swapaxes(1, 2)
 
 
 def over_cache(

@@ -482,8 +482,8 @@ def apply_decoder(
       ``Output(hidden [B, T, D] in the compute dtype, cache)``.
     """
     embedding = _bind(Embedding, config, {k: v for k, v in params.items() if k in ("embed", "positions", "norm")})
-    if parents is None:
-        parents = jnp.zeros_like(segments)
+    only_segments = parents is None
+    parents = jnp.zeros_like(segments) if parents is None else parents
     slots = jnp.arange(tokens.shape[1])[None, :]
     if cache is None:
         key_segments, slots = segments, jnp.broadcast_to(slots, tokens.shape)
@@ -505,18 +505,27 @@ def apply_decoder(
 
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     if cache is None:
-        return Output(embedding.norm(_scan_blocks(config, block, params["blocks"], x)), None)
+        rows = segments if only_segments and not config.window else None
+        return Output(embedding.norm(_scan_blocks(config, block, params["blocks"], x, rows)), None)
     x, cache = _cached_blocks(config, block, params["blocks"], x, cache, write)
     return Output(embedding.norm(x), cache)
 
 
-def _scan_blocks(config: DecoderConfig, block: Callable[..., Array], blocks: Params, x: Array) -> Array:
-    """All blocks over whole rows, as one scan over the stacked layers; as two where only the last ones are adapted."""
-    kernel = attention.kernel_for(config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype)
+def _scan_blocks(
+    config: DecoderConfig, block: Callable[..., Array], blocks: Params, x: Array, segments: Array | None
+) -> Array:
+    """All blocks over whole rows, as one scan over the stacked layers; as two where only the last ones are adapted.
+
+    `segments` where they alone say what a query sees.
+    """
+    kernel = attention.kernel_for(
+        config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype, by_segments=segments is not None
+    )
 
     def mix(layer: Array, *projected: Array) -> Array:
         del layer
-        return attention.over_rows(kernel, *projected, query_scalar=config.query_scalar or config.head_dim)
+        scalar = config.query_scalar or config.head_dim
+        return attention.over_rows(kernel, *projected, query_scalar=scalar, segments=segments)
 
     def scan(x: Array, layers: Array, stacked: Any, at: Callable[[Array, Any], Params]) -> Array:
         def body(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:

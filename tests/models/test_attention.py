@@ -88,3 +88,34 @@ def test_which_kernel_is_taken_where_there_is_no_accelerator():
     assert taken("plain") == "plain"
     with pytest.raises(ValueError, match=r"attention='cudnn' needs an NVIDIA device .* choose 'auto'"):
         taken("cudnn")
+
+
+def test_splash_is_the_same_where_segments_alone_decide_and_compiles_for_a_tpu(monkeypatch):
+    slots = 256
+    segments = jnp.asarray(np.searchsorted([90, 131, 230], np.arange(slots), side="right")[None] + 1, jnp.int32)
+    segments = jnp.where(jnp.arange(slots) >= 230, 0, segments[0])[None]
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = [jax.random.normal(k, (1, slots, heads, 16)) for k, heads in zip(keys, (4, 2, 2), strict=True)]
+    places = jnp.arange(slots)[None]
+    bias = jnp.where(visible(segments, jnp.zeros_like(segments), places, segments), 0.0, -1e30)[:, None]
+
+    def run(kernel):
+        def loss(*qkv):
+            mixed = jnp.where((segments > 0)[..., None, None], attention.over_rows(kernel, *qkv, bias, 16, segments), 0)
+            return jnp.sum(jnp.sin(mixed))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+    for ours, theirs in zip(*(jax.tree.leaves(run(kernel)(*qkv)) for kernel in ("splash", "plain")), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    lowered = run("splash").trace(*qkv).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == 3
+
+
+def test_splash_is_for_rows_without_parents_of_whole_blocks():
+    fits = {"slots": 256, "head_dim": 64, "dtype": jnp.dtype("float32"), "by_segments": True}
+    assert attention.kernel_for("splash", **fits) == "splash"
+    for change in ({"slots": 200}, {"by_segments": False}):
+        with pytest.raises(ValueError, match="attention='splash' needs rows of a multiple of 128"):
+            attention.kernel_for("splash", **fits | change)

@@ -9,6 +9,7 @@ Shape legend: B rows, T slots, H query heads, G key-value heads, E head width.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,11 +131,11 @@ def _splash(query: Array, key: Array, value: Array, segments: Array | None) -> A
         causal, head_shards=1, q_seq_shards=1, interpret=jax.default_backend() != "tpu", block_sizes=sizes
     )
 
-    def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+    def row(query: Array, key: Array, value: Array, segments: Array) -> Any:
         return run(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
 
-    mixed = jax.vmap(row)(*(x.swapaxes(1, 2) for x in (query, key, value)), segments)
-    return mixed.swapaxes(1, 2)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.vmap(row)(query, key, value, segments).swapaxes(1, 2)
 
 
 def over_cache(

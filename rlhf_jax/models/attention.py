@@ -134,6 +134,7 @@ def _splash(query: Array, key: Array, value: Array, segments: Array | None) -> A
     def row(query: Array, key: Array, value: Array, segments: Array) -> Any:
         return run(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
 
+    assert segments is not None
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     return jax.vmap(row)(query, key, value, segments).swapaxes(1, 2)
 

@@ -95,7 +95,7 @@ class StageLog:
         self._pending: tuple[int, float, Values] | None = None
 
     def __call__(self, step: int, metrics: Values) -> None:
-        """Hands in the metrics of `step` (counted from 1: the number of steps done); two of one step become one line."""
+        """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""
         previous, self._pending = self._pending, (step, time.time(), metrics)
         if previous and previous[0] == step:
             self._pending = (step, previous[1], {**previous[2], **metrics})

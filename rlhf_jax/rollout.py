@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from rlhf_jax import ops, scoring
 from rlhf_jax.advantages import gae
 from rlhf_jax.kl_control import kl_nats_per_sequence
-from rlhf_jax.types import Max, Mean, Metrics, Model, Params, Rollout, Samples
+from rlhf_jax.types import Each, Max, Mean, Metrics, Model, Params, Rollout, Samples
 
 ScoreAndShape = Callable[..., tuple[Rollout, Metrics]]
 """``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``."""
@@ -58,7 +58,7 @@ def make_score_and_shape(
     ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never ended; then
     ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
 
-    Rows whose score is not finite are masked out whole and counted (``rollout/dropped``).
+    Rows whose score is not finite are masked out whole and counted (``rollout/dropped``; the `Each` ``dropped_rows``).
 
     Args:
       policy: the policy's architecture, with which the reference is run.
@@ -212,6 +212,7 @@ def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float
         "rollout/surprisal_nats_per_token": Mean(-jnp.sum(rollout.old_logp), tokens),
         "rollout/value": Mean(jnp.sum(rollout.old_values), tokens),
         "rollout/dropped": Mean(mask.shape[0] - rows, jnp.float32(mask.shape[0])),
+        "dropped_rows": Each(~valid),
     }
 
 

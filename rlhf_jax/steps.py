@@ -211,8 +211,8 @@ def make_ppo_step(
 
     Returns:
       ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch` are spread over the
-      optimizer steps; without one the step is plain PPO. The key orders the minibatches. ``skipped_steps`` is an `Each`:
-      1 for the optimizer steps that were left out.
+      optimizer steps; without one the step is plain PPO. The key orders the minibatches. The `Each` ``skipped_steps``
+      is 1 for the optimizer steps that were left out.
 
     Raises:
       ValueError: if a loss asks for something that is not there, or a batch does not divide.
@@ -241,7 +241,7 @@ def make_ppo_step(
         sound, told = _verdict(seen, (spike_limit, spike_std))
         new_policy = _advance(states[0], policy_tx, policy_grad, ema_decay)
         new_value = _advance(states[1], value_tx, value_grad, ema_decay)
-        metrics = policy_grad.metrics | value_grad.metrics | told | {"skipped_steps": Each(told["skipped"].total)}
+        metrics = policy_grad.metrics | value_grad.metrics | told | {"skipped_steps": Each(jnp.float32(~sound))}
         metrics |= _learning_rate("policy", new_policy) | _learning_rate("value", new_value)
         return optim.keep_unless(sound, (new_policy, new_value), states), metrics
 

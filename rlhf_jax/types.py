@@ -68,7 +68,7 @@ class Max:
 
 @struct
 class Each:
-    """One number for each optimizer step of an iteration, in their order: for the loop to act on, never logged."""
+    """One number for each optimizer step, or row, of an iteration, in order: for the loop to act on, never logged."""
 
     value: jax.Array
 

@@ -153,7 +153,7 @@ def run_killed(stage: str, inputs: Path, workdir: Path, kills: int, seed: int, *
       kills, starts that went on, starts that failed or lost a sealed checkpoint, kills while saving.
     """
     dice, argv = random.Random(seed), command(stage, inputs, workdir, **overrides)
-    total = TOTAL[stage]
+    total = int(str(overrides.get("iterations", TOTAL[stage])))
     done = survived = lost = saving = 0
     newest: int = 0
     for turn in range(kills):

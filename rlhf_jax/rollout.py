@@ -58,7 +58,8 @@ def make_score_and_shape(
     ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never ended; then
     ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
 
-    Rows whose score is not finite are masked out whole and counted (``rollout/dropped``; the `Each` ``dropped_rows``).
+    Rows whose raw score is not finite are masked out whole and counted (``rollout/dropped``, and the `Each`
+    ``dropped_rows``).
 
     Args:
       policy: the policy's architecture, with which the reference is run.
@@ -101,7 +102,7 @@ def make_score_and_shape(
         scores: Float[Array, " B"] | None = None,
     ) -> tuple[Rollout, Metrics]:
         raw = _raw_scores(reward, reward_params, samples, scores)
-        score, mask = _without_bad_rows(shape(raw, samples.finished), samples)
+        score, mask = _without_bad_rows(raw, shape(raw, samples.finished), samples)
         rows = (samples.tokens, samples.lengths)
         ref_logp = scoring.sequence_log_probs(policy, ref_params, *rows, mask, temperature=temperature)
         old_logp = jnp.where(mask, samples.logp, 0)
@@ -142,9 +143,14 @@ def _raw_scores(
     return score_samples(reward, reward_params, samples)
 
 
-def _without_bad_rows(score: Float[Array, " B"], samples: Samples) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
-    """The score, 0 where it is not finite, and the response mask without those rows."""
-    valid = jnp.isfinite(score)
+def _without_bad_rows(
+    raw: Float[Array, " B"], score: Float[Array, " B"], samples: Samples
+) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
+    """The score, 0 where it or the raw one is not finite, and the response mask without those rows.
+
+    A judge that fails on a row is told of although `missing_eos_score` would have hidden it.
+    """
+    valid = jnp.isfinite(raw) & jnp.isfinite(score)
     whole = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     return jnp.where(valid, score, 0), whole & valid[:, None]
 

@@ -237,13 +237,8 @@ def make_ppo_step(
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
         value_grad = value_grad._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
-        seen = (policy_grad, states[0].guard), (value_grad, states[1].guard)
-        sound, told = _verdict(seen, (spike_limit, spike_std))
-        new_policy = _advance(states[0], policy_tx, policy_grad, ema_decay)
-        new_value = _advance(states[1], value_tx, value_grad, ema_decay)
-        metrics = policy_grad.metrics | value_grad.metrics | told | {"skipped_steps": Each(jnp.float32(~sound))}
-        metrics |= _learning_rate("policy", new_policy) | _learning_rate("value", new_value)
-        return optim.keep_unless(sound, (new_policy, new_value), states), metrics
+        txs, limits = (policy_tx, value_tx), (spike_limit, spike_std)
+        return _update_both(states, txs, (policy_grad, value_grad), ema_decay=ema_decay, limits=limits)
 
     def step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]
@@ -596,6 +591,25 @@ def _advance(
         ema = optim.ema_update(ema, params, decay=ema_decay)
     guard = None if state.guard is None else optim.remember(state.guard, gradient.watched)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=guard)
+
+
+def _update_both(
+    states: tuple[TrainState, TrainState],
+    txs: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    gradients: tuple[_Gradient, _Gradient],
+    *,
+    ema_decay: float | int,
+    limits: Limits,
+) -> tuple[tuple[TrainState, TrainState], Metrics]:
+    """Policy and value network take an optimizer step together, or neither does."""
+    sound, told = _verdict(((gradients[0], states[0].guard), (gradients[1], states[1].guard)), limits)
+    new = (
+        _advance(states[0], txs[0], gradients[0], ema_decay),
+        _advance(states[1], txs[1], gradients[1], ema_decay),
+    )
+    metrics = gradients[0].metrics | gradients[1].metrics | told | {"skipped_steps": Each(jnp.float32(~sound))}
+    metrics |= _learning_rate("policy", new[0]) | _learning_rate("value", new[1])
+    return optim.keep_unless(sound, new, states), metrics
 
 
 def _supervised_update(

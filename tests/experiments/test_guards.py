@@ -215,6 +215,8 @@ def test_a_reward_that_is_not_finite_drops_its_row_and_when_all_are_stops_the_ru
         "ppo", inputs, text_reward="nan_reward:reward", iterations=3, save_every=1, schedule="constant",
         warmup_iterations=0,
     )  # fmt: skip
+    prepare, setups = ppo.prepare, []
+    monkeypatch.setattr(ppo, "prepare", lambda *a: setups.append(prepare(*a)) or setups[-1])
     with pytest.raises(FloatingPointError, match="every score of the iteration was left out, it is not finite") as told:
         ppo.run(config, str(tmp_path / "run"))
     order = Batches({"x": np.arange(16)}, batch_size=8, seed=config.seed)
@@ -228,7 +230,10 @@ def test_a_reward_that_is_not_finite_drops_its_row_and_when_all_are_stops_the_ru
     with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saved:
         assert saved.newest_good() == 2
 
-    sys.modules["nan_reward"].bad = False  # repaired: the same command goes on
+    sys.modules["nan_reward"].bad = False  # repaired: the same command goes on, here with the programs of before
+    monkeypatch.setattr(
+        ppo, "prepare", lambda *a: prepare(*a)._replace(pieces=setups[0].pieces, paired=setups[0].paired)
+    )
     ppo.run(config, str(tmp_path / "run"))
     assert [line["step"] for line in kill.history(tmp_path / "run")] == [1, 2, 3]
     assert [line["step"] for line in skipped_lines(tmp_path / "run")] == [2]
@@ -274,9 +279,17 @@ def test_skipped_minibatches_are_named_and_counted_over_iterations(inputs, tmp_p
 # ---------------------------------------------------------------------------------------- stop anywhere, kill anywhere
 
 
-@pytest.mark.parametrize(("stage", "run"), [("sft", sft.run), ("reward_model", reward_model.run)])
-def test_a_stage_stopped_at_every_step_boundary_ends_bit_for_bit_like_a_whole_one(stage, run, inputs, tmp_path):
-    config = config_of(stage, inputs, epochs=2, batch_size=32)
+@pytest.mark.parametrize(("stage", "module"), [("sft", sft), ("reward_model", reward_model)])
+def test_a_stage_stopped_at_every_step_boundary_ends_bit_for_bit_like_a_whole_one(
+    stage, module, inputs, tmp_path, monkeypatch
+):
+    config, run = config_of(stage, inputs, epochs=2, batch_size=32), module.run
+    # Five starts of one config: the later ones use the network and the step of the first.
+    once: dict[str, object] = {}
+    for place, name in ((common, "load_network"), (module, "compile_frozen_step")):
+        make = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, name=name, make=make, **kw: once.get(name) or once.setdefault(
+            name, make(*a, **kw)))  # fmt: skip
     run(config, str(tmp_path / "whole"))
     steps, starts = len(kill.history(tmp_path / "whole")), 1
     with pytest.MonkeyPatch.context() as patch:

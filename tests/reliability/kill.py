@@ -102,6 +102,7 @@ def command(stage: str, inputs: Path, workdir: Path, **overrides: object) -> lis
 def start(argv: Sequence[str]) -> subprocess.Popen[str]:
     """Starts it in a process group of its own."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    environ.pop("XLA_FLAGS", None)  # one device, also where a test suite pretends that there are eight
     return subprocess.Popen(
         argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
@@ -23,7 +24,7 @@ import optax
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from experiments import pretrained
+from experiments import guards, pretrained
 from rlhf_jax import checkpoint, optim, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, schema, text
@@ -268,9 +269,15 @@ def train_resumable(
     seed: int,
     show: Sequence[str],
     dropout: bool = False,
+    keep: int = 2,
+    max_skipped: int = 5,
+    origin: Mapping[str, Any] | None = None,
+    records: guards.Records | None = None,
     on_save: Callable[[int, Any, StageLog], None] = lambda step, state, log: None,
 ) -> Any:
     """Runs a supervised stage to its end, going on from its newest checkpoint; Ctrl-C saves first.
+
+    What `on_save` writes is there before the checkpoint that says it was written: a kill in between repeats it.
 
     Args:
       step_fn: a compiled step.
@@ -284,40 +291,62 @@ def train_resumable(
       seed: of dropout.
       show: metrics for the console.
       dropout: hand the step a key.
+      keep: newest checkpoints that stay.
+      max_skipped: steps in a row that may be skipped by the guard of the step.
+      origin: `guards.origin` of the stage, stored in each checkpoint and compared on resume.
+      records: which records lie in which row of `batches`, to name those of a skipped step.
       on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end.
 
     Returns:
       The state after `steps`.
+
+    Raises:
+      FloatingPointError: `max_skipped` steps in a row were skipped, or all of them; their records are named.
     """
+    records, origin = records or guards.Records("the data", []), dict(origin or {})
     with (
-        checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep=1) as saved,
+        checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep=keep) as saved,
         checkpoint.stop_requests() as stop,
     ):
-        done = saved.newest_good() or 0
+        done, kept = saved.newest_good() or 0, {}
         if done:
-            state, _ = saved.restore(done, state)
+            state, kept = saved.restore(done, state)
+            guards.check_origin(kept, origin)
+        skips = guards.Skips(
+            workdir, stage, records.path, limit=max_skipped, resume_step=done, counts=kept.get("skips")
+        )
         with StageLog(workdir, stage, total=steps, resume_step=done, show=show) as log:
             for step in range(done, steps):
                 batch = sharding.place_batch(batches.at(step), mesh)
                 key = jax.random.fold_in(jax.random.key(seed), step) if dropout else None
                 state, metrics = step_fn(state, batch, key)
                 log(step + 1, metrics)
+                skips.watch(step + 1, metrics, functools.partial(_rows_of_step, batches, records, step))
                 at_end = (step + 1) % save_every == 0 or step + 1 == steps
                 if at_end or stop(step + 1):
-                    log.flush()
-                    saved.save(step + 1, state)
+                    skips.flush(last=step + 1 == steps)
                     if at_end:
+                        checkpoint.refuse_non_finite(state, f"the state of step {step + 1}")
                         on_save(step + 1, state, log)
+                    log.flush()
+                    saved.save(step + 1, state, extra=origin | {"position": step + 1, "skips": skips.counts})
                 if stop(step + 1) and step + 1 < steps:
                     saved.wait()
                     raise KeyboardInterrupt(f"{stage} at step {step + 1} of {steps}")
     return state
 
 
+def _rows_of_step(batches: Batches, records: guards.Records, step: int) -> tuple[list[int], list]:
+    rows = batches.indices(step).tolist()
+    return rows, records.of(rows)
+
+
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
     """Writes a model folder all or nothing: a crash leaves the old one or none."""
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
+    for rest in (temporary, folder.with_name(folder.name + ".old")):  # of a process that was killed in the middle
+        shutil.rmtree(rest, ignore_errors=True)
     save_hf(temporary, network.model, network.params, network.tokenizer)
     if folder.exists():
         folder.rename(folder.with_name(folder.name + ".old"))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, guards
 from rlhf_jax import config as config_lib
 from rlhf_jax import kl_control, scoring, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
@@ -85,18 +85,26 @@ def run(config: ConfigDict, workdir: str) -> dict:
     mesh = common.start(config.mesh)
     setup = prepare(config, mesh)
     folder = Path(workdir)
-    with Checkpoints(folder / "checkpoints", keep=2) as saved, stop_requests() as stop:
+    made_of, kept = origin(config, setup), {}
+    with Checkpoints(folder / "checkpoints", keep=config.keep) as saved, stop_requests() as stop:
         state, done = setup.state, saved.newest_good() or 0
         if done:
-            state, _ = saved.restore(done, state)
+            state, kept = saved.restore(done, state)
+            guards.check_origin(kept, made_of)
+        skips = guards.Skips(
+            folder, config.name, config.prompts, limit=config.guard.max_skipped, resume_step=done,
+            counts=kept.get("skips"),
+        )  # fmt: skip
         with StageLog(folder, config.name, total=config.iterations, resume_step=done, show=SHOW) as log:
             for iteration in range(done, config.iterations):
                 state, metrics = iterate(setup, state, iteration, config, mesh)
                 log(iteration + 1, metrics)
+                watch(setup, skips, metrics, iteration, config)
                 last = iteration + 1 == config.iterations
                 if last or (iteration + 1) % config.save_every == 0 or stop(iteration + 1):
                     log.flush()
-                    saved.save(iteration + 1, state)
+                    extra = {"position": iteration + 1, "skips": skips.counts}
+                    saved.save(iteration + 1, state, extra=made_of | extra)
                 if stop(iteration + 1) and not last:
                     saved.wait()
                     raise KeyboardInterrupt(f"{config.name} at iteration {iteration + 1} of {config.iterations}")
@@ -122,6 +130,8 @@ def validate(config: ConfigDict) -> None:
     config_lib.require_range("temperature", config.temperature, low=1e-3)
     config_lib.require_range("ema_decay", config.ema_decay, low=0.0, high=1.0)
     config_lib.require_range("iterations", config.iterations, low=1)
+    config_lib.require_range("entropy_floor", config.entropy_floor, low=0.0)
+    config_lib.require_range("value_error_ceiling", config.value_error_ceiling, low=0.0)
     for name in ("warmup_iterations", "value_warmup_iterations"):
         config_lib.require(
             config.schedule == "constant" or config[name] < config.iterations, name, config[name],
@@ -143,8 +153,8 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     controller = kl_controller(config)
     trained = common.trained(policy.params, config), common.trained(value.params, config)
     state = PPOState(
-        policy=train_state(trained[0].params, policy_tx, ema=True),
-        value=train_state(trained[1].params, value_tx),
+        policy=train_state(trained[0].params, policy_tx, ema=True, guard=True),
+        value=train_state(trained[1].params, value_tx, guard=True),
         kl=controller.init(),
         iteration=jnp.zeros((), jnp.int32),
     )
@@ -173,7 +183,7 @@ def compiled_pieces(
         ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
         epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
         temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
-        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
+        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model, spike_std=config.guard.spike_std,
     )  # fmt: skip
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
@@ -288,7 +298,6 @@ def iterate(
     state, update = pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
     kl = metrics["rollout/kl_nats_per_sequence"]
     state = dataclasses.replace(state, kl=setup.controller.update(state.kl, kl.value))
-    guard(metrics | update, iteration, config)
     return state, metrics | update | observe(setup, state, texts, iteration, config)
 
 
@@ -328,23 +337,87 @@ def judge_all(setup: Setup, score: Judge, texts: list[str], iteration: int) -> l
     return [score(str(setup.prompt_ids[i]), t) for i, t in zip(rows, texts, strict=True)]
 
 
-def guard(metrics: Metrics, iteration: int, config: ConfigDict) -> None:
-    """Stops a run that has diverged.
+def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
+    """What the run is made of, for its checkpoints: the reference and the reward model are in it by their sha256."""
+    files = {key: config[key] for key in ("prompts", "held_out_text")}
+    if config.ptx_coef:
+        files["pretraining_text"] = config.pretraining_text
+    models = {key: common.model_folder(config[key]) for key in ("model", "reward_model") if config[key]}
+    return guards.origin(config, files=files, models=models, tokenizer=setup.policy.tokenizer)
+
+
+def watch(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, config: ConfigDict) -> None:
+    """Names the scores and minibatches that were left out of the update, and stops a run that has diverged.
 
     Raises:
-      FloatingPointError: the KL is above its ceiling, or every minibatch of the iteration was skipped.
+      FloatingPointError: no score is finite, every minibatch or too many in a row were skipped, or an alarm went off.
     """
-    kl, skipped = to_host({"kl": metrics["rollout/kl_nats_per_sequence"], "skipped": metrics["skipped"]}).values()
-    if not kl <= config.kl_ceiling:
-        raise FloatingPointError(
-            f"iteration {iteration + 1}: KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling="
-            f"{config.kl_ceiling}: lower learning_rate or raise kl.coef; the last checkpoint is intact"
-        )
-    if skipped >= 1:
-        raise FloatingPointError(
-            f"iteration {iteration + 1}: every minibatch had a non-finite loss or gradient and was skipped; "
-            "lower learning_rate; the last checkpoint is intact"
-        )
+    seen = to_host(metrics)
+    where = setup.prompts.indices(iteration)
+    records = guards.Records(config.prompts, setup.prompt_ids)
+    if seen["rollout/dropped"]:
+        rows = where[guards.rows_on_host(metrics["dropped_rows"].value)].tolist()
+        event = guards.Event(iteration + 1, "score", "it is not finite", rows, records.of(rows))
+        skips.tell(event)
+        if seen["rollout/dropped"] >= 1:
+            skips.stop("every score of the iteration was", [event])
+    if seen["skipped"]:
+        name_skipped(setup, skips, metrics, iteration, config)
+    else:
+        skips.add(False)
+    alarm(seen, iteration, config)
+
+
+def name_skipped(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, config: ConfigDict) -> None:
+    """Goes through the optimizer steps of an iteration of which some were skipped.
+
+    Raises:
+      FloatingPointError: all were, or too many in a row, counted over iterations.
+    """
+    skipped = guards.rows_on_host(metrics["skipped_steps"].value)
+    steps = config.epochs * config.minibatches
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), iteration), 1)  # as `iterate` has it
+    order = minibatch_order(key, config.episodes, epochs=config.epochs, minibatches=config.minibatches)
+    where, records = setup.prompts.indices(iteration), guards.Records(config.prompts, setup.prompt_ids)
+    why, events = guards.reason(to_host(metrics)["spiked"] > 0), []
+    for step in range(steps):
+        if step not in skipped:
+            skips.add(False)
+            continue
+        rows = where[np.asarray(order[step])].tolist()
+        events.append(guards.Event(iteration + 1, f"minibatch {step + 1} of {steps}", why, rows, records.of(rows)))
+        skips.add(True, events[-1])
+    if len(events) == steps:
+        skips.stop(f"every minibatch of iteration {iteration + 1} was", events)
+
+
+def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
+    """Stops a run whose policy has left the reference or has collapsed, or whose value network is lost.
+
+    Args:
+      seen: metrics of an iteration.
+      iteration: counted from 0.
+      config: `kl_ceiling` in nats a sequence, `entropy_floor` in nats a token, `value_error_ceiling` in squared scores.
+
+    Raises:
+      FloatingPointError: an alarm went off; the message says what to do.
+    """
+    kl, entropy = seen["rollout/kl_nats_per_sequence"], seen["rollout/surprisal_nats_per_token"]
+    # A loss of one's own need not tell its error; then there is nothing to watch.
+    error = seen.get("value/value_error", 0.0) / max(1.0, seen["rollout/score_square"])
+    for fine, what in (
+        (kl <= config.kl_ceiling,
+         f"KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling={config.kl_ceiling}: lower learning_rate "
+         "or raise kl.coef"),
+        (entropy >= config.entropy_floor,
+         f"the policy's entropy is {entropy:.3g} nats a token, below entropy_floor={config.entropy_floor}: it says "
+         "almost always the same; lower learning_rate, raise kl.coef, or set entropy_floor=0 if that is as wanted"),
+        (error <= config.value_error_ceiling,
+         f"the squared error of the values is {error:.3g} times the squared score, above value_error_ceiling="
+         f"{config.value_error_ceiling}: lower value_learning_rate or set value_clip_norm"),
+    ):  # fmt: skip
+        if not fine:  # NaN is not fine
+            raise FloatingPointError(f"iteration {iteration + 1}: {what}; the last checkpoint is intact")
 
 
 def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict) -> dict[str, Any]:

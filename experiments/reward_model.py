@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, guards
 from rlhf_jax import config as config_lib
 from rlhf_jax import scoring, sharding
 from rlhf_jax.checkpoint import write_json
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     base = common.load_network(config.model, mesh, config.decoder)
     rankings = read_rankings(config.rankings)
     encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
-    encoded, _ = fitting(encoded, config, base.model.config.context_length)
+    encoded, places = fitting(encoded, config, base.model.config.context_length)
     rows = text.ranking_rows(
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
@@ -51,13 +51,18 @@ def run(config: ConfigDict, workdir: str) -> dict:
     loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
 
     def make_step(frozen: Params) -> StepFn:
-        return make_reward_step(trained.model(read, frozen), tx, loss=loss, microbatches=config.microbatches)
+        return make_reward_step(
+            trained.model(read, frozen), tx, loss=loss, microbatches=config.microbatches,
+            spike_std=config.guard.spike_std,
+        )  # fmt: skip
 
     state = common.train_resumable(
         compile_frozen_step(make_step, trained.frozen),
-        sharding.place_state(train_state(trained.params, tx), mesh),
+        sharding.place_state(train_state(trained.params, tx, guard=True), mesh),
         batches, mesh, workdir=workdir, stage="reward_model", steps=steps, save_every=config.save_every,
-        seed=config.seed, show=("reward/loss", "reward/accuracy"),
+        seed=config.seed, show=("reward/loss", "reward/accuracy"), keep=config.keep,
+        max_skipped=config.guard.max_skipped, origin=origin(config, base),
+        records=where(config, rankings, encoded, places),
     )  # fmt: skip
     network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
     common.save_network(Path(workdir) / "model", network)
@@ -72,6 +77,24 @@ def run(config: ConfigDict, workdir: str) -> dict:
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
     write_json(Path(workdir) / "reward_model.json", result)
     return result
+
+
+def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
+    """What the stage is made of, for its checkpoints."""
+    files = {key: config[key] for key in ("rankings", "demonstrations")}
+    models = {"model": common.model_folder(config.model)}
+    return guards.origin(config, files=files, models=models, tokenizer=base.tokenizer)
+
+
+def where(
+    config: ConfigDict, rankings: Sequence[schema.Ranking], encoded: Sequence[text.RankedIds], places: Sequence[int]
+) -> guards.Records:
+    """Which rankings lie in which row."""
+    sizes = [tokens([ranking])["tokens"] for ranking in encoded]
+    return guards.Records(
+        config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
+        max_items=config.prompts_per_row, places=places,
+    )  # fmt: skip
 
 
 def read_rankings(path: str) -> list[schema.Ranking]:

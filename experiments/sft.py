@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, guards
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
 from rlhf_jax.checkpoint import write_json
@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
     mesh = common.start(config.mesh)
     network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout)
-    rows = demonstration_rows(network.tokenizer, config.demonstrations, config)
+    records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config)
     held_out = demonstration_rows(network.tokenizer, config.validation, config)
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config)
@@ -48,7 +48,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
     folder = Path(workdir)
 
     def make_step(frozen: Params) -> StepFn:
-        return make_sft_step(trained.model(network.model, frozen), tx, microbatches=config.microbatches)
+        return make_sft_step(
+            trained.model(network.model, frozen), tx, microbatches=config.microbatches,
+            spike_std=config.guard.spike_std,
+        )  # fmt: skip
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         epoch = math.ceil(step / epoch_steps)
@@ -58,9 +61,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
     common.train_resumable(
         compile_frozen_step(make_step, trained.frozen),
-        sharding.place_state(train_state(trained.params, tx), mesh),
+        sharding.place_state(train_state(trained.params, tx, guard=True), mesh),
         batches, mesh, workdir=workdir, stage="sft", steps=steps, save_every=epoch_steps, seed=config.seed,
-        show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, on_save=on_save,
+        show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, keep=config.keep,
+        max_skipped=config.guard.max_skipped, origin=origin(config, network), records=records, on_save=on_save,
     )  # fmt: skip
     epochs = [row for row in read(folder / "metrics.jsonl", "sft") if "validation_loss" in row]
     lowest = min(epochs, key=lambda row: row["validation_loss"])["epoch"]
@@ -74,8 +78,22 @@ def run(config: ConfigDict, workdir: str) -> dict:
     return result
 
 
+def origin(config: ConfigDict, network: common.Network) -> dict[str, Any]:
+    """What the stage is made of, for its checkpoints."""
+    files = {key: config[key] for key in ("demonstrations", "validation")}
+    if config.pretraining_fraction:
+        files["pretraining_text"] = config.pretraining_text
+    models = {"model": common.model_folder(config.model)}
+    return guards.origin(config, files=files, models=models, tokenizer=network.tokenizer)
+
+
 def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch:
-    """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit).
+    """The rows alone of `read_demonstrations`."""
+    return read_demonstrations(tokenizer, path, config)[1]
+
+
+def read_demonstrations(tokenizer: Any, path: str, config: ConfigDict) -> tuple[guards.Records, LMBatch]:
+    """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit), and who lies where.
 
     Of a conversation the targets are the assistant's turns, all of them or the last (`config.assistant_turns`).
 
@@ -90,7 +108,9 @@ def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch
         text.encode_demonstration(tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns)
         for r in records
     ]
-    return text.masked_rows(pieces, length=config.row_length, max_pieces=config.pieces_per_row)
+    sizes, limits = [len(ids) for ids, _ in pieces], (config.row_length, config.pieces_per_row)
+    where = guards.Records(path, [r.id for r in records], sizes, capacity=limits[0], max_items=limits[1])
+    return where, text.masked_rows(pieces, length=limits[0], max_pieces=limits[1])
 
 
 def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:

@@ -114,6 +114,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 seal["files"] = _checksums(self.root / str(step))
                 write_json(self._manifest(step), seal | {"sha256": _digest(seal)})
+                (self.root / "manifests" / "sealed").touch()  # from here on it is damage when no step has its seal
         self._verified.add(step)
         if jax.process_index() == 0:
             self._prune()
@@ -181,10 +182,9 @@ class Checkpoints:
                 self._verified.add(step)
                 return step
             self._quarantine(step, damage)
-        # One unfinished step without a seal is what a kill during the very first save leaves; more is damage.
-        quarantined = list((self.root / "quarantine").glob("*"))
-        lost = list((self.root / "manifests").glob("*.json"))
-        return -2 if lost or len(quarantined) > 1 or any(p.suffix == ".json" for p in quarantined) else -1
+        # Unfinished steps where none was ever sealed are what kills during the very first save leave.
+        seals = [*self.root.glob("manifests/*.json"), *self.root.glob("quarantine/*.json")]
+        return -2 if seals or (self.root / "manifests" / "sealed").exists() else -1
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a step, None when nothing is."""

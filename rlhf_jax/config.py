@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import contextvars
 import difflib
 import functools
 import importlib
@@ -429,13 +430,43 @@ class _Recording(ConfigDict):
 
 CONFIG_FILE = "config.json"
 
+HARMLESS = ("save_every", "evaluate_every", "keep", "max_skipped", "kl_ceiling", "entropy_floor", "value_error_ceiling")
+"""Keys, in any group, that change when a run saves, measures or gives up, and no number of its training."""
+
+_CHANGE_ALLOWED = contextvars.ContextVar("change_allowed", default=False)
+
+
+def changing_numbers(changes: Sequence[str]) -> list[str]:
+    """The lines of `diff` whose key is not `HARMLESS`.
+
+    >>> changing_numbers(["ppo.save_every: 5 -> 9", "ppo.learning_rate: 1e-05 -> 2e-05"])
+    ['ppo.learning_rate: 1e-05 -> 2e-05']
+    """
+    return [line for line in changes if line.partition(":")[0].rpartition(".")[2] not in HARMLESS]
+
+
+@contextlib.contextmanager
+def allow_change(allowed: bool = True) -> Iterator[None]:
+    """What ``--allow_config_change`` does, for a notebook: in this block a run may go on although it has changed."""
+    token = _CHANGE_ALLOWED.set(allowed)
+    try:
+        yield
+    finally:
+        _CHANGE_ALLOWED.reset(token)
+
+
+def change_allowed() -> bool:
+    """Whether a run may go on with another config, other data or models than it was begun with."""
+    return _CHANGE_ALLOWED.get()
+
 
 def prepare_workdir(
     workdir: str | os.PathLike[str], config: ConfigDict, *, overwrite: bool = False, allow_config_change: bool = False
 ) -> bool:
     """Makes the run folder and stores the config in it, or finds there the run that is to be resumed.
 
-    Nothing is ever deleted: `overwrite` renames an earlier run to ``<workdir>.old-<time>``.
+    Nothing is ever deleted: `overwrite` renames an earlier run to ``<workdir>.old-<time>``. Keys of `HARMLESS` may
+    change; what changed is printed.
 
     Args:
       workdir: the folder of this run.
@@ -451,7 +482,8 @@ def prepare_workdir(
     """
     path = Path(workdir)
     stored = path / CONFIG_FILE
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not stored.is_file())):
+    temporary = stored.with_suffix(".tmp")  # all that a kill at the very start leaves
+    if path.exists() and (not path.is_dir() or ({*path.iterdir()} - {temporary} and not stored.is_file())):
         raise ValueError(f"workdir={str(path)!r} is not a run of this program: choose another, it is left as it is")
     if stored.is_file() and overwrite:
         aside = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -461,13 +493,15 @@ def prepare_workdir(
     fresh = not stored.is_file()
     if not fresh:
         changes = diff(_stored_config(stored), json.loads(text))
-        if changes and not allow_config_change:
+        refused = changing_numbers(changes)
+        if refused and not allow_config_change:
             raise ValueError(
-                f"{path} holds a run with another config ({'; '.join(changes[:8])}): "
+                f"{path} holds a run with another config ({'; '.join(refused[:20])}): "
                 "choose another workdir, or --overwrite (keeps the old run aside), or --allow_config_change to go on"
             )
+        if changes:
+            print(f"The run in {path} goes on with another config: {'; '.join(changes)}", flush=True)
     path.mkdir(parents=True, exist_ok=True)
-    temporary = stored.with_suffix(".tmp")
     temporary.write_text(text + "\n")
     temporary.replace(stored)
     return fresh
@@ -509,7 +543,8 @@ def _main(run: Run, config_default: str, workdir_default: str, argv: list[str]) 
             fresh = prepare_workdir(
                 path, config, overwrite=flags.overwrite, allow_config_change=flags.allow_config_change
             )
-        run(config, str(path))
+        with allow_change(flags.allow_config_change):
+            run(config, str(path))
     except (ValueError, OSError, FloatingPointError) as error:
         if fresh and path is not None:
             _remove_unused(path)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from rlhf_jax.types import Max, Mean
+from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
 """Metrics by name: `Mean`, `Max`, arrays or numbers. A name may hold slashes, as in ``policy/clip_fraction``."""
@@ -38,12 +38,14 @@ class Stream(Protocol):
 def to_host(metrics: Values) -> dict[str, float]:
     """Metrics as Python floats, fetched from the device together; a `Mean` is divided, on the host in float64.
 
+    An `Each` is left out: it is no number.
+
     >>> import jax.numpy as jnp
     >>> to_host({"loss": Mean(jnp.float32(6), jnp.float32(4)), "norm": Max(jnp.float32(2)), "lr": 0.5})
     {'loss': 1.5, 'norm': 2.0, 'lr': 0.5}
     """
-    fetched = jax.device_get(dict(metrics))
-    return {name: _number(fetched[name]) for name in metrics}  # JAX sorts the keys of a dict; keep the caller's order
+    fetched = jax.device_get({name: value for name, value in metrics.items() if not isinstance(value, Each)})
+    return {name: _number(fetched[name]) for name in metrics if name in fetched}  # in the caller's order, not JAX's
 
 
 def _number(value: Any) -> float:
@@ -93,16 +95,19 @@ class StageLog:
         self._pending: tuple[int, float, Values] | None = None
 
     def __call__(self, step: int, metrics: Values) -> None:
-        """Hands in the metrics of `step` (counted from 1: the number of steps done)."""
+        """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""
         previous, self._pending = self._pending, (step, time.time(), metrics)
-        if previous:
+        if previous and previous[0] == step:
+            self._pending = (step, previous[1], {**previous[2], **metrics})
+        elif previous:
             self._write(*previous)
 
     def flush(self) -> None:
-        """Writes what is pending, waiting for the device: before a checkpoint, an evaluation, the end."""
+        """Writes what is pending to the disk, waiting for the device: before a checkpoint, and at the end."""
         pending, self._pending = self._pending, None
         if pending:
             self._write(*pending)
+        os.fsync(self._file.fileno())  # a power cut must not take lines from before a checkpoint that it leaves
 
     def close(self) -> None:
         """Flushes, ends the console line and closes the file."""
@@ -140,7 +145,7 @@ def to_line(step: int, stage: str, when: float, numbers: Mapping[str, float]) ->
 def read(path: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl`` (of one stage); a line cut off by a crash is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         record = _record(line)
         if record and stage in (None, record.get("stage")):
             records.append(record)
@@ -156,11 +161,14 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()  # a crash may leave bytes of no encoding
     kept = [line for line in lines if _keeps(_record(line), stage, step)]
     if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     return len(lines) - len(kept)
 

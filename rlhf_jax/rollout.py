@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from rlhf_jax import ops, scoring
 from rlhf_jax.advantages import gae
 from rlhf_jax.kl_control import kl_nats_per_sequence
-from rlhf_jax.types import Max, Mean, Metrics, Model, Params, Rollout, Samples
+from rlhf_jax.types import Each, Max, Mean, Metrics, Model, Params, Rollout, Samples
 
 ScoreAndShape = Callable[..., tuple[Rollout, Metrics]]
 """``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``."""
@@ -58,7 +58,8 @@ def make_score_and_shape(
     ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never ended; then
     ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
 
-    Rows whose score is not finite are masked out whole and counted (``rollout/dropped``).
+    Rows whose raw score is not finite are masked out whole and counted (``rollout/dropped``, and the `Each`
+    ``dropped_rows``).
 
     Args:
       policy: the policy's architecture, with which the reference is run.
@@ -101,7 +102,7 @@ def make_score_and_shape(
         scores: Float[Array, " B"] | None = None,
     ) -> tuple[Rollout, Metrics]:
         raw = _raw_scores(reward, reward_params, samples, scores)
-        score, mask = _without_bad_rows(shape(raw, samples.finished), samples)
+        score, mask = _without_bad_rows(raw, shape(raw, samples.finished), samples)
         rows = (samples.tokens, samples.lengths)
         ref_logp = scoring.sequence_log_probs(policy, ref_params, *rows, mask, temperature=temperature)
         old_logp = jnp.where(mask, samples.logp, 0)
@@ -142,9 +143,14 @@ def _raw_scores(
     return score_samples(reward, reward_params, samples)
 
 
-def _without_bad_rows(score: Float[Array, " B"], samples: Samples) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
-    """The score, 0 where it is not finite, and the response mask without those rows."""
-    valid = jnp.isfinite(score)
+def _without_bad_rows(
+    raw: Float[Array, " B"], score: Float[Array, " B"], samples: Samples
+) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
+    """The score, 0 where it or the raw one is not finite, and the response mask without those rows.
+
+    A judge that fails on a row is told of although `missing_eos_score` would have hidden it.
+    """
+    valid = jnp.isfinite(raw) & jnp.isfinite(score)
     whole = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     return jnp.where(valid, score, 0), whole & valid[:, None]
 
@@ -212,6 +218,7 @@ def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float
         "rollout/surprisal_nats_per_token": Mean(-jnp.sum(rollout.old_logp), tokens),
         "rollout/value": Mean(jnp.sum(rollout.old_values), tokens),
         "rollout/dropped": Mean(mask.shape[0] - rows, jnp.float32(mask.shape[0])),
+        "dropped_rows": Each(~valid),
     }
 
 

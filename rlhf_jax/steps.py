@@ -5,8 +5,9 @@ binds their arguments by name from what it has (`POLICY_ARGUMENTS` and the other
 own needs no other file. Each loss comes back as a total and a count: gradients are summed over micro-batches and
 divided once, and any number of micro-batches gives the same step.
 
-A step whose loss or gradient norm is not finite leaves the state as it was and reports ``skipped``. So
-`TrainState.step` counts applied updates; the place in the data is the loop's own counter.
+A step whose loss or gradient norm is not finite, or lies far above those of the last sound steps (`spike_std`),
+leaves the state as it was and reports ``skipped``. So `TrainState.step` counts applied updates; the place in the data
+is the loop's own counter.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from rlhf_jax.losses.ranking import ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
 from rlhf_jax.losses.value import ppo_value_loss
 from rlhf_jax.types import (
+    Each,
+    GuardState,
     LMBatch,
     Max,
     Mean,
@@ -73,6 +76,7 @@ def make_sft_step(
     loss: Loss = sft_loss,
     microbatches: int = 1,
     spike_limit: float | int | None = None,
+    spike_std: float | int | None = None,
 ) -> StepFn:
     """Maximum likelihood on packed rows: SFT, pretraining, and the two mixed.
 
@@ -83,7 +87,9 @@ def make_sft_step(
       tx: an optimizer from `rlhf_jax.optim`, or any optax chain.
       loss: arguments by name from `LM_ARGUMENTS`.
       microbatches: pieces of the batch that go through the model one after the other; must divide its rows.
-      spike_limit: skip the step when the gradient norm is above it; None to skip non-finite steps only.
+      spike_limit: skip the step when the gradient norm is above it; None for no fixed limit.
+      spike_std: skip the step when loss or gradient norm is more standard deviations above the mean of the last sound
+        steps (`optim.is_spike`); None not to. Asks for a state with a window: ``train_state(..., guard=True)``.
 
     Returns:
       ``(TrainState, LMBatch, key) -> (TrainState, metrics)``. The key turns dropout on; None leaves it off.
@@ -100,7 +106,7 @@ def make_sft_step(
         # One key a row, so that each micro-batch finds its own.
         keys = None if key is None else jax.random.split(key, batch.tokens.shape[0])
         grads, mean, metrics = accumulate_grads(loss_fn, state.params, (batch, keys), microbatches)
-        return _supervised_update(state, tx, grads, mean, metrics, name="sft", spike_limit=spike_limit)
+        return _supervised_update(state, tx, grads, mean, metrics, name="sft", limits=(spike_limit, spike_std))
 
     return step
 
@@ -112,6 +118,7 @@ def make_reward_step(
     loss: Loss = ranking_loss,
     microbatches: int = 1,
     spike_limit: float | int | None = None,
+    spike_std: float | int | None = None,
 ) -> StepFn:
     """Reward model: all pairs of a prompt in one step, each response scored once.
 
@@ -123,6 +130,7 @@ def make_reward_step(
       loss: arguments by name from `RANKING_ARGUMENTS`.
       microbatches: must divide the rows of the batch; never splits a prompt, because a prompt lies in one row.
       spike_limit: as in `make_sft_step`.
+      spike_std: as in `make_sft_step`.
 
     Returns:
       ``(TrainState, RankingBatch, key) -> (TrainState, metrics)``. Dropout is off and the key unused.
@@ -140,7 +148,7 @@ def make_reward_step(
     def step(state: TrainState, batch: RankingBatch, key: Key[Array, ""] | None) -> tuple[TrainState, Metrics]:
         del key
         grads, mean, metrics = accumulate_grads(loss_fn, state.params, batch, microbatches)
-        return _supervised_update(state, tx, grads, mean, metrics, name="reward", spike_limit=spike_limit)
+        return _supervised_update(state, tx, grads, mean, metrics, name="reward", limits=(spike_limit, spike_std))
 
     return step
 
@@ -165,6 +173,7 @@ def make_ppo_step(
     ppo_clip_norm: float | int | None = None,
     ptx_clip_norm: float | int | None = None,
     spike_limit: float | int | None = None,
+    spike_std: float | int | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> StepFn:
@@ -173,7 +182,7 @@ def make_ppo_step(
     ``grad = grad L_policy / n_tokens + ptx_coef * grad L_ptx / n_ptx_tokens``, then one optimizer step a minibatch.
 
     The value network has its own loss and optimizer, and no pretraining term. Both networks step together: a minibatch
-    with a non-finite number in either leaves both as they were.
+    with a non-finite number or a spike in either leaves both as they were.
 
     Args:
       policy: a language model.
@@ -195,12 +204,15 @@ def make_ppo_step(
       ptx_clip_norm: largest norm of ``ptx_coef * grad L_ptx / n_ptx_tokens`` alone. One clip over the sum (in
         `policy_tx`) would let a large pretraining term shrink the PPO term.
       spike_limit: skip a minibatch when a network's gradient norm is above it.
+      spike_std: as in `make_sft_step`, for both networks; of the value network the largest reward of a minibatch counts
+        too.
       batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the compiler choose.
       rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows` computes two to a row.
 
     Returns:
       ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch` are spread over the
-      optimizer steps; without one the step is plain PPO. The key orders the minibatches.
+      optimizer steps; without one the step is plain PPO. The key orders the minibatches. The `Each` ``skipped_steps``
+      is 1 for the optimizer steps that were left out.
 
     Raises:
       ValueError: if a loss asks for something that is not there, or a batch does not divide.
@@ -224,12 +236,9 @@ def make_ppo_step(
         rows, lm_rows = _constrain((jax.tree.map(lambda x: x[index[0]], rollout), index[1]), batch_sharding)
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
-        sound = policy_grad.is_sound(spike_limit) & value_grad.is_sound(spike_limit)
-        new_policy = _advance(states[0], policy_tx, policy_grad.grads, ema_decay)
-        new_value = _advance(states[1], value_tx, value_grad.grads, ema_decay)
-        metrics = policy_grad.metrics | value_grad.metrics | {"skipped": _one(~sound)}
-        metrics |= _learning_rate("policy", new_policy) | _learning_rate("value", new_value)
-        return optim.keep_unless(sound, (new_policy, new_value), states), metrics
+        value_grad = value_grad._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
+        txs, limits = (policy_tx, value_tx), (spike_limit, spike_std)
+        return _update_both(states, txs, (policy_grad, value_grad), ema_decay=ema_decay, limits=limits)
 
     def step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]
@@ -293,20 +302,25 @@ def compile_frozen_step(
     return partial(jax.jit(step, donate_argnums=donated, out_shardings=(state_sharding, None)), frozen)
 
 
-def train_state(params: Params, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+def train_state(
+    params: Params, tx: optax.GradientTransformation, *, ema: bool = False, guard: bool = False
+) -> TrainState:
     """A network at step 0, on copies of `params`, so that a donating step cannot touch what was passed in.
 
     Args:
       params: initial weights.
       tx: the optimizer.
       ema: keep an average of the weights, in float32, from here on.
+      guard: remember the last sound steps, for a step with `spike_std`.
 
     Returns:
       The state of a training that has not begun.
     """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     average = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params) if ema else None
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+    window = optim.guard_state() if guard else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step=step, params=params, opt_state=tx.init(params), ema=average, guard=window)
 
 
 # ------------------------------------------------------------------------------------- gradients and rows
@@ -511,12 +525,15 @@ class _Gradient(NamedTuple):
     losses: tuple[Array, ...]
     norm: Array
     metrics: Metrics
+    mean_loss: Array
+    reward: Array
 
     @classmethod
     def of(cls, grads: Params, loss: Mean, metrics: Metrics, *, name: str) -> _Gradient:
         norm = optax.tree.norm(grads)
         own = {"loss": loss, "grad_norm": _one(norm)}
-        return cls(grads, (loss.total,), norm, {f"{name}/{key}": metric for key, metric in (metrics | own).items()})
+        named = {f"{name}/{key}": metric for key, metric in (metrics | own).items()}
+        return cls(grads, (loss.total,), norm, named, loss.value, jnp.zeros((), jnp.float32))
 
     def clipped(self, limit: float | int | None) -> _Gradient:
         if limit is None:
@@ -533,21 +550,66 @@ class _Gradient(NamedTuple):
         own = {"ptx/cosine": _one(cosine), "policy/total_grad_norm": _one(norm)}
         # The guard looks at the larger one: clipping must not hide a spike of the PPO term.
         guard_norm = jnp.maximum(norm, self.norm)
-        return _Gradient(grads, self.losses + other.losses, guard_norm, self.metrics | other.metrics | own)
+        return self._replace(
+            grads=grads, losses=self.losses + other.losses, norm=guard_norm, metrics=self.metrics | other.metrics | own
+        )
 
-    def is_sound(self, limit: float | int | None) -> Bool[Array, ""]:
-        return optim.is_sound(*self.losses, norm=self.norm, limit=limit)
+    @property
+    def watched(self) -> Array:
+        """What the window of the guard remembers of a step."""
+        return jnp.stack([jnp.asarray(x, jnp.float32) for x in (self.mean_loss, self.norm, self.reward)])
+
+
+Limits = tuple[float | int | None, float | int | None]
+"""``(spike_limit, spike_std)``."""
+
+
+def _verdict(
+    gradients: tuple[tuple[_Gradient, GuardState | None], ...], limits: Limits
+) -> tuple[Bool[Array, ""], Metrics]:
+    """Whether the networks may step, all or none: everything finite and, where it is looked for, no spike."""
+    finite, calm = jnp.bool_(True), jnp.bool_(True)
+    for gradient, guard in gradients:
+        finite &= optim.is_sound(*gradient.losses, gradient.reward, norm=gradient.norm)
+        if limits[0] is not None:
+            calm &= gradient.norm <= limits[0]
+        if limits[1] is not None:
+            if guard is None:
+                raise ValueError(f"spike_std={limits[1]} needs a window in the state: train_state(..., guard=True)")
+            calm &= ~optim.is_spike(guard, gradient.watched, std=limits[1])
+    sound = finite & calm
+    return sound, {"skipped": _one(~sound), "spiked": _one(finite & ~calm)}
 
 
 def _advance(
-    state: TrainState, tx: optax.GradientTransformation, grads: Params, ema_decay: float | int | None
+    state: TrainState, tx: optax.GradientTransformation, gradient: _Gradient, ema_decay: float | int | None
 ) -> TrainState:
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params)
     params: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
     ema = state.ema
     if ema is not None and ema_decay is not None:
         ema = optim.ema_update(ema, params, decay=ema_decay)
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    guard = None if state.guard is None else optim.remember(state.guard, gradient.watched)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=guard)
+
+
+def _update_both(
+    states: tuple[TrainState, TrainState],
+    txs: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    gradients: tuple[_Gradient, _Gradient],
+    *,
+    ema_decay: float | int,
+    limits: Limits,
+) -> tuple[tuple[TrainState, TrainState], Metrics]:
+    """Policy and value network take an optimizer step together, or neither does."""
+    sound, told = _verdict(((gradients[0], states[0].guard), (gradients[1], states[1].guard)), limits)
+    new = (
+        _advance(states[0], txs[0], gradients[0], ema_decay),
+        _advance(states[1], txs[1], gradients[1], ema_decay),
+    )
+    metrics = gradients[0].metrics | gradients[1].metrics | told | {"skipped_steps": Each(jnp.float32(~sound))}
+    metrics |= _learning_rate("policy", new[0]) | _learning_rate("value", new[1])
+    return optim.keep_unless(sound, new, states), metrics
 
 
 def _supervised_update(
@@ -558,12 +620,12 @@ def _supervised_update(
     metrics: Metrics,
     *,
     name: str,
-    spike_limit: float | int | None,
+    limits: Limits,
 ) -> tuple[TrainState, Metrics]:
     gradient = _Gradient.of(grads, loss, metrics, name=name)
-    sound = gradient.is_sound(spike_limit)
-    stepped = _advance(state, tx, grads, None)
-    metrics = gradient.metrics | {"skipped": _one(~sound)} | _learning_rate(name, stepped)
+    sound, told = _verdict(((gradient, state.guard),), limits)
+    stepped = _advance(state, tx, gradient, None)
+    metrics = gradient.metrics | told | _learning_rate(name, stepped)
     return optim.keep_unless(sound, stepped, state), metrics
 
 
@@ -579,9 +641,11 @@ def _one(x: ArrayLike) -> Mean:
 def _add_up(stacked: T) -> T:
     """Metrics with a leading axis, as `lax.scan` stacks them, to one of each."""
 
-    def reduce(metric: Mean | Max) -> Mean | Max:
+    def reduce(metric: Mean | Max | Each) -> Mean | Max | Each:
+        if isinstance(metric, Each):
+            return metric
         if isinstance(metric, Max):
             return Max(jnp.max(metric.value, axis=0))
         return Mean(jnp.sum(metric.total, axis=0), jnp.sum(metric.count, axis=0))
 
-    return jax.tree.map(reduce, stacked, is_leaf=lambda x: isinstance(x, (Mean, Max)))
+    return jax.tree.map(reduce, stacked, is_leaf=lambda x: isinstance(x, (Mean, Max, Each)))

@@ -66,7 +66,14 @@ class Max:
         return Max(jnp.maximum(self.value, other.value))
 
 
-Metrics = dict[str, Mean | Max]
+@struct
+class Each:
+    """One number for each optimizer step, or row, of an iteration, in order: for the loop to act on, never logged."""
+
+    value: jax.Array
+
+
+Metrics = dict[str, Mean | Max | Each]
 
 
 @struct
@@ -193,13 +200,28 @@ class Rollout:
 
 
 @struct
+class GuardState:
+    """Loss, gradient norm and largest reward of the last W sound steps: what a spike is measured against.
+
+    The numbers of the n-th sound step are in row ``n % W``; `count` sound steps have been seen.
+    """
+
+    window: Float[Array, "W 3"]
+    count: Int[Array, ""]
+
+
+@struct
 class TrainState:
-    """A network in training: no functions, no keys, so it is checkpointed as it is. `ema` is None when not kept."""
+    """A network in training: no functions, no keys, so it is checkpointed as it is.
+
+    `ema` is None when no average is kept, `guard` when no spikes are looked for.
+    """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
     ema: Params | None = None
+    guard: GuardState | None = None
 
 
 @struct

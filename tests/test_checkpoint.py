@@ -279,6 +279,21 @@ def test_nothing_saved_yet_is_a_fresh_start_also_after_a_kill_in_the_first_save(
     assert Checkpoints(tmp_path).newest_good() == 5
 
 
+def test_many_kills_in_the_first_save_are_still_a_fresh_start(tmp_path):
+    for _ in range(3):
+        (tmp_path / "5" / "state").mkdir(parents=True)
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.newest_good() is None
+
+
+def test_a_lost_seal_of_the_only_checkpoint_is_damage_and_no_fresh_start(tmp_path):
+    saved(tmp_path, (5,))
+    (tmp_path / "manifests" / "5.json").unlink()
+    for _ in range(2):
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
+            checkpoints.newest_good()
+
+
 # ----------------------------------------------------------------------------------- a machine that refuses, signals
 
 

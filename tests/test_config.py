@@ -254,6 +254,36 @@ def test_a_run_folder_is_made_resumed_and_set_aside(tmp_path):
     assert (aside / "metrics.jsonl").read_text() == "precious"
 
 
+def test_keys_that_change_no_number_may_change_and_are_printed(tmp_path, capsys):
+    run = tmp_path / "run"
+    config = ConfigDict({"ppo": {"lr": 1.0, "save_every": 5, "kl_ceiling": 9.0}, "guard": {"max_skipped": 5}})
+    C.prepare_workdir(run, config)
+    config.ppo.update(save_every=7, kl_ceiling=8.0)
+    config.guard.max_skipped = 6
+    assert not C.prepare_workdir(run, config)
+    told = "guard.max_skipped: 5 -> 6; ppo.kl_ceiling: 9.0 -> 8.0; ppo.save_every: 5 -> 7"
+    assert told in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["ppo"]["save_every"] == 7
+    config.ppo.update(save_every=9, lr=2.0)
+    with pytest.raises(ValueError, match=r"another config \(ppo.lr: 1.0 -> 2.0\)"):
+        C.prepare_workdir(run, config)
+    assert not C.prepare_workdir(run, config, allow_config_change=True)
+    assert "ppo.lr: 1.0 -> 2.0; ppo.save_every: 7 -> 9" in capsys.readouterr().out
+
+
+def test_a_kill_before_the_config_is_stored_leaves_a_folder_that_can_be_used(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.tmp").write_text('{"lr":')
+    assert C.prepare_workdir(tmp_path / "run", ConfigDict({"lr": 1.0}))
+
+
+def test_what_the_command_line_allows_holds_for_the_run_alone():
+    assert not C.change_allowed()
+    with C.allow_change():
+        assert C.change_allowed()
+    assert not C.change_allowed()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("precious")

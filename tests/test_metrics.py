@@ -192,3 +192,24 @@ def test_tensorboard_writer_names_scalars_by_stage(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     log_steps(tmp_path, [1], writers=[M.tensorboard_writer(tmp_path)])
     assert scalars == [("sft/loss", 0.5, 1)]
+
+
+def test_two_records_of_a_step_are_one_line(tmp_path):
+    """Training and validation of a step, so that the log holds each step once."""
+    with M.StageLog(tmp_path, "sft", total=2, stream=io.StringIO()) as log:
+        log(1, {"loss": 2.0})
+        log(2, {"loss": 1.0})
+        log(2, {"validation_loss": 3.0})
+    records = [{k: v for k, v in r.items() if k != "time"} for r in M.read(tmp_path / "metrics.jsonl")]
+    assert records == [
+        {"step": 1, "stage": "sft", "loss": 2.0},
+        {"step": 2, "stage": "sft", "loss": 1.0, "validation_loss": 3.0},
+    ]
+
+
+def test_bytes_of_no_encoding_at_the_end_of_the_log_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "stage": "sft"}\n{"step": 2, "st\xff\xfe\x00')
+    with M.StageLog(tmp_path, "sft", total=2, resume_step=1, stream=io.StringIO()) as log:
+        log(2, {"loss": 1.0})
+    assert [r["step"] for r in M.read(file)] == [1, 2]

@@ -281,3 +281,42 @@ def test_bfloat16_compute_with_float32_masters_trains_as_float32_does(adam_losse
 def test_float16_is_refused_with_the_alternative():
     with pytest.raises(ValueError, match=r"dtype='float16' is unknown: choose one of float32, bfloat16"):
         dataclasses.replace(SMALL, dtype="float16")
+
+
+# --------------------------------------------------------------------------------------------- spikes
+
+
+def _window(values, size=128):
+    guard = optim.guard_state(size)
+    for value in values:
+        guard = optim.remember(guard, jnp.array([value, 1.0, 0.0]))
+    return guard
+
+
+def _spikes(guard, *watched, std=6.0):
+    return bool(optim.is_spike(guard, jnp.array(watched, jnp.float32), std=std))
+
+
+def test_a_spike_is_measured_against_the_mean_and_spread_of_the_last_sound_steps():
+    """Against numpy, with the oldest steps pushed out."""
+    values = np.random.default_rng(0).normal(3.0, 0.5, 11).astype(np.float32)
+    guard, last = _window(values, 8), values[-8:]
+    assert int(guard.count) == 11
+    np.testing.assert_array_equal(np.sort(np.asarray(guard.window)[:, 0]), np.sort(last))
+    limit = last.mean() + 6 * last.std()
+    assert not _spikes(guard, limit * 0.999, 1.0, 0.0)
+    assert _spikes(guard, limit * 1.001, 1.0, 0.0)
+    assert not _spikes(guard, -1e9, 1.0, 0.0)  # a fall is no spike
+
+
+def test_no_spike_is_seen_before_half_of_the_window_is_filled():
+    for count, seen in ((63, False), (64, True)):
+        guard = _window([1.0 + 0.1 * (i % 2) for i in range(count)])
+        assert _spikes(guard, 1e6, 1.0, 0.0) == seen
+
+
+def test_numbers_that_hardly_vary_do_not_make_trifles_spikes():
+    guard = _window([1.0] * 64)
+    assert not _spikes(guard, 1.2, 1.2, 0.0)
+    assert _spikes(guard, 1.0, 1.4, 0.0)  # 1 + 6 * 0.05: each of the numbers is looked at
+    assert not _spikes(guard, 1.0, 1.0, 9.0)  # has always been 0: there is nothing to measure it by

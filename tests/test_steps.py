@@ -415,6 +415,95 @@ def test_a_spike_above_the_limit_is_skipped():
         assert value_of(metrics, "skipped") == (not moved)
 
 
+FLAGGED = 100
+"""Added to the segments of a batch that the loss below is to spoil."""
+
+
+def _spoilt(kind: str):
+    """A loss that is sound but for batches that are flagged: NaN, infinite gradient of a finite loss, or a spike."""
+
+    def loss(logp, mask, segments):
+        flagged, total = jnp.max(segments) > FLAGGED, -jnp.sum(jnp.where(mask, logp, 0))
+        if kind == "loss":
+            total = total * jnp.where(flagged, jnp.nan, 1.0)
+        elif kind == "gradient":
+            difference = jnp.where(flagged, total - jax.lax.stop_gradient(total), 1.0)
+            total = total + jnp.where(flagged, jnp.sqrt(difference), 0.0)
+        else:
+            total = total * jnp.where(flagged, 1e3, 1.0)
+        return Mean(total, jnp.sum(mask, dtype=jnp.float32))
+
+    return loss
+
+
+def _flagged(batch: LMBatch) -> LMBatch:
+    return dataclasses.replace(batch, segments=jnp.where(batch.segments > 0, batch.segments + FLAGGED, 0))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_bad_step_k_leaves_a_run_as_if_it_had_never_been(kind):
+    """Weights, moments, counters, average and window: only the step's own place in the data is used up."""
+    tx = optim.adam(1e-2)
+    step = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=_spoilt(kind), spike_std=20.0))
+    batches = [tiny.lm_batch(8, seed) for seed in range(5)]
+
+    def run(batches):
+        state, skipped = steps.train_state(tiny.LANGUAGE.init(KEY), tx, guard=True), []
+        for batch in batches:
+            state, metrics = step(state, batch, None)
+            skipped.append(value_of(metrics, "skipped"))
+        return state, skipped
+
+    with_bad, skipped = run([*batches[:2], _flagged(batches[2]), *batches[3:]])
+    without, _ = run([*batches[:2], *batches[3:]])
+    assert skipped == [0, 0, 1, 0, 0]
+    tiny.assert_bit_equal(with_bad, without)
+    assert int(with_bad.guard.count) == int(with_bad.step) == 4
+
+
+def test_a_spike_is_skipped_and_told_from_a_number_that_is_not_finite():
+    state = steps.train_state(tiny.LANGUAGE.init(KEY), SGD, guard=True)
+    state = dataclasses.replace(state, params=jax.tree.map(lambda x: 0.1 * x, state.params))
+    step = jax.jit(steps.make_sft_step(tiny.LANGUAGE, optim.adam(1e-4), loss=_spoilt("spike"), spike_std=6.0))
+    state = dataclasses.replace(state, opt_state=optim.adam(1e-4).init(state.params))
+    for i in range(64):
+        state, metrics = step(state, tiny.lm_batch(8, i), None)
+        assert value_of(metrics, "skipped") == 0
+    after, metrics = step(state, _flagged(tiny.lm_batch(8, 64)), None)
+    tiny.assert_bit_equal(after, state)
+    assert value_of(metrics, "skipped") == value_of(metrics, "spiked") == 1
+    _, metrics = step(state, tiny.lm_batch(8, 64), None)
+    assert value_of(metrics, "skipped") == 0
+
+
+def test_the_spike_rule_needs_a_window_in_the_state():
+    step = steps.make_sft_step(tiny.LANGUAGE, SGD, spike_std=6.0)
+    with pytest.raises(ValueError, match=r"spike_std=6.0 needs a window.*guard=True"):
+        step(steps.train_state(tiny.LANGUAGE.init(KEY), SGD), tiny.lm_batch(8), None)
+
+
+def test_ppo_tells_which_minibatch_was_left_out_and_watches_rewards():
+    """The reward of one row spikes; its minibatch alone is skipped, for both networks."""
+    tx = optim.adam(1e-3)
+    state, rollout = start(tx, tx)
+    window = jnp.tile(jnp.array([[1e3, 1e3, 1.0]]), (128, 1)) * jnp.linspace(0.9, 1.1, 128)[:, None]
+    guard = dataclasses.replace(optim.guard_state(), window=window, count=jnp.int32(128))
+    state = dataclasses.replace(
+        state, policy=dataclasses.replace(state.policy, guard=guard),
+        value=dataclasses.replace(state.value, guard=guard),
+    )  # fmt: skip
+    rewards = jnp.where(rollout.mask, 1.0, 0.0)
+    spot = int(rollout.prompt_lengths[3])
+    rollout = dataclasses.replace(rollout, rewards=rewards.at[3, spot].set(50.0))
+    new, metrics = ppo_step(tx, tx, minibatches=4, spike_std=20.0)(state, rollout, None, KEY)
+    order = np.asarray(steps.minibatch_order(KEY, len(rollout.ids), epochs=1, minibatches=4))
+    expected = [float(3 in rows) for rows in order]
+    assert np.asarray(metrics["skipped_steps"].value).tolist() == expected
+    assert float(metrics["spiked"].total) == float(metrics["skipped"].total) == 1
+    assert int(new.policy.step) == int(new.value.step) == 3
+    assert int(new.policy.guard.count) == int(new.value.guard.count) == 131
+
+
 # ------------------------------------------------------------------------------------------- losses by name
 
 

@@ -1,0 +1,321 @@
+"""What watches over a run (docs/guards.md): skipped steps are counted and named, and a resumed run is the same run.
+
+The guard inside the compiled step (`optim.is_spike`) decides; here its decisions are told, and too many in a row stop
+the run. `origin` is what a checkpoint says of the run beside its arrays, and `check_origin` compares it on resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax import config as config_lib
+from rlhf_jax import metrics
+from rlhf_jax.data import text
+
+FILE = "skipped.jsonl"
+"""One line for each step or score that was left out, with the records it holds."""
+
+SHOWN = 64
+"""Records of a skipped step that are named on the console; the file names all."""
+
+
+class Records:
+    """Which records of a data file lie in which row: a row that packs several (best fit) names them all.
+
+    Args:
+      path: the file, for the message.
+      ids: the id of each record, or None.
+      sizes: tokens of each record where rows are packed; None where row i is record i.
+      capacity: tokens of a row.
+      max_items: most records of a row.
+      places: the place of each record in its file, where some were left out.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        ids: Sequence[str | None],
+        sizes: Sequence[int] | None = None,
+        *,
+        capacity: int = 0,
+        max_items: int | None = None,
+        places: Sequence[int] | None = None,
+    ):
+        self.path, self._ids = str(path), list(ids)
+        self._sizes, self._capacity, self._max_items = sizes, capacity, max_items
+        self._places = range(len(self._ids)) if places is None else places
+
+    def of(self, rows: Iterable[int]) -> list[tuple[int, str | None]]:
+        """The place in the file and the id of each record in these rows; rows of other text (mixed in) have none."""
+        wanted = [int(row) for row in rows]
+        if self._sizes is None:
+            items = wanted
+        else:  # computed when it is asked for, which in most runs is never
+            packed = text.best_fit(self._sizes, capacity=self._capacity, max_items=self._max_items)
+            items = [item for row in wanted if row < len(packed) for item in packed[row]]
+        return [(int(self._places[i]), self._ids[i]) for i in items if i < len(self._ids)]
+
+
+class Event(NamedTuple):
+    """Something that was left out of training."""
+
+    step: int
+    """Steps (PPO: iterations) done when it had been left out."""
+    what: str
+    """``step``, ``minibatch 3`` or ``score``."""
+    why: str
+    rows: list[int]
+    """Rows of the stage's data."""
+    records: list[tuple[int, str | None]]
+    """Place in the file and id of each record in them."""
+
+
+class Skips:
+    """Counts what a stage leaves out, prints and logs its records, and stops the stage after too many in a row.
+
+    The counts travel in the checkpoint (`counts`), so a run that is resumed stops where the whole one would.
+
+    Args:
+      workdir: folder of the stage; `FILE` in it gets one line for each event.
+      stage: its name.
+      path: the data file that the records are of.
+      limit: skipped steps in a row that stop the stage.
+      resume_step: lines of later steps are dropped first, as in `metrics.StageLog`.
+      counts: those of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        stage: str,
+        path: str,
+        *,
+        limit: int,
+        resume_step: int = 0,
+        counts: Mapping[str, int] | None = None,
+    ):
+        config_lib.require_range("guard.max_skipped", limit, low=1)
+        self._file, self._stage, self._path, self._limit = Path(workdir) / FILE, stage, path, limit
+        kept = counts or {}
+        self._total, self._in_a_row, self._taken = (int(kept.get(k, 0)) for k in ("skipped", "in_a_row", "taken"))
+        self._run: list[Event] = []
+        self._waiting: tuple[metrics.Values, Callable[[], Event]] | None = None
+        if self._writes:
+            metrics.drop_after(self._file, stage, resume_step)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps skipped, skipped in a row up to now, and taken: JSON data for a checkpoint."""
+        return {"skipped": self._total, "in_a_row": self._in_a_row, "taken": self._taken}
+
+    def watch(self, step: int, measured: metrics.Values, rows: Callable[[], tuple[list[int], list]]) -> None:
+        """Hands in a step; it is looked at when the next one is, so that the device never waits.
+
+        Args:
+          step: steps done.
+          measured: its metrics, ``skipped`` and ``spiked`` among them.
+          rows: tells the step's rows and records, called only if it was skipped.
+
+        Raises:
+          FloatingPointError: `limit` steps in a row were skipped; the message names their records.
+        """
+        self.flush()
+        told = {name: measured[name] for name in ("skipped", "spiked")}
+        self._waiting = (told, lambda: Event(step, "step", "", *rows()))
+
+    def flush(self, *, last: bool = False) -> None:
+        """Looks at the step that waits: before a checkpoint, and at the end (`last`), where one step must be taken."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            measured, event = waiting
+            skipped, spiked = metrics.to_host(measured).values()
+            self.add(bool(skipped), event()._replace(why=reason(bool(spiked))) if skipped else None)
+        if last and self._run and not self._taken:
+            self._stop(f"each of the {self._total} steps was")
+
+    def add(self, skipped: bool, event: Event | None = None) -> None:
+        """Counts a step and, if it was skipped, tells its records; raises as `watch` does."""
+        if not skipped or event is None:
+            self._in_a_row, self._run, self._taken = 0, [], self._taken + 1
+            return
+        self._total, self._in_a_row = self._total + 1, self._in_a_row + 1
+        self._run.append(event)
+        self.tell(event)
+        if self._in_a_row >= self._limit:
+            self._stop(f"{self._in_a_row} steps in a row were")
+
+    def tell(self, event: Event) -> None:
+        """Prints and logs an event: which rows of the data, and which records in its file."""
+        if not self._writes:
+            return
+        print(
+            f"Warning: {self._stage} {event.step}: the {event.what} was left out, {event.why}; "
+            f"{named(event.records, self._path)}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        line = {
+            "step": event.step, "stage": self._stage, "what": event.what, "why": event.why, "rows": event.rows,
+            "file": self._path, "records": [place for place, _ in event.records],
+            "ids": [name for _, name in event.records],
+        }  # fmt: skip
+        with self._file.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def stop(self, what: str, events: Sequence[Event]) -> None:
+        """Stops the stage, naming the records of `events`."""
+        self._run = list(events)
+        self._stop(what)
+
+    def _stop(self, what: str) -> None:
+        records = list(dict.fromkeys(record for event in self._run for record in event.records))
+        reasons = " and ".join(dict.fromkeys(event.why for event in self._run))
+        step = self._run[-1].step if self._run else 0
+        raise FloatingPointError(
+            f"{self._stage} stopped at {step}: {what} left out, {reasons or 'not finite'}; "
+            f"{named(records, self._path)} (all are in {self._file}). The last checkpoint is intact. Look at these "
+            f"records, or lower learning_rate (guard.max_skipped={self._limit})"
+        )
+
+    @property
+    def _writes(self) -> bool:
+        return jax.process_index() == 0
+
+
+def reason(spiked: bool) -> str:
+    """Why a step was skipped, for people."""
+    return "its loss, gradient or reward spiked" if spiked else "its loss or gradient is not finite"
+
+
+def named(records: Sequence[tuple[int, str | None]], path: str) -> str:
+    """Records for people: ``records 3 (d3), 17 (d17) of demonstrations.jsonl``, counted from 0."""
+    if not records:
+        return f"no record of {path}"
+    shown = [str(place) if name is None else f"{place} ({name})" for place, name in records[:SHOWN]]
+    more = f" and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
+    return f"records {', '.join(shown)}{more} of {path} (from 0)"
+
+
+# ------------------------------------------------------------------------------------------------- the same run
+
+
+def origin(
+    config: ConfigDict,
+    *,
+    files: Mapping[str, str],
+    models: Mapping[str, str | os.PathLike[str]],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """What a run is made of, for `Checkpoints.save(extra=...)`: config without secrets, data, models, versions.
+
+    Args:
+      config: of the stage.
+      files: config key -> the data file it names; empty paths are left out.
+      models: config key -> the folder or file of a model that is read and not trained further in place: the KL
+        reference, the reward model, what training starts from.
+      tokenizer: of the stage.
+    """
+    plain = json.loads(config_lib.to_json(config), parse_constant=str)
+    return {
+        "config": plain,
+        "config_sha256": _digest(plain),
+        "data": {key: _file_print(Path(path)) for key, path in files.items() if path},
+        "models": {key: _model_print(Path(path)) for key, path in models.items() if str(path)},
+        "tokenizer": text.tokenizer_fingerprint(tokenizer),
+        "seed": config.seed,
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")},
+    }
+
+
+def fingerprint(described: Mapping[str, Any]) -> str:
+    """One sha256 of an `origin` without its paths: equal on two hosts that read the same data and models."""
+    parts = {key: described[key] for key in ("config_sha256", "tokenizer", "versions")}
+    for group in ("data", "models"):
+        parts[group] = {key: entry["sha256"] for key, entry in described[group].items()}
+    return _digest(parts)
+
+
+def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses to go on from a checkpoint of another run; with ``--allow_config_change`` it says what differs.
+
+    Args:
+      stored: the `extra` of the checkpoint.
+      current: `origin` of what is about to go on.
+
+    Raises:
+      ValueError: data, tokenizer, reference or reward model are not the same, or a config key that changes numbers.
+    """
+    if "config" not in stored:
+        return  # a checkpoint of somebody's own loop
+    moved = {*current["data"], *current["models"]}  # these are compared by content, wherever they lie
+    changes = [
+        line for line in config_lib.diff(stored["config"], current["config"]) if line.partition(":")[0] not in moved
+    ]
+    changes = config_lib.changing_numbers(changes)
+    for group in ("data", "models"):
+        changes += _changed_files(stored[group], current[group])
+    if stored["tokenizer"] != current["tokenizer"]:
+        changes.append("tokenizer: another one encodes the texts")
+    if changes and not config_lib.change_allowed():
+        raise ValueError(
+            f"this run was begun with something else ({'; '.join(changes)}): put it back, choose another workdir, "
+            "or --allow_config_change to go on all the same"
+        )
+    notes = changes + config_lib.diff(stored["versions"], current["versions"], "version of ")
+    if notes and jax.process_index() == 0:
+        print(f"Note: the run goes on although it differs from its beginning: {'; '.join(notes)}", flush=True)
+
+
+def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    changes = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if old is None or new is None:
+            changes.append(f"{key}: {'absent' if old is None else old['path']} -> "
+                           f"{'absent' if new is None else new['path']}")  # fmt: skip
+        elif old["sha256"] != new["sha256"]:
+            changes.append(f"{key}: the content of {new['path']} has changed{_which(old['sha256'], new['sha256'])}")
+    return changes
+
+
+def _which(old: Any, new: Any) -> str:
+    if isinstance(old, str) or isinstance(new, str):
+        return f" (sha256 {str(old)[:12]}.. -> {str(new)[:12]}..)"
+    return f" ({', '.join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))})"
+
+
+def _file_print(path: Path) -> dict[str, Any]:
+    """sha256, bytes and lines of a data file, read in pieces."""
+    digest, size, lines = hashlib.sha256(), 0, 0
+    with path.open("rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+            size, lines = size + len(piece), lines + piece.count(b"\n")
+    return {"path": str(path), "sha256": digest.hexdigest(), "bytes": size, "lines": lines}
+
+
+def _model_print(path: Path) -> dict[str, Any]:
+    """sha256 of each file of a model folder (or of one file), by name."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return {"path": str(path), "sha256": {p.name: _file_print(p)["sha256"] for p in files}}
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def rows_on_host(flags: jax.Array) -> np.ndarray:
+    """Which rows are true, on every process alike."""
+    from jax.experimental import multihost_utils
+
+    return np.flatnonzero(multihost_utils.process_allgather(flags, tiled=True))

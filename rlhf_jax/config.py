@@ -233,7 +233,8 @@ def _parse(field: str, text: str, current: Any) -> Any:
             return tuple(value)
     if current is None:
         return text
-    raise ValueError(f"{field}={text} must be a {type(current).__name__}, as in {field}={current!r}")
+    shown, example = (REDACTED, REDACTED) if is_secret(field) else (text, repr(current))
+    raise ValueError(f"{field}={shown} must be a {type(current).__name__}, as in {field}={example}")
 
 
 def _get_config(path: Path) -> Callable[..., Any]:
@@ -322,13 +323,59 @@ def require_range(field: str, value: float, *, low: float | None = None, high: f
 # ------------------------------------------------------------------------------------------------------ JSON, secrets
 
 REDACTED = "<redacted>"
-_SECRET = re.compile(r"(^|_)(token|secret|passw(or)?d|credentials?)($|_)|(api|access|private)_?key")
+_SECRET = re.compile(
+    r"(^|_)(token|secrets?|passw(or)?ds?|passphrase|pwd|credentials?|auth|authorization|bearer)($|_)"
+    r"|(api|access|private|secret|signing|ssh|auth)_?keys?($|_)|(^|_)(hf|hub|wandb|github|aws)_?(token|key|secret)"
+)
 _NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+_USER_INFO = re.compile(r"(?<=://)[^/\s?#]*@")
+_ASSIGNED = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
+_BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
+_SHORTEST = 6
+"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are words."""
+
+
+def is_secret(key: str) -> bool:
+    """Whether the name of a key or variable says that its value is to be kept from others.
+
+    >>> [is_secret(key) for key in ("hf_token", "apiKey", "AUTHORIZATION", "eos_token", "max_new_tokens", "tokenizer")]
+    [True, True, True, False, False, False]
+    """
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2]).lower().replace("-", "_")
+    return bool(_SECRET.search(name)) and not _NOT_SECRET.search(name)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """`text` without secrets: user and password of URLs, ``key=value`` where the key is a secret's, and `secrets`.
+
+    >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
+    '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
+    """
+    text = _BEARER.sub(REDACTED, _USER_INFO.sub("", text))
+    text = _ASSIGNED.sub(lambda m: f"{m['key']}={REDACTED}" if is_secret(m["key"]) else m[0], text)
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+def known_secrets(argv: Sequence[str] = ()) -> list[str]:
+    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command line.
+
+    Args:
+      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, so does what stands in a URL before its ``@``.
+    """
+    found = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST]
+    words = list(argv)
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        found += [value if equals else after] if flag.startswith("-") and is_secret(flag) else []
+        for url in _USER_INFO.finditer(word):
+            found += [part for part in url[0][:-1].split(":", 1)[1:] if len(part) >= _SHORTEST]
+    return [value for value in found if value]
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON to keep beside a run, without secrets (keys like hf_token or api_key, ``user:pass@`` in URLs).
+    """The config as JSON to keep beside a run, without secrets (`is_secret`, `redact`).
 
     >>> print(to_json(ConfigDict({"seed": 1, "hf_token": "abc"})))
     {
@@ -344,18 +391,21 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(_tuples(json.loads(text)))
 
 
-def _plain(value: Any, key: str = "") -> Any:
+def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
+    """Plain data; under a secret's key (`secret`) whatever it holds is hidden, groups and tuples included."""
+    secret = secret or is_secret(key)
     if isinstance(value, FieldReference):
         value = value.get()
     if isinstance(value, ConfigDict):  # references kept: it goes around __getitem__, for storing a key is not using it
-        return {k: _plain(v, k) for k, v in value.items(preserve_field_references=True)}
+        return {k: _plain(v, k, secret) for k, v in value.items(preserve_field_references=True)}
     if isinstance(value, tuple | list):
-        return [_plain(v, key) for v in value]
+        return [_plain(v, key, secret) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v, str(k), secret) for k, v in value.items()}
+    if secret and value and (isinstance(value, str) or (type(value) is int and "token" not in key.lower())):
+        return REDACTED  # a number under a key like token_id is an id
     if isinstance(value, str):
-        name = key.lower().replace("-", "_")
-        if value and _SECRET.search(name) and not _NOT_SECRET.search(name):
-            return REDACTED
-        return _USER_INFO.sub("", value)
+        return redact(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     raise ValueError(

@@ -341,8 +341,10 @@ def _warn(text: str) -> None:
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two steps.
 
-    In the block ``stop(step)`` is true once somebody asked: save and leave. A second Ctrl-C interrupts at once. With
-    several processes all get the same answer at the same step, from JAX's own handler (ours would replace it).
+    In the block ``stop(step)`` is true once somebody asked: save and leave. A second signal interrupts at once. A
+    KeyboardInterrupt that leaves the block carries the signal's number as `signal_number`, for the exit status. A
+    signal that came after the last question is handed on when the block ends, so none is lost. With several processes
+    all get the same answer at the same step, from JAX's own handler (ours would replace it).
 
     >>> with stop_requests() as stop:
     ...     stop(0)
@@ -351,20 +353,36 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = threading.Event()
+    asked: list[tuple[int, float]] = []
+    heard = threading.Event()
 
     def ask(number: int, _: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+        again, now = bool(asked), time.monotonic()
+        # A SIGTERM within a second of another is the same one, sent twice.
+        if again and number == asked[0][0] == signal.SIGTERM and now - asked[0][1] < 1:
+            return
+        asked.append((number, now))
+        if again:
             raise KeyboardInterrupt
-        asked.set()
         _warn("stopping after this step (Ctrl-C again: at once)")
+
+    def stop(step: int) -> bool:
+        if asked:
+            heard.set()
+        return bool(asked)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda step: False
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda step: asked.is_set()
+        yield stop
+    except KeyboardInterrupt as interrupt:
+        interrupt.signal_number = asked[-1][0] if asked else signal.SIGINT  # pyright: ignore[reportAttributeAccessIssue]
+        heard.set()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked and not heard.is_set():
+        signal.raise_signal(asked[0][0])

@@ -27,6 +27,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from rlhf_jax.files import read_json
+
 FORMAT = 1
 
 
@@ -97,7 +99,7 @@ class Checkpoints:
         with self._cleaned_up(step):
             if jax.process_index() == 0:
                 (self.root / "manifests").mkdir(parents=True, exist_ok=True)
-                if (self.root / str(step)).exists():
+                if os.path.lexists(self.root / str(step)):
                     self._quarantine(step, "it was never finished")
             writing = ocp.save_async(str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size})
         self._pending = self._worker.submit(self._finish, step, writing, seal)
@@ -148,7 +150,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The sealed steps, oldest first; their files were not checked (`newest_good` does)."""
         names = self.root.glob("manifests/*.json")
-        return sorted(int(p.stem) for p in names if p.stem.isdecimal() and (self.root / p.stem).is_dir())
+        return sorted(int(p.stem) for p in names if _is_step(p.stem) and (self.root / p.stem).is_dir())
 
     def newest_good(self) -> int | None:
         """The newest step whose files are what was sealed; bad and unfinished steps above it are put in quarantine.
@@ -172,7 +174,7 @@ class Checkpoints:
         return chosen if chosen >= 0 else None
 
     def _newest_good(self) -> int:
-        folders = [p for p in self.root.glob("*") if p.name.isdecimal() and str(int(p.name)) == p.name]
+        folders = [p for p in self.root.glob("*") if _is_step(p.name)]
         for path in self.root.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)  # Orbax's own unfinished files
         for step in sorted((int(p.name) for p in folders), reverse=True):
@@ -189,11 +191,11 @@ class Checkpoints:
     def _damage(self, step: int) -> str | None:
         """What is wrong with a step, None when nothing is."""
         try:
-            seal = json.loads(self._manifest(step).read_bytes())
+            seal = read_json(self._manifest(step))
             digest = seal.pop("sha256")
         except FileNotFoundError:
             return "it was never finished"
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return "its seal cannot be read"
         if digest != _digest(seal):
             return "its seal was changed"
@@ -201,7 +203,9 @@ class Checkpoints:
             found = _checksums(self.root / str(step))
         except OSError as error:
             return str(error)
-        expected = seal["files"]
+        expected = seal.get("files")
+        if not isinstance(expected, dict) or seal.get("step") != step:
+            return "its seal is of another step"
         bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         return f"{bad[0]} is not what was written" if bad else None
 
@@ -240,7 +244,7 @@ class Checkpoints:
         damage = None if step in self._verified else self._damage(step)
         if damage:
             raise OSError(f"the checkpoint of step {step} in {self.root} is damaged: {damage}")
-        seal = json.loads(self._manifest(step).read_bytes())
+        seal = read_json(self._manifest(step))
         wanted = _named_leaves(abstract_state)
         _check_signature(step, seal["leaves"], _signature(wanted))
         specs = {name: _spec(leaf) for name, leaf in wanted.items()}
@@ -310,14 +314,26 @@ def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON so that `path` holds either what it held or all of the new text, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        json.dump(data, f, allow_nan=False)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            json.dump(data, f, allow_nan=False)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk is space that is missing
+        raise
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _checksums(folder: Path) -> dict[str, str]:
+    """sha256 of each file. A link is refused: what it leads to is not ours and may change or go at any time."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise OSError(f"{path.name} is a symbolic link")
     return {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 

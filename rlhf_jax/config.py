@@ -36,6 +36,8 @@ except ImportError:  # Windows: folders are used without a lock
 
 from ml_collections import ConfigDict, FieldReference
 
+from rlhf_jax.files import PLAIN_NAME, read_json
+
 Run = Callable[[ConfigDict, str], Any]
 
 # ------------------------------------------------------------------------------------------- functions by name
@@ -489,7 +491,6 @@ class _Recording(ConfigDict):
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
 """Marks a folder as a run of this program and is locked while a process works in it."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def require_name(field: str, name: str) -> str:
@@ -499,7 +500,7 @@ def require_name(field: str, name: str) -> str:
     Traceback (most recent call last):
     ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first
     """
-    good = bool(_NAME.fullmatch(name))
+    good = bool(PLAIN_NAME.fullmatch(name))
     require(good, field, name, "a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first")
     return name
 
@@ -615,7 +616,7 @@ def prepare_workdir(
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except ValueError:
         raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
 

@@ -24,7 +24,7 @@ PROGRAMS = [
 MAY_IMPORT = {
     "types": set(),
     "files": set(),
-    "config": set(),
+    "config": {"files"},
     "ops": {"types"},
     "advantages": {"types", "ops"},
     "losses": {"types", "ops", "advantages"},

@@ -25,7 +25,15 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from rlhf_jax.files import check_file, check_gguf, check_template_name, check_tokenizer, parse_json, read_json
+from rlhf_jax.files import (
+    PLAIN_NAME,
+    check_file,
+    check_gguf,
+    check_template_name,
+    check_tokenizer,
+    parse_json,
+    read_json,
+)
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.types import Model, Params
@@ -245,8 +253,8 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
       ValueError: a family or a feature this decoder does not have.
     """
     kind = description.get("model_type")
-    if kind not in _NAMES:
-        raise ValueError(f"model_type={kind!r} is not supported: choose a model of {', '.join(_NAMES)}")
+    if not isinstance(kind, str) or kind not in _NAMES:
+        raise ValueError(f"model_type={_short(kind)} is not supported: choose a model of {', '.join(_NAMES)}")
     if description.get("quantization_config"):
         raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
     for name, value in description.items():
@@ -551,7 +559,7 @@ class _Tensors:
                 f"a shard is missing: tensor {name!r} should be in {shard!r} in {self._path}: copy that file again"
             )
         for shard in weight_map.values():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
                 raise ValueError(
                     f"{self._path / _INDEX} names the shard {_short(shard)}, which is no file of this folder: "
                     "an index holds plain file names; copy the model again from a source you trust"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -54,6 +55,7 @@ class Checkpoints:
     def __init__(self, root: str | os.PathLike[str], *, keep: int | None = 3):
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1, or None to keep every checkpoint")
+        logging.getLogger("absl").addFilter(_not_told_twice)
         self.root = Path(root).absolute()
         self._keep = keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -344,6 +346,11 @@ def _sha256(path: Path) -> str:
 
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """Drops the traceback that Orbax logs of a save that fails in a thread: `save` or `wait` raises the same error."""
+    return not (record.exc_info and "orbax" in record.pathname and "_SignalingThread" in str(record.msg))
 
 
 def _warn(text: str) -> None:

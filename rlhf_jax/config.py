@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 try:
     import fcntl
@@ -339,7 +339,7 @@ _SECRET = re.compile(
     r"|(api|access|private|secret|signing|ssh|auth)_?keys?($|_)|(^|_)(hf|hub|wandb|github|aws)_?(token|key|secret)"
 )
 _NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
-_USER_INFO = re.compile(r"(?<=://)[^/\s?#]*@")
+_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")  # one slash is left where the text went through a Path
 _ASSIGNED = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
 _BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
 _SHORTEST = 6
@@ -362,7 +362,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
     '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
     """
-    text = _BEARER.sub(REDACTED, _USER_INFO.sub("", text))
+    text = _BEARER.sub(REDACTED, _USER_INFO.sub(r"\1", text))
     text = _ASSIGNED.sub(lambda m: f"{m['key']}={REDACTED}" if is_secret(m["key"]) else m[0], text)
     for secret in sorted(set(secrets), key=len, reverse=True):
         text = text.replace(secret, REDACTED)
@@ -381,7 +381,7 @@ def known_secrets(argv: Sequence[str] = ()) -> list[str]:
         flag, equals, value = word.partition("=")
         found += [value if equals else after] if flag.startswith("-") and is_secret(flag) else []
         for url in _USER_INFO.finditer(word):
-            found += [part for part in url[0][:-1].split(":", 1)[1:] if len(part) >= _SHORTEST]
+            found += [part for part in [url[0].strip("/@").split(":", 1)[-1]] if len(part) >= _SHORTEST]
     return [value for value in found if value]
 
 
@@ -701,14 +701,25 @@ def _signals(*, several: bool) -> Iterator[None]:
         stop.signal_number = number  # pyright: ignore[reportAttributeAccessIssue]
         raise stop
 
+    def swallowed(unraisable: Any) -> None:
+        """A destructor or a callback from C cannot raise: the interrupt that hit one there is sent anew."""
+        number = getattr(unraisable.exc_value, "signal_number", None)
+        if number is None:
+            return told(unraisable)
+        own.append(number)
+        threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number]).start()
+
+    own: list[int] = []
+    told, sys.unraisablehook = sys.unraisablehook, swallowed
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_the_second, args=(reader,), name="signals", daemon=True).start()
+    threading.Thread(target=_end_at_the_second, args=(reader, own), name="signals", daemon=True).start()
     try:
         yield
     finally:
+        sys.unraisablehook = told
         signal.set_wakeup_fd(wakeup)
         writer.close()
         for number, handler in before.items():
@@ -719,10 +730,14 @@ _SAME = 1.0
 """Seconds within which a second SIGTERM is the first one sent twice, as srun and a container's init do."""
 
 
-def _end_at_the_second(reader: socket.socket) -> None:
+def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
+    """Ends the process at the second signal that `reader` tells of; those in `own` this process sent itself."""
     first: tuple[int, float] | None = None
     while number := reader.recv(1)[:1]:
         if number[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if own:
+            own.pop()
             continue
         now = time.monotonic()
         if first is None:
@@ -760,9 +775,16 @@ def _initialize_distributed() -> bool:
     return jax.process_index() == 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are said as all others are: in one line, without secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config is a flag too: --config.KEY=VALUE",
     )  # fmt: skip

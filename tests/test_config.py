@@ -348,6 +348,13 @@ def run(config, workdir):
     if config.name == "waits":
         print("waiting", flush=True)
         time.sleep(60)
+    if config.name == "destructs":
+        class Slow:
+            def __del__(self):
+                print("waiting", flush=True)
+                time.sleep(20)
+        Slow()
+        time.sleep(60)
     if config.name == "compiles":  # one call into C that lets no Python handler run, as XLA's compiler is
         print("waiting", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
@@ -399,7 +406,7 @@ def test_a_users_mistake_is_one_line_without_a_traceback(command, tmp_path, flag
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("name", ["waits", "compiles"])
+@pytest.mark.parametrize("name", ["waits", "compiles", "destructs"])
 def test_a_signal_ends_a_run_with_the_documented_status(command, tmp_path, number, status, name):
     """Where no stage saves one is enough; in a call that does not return the second one ends it."""
     del command  # it wrote the program

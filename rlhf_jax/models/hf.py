@@ -295,7 +295,7 @@ def check_number(name: str, value: Any, where: str) -> None:
         raise ValueError(f"{where} has {name}={_short(value)}: it must be an integer from 0 to {_COUNTS[name]:,}")
     if name in _REALS and value is not None and not (type(value) in (int, float) and 0 < value <= _REALS[name]):
         raise ValueError(f"{where} has {name}={_short(value)}: it must be a number above 0, at most {_REALS[name]:g}")
-    if name == _SCORE_BIAS and not (type(value) in (int, float) and -1e6 <= value <= 1e6):
+    if name == _SCORE_BIAS and not (isinstance(value, int | float) and -1e6 <= value <= 1e6):
         raise ValueError(f"{where} has {name}={_short(value)}: it must be a number from -1e6 to 1e6")
 
 

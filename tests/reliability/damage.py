@@ -1,6 +1,6 @@
 """Every file of the newest checkpoint of a real SFT run damaged in every way, and folders that are no checkpoints.
 
-    python -m tests.reliability.damage
+    python -m tests.reliability.damage [WORD ...]      # with words: the faults with one of them in their name
 
 Each fault hits a copy of a run that SIGTERM stopped in its last epoch; then the same command is given again. Survived
 means: exit status 0, the step before was chosen and the bad one put in quarantine (or the newest stands, where it is
@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -166,6 +167,8 @@ def main() -> None:
         assert runs.stop_early(source, cut).status == 143
         expected, before = runs.outcome(whole), runs.steps(cut)
         for name, fault, loses in [*file_faults(cut), *folder_faults(cut)]:
+            if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
+                continue
             shutil.copytree(cut, run, symlinks=True)
             fault(run / "checkpoints")
             table.add(name, *judge(source, run, expected, loses, before))

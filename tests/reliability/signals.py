@@ -4,7 +4,7 @@
     python -m tests.reliability.signals pipeline    # and the whole smoke pipeline, stopped again and again (minutes)
 
 Survived means: the documented exit status (130 for Ctrl-C, 143 for SIGTERM), a word on stderr, no traceback; once is
-answered by a save at the step boundary, twice by an end within three seconds (the machine is busy); and the same
+answered by a save at the step boundary, twice by an end within ten seconds (the machine is busy); and the same
 command goes on to models and log equal to those of a run that nothing happened to.
 """
 
@@ -61,6 +61,7 @@ def once(source: Path, run: Path, expected: dict, moment: Moment, number: int) -
     sealed = runs.steps(run)
     good = ended.status == STATUS[signal.Signals(number)] and "Traceback" not in ended.err and "Stopped" in ended.err
     good &= bool(sealed) or not moment.saves
+    good &= "at once" not in ended.line  # one signal is not two
     again = runs.command("sft", runs.sft_flags(source, run))
     equal = again.status == 0 and runs.outcome(run) == expected
     return good and equal, f"status {ended.status}, sealed {sealed}, went on to the same end: {equal}; {ended.line}"
@@ -75,7 +76,7 @@ def twice(source: Path, run: Path, expected: dict, moment: Moment, number: int, 
     )  # fmt: skip
     sealed = runs.steps(run)
     intact = Checkpoints(run / "checkpoints").newest_good() in (None, *sealed)
-    good = ended.status == STATUS[signal.Signals(number)] and seconds < 3 and intact
+    good = ended.status == STATUS[signal.Signals(number)] and seconds < 10 and intact
     again = runs.command("sft", runs.sft_flags(source, run))
     equal = again.status == 0 and runs.outcome(run) == expected
     return good and equal, f"status {ended.status} after {seconds:.2f} s, sealed {sealed}, the same end: {equal}"

@@ -6,7 +6,6 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import json
 import os
 import resource
 import shutil
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from experiments import guards, pretrained
-from rlhf_jax import checkpoint, optim, scoring, sharding
+from rlhf_jax import checkpoint, files, optim, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
@@ -119,7 +118,7 @@ def compile_lightly() -> None:
 def model_folder(name: str) -> Path:
     """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by name (``smollm2``)."""
     if name.startswith(SHIPPED):
-        return storyland_assets.assets() / name.removeprefix(SHIPPED)
+        return storyland_assets.assets() / config_lib.require_name("model", name.removeprefix(SHIPPED))
     return pretrained.folder(name) if name in pretrained.MODELS else Path(name)
 
 
@@ -295,7 +294,8 @@ def train_resumable(
       max_skipped: steps in a row that may be skipped by the guard of the step.
       origin: `guards.origin` of the stage, stored in each checkpoint and compared on resume.
       records: which records lie in which row of `batches`, to name those of a skipped step.
-      on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end.
+      on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end; after a kill it may
+        be called again for the same step.
 
     Returns:
       The state after `steps`.
@@ -322,15 +322,15 @@ def train_resumable(
                 state, metrics = step_fn(state, batch, key)
                 log(step + 1, metrics)
                 skips.watch(step + 1, metrics, functools.partial(_rows_of_step, batches, records, step))
-                at_end = (step + 1) % save_every == 0 or step + 1 == steps
-                if at_end or stop(step + 1):
+                at_end, stopping = (step + 1) % save_every == 0 or step + 1 == steps, stop(step + 1)
+                if at_end or stopping:
                     skips.flush(last=step + 1 == steps)
-                    if at_end:
+                    if at_end:  # before the checkpoint: once that stands, this is never done again
                         checkpoint.refuse_non_finite(state, f"the state of step {step + 1}")
                         on_save(step + 1, state, log)
                     log.flush()
                     saved.save(step + 1, state, extra=origin | {"position": step + 1, "skips": skips.counts})
-                if stop(step + 1) and step + 1 < steps:
+                if stopping:
                     saved.wait()
                     raise KeyboardInterrupt(f"{stage} at step {step + 1} of {steps}")
     return state
@@ -342,20 +342,35 @@ def _rows_of_step(batches: Batches, records: guards.Records, step: int) -> tuple
 
 
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
-    """Writes a model folder all or nothing: a crash leaves the old one or none."""
+    """Writes a model folder all or nothing: a crash leaves the old one, here or as ``<folder>.old``, or none.
+
+    Raises:
+      OSError: it could not be written; what was there before still is.
+    """
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    for rest in (temporary, folder.with_name(folder.name + ".old")):  # of a process that was killed in the middle
-        shutil.rmtree(rest, ignore_errors=True)
-    save_hf(temporary, network.model, network.params, network.tokenizer)
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a crash came between the two renames below
+    _remove(temporary, old)
+    try:
+        save_hf(temporary, network.model, network.params, network.tokenizer)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(
+            f"the model could not be written to {folder} ({error}); what was saved before is intact. Free disk space, "
+            "or choose a workdir that can be written, and give the same command again."
+        ) from error
     if folder.exists():
-        folder.rename(folder.with_name(folder.name + ".old"))
+        folder.rename(old)
     temporary.rename(folder)
-    old = folder.with_name(folder.name + ".old")
-    if old.exists():
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+    _remove(old)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        if folder.is_symlink():
+            folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -368,7 +383,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
       ValueError: the file is missing or damaged.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return files.read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run the stage that makes it first") from None
     except ValueError as error:

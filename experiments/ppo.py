@@ -100,12 +100,12 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 state, metrics = iterate(setup, state, iteration, config, mesh)
                 log(iteration + 1, metrics)
                 watch(setup, skips, metrics, iteration, config)
-                last = iteration + 1 == config.iterations
-                if last or (iteration + 1) % config.save_every == 0 or stop(iteration + 1):
+                last, stopping = iteration + 1 == config.iterations, stop(iteration + 1)
+                if last or (iteration + 1) % config.save_every == 0 or stopping:
                     log.flush()
                     extra = {"position": iteration + 1, "skips": skips.counts}
                     saved.save(iteration + 1, state, extra=made_of | extra)
-                if stop(iteration + 1) and not last:
+                if stopping:
                     saved.wait()
                     raise KeyboardInterrupt(f"{config.name} at iteration {iteration + 1} of {config.iterations}")
     assert state.policy.ema is not None  # prepare asks for it

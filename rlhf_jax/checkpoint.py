@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
+
+from rlhf_jax.files import read_json
 
 FORMAT = 1
 
@@ -52,6 +55,7 @@ class Checkpoints:
     def __init__(self, root: str | os.PathLike[str], *, keep: int | None = 3):
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1, or None to keep every checkpoint")
+        logging.getLogger("absl").addFilter(_not_told_twice)
         self.root = Path(root).absolute()
         self._keep = keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -97,7 +101,7 @@ class Checkpoints:
         with self._cleaned_up(step):
             if jax.process_index() == 0:
                 (self.root / "manifests").mkdir(parents=True, exist_ok=True)
-                if (self.root / str(step)).exists():
+                if os.path.lexists(self.root / str(step)):
                     self._quarantine(step, "it was never finished")
             writing = ocp.save_async(str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size})
         self._pending = self._worker.submit(self._finish, step, writing, seal)
@@ -149,7 +153,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The sealed steps, oldest first; their files were not checked (`newest_good` does)."""
         names = self.root.glob("manifests/*.json")
-        return sorted(int(p.stem) for p in names if p.stem.isdecimal() and (self.root / p.stem).is_dir())
+        return sorted(int(p.stem) for p in names if _is_step(p.stem) and (self.root / p.stem).is_dir())
 
     def newest_good(self) -> int | None:
         """The newest step whose files are what was sealed; bad and unfinished steps above it are put in quarantine.
@@ -173,7 +177,7 @@ class Checkpoints:
         return chosen if chosen >= 0 else None
 
     def _newest_good(self) -> int:
-        folders = [p for p in self.root.glob("*") if p.name.isdecimal() and str(int(p.name)) == p.name]
+        folders = [p for p in self.root.glob("*") if _is_step(p.name)]
         for path in self.root.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)  # Orbax's own unfinished files
         for step in sorted((int(p.name) for p in folders), reverse=True):
@@ -189,11 +193,11 @@ class Checkpoints:
     def _damage(self, step: int) -> str | None:
         """What is wrong with a step, None when nothing is."""
         try:
-            seal = json.loads(self._manifest(step).read_bytes())
+            seal = read_json(self._manifest(step))
             digest = seal.pop("sha256")
         except FileNotFoundError:
             return "it was never finished"
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return "its seal cannot be read"
         if digest != _digest(seal):
             return "its seal was changed"
@@ -201,7 +205,9 @@ class Checkpoints:
             found = _checksums(self.root / str(step))
         except OSError as error:
             return str(error)
-        expected = seal["files"]
+        expected = seal.get("files")
+        if not isinstance(expected, dict) or seal.get("step") != step:
+            return "its seal is of another step"
         bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         return f"{bad[0]} is not what was written" if bad else None
 
@@ -240,7 +246,7 @@ class Checkpoints:
         damage = None if step in self._verified else self._damage(step)
         if damage:
             raise OSError(f"the checkpoint of step {step} in {self.root} is damaged: {damage}")
-        seal = json.loads(self._manifest(step).read_bytes())
+        seal = read_json(self._manifest(step))
         wanted = _named_leaves(abstract_state)
         _check_signature(step, seal["leaves"], _signature(wanted))
         specs = {name: _spec(leaf) for name, leaf in wanted.items()}
@@ -310,14 +316,26 @@ def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON so that `path` holds either what it held or all of the new text, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        json.dump(data, f, allow_nan=False)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            json.dump(data, f, allow_nan=False)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk is space that is missing
+        raise
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _checksums(folder: Path) -> dict[str, str]:
+    """sha256 of each file. A link is refused: what it leads to is not ours and may change or go at any time."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise OSError(f"{path.name} is a symbolic link")
     return {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -328,6 +346,11 @@ def _sha256(path: Path) -> str:
 
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """Drops the traceback that Orbax logs of a save that fails in a thread: `save` or `wait` raises the same error."""
+    return not (record.exc_info and "orbax" in record.pathname and "_SignalingThread" in str(record.msg))
 
 
 def _warn(text: str) -> None:
@@ -341,8 +364,10 @@ def _warn(text: str) -> None:
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two steps.
 
-    In the block ``stop(step)`` is true once somebody asked: save and leave. A second Ctrl-C interrupts at once. With
-    several processes all get the same answer at the same step, from JAX's own handler (ours would replace it).
+    In the block ``stop(step)`` is true once somebody asked: save and leave. A second signal interrupts at once. A
+    KeyboardInterrupt that leaves the block carries the signal's number as `signal_number`, for the exit status. A
+    signal that came after the last question is handed on when the block ends, so none is lost. With several processes
+    all get the same answer at the same step, from JAX's own handler (ours would replace it).
 
     >>> with stop_requests() as stop:
     ...     stop(0)
@@ -351,20 +376,41 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = threading.Event()
+    asked: list[tuple[int, float]] = []
+    heard = threading.Event()
 
     def ask(number: int, _: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+        again, now = bool(asked), time.monotonic()
+        # A SIGTERM within a second of another is the same one, sent twice.
+        if again and number == asked[0][0] == signal.SIGTERM and now - asked[0][1] < 1:
+            return
+        asked.append((number, now))
+        if again:
             raise KeyboardInterrupt
-        asked.set()
         _warn("stopping after this step (Ctrl-C again: at once)")
+
+    def stop(step: int) -> bool:
+        if asked:
+            heard.set()
+        return bool(asked)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda step: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda step: asked.is_set()
+        yield stop
+    except KeyboardInterrupt as interrupt:
+        interrupt.signal_number = asked[-1][0] if asked else signal.SIGINT  # pyright: ignore[reportAttributeAccessIssue]
+        heard.set()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked and not heard.is_set():
+        number = asked[0][0]
+        handler = before[number]
+        if callable(handler):  # called, not raised anew: it would count as a second signal
+            handler(number, None)
+        else:
+            signal.raise_signal(number)

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import contextvars
 import difflib
+import errno
 import functools
 import importlib
 import importlib.util
@@ -19,14 +20,24 @@ import inspect
 import json
 import os
 import re
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are used without a lock
+    fcntl = None
 
 from ml_collections import ConfigDict, FieldReference
+
+from rlhf_jax.files import PLAIN_NAME, read_json
 
 Run = Callable[[ConfigDict, str], Any]
 
@@ -234,7 +245,8 @@ def _parse(field: str, text: str, current: Any) -> Any:
             return tuple(value)
     if current is None:
         return text
-    raise ValueError(f"{field}={text} must be a {type(current).__name__}, as in {field}={current!r}")
+    shown, example = (REDACTED, REDACTED) if is_secret(field) else (text, repr(current))
+    raise ValueError(f"{field}={shown} must be a {type(current).__name__}, as in {field}={example}")
 
 
 def _get_config(path: Path) -> Callable[..., Any]:
@@ -323,13 +335,59 @@ def require_range(field: str, value: float, *, low: float | None = None, high: f
 # ------------------------------------------------------------------------------------------------------ JSON, secrets
 
 REDACTED = "<redacted>"
-_SECRET = re.compile(r"(^|_)(token|secret|passw(or)?d|credentials?)($|_)|(api|access|private)_?key")
+_SECRET = re.compile(
+    r"(^|_)(token|secrets?|passw(or)?ds?|passphrase|pwd|credentials?|auth|authorization|bearer)($|_)"
+    r"|(api|access|private|secret|signing|ssh|auth)_?keys?($|_)|(^|_)(hf|hub|wandb|github|aws)_?(token|key|secret)"
+)
 _NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")  # one slash is left where the text went through a Path
+_ASSIGNED = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
+_BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
+_SHORTEST = 6
+"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are words."""
+
+
+def is_secret(key: str) -> bool:
+    """Whether the name of a key or variable says that its value is to be kept from others.
+
+    >>> [is_secret(key) for key in ("hf_token", "apiKey", "AUTHORIZATION", "eos_token", "max_new_tokens", "tokenizer")]
+    [True, True, True, False, False, False]
+    """
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2]).lower().replace("-", "_")
+    return bool(_SECRET.search(name)) and not _NOT_SECRET.search(name)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """`text` without secrets: user and password of URLs, ``key=value`` where the key is a secret's, and `secrets`.
+
+    >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
+    '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
+    """
+    text = _BEARER.sub(REDACTED, _USER_INFO.sub(r"\1", text))
+    text = _ASSIGNED.sub(lambda m: f"{m['key']}={REDACTED}" if is_secret(m["key"]) else m[0], text)
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+def known_secrets(argv: Sequence[str] = ()) -> list[str]:
+    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command line.
+
+    Args:
+      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, and the password of a URL.
+    """
+    found = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST]
+    words = list(argv)
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        found += [value if equals else after] if flag.startswith("-") and is_secret(flag) else []
+        for url in _USER_INFO.finditer(word):
+            found += [part for part in [url[0].strip("/@").split(":", 1)[-1]] if len(part) >= _SHORTEST]
+    return [value for value in found if value]
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON to keep beside a run, without secrets (keys like hf_token or api_key, ``user:pass@`` in URLs).
+    """The config as JSON to keep beside a run, without secrets (`is_secret`, `redact`).
 
     >>> print(to_json(ConfigDict({"seed": 1, "hf_token": "abc"})))
     {
@@ -345,18 +403,21 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(_tuples(json.loads(text)))
 
 
-def _plain(value: Any, key: str = "") -> Any:
+def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
+    """Plain data; under a secret's key (`secret`) whatever it holds is hidden, groups and tuples included."""
+    secret = secret or is_secret(key)
     if isinstance(value, FieldReference):
         value = value.get()
     if isinstance(value, ConfigDict):  # references kept: it goes around __getitem__, for storing a key is not using it
-        return {k: _plain(v, k) for k, v in value.items(preserve_field_references=True)}
+        return {k: _plain(v, k, secret) for k, v in value.items(preserve_field_references=True)}
     if isinstance(value, tuple | list):
-        return [_plain(v, key) for v in value]
+        return [_plain(v, key, secret) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v, str(k), secret) for k, v in value.items()}
+    if secret and value and (isinstance(value, str) or (type(value) is int and "token" not in key.lower())):
+        return REDACTED  # a number under a key like token_id is an id
     if isinstance(value, str):
-        name = key.lower().replace("-", "_")
-        if value and _SECRET.search(name) and not _NOT_SECRET.search(name):
-            return REDACTED
-        return _USER_INFO.sub("", value)
+        return redact(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     raise ValueError(
@@ -429,6 +490,89 @@ class _Recording(ConfigDict):
 # ------------------------------------------------------------------------------------------ run folders, command line
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = "run.lock"
+"""Marks a folder as a run of this program and is locked while a process works in it."""
+
+
+def require_name(field: str, name: str) -> str:
+    """`name` if it may become a part of a path.
+
+    >>> require_name("config.name", "../ppo")
+    Traceback (most recent call last):
+    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first
+    """
+    good = bool(PLAIN_NAME.fullmatch(name))
+    require(good, field, name, "a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first")
+    return name
+
+
+def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -> IO[str]:
+    """Makes the run folder where it is missing and locks it for this process, whose end by any means unlocks it.
+
+    Args:
+      workdir: the folder of a run: new, empty, or made by this program.
+      overwrite: rename an earlier run to ``<workdir>.old-<time>`` first.
+
+    Returns:
+      The open lock file; closing it gives the folder free.
+
+    Raises:
+      ValueError: the folder is not ours (a file, a link, a folder with other files), or a live process works in it.
+    """
+    path = Path(workdir)
+    _refuse_foreign(path)
+    if overwrite and (path / CONFIG_FILE).is_file():
+        with _lock(path):
+            _move_aside(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return _lock(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A run folder holds our lock file, or nothing; no file we write in it is a link to somewhere else."""
+    name = f"workdir={str(path)!r}"
+    if path.is_symlink():
+        raise ValueError(f"{name} is a symbolic link: pass the folder it leads to, {os.path.realpath(path)}")
+    if not path.exists():
+        return
+    ours = path.is_dir() and ((path / LOCK_FILE).is_file() or not any(path.iterdir()))
+    if not ours:
+        older = f" (one of an earlier version: add an empty file {LOCK_FILE})" if (path / CONFIG_FILE).exists() else ""
+        raise ValueError(f"{name} is not a run of this program{older}: choose another, it is left as it is")
+    root = path.resolve()
+    for entry in path.iterdir():
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            raise ValueError(f"{entry} is a symbolic link out of the run folder: move what it leads to there instead")
+
+
+def _move_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    if aside.exists():
+        aside = aside.with_name(f"{aside.name}-{time.time_ns()}")
+    path.rename(aside)
+    print(f"The earlier run was moved to {aside}.", flush=True)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Opens and locks the lock file; the kernel drops the lock with the process, so none is ever stale."""
+    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"workdir={str(path)!r} is in use by {holder}: wait for its end or stop it, or choose another workdir"
+        ) from None
+    except OSError as error:  # a file system without locks
+        print(f"Warning: {path} cannot be locked ({error}): start only one process on it", file=sys.stderr, flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
 
 HARMLESS = ("save_every", "evaluate_every", "keep", "max_skipped", "kl_ceiling", "entropy_floor", "value_error_ceiling")
 """Keys, in any group, that change when a run saves, measures or gives up, and no number of its training."""
@@ -482,13 +626,9 @@ def prepare_workdir(
     """
     path = Path(workdir)
     stored = path / CONFIG_FILE
-    temporary = stored.with_suffix(".tmp")  # all that a kill at the very start leaves
-    if path.exists() and (not path.is_dir() or ({*path.iterdir()} - {temporary} and not stored.is_file())):
-        raise ValueError(f"workdir={str(path)!r} is not a run of this program: choose another, it is left as it is")
+    _refuse_foreign(path)
     if stored.is_file() and overwrite:
-        aside = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        path.rename(aside)
-        print(f"The earlier run was moved to {aside}.", flush=True)
+        _move_aside(path)
     text = to_json(config)
     fresh = not stored.is_file()
     if not fresh:
@@ -502,6 +642,8 @@ def prepare_workdir(
         if changes:
             print(f"The run in {path} goes on with another config: {'; '.join(changes)}", flush=True)
     path.mkdir(parents=True, exist_ok=True)
+    (path / LOCK_FILE).touch()
+    temporary = stored.with_suffix(".tmp")
     temporary.write_text(text + "\n")
     temporary.replace(stored)
     return fresh
@@ -509,7 +651,7 @@ def prepare_workdir(
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except ValueError:
         raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
 
@@ -519,8 +661,9 @@ def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] |
 
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
     ``--allow_config_change``, ``--distributed`` (several hosts). A user's mistake is one line on stderr and exit
-    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs and
-    show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
+    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next
+    step boundary where a stage saves, elsewhere at once, and the second one at once everywhere. Other errors are bugs
+    and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always. No text on stderr holds a secret (`redact`).
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
@@ -528,11 +671,16 @@ def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] |
       workdir: the run folder when ``--workdir`` is not given.
       argv: the arguments; None reads the command line.
     """
-    sys.exit(_main(run, config, workdir, sys.argv[1:] if argv is None else list(argv)))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    secrets = known_secrets(arguments)
+    sys.excepthook = functools.partial(_show_bug, secrets)
+    with _signals(several="--distributed" in arguments):
+        status = _main(run, config, workdir, arguments, secrets)
+    sys.exit(status)
 
 
-def _main(run: Run, config_default: str, workdir_default: str, argv: list[str]) -> int:
-    fresh, path = False, None
+def _main(run: Run, config_default: str, workdir_default: str, argv: list[str], secrets: Sequence[str] = ()) -> int:
+    fresh, path, lock = False, None, None
     try:
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
@@ -540,9 +688,8 @@ def _main(run: Run, config_default: str, workdir_default: str, argv: list[str]) 
         config = load_config(flags.config, overrides)
         path, is_writer = Path(flags.workdir), not flags.distributed or _initialize_distributed()
         if is_writer:
-            fresh = prepare_workdir(
-                path, config, overwrite=flags.overwrite, allow_config_change=flags.allow_config_change
-            )
+            lock = claim_workdir(path, overwrite=flags.overwrite)
+            fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
         with allow_change(flags.allow_config_change):
             run(config, str(path))
     except (ValueError, OSError, FloatingPointError) as error:
@@ -550,11 +697,92 @@ def _main(run: Run, config_default: str, workdir_default: str, argv: list[str]) 
             _remove_unused(path)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        return _say(f"Error: {error}{_where(error)}", 2 if isinstance(error, ValueError) else 1)
+        text = redact(f"Error: {error}{_where(error)}{_disk(error)}", secrets)
+        return _say(text, 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
-        return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", 130)
+        status = 128 + getattr(stop, "signal_number", signal.SIGINT)
+        return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", status)
+    finally:
+        if lock is not None:
+            lock.close()
     return 0
+
+
+def _show_bug(secrets: Sequence[str], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Python's own report of an error nobody caught, without secrets."""
+    _say(redact("".join(traceback.format_exception(kind, error, trace)), secrets).rstrip("\n"), 1)
+
+
+def _disk(error: Exception) -> str:
+    """What to do when a write fails that does not say so itself."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". Free disk space and give the same command again: what was saved before is intact"
+    return ""
+
+
+@contextlib.contextmanager
+def _signals(*, several: bool) -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt where no stage has its own way to stop; the second one ends at once.
+
+    At once means also while XLA compiles, when Python's own handlers have to wait: the signals' numbers are read by a
+    thread of its own. With several processes JAX answers SIGTERM for all of them together and nothing is done here.
+    """
+    if several or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        stop = KeyboardInterrupt()
+        stop.signal_number = number  # pyright: ignore[reportAttributeAccessIssue]
+        raise stop
+
+    def swallowed(unraisable: Any) -> None:
+        """A destructor or a callback from C cannot raise: the interrupt that hit one there is sent anew."""
+        number = getattr(unraisable.exc_value, "signal_number", None)
+        if number is None:
+            return told(unraisable)
+        own.append(number)
+        threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number]).start()
+
+    own: list[int] = []
+    told, sys.unraisablehook = sys.unraisablehook, swallowed
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(reader, own), name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+        signal.set_wakeup_fd(wakeup)
+        writer.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SAME = 1.0
+"""Seconds within which a second SIGTERM is the first one sent twice, as srun and a container's init do."""
+
+
+def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
+    """Ends the process at the second signal that `reader` tells of; those in `own` this process sent itself."""
+    first: tuple[int, float] | None = None
+    while number := reader.recv(1)[:1]:
+        if number[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if own:
+            own.pop()
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = (number[0], now)
+        elif number[0] == signal.SIGINT or first[0] == signal.SIGINT or now - first[1] > _SAME:
+            time.sleep(0.2)  # the main thread may end in better order
+            os.write(2, b"\nStopped at once. The same command goes on from the last checkpoint.\n")
+            os._exit(128 + number[0])
+    reader.close()
 
 
 def _where(error: Exception) -> str:
@@ -570,8 +798,9 @@ def _say(text: str, status: int) -> int:
 
 def _remove_unused(path: Path) -> None:
     """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace."""
-    if [p.name for p in path.iterdir()] == [CONFIG_FILE]:
-        (path / CONFIG_FILE).unlink()
+    if {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
+        for name in (CONFIG_FILE, LOCK_FILE):
+            (path / name).unlink()
         path.rmdir()
 
 
@@ -582,9 +811,16 @@ def _initialize_distributed() -> bool:
     return jax.process_index() == 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are said as all others are: in one line, without secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config is a flag too: --config.KEY=VALUE",
     )  # fmt: skip

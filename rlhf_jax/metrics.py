@@ -180,7 +180,7 @@ def _keeps(record: dict[str, Any] | None, stage: str, step: int) -> bool:
 def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

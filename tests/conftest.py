@@ -10,7 +10,7 @@ from pathlib import Path
 
 DEVICES = 8
 
-collect_ignore = ["golden", "accelerator", "reliability"]  # scripts run by hand
+collect_ignore = ["golden", "accelerator"]  # scripts run by hand
 
 
 def _environment() -> None:

@@ -404,6 +404,34 @@ def test_a_second_ctrl_c_interrupts_at_once_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_after_the_last_question_is_handed_on_and_one_that_was_heard_is_not():
+    """SIGTERM in the last step of a stage must stop the pipeline around it, not be forgotten."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with stop_requests() as stop:
+            assert not stop(1)
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # at once: the same one, sent twice
+            assert stop(1)
+        assert heard == [signal.SIGTERM]
+
+        def stage() -> None:
+            with stop_requests() as stop:
+                signal.raise_signal(signal.SIGTERM)
+                assert stop(1)
+                raise KeyboardInterrupt("at step 1")
+
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            stage()
+        assert stopped.value.signal_number == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_the_seal_lists_every_file_and_leaf(tmp_path):
     saved(tmp_path, (1,))
     seal = json.loads((tmp_path / "manifests/1.json").read_text())

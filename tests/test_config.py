@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -209,11 +212,32 @@ def test_json_round_trip_keeps_everything_but_secrets():
     )
     assert C.from_json(C.to_json(config)) == config
     secret = "canary-4711"
-    for key in ("hf_token", "token", "API_KEY", "wandb-api-key", "client_secret", "db_password", "auth_token"):
+    for key in (
+        "hf_token", "token", "API_KEY", "wandb-api-key", "client_secret", "db_password", "auth_token", "apiKey",
+        "hubToken", "authorization", "credentials", "aws_secret_access_key", "private_key", "passphrase", "HF_TOKEN",
+    ):  # fmt: skip
         assert secret not in C.to_json(ConfigDict({"nested": {key: secret}})), key
-    for key in ("tokenizer", "max_new_tokens", "tokens", "stop_token", "monkey"):
+        assert secret not in C.to_json(ConfigDict({key: {"inner": (1, ("a", (secret,)))}})), key
+    for key in (
+        "tokenizer",
+        "max_new_tokens",
+        "tokens",
+        "stop_token",
+        "monkey",
+        "keyboard",
+        "author",
+        "tokens_per_row",
+    ):
         assert secret in C.to_json(ConfigDict({key: secret})), key
-    assert secret not in C.to_json(ConfigDict({"url": f"https://user:{secret}@example.org/x"}))
+    for url in (f"https://user:{secret}@example.org/x", f"s3://{secret}@b/x", f"https://x.org/a?b=1&token={secret}",
+                f"https://user:p@{secret}@example.org/x"):  # fmt: skip
+        assert secret not in C.to_json(ConfigDict({"url": url, "more": ((url,),)})), url
+    plain = "https://example.org/x@y?mail=a@b.org"
+    assert json.loads(C.to_json(ConfigDict({"url": plain}))) == {"url": plain}
+    assert json.loads(C.to_json(ConfigDict({"password": 1234, "token_id": 5}))) == {
+        "password": C.REDACTED,
+        "token_id": 5,
+    }
 
 
 def test_json_refuses_what_it_cannot_store():
@@ -292,8 +316,58 @@ def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, overwrite):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_model_folder_has_a_config_and_is_no_run(tmp_path, overwrite):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for claim in (C.claim_workdir, lambda path, overwrite: C.prepare_workdir(path, ConfigDict(), overwrite=overwrite)):
+        with pytest.raises(ValueError, match="not a run of this program"):
+            claim(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+    assert len(list(tmp_path.parent.glob(f"{tmp_path.name}*"))) == 1
+
+
+def test_links_in_the_place_of_a_run_or_out_of_it_are_refused(tmp_path):
+    C.prepare_workdir(tmp_path / "run", ConfigDict())
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(ValueError, match="is a symbolic link: pass the folder it leads to"):
+            C.claim_workdir(tmp_path / name)
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is a symbolic link out of the run folder"):
+        C.claim_workdir(tmp_path / "run")
+    assert not (tmp_path / "nowhere").exists()
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_run_in_use_is_refused_with_the_process_and_a_kill_frees_it(tmp_path):
+    code = f"""
+        import time
+        from rlhf_jax.config import claim_workdir
+        lock = claim_workdir({str(tmp_path / "run")!r})
+        print("locked", flush=True)
+        time.sleep(600)
+    """
+    argv, env = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            for overwrite in (False, True):
+                with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on "):
+                    C.claim_workdir(tmp_path / "run", overwrite=overwrite)
+        finally:
+            holder.kill()
+    with C.claim_workdir(tmp_path / "run"):
+        assert f"process {os.getpid()} on" in (tmp_path / "run" / "run.lock").read_text()
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+            C.claim_workdir(tmp_path / "run")
+    C.claim_workdir(tmp_path / "run").close()
+
+
 PROGRAM = """
-import os, sys
+import hashlib, os, signal, sys, time
 from rlhf_jax.config import main, require_divides
 
 def run(config, workdir):
@@ -301,6 +375,19 @@ def run(config, workdir):
     if config.name == "interrupt": raise KeyboardInterrupt("step 7")
     if config.name == "disk": raise OSError(28, "No space left on device")
     if config.name == "bug": raise ZeroDivisionError("a bug")
+    if config.name == "waits":
+        print("waiting", flush=True)
+        time.sleep(60)
+    if config.name == "destructs":
+        class Slow:
+            def __del__(self):
+                print("waiting", flush=True)
+                time.sleep(20)
+        Slow()
+        time.sleep(60)
+    if config.name == "compiles":  # one call into C that lets no Python handler run, as XLA's compiler is
+        print("waiting", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
     print("ran", config.ppo.minibatches, config.policy_loss.fn, workdir)
 
 if __name__ == "__main__":
@@ -346,6 +433,31 @@ def test_a_users_mistake_is_one_line_without_a_traceback(command, tmp_path, flag
     assert len(done.stderr.strip().splitlines()) == 1
     if status == 2:
         assert not (tmp_path / "out/run").exists(), "a refused config must leave no run folder"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("name", ["waits", "compiles", "destructs"])
+def test_a_signal_ends_a_run_with_the_documented_status(command, tmp_path, number, status, name):
+    """Where no stage saves one is enough; in a call that does not return the second one ends it."""
+    del command  # it wrote the program
+    argv = [sys.executable, "program.py", "--config=x.py", "--workdir=out/run", f"--config.name={name}"]
+    environ, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    with subprocess.Popen(argv, cwd=tmp_path, env=environ, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(1.0)  # into the call
+        process.send_signal(number)
+        if name == "compiles":
+            time.sleep(1.2)
+            assert process.poll() is None
+            process.send_signal(number)
+        sent = time.monotonic()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert time.monotonic() - sent < 20
+    assert "Stopped" in err
+    assert "The same command goes on" in err
+    assert "Traceback" not in err
 
 
 def test_a_bug_keeps_its_traceback(command):

@@ -30,6 +30,7 @@ import datetime
 import difflib
 import functools
 import gzip
+import io
 import itertools
 import json
 import os
@@ -52,6 +53,15 @@ SCREEN = 24
 
 NESTING = 32
 """Most lists and objects in each other; a record needs three."""
+
+LINE_LIMIT = 2**24
+"""Most bytes of a line; a record of a hundred thousand words has a million."""
+
+UNPACKED_LIMIT = 2**26
+"""Bytes that any .gz file may unpack to; a larger one may grow `UNPACKED_RATIO` times."""
+
+UNPACKED_RATIO = 200
+"""Text packs 3 to 20 times smaller, one line repeated for ever 1,000 times: that is a file made to fill the memory."""
 
 PLACES = 3
 """How many lines of a file a data report names for a reason."""
@@ -435,11 +445,23 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     try:
         data = Path(path).read_bytes()
-        return gzip.decompress(data) if str(path).endswith(".gz") else data
+        return _unpacked(data, path) if str(path).endswith(".gz") else data
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): copy or download it again") from error
+
+
+def _unpacked(data: bytes, path: str | os.PathLike[str]) -> bytes:
+    limit = max(UNPACKED_LIMIT, UNPACKED_RATIO * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        found = file.read(limit + 1)
+    if len(found) > limit:
+        raise ValueError(
+            f"{path} unpacks to more than {UNPACKED_RATIO} times its {len(data):,} bytes (limit {limit:,}): it is no "
+            "ordinary text; unpack it yourself if you trust it"
+        )
+    return found
 
 
 def _each_row(tally: _Tally, take: Callable[[int, dict[str, Any]], None]) -> None:
@@ -454,6 +476,10 @@ def _each_row(tally: _Tally, take: Callable[[int, dict[str, Any]], None]) -> Non
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.split(b"\n"), start=1):
+        if len(line) > LINE_LIMIT:
+            raise ValueError(
+                f"{path}:{number}: the line has {len(line):,} bytes, the limit is {LINE_LIMIT:,}: write a record a line"
+            )
         if line.strip():
             yield number, line
 

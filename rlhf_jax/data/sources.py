@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -40,6 +39,7 @@ from rlhf_jax.data.schema import (
     read_bytes,
     read_rows,
 )
+from rlhf_jax.files import read_json
 
 Split = Literal["train", "test"]
 HH_SUBSETS = ("helpful-base", "helpful-rejection-sampled", "helpful-online", "harmless-base")
@@ -575,8 +575,8 @@ def _choose(path: Path, names: Sequence[str], split: str | None) -> str:
 def _saved_files(folder: Path) -> list[Path]:
     """The arrow files of `Dataset.save_to_disk`, in the order of its state.json."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        names = [file["filename"] for file in state["_data_files"]]
+        state = read_json(folder / "state.json")
+        names = [str(file["filename"]) for file in state["_data_files"]]
         moved = bool(state.get("_indices_data_files"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'state.json'} is not as save_to_disk writes it ({error!r}): save again") from None

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from jaxtyping import Int
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.schema import Conversation, Message
+from rlhf_jax.files import check_tokenizer
 from rlhf_jax.types import LMBatch, PromptBatch, RankingBatch, Samples
 
 PROMPT_END = "\n\n"
@@ -46,11 +46,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
     Raises:
       ValueError: there is no tokenizer, it cannot be read, or it names no EOS token.
     """
-    if not (Path(path) / "tokenizer.json").is_file():
-        raise ValueError(f"no tokenizer.json in {path}: pass the folder that holds the model's tokenizer")
     try:
+        file = check_tokenizer(path)
+    except FileNotFoundError:
+        raise ValueError(f"no tokenizer.json in {path}: pass the folder that holds the model's tokenizer") from None
+    try:  # the file is named, so that tokenizer_config.json cannot name another
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
+            str(path), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
         )
     except Exception as error:  # the Rust parser raises bare Exception
         raise ValueError(f"the tokenizer in {path} cannot be read ({error}): copy or save it again") from error

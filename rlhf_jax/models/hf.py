@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face folders (config.json + safetensors), GGUF files and llama2.c checkpoints.
 
 No torch, no pickle, no remote code, and no path is ever built from a name found in a file: shards are the
-``*.safetensors`` files of the folder, whatever an index says.
+``*.safetensors`` files of the folder, whatever an index says. Headers are read with limits (`rlhf_jax.files`).
 
 Memory: each parameter is allocated once, on its devices' terms, and filled from the files a block of rows at a time;
 saving writes a block at a time. So beside the parameters only a few blocks of `_BLOCK` bytes are ever held.
@@ -25,6 +25,15 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
+from rlhf_jax.files import (
+    PLAIN_NAME,
+    check_file,
+    check_gguf,
+    check_template_name,
+    check_tokenizer,
+    parse_json,
+    read_json,
+)
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.types import Model, Params
@@ -182,6 +191,8 @@ def save_hf(
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
     path = Path(path)
+    for name in _template_names(tokenizer):
+        check_template_name(name, "the tokenizer")
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
         raise ValueError("params lie on devices of several processes: gather them with multihost_utils first")
     description = hf_config(model.config, score="score" in params)
@@ -197,6 +208,12 @@ def save_hf(
     _write_shards(path, dict(_outgoing(model.config, description["model_type"], params)), max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _template_names(tokenizer: Any) -> list[Any]:
+    """Names of a tokenizer's chat templates where it has several: the library saves each under its name."""
+    templates = getattr(tokenizer, "chat_template", None)
+    return list(templates) if isinstance(templates, dict) else []
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -236,15 +253,57 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
       ValueError: a family or a feature this decoder does not have.
     """
     kind = description.get("model_type")
-    if kind not in _NAMES:
-        raise ValueError(f"model_type={kind!r} is not supported: choose a model of {', '.join(_NAMES)}")
+    if not isinstance(kind, str) or kind not in _NAMES:
+        raise ValueError(f"model_type={_short(kind)} is not supported: choose a model of {', '.join(_NAMES)}")
     if description.get("quantization_config"):
         raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
+    for name, value in description.items():
+        check_number(name, value, "config.json")
     try:
         readers = {"gpt2": _gpt2_config, "gemma3_text": _gemma3_config}
         return readers.get(kind, _llama_config)(description)
     except KeyError as error:
         raise ValueError(f"config.json lacks the field {error}: copy the model folder again") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"config.json holds a value of a wrong kind ({error}): copy the model folder again") from error
+
+
+_MILLION = 10**6
+_COUNTS = {
+    "vocab_size": 10 * _MILLION,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), 100 * _MILLION),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "sliding_window_pattern"), 10_000),
+    **dict.fromkeys(("hidden_size", "n_embd"), _MILLION),
+    **dict.fromkeys(("intermediate_size", "n_inner"), 10 * _MILLION),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 100_000),
+}
+"""Integers of a config.json and the largest that is believed: far above every model there is."""
+_REALS = {
+    **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), 1.0),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"), 1e15),
+}
+"""Numbers above 0, and the largest."""
+
+
+def check_number(name: str, value: Any, where: str) -> None:
+    """Refuses a size or constant of a model description that is no number, or absurd; other names are not looked at.
+
+    Raises:
+      ValueError: it is.
+    """
+    if name in _COUNTS and value is not None and not (type(value) is int and 0 <= value <= _COUNTS[name]):
+        raise ValueError(f"{where} has {name}={_short(value)}: it must be an integer from 0 to {_COUNTS[name]:,}")
+    if name in _REALS and value is not None and not (type(value) in (int, float) and 0 < value <= _REALS[name]):
+        raise ValueError(f"{where} has {name}={_short(value)}: it must be a number above 0, at most {_REALS[name]:g}")
+    if name == _SCORE_BIAS and not (isinstance(value, int | float) and -1e6 <= value <= 1e6):
+        raise ValueError(f"{where} has {name}={_short(value)}: it must be a number from -1e6 to 1e6")
+
+
+def _short(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # an integer with more digits than Python writes
+        return "a huge integer"
 
 
 def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
@@ -461,10 +520,7 @@ def _family(config: DecoderConfig) -> str:
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {path}: pass the folder of a saved model or a .gguf file")
-    try:
-        description = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is corrupt ({error}): copy it again") from error
+    description = read_json(path / "config.json")
     if not isinstance(description, dict):
         raise ValueError(f"{path / 'config.json'} holds no object: copy it again")
     return description
@@ -489,18 +545,25 @@ class _Tensors:
 
     def _check_index(self) -> None:
         """The index is believed in one thing only: which tensors there should be."""
-        if not (self._path / _INDEX).is_file():
+        if not (self._path / _INDEX).exists():
             return
+        index = read_json(self._path / _INDEX)
         try:
-            weight_map = json.loads((self._path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = index["weight_map"]
             missing = {str(shard): name for name, shard in weight_map.items() if _full_name(name) not in self}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self._path / _INDEX} is corrupt ({error!r}): copy it again") from error
         if missing:
             shard, name = min(missing.items())
             raise ValueError(
                 f"a shard is missing: tensor {name!r} should be in {shard!r} in {self._path}: copy that file again"
             )
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
+                raise ValueError(
+                    f"{self._path / _INDEX} names the shard {_short(shard)}, which is no file of this folder: "
+                    "an index holds plain file names; copy the model again from a source you trust"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -528,7 +591,27 @@ class _InFile:
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+_HEADER_LIMIT = 100_000_000
+"""Bytes of the header of a safetensors file, as the library has it."""
+
+
+def _check_header(file: Path) -> None:
+    """Refuses a header that the library would take: one that gives a tensor twice, or is nested without end."""
+    check_file(file)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise ValueError(
+                f"{file} is corrupt (its header of {length:,} bytes is above the limit of {_HEADER_LIMIT:,}): "
+                "it is no safetensors file; copy it again"
+            )
+        header = parse_json(stream.read(length), str(file))
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is corrupt (its header is no object): copy it again")
+
+
 def _tensors_of(file: Path) -> Iterator[_InFile]:
+    _check_header(file)
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
@@ -826,13 +909,14 @@ def _write_file(file: Path, tensors: Mapping[str, _Outgoing]) -> None:
 
 
 def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").exists():
         return None
+    file = check_tokenizer(folder)
     import transformers  # slow to import, and only this needs it
 
-    try:
+    try:  # the file is named, so that tokenizer_config.json cannot name another
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
         )
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy or save it again") from error
@@ -896,6 +980,7 @@ def _load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mod
         import gguf  # an extra: pip install rlhf_jax[gguf]
     except ImportError as error:
         raise ValueError("reading .gguf files needs the gguf package: pip install gguf") from error
+    check_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the reader fails with whatever the bytes lead it to
@@ -956,6 +1041,20 @@ def _gguf_tokenizer(reader) -> Any:
 _GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
+_GGUF_COUNTS = {
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}
+"""config.json's name of a number -> its name in a GGUF file."""
+
+
 def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:
     def field(name: str, default: Any = None) -> Any:
         entry = reader.get_field(name)
@@ -967,6 +1066,8 @@ def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig
     if kind != "llama":
         raise ValueError(f"general.architecture={kind!r} is not supported: choose a llama GGUF file")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+    for name, key in _GGUF_COUNTS.items():
+        check_number(name, field(key, 1), str(path))
     return DecoderConfig(
         vocab_size=read("token_embd.weight").shape[0],
         context_length=field("llama.context_length"),
@@ -998,6 +1099,11 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
     if len(content) < 28:
         raise ValueError(f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again")
     width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack("<7i", content[:28])
+    sizes = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers,
+             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": abs(vocabulary),
+             "max_position_embeddings": context}  # fmt: skip
+    for name, value in sizes.items():
+        check_number(name, value, str(path))
     config = DecoderConfig(
         vocab_size=abs(vocabulary),
         context_length=context,
@@ -1028,7 +1134,7 @@ def _llama2c_tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> d
     tensors, offset = {}, 0
     for name, shape in order.items():
         for layer in range(config.layers if "{}" in name else 1):
-            size = int(np.prod(shape))
+            size = math.prod(shape)
             if offset + size > values.size:
                 raise ValueError(f"{path} is corrupt (it ends in {name!r}): copy it again")
             tensors[f"{name.format(layer)}.weight"] = values[offset : offset + size].reshape(shape)
@@ -1062,7 +1168,7 @@ def _llama2c_pieces(path: Path, vocab_size: int) -> dict[str, float]:
     content, offset, scores = path.read_bytes(), 4, {}
     try:
         for place in range(vocab_size):
-            score, length = struct.unpack_from("<fi", content, offset)
+            score, length = struct.unpack_from("<fI", content, offset)
             piece = content[offset + 8 : offset + 8 + length].decode("utf-8")
             offset += 8 + length
             # llama2.c wraps the control tokens in line breaks.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import contextlib
 import contextvars
 import difflib
@@ -677,9 +678,14 @@ def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] |
     with _signals(several="--distributed" in arguments):
         status = _main(run, config, workdir, arguments, secrets)
     if status > 128 and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # while Python takes itself down
-            signal.signal(number, lambda *_: os._exit(status))
+        _answer_signals(lambda *_: os._exit(status))  # while threads are waited for
+        atexit.register(_answer_signals, signal.SIG_IGN)  # the milliseconds in which Python takes itself down
     sys.exit(status)
+
+
+def _answer_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _main(run: Run, config_default: str, workdir_default: str, argv: list[str], secrets: Sequence[str] = ()) -> int:

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, once and twice, at every moment of real commands in one process.
 
     python -m tests.reliability.signals             # stages
-    python -m tests.reliability.signals pipeline    # and the whole smoke pipeline, stopped again and again (minutes)
+    python -m tests.reliability.signals pipeline    # the whole smoke pipeline, stopped in each of its stages (minutes)
 
 Survived means: the documented exit status (130 for Ctrl-C, 143 for SIGTERM), a word on stderr, no traceback; once is
 answered by a save at the step boundary, twice by an end within ten seconds (the machine is busy); and the same
@@ -10,7 +10,6 @@ command goes on to models and log equal to those of a run that nothing happened 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
@@ -109,20 +108,19 @@ def sampling(source: Path, run: Path, number: int) -> tuple[bool, str]:
 def pipeline(folder: Path, table: runs.Table) -> None:
     """The smoke pipeline whole, and stopped in each of its stages: results equal but for times and memory."""
     flags = [f"--config={runs.ROOT}/configs/instructgpt/storyland.py:smoke"]
-    whole = runs.command("instructgpt", [*flags, f"--workdir={folder}/whole"])
+    whole = runs.command("instructgpt", [*flags, f"--workdir={folder}/pipeline"])
     assert whole.status == 0, whole.err
-    run, statuses = folder / "cut", []
+    run = folder / "cut"
     for place, stage in enumerate(("data", "sft", "ppo_init", "samples", "reward_model", "baseline", "ppo", "ppo_ptx",
                                    "evaluation")):  # fmt: skip
         number = (signal.SIGTERM, signal.SIGINT)[place % 2]
         ended, _ = runs.signalled(
             "instructgpt", [*flags, f"--workdir={run}"], lambda stage=stage: (run / stage).exists(), number
         )
-        statuses.append(ended.status)
         good = ended.status == STATUS[number] and "Traceback" not in ended.err
         table.add(f"{NAMES[number]} in the stage {stage} of the pipeline", good, f"status {ended.status}; {ended.line}")
     again = runs.command("instructgpt", [*flags, f"--workdir={run}"])
-    equal = again.status == 0 and results(folder / "whole") == results(run)
+    equal = again.status == 0 and results(folder / "pipeline") == results(run)
     table.add("the pipeline that was stopped nine times ends like the whole one", equal, f"status {again.status}")
 
 
@@ -132,27 +130,29 @@ def results(run: Path) -> dict:
     return {key: value for key, value in found.items() if key not in ("seconds", "peak_memory_mb")}
 
 
+def stages(folder: Path, table: runs.Table) -> None:
+    """Every moment of a stage, each signal once and twice."""
+    source = runs.inputs(folder / "inputs")
+    assert runs.command("sft", runs.sft_flags(source, folder / "whole")).status == 0
+    expected = runs.outcome(folder / "whole")
+    places = (folder / f"run{i}" for i in range(10**6))
+    for number, name in NAMES.items():
+        for moment in MOMENTS:
+            table.add(f"{name} {moment.name}", *once(source, next(places), expected, moment, number))
+        for moment in MOMENTS[:-1]:
+            pause = 0.3 if number == signal.SIGINT else 1.3
+            seen = twice(source, next(places), expected, moment, number, pause)
+            table.add(f"{name} twice, {pause} s apart, {moment.name}", *seen)
+        table.add(f"{name} while sampling", *sampling(source, next(places), number))
+    table.add("SIGTERM twice within 0.05 s is one", *same_one_twice(source, next(places), expected))
+
+
 def main() -> None:
-    """All of them."""
-    table = runs.Table("signals to real commands in one process")
+    """Stages, or the pipeline."""
+    chosen = pipeline if "pipeline" in sys.argv[1:] else stages
+    table = runs.Table(f"signals to real commands in one process: {chosen.__name__}")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        source = runs.inputs(folder / "inputs")
-        assert runs.command("sft", runs.sft_flags(source, folder / "whole")).status == 0
-        expected = runs.outcome(folder / "whole")
-        places = (folder / f"run{i}" for i in range(10**6))
-        for number, name in NAMES.items():
-            for moment in MOMENTS:
-                table.add(f"{name} {moment.name}", *once(source, next(places), expected, moment, number))
-            for moment in MOMENTS[:-1]:
-                pause = 0.3 if number == signal.SIGINT else 1.3
-                seen = twice(source, next(places), expected, moment, number, pause)
-                table.add(f"{name} twice, {pause} s apart, {moment.name}", *seen)
-            table.add(f"{name} while sampling", *sampling(source, next(places), number))
-        table.add("SIGTERM twice within 0.05 s is one", *same_one_twice(source, next(places), expected))
-        if "pipeline" in sys.argv[1:]:
-            with contextlib.suppress(KeyboardInterrupt):
-                pipeline(folder, table)
+        chosen(Path(scratch), table)
     table.show()
 
 

@@ -163,7 +163,10 @@ class Checkpoints:
 
         Raises:
           ValueError: there were checkpoints, and every one is damaged. Training never restarts silently.
+          OSError: a file lies in the place of the folder.
         """
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            raise OSError(f"{self.root} is no folder: checkpoints could not be written there; move it away")
         chosen = -2
         if jax.process_index() == 0:
             chosen = self._newest_good()
@@ -408,7 +411,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked and not heard.is_set():
-        number = asked[0][0]
+        number = signal.Signals(asked[0][0])
         handler = before[number]
         if callable(handler):  # called, not raised anew: it would count as a second signal
             handler(number, None)

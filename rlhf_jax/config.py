@@ -676,6 +676,9 @@ def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] |
     sys.excepthook = functools.partial(_show_bug, secrets)
     with _signals(several="--distributed" in arguments):
         status = _main(run, config, workdir, arguments, secrets)
+    if status > 128 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # while Python takes itself down
+            signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
 
 

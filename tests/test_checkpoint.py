@@ -345,6 +345,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_no_fresh_start(tmp_path):
+    (tmp_path / "checkpoints").write_text("not a folder")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("checkpoints", "link"):
+        with pytest.raises(OSError, match=f"{name} is no folder: checkpoints could not be written there"):
+            Checkpoints(tmp_path / name).newest_good()
+    assert (tmp_path / "checkpoints").read_text() == "not a folder"
+
+
 def test_kill_9_at_any_moment_leaves_a_good_newest_step(tmp_path):
     code = """
         import sys, jax, jax.numpy as jnp

@@ -187,6 +187,7 @@ def save_hf(
 
     Raises:
       ValueError: the model has no config, its mixture of parts is no known family, or other processes hold a part.
+      OSError: a file could not be written.
     """
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
@@ -207,7 +208,16 @@ def save_hf(
     (path / "README.md").write_text(_card(description), encoding="utf-8")
     _write_shards(path, dict(_outgoing(model.config, description["model_type"], params)), max_shard_size)
     if tokenizer is not None:
+        _save_tokenizer(path, tokenizer)
+
+
+def _save_tokenizer(path: Path, tokenizer: Any) -> None:
+    try:
         tokenizer.save_pretrained(path)
+    except Exception as error:
+        if type(error) is not Exception:  # the Rust writer raises a bare one where a disk is full
+            raise
+        raise OSError(f"the tokenizer could not be written to {path}: {error}") from error
 
 
 def _template_names(tokenizer: Any) -> list[Any]:

@@ -415,6 +415,17 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
         load_hf(tmp_path, dtype=jnp.float32)
 
 
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    """The Rust writer raises a bare Exception where a disk is full; a folder in its place refuses in the same way."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="a", eos_token="b")
+    (tmp_path / "tokenizer.json").mkdir()
+    model = language_model(LLAMA)
+    with pytest.raises(OSError, match="the tokenizer could not be written to"):
+        save_hf(tmp_path, model, _random(model), tokenizer)
+
+
 def test_a_mixture_without_a_family_is_not_saved():
     with pytest.raises(ValueError, match="norm='layernorm'"):
         hf_config(dataclasses.replace(LLAMA, norm="layernorm"), score=False)

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import hashlib
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from experiments import pretrained
-from rlhf_jax import checkpoint, optim, scoring, sharding
+from rlhf_jax import checkpoint, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
@@ -62,6 +63,42 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
     return sharding.make_mesh(tuple(mesh_shape))
+
+
+def agree_on_inputs(*paths: str) -> None:
+    """Stops all processes unless each reads the same files: data and models, by what is in them.
+
+    Args:
+      *paths: files, and models as `model_folder` takes them; empty ones are left out.
+
+    Raises:
+      ValueError: they differ; the message names path, processes and hosts.
+    """
+    if processes.count() > 1:
+        processes.agree("inputs", {f"what is in {path}": contents_digest(model_folder(path)) for path in paths if path})
+
+
+def contents_digest(path: Path) -> str:
+    """sha256 of the files in a folder, or of one; of each the size and 64 pieces, where it is larger than those."""
+    digest, piece = hashlib.sha256(), 2**20
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return "no such file"
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        places = range(0, size, piece) if size <= 64 * piece else np.linspace(0, size - piece, 64).astype(int)
+        with file.open("rb") as f:
+            for place in places:
+                f.seek(int(place))
+                digest.update(f.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def process_share(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Arguments of `Batches`, so that this process reads its share of each batch."""
+    index, count = sharding.batch_share(mesh)
+    return {"process_index": index, "process_count": count}
 
 
 def has_accelerator() -> bool:
@@ -303,22 +340,29 @@ def train_resumable(
                 state, metrics = step_fn(state, batch, key)
                 log(step + 1, metrics)
                 at_end = (step + 1) % save_every == 0 or step + 1 == steps
-                if at_end or stop(step + 1):
+                asked = stop(step + 1)
+                if at_end or asked:
                     log.flush()
                     saved.save(step + 1, state)
                     if at_end:
                         on_save(step + 1, state, log)
-                if stop(step + 1) and step + 1 < steps:
+                if asked and step + 1 < steps:
                     saved.wait()
                     raise KeyboardInterrupt(f"{stage} at step {step + 1} of {steps}")
     return state
 
 
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
-    """Writes a model folder all or nothing: a crash leaves the old one or none."""
+    """Writes a model folder all or nothing: a crash leaves the old one or none. All processes call it, 0 writes."""
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     save_hf(temporary, network.model, network.params, network.tokenizer)
+    if processes.index() == 0:
+        _put_in_place(folder, temporary)
+    processes.barrier("model saved")
+
+
+def _put_in_place(folder: Path, temporary: Path) -> None:
     if folder.exists():
         folder.rename(folder.with_name(folder.name + ".old"))
     temporary.rename(folder)
@@ -330,6 +374,17 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- results
+
+
+def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
+    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes get it."""
+
+    def made() -> Any:
+        result = make()
+        checkpoint.write_json(Path(path), result)
+        return result
+
+    return processes.on_first("result", made)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -471,7 +526,7 @@ def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conv
       samples: N responses.
       asked: the N prompts they answer; without it they end at EOS.
     """
-    fetched = jax.tree.map(np.asarray, samples)
+    fetched = processes.gather(samples)
     rows = [
         row[start:end].tolist()
         for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
@@ -497,7 +552,8 @@ def score_responses(
     scores = np.zeros(len(rows))
     for index, slots in by_length([len(row) for row in rows], batch_size):
         batch = text.prompt_batch([rows[i] for i in index], length=slots)
-        scores[index] = _scores(network.model, network.params, sharding.place_batch(batch, mesh))
+        placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+        scores[index] = processes.gather(_scores(network.model, network.params, placed))
     return scores
 
 

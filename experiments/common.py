@@ -95,10 +95,10 @@ def contents_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def process_share(mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Arguments of `Batches`, so that this process reads its share of each batch."""
+def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -> Batches[Any]:
+    """The stream of batches of `rows`, of each batch this process's share."""
     index, count = sharding.batch_share(mesh)
-    return {"process_index": index, "process_count": count}
+    return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
 
 
 def has_accelerator() -> bool:

@@ -140,10 +140,8 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
     ids = common.encode_prompts(policy.tokenizer, asked, length=config.prompt_length, where=config.prompts)
-    prompts = Batches(
-        text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed,
-        **common.process_share(mesh),
-    )  # fmt: skip
+    rows = text.prompt_batch(ids, length=config.prompt_length)
+    prompts = common.batches(rows, mesh, batch_size=config.episodes, seed=config.seed)
     policy_tx, value_tx = optimizers(config)
     controller = kl_controller(config)
     trained = common.trained(policy.params, config), common.trained(value.params, config)
@@ -242,7 +240,7 @@ def pretraining_stream(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Me
         count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
         f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
     )  # fmt: skip
-    return Batches(rows, batch_size=count, seed=config.seed, **common.process_share(mesh))
+    return common.batches(rows, mesh, batch_size=count, seed=config.seed)
 
 
 def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
@@ -250,7 +248,7 @@ def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -
     if not config.held_out_text:
         return []
     rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
-    batches = Batches(rows, batch_size=config.held_out_rows, seed=0, **common.process_share(mesh))
+    batches = common.batches(rows, mesh, batch_size=config.held_out_rows, seed=0)
     return [sharding.place_batch(batches.at(0), mesh)]
 
 

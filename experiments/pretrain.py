@@ -19,7 +19,6 @@ from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
@@ -42,9 +41,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     held_out = text.lm_rows(
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
     )
-    share = common.process_share(mesh)
-    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed, **share)
-    held_out = Batches(held_out, batch_size=config.batch_size, seed=0, **share)
+    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=0)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
     steps = batches.steps(config.epochs)
     tx = optim.adam(

@@ -23,7 +23,6 @@ from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import processes, scoring, sharding
 from rlhf_jax.data import schema, text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
@@ -44,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     model = scalar_model(base.model.config)
     trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
     read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
-    batches = Batches(seen, batch_size=config.batch_size, seed=config.seed, **common.process_share(mesh))
+    batches = common.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
     steps = batches.steps(config.epochs)
     rate = common.schedule(config.schedule, config.learning_rate, steps)
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)

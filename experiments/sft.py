@@ -21,7 +21,6 @@ from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
 from rlhf_jax.data import schema, text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
@@ -37,9 +36,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     held_out = demonstration_rows(network.tokenizer, config.validation, config)
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config)
-    share = common.process_share(mesh)
-    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed, **share)
-    held_out = Batches(held_out, batch_size=config.batch_size, seed=config.seed, **share)
+    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
     held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
     epoch_steps = batches.steps(1)
     steps = epoch_steps * config.epochs

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
@@ -287,7 +287,7 @@ def _wait_until_heard() -> None:
 
 def when_another_fails(function: Callable[[], None]) -> None:
     """Has `function` run before this process ends because another one failed: to take back what is half made."""
-    _Watch.before_exit = function
+    _Watch.before_exit.append(function)
 
 
 def stop_point(step: int) -> bool:
@@ -322,7 +322,7 @@ class _Watch:
 
     _over = threading.Event()
     _thread: threading.Thread | None = None
-    before_exit: Callable[[], None] = staticmethod(lambda: None)
+    before_exit: ClassVar[list[Callable[[], None]]] = []
 
     @classmethod
     def begin(cls) -> None:
@@ -347,7 +347,8 @@ class _Watch:
             if not cls._over.wait(2 * _POLL_SECONDS):  # this process may be about to say the same itself
                 why = f"process {said['process']} on {said['host']} stopped, and this one with it: {said['why']}"
                 print(why, file=sys.stderr, flush=True)
-                cls.before_exit()
+                for function in cls.before_exit:
+                    function()
                 _exit(said["status"])
             return
 

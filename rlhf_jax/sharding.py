@@ -203,7 +203,8 @@ def place_batch(batch: T, mesh: Mesh) -> T:
         _check_rows(path, x.shape[0] * count, mesh)
         own, first = np.asarray(x), index * x.shape[0]
 
-        def piece(window: tuple[slice, ...]) -> np.ndarray:
+        def piece(window: tuple[slice, ...] | None) -> np.ndarray:
+            assert window is not None
             start, stop, _ = window[0].indices(x.shape[0] * count)
             return own[start - first : stop - first]
 

@@ -36,7 +36,7 @@ def write_inputs(folder: Path) -> Path:
     asked = [f"Write a story about number {i}." for i in range(24)]
     told = [f"A dog and a cat met. They saw the number {i}." for i in range(24)]
     write_jsonl(folder / "demonstrations.jsonl", [Demonstration(p, r) for p, r in zip(asked, told, strict=True)])
-    ranked = [Ranking(p, (r, "A cat is here.", "No."), (1, 2, 3)) for p, r in zip(asked, told, strict=True)]
+    ranked = [Ranking(p, (r, "A cat is here.", "No."), (0, 1, 2)) for p, r in zip(asked, told, strict=True)]
     write_jsonl(folder / "rankings.jsonl", ranked)
     write_jsonl(folder / "prompts.jsonl", [Prompt(p, id=f"p{i}") for i, p in enumerate(asked)])
     write_jsonl(folder / "text.jsonl", [PlainText(r) for r in told])

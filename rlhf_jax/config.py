@@ -491,8 +491,8 @@ def main(
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
     ``--allow_config_change``, ``--distributed`` (several processes: they agree on config, versions and run folder first
     and end together, see `rlhf_jax.processes`). A user's mistake is one line on stderr and exit status 2; a machine
-    that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs and show a traceback;
-    ``RLHF_JAX_TRACEBACK=1`` shows one always.
+    that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130; processes that stopped together 143. Other errors
+    are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
@@ -536,7 +536,8 @@ def _main(run: Run, config_default: str, workdir_default: str, argv: list[str], 
         return _say(f"Error: {error}{_where(error)}", 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
-        return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", 130)
+        status = STOPPED_TOGETHER if processes.stopping_together() else 130
+        return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", status)
     return 0
 
 
@@ -560,6 +561,9 @@ def _remove_unused(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ several processes
+
+STOPPED_TOGETHER = 143
+"""Exit status of all processes when one of them got SIGTERM (or Ctrl-C) and all have saved the same step."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """What must have one version in all processes, beside this package."""
@@ -622,10 +626,10 @@ def _put_mark(token: Path) -> str:
 
 
 def _end_together(why: str, status: int, trace: str = "") -> None:
-    """With several processes: ends all of them with `status`, unless all stopped at one step because they were told."""
+    """With several processes: ends all of them with `status`, unless all are on their way out from one step."""
     if processes.count() == 1:
         return
-    if status == 130 and processes.stopping_together():
+    if status == STOPPED_TOGETHER:
         processes.finish()
         return
     print(trace, end="", file=sys.stderr, flush=True)

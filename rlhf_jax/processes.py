@@ -45,7 +45,7 @@ def start(
     *, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
     heartbeat_timeout: int = HEARTBEAT_SECONDS, start_timeout: int = 300,
 ) -> None:  # fmt: skip
-    """Joins the other processes; before anything that looks for devices.
+    """Joins the other processes; before anything that looks for devices. Processes that have joined stay so.
 
     Without an address JAX finds it in the surroundings: SLURM, Open MPI, a Cloud TPU pod, GKE.
 
@@ -62,13 +62,21 @@ def start(
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     _check_address(given)
+    if not jax.distributed.is_initialized():
+        _join(given, heartbeat_timeout, start_timeout)
+    if count() > 1:
+        _Watch.begin()
+
+
+def _join(given: Mapping[str, Any], heartbeat_timeout: int, start_timeout: int) -> None:
+    coordinator_address = given["coordinator_address"]
     explicit = coordinator_address is not None
     note = threading.Timer(15.0, _still_waiting, (coordinator_address, start_timeout))
     note.daemon = True
     note.start()
     try:
         jax.distributed.initialize(
-            coordinator_address, num_processes, process_id,
+            **given,
             cluster_detection_method="deactivate" if explicit else None,  # an address means: all devices of this host
             heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=start_timeout,
         )  # fmt: skip
@@ -78,15 +86,13 @@ def start(
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --distributed out"
         ) from None
     except jax.errors.JaxRuntimeError as error:
+        where, detail = coordinator_address or "process 0", str(error).splitlines()[0][:200]
         raise OSError(
-            f"the {num_processes or 'other'} processes did not meet at {coordinator_address or 'process 0'} within "
-            f"{start_timeout} s ({str(error).splitlines()[0][:200]}): start all of them with one address that each "
-            "host reaches and one num_processes"
+            f"the {given['num_processes'] or 'other'} processes did not meet at {where} within {start_timeout} s "
+            f"({detail}): start all of them with one num_processes and an address that each host reaches"
         ) from None
     finally:
         note.cancel()
-    if count() > 1:
-        _Watch.begin()
 
 
 def _still_waiting(address: str | None, seconds: int) -> None:
@@ -326,6 +332,7 @@ class _Watch:
 
     @classmethod
     def begin(cls) -> None:
+        cls._over.clear()
         cls._thread = threading.Thread(target=cls._look, name="watch-processes", daemon=True)
         cls._thread.start()
 

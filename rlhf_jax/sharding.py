@@ -151,14 +151,18 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     >>> batch_share(make_mesh())
     (0, 1)
     """
-    held: dict[int, set[int]] = {}
-    for place, device in np.ndenumerate(mesh.devices):
-        held.setdefault(device.process_index, set()).add(place[0] * mesh.devices.shape[1] + place[1])
-    pieces, size = mesh.shape["data"] * mesh.shape["fsdp"], len(next(iter(held.values())))
-    whole_shares = [set(range(start, start + size)) for start in range(0, pieces, size)]
-    if any(pieces_of not in whole_shares for pieces_of in held.values()):
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return _share(owners.reshape(-1, mesh.shape["tensor"]), processes.index())
+
+
+def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
+    """The share of `process` where ``owners[piece]`` are the processes that hold a piece of the rows."""
+    held = {int(owner): {*np.flatnonzero((owners == owner).any(axis=1)).tolist()} for owner in np.unique(owners)}
+    size = len(held[process])
+    shares = [set(range(start, start + size)) for start in range(0, len(owners), size)]
+    if any(pieces not in shares for pieces in held.values()):
         return 0, 1
-    return whole_shares.index(held[processes.index()]), len(whole_shares)
+    return shares.index(held[process]), len(shares)
 
 
 def own_rows(batch: T, mesh: Mesh) -> T:

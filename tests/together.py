@@ -87,13 +87,13 @@ class Together:
 
     def __init__(
         self, commands: Sequence[Sequence[str]], folder: Path, *, devices: int = 2, slurm: bool = False,
-        heartbeat: int = 10,
+        heartbeat: int = 10, folders: Sequence[Path] = (), environments: Sequence[dict[str, str]] = (),
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.begun, self.files, self.running = time.monotonic(), [], []
         port, count = free_port(), len(commands)
         for i, arguments in enumerate(commands):
-            environment = surroundings(devices)
+            environment = surroundings(devices) | (environments[i] if environments else {})
             extra: list[str] = []
             if slurm:
                 environment |= _slurm(i, count, port)
@@ -105,7 +105,13 @@ class Together:
             paths = [folder / f"{name}{i}.txt" for name in ("out", "err")]
             with paths[0].open("w") as out, paths[1].open("w") as err:
                 self.running.append(
-                    subprocess.Popen([*arguments, *extra], cwd=ROOT, env=environment, stdout=out, stderr=err)
+                    subprocess.Popen(
+                        [*arguments, *extra],
+                        cwd=(folders or [ROOT] * count)[i],
+                        env=environment,
+                        stdout=out,
+                        stderr=err,
+                    )
                 )
             self.files.append(paths)
 

@@ -8,6 +8,7 @@ within `HEARTBEAT_SECONDS`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -270,25 +271,24 @@ def fail(why: str, status: int) -> NoReturn:
     """
     _Watch.end()
     said = {"process": index(), "host": socket.gethostname(), "why": why, "status": status}
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was first, or process 0 is gone
         _client().key_value_set(_FAILED, json.dumps(said))
-    except jax.errors.JaxRuntimeError:
-        pass  # somebody was first, or process 0 is gone
-    else:
-        _wait_until_heard()
+    _mark("heard")
+    _wait_for_marks("heard", count())  # a device that waits for this process would fail when it goes, for no reason
     _exit(status)
 
 
-def _wait_until_heard() -> None:
-    """A short while: process 0 holds what was said, and a device that waits for this process fails when it goes."""
-    until = time.monotonic() + 6 * _POLL_SECONDS
-    while time.monotonic() < until:
-        try:
-            if len(_client().key_value_dir_get(f"{_FAILED}_heard/")) >= count() - 1:
-                return
-        except jax.errors.JaxRuntimeError:
-            return
-        time.sleep(_POLL_SECONDS / 5)
+def _mark(what: str) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_FAILED}_{what}/{index()}", "")
+
+
+def _wait_for_marks(what: str, wanted: int) -> None:
+    """A short while at most: a process that was killed sets no mark."""
+    until = time.monotonic() + 8 * _POLL_SECONDS
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        while len(_client().key_value_dir_get(f"{_FAILED}_{what}/")) < wanted and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS / 5)
 
 
 def when_another_fails(function: Callable[[], None]) -> None:
@@ -348,9 +348,9 @@ class _Watch:
         while not cls._over.wait(_POLL_SECONDS):
             try:
                 said = json.loads(_client().key_value_try_get(_FAILED))
-                _client().key_value_set(f"{_FAILED}_heard/{index()}", "")
             except jax.errors.JaxRuntimeError:
                 continue
+            _mark("heard")
             if not cls._over.wait(2 * _POLL_SECONDS):  # this process may be about to say the same itself
                 why = f"process {said['process']} on {said['host']} stopped, and this one with it: {said['why']}"
                 print(why, file=sys.stderr, flush=True)
@@ -363,4 +363,9 @@ class _Watch:
 def _exit(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
+    if index() > 0:
+        _mark("gone")
+    else:  # the last to go: JAX aborts a process that loses process 0
+        _wait_for_marks("gone", count() - 1)
+        time.sleep(_POLL_SECONDS)
     os._exit(status)

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import hashlib
 import os
 import resource
 import shutil
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from experiments import guards, pretrained
-from rlhf_jax import checkpoint, files, optim, scoring, sharding
+from rlhf_jax import checkpoint, files, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
@@ -62,6 +63,42 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
     return sharding.make_mesh(tuple(mesh_shape))
+
+
+def agree_on_inputs(*paths: str) -> None:
+    """Stops all processes unless each reads the same files: data and models, by what is in them.
+
+    Args:
+      *paths: files, and models as `model_folder` takes them; empty ones are left out.
+
+    Raises:
+      ValueError: they differ; the message names path, processes and hosts.
+    """
+    if processes.count() > 1:
+        processes.agree("inputs", {f"what is in {path}": contents_digest(model_folder(path)) for path in paths if path})
+
+
+def contents_digest(path: Path) -> str:
+    """sha256 of the files in a folder, or of one; of each the size and 64 pieces, where it is larger than those."""
+    digest, piece = hashlib.sha256(), 2**20
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return "no such file"
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        places = range(0, size, piece) if size <= 64 * piece else np.linspace(0, size - piece, 64).astype(int)
+        with file.open("rb") as f:
+            for place in places:
+                f.seek(int(place))
+                digest.update(f.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -> Batches[Any]:
+    """The stream of batches of `rows`, of each batch this process's share."""
+    index, count = sharding.batch_share(mesh)
+    return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
 
 
 def has_accelerator() -> bool:
@@ -344,14 +381,18 @@ def _rows_of_step(batches: Batches, records: guards.Records, step: int) -> tuple
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
     """Writes a model folder all or nothing: a crash leaves the old one, here or as ``<folder>.old``, or none.
 
+    All processes call it, process 0 writes.
+
     Raises:
       OSError: it could not be written; what was there before still is.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # a crash came between the two renames below
-    _remove(temporary, old)
+    first = processes.index() == 0
+    if first:
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # a crash came between the two renames below
+        _remove(temporary, old)
     try:
         save_hf(temporary, network.model, network.params, network.tokenizer)
     except OSError as error:
@@ -360,6 +401,12 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
             f"the model could not be written to {folder} ({error}); what was saved before is intact. Free disk space, "
             "or choose a workdir that can be written, and give the same command again."
         ) from error
+    if first:
+        _put_in_place(folder, temporary, old)
+    processes.barrier("model saved")
+
+
+def _put_in_place(folder: Path, temporary: Path, old: Path) -> None:
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -374,6 +421,17 @@ def _remove(*folders: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- results
+
+
+def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
+    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes get it."""
+
+    def made() -> Any:
+        result = make()
+        checkpoint.write_json(Path(path), result)
+        return result
+
+    return processes.on_first("result", made)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -515,7 +573,7 @@ def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conv
       samples: N responses.
       asked: the N prompts they answer; without it they end at EOS.
     """
-    fetched = jax.tree.map(np.asarray, samples)
+    fetched = processes.gather(samples)
     rows = [
         row[start:end].tolist()
         for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
@@ -541,7 +599,8 @@ def score_responses(
     scores = np.zeros(len(rows))
     for index, slots in by_length([len(row) for row in rows], batch_size):
         batch = text.prompt_batch([rows[i] for i in index], length=slots)
-        scores[index] = _scores(network.model, network.params, sharding.place_batch(batch, mesh))
+        placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+        scores[index] = processes.gather(_scores(network.model, network.params, placed))
     return scores
 
 

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 
 from experiments import common, guards
 from rlhf_jax import config as config_lib
-from rlhf_jax import kl_control, scoring, sharding
-from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
+from rlhf_jax import kl_control, processes, scoring, sharding
+from rlhf_jax.checkpoint import Checkpoints, stop_requests
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
@@ -83,6 +83,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
     validate(config)
     mesh = common.start(config.mesh)
+    common.agree_on_inputs(
+        config.model, config.reward_model, config.prompts, config.pretraining_text, config.held_out_text
+    )
     setup = prepare(config, mesh)
     folder = Path(workdir)
     made_of, kept = origin(config, setup), {}
@@ -118,8 +121,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "optimizer_steps": int(state.policy.step),
         "kl_coef": float(state.kl.coef),
     }
-    write_json(folder / "ppo.json", result)
-    return result
+    return common.write_result(folder / "ppo.json", lambda: result)
 
 
 def validate(config: ConfigDict) -> None:
@@ -148,7 +150,8 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
     ids = common.encode_prompts(policy.tokenizer, asked, length=config.prompt_length, where=config.prompts)
-    prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
+    rows = text.prompt_batch(ids, length=config.prompt_length)
+    prompts = common.batches(rows, mesh, batch_size=config.episodes, seed=config.seed)
     policy_tx, value_tx = optimizers(config)
     controller = kl_controller(config)
     trained = common.trained(policy.params, config), common.trained(value.params, config)
@@ -160,7 +163,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     )
     return Setup(
         policy, reward, value.model, *trained, asked, [r.id for r in records], prompts,
-        pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
+        pretraining_stream(policy.tokenizer, config, mesh), held_out_rows(policy.tokenizer, config, mesh), controller,
         compiled_pieces(config, mesh, policy, value, reward, trained),
         compiled_pieces(config, mesh, policy, value, reward, trained, rollout_model=scoring.pair_rows)
         if mesh.size == config.microbatches == 1
@@ -236,7 +239,7 @@ def kl_controller(config: ConfigDict) -> kl_control.KLController:
     )
 
 
-def pretraining_stream(tokenizer: Any, config: ConfigDict) -> Batches | None:
+def pretraining_stream(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> Batches | None:
     """Packed pretraining rows, `ptx_rows_per_episode` for each episode; None for plain PPO."""
     if not config.ptx_coef:
         return None
@@ -247,7 +250,7 @@ def pretraining_stream(tokenizer: Any, config: ConfigDict) -> Batches | None:
         count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
         f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
     )  # fmt: skip
-    return Batches(rows, batch_size=count, seed=config.seed)
+    return common.batches(rows, mesh, batch_size=count, seed=config.seed)
 
 
 def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
@@ -255,7 +258,7 @@ def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -
     if not config.held_out_text:
         return []
     rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
-    batches = Batches(rows, batch_size=config.held_out_rows, seed=0)
+    batches = common.batches(rows, mesh, batch_size=config.held_out_rows, seed=0)
     return [sharding.place_batch(batches.at(0), mesh)]
 
 
@@ -278,7 +281,8 @@ def iterate(
     """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed, iteration)."""
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
     places = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
-    prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
+    own = dataclasses.replace(setup.prompts.at(iteration), ids=sharding.own_rows(places, mesh))
+    prompts = sharding.place_batch(own, mesh)
     samples = sample(setup, state, prompts, key, config)
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
@@ -288,7 +292,8 @@ def iterate(
         texts = common.response_texts(setup.policy.tokenizer, samples, asked)
     scores = None
     if setup.text_reward is not None:
-        scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
+        judged = np.asarray(judge_all(setup, setup.text_reward, texts, iteration), np.float32)
+        scores = sharding.place_batch(sharding.own_rows(judged, mesh), mesh)
     pieces = pieces_for(setup, samples, jax.random.fold_in(key, 1), config)
     rollout, metrics = pieces.score_and_shape(
         setup.policy.params, setup.trained_value.full(state.value.params),
@@ -332,9 +337,11 @@ def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: Con
 
 
 def judge_all(setup: Setup, score: Judge, texts: list[str], iteration: int) -> list[float]:
-    """`score` of each response of an iteration."""
-    rows = setup.prompts.indices(iteration)
-    return [score(str(setup.prompt_ids[i]), t) for i, t in zip(rows, texts, strict=True)]
+    """`score` of each response of an iteration; each process judges its part, and all get the same numbers."""
+    asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
+    part = asked[processes.index() :: processes.count()]
+    judged = processes.exchange("scores", [score(str(setup.prompt_ids[i]), t) for i, t in part])
+    return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
 
 
 def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:

@@ -21,10 +21,8 @@ from ml_collections import ConfigDict
 
 from experiments import common, guards
 from rlhf_jax import config as config_lib
-from rlhf_jax import scoring, sharding
-from rlhf_jax.checkpoint import write_json
+from rlhf_jax import processes, scoring, sharding
 from rlhf_jax.data import schema, text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
@@ -34,6 +32,7 @@ from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (a sequence classifier of one label) and ``reward_model.json``."""
     mesh = common.start(config.mesh)
+    common.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
     base = common.load_network(config.model, mesh, config.decoder)
     rankings = read_rankings(config.rankings)
     encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
@@ -44,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     model = scalar_model(base.model.config)
     trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
     read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
-    batches = Batches(seen, batch_size=config.batch_size, seed=config.seed)
+    batches = common.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
     steps = batches.steps(config.epochs)
     rate = common.schedule(config.schedule, config.learning_rate, steps)
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
@@ -75,8 +74,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
     for name, (rankings, too_long) in sets.items():
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
-    write_json(Path(workdir) / "reward_model.json", result)
-    return result
+    return common.write_result(Path(workdir) / "reward_model.json", lambda: result)
 
 
 def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
@@ -171,12 +169,13 @@ def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh:
     told = begun
     for start in range(0, count, size):
         now = time.monotonic()
-        if start and now - told > 30:
+        if start and now - told > 30 and processes.index() == 0:
             told, left = now, (now - begun) * (count - start) / start
             print(f"{name}: {start} of {count} rows  ETA {left / 60:.0f} min", flush=True)
         index = np.minimum(np.arange(start, start + size), count - 1)
-        batch = sharding.place_batch(jax.tree.map(lambda x, index=index: x[index], rows), mesh)
-        found.append(np.asarray(function(batch)))
+        batch = jax.tree.map(lambda x, index=index: x[index], rows)
+        batch = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+        found.append(processes.gather(function(batch)))
     return np.concatenate(found)[:count]
 
 

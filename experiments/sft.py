@@ -20,9 +20,7 @@ from ml_collections import ConfigDict
 from experiments import common, guards
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
-from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema, text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
@@ -32,13 +30,14 @@ from rlhf_jax.types import LMBatch, Params, StepFn
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
     mesh = common.start(config.mesh)
+    common.agree_on_inputs(config.model, config.demonstrations, config.validation, config.pretraining_text)
     network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout)
     records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config)
     held_out = demonstration_rows(network.tokenizer, config.validation, config)
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config)
-    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
-    held_out = Batches(held_out, batch_size=config.batch_size, seed=config.seed)
+    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
     held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
     epoch_steps = batches.steps(1)
     steps = epoch_steps * config.epochs
@@ -66,16 +65,19 @@ def run(config: ConfigDict, workdir: str) -> dict:
         show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, keep=config.keep,
         max_skipped=config.guard.max_skipped, origin=origin(config, network), records=records, on_save=on_save,
     )  # fmt: skip
+    return common.write_result(folder / "sft.json", lambda: summary(folder, rows, config))
+
+
+def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
+    """Losses of the epochs and the folders of the two that matter, from the log."""
     epochs = [row for row in read(folder / "metrics.jsonl", "sft") if "validation_loss" in row]
     lowest = min(epochs, key=lambda row: row["validation_loss"])["epoch"]
-    result = {
+    return {
         "epochs": [{"epoch": int(row["epoch"]), "validation_loss": row["validation_loss"]} for row in epochs],
         "lowest_loss": str(folder / f"epoch-{int(lowest)}"),
         "last": str(folder / f"epoch-{config.epochs}"),
         "padding_share": text.padding_share(rows),
     }
-    write_json(folder / "sft.json", result)
-    return result
 
 
 def origin(config: ConfigDict, network: common.Network) -> dict[str, Any]:

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from rlhf_jax import processes
 
 AXES = ("data", "fsdp", "tensor")
 """Rows of a batch go over data and fsdp; parameters over fsdp and tensor."""
@@ -133,40 +136,102 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def place_batch(batch: T, mesh: Mesh) -> T:
-    """Put a batch on the devices, rows over data and fsdp; with several hosts each gives its own rows.
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch this process reads: ``(index, count)`` for ``Batches(process_index=, process_count=)``.
+
+    Where the tensor axis goes over several processes they hold the same rows and have the same share. Where a topology
+    mixes the rows of processes each reads the whole batch, ``(0, 1)``.
 
     Args:
-      batch: a struct of numpy arrays with rows first, this process's part of the global batch.
       mesh: from `make_mesh`.
 
     Returns:
-      The same struct of global arrays; process i's rows come after those of process i - 1.
+      ``(0, 1)`` in a program of one process.
+
+    >>> batch_share(make_mesh())
+    (0, 1)
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return _share(owners.reshape(-1, mesh.shape["tensor"]), processes.index())
+
+
+def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
+    """The share of `process` where ``owners[piece]`` are the processes that hold a piece of the rows."""
+    held = {int(owner): {*np.flatnonzero((owners == owner).any(axis=1)).tolist()} for owner in np.unique(owners)}
+    size = len(held[process])
+    shares = [set(range(start, start + size)) for start in range(0, len(owners), size)]
+    if any(pieces not in shares for pieces in held.values()):
+        return 0, 1
+    return shares.index(held[process]), len(shares)
+
+
+def own_rows(batch: T, mesh: Mesh) -> T:
+    """This process's share of a batch that every process has whole, for `place_batch`.
+
+    Args:
+      batch: a struct of arrays with rows first.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The struct with a part of the rows; all of them in a program of one process.
+
+    Raises:
+      ValueError: if the rows do not divide over data and fsdp.
+    """
+    index, count = batch_share(mesh)
+
+    def part(path: tuple, x: np.ndarray) -> np.ndarray:
+        _check_rows(path, x.shape[0], mesh)
+        share = x.shape[0] // count
+        return x[index * share : (index + 1) * share]
+
+    return jax.tree_util.tree_map_with_path(part, batch)
+
+
+def place_batch(batch: T, mesh: Mesh) -> T:
+    """Put a batch on the devices, rows over data and fsdp; with several processes each gives its share of the rows.
+
+    Args:
+      batch: a struct of numpy arrays with rows first, this process's `batch_share` of the global batch.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The same struct of global arrays; the rows of share i come after those of share i - 1.
 
     Raises:
       ValueError: if the global rows do not divide over data and fsdp.
     """
-    sharding = batch_sharding(mesh)
-    pieces, processes = mesh.shape["data"] * mesh.shape["fsdp"], _processes(mesh)
+    sharding, (index, count) = batch_sharding(mesh), batch_share(mesh)
 
     def place(path: tuple, x: np.ndarray | jax.Array) -> jax.Array:
-        rows = x.shape[0] * processes
-        if rows % pieces:
-            name = "/".join(_step_name(step) for step in path)
-            raise ValueError(
-                f"batch of {rows} rows ({name}) does not divide over data={mesh.shape['data']} x "
-                f"fsdp={mesh.shape['fsdp']}: choose a multiple of {pieces}"
-            )
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        _check_rows(path, x.shape[0] * count, mesh)
+        own, first = np.asarray(x), index * x.shape[0]
+
+        def piece(window: tuple[slice, ...] | None) -> np.ndarray:
+            assert window is not None
+            start, stop, _ = window[0].indices(x.shape[0] * count)
+            return own[start - first : stop - first]
+
+        return jax.make_array_from_callback((x.shape[0] * count, *x.shape[1:]), sharding, piece)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def _check_rows(path: tuple, rows: int, mesh: Mesh) -> None:
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % pieces:
+        name = "/".join(_step_name(step) for step in path)
+        raise ValueError(
+            f"batch of {rows} rows ({name}) does not divide over data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']}: choose a multiple of {pieces}"
+        )
 
 
 def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
     """Put parameters or a whole training state on the devices as `rules` say.
 
     Args:
-      state: a tree of arrays that every process holds in full.
+      state: a tree of arrays that every process holds in full, or of arrays that lie on the devices of all already.
       mesh: from `make_mesh`.
       rules: ordered.
 
@@ -176,9 +241,15 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
     Raises:
       ValueError: as `tree_shardings`.
     """
+    return jax.tree.map(_place, state, tree_shardings(state, mesh, rules))
+
+
+def _place(leaf: Any, place: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(jnp.copy, out_shardings=place)(leaf)
     # device_put would share the shard that is on the right device already, and a donating step would then delete it.
-    return jax.device_put(jax.tree.map(np.array, state), tree_shardings(state, mesh, rules))
-
-
-def _processes(mesh: Mesh) -> int:
-    return len({device.process_index for device in mesh.devices.flat})
+    # Over several processes it would also send the whole array around, to compare.
+    whole = np.array(leaf)
+    if place.is_fully_addressable:
+        return jax.device_put(whole, place)
+    return jax.make_array_from_callback(whole.shape, place, lambda window: whole[window])

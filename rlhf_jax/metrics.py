@@ -112,7 +112,8 @@ class StageLog:
         pending, self._pending = self._pending, None
         if pending:
             self._write(*pending)
-        os.fsync(self._file.fileno())  # a power cut must not take lines from before a checkpoint that it leaves
+        if self._path != Path(os.devnull):
+            os.fsync(self._file.fileno())  # a power cut must not take lines that a checkpoint counts on
 
     def close(self) -> None:
         """Flushes, ends the console line and closes the file."""

@@ -6,6 +6,7 @@ Every value that the paper gives stands here as it gives it. A key that is empty
 from ml_collections import ConfigDict
 
 from rlhf_jax.config import fn_spec
+from rlhf_jax.sharding import DECODER_RULES, rules_as_data
 
 ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}
 """Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the form of 2019."""
@@ -16,6 +17,10 @@ model the score ``head`` alone."""
 
 DECODER = {"dtype": "float32", "remat": "none", "unroll": None}
 """How models compute: fields of `DecoderConfig`. Weights are float32 on every setting."""
+
+SHARDING = rules_as_data(DECODER_RULES)
+"""How the arrays of a network lie on the mesh: ``((regex, (mesh axes of each dimension)), ..)``; the first regex found
+in an array's path decides. ``()`` puts the whole network on every device. See docs/scaling.md."""
 
 STORYLAND_GOLD = "rlhf_jax.data.storyland.gold:gold_of"
 """The gold scorer of the embedded world; empty where nobody knows the truth."""
@@ -59,6 +64,7 @@ def sft() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
+            "sharding": SHARDING,
             "demonstrations": "",
             "validation": "",
             "pretraining_text": "",
@@ -116,6 +122,7 @@ def reward_model() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
+            "sharding": SHARDING,
             "rankings": "",
             "demonstrations": "",
             "evaluation": {"validation_train": "", "validation_heldout": ""},
@@ -148,6 +155,7 @@ def ppo() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
+            "sharding": {"policy": SHARDING, "reference": SHARDING, "value": SHARDING, "reward_model": SHARDING},
             "reward_model": "",
             "text_reward": "",
             "prompts": "",

@@ -16,21 +16,21 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import kl_control, scoring, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate, lower_generate
 from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
@@ -42,7 +42,7 @@ from rlhf_jax.steps import (
     minibatch_order,
     train_state,
 )
-from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout, Samples, StepFn
+from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, PromptBatch, Rollout, Samples, StepFn
 
 SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
 
@@ -83,7 +83,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
     validate(config)
     mesh = common.start(config.mesh)
-    setup = prepare(config, mesh)
+    with memory.phase(
+        "set-up", lower=("config.mesh (more devices)", "config.train=lora", "config.optimizer=adam_bf16")
+    ):
+        setup = prepare(config, mesh)
     folder = Path(workdir)
     with Checkpoints(folder / "checkpoints", keep=2) as saved, stop_requests() as stop:
         state, done = setup.state, saved.newest_good() or 0
@@ -129,9 +132,66 @@ def validate(config: ConfigDict) -> None:
         )  # fmt: skip
 
 
+def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
+    """Compiles the three phases of an iteration for its real shapes and prints their memory."""
+    validate(config)
+    mesh = common.start(config.mesh)
+    setup = prepare(config, mesh)
+    return memory.dry_run(programs(setup, config, mesh), mesh, state=staying(setup))
+
+
+def staying(setup: Setup) -> int:
+    """Bytes on each device that stay from start to end."""
+    frozen = setup.trained_policy.frozen, setup.trained_value.frozen, setup.reward.params if setup.reward else {}
+    return memory.held(setup.state, setup.policy.params, *frozen)
+
+
+def programs(setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> memory.Programs:
+    """The phases of an iteration, each compiled for what the one before it gives; arrays and shapes serve alike."""
+    state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def shape(*sizes: int, dtype: Any = jnp.int32, where: Any = rows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+    def network(trained: common.Trained, own: Params, name: str, merged: bool) -> Params:
+        made = jax.eval_shape(lambda f, o: getattr(trained._replace(frozen=f), "merged" if merged else "full")(o),
+                              trained.frozen, own)  # fmt: skip
+        return memory.abstract(made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name]))
+
+    batch, key = config.episodes, jax.eval_shape(lambda: jax.random.key(0))
+    prompts = PromptBatch(shape(batch, config.prompt_length), shape(batch), shape(batch))
+    sampled = lower_generate(
+        setup.policy.model, network(setup.trained_policy, state.policy.params, "policy", True), prompts, key,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop_ids(setup),
+    )  # fmt: skip
+    rollout = sampled.compile()
+    yield "rollout", rollout
+    lowered = cast(Any, setup.pieces.score_and_shape).lower(
+        reference, network(setup.trained_value, state.value.params, "value", False),
+        memory.abstract(setup.reward.params) if setup.reward else None,
+        memory.abstract(sampled.out_info, rollout.output_shardings), shape(where=whole, dtype=jnp.float32),
+        shape(batch), shape(batch, dtype=jnp.float32) if setup.text_reward else None,
+    )  # fmt: skip
+    scored = lowered.compile()
+    yield "score", scored
+    text_rows = None
+    if config.ptx_coef:
+        slots = round(config.ptx_rows_per_episode * batch), config.ptx_row_length
+        text_rows = LMBatch(*[shape(*slots)] * 3, shape(*slots, dtype=jnp.bool_))
+    ready = memory.abstract(lowered.out_info[0], scored.output_shardings[0])
+    yield "update", common.compiled(setup.pieces.step, state, ready, text_rows, key)
+
+
+def stop_ids(setup: Setup) -> tuple[int, ...]:
+    """The tokens that end a response."""
+    return tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
+
+
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
-    policy = common.load_network(config.model, mesh, config.decoder)
+    rules = sharding_rules(config)
+    policy = common.load_network(config.model, mesh, config.decoder, rules=rules["reference"])
     reward, value = reward_and_value(policy, config, mesh)
     records = common.read_prompts(config.prompts)
     asked = [r.prompt for r in records]
@@ -139,32 +199,48 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
     ids = common.encode_prompts(policy.tokenizer, asked, length=config.prompt_length, where=config.prompts)
     prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
-    policy_tx, value_tx = optimizers(config)
     controller = kl_controller(config)
     trained = common.trained(policy.params, config), common.trained(value.params, config)
-    state = PPOState(
-        policy=train_state(trained[0].params, policy_tx, ema=True),
-        value=train_state(trained[1].params, value_tx),
-        kl=controller.init(),
-        iteration=jnp.zeros((), jnp.int32),
-    )
+    state, where = initial_state(config, mesh, trained[0].params, trained[1].params)
     return Setup(
         policy, reward, value.model, *trained, asked, [r.id for r in records], prompts,
         pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
-        compiled_pieces(config, mesh, policy, value, reward, trained),
-        compiled_pieces(config, mesh, policy, value, reward, trained, rollout_model=scoring.pair_rows)
+        compiled_pieces(config, mesh, policy, value, reward, trained, where),
+        compiled_pieces(config, mesh, policy, value, reward, trained, where, rollout_model=scoring.pair_rows)
         if mesh.size == config.microbatches == 1
         else None,
-        sharding.place_state(state, mesh), judge(config.gold), judge(config.text_reward),
+        state, judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
+
+
+def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
+    """How each of the four networks lies on the mesh: a large policy may be spread out and a small reward model not."""
+    return {
+        name: sharding.rules_from_data(config.sharding[name], field=f"sharding.{name}")
+        for name in ("policy", "reference", "value", "reward_model")
+    }
+
+
+def initial_state(config: ConfigDict, mesh: jax.sharding.Mesh, policy: Params, value: Params) -> tuple[PPOState, Any]:
+    """PPO before its first iteration, built where it belongs, and its shardings."""
+    rules, (policy_tx, value_tx) = sharding_rules(config), optimizers(config)
+    made, where = sharding.build_state(
+        partial(train_state, tx=policy_tx, ema=True), policy, mesh=mesh, rules=rules["policy"]
+    )
+    other, other_where = sharding.build_state(
+        partial(train_state, tx=value_tx), value, mesh=mesh, rules=rules["value"]
+    )  # fmt: skip
+    rest = kl_controller(config).init(), jnp.zeros((), jnp.int32)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), rest)
+    return PPOState(made, other, *jax.device_put(rest, whole)), PPOState(where, other_where, *whole)
 
 
 def compiled_pieces(
     config: ConfigDict, mesh: jax.sharding.Mesh, policy: common.Network, value: common.Network,
-    reward: common.Network | None, trained: tuple[common.Trained, common.Trained],
+    reward: common.Network | None, trained: tuple[common.Trained, common.Trained], where: PPOState,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
-    """The two compiled pieces after sampling, compiled when first called."""
+    """The two compiled pieces after sampling, compiled when first called; the state stays `where` it is."""
     policy_tx, value_tx = optimizers(config)
     make_step = partial(
         make_ppo_step, policy_tx=policy_tx, value_tx=value_tx,
@@ -185,7 +261,8 @@ def compiled_pieces(
         gamma=config.gamma, lam=config.lam, temperature=config.temperature,
         missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
     )  # fmt: skip
-    return Pieces(score_and_shape, compile_frozen_step(step, (trained[0].frozen, trained[1].frozen)))
+    frozen = trained[0].frozen, trained[1].frozen
+    return Pieces(score_and_shape, compile_frozen_step(step, frozen, state_sharding=where))
 
 
 def reward_and_value(
@@ -199,7 +276,8 @@ def reward_and_value(
     if not config.reward_model:
         params = scalar_from_language_model(policy.params, jax.random.key(config.seed))
         return None, common.Network(scalar_model(policy.model.config), params, policy.tokenizer)
-    network = common.load_network(config.reward_model, mesh, config.decoder)
+    rules = sharding_rules(config)["reward_model"]
+    network = common.load_network(config.reward_model, mesh, config.decoder, rules=rules)
     text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
     return (None if config.text_reward else network), network
 
@@ -269,7 +347,8 @@ def iterate(
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
     places = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
     prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
-    samples = sample(setup, state, prompts, key, config)
+    with phase("rollout", setup, config, mesh):
+        samples = jax.block_until_ready(sample(setup, state, prompts, key, config))
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
     texts = []
@@ -280,16 +359,42 @@ def iterate(
     if setup.text_reward is not None:
         scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
     pieces = pieces_for(setup, samples, jax.random.fold_in(key, 1), config)
-    rollout, metrics = pieces.score_and_shape(
-        setup.policy.params, setup.trained_value.full(state.value.params),
-        setup.reward.params if setup.reward else None, samples, state.kl.coef, prompts.ids, scores,
-    )  # fmt: skip
+    with phase("score", setup, config, mesh):
+        rollout, metrics = jax.block_until_ready(
+            pieces.score_and_shape(
+                setup.policy.params, setup.trained_value.full(state.value.params),
+                setup.reward.params if setup.reward else None, samples, state.kl.coef, prompts.ids, scores,
+            )
+        )  # fmt: skip
     text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
-    state, update = pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
+    with phase("update", setup, config, mesh):
+        state, update = jax.block_until_ready(pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1)))
     kl = metrics["rollout/kl_nats_per_sequence"]
-    state = dataclasses.replace(state, kl=setup.controller.update(state.kl, kl.value))
+    new_kl = setup.controller.update(state.kl, kl.value)
+    # Back to where the compiled step expects it: another placement would compile the step again.
+    state = dataclasses.replace(state, kl=jax.device_put(new_kl, setup.state.kl.coef.sharding))
     guard(metrics | update, iteration, config)
     return state, metrics | update | observe(setup, state, texts, iteration, config)
+
+
+LOWER = {
+    "rollout": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
+    "score": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
+    "update": (
+        "config.microbatches (more, smaller pieces)", "config.minibatches (more, smaller ones)",
+        "config.decoder.remat=block", "config.ptx_rows_per_episode", "config.train=lora", "config.mesh (more devices)",
+    ),
+}  # fmt: skip
+"""What helps when a phase runs out of memory, the best first."""
+
+
+def phase(name: str, setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    """A block that is called by its name when memory runs out in it."""
+    return memory.phase(
+        name, lower=LOWER[name], programs=partial(programs, setup, config, mesh), rows=config.episodes,
+        slots=config.prompt_length + config.max_new_tokens, minibatches=config.minibatches,
+        microbatches=config.microbatches, parameters=common.size(setup.policy.params),
+    )  # fmt: skip
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
@@ -307,7 +412,7 @@ def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: 
     return generate(
         setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts, jax.random.fold_in(key, 0),
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        stop_ids=text.stop_ids(setup.policy.tokenizer, setup.asked),
+        stop_ids=stop_ids(setup),
     )  # fmt: skip
 
 
@@ -359,4 +464,4 @@ def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, con
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo")
+    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run)

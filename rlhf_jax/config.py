@@ -480,42 +480,54 @@ def _stored_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
 
 
-def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None) -> None:
+def main(
+    run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None,
+    dry_run: Callable[[ConfigDict], Any] | None = None,
+) -> None:  # fmt: skip
     """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
 
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
     ``--allow_config_change``, ``--distributed`` (several hosts). A user's mistake is one line on stderr and exit
-    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs and
-    show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
+    status 2; a machine that refuses (disk, permission, memory, non-finite numbers) 1; Ctrl-C 130. Other errors are bugs
+    and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
       config: the config file when ``--config`` is not given.
       workdir: the run folder when ``--workdir`` is not given.
       argv: the arguments; None reads the command line.
+      dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
     """
-    sys.exit(_main(run, config, workdir, sys.argv[1:] if argv is None else list(argv)))
+    sys.exit(_main(run, config, workdir, sys.argv[1:] if argv is None else list(argv), dry_run))
 
 
-def _main(run: Run, config_default: str, workdir_default: str, argv: list[str]) -> int:
+def _main(
+    run: Run, config_default: str, workdir_default: str, argv: list[str], dry_run: Callable[[ConfigDict], Any] | None
+) -> int:
     fresh, path = False, None
     try:
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
             sys.path.insert(0, os.getcwd())
         config = load_config(flags.config, overrides)
+        if flags.dry_run:
+            require(dry_run is not None, "--dry_run", True, "this program has no dry run")
+            assert dry_run is not None
+            dry_run(config)
+            return 0
         path, is_writer = Path(flags.workdir), not flags.distributed or _initialize_distributed()
         if is_writer:
             fresh = prepare_workdir(
                 path, config, overwrite=flags.overwrite, allow_config_change=flags.allow_config_change
             )
         run(config, str(path))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if fresh and path is not None:
             _remove_unused(path)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        return _say(f"Error: {error}{_where(error)}", 2 if isinstance(error, ValueError) else 1)
+        text = str(error) or "out of memory"
+        return _say(f"Error: {text}{_where(error)}", 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
         return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", 130)
@@ -558,6 +570,7 @@ def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[
     parser.add_argument("--overwrite", action="store_true", help="start afresh; an earlier run is renamed, not deleted")
     parser.add_argument("--allow_config_change", action="store_true", help="resume although the config changed")
     parser.add_argument("--distributed", action="store_true", help="one process of several (SLURM, GKE, TPU pod, MPI)")
+    parser.add_argument("--dry_run", action="store_true", help="compile every phase, print its memory, do nothing else")
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, str] = {}
     while rest:

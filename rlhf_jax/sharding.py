@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -29,6 +29,11 @@ DECODER_RULES: Rules = (
     (r"blocks/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(attention/out|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "tensor")),
+    # Adapters [L, inputs, r] and [L, r, outputs] lie as the kernel that they are added to.
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
+    (r"blocks/(attention/out|mlp/down)/lora_a$", P(None, "tensor")),
+    (r"blocks/(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),
     # By width and not by vocabulary: 50,257 rows divide by no mesh.
     (r"(embed|positions)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"unembed/kernel$", P(("fsdp", "tensor"), None)),
@@ -37,6 +42,44 @@ DECODER_RULES: Rules = (
 Norms, scalar heads and counters are replicated."""
 
 T = TypeVar("T")
+
+
+def rules_from_data(rules: Sequence[Any], *, field: str = "sharding") -> Rules:
+    """Rules as they stand in a config: ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
+
+    Args:
+      rules: for each dimension None, the name of a mesh axis, or a tuple of names; ``()`` replicates everything.
+      field: of the config, for errors.
+
+    Returns:
+      The same rules for `tree_shardings`.
+
+    Raises:
+      ValueError: an entry is not such a pair, its regex does not compile, or it names no mesh axis.
+
+    >>> rules_from_data((("mlp/up/kernel$", (None, "fsdp", "tensor")),))
+    (('mlp/up/kernel$', P(None, 'fsdp', 'tensor')),)
+    """
+    found = []
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)):
+            raise ValueError(f"{field}: {rule!r} is not a pair (regex, (axes of dimension 0, ..))")
+        pattern, axes = rule
+        for group in axes:
+            for name in (group,) if isinstance(group, str) else group or ():
+                if name not in AXES:
+                    raise ValueError(f"{field}: {rule!r} names the mesh axis {name!r}: the axes are {', '.join(AXES)}")
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
+        found.append((pattern, P(*(tuple(group) if isinstance(group, list) else group for group in axes))))
+    return tuple(found)
+
+
+def rules_as_data(rules: Rules) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Rules as plain tuples for a config, the inverse of `rules_from_data`."""
+    return tuple((pattern, tuple(spec)) for pattern, spec in rules)
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -178,6 +221,25 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
     """
     # device_put would share the shard that is on the right device already, and a donating step would then delete it.
     return jax.device_put(jax.tree.map(np.array, state), tree_shardings(state, mesh, rules))
+
+
+def build_state(make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> tuple[T, T]:
+    """``make(*arguments)``, computed where its leaves belong: no device and no host ever holds more than its part.
+
+    Args:
+      make: a function of arrays, such as ``lambda params: train_state(params, tx)``.
+      *arguments: arrays on the mesh.
+      mesh: from `make_mesh`.
+      rules: ordered.
+
+    Returns:
+      ``(tree, shardings)``: what `make` returned, always new arrays, and `tree_shardings` of it for `compile_step`.
+
+    Raises:
+      ValueError: as `tree_shardings`.
+    """
+    where = tree_shardings(jax.eval_shape(make, *arguments), mesh, rules)
+    return jax.jit(make, out_shardings=where)(*arguments), where
 
 
 def _processes(mesh: Mesh) -> int:

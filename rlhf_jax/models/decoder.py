@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.types import Cache, Output, Params
@@ -83,6 +85,8 @@ class DecoderConfig:
         gradients underflow without loss scaling, which bfloat16 does not need.
       remat: ``block`` recomputes each block in the backward pass.
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
+      mesh: ``(data, fsdp, tensor)`` that activations and caches are spread over, as `sharding` does with batches and
+        parameters; None leaves them to the compiler, which is right for one device.
     """
 
     vocab_size: int
@@ -112,6 +116,7 @@ class DecoderConfig:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         for name, derived in (
@@ -333,14 +338,39 @@ class Embedding(nnx.Module):
             self.positions = init(config.context_length, config.width, rngs=rngs)
         self.norm = _norm(config, rngs=rngs)
         self.factor = config.width**0.5 if config.embedding_scaled else 1.0
+        self.mesh = config.mesh
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embed tokens, with their learned positions where the family has them."""
-        x = self.embed(tokens) * self.factor
-        return x + self.positions(positions) if hasattr(self, "positions") else x
+        x = _look_up(self.mesh, self.embed, tokens) * self.factor
+        return x + _look_up(self.mesh, self.positions, positions) if hasattr(self, "positions") else x
 
 
 # --------------------------------------------------------------------------------------- array functions
+
+_ROWS = ("data", "fsdp")
+_WIDTH = ("fsdp", "tensor")
+
+
+def _spread(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
+    """`x` over the mesh axes given for its dimensions; a dimension that they do not divide stays whole."""
+    if mesh is None or mesh.size == 1:
+        return x
+    names = [(a,) if isinstance(a, str) else a or () for a in axes]
+    fits = [x.shape[i] % math.prod(mesh.shape[n] for n in group) == 0 for i, group in enumerate(names)]
+    spec = PartitionSpec(*(group if fit and group else None for group, fit in zip(names, fits, strict=True)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _look_up(mesh: Mesh | None, table: Callable[[Array], Array], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table that lies in pieces of the width, brought to the devices of their rows.
+
+    In two moves, there and (the gradient) back. Left to itself the compiler finds no way from rows over data and fsdp
+    to widths over fsdp in one, and copies the activations of the whole batch to every device.
+    """
+    by_width = _spread(mesh, table(ids), "data", None, _WIDTH)
+    return _spread(mesh, by_width, _ROWS, None, None)
+
 
 _Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]
 
@@ -653,11 +683,15 @@ def _advance(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
-    """An empty cache of `length` slots a row, in the compute dtype."""
+    """An empty cache of `length` slots a row, in the compute dtype; rows and heads are spread over `config.mesh`."""
     rows, dtype = (batch, config.kv_heads), jnp.dtype(config.dtype)
+
+    def empty(*inside: int) -> Array:
+        return _spread(config.mesh, jnp.zeros((*rows, *inside), dtype), _ROWS, "tensor", None, None)
+
     return Cache(
-        keys=tuple(jnp.zeros((*rows, config.head_dim, length), dtype) for _ in range(config.layers)),
-        values=tuple(jnp.zeros((*rows, length, config.head_dim), dtype) for _ in range(config.layers)),
+        keys=tuple(empty(config.head_dim, length) for _ in range(config.layers)),
+        values=tuple(empty(length, config.head_dim) for _ in range(config.layers)),
         segments=jnp.zeros((batch, length), jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
     )

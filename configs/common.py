@@ -167,6 +167,7 @@ def ppo() -> ConfigDict:
             "epochs": 1,
             "minibatches": 8,
             "microbatches": 1,
+            "ptx_microbatches": None,
             # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the pretraining mix all runs
             # above this one diverged.
             "learning_rate": 8.05e-6,

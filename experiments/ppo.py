@@ -13,10 +13,10 @@ also the KL reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,46 +146,58 @@ def staying(setup: Setup) -> int:
     return memory.held(setup.state, setup.policy.params, *frozen)
 
 
-def programs(setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> memory.Programs:
-    """The phases of an iteration, each compiled for what the one before it gives; arrays and shapes serve alike."""
-    state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
+PHASES = ("rollout", "score", "update")
+
+
+def programs(
+    setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
+) -> memory.Programs:
+    """The phases of an iteration, compiled for the config's sizes; a `setup` of shapes serves as well as of arrays."""
+    batch, slots = config.episodes, config.prompt_length + config.max_new_tokens
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
 
     def shape(*sizes: int, dtype: Any = jnp.int32, where: Any = rows) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
-    def network(trained: common.Trained, own: Params, name: str, merged: bool) -> Params:
-        made = jax.eval_shape(lambda f, o: getattr(trained._replace(frozen=f), "merged" if merged else "full")(o),
-                              trained.frozen, own)  # fmt: skip
+    def network(trained: common.Trained, own: Params, name: str, form: str) -> Params:
+        made = jax.eval_shape(lambda f, o: getattr(trained._replace(frozen=f), form)(o), trained.frozen, own)
         return memory.abstract(made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name]))
 
-    batch, key = config.episodes, jax.eval_shape(lambda: jax.random.key(0))
-    prompts = PromptBatch(shape(batch, config.prompt_length), shape(batch), shape(batch))
-    sampled = lower_generate(
-        setup.policy.model, network(setup.trained_policy, state.policy.params, "policy", True), prompts, key,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop_ids(setup),
-    )  # fmt: skip
-    rollout = sampled.compile()
-    yield "rollout", rollout
-    lowered = cast(Any, setup.pieces.score_and_shape).lower(
-        reference, network(setup.trained_value, state.value.params, "value", False),
-        memory.abstract(setup.reward.params) if setup.reward else None,
-        memory.abstract(sampled.out_info, rollout.output_shardings), shape(where=whole, dtype=jnp.float32),
-        shape(batch), shape(batch, dtype=jnp.float32) if setup.text_reward else None,
-    )  # fmt: skip
-    scored = lowered.compile()
-    yield "score", scored
-    text_rows = None
-    if config.ptx_coef:
-        slots = round(config.ptx_rows_per_episode * batch), config.ptx_row_length
-        text_rows = LMBatch(*[shape(*slots)] * 3, shape(*slots, dtype=jnp.bool_))
-    ready = memory.abstract(lowered.out_info[0], scored.output_shardings[0])
-    yield "update", common.compiled(setup.pieces.step, state, ready, text_rows, key)
+    key, ints, floats = jax.eval_shape(lambda: jax.random.key(0)), shape(batch), shape(batch, slots, dtype=jnp.float32)
+    tokens, flags, scores = shape(batch, slots), shape(batch, dtype=jnp.bool_), shape(batch, dtype=jnp.float32)
+    samples = Samples(tokens, ints, ints, floats, flags)
+    if "rollout" in names:
+        weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
+        prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
+        yield "rollout", lower_generate(
+            setup.policy.model, weights, prompts, key, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, stop_ids=stop_ids(setup),
+        ).compile()  # fmt: skip
+    if "score" in names:
+        value = network(setup.trained_value, state.value.params, "value", "full")
+        reward = memory.abstract(setup.reward.params) if setup.reward else None
+        coefficient = shape(dtype=jnp.float32, where=whole)
+        score: Any = setup.pieces.score_and_shape
+        yield (
+            "score",
+            score.lower(
+                reference, value, reward, samples, coefficient, ints, scores if setup.text_reward else None
+            ).compile(),
+        )
+    if "update" in names:
+        text_rows = None
+        if config.ptx_coef:
+            sizes = round(config.ptx_rows_per_episode * batch), config.ptx_row_length
+            text_rows = LMBatch(*[shape(*sizes)] * 3, shape(*sizes, dtype=jnp.bool_))
+        mask = shape(batch, slots, dtype=jnp.bool_)
+        rollout = Rollout(tokens, mask, *[floats] * 6, scores, ints, ints, flags, ints)
+        yield "update", common.compiled(setup.pieces.step, state, rollout, text_rows, key)
 
 
 def stop_ids(setup: Setup) -> tuple[int, ...]:
-    """The tokens that end a response."""
-    return tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
+    """The tokens that end a response; where there is no tokenizer (a plan) any one."""
+    return (0,) if setup.policy.tokenizer is None else tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
@@ -248,7 +260,8 @@ def compiled_pieces(
         value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
         ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
         epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
-        temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
+        ptx_microbatches=config.ptx_microbatches, temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm,
+        ptx_clip_norm=config.ptx_clip_norm,
         batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
     )  # fmt: skip
 
@@ -391,7 +404,7 @@ LOWER = {
 def phase(name: str, setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     """A block that is called by its name when memory runs out in it."""
     return memory.phase(
-        name, lower=LOWER[name], programs=partial(programs, setup, config, mesh), rows=config.episodes,
+        name, lower=LOWER[name], programs=partial(programs, setup, config, mesh, (name,)), rows=config.episodes,
         slots=config.prompt_length + config.max_new_tokens, minibatches=config.minibatches,
         microbatches=config.microbatches, parameters=common.size(setup.policy.params),
     )  # fmt: skip

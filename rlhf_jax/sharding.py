@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -112,14 +112,14 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> PyTree:
+def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECODER_RULES) -> PyTree:
     """A sharding for each leaf: the first rule whose regex is found in the leaf's path, else replicated.
 
     Paths read like ``policy/params/blocks/mlp/up/kernel`` or ``opt_state/0/mu/embed/embedding``.
 
     Args:
       tree: parameters, a `TrainState`, a `PPOState`, or their `jax.eval_shape`.
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`; to plan an `AbstractMesh`.
       rules: ordered.
 
     Returns:
@@ -146,7 +146,7 @@ def _step_name(step: object) -> str:
     return str(step)
 
 
-def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
     if len(spec) > len(shape):
         raise ValueError(f"rule {spec} has more axes than {name} of shape {shape}: put a rule for it before that one")
     for dimension, axes in enumerate(spec):
@@ -158,7 +158,7 @@ def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
             )
 
 
-def _axes_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _axes_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     for name in names:
         if name not in mesh.shape:
@@ -166,12 +166,12 @@ def _axes_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over data and fsdp, everything else whole: for batches, rollouts and `make_ppo_step(batch_sharding=...)`."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 

@@ -446,7 +446,7 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
     hours = total * config.iterations / 3600
     print(f"  an iteration of {config.episodes} episodes: {total:.3g} s; {config.iterations} of them: {hours:.3g} h")
     print(
-        f"  Times: products at {utilization:.0%} of the public bfloat16 peak; decoding at the floor of memory bandwidth,"
+        f"  Time: products at {utilization:.0%} of the public bfloat16 peak; decoding at the floor of memory bandwidth;"
     )
     print("  all responses at full length; no communication (each decode step also gathers")
     print(f"  {plan.gathered / GIB:.2f} GiB of weights over the fsdp axis: prefer tensor to fsdp where that is much).")

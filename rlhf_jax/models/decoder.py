@@ -362,14 +362,19 @@ def _spread(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def spread_rows(mesh: Mesh | None, x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
+    """Hidden states with their rows over data and fsdp, everything else whole; so does their gradient lie."""
+    return _spread(mesh, x, _ROWS, *[None] * (x.ndim - 1))
+
+
 def _look_up(mesh: Mesh | None, table: Callable[[Array], Array], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of a table that lies in pieces of the width, brought to the devices of their rows.
 
-    In two moves, there and (the gradient) back. Left to itself the compiler finds no way from rows over data and fsdp
-    to widths over fsdp in one, and copies the activations of the whole batch to every device.
+    In small moves, there and (the gradient) back: pieces are joined over tensor, then exchanged for rows over fsdp.
+    Left to itself the compiler finds no way in one, and copies the activations of the whole batch to every device.
     """
-    by_width = _spread(mesh, table(ids), "data", None, _WIDTH)
-    return _spread(mesh, by_width, _ROWS, None, None)
+    by_width = _spread(mesh, table(_spread(mesh, ids, "data", None)), "data", None, _WIDTH)
+    return _spread(mesh, _spread(mesh, by_width, "data", None, "fsdp"), _ROWS, None, None)
 
 
 _Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]

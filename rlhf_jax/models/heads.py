@@ -17,6 +17,7 @@ from rlhf_jax.models.decoder import (
     decoding_params,
     init_cache,
     init_decoder,
+    spread_rows,
     tile,
     times_tiles,
 )
@@ -53,6 +54,8 @@ def language_model(config: DecoderConfig) -> Model:
         return params
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        # Right beside the product: else its gradient comes back in pieces of the width, as the embedding lies.
+        hidden = spread_rows(config.mesh, hidden)
         if config.tied and hidden.size <= FEW_ROWS * config.width:
             tiles = tile(params["embed"]["embedding"].astype(jnp.float32))
             if tiles.ndim == 3:

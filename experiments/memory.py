@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Programs = Iterable[tuple[str, jax.stages.Compiled]]
 """The phases of a stage by name, each compiled when it is asked for."""
@@ -55,7 +56,7 @@ def held(*trees: Any) -> int:
 
 
 def _on_one_device(leaf: Any) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 8
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)

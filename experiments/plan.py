@@ -155,11 +155,13 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
     parts = trained(reference, "policy"), trained(reward, "value")
     policy_tx, value_tx = ppo.optimizers(config)
     whole = sharding.replicated(mesh)
+    coefficient: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    iteration: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = PPOState(
         placed(partial(train_state, tx=policy_tx, ema=True), parts[0].params, role="policy"),
         placed(partial(train_state, tx=value_tx), parts[1].params, role="value"),
-        KLState(jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        KLState(coefficient),
+        iteration,
     )
     networks = common.Network(policy, reference, None), common.Network(value, reward, None)
     judged = None if config.text_reward else networks[1]

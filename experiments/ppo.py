@@ -157,7 +157,7 @@ def programs(
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
 
-    def shape(*sizes: int, dtype: Any = jnp.int32, where: Any = rows) -> jax.ShapeDtypeStruct:
+    def shape(*sizes: int, dtype: Any = jnp.int32, where: Any = rows) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
     def network(trained: common.Trained, own: Params, name: str, form: str) -> Params:
@@ -189,9 +189,12 @@ def programs(
         text_rows = None
         if config.ptx_coef:
             sizes = round(config.ptx_rows_per_episode * batch), config.ptx_row_length
-            text_rows = LMBatch(*[shape(*sizes)] * 3, shape(*sizes, dtype=jnp.bool_))
+            each = shape(*sizes)
+            text_rows = LMBatch(each, each, each, shape(*sizes, dtype=jnp.bool_))
         mask = shape(batch, slots, dtype=jnp.bool_)
-        rollout = Rollout(tokens, mask, *[floats] * 6, scores, ints, ints, flags, ints)
+        rollout = Rollout(
+            tokens, mask, floats, floats, floats, floats, floats, floats, scores, ints, ints, flags, ints
+        )  # fmt: skip
         yield "update", common.compiled(setup.pieces.step, state, rollout, text_rows, key)
 
 

@@ -113,7 +113,7 @@ def lower_generate(
     model: Model,
     params: Params,
     prompts: PromptBatch,
-    key: Key[Array, ""],
+    key: Key[Array, ""] | jax.ShapeDtypeStruct,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import common, memory, ppo, reward_model, sft
@@ -203,7 +202,7 @@ def test_a_real_allocation_that_is_too_large_is_one_line_and_status_1(tmp_path):
 
 def test_held_bytes_are_those_of_one_device():
     mesh = sharding.make_mesh((2, 2, 2))
-    params = {"blocks": {"mlp": {"up": {"kernel": np.ones((2, 8, 8), np.float32)}}}, "norm": np.ones(8, np.float32)}
+    params = {"blocks": {"mlp": {"up": {"kernel": jnp.ones((2, 8, 8))}}}, "norm": jnp.ones(8)}
     placed = sharding.place_state(params, mesh)
     assert memory.held(placed) == 2 * 8 * 8 * 4 // 4 + 8 * 4
     assert memory.held(placed, placed) == memory.held(placed)

@@ -190,10 +190,10 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
       ValueError: the mesh does not divide the batch or an array.
     """
     ppo.validate(config)
-    policy, value = models(config)
-    setup = abstract_setup(config, mesh, policy, value)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     check_rows(config, rows)
+    policy, value = models(config)
+    setup = abstract_setup(config, mesh, policy, value)
     tensor = mesh.shape["tensor"]
     slots, episodes = config.prompt_length + config.max_new_tokens, config.episodes
     ptx_rows = round(config.ptx_rows_per_episode * episodes) if config.ptx_coef else 0

@@ -32,10 +32,11 @@ def test_presets_fit_on_the_mesh_they_name(name, capsys):
     assert found["devices"] == devices
     assert found["fits"]
     np.testing.assert_allclose(found["parameters"]["policy"] / 1e9, billions, rtol=1e-3)
-    # Float32 weights, two moments and an average: 16 bytes a parameter, all of it spread over all devices.
+    # Float32 weights, two moments and an average: 16 bytes a parameter, spread over all devices but for norms and some
+    # biases, which are whole on each.
     policy = found["networks"]["policy"]
     held = policy["parameters"] + policy["optimizer"] + policy["average"]
-    np.testing.assert_allclose(held * devices, 16 * found["parameters"]["policy"], rtol=0.01)
+    np.testing.assert_allclose(held * devices, 16 * found["parameters"]["policy"], rtol=0.02)
     assert "fits: " in capsys.readouterr().out
 
 
@@ -97,7 +98,7 @@ def test_decoding_takes_at_least_the_time_to_read_the_weights():
 def test_adapters_need_no_moments_of_the_weights():
     whole = plan.plan_by_rule(preset("1_3b"), plan.abstract_mesh((1, 16, 1)))
     lora = plan.plan_by_rule(preset("1_3b", train="lora"), plan.abstract_mesh((1, 16, 1)))
-    assert lora.networks["policy"].optimizer < 0.05 * whole.networks["policy"].optimizer
+    assert lora.networks["policy"].optimizer < 0.15 * whole.networks["policy"].optimizer
     assert lora.networks["reference"] == whole.networks["reference"]
 
 

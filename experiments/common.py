@@ -160,8 +160,9 @@ def model_folder(name: str) -> Path:
 
 
 def load_network(
-    name: str, mesh: jax.sharding.Mesh, decoder: Mapping[str, Any] | None = None, *, dropout: float = 0.0
-) -> Network:
+    name: str, mesh: jax.sharding.Mesh, decoder: Mapping[str, Any] | None = None, *, dropout: float = 0.0,
+    rules: sharding.Rules = sharding.DECODER_RULES,
+) -> Network:  # fmt: skip
     """A language or scalar model, its parameters placed on the mesh, with its tokenizer.
 
     Args:
@@ -169,6 +170,7 @@ def load_network(
       mesh: where the parameters go.
       decoder: how it computes (`config.decoder`): fields of `DecoderConfig` such as dtype and remat.
       dropout: residual dropout, for training.
+      rules: how the parameters lie on the mesh.
 
     Raises:
       ValueError: the folder is missing, damaged, or its tokenizer does not fit.
@@ -176,15 +178,15 @@ def load_network(
     folder = model_folder(name)
     try:
         # Each array is read straight to where it belongs; nothing is placed again.
-        shardings = functools.partial(sharding.tree_shardings, mesh=mesh)
+        shardings = functools.partial(sharding.tree_shardings, mesh=mesh, rules=rules)
         model, params, tokenizer = load_hf(folder, shardings=shardings)
     except FileNotFoundError as error:
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
-    if sum(leaf.size for leaf in jax.tree.leaves(params)) > LARGE:
+    if size(params) > LARGE:
         keep_freed_memory(False)
-    changes = {**(decoder or {}), "dropout": dropout}
+    changes = {**(decoder or {}), "dropout": dropout, "mesh": mesh if mesh.size > 1 else None}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
     return Network(model, params, tokenizer)
 
@@ -290,6 +292,18 @@ def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Sc
     config_lib.require(warmup < steps, "warmup", warmup, f"of {steps} steps leaves none for schedule={name}: lower it")
     after = optim.cosine_to if name == "cosine" else optim.linear_to_zero
     return optim.with_warmup(after(peak, steps - warmup), warmup)
+
+
+def size(params: Params) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def compiled(step: StepFn, *arguments: Any) -> jax.stages.Compiled:
+    """The program of a step from `compile_step` or `compile_frozen_step` for such arguments; nothing is computed."""
+    frozen = step.args if isinstance(step, functools.partial) else ()
+    function: Any = step.func if isinstance(step, functools.partial) else step
+    return function.lower(*frozen, *arguments).compile()
 
 
 def train_resumable(

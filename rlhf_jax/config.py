@@ -659,17 +659,18 @@ def _stored_config(path: Path) -> dict[str, Any]:
 
 
 def main(
-    run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = ""
-) -> None:
+    run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = "",
+    dry_run: Callable[[ConfigDict], Any] | None = None,
+) -> None:  # fmt: skip
     """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
 
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
-    ``--allow_config_change``, ``--distributed`` (several processes: they agree on config, versions and run folder first
-    and end together, see `rlhf_jax.processes`). A user's mistake is one line on stderr and exit status 2; a machine
-    that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next step boundary where a
-    stage saves, elsewhere at once, and the second one at once everywhere; processes that stopped together 143. Other
-    errors are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always. No text on stderr holds a secret
-    (`redact`).
+    ``--allow_config_change``, ``--dry_run``, ``--distributed`` (several processes: they agree on config, versions and
+    run folder first and end together, see `rlhf_jax.processes`). A user's mistake is one line on stderr and exit status
+    2; a machine that refuses (disk, permission, memory, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next
+    step boundary where a stage saves, elsewhere at once, and the second one at once everywhere; processes that stopped
+    together 143. Other errors are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always. No text on
+    stderr holds a secret (`redact`).
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
@@ -677,6 +678,7 @@ def main(
       workdir: the run folder when ``--workdir`` is not given.
       argv: the arguments; None reads the command line.
       one_process: for a program that cannot run as several processes: what to do instead of ``--distributed``.
+      dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
@@ -684,7 +686,7 @@ def main(
     several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
     with _signals(several=several):
         try:
-            status = _main(run, config, workdir, arguments, secrets, one_process)
+            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run)
         except Exception as error:
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
@@ -697,7 +699,7 @@ def main(
 
 def _main(
     run: Run, config_default: str, workdir_default: str, argv: list[str], secrets: Sequence[str] = (),
-    one_process: str = "",
+    one_process: str = "", dry_run: Callable[[ConfigDict], Any] | None = None,
 ) -> int:  # fmt: skip
     fresh, path, lock = False, None, None
     try:
@@ -710,6 +712,9 @@ def _main(
         config = load_config(flags.config, overrides)
         path = Path(flags.workdir)
         _agree_on_command(flags, config)
+        if flags.dry_run:
+            _run_dry(dry_run, config)
+            return 0
         if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
@@ -717,12 +722,12 @@ def _main(
         with allow_change(flags.allow_config_change):
             run(config, str(path))
         processes.finish()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if fresh and path is not None:
             _remove_unused(path)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        text = redact(f"Error: {error}{_where(error)}{_disk(error)}", secrets)
+        text = redact(f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets)
         return _say(text, 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
@@ -733,6 +738,13 @@ def _main(
         if lock is not None:
             lock.close()
     return 0
+
+
+def _run_dry(dry_run: Callable[[ConfigDict], Any] | None, config: ConfigDict) -> None:
+    require(dry_run is not None, "--dry_run", True, "this program has no dry run")
+    assert dry_run is not None
+    dry_run(config)
+    processes.finish()
 
 
 def _show_bug(secrets: Sequence[str], kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -932,6 +944,7 @@ def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[
         "--heartbeat_timeout", type=int, default=processes.HEARTBEAT_SECONDS, metavar="SECONDS",
         help="silence after which a process is taken for dead and the others end",
     )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="compile every phase, print its memory, do nothing else")
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, str] = {}
     while rest:

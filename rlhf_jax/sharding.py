@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rlhf_jax import processes
@@ -32,6 +32,11 @@ DECODER_RULES: Rules = (
     (r"blocks/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(attention/out|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "tensor")),
+    # Adapters [L, inputs, r] and [L, r, outputs] lie as the kernel that they are added to.
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
+    (r"blocks/(attention/out|mlp/down)/lora_a$", P(None, "tensor")),
+    (r"blocks/(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),
     # By width and not by vocabulary: 50,257 rows divide by no mesh.
     (r"(embed|positions)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"unembed/kernel$", P(("fsdp", "tensor"), None)),
@@ -40,6 +45,44 @@ DECODER_RULES: Rules = (
 Norms, scalar heads and counters are replicated."""
 
 T = TypeVar("T")
+
+
+def rules_from_data(rules: Sequence[Any], *, field: str = "sharding") -> Rules:
+    """Rules as they stand in a config: ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
+
+    Args:
+      rules: for each dimension None, the name of a mesh axis, or a tuple of names; ``()`` replicates everything.
+      field: of the config, for errors.
+
+    Returns:
+      The same rules for `tree_shardings`.
+
+    Raises:
+      ValueError: an entry is not such a pair, its regex does not compile, or it names no mesh axis.
+
+    >>> rules_from_data((("mlp/up/kernel$", (None, "fsdp", "tensor")),))
+    (('mlp/up/kernel$', P(None, 'fsdp', 'tensor')),)
+    """
+    found = []
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)):
+            raise ValueError(f"{field}: {rule!r} is not a pair (regex, (axes of dimension 0, ..))")
+        pattern, axes = rule
+        for group in axes:
+            for name in (group,) if isinstance(group, str) else group or ():
+                if name not in AXES:
+                    raise ValueError(f"{field}: {rule!r} names the mesh axis {name!r}: the axes are {', '.join(AXES)}")
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
+        found.append((pattern, P(*(tuple(group) if isinstance(group, list) else group for group in axes))))
+    return tuple(found)
+
+
+def rules_as_data(rules: Rules) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Rules as plain tuples for a config, the inverse of `rules_from_data`."""
+    return tuple((pattern, tuple(spec)) for pattern, spec in rules)
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -72,14 +115,14 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> PyTree:
+def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECODER_RULES) -> PyTree:
     """A sharding for each leaf: the first rule whose regex is found in the leaf's path, else replicated.
 
     Paths read like ``policy/params/blocks/mlp/up/kernel`` or ``opt_state/0/mu/embed/embedding``.
 
     Args:
       tree: parameters, a `TrainState`, a `PPOState`, or their `jax.eval_shape`.
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`; to plan an `AbstractMesh`.
       rules: ordered.
 
     Returns:
@@ -106,7 +149,7 @@ def _step_name(step: object) -> str:
     return str(step)
 
 
-def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
     if len(spec) > len(shape):
         raise ValueError(f"rule {spec} has more axes than {name} of shape {shape}: put a rule for it before that one")
     for dimension, axes in enumerate(spec):
@@ -118,7 +161,7 @@ def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
             )
 
 
-def _axes_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _axes_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     for name in names:
         if name not in mesh.shape:
@@ -126,12 +169,12 @@ def _axes_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over data and fsdp, everything else whole: for batches, rollouts and `make_ppo_step(batch_sharding=...)`."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
@@ -253,3 +296,22 @@ def _place(leaf: Any, place: NamedSharding) -> jax.Array:
     if place.is_fully_addressable:
         return jax.device_put(whole, place)
     return jax.make_array_from_callback(whole.shape, place, lambda window: whole[window])
+
+
+def build_state(make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> tuple[T, T]:
+    """``make(*arguments)``, computed where its leaves belong: no device and no host ever holds more than its part.
+
+    Args:
+      make: a function of arrays, such as ``lambda params: train_state(params, tx)``.
+      *arguments: arrays on the mesh.
+      mesh: from `make_mesh`.
+      rules: ordered.
+
+    Returns:
+      ``(tree, shardings)``: what `make` returned, always new arrays, and `tree_shardings` of it for `compile_step`.
+
+    Raises:
+      ValueError: as `tree_shardings`.
+    """
+    where = tree_shardings(jax.eval_shape(make, *arguments), mesh, rules)
+    return jax.jit(make, out_shardings=where)(*arguments), where

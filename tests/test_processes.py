@@ -95,7 +95,7 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_for_both(runs
     workdir = tmp_path / "sft"
     start = command("sft", inputs, workdir, epochs=EPOCHS)
     run = Together([start] * 2, tmp_path / "first", heartbeat=5)
-    run.until(workdir / "metrics.jsonl", '"step": 4')  # past the first checkpoint
+    run.until(workdir / "checkpoints" / "manifests" / "3.json", "sha256")  # sealed, and training goes on
     run.running[1].send_signal(signal.SIGKILL)
     ended = run.wait(15)
     assert ended[1].status == -signal.SIGKILL

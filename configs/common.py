@@ -6,6 +6,7 @@ Every value that the paper gives stands here as it gives it. A key that is empty
 from ml_collections import ConfigDict
 
 from rlhf_jax.config import fn_spec
+from rlhf_jax.sharding import DECODER_RULES, rules_as_data
 
 ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}
 """Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the form of 2019."""
@@ -21,6 +22,10 @@ GUARD = {"spike_std": 20.0, "max_skipped": 5}
 """A step is skipped when its loss, gradient norm or reward is so many standard deviations above the last 128 (None:
 only when it is not finite), and so many skipped in a row end the run. Not in the paper. Gradient norms of healthy runs
 of storyland reached 13.5 deviations, so 6, as others have it, would have changed them."""
+
+SHARDING = rules_as_data(DECODER_RULES)
+"""How the arrays of a network lie on the mesh: ``((regex, (mesh axes of each dimension)), ..)``; the first regex found
+in an array's path decides. ``()`` puts the whole network on every device. See docs/scaling.md."""
 
 STORYLAND_GOLD = "rlhf_jax.data.storyland.gold:gold_of"
 """The gold scorer of the embedded world; empty where nobody knows the truth."""
@@ -64,6 +69,7 @@ def sft() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
+            "sharding": SHARDING,
             "demonstrations": "",
             "validation": "",
             "pretraining_text": "",
@@ -123,6 +129,7 @@ def reward_model() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
+            "sharding": SHARDING,
             "rankings": "",
             "demonstrations": "",
             "evaluation": {"validation_train": "", "validation_heldout": ""},
@@ -157,6 +164,7 @@ def ppo() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
+            "sharding": {"policy": SHARDING, "reference": SHARDING, "value": SHARDING, "reward_model": SHARDING},
             "reward_model": "",
             "text_reward": "",
             "prompts": "",
@@ -168,6 +176,7 @@ def ppo() -> ConfigDict:
             "epochs": 1,
             "minibatches": 8,
             "microbatches": 1,
+            "ptx_microbatches": None,
             # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the pretraining mix all runs
             # above this one diverged.
             "learning_rate": 8.05e-6,

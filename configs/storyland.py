@@ -126,6 +126,11 @@ def smoke(config: ConfigDict) -> None:
     config.base = SMALL_BASE
 
 
+def ppo_alone(config: ConfigDict) -> ConfigDict:
+    """The PPO stage of a whole pipeline, with the sizes of its models beside it."""
+    return ConfigDict(config.ppo.to_dict() | {"shapes": config.shapes.to_dict()})
+
+
 def shrink(config: ConfigDict) -> None:
     """A preset of a paper at smoke size: its rules and rates stay, models, rows and counts become storyland's."""
     with config.shapes.unlocked():

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import hashlib
 import os
 import resource
 import shutil
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from experiments import guards, pretrained
-from rlhf_jax import checkpoint, files, optim, scoring, sharding
+from rlhf_jax import checkpoint, files, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
@@ -62,6 +63,42 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
     return sharding.make_mesh(tuple(mesh_shape))
+
+
+def agree_on_inputs(*paths: str) -> None:
+    """Stops all processes unless each reads the same files: data and models, by what is in them.
+
+    Args:
+      *paths: files, and models as `model_folder` takes them; empty ones are left out.
+
+    Raises:
+      ValueError: they differ; the message names path, processes and hosts.
+    """
+    if processes.count() > 1:
+        processes.agree("inputs", {f"what is in {path}": contents_digest(model_folder(path)) for path in paths if path})
+
+
+def contents_digest(path: Path) -> str:
+    """sha256 of the files in a folder, or of one; of each the size and 64 pieces, where it is larger than those."""
+    digest, piece = hashlib.sha256(), 2**20
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return "no such file"
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        places = range(0, size, piece) if size <= 64 * piece else np.linspace(0, size - piece, 64).astype(int)
+        with file.open("rb") as f:
+            for place in places:
+                f.seek(int(place))
+                digest.update(f.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -> Batches[Any]:
+    """The stream of batches of `rows`, of each batch this process's share."""
+    index, count = sharding.batch_share(mesh)
+    return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
 
 
 def has_accelerator() -> bool:
@@ -123,8 +160,9 @@ def model_folder(name: str) -> Path:
 
 
 def load_network(
-    name: str, mesh: jax.sharding.Mesh, decoder: Mapping[str, Any] | None = None, *, dropout: float = 0.0
-) -> Network:
+    name: str, mesh: jax.sharding.Mesh, decoder: Mapping[str, Any] | None = None, *, dropout: float = 0.0,
+    rules: sharding.Rules = sharding.DECODER_RULES,
+) -> Network:  # fmt: skip
     """A language or scalar model, its parameters placed on the mesh, with its tokenizer.
 
     Args:
@@ -132,6 +170,7 @@ def load_network(
       mesh: where the parameters go.
       decoder: how it computes (`config.decoder`): fields of `DecoderConfig` such as dtype and remat.
       dropout: residual dropout, for training.
+      rules: how the parameters lie on the mesh.
 
     Raises:
       ValueError: the folder is missing, damaged, or its tokenizer does not fit.
@@ -139,15 +178,15 @@ def load_network(
     folder = model_folder(name)
     try:
         # Each array is read straight to where it belongs; nothing is placed again.
-        shardings = functools.partial(sharding.tree_shardings, mesh=mesh)
+        shardings = functools.partial(sharding.tree_shardings, mesh=mesh, rules=rules)
         model, params, tokenizer = load_hf(folder, shardings=shardings)
     except FileNotFoundError as error:
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
-    if sum(leaf.size for leaf in jax.tree.leaves(params)) > LARGE:
+    if size(params) > LARGE:
         keep_freed_memory(False)
-    changes = {**(decoder or {}), "dropout": dropout}
+    changes = {**(decoder or {}), "dropout": dropout, "mesh": mesh if mesh.size > 1 else None}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
     return Network(model, params, tokenizer)
 
@@ -255,6 +294,18 @@ def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Sc
     return optim.with_warmup(after(peak, steps - warmup), warmup)
 
 
+def size(params: Params) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def compiled(step: StepFn, *arguments: Any) -> jax.stages.Compiled:
+    """The program of a step from `compile_step` or `compile_frozen_step` for such arguments; nothing is computed."""
+    frozen = step.args if isinstance(step, functools.partial) else ()
+    function: Any = step.func if isinstance(step, functools.partial) else step
+    return function.lower(*frozen, *arguments).compile()
+
+
 def train_resumable(
     step_fn: StepFn,
     state: Any,
@@ -344,14 +395,18 @@ def _rows_of_step(batches: Batches, records: guards.Records, step: int) -> tuple
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
     """Writes a model folder all or nothing: a crash leaves the old one, here or as ``<folder>.old``, or none.
 
+    All processes call it, process 0 writes.
+
     Raises:
       OSError: it could not be written; what was there before still is.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # a crash came between the two renames below
-    _remove(temporary, old)
+    first = processes.index() == 0
+    if first:
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # a crash came between the two renames below
+        _remove(temporary, old)
     try:
         save_hf(temporary, network.model, network.params, network.tokenizer)
     except OSError as error:
@@ -360,6 +415,12 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
             f"the model could not be written to {folder} ({error}); what was saved before is intact. Free disk space, "
             "or choose a workdir that can be written, and give the same command again."
         ) from error
+    if first:
+        _put_in_place(folder, temporary, old)
+    processes.barrier("model saved")
+
+
+def _put_in_place(folder: Path, temporary: Path, old: Path) -> None:
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -374,6 +435,17 @@ def _remove(*folders: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- results
+
+
+def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
+    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes get it."""
+
+    def made() -> Any:
+        result = make()
+        checkpoint.write_json(Path(path), result)
+        return result
+
+    return processes.on_first("result", made)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -515,7 +587,7 @@ def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conv
       samples: N responses.
       asked: the N prompts they answer; without it they end at EOS.
     """
-    fetched = jax.tree.map(np.asarray, samples)
+    fetched = processes.gather(samples)
     rows = [
         row[start:end].tolist()
         for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
@@ -541,7 +613,8 @@ def score_responses(
     scores = np.zeros(len(rows))
     for index, slots in by_length([len(row) for row in rows], batch_size):
         batch = text.prompt_batch([rows[i] for i in index], length=slots)
-        scores[index] = _scores(network.model, network.params, sharding.place_batch(batch, mesh))
+        placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+        scores[index] = processes.gather(_scores(network.model, network.params, placed))
     return scores
 
 

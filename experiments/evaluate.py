@@ -298,4 +298,7 @@ def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[st
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/evaluate/storyland.py", workdir="runs/evaluate")
+    config_lib.main(
+        run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
+        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.",
+    )  # fmt: skip

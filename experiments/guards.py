@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as config_lib
-from rlhf_jax import metrics
+from rlhf_jax import metrics, processes
 from rlhf_jax.data import text
 
 FILE = "skipped.jsonl"
@@ -189,7 +189,7 @@ class Skips:
 
     @property
     def _writes(self) -> bool:
-        return jax.process_index() == 0
+        return processes.index() == 0
 
 
 def reason(spiked: bool) -> str:
@@ -316,6 +316,4 @@ def _digest(data: Any) -> str:
 
 def rows_on_host(flags: jax.Array) -> np.ndarray:
     """Which rows are true, on every process alike."""
-    from jax.experimental import multihost_utils
-
-    return np.flatnonzero(multihost_utils.process_allgather(flags, tiled=True))
+    return np.flatnonzero(processes.gather(flags))

@@ -13,7 +13,7 @@ also the KL reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, guards
+from experiments import common, guards, memory
 from rlhf_jax import config as config_lib
-from rlhf_jax import kl_control, scoring, sharding
-from rlhf_jax.checkpoint import Checkpoints, stop_requests, write_json
+from rlhf_jax import kl_control, processes, scoring, sharding
+from rlhf_jax.checkpoint import Checkpoints, stop_requests
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate, lower_generate
 from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
@@ -42,7 +42,7 @@ from rlhf_jax.steps import (
     minibatch_order,
     train_state,
 )
-from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout, Samples, StepFn
+from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, PromptBatch, Rollout, Samples, StepFn
 
 SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
 
@@ -83,7 +83,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
     validate(config)
     mesh = common.start(config.mesh)
-    setup = prepare(config, mesh)
+    common.agree_on_inputs(
+        config.model, config.reward_model, config.prompts, config.pretraining_text, config.held_out_text
+    )
+    with memory.phase(
+        "set-up", lower=("config.mesh (more devices)", "config.train=lora", "config.optimizer=adam_bf16")
+    ):
+        setup = prepare(config, mesh)
     folder = Path(workdir)
     made_of, kept = origin(config, setup), {}
     with Checkpoints(folder / "checkpoints", keep=config.keep) as saved, stop_requests() as stop:
@@ -118,8 +124,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "optimizer_steps": int(state.policy.step),
         "kl_coef": float(state.kl.coef),
     }
-    write_json(folder / "ppo.json", result)
-    return result
+    return common.write_result(folder / "ppo.json", lambda: result)
 
 
 def validate(config: ConfigDict) -> None:
@@ -139,42 +144,131 @@ def validate(config: ConfigDict) -> None:
         )  # fmt: skip
 
 
+def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
+    """Compiles the three phases of an iteration for its real shapes and prints their memory."""
+    validate(config)
+    mesh = common.start(config.mesh)
+    setup = prepare(config, mesh)
+    return memory.dry_run(programs(setup, config, mesh), mesh, state=staying(setup))
+
+
+def staying(setup: Setup) -> int:
+    """Bytes on each device that stay from start to end."""
+    frozen = setup.trained_policy.frozen, setup.trained_value.frozen, setup.reward.params if setup.reward else {}
+    return memory.held(setup.state, setup.policy.params, *frozen)
+
+
+PHASES = ("rollout", "score", "update")
+
+
+def programs(
+    setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
+) -> memory.Programs:
+    """The phases of an iteration, compiled for the config's sizes; a `setup` of shapes serves as well as of arrays."""
+    batch, slots = config.episodes, config.prompt_length + config.max_new_tokens
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
+
+    def shape(*sizes: int, dtype: Any = jnp.int32, where: Any = rows) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+    def network(trained: common.Trained, own: Params, name: str, form: str) -> Params:
+        made = jax.eval_shape(lambda f, o: getattr(trained._replace(frozen=f), form)(o), trained.frozen, own)
+        return memory.abstract(made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name]))
+
+    key, ints, floats = jax.eval_shape(lambda: jax.random.key(0)), shape(batch), shape(batch, slots, dtype=jnp.float32)
+    tokens, flags, scores = shape(batch, slots), shape(batch, dtype=jnp.bool_), shape(batch, dtype=jnp.float32)
+    samples = Samples(tokens, ints, ints, floats, flags)
+    if "rollout" in names:
+        weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
+        prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
+        yield "rollout", lower_generate(
+            setup.policy.model, weights, prompts, key, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, stop_ids=stop_ids(setup),
+        ).compile()  # fmt: skip
+    if "score" in names:
+        value = network(setup.trained_value, state.value.params, "value", "full")
+        reward = memory.abstract(setup.reward.params) if setup.reward else None
+        coefficient = shape(dtype=jnp.float32, where=whole)
+        score: Any = setup.pieces.score_and_shape
+        yield (
+            "score",
+            score.lower(
+                reference, value, reward, samples, coefficient, ints, scores if setup.text_reward else None
+            ).compile(),
+        )
+    if "update" in names:
+        text_rows = None
+        if config.ptx_coef:
+            sizes = round(config.ptx_rows_per_episode * batch), config.ptx_row_length
+            each = shape(*sizes)
+            text_rows = LMBatch(each, each, each, shape(*sizes, dtype=jnp.bool_))
+        mask = shape(batch, slots, dtype=jnp.bool_)
+        rollout = Rollout(
+            tokens, mask, floats, floats, floats, floats, floats, floats, scores, ints, ints, flags, ints
+        )  # fmt: skip
+        yield "update", common.compiled(setup.pieces.step, state, rollout, text_rows, key)
+
+
+def stop_ids(setup: Setup) -> tuple[int, ...]:
+    """The tokens that end a response; where there is no tokenizer (a plan) any one."""
+    return (0,) if setup.policy.tokenizer is None else tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
+
+
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
-    policy = common.load_network(config.model, mesh, config.decoder)
+    rules = sharding_rules(config)
+    policy = common.load_network(config.model, mesh, config.decoder, rules=rules["reference"])
     reward, value = reward_and_value(policy, config, mesh)
     records = common.read_prompts(config.prompts)
     asked = [r.prompt for r in records]
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
     ids = common.encode_prompts(policy.tokenizer, asked, length=config.prompt_length, where=config.prompts)
-    prompts = Batches(text.prompt_batch(ids, length=config.prompt_length), batch_size=config.episodes, seed=config.seed)
-    policy_tx, value_tx = optimizers(config)
+    rows = text.prompt_batch(ids, length=config.prompt_length)
+    prompts = common.batches(rows, mesh, batch_size=config.episodes, seed=config.seed)
     controller = kl_controller(config)
     trained = common.trained(policy.params, config), common.trained(value.params, config)
-    state = PPOState(
-        policy=train_state(trained[0].params, policy_tx, ema=True, guard=True),
-        value=train_state(trained[1].params, value_tx, guard=True),
-        kl=controller.init(),
-        iteration=jnp.zeros((), jnp.int32),
-    )
+    state, where = initial_state(config, mesh, trained[0].params, trained[1].params)
     return Setup(
         policy, reward, value.model, *trained, asked, [r.id for r in records], prompts,
-        pretraining_stream(policy.tokenizer, config), held_out_rows(policy.tokenizer, config, mesh), controller,
-        compiled_pieces(config, mesh, policy, value, reward, trained),
-        compiled_pieces(config, mesh, policy, value, reward, trained, rollout_model=scoring.pair_rows)
+        pretraining_stream(policy.tokenizer, config, mesh), held_out_rows(policy.tokenizer, config, mesh), controller,
+        compiled_pieces(config, mesh, policy, value, reward, trained, where),
+        compiled_pieces(config, mesh, policy, value, reward, trained, where, rollout_model=scoring.pair_rows)
         if mesh.size == config.microbatches == 1
         else None,
-        sharding.place_state(state, mesh), judge(config.gold), judge(config.text_reward),
+        state, judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
+
+
+def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
+    """How each of the four networks lies on the mesh: a large policy may be spread out and a small reward model not."""
+    return {
+        name: sharding.rules_from_data(config.sharding[name], field=f"sharding.{name}")
+        for name in ("policy", "reference", "value", "reward_model")
+    }
+
+
+def initial_state(config: ConfigDict, mesh: jax.sharding.Mesh, policy: Params, value: Params) -> tuple[PPOState, Any]:
+    """PPO before its first iteration, built where it belongs, and its shardings."""
+    rules, (policy_tx, value_tx) = sharding_rules(config), optimizers(config)
+    made, where = sharding.build_state(
+        partial(train_state, tx=policy_tx, ema=True, guard=True), policy, mesh=mesh, rules=rules["policy"]
+    )
+    other, other_where = sharding.build_state(
+        partial(train_state, tx=value_tx, guard=True), value, mesh=mesh, rules=rules["value"]
+    )  # fmt: skip
+    rest = kl_controller(config).init(), jnp.zeros((), jnp.int32)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), rest)
+    return PPOState(made, other, *sharding.place_state(rest, mesh, ())), PPOState(where, other_where, *whole)
 
 
 def compiled_pieces(
     config: ConfigDict, mesh: jax.sharding.Mesh, policy: common.Network, value: common.Network,
-    reward: common.Network | None, trained: tuple[common.Trained, common.Trained],
+    reward: common.Network | None, trained: tuple[common.Trained, common.Trained], where: PPOState,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
-    """The two compiled pieces after sampling, compiled when first called."""
+    """The two compiled pieces after sampling, compiled when first called; the state stays `where` it is."""
     policy_tx, value_tx = optimizers(config)
     make_step = partial(
         make_ppo_step, policy_tx=policy_tx, value_tx=value_tx,
@@ -182,8 +276,9 @@ def compiled_pieces(
         value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
         ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
         epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
-        temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm, ptx_clip_norm=config.ptx_clip_norm,
-        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model, spike_std=config.guard.spike_std,
+        ptx_microbatches=config.ptx_microbatches, temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm,
+        ptx_clip_norm=config.ptx_clip_norm, spike_std=config.guard.spike_std,
+        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
     )  # fmt: skip
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
@@ -195,7 +290,8 @@ def compiled_pieces(
         gamma=config.gamma, lam=config.lam, temperature=config.temperature,
         missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
     )  # fmt: skip
-    return Pieces(score_and_shape, compile_frozen_step(step, (trained[0].frozen, trained[1].frozen)))
+    frozen = trained[0].frozen, trained[1].frozen
+    return Pieces(score_and_shape, compile_frozen_step(step, frozen, state_sharding=where))
 
 
 def reward_and_value(
@@ -209,7 +305,8 @@ def reward_and_value(
     if not config.reward_model:
         params = scalar_from_language_model(policy.params, jax.random.key(config.seed))
         return None, common.Network(scalar_model(policy.model.config), params, policy.tokenizer)
-    network = common.load_network(config.reward_model, mesh, config.decoder)
+    rules = sharding_rules(config)["reward_model"]
+    network = common.load_network(config.reward_model, mesh, config.decoder, rules=rules)
     text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
     return (None if config.text_reward else network), network
 
@@ -236,7 +333,7 @@ def kl_controller(config: ConfigDict) -> kl_control.KLController:
     )
 
 
-def pretraining_stream(tokenizer: Any, config: ConfigDict) -> Batches | None:
+def pretraining_stream(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> Batches | None:
     """Packed pretraining rows, `ptx_rows_per_episode` for each episode; None for plain PPO."""
     if not config.ptx_coef:
         return None
@@ -247,7 +344,7 @@ def pretraining_stream(tokenizer: Any, config: ConfigDict) -> Batches | None:
         count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
         f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
     )  # fmt: skip
-    return Batches(rows, batch_size=count, seed=config.seed)
+    return common.batches(rows, mesh, batch_size=count, seed=config.seed)
 
 
 def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
@@ -255,7 +352,7 @@ def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -
     if not config.held_out_text:
         return []
     rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
-    batches = Batches(rows, batch_size=config.held_out_rows, seed=0)
+    batches = common.batches(rows, mesh, batch_size=config.held_out_rows, seed=0)
     return [sharding.place_batch(batches.at(0), mesh)]
 
 
@@ -278,8 +375,10 @@ def iterate(
     """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed, iteration)."""
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
     places = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
-    prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
-    samples = sample(setup, state, prompts, key, config)
+    own = dataclasses.replace(setup.prompts.at(iteration), ids=sharding.own_rows(places, mesh))
+    prompts = sharding.place_batch(own, mesh)
+    with phase("rollout", setup, config, mesh):
+        samples = jax.block_until_ready(sample(setup, state, prompts, key, config))
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
     texts = []
@@ -288,17 +387,44 @@ def iterate(
         texts = common.response_texts(setup.policy.tokenizer, samples, asked)
     scores = None
     if setup.text_reward is not None:
-        scores = jnp.asarray(judge_all(setup, setup.text_reward, texts, iteration), jnp.float32)
+        judged = np.asarray(judge_all(setup, setup.text_reward, texts, iteration), np.float32)
+        scores = sharding.place_batch(sharding.own_rows(judged, mesh), mesh)
     pieces = pieces_for(setup, samples, jax.random.fold_in(key, 1), config)
-    rollout, metrics = pieces.score_and_shape(
-        setup.policy.params, setup.trained_value.full(state.value.params),
-        setup.reward.params if setup.reward else None, samples, state.kl.coef, prompts.ids, scores,
-    )  # fmt: skip
+    with phase("score", setup, config, mesh):
+        rollout, metrics = jax.block_until_ready(
+            pieces.score_and_shape(
+                setup.policy.params, setup.trained_value.full(state.value.params),
+                setup.reward.params if setup.reward else None, samples, state.kl.coef, prompts.ids, scores,
+            )
+        )  # fmt: skip
     text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
-    state, update = pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1))
+    with phase("update", setup, config, mesh):
+        state, update = jax.block_until_ready(pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1)))
     kl = metrics["rollout/kl_nats_per_sequence"]
-    state = dataclasses.replace(state, kl=setup.controller.update(state.kl, kl.value))
+    new_kl = setup.controller.update(state.kl, kl.value)
+    # Back to where the compiled step expects it: another placement would compile the step again.
+    state = dataclasses.replace(state, kl=jax.device_put(new_kl, setup.state.kl.coef.sharding))
     return state, metrics | update | observe(setup, state, texts, iteration, config)
+
+
+LOWER = {
+    "rollout": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
+    "score": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
+    "update": (
+        "config.microbatches (more, smaller pieces)", "config.minibatches (more, smaller ones)",
+        "config.decoder.remat=block", "config.ptx_rows_per_episode", "config.train=lora", "config.mesh (more devices)",
+    ),
+}  # fmt: skip
+"""What helps when a phase runs out of memory, the best first."""
+
+
+def phase(name: str, setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    """A block that is called by its name when memory runs out in it."""
+    return memory.phase(
+        name, lower=LOWER[name], programs=partial(programs, setup, config, mesh, (name,)), rows=config.episodes,
+        slots=config.prompt_length + config.max_new_tokens, minibatches=config.minibatches,
+        microbatches=config.microbatches, parameters=common.size(setup.policy.params),
+    )  # fmt: skip
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
@@ -316,7 +442,7 @@ def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: 
     return generate(
         setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts, jax.random.fold_in(key, 0),
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        stop_ids=text.stop_ids(setup.policy.tokenizer, setup.asked),
+        stop_ids=stop_ids(setup),
     )  # fmt: skip
 
 
@@ -332,9 +458,11 @@ def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: Con
 
 
 def judge_all(setup: Setup, score: Judge, texts: list[str], iteration: int) -> list[float]:
-    """`score` of each response of an iteration."""
-    rows = setup.prompts.indices(iteration)
-    return [score(str(setup.prompt_ids[i]), t) for i, t in zip(rows, texts, strict=True)]
+    """`score` of each response of an iteration; each process judges its part, and all get the same numbers."""
+    asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
+    part = asked[processes.index() :: processes.count()]
+    judged = processes.exchange("scores", [score(str(setup.prompt_ids[i]), t) for i, t in part])
+    return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
 
 
 def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
@@ -432,4 +560,4 @@ def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, con
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo")
+    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run)

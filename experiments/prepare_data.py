@@ -617,4 +617,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/data/storyland.py", workdir="runs/data", argv=expand(sys.argv[1:]))
+    config_lib.main(
+        run, config="configs/data/storyland.py", workdir="runs/data", argv=expand(sys.argv[1:]),
+        one_process="Run it once; its files are then read by all processes.",
+    )  # fmt: skip

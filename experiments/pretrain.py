@@ -18,9 +18,7 @@ from ml_collections import ConfigDict
 from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
-from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
@@ -43,8 +41,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     held_out = text.lm_rows(
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
     )
-    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
-    held_out = Batches(held_out, batch_size=config.batch_size, seed=0)
+    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=0)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
     steps = batches.steps(config.epochs)
     tx = optim.adam(
@@ -66,21 +64,24 @@ def run(config: ConfigDict, workdir: str) -> dict:
         batches, mesh, workdir=workdir, stage="pretrain", steps=steps, save_every=config.evaluate_every,
         seed=config.seed, show=("sft/loss", "held_out_loss"), on_save=on_save,
     )  # fmt: skip
-    losses = [row["held_out_loss"] for row in read(folder / "metrics.jsonl", "pretrain") if "held_out_loss" in row]
-    result = {
-        "held_out_loss": losses[-1],
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+
+    def held_out_loss() -> float:
+        rows = read(folder / "metrics.jsonl", "pretrain")
+        return [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1]
+
+    return common.write_result(folder / "pretrain.json", lambda: {
+        "held_out_loss": held_out_loss(),
         "seconds": round(time.monotonic() - begin),
         "steps": steps,
         "tokens": int((rows.segments > 0).sum()),
         "padding_share": text.padding_share(rows),
         "command": f"python experiments/pretrain.py --config=configs/pretrain/storyland.py:{config.name}",
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": parameters,
         "seed": config.seed,
         "corpus_sha256": storyland_assets.corpus_fingerprint(),
         "tokenizer_sha256": text.tokenizer_fingerprint(tokenizer),
-    }
-    write_json(folder / "pretrain.json", result)
-    return result
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

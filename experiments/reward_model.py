@@ -13,57 +13,58 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, guards
+from experiments import common, guards, memory
 from rlhf_jax import config as config_lib
-from rlhf_jax import scoring, sharding
-from rlhf_jax.checkpoint import write_json
+from rlhf_jax import processes, scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
-from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn
+from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
+
+LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size", "config.mesh")
+
+
+class Setup(NamedTuple):
+    """A stage before its first step."""
+
+    base: common.Network
+    model: Model
+    trained: common.Trained
+    rankings: list[schema.Ranking]
+    encoded: list[text.RankedIds]
+    places: Sequence[int]
+    rows: RankingBatch
+    batches: Batches
+    mesh: jax.sharding.Mesh
+    step: StepFn
+    state: TrainState
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (a sequence classifier of one label) and ``reward_model.json``."""
-    mesh = common.start(config.mesh)
-    base = common.load_network(config.model, mesh, config.decoder)
-    rankings = read_rankings(config.rankings)
-    encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
-    encoded, places = fitting(encoded, config, base.model.config.context_length)
-    rows = text.ranking_rows(
-        encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
-    )  # fmt: skip
-    model = scalar_model(base.model.config)
-    trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
-    read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
-    batches = Batches(seen, batch_size=config.batch_size, seed=config.seed)
-    steps = batches.steps(config.epochs)
-    rate = common.schedule(config.schedule, config.learning_rate, steps)
-    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
-    loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
-
-    def make_step(frozen: Params) -> StepFn:
-        return make_reward_step(
-            trained.model(read, frozen), tx, loss=loss, microbatches=config.microbatches,
-            spike_std=config.guard.spike_std,
+    with memory.phase("set-up", lower=LOWER[1:], rows=config.batch_size, slots=config.row_length):
+        setup = prepare(config)
+    base, model, trained, mesh = setup.base, setup.model, setup.trained, setup.mesh
+    rankings, encoded, rows = setup.rankings, setup.encoded, setup.rows
+    steps = setup.batches.steps(config.epochs)
+    with memory.phase(
+        "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
+        microbatches=config.microbatches, parameters=common.size(base.params),
+    ):  # fmt: skip
+        state = common.train_resumable(
+            setup.step, setup.state, setup.batches, mesh, workdir=workdir, stage="reward_model", steps=steps,
+            save_every=config.save_every, seed=config.seed, show=("reward/loss", "reward/accuracy"), keep=config.keep,
+            max_skipped=config.guard.max_skipped, origin=origin(config, base),
+            records=where(config, rankings, encoded, setup.places),
         )  # fmt: skip
-
-    state = common.train_resumable(
-        compile_frozen_step(make_step, trained.frozen),
-        sharding.place_state(train_state(trained.params, tx, guard=True), mesh),
-        batches, mesh, workdir=workdir, stage="reward_model", steps=steps, save_every=config.save_every,
-        seed=config.seed, show=("reward/loss", "reward/accuracy"), keep=config.keep,
-        max_skipped=config.guard.max_skipped, origin=origin(config, base),
-        records=where(config, rankings, encoded, places),
-    )  # fmt: skip
     network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
     common.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
@@ -75,8 +76,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
     for name, (rankings, too_long) in sets.items():
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
-    write_json(Path(workdir) / "reward_model.json", result)
-    return result
+    return common.write_result(Path(workdir) / "reward_model.json", lambda: result)
 
 
 def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
@@ -95,6 +95,51 @@ def where(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
         max_items=config.prompts_per_row, places=places,
     )  # fmt: skip
+
+
+def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
+    """Compiles the step for the real rows and prints its memory."""
+    setup = prepare(config)
+    staying = memory.held(setup.state, setup.trained.frozen, setup.base.params)
+    return memory.dry_run(programs(setup), setup.mesh, state=staying)
+
+
+def programs(setup: Setup) -> memory.Programs:
+    """The step, compiled for the first batch."""
+    batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
+    yield "train", common.compiled(setup.step, setup.state, batch, None)
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Loads the model, encodes the rankings, builds the step and the state."""
+    mesh = common.start(config.mesh)
+    common.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
+    rules = sharding.rules_from_data(config.sharding)
+    base = common.load_network(config.model, mesh, config.decoder, rules=rules)
+    rankings = read_rankings(config.rankings)
+    encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
+    encoded, places = fitting(encoded, config, base.model.config.context_length)
+    rows = text.ranking_rows(
+        encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
+    )  # fmt: skip
+    model = scalar_model(base.model.config)
+    trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
+    read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
+    batches = common.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
+    rate = common.schedule(config.schedule, config.learning_rate, batches.steps(config.epochs))
+    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
+    loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
+
+    def make_step(frozen: Params) -> StepFn:
+        return make_reward_step(
+            trained.model(read, frozen), tx, loss=loss, microbatches=config.microbatches,
+            spike_std=config.guard.spike_std,
+        )  # fmt: skip
+
+    make = partial(train_state, tx=tx, guard=True)
+    state, lies = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    step = compile_frozen_step(make_step, trained.frozen, state_sharding=lies)
+    return Setup(base, model, trained, rankings, encoded, places, rows, batches, mesh, step, state)
 
 
 def read_rankings(path: str) -> list[schema.Ranking]:
@@ -171,12 +216,13 @@ def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh:
     told = begun
     for start in range(0, count, size):
         now = time.monotonic()
-        if start and now - told > 30:
+        if start and now - told > 30 and processes.index() == 0:
             told, left = now, (now - begun) * (count - start) / start
             print(f"{name}: {start} of {count} rows  ETA {left / 60:.0f} min", flush=True)
         index = np.minimum(np.arange(start, start + size), count - 1)
-        batch = sharding.place_batch(jax.tree.map(lambda x, index=index: x[index], rows), mesh)
-        found.append(np.asarray(function(batch)))
+        batch = jax.tree.map(lambda x, index=index: x[index], rows)
+        batch = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+        found.append(processes.gather(function(batch)))
     return np.concatenate(found)[:count]
 
 
@@ -313,4 +359,4 @@ def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.n
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model")
+    config_lib.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run)

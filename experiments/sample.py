@@ -121,4 +121,7 @@ def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: i
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/sample/storyland.py", workdir="runs/samples")
+    config_lib.main(
+        run, config="configs/sample/storyland.py", workdir="runs/samples",
+        one_process="It reads the model folder that sft.py wrote: run it on one host.",
+    )  # fmt: skip

@@ -10,48 +10,47 @@ Run:
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, guards
+from experiments import common, guards, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
-from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
-from rlhf_jax.types import LMBatch, Params, StepFn
+from rlhf_jax.types import LMBatch, Params, StepFn, TrainState
+
+LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size", "config.mesh")
+
+
+class Setup(NamedTuple):
+    """A stage before its first step."""
+
+    network: common.Network
+    trained: common.Trained
+    records: guards.Records
+    rows: LMBatch
+    batches: Batches
+    held: list[LMBatch]
+    mesh: jax.sharding.Mesh
+    step: StepFn
+    state: TrainState
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
-    mesh = common.start(config.mesh)
-    network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout)
-    records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config)
-    held_out = demonstration_rows(network.tokenizer, config.validation, config)
-    if config.pretraining_fraction:
-        rows = mix_in(rows, network.tokenizer, config)
-    batches = Batches(rows, batch_size=config.batch_size, seed=config.seed)
-    held_out = Batches(held_out, batch_size=config.batch_size, seed=config.seed)
-    held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
-    epoch_steps = batches.steps(1)
-    steps = epoch_steps * config.epochs
-    rate = common.schedule(config.schedule, config.learning_rate, steps)
-    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
-    trained = common.trained(network.params, config)
-    folder = Path(workdir)
-
-    def make_step(frozen: Params) -> StepFn:
-        return make_sft_step(
-            trained.model(network.model, frozen), tx, microbatches=config.microbatches,
-            spike_std=config.guard.spike_std,
-        )  # fmt: skip
+    with memory.phase("set-up", lower=LOWER[1:], rows=config.batch_size, slots=config.row_length):
+        setup = prepare(config)
+    network, trained, held = setup.network, setup.trained, setup.held
+    epoch_steps, folder = setup.batches.steps(1), Path(workdir)
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         epoch = math.ceil(step / epoch_steps)
@@ -59,23 +58,30 @@ def run(config: ConfigDict, workdir: str) -> dict:
         loss = lm_loss(network.model, trained.full(state.params), held)
         log(step, {"epoch": epoch, "validation_loss": loss})
 
-    common.train_resumable(
-        compile_frozen_step(make_step, trained.frozen),
-        sharding.place_state(train_state(trained.params, tx, guard=True), mesh),
-        batches, mesh, workdir=workdir, stage="sft", steps=steps, save_every=epoch_steps, seed=config.seed,
-        show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, keep=config.keep,
-        max_skipped=config.guard.max_skipped, origin=origin(config, network), records=records, on_save=on_save,
-    )  # fmt: skip
+    with memory.phase(
+        "train", lower=LOWER, programs=partial(programs, setup, config), rows=config.batch_size,
+        slots=config.row_length, microbatches=config.microbatches, parameters=common.size(network.params),
+    ):  # fmt: skip
+        common.train_resumable(
+            setup.step, setup.state, setup.batches, setup.mesh, workdir=workdir, stage="sft",
+            steps=epoch_steps * config.epochs, save_every=epoch_steps, seed=config.seed,
+            show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, keep=config.keep,
+            max_skipped=config.guard.max_skipped, origin=origin(config, network), records=setup.records,
+            on_save=on_save,
+        )  # fmt: skip
+    return common.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
+
+
+def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
+    """Losses of the epochs and the folders of the two that matter, from the log."""
     epochs = [row for row in read(folder / "metrics.jsonl", "sft") if "validation_loss" in row]
     lowest = min(epochs, key=lambda row: row["validation_loss"])["epoch"]
-    result = {
+    return {
         "epochs": [{"epoch": int(row["epoch"]), "validation_loss": row["validation_loss"]} for row in epochs],
         "lowest_loss": str(folder / f"epoch-{int(lowest)}"),
         "last": str(folder / f"epoch-{config.epochs}"),
         "padding_share": text.padding_share(rows),
     }
-    write_json(folder / "sft.json", result)
-    return result
 
 
 def origin(config: ConfigDict, network: common.Network) -> dict[str, Any]:
@@ -85,6 +91,49 @@ def origin(config: ConfigDict, network: common.Network) -> dict[str, Any]:
         files["pretraining_text"] = config.pretraining_text
     models = {"model": common.model_folder(config.model)}
     return guards.origin(config, files=files, models=models, tokenizer=network.tokenizer)
+
+
+def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
+    """Compiles the step for the real rows and prints its memory."""
+    setup = prepare(config)
+    staying = memory.held(setup.state, setup.trained.frozen, setup.network.params)
+    return memory.dry_run(programs(setup, config), setup.mesh, state=staying)
+
+
+def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
+    """The step, compiled for the first batch."""
+    key = jax.random.key(config.seed) if config.dropout > 0 else None
+    batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
+    yield "train", common.compiled(setup.step, setup.state, batch, key)
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Loads the model, encodes the demonstrations, builds the step and the state."""
+    mesh = common.start(config.mesh)
+    common.agree_on_inputs(config.model, config.demonstrations, config.validation, config.pretraining_text)
+    rules = sharding.rules_from_data(config.sharding)
+    network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout, rules=rules)
+    records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config)
+    held_out = demonstration_rows(network.tokenizer, config.validation, config)
+    if config.pretraining_fraction:
+        rows = mix_in(rows, network.tokenizer, config)
+    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
+    held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
+    rate = common.schedule(config.schedule, config.learning_rate, batches.steps(1) * config.epochs)
+    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
+    trained = common.trained(network.params, config)
+
+    def make_step(frozen: Params) -> StepFn:
+        return make_sft_step(
+            trained.model(network.model, frozen), tx, microbatches=config.microbatches,
+            spike_std=config.guard.spike_std,
+        )  # fmt: skip
+
+    make = partial(train_state, tx=tx, guard=True)
+    state, where = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    step = compile_frozen_step(make_step, trained.frozen, state_sharding=where)
+    return Setup(network, trained, records, rows, batches, held, mesh, step, state)
 
 
 def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch:
@@ -131,4 +180,4 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft")
+    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run)

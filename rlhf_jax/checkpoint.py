@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from rlhf_jax import processes
 from rlhf_jax.files import read_json
 
 FORMAT = 1
@@ -91,6 +91,7 @@ class Checkpoints:
           OSError: this or the previous save could not be written; the steps sealed before are as they were.
         """
         self.wait()
+        processes.barrier("save")  # else a slow process looks for older steps when the others write this one
         leaves = _named_leaves(state)
         newest = max(self.steps(), default=-1)
         if step <= newest:
@@ -103,6 +104,7 @@ class Checkpoints:
                 (self.root / "manifests").mkdir(parents=True, exist_ok=True)
                 if os.path.lexists(self.root / str(step)):
                     self._quarantine(step, "it was never finished")
+            processes.barrier("folder")  # what lies there is out of the way before any process writes
             writing = ocp.save_async(str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size})
         self._pending = self._worker.submit(self._finish, step, writing, seal)
 
@@ -119,6 +121,7 @@ class Checkpoints:
                 seal["files"] = _checksums(self.root / str(step))
                 write_json(self._manifest(step), seal | {"sha256": _digest(seal)})
                 (self.root / "manifests" / "sealed").touch()  # from here on it is damage when no step has its seal
+            processes.barrier("sealed")  # so that `wait` means the same on all of them
         self._verified.add(step)
         if jax.process_index() == 0:
             self._prune()
@@ -167,17 +170,23 @@ class Checkpoints:
         """
         if os.path.lexists(self.root) and not self.root.is_dir():
             raise OSError(f"{self.root} is no folder: checkpoints could not be written there; move it away")
-        chosen = -2
-        if jax.process_index() == 0:
-            chosen = self._newest_good()
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        chosen = processes.on_first("newest good step", self._newest_good)
+        self._verified |= {chosen} - {-1, -2}  # by process 0, for all
+        if processes.count() > 1:
+            processes.agree("resume step", {f"the newest good step in {self.root}": self._sealed(chosen)})
         if chosen == -2:
             raise ValueError(
                 f"every checkpoint in {self.root} is damaged (they are in {self.root / 'quarantine'}): "
                 "restore one from a backup, or start afresh with --overwrite (keeps this run aside)"
             )
         return chosen if chosen >= 0 else None
+
+    def _sealed(self, step: int) -> str:
+        """A step by its seal, as this process sees it."""
+        try:
+            return f"{step} (sealed {json.loads(self._manifest(step).read_bytes())['sha256'][:12]})"
+        except (OSError, ValueError, KeyError):
+            return f"{step} (not to be seen)" if step >= 0 else "none"
 
     def _newest_good(self) -> int:
         folders = [p for p in self.root.glob("*") if _is_step(p.name)]
@@ -376,8 +385,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     ...     stop(0)
     False
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+    if processes.count() > 1:
+        with _ctrl_c_as_preemption():
+            yield processes.stop_point
         return
     asked: list[tuple[int, float]] = []
     heard = threading.Event()
@@ -417,3 +427,23 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             handler(number, None)
         else:
             signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _ctrl_c_as_preemption() -> Iterator[None]:
+    """The first Ctrl-C becomes a SIGTERM to this process, which all processes then hear of; the second interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupt = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, _: object) -> None:
+        signal.signal(signal.SIGINT, interrupt)
+        _warn("all processes stop after a step (Ctrl-C again: at once)")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, interrupt)

@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -38,6 +39,7 @@ except ImportError:  # Windows: folders are used without a lock
 
 from ml_collections import ConfigDict, FieldReference
 
+from rlhf_jax import __version__, processes
 from rlhf_jax.files import PLAIN_NAME, read_json
 
 Run = Callable[[ConfigDict, str], Any]
@@ -536,7 +538,8 @@ def _refuse_foreign(path: Path) -> None:
         raise ValueError(f"{name} is a symbolic link: pass the folder it leads to, {os.path.realpath(path)}")
     if not path.exists():
         return
-    ours = path.is_dir() and ((path / LOCK_FILE).is_file() or not any(path.iterdir()))
+    half = {"config.tmp"}  # all that a kill at the very start left in earlier versions
+    ours = path.is_dir() and ((path / LOCK_FILE).is_file() or {p.name for p in path.iterdir()} <= half)
     if not ours:
         older = f" (one of an earlier version: add an empty file {LOCK_FILE})" if (path / CONFIG_FILE).exists() else ""
         raise ValueError(f"{name} is not a run of this program{older}: choose another, it is left as it is")
@@ -657,26 +660,39 @@ def _stored_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
 
 
-def main(run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None) -> None:
+def main(
+    run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = "",
+    dry_run: Callable[[ConfigDict], Any] | None = None,
+) -> None:  # fmt: skip
     """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
 
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
-    ``--allow_config_change``, ``--distributed`` (several hosts). A user's mistake is one line on stderr and exit
-    status 2; a machine that refuses (disk, permission, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next
-    step boundary where a stage saves, elsewhere at once, and the second one at once everywhere. Other errors are bugs
-    and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always. No text on stderr holds a secret (`redact`).
+    ``--allow_config_change``, ``--dry_run``, ``--distributed`` (several processes: they agree on config, versions and
+    run folder first and end together, see `rlhf_jax.processes`). A user's mistake is one line on stderr and exit status
+    2; a machine that refuses (disk, permission, memory, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next
+    step boundary where a stage saves, elsewhere at once, and the second one at once everywhere; processes that stopped
+    together 143. Other errors are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always. No text on
+    stderr holds a secret (`redact`).
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
       config: the config file when ``--config`` is not given.
       workdir: the run folder when ``--workdir`` is not given.
       argv: the arguments; None reads the command line.
+      one_process: for a program that cannot run as several processes: what to do instead of ``--distributed``.
+      dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
     sys.excepthook = functools.partial(_show_bug, secrets)
-    with _signals(several="--distributed" in arguments):
-        status = _main(run, config, workdir, arguments, secrets)
+    several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
+    with _signals(several=several):
+        try:
+            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run)
+        except Exception as error:
+            trace = redact(traceback.format_exc(), secrets)
+            _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
+            raise
     if status > 128 and threading.current_thread() is threading.main_thread():
         _answer_signals(lambda *_: os._exit(status))  # while threads are waited for
         atexit.register(_answer_signals, signal.SIG_IGN)  # the milliseconds in which Python takes itself down
@@ -688,34 +704,54 @@ def _answer_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _main(run: Run, config_default: str, workdir_default: str, argv: list[str], secrets: Sequence[str] = ()) -> int:
+def _main(
+    run: Run, config_default: str, workdir_default: str, argv: list[str], secrets: Sequence[str] = (),
+    one_process: str = "", dry_run: Callable[[ConfigDict], Any] | None = None,
+) -> int:  # fmt: skip
     fresh, path, lock = False, None, None
     try:
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
+        _check_process_flags(flags, one_process)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
             sys.path.insert(0, os.getcwd())
+        if flags.distributed:
+            _start_processes(flags)
         config = load_config(flags.config, overrides)
-        path, is_writer = Path(flags.workdir), not flags.distributed or _initialize_distributed()
-        if is_writer:
+        path = Path(flags.workdir)
+        _agree_on_command(flags, config)
+        if flags.dry_run:
+            _run_dry(dry_run, config)
+            return 0
+        if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
+        _share_workdir(path, fresh)
         with allow_change(flags.allow_config_change):
             run(config, str(path))
-    except (ValueError, OSError, FloatingPointError) as error:
+        processes.finish()
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if fresh and path is not None:
             _remove_unused(path)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        text = redact(f"Error: {error}{_where(error)}{_disk(error)}", secrets)
+        text = redact(f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets)
         return _say(text, 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
         status = 128 + getattr(stop, "signal_number", signal.SIGINT)
+        status = STOPPED_TOGETHER if processes.stopping_together() else status
         return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", status)
     finally:
         if lock is not None:
             lock.close()
     return 0
+
+
+def _run_dry(dry_run: Callable[[ConfigDict], Any] | None, config: ConfigDict) -> None:
+    require(dry_run is not None, "--dry_run", True, "this program has no dry run")
+    assert dry_run is not None
+    dry_run(config)
+    processes.finish()
 
 
 def _show_bug(secrets: Sequence[str], kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -802,6 +838,7 @@ def _where(error: Exception) -> str:
 
 def _say(text: str, status: int) -> int:
     print(text, file=sys.stderr, flush=True)
+    _end_together(text.strip(), status)
     return status
 
 
@@ -813,11 +850,80 @@ def _remove_unused(path: Path) -> None:
         path.rmdir()
 
 
-def _initialize_distributed() -> bool:
-    import jax
+# ------------------------------------------------------------------------------------------------ several processes
 
-    jax.distributed.initialize()
-    return jax.process_index() == 0
+STOPPED_TOGETHER = 143
+"""Exit status of all processes when one of them got SIGTERM (or Ctrl-C) and all have saved the same step."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+"""What must have one version in all processes, beside this package."""
+
+
+def _check_process_flags(flags: argparse.Namespace, one_process: str) -> None:
+    address = (flags.coordinator_address, flags.num_processes, flags.process_id)
+    flags.distributed = flags.distributed or any(flag is not None for flag in address)
+    if flags.distributed and one_process:
+        raise ValueError(f"--distributed: this program runs as one process, on all devices of its host. {one_process}")
+    if flags.heartbeat_timeout < 1:
+        raise ValueError(f"--heartbeat_timeout={flags.heartbeat_timeout} must be at least 1 second")
+
+
+def _start_processes(flags: argparse.Namespace) -> None:
+    processes.start(
+        coordinator_address=flags.coordinator_address, num_processes=flags.num_processes, process_id=flags.process_id,
+        heartbeat_timeout=flags.heartbeat_timeout,
+    )  # fmt: skip
+
+
+def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
+    """Before any work: all processes run one command with one set of versions."""
+    plain = json.loads(to_json(config))
+    facts: dict[str, Any] = {f"config.{key}": _value_at(plain, key) for key in sorted(leaf_keys(config))}
+    facts |= {f"--{name}": getattr(flags, name) for name in ("overwrite", "allow_config_change")}
+    facts |= {f"the version of {name}": metadata.version(name) for name in PACKAGES}
+    processes.agree("start", facts | {"the version of rlhf_jax": __version__})
+
+
+def _value_at(plain: Any, key: str) -> Any:
+    for name in key.split("."):
+        plain = plain[name]
+    return plain
+
+
+def _share_workdir(path: Path, fresh: bool) -> None:
+    """Refuses a run folder that is another one on another host: checkpoints are written by all processes together."""
+    if processes.count() == 1:
+        return
+    if fresh:
+        processes.when_another_fails(lambda: _remove_unused(path))
+    token = path / ".shared"
+    mark = processes.on_first("workdir", lambda: _put_mark(token))
+    until = time.monotonic() + 10  # a network file system may show a new file late
+    while not (seen := token.is_file() and token.read_text() == mark) and time.monotonic() < until:
+        time.sleep(0.1)
+    try:
+        facts = "the folder of process 0" if seen else f"another folder ({path.absolute()})"
+        processes.agree("workdir", {f"workdir={str(path)!r} (one folder that all hosts share)": facts})
+    finally:
+        if processes.index() == 0:
+            token.unlink(missing_ok=True)
+
+
+def _put_mark(token: Path) -> str:
+    mark = os.urandom(16).hex()
+    token.write_text(mark)
+    return mark
+
+
+def _end_together(why: str, status: int, trace: str = "") -> None:
+    """With several processes: ends all of them with `status`, unless all are on their way out from one step."""
+    if processes.count() == 1:
+        return
+    if status == STOPPED_TOGETHER:
+        processes.finish()
+        return
+    print(trace, end="", file=sys.stderr, flush=True)
+    processes.fail(why.removeprefix("Error: "), status)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -838,6 +944,14 @@ def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[
     parser.add_argument("--overwrite", action="store_true", help="start afresh; an earlier run is renamed, not deleted")
     parser.add_argument("--allow_config_change", action="store_true", help="resume although the config changed")
     parser.add_argument("--distributed", action="store_true", help="one process of several (SLURM, GKE, TPU pod, MPI)")
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0, where nothing else tells it")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many, with --coordinator_address")
+    parser.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1, with --coordinator_address")
+    parser.add_argument(
+        "--heartbeat_timeout", type=int, default=processes.HEARTBEAT_SECONDS, metavar="SECONDS",
+        help="silence after which a process is taken for dead and the others end",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="compile every phase, print its memory, do nothing else")
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, str] = {}
     while rest:

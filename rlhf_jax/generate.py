@@ -109,6 +109,38 @@ def generate(
     )
 
 
+def lower_generate(
+    model: Model,
+    params: Params,
+    prompts: PromptBatch,
+    key: Key[Array, ""] | jax.ShapeDtypeStruct,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    stop_ids: Sequence[int] = (),
+) -> jax.stages.Lowered:
+    """The program that `generate` would run for such arguments, to be compiled and looked at; nothing is sampled.
+
+    Args:
+      model: a language model.
+      params: its parameters, or their shapes with shardings.
+      prompts: B prompts, or their shapes.
+      key: a key, or its shape.
+      max_new_tokens: as in `generate`.
+      temperature: as in `generate`.
+      stop_ids: as in `generate`.
+
+    Raises:
+      ValueError: as `generate`.
+    """
+    _validate(model, prompts, max_new_tokens, temperature, 0, 1.0, 1)
+    stops = tuple(int(i) for i in stop_ids)
+    return _generate.lower(
+        model, params, prompts, key, max_new_tokens=int(max_new_tokens), samples_per_prompt=1,
+        temperature=float(temperature), top_k=0, top_p=1.0, stop_ids=stops,
+    )  # fmt: skip
+
+
 def _validate(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt) -> None:
     for name, value in (("max_new_tokens", max_new_tokens), ("samples_per_prompt", samples_per_prompt)):
         if value < 1:

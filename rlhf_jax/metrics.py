@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from rlhf_jax import processes
 from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
@@ -86,7 +88,10 @@ class StageLog:
         stream: Stream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._path = Path(workdir) / FILE
+        # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
+        self._path = Path(workdir) / FILE if processes.index() == 0 else Path(os.devnull)
+        if processes.index() > 0:
+            writers, stream = (), io.StringIO()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(self._path, stage, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -107,7 +112,8 @@ class StageLog:
         pending, self._pending = self._pending, None
         if pending:
             self._write(*pending)
-        os.fsync(self._file.fileno())  # a power cut must not take lines from before a checkpoint that it leaves
+        if self._path != Path(os.devnull):
+            os.fsync(self._file.fileno())  # a power cut must not take lines that a checkpoint counts on
 
     def close(self) -> None:
         """Flushes, ends the console line and closes the file."""

@@ -278,7 +278,8 @@ def step_zero_checks(
     score = partial(scoring.sequence_log_probs, policy, temperature=temperature)
     rows = (samples.tokens, samples.lengths, mask)
 
-    def with_backward_pass(params: Params) -> Array:
+    # Rows are an argument: a compiled function may not close over arrays that lie on several processes.
+    def with_backward_pass(params: Params, *rows: Array) -> Array:
         def loss(params: Params) -> tuple[Array, Array]:
             logp = score(params, *rows)
             return jnp.sum(logp), logp
@@ -289,7 +290,7 @@ def step_zero_checks(
 
     scoring_program = jax.jit(score)
     logp = scoring_program(policy_params, *rows)
-    update_logp = jax.jit(with_backward_pass)(policy_params)
+    update_logp = jax.jit(with_backward_pass)(policy_params, *rows)
     ratio = jnp.exp(jnp.where(mask, update_logp - samples.logp, 0))
     clipped = ops.masked_mean((jnp.abs(ratio - 1) > clip_ratio).astype(jnp.float32), mask)
     measured = {

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from rlhf_jax import processes
 
 AXES = ("data", "fsdp", "tensor")
 """Rows of a batch go over data and fsdp; parameters over fsdp and tensor."""
@@ -29,6 +32,11 @@ DECODER_RULES: Rules = (
     (r"blocks/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(attention/out|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "tensor")),
+    # Adapters [L, inputs, r] and [L, r, outputs] lie as the kernel that they are added to.
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
+    (r"blocks/(attention/out|mlp/down)/lora_a$", P(None, "tensor")),
+    (r"blocks/(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),
     # By width and not by vocabulary: 50,257 rows divide by no mesh.
     (r"(embed|positions)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"unembed/kernel$", P(("fsdp", "tensor"), None)),
@@ -37,6 +45,44 @@ DECODER_RULES: Rules = (
 Norms, scalar heads and counters are replicated."""
 
 T = TypeVar("T")
+
+
+def rules_from_data(rules: Sequence[Any], *, field: str = "sharding") -> Rules:
+    """Rules as they stand in a config: ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
+
+    Args:
+      rules: for each dimension None, the name of a mesh axis, or a tuple of names; ``()`` replicates everything.
+      field: of the config, for errors.
+
+    Returns:
+      The same rules for `tree_shardings`.
+
+    Raises:
+      ValueError: an entry is not such a pair, its regex does not compile, or it names no mesh axis.
+
+    >>> rules_from_data((("mlp/up/kernel$", (None, "fsdp", "tensor")),))
+    (('mlp/up/kernel$', P(None, 'fsdp', 'tensor')),)
+    """
+    found = []
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)):
+            raise ValueError(f"{field}: {rule!r} is not a pair (regex, (axes of dimension 0, ..))")
+        pattern, axes = rule
+        for group in axes:
+            for name in (group,) if isinstance(group, str) else group or ():
+                if name not in AXES:
+                    raise ValueError(f"{field}: {rule!r} names the mesh axis {name!r}: the axes are {', '.join(AXES)}")
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
+        found.append((pattern, P(*(tuple(group) if isinstance(group, list) else group for group in axes))))
+    return tuple(found)
+
+
+def rules_as_data(rules: Rules) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Rules as plain tuples for a config, the inverse of `rules_from_data`."""
+    return tuple((pattern, tuple(spec)) for pattern, spec in rules)
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -69,14 +115,14 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> PyTree:
+def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECODER_RULES) -> PyTree:
     """A sharding for each leaf: the first rule whose regex is found in the leaf's path, else replicated.
 
     Paths read like ``policy/params/blocks/mlp/up/kernel`` or ``opt_state/0/mu/embed/embedding``.
 
     Args:
       tree: parameters, a `TrainState`, a `PPOState`, or their `jax.eval_shape`.
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`; to plan an `AbstractMesh`.
       rules: ordered.
 
     Returns:
@@ -103,7 +149,7 @@ def _step_name(step: object) -> str:
     return str(step)
 
 
-def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
     if len(spec) > len(shape):
         raise ValueError(f"rule {spec} has more axes than {name} of shape {shape}: put a rule for it before that one")
     for dimension, axes in enumerate(spec):
@@ -115,7 +161,7 @@ def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
             )
 
 
-def _axes_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _axes_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     for name in names:
         if name not in mesh.shape:
@@ -123,50 +169,112 @@ def _axes_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over data and fsdp, everything else whole: for batches, rollouts and `make_ppo_step(batch_sharding=...)`."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def place_batch(batch: T, mesh: Mesh) -> T:
-    """Put a batch on the devices, rows over data and fsdp; with several hosts each gives its own rows.
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch this process reads: ``(index, count)`` for ``Batches(process_index=, process_count=)``.
+
+    Where the tensor axis goes over several processes they hold the same rows and have the same share. Where a topology
+    mixes the rows of processes each reads the whole batch, ``(0, 1)``.
 
     Args:
-      batch: a struct of numpy arrays with rows first, this process's part of the global batch.
       mesh: from `make_mesh`.
 
     Returns:
-      The same struct of global arrays; process i's rows come after those of process i - 1.
+      ``(0, 1)`` in a program of one process.
+
+    >>> batch_share(make_mesh())
+    (0, 1)
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return _share(owners.reshape(-1, mesh.shape["tensor"]), processes.index())
+
+
+def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
+    """The share of `process` where ``owners[piece]`` are the processes that hold a piece of the rows."""
+    held = {int(owner): {*np.flatnonzero((owners == owner).any(axis=1)).tolist()} for owner in np.unique(owners)}
+    size = len(held[process])
+    shares = [set(range(start, start + size)) for start in range(0, len(owners), size)]
+    if any(pieces not in shares for pieces in held.values()):
+        return 0, 1
+    return shares.index(held[process]), len(shares)
+
+
+def own_rows(batch: T, mesh: Mesh) -> T:
+    """This process's share of a batch that every process has whole, for `place_batch`.
+
+    Args:
+      batch: a struct of arrays with rows first.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The struct with a part of the rows; all of them in a program of one process.
+
+    Raises:
+      ValueError: if the rows do not divide over data and fsdp.
+    """
+    index, count = batch_share(mesh)
+
+    def part(path: tuple, x: np.ndarray) -> np.ndarray:
+        _check_rows(path, x.shape[0], mesh)
+        share = x.shape[0] // count
+        return x[index * share : (index + 1) * share]
+
+    return jax.tree_util.tree_map_with_path(part, batch)
+
+
+def place_batch(batch: T, mesh: Mesh) -> T:
+    """Put a batch on the devices, rows over data and fsdp; with several processes each gives its share of the rows.
+
+    Args:
+      batch: a struct of numpy arrays with rows first, this process's `batch_share` of the global batch.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The same struct of global arrays; the rows of share i come after those of share i - 1.
 
     Raises:
       ValueError: if the global rows do not divide over data and fsdp.
     """
-    sharding = batch_sharding(mesh)
-    pieces, processes = mesh.shape["data"] * mesh.shape["fsdp"], _processes(mesh)
+    sharding, (index, count) = batch_sharding(mesh), batch_share(mesh)
 
     def place(path: tuple, x: np.ndarray | jax.Array) -> jax.Array:
-        rows = x.shape[0] * processes
-        if rows % pieces:
-            name = "/".join(_step_name(step) for step in path)
-            raise ValueError(
-                f"batch of {rows} rows ({name}) does not divide over data={mesh.shape['data']} x "
-                f"fsdp={mesh.shape['fsdp']}: choose a multiple of {pieces}"
-            )
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        _check_rows(path, x.shape[0] * count, mesh)
+        own, first = np.asarray(x), index * x.shape[0]
+
+        def piece(window: tuple[slice, ...] | None) -> np.ndarray:
+            assert window is not None
+            start, stop, _ = window[0].indices(x.shape[0] * count)
+            return own[start - first : stop - first]
+
+        return jax.make_array_from_callback((x.shape[0] * count, *x.shape[1:]), sharding, piece)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def _check_rows(path: tuple, rows: int, mesh: Mesh) -> None:
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % pieces:
+        name = "/".join(_step_name(step) for step in path)
+        raise ValueError(
+            f"batch of {rows} rows ({name}) does not divide over data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']}: choose a multiple of {pieces}"
+        )
 
 
 def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
     """Put parameters or a whole training state on the devices as `rules` say.
 
     Args:
-      state: a tree of arrays that every process holds in full.
+      state: a tree of arrays that every process holds in full, or of arrays that lie on the devices of all already.
       mesh: from `make_mesh`.
       rules: ordered.
 
@@ -176,9 +284,34 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
     Raises:
       ValueError: as `tree_shardings`.
     """
+    return jax.tree.map(_place, state, tree_shardings(state, mesh, rules))
+
+
+def _place(leaf: Any, place: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(jnp.copy, out_shardings=place)(leaf)
     # device_put would share the shard that is on the right device already, and a donating step would then delete it.
-    return jax.device_put(jax.tree.map(np.array, state), tree_shardings(state, mesh, rules))
+    # Over several processes it would also send the whole array around, to compare.
+    whole = np.array(leaf)
+    if place.is_fully_addressable:
+        return jax.device_put(whole, place)
+    return jax.make_array_from_callback(whole.shape, place, lambda window: whole[window])
 
 
-def _processes(mesh: Mesh) -> int:
-    return len({device.process_index for device in mesh.devices.flat})
+def build_state(make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> tuple[T, T]:
+    """``make(*arguments)``, computed where its leaves belong: no device and no host ever holds more than its part.
+
+    Args:
+      make: a function of arrays, such as ``lambda params: train_state(params, tx)``.
+      *arguments: arrays on the mesh.
+      mesh: from `make_mesh`.
+      rules: ordered.
+
+    Returns:
+      ``(tree, shardings)``: what `make` returned, always new arrays, and `tree_shardings` of it for `compile_step`.
+
+    Raises:
+      ValueError: as `tree_shardings`.
+    """
+    where = tree_shardings(jax.eval_shape(make, *arguments), mesh, rules)
+    return jax.jit(make, out_shardings=where)(*arguments), where

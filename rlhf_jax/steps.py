@@ -543,7 +543,9 @@ class _Gradient(NamedTuple):
 
     def plus(self, other: _Gradient, *, coef: float | int, clip_norm: float | int | None) -> _Gradient:
         """``self + coef * other`` with each term clipped alone; logs the cosine and the norm of the sum."""
-        cosine = optax.tree.vdot(self.grads, other.grads) / jnp.maximum(optax.tree.norm(self.grads) * other.norm, 1e-12)
+        # Not `vdot`: it flattens, and pieces of a matrix have no flat form, so each device would get all layers whole.
+        dot = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), self.grads, other.grads)))
+        cosine = dot / jnp.maximum(optax.tree.norm(self.grads) * other.norm, 1e-12)
         term = other._replace(grads=jax.tree.map(lambda g: coef * g, other.grads), norm=abs(coef) * other.norm)
         grads = jax.tree.map(jnp.add, self.grads, term.clipped(clip_norm).grads)
         norm = optax.tree.norm(grads)

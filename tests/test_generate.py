@@ -115,16 +115,6 @@ def test_batching_and_padding_change_no_token():
     assert _responses(_sample(prompts)) == whole[::2]
 
 
-def test_samples_are_the_same_on_any_mesh():
-    """PITFALLS 50: equal prompts on eight shards get different responses, and the same ones on one device."""
-    same = PromptBatch(tokens=jnp.full((8, 2), 5), lengths=jnp.full((8,), 2), ids=jnp.arange(8))
-    alone = _responses(_sample(same, temperature=2.0))
-    assert len({tuple(r) for r in alone}) == 8
-    for shape in ((8, 1, 1), (2, 2, 2)):
-        placed = sharding.place_batch(jax.tree.map(np.asarray, same), sharding.make_mesh(shape))
-        assert _responses(_sample(placed, temperature=2.0)) == alone
-
-
 def test_a_shorter_limit_gives_the_same_beginning():
     long, short = _responses(_sample(stop_ids=())), _responses(_sample(stop_ids=(), max_new_tokens=3))
     assert short == [r[:3] for r in long]
@@ -278,15 +268,6 @@ def test_streams_over_several_devices_are_refused():
             MODEL, PARAMS, _prompts(lengths=(3, 6)), jax.random.key(0), rows=8, streams=2, max_new_tokens=2,
             sharding=where,
         )  # fmt: skip
-
-
-def test_slot_refill_on_a_mesh_gives_the_same_samples():
-    prompts = _prompts(lengths=(3, 6, 1, 4))
-    mesh = sharding.make_mesh((4, 2, 1))
-    run = lambda **kw: generate_many(  # noqa: E731
-        MODEL, PARAMS, prompts, jax.random.key(0), counts=5, rows=8, max_new_tokens=8, stop_ids=(2,), **kw
-    )
-    assert _responses(run(sharding=sharding.batch_sharding(mesh))) == _responses(run())
 
 
 def test_one_compile_for_new_prompts_and_keys():

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax import optim, sharding, steps
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.models.lora import init_lora
 from tests import tiny
 
 LLAMA = DecoderConfig(50, 16, 2, 16, 4, tied=False, bias="qkv")
@@ -65,6 +66,61 @@ def test_decoder_rules_shard_every_matrix_with_its_moments_and_average(model):
     for name, (_, spec) in specs.items():
         if re.search("norm|count|step|score|learning_rate", name):
             assert spec == P(), name
+
+
+def test_adapters_lie_as_the_kernels_they_are_added_to():
+    """Inputs and outputs of an adapter go over the axes of the kernel's; moments follow."""
+    base = jax.eval_shape(language_model(LLAMA).init, jax.random.key(0))
+    state = jax.eval_shape(
+        lambda base: steps.train_state(init_lora(base, jax.random.key(0), rank=4), optim.adam(1e-3)), base
+    )
+    placed = jax.tree_util.tree_leaves_with_path(sharding.tree_shardings(state, sharding.make_mesh((2, 2, 2))))
+    specs = {jax.tree_util.keystr(path, simple=True, separator="/"): where.spec for path, where in placed}
+    assert specs["params/blocks/mlp/up/lora_a"] == P(None, "fsdp")
+    assert specs["params/blocks/mlp/up/lora_b"] == P(None, None, "tensor")
+    assert specs["params/blocks/mlp/down/lora_a"] == P(None, "tensor")
+    assert specs["params/blocks/mlp/down/lora_b"] == P(None, None, "fsdp")
+    adapters = {name: spec for name, spec in specs.items() if "lora_" in name}
+    assert len(adapters) == 3 * 2 * 7
+    assert P() not in adapters.values()
+
+
+def test_rules_are_data_and_come_back_from_it():
+    assert sharding.rules_from_data(sharding.rules_as_data(sharding.DECODER_RULES)) == sharding.DECODER_RULES
+    assert sharding.rules_from_data([["kernel", [None, ["fsdp", "tensor"]]]]) == (
+        ("kernel", P(None, ("fsdp", "tensor"))),
+    )
+    assert sharding.rules_from_data(()) == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("kernel", "is not a pair"),
+        (("kernel", "fsdp"), "is not a pair"),
+        (("kernel", (None, "model")), "names the mesh axis 'model': the axes are data, fsdp, tensor"),
+        (("kernel(", ("fsdp",)), "is not a regular expression"),
+    ],
+)
+def test_a_rule_that_is_none_is_refused_by_the_name_of_its_field(rule, said):
+    with pytest.raises(ValueError, match=f"sharding.policy: .*{said}"):
+        sharding.rules_from_data((rule,), field="sharding.policy")
+
+
+def test_a_state_is_built_in_its_place_from_arrays_that_stay():
+    mesh, tx = sharding.make_mesh((2, 2, 2)), optim.adam(1e-3)
+    params = sharding.place_state(language_model(LLAMA).init(jax.random.key(0)), mesh)
+    make = lambda params: steps.train_state(params, tx, ema=True)  # noqa: E731
+    state, where = sharding.build_state(make, params, mesh=mesh)
+    assert jax.tree.map(lambda x: x.sharding, state) == where
+    tiny.assert_bit_equal(state, make(params))
+    shared = {shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(params) for shard in x.addressable_shards}
+    for leaf in jax.tree.leaves(state):
+        pointers = {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}
+        assert not pointers & shared  # a step that donates the state leaves `params` alone
+        shared |= pointers
+    whole, _ = sharding.build_state(make, params, mesh=mesh, rules=())
+    assert whole.params["blocks"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
 
 
 def test_the_first_rule_that_matches_decides_and_no_rule_replicates():

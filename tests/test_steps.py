@@ -622,53 +622,6 @@ def test_absent_responses_have_neither_score_nor_gradient():
 # ------------------------------------------------------------------------------------------- devices, resume
 
 
-@lru_cache
-def _decoder_case(rows=16):
-    config = DecoderConfig(tiny.VOCABULARY + 1, 16, 1, 8, 2)
-    policy, value, tx = language_model(config), scalar_model(config), optim.adam(1e-3)
-    state = steps.PPOState(
-        policy=steps.train_state(policy.init(KEY), tx, ema=True),
-        value=steps.train_state(value.init(KEY), tx),
-        kl=tiny.KLState(jnp.float32(0.02)),
-        iteration=jnp.zeros((), jnp.int32),
-    )
-    rollout = tiny.rollout(rows, tiny.LANGUAGE.init(KEY))
-    score = jax.jit(partial(scoring.sequence_log_probs, policy))
-    old = score(state.policy.params, rollout.tokens, rollout.lengths, rollout.mask)
-    return policy, value, tx, state, dataclasses.replace(rollout, old_logp=old), tiny.lm_batch(2 * rows)
-
-
-@lru_cache
-def _on_one_device():
-    policy, value, tx, state, rollout, lm_batch = _decoder_case()
-    step = steps.make_ppo_step(policy, value, tx, tx, minibatches=2, ptx_coef=1.0)
-    return steps.compile_step(step, donate=False)(state, rollout, lm_batch, KEY)
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_equal_one(shape):
-    """PITFALL 19: whitening and losses are those of the global batch."""
-    policy, value, tx, state, rollout, lm_batch = _decoder_case()
-    make = partial(steps.make_ppo_step, policy, value, tx, tx, minibatches=2, ptx_coef=1.0)
-    expected, expected_metrics = _on_one_device()
-
-    mesh = sharding.make_mesh(shape)
-    where = sharding.tree_shardings(state, mesh)
-    step = steps.compile_step(make(batch_sharding=sharding.batch_sharding(mesh)), state_sharding=where)
-    placed = [sharding.place_batch(jax.tree.map(np.asarray, x), mesh) for x in (rollout, lm_batch)]
-    new, metrics = step(sharding.place_state(state, mesh), *placed, KEY)
-    assert not state.policy.params["norm"]["scale"].is_deleted()  # placed copies were donated, not these
-    assert metrics.keys() == expected_metrics.keys()
-    for name, metric in expected_metrics.items():
-        np.testing.assert_allclose(metrics[name].value, metric.value, rtol=2e-5, atol=2e-5, err_msg=name)
-    # Adam turns rounding in tiny gradients into steps of up to the learning rate; weights are of size 0.1.
-    assert tiny.distance(new.policy.params, expected.policy.params) < 2e-3
-    kernel = new.policy.params["blocks"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding.is_equivalent_to(where.policy.params["blocks"]["mlp"]["up"]["kernel"], kernel.ndim)
-    step(new, *placed, KEY)
-    assert step._cache_size() == 1
-
-
 def test_whitening_over_eight_devices_equals_one():
     rollout = tiny.rollout(16, tiny.LANGUAGE.init(KEY))
     placed = sharding.place_batch(jax.tree.map(np.asarray, rollout), sharding.make_mesh((8, 1, 1)))

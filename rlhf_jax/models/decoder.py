@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models import attention
@@ -86,6 +88,8 @@ class DecoderConfig:
       remat: ``block`` recomputes each block in the backward pass.
       attention: the kernel for whole rows; ``auto`` takes the fastest of the device (`models.attention`).
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
+      mesh: ``(data, fsdp, tensor)`` that activations and caches are spread over, as `sharding` does with batches and
+        parameters; None leaves them to the compiler, which is right for one device.
     """
 
     vocab_size: int
@@ -116,6 +120,7 @@ class DecoderConfig:
     remat: str = "none"
     attention: str = "auto"
     unroll: int | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         for name, derived in (
@@ -336,14 +341,44 @@ class Embedding(nnx.Module):
             self.positions = init(config.context_length, config.width, rngs=rngs)
         self.norm = _norm(config, rngs=rngs)
         self.factor = config.width**0.5 if config.embedding_scaled else 1.0
+        self.mesh = config.mesh
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embed tokens, with their learned positions where the family has them."""
-        x = self.embed(tokens) * self.factor
-        return x + self.positions(positions) if hasattr(self, "positions") else x
+        x = _look_up(self.mesh, self.embed, tokens) * self.factor
+        return x + _look_up(self.mesh, self.positions, positions) if hasattr(self, "positions") else x
 
 
 # --------------------------------------------------------------------------------------- array functions
+
+_ROWS = ("data", "fsdp")
+_WIDTH = ("fsdp", "tensor")
+
+
+def _spread(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
+    """`x` over the mesh axes given for its dimensions; a dimension that they do not divide stays whole."""
+    if mesh is None or mesh.size == 1:
+        return x
+    names = [(a,) if isinstance(a, str) else a or () for a in axes]
+    fits = [x.shape[i] % math.prod(mesh.shape[n] for n in group) == 0 for i, group in enumerate(names)]
+    spec = PartitionSpec(*(group if fit and group else None for group, fit in zip(names, fits, strict=True)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def spread_rows(mesh: Mesh | None, x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
+    """Hidden states with their rows over data and fsdp, everything else whole; so does their gradient lie."""
+    return _spread(mesh, x, _ROWS, *[None] * (x.ndim - 1))
+
+
+def _look_up(mesh: Mesh | None, table: Callable[[Array], Array], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table that lies in pieces of the width, brought to the devices of their rows.
+
+    In small moves, there and (the gradient) back: pieces are joined over tensor, then exchanged for rows over fsdp.
+    Left to itself the compiler finds no way in one, and copies the activations of the whole batch to every device.
+    """
+    by_width = _spread(mesh, table(_spread(mesh, ids, "data", None)), "data", None, _WIDTH)
+    return _spread(mesh, _spread(mesh, by_width, "data", None, "fsdp"), _ROWS, None, None)
+
 
 _Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]
 
@@ -640,14 +675,18 @@ def _advance(config: DecoderConfig, cache: Cache, segments: Int[Array, "B T"], s
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
-    """An empty cache of `length` slots a row, in the compute dtype."""
-    dtype = jnp.dtype(config.dtype)
-    key_shape, value_shape = attention.cache_shapes(
-        _cache_kernel(config), batch, length, config.kv_heads, config.head_dim
-    )
+    """An empty cache of `length` slots a row, in the compute dtype; rows and heads are spread over `config.mesh`."""
+    kernel, dtype = _cache_kernel(config), jnp.dtype(config.dtype)
+    shapes = attention.cache_shapes(kernel, batch, length, config.kv_heads, config.head_dim)
+    axes = (_ROWS, None, "tensor", None) if kernel == "cudnn" else (_ROWS, "tensor", None, None)
+
+    def empty(shape: tuple[int, ...]) -> tuple[Array, ...]:
+        return tuple(_spread(config.mesh, jnp.zeros(shape, dtype), *axes) for _ in range(config.layers))
+
+    keys, values = (empty(shape) for shape in shapes)
     return Cache(
-        keys=tuple(jnp.zeros(key_shape, dtype) for _ in range(config.layers)),
-        values=tuple(jnp.zeros(value_shape, dtype) for _ in range(config.layers)),
+        keys=keys,
+        values=values,
         segments=jnp.zeros((batch, length), jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
     )

@@ -19,6 +19,7 @@ from rlhf_jax.models.decoder import (
     decoding_params,
     init_cache,
     init_decoder,
+    spread_rows,
     tile,
     times_tiles,
 )
@@ -56,6 +57,8 @@ def language_model(config: DecoderConfig) -> Model:
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         weight = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
+        # Right beside the product: else its gradient comes back in pieces of the width, as the embedding lies.
+        hidden = spread_rows(config.mesh, hidden)
         if config.tied and hidden.size <= FEW_ROWS * config.width:
             tiles = tile(weight.astype(jnp.float32))
             if tiles.ndim == 3:

@@ -25,6 +25,7 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
+from rlhf_jax import processes
 from rlhf_jax.files import (
     PLAIN_NAME,
     check_file,
@@ -181,12 +182,13 @@ def save_hf(
     Args:
       path: the folder; weights of an earlier save in it are removed.
       model: as from `language_model` or `scalar_model`.
-      params: its parameters, on any devices of this process.
+      params: its parameters, on any devices. Where they lie on those of several processes all call this together;
+        process 0 writes, and no process holds more than a layer of what the others have.
       tokenizer: saved beside them, with its chat template.
       max_shard_size: bytes of tensors in one file; above it there are several and an index.
 
     Raises:
-      ValueError: the model has no config, its mixture of parts is no known family, or other processes hold a part.
+      ValueError: the model has no config, or its mixture of parts is no known family.
       OSError: a file could not be written.
     """
     if not isinstance(model.config, DecoderConfig):
@@ -194,19 +196,23 @@ def save_hf(
     path = Path(path)
     for name in _template_names(tokenizer):
         check_template_name(name, "the tokenizer")
-    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
-        raise ValueError("params lie on devices of several processes: gather them with multihost_utils first")
     description = hf_config(model.config, score="score" in params)
     description["dtype"] = str(params["embed"]["embedding"].dtype)
     if "score" in params:
         description[_SCORE_BIAS] = float(params["score"]["bias"])
+    tensors = dict(_outgoing(model.config, description["model_type"], params))
+    if processes.index() > 0 and any(not leaf.is_fully_addressable for leaf in _device_arrays(params)):
+        for names in _shards(tensors, max_shard_size):
+            for tensor in _in_file({name: tensors[name] for name in names}).values():
+                tensor.fetch()  # its part of what process 0 gathers, in the same order
+        return
     special = {} if tokenizer is None else _special_ids(tokenizer)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
         _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
     (path / "README.md").write_text(_card(description), encoding="utf-8")
-    _write_shards(path, dict(_outgoing(model.config, description["model_type"], params)), max_shard_size)
+    _write_shards(path, tensors, max_shard_size)
     if tokenizer is not None:
         _save_tokenizer(path, tokenizer)
 
@@ -224,6 +230,10 @@ def _template_names(tokenizer: Any) -> list[Any]:
     """Names of a tokenizer's chat templates where it has several: the library saves each under its name."""
     templates = getattr(tokenizer, "chat_template", None)
     return list(templates) if isinstance(templates, dict) else []
+
+
+def _device_arrays(params: Params) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -812,7 +822,7 @@ def _outgoing(config: DecoderConfig, kind: str, params: Params) -> Iterator[tupl
         yield from (_joined(tensors, layer) if kind == "gpt2" else tensors).items()
     if "score" in params:
         weight = params["score"]["weight"]
-        yield "score.weight", _Outgoing((1, *weight.shape), weight.dtype, lambda: np.asarray(weight)[None])
+        yield "score.weight", _Outgoing((1, *weight.shape), weight.dtype, lambda: _fetch(weight, None)[None])
 
 
 def _tensor(leaf: Any, layer: int | None, flip: bool) -> _Outgoing:
@@ -829,6 +839,8 @@ def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
     """An array or one layer of it on the host: as it lies on one CPU device, else put together from pieces."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf if layer is None else leaf[layer])
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return processes.gather(leaf if layer is None else leaf[layer])
     shards = leaf.addressable_shards
     if len(leaf.sharding.device_set) == 1:
         return _pull(shards[0].data, layer)
@@ -895,6 +907,11 @@ def _shards(tensors: Mapping[str, _Outgoing], limit: int) -> list[list[str]]:
 _HEADER_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
+def _in_file(tensors: Mapping[str, _Outgoing]) -> dict[str, _Outgoing]:
+    """The order in a file: wider types first, so that each tensor starts on a multiple of its own width."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
 def _write_file(file: Path, tensors: Mapping[str, _Outgoing]) -> None:
     """A safetensors file, written a block at a time: the library's own writer wants all tensors in memory at once.
 
@@ -902,8 +919,7 @@ def _write_file(file: Path, tensors: Mapping[str, _Outgoing]) -> None:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # The wider types first, so that each tensor starts on a multiple of its own width.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    ordered = _in_file(tensors)
     for name, tensor in ordered.items():
         start, end = end, end + tensor.size
         kind = _HEADER_TYPES[tensor.dtype.name]

@@ -1,0 +1,27 @@
+r"""PPO-ptx of InstructGPT 175B, the stage alone: its sizes, and a mesh on which it fits (256 x H100 of 80 GB).
+
+Paper: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (appendix C.4).
+
+    python experiments/plan.py --config=configs/ppo/instructgpt_175b.py --chip=H100
+    python experiments/ppo.py --config=configs/ppo/instructgpt_175b.py --workdir=runs/ppo_175b --config.model=DIR ...
+
+The numbers are those of ``configs/instructgpt/instructgpt_175b.py``; only how rows are cut for memory differs. It is a
+plan's mesh: nobody has run it at this size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import storyland
+from configs.instructgpt import instructgpt_175b as pipeline
+from rlhf_jax.config import apply_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; ``:smoke`` keeps its rates and rules at a tiny size, ``key=value`` overrides."""
+    config = storyland.ppo_alone(pipeline.get_config())
+    config.update(mesh=(1, 32, 8), microbatches=2, ptx_microbatches=16)
+    return apply_arg(config, arg, smoke=_smoke)
+
+
+def _smoke(config: ConfigDict) -> None:
+    config.update(storyland.ppo_alone(pipeline.get_config("smoke")))

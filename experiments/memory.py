@@ -1,0 +1,187 @@
+"""Memory: what the compiled phases of a stage need, told before any work; an error that says it where it ran out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Programs = Iterable[tuple[str, jax.stages.Compiled]]
+"""The phases of a stage by name, each compiled when it is asked for."""
+
+
+class Needs(NamedTuple):
+    """Bytes on each device that a compiled program asks for, as its compiler counts them."""
+
+    arguments: int
+    outputs: int
+    temporary: int
+    reused: int
+    """Of the outputs, what takes the place of donated arguments."""
+
+    @property
+    def new(self) -> int:
+        """What the program needs beside its arguments."""
+        return self.outputs - self.reused + self.temporary
+
+
+class OutOfMemory(MemoryError):
+    """A phase that did not fit, told in the user's terms."""
+
+
+def needs(compiled: jax.stages.Compiled) -> Needs | None:
+    """The memory of a compiled program on each device; None where the backend does not tell."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return Needs(
+        found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes, found.alias_size_in_bytes
+    )
+
+
+def held(*trees: Any) -> int:
+    """Bytes on each device of arrays, or of shapes with shardings; an array that two trees share counts once.
+
+    >>> held({"a": (x := jax.numpy.zeros(3)), "b": x})
+    12
+    """
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(trees)}
+    return sum(map(_on_one_device, leaves.values()))
+
+
+def _on_one_device(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def abstract(tree: Any, shardings: Any = None) -> Any:
+    """Shapes in the place of arrays, where they lie or where `shardings` puts them."""
+    if shardings is None:
+        shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), tree)
+    shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(shape, tree, shardings)
+
+
+def readable(size: float) -> str:
+    """Bytes for people.
+
+    >>> readable(1_536), readable(3 * 2**30)
+    ('1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+# ------------------------------------------------------------------------------------------------------- dry run
+
+
+def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[str, Needs]:
+    """Compiles every phase and prints its memory; nothing is computed.
+
+    Args:
+      programs: the phases.
+      mesh: of the stage.
+      state: bytes on each device that stay while the stage runs: weights, moments, average, frozen networks.
+
+    Returns:
+      What each phase needs.
+    """
+    platform = mesh.devices.flat[0].platform
+    shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    print(f"Dry run on {mesh.size} x {platform} ({shape}): memory of each device", flush=True)
+    print(f"  {'weights and optimizer states':<34}{readable(state):>12}  stay from start to end", flush=True)
+    found, begun = {}, time.monotonic()
+    for name, compiled in programs:
+        seconds, begun = time.monotonic() - begun, time.monotonic()
+        told = needs(compiled)
+        if told is None:
+            print(f"  {name:<12}compiled in {seconds:.1f} s; {platform} tells no sizes", flush=True)
+            continue
+        found[name] = told
+        print(
+            f"  {name:<12}arguments {readable(told.arguments):>10}  outputs {readable(told.outputs):>10} "
+            f"({readable(told.reused)} in their place)  temporary {readable(told.temporary):>10}  "
+            f"compiled in {seconds:.1f} s",
+            flush=True,
+        )
+    if found:
+        name = max(found, key=lambda name: found[name].new)
+        print(f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays", flush=True)
+    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    print(f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}", flush=True)
+    print(f"The sizes are those of the {platform} compiler. Nothing was trained and nothing was written.", flush=True)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- out of memory
+
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def phase(
+    name: str, *, lower: Sequence[str], programs: Callable[[], Programs] = lambda: (), **sizes: int
+) -> Iterator[None]:
+    """Turns running out of memory in the block into an error that names the phase, its sizes and what to lower.
+
+    Devices work in the background: the block should wait for what it computes, or the next phase gets the blame.
+
+    Args:
+      name: of the phase, as in `programs`.
+      lower: the config keys that help, the best first.
+      programs: the compiled phases, looked at only when memory ran out.
+      **sizes: what the phase works on, by name: rows, slots, parameters.
+
+    Raises:
+      OutOfMemory: instead of RESOURCE_EXHAUSTED, bad_alloc or MemoryError. Everything else passes.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        listed = ", ".join(f"{key}={value:,}" for key, value in sizes.items())
+        raise OutOfMemory(
+            f"out of memory in the phase {name} ({listed}). {_compiled_needs(name, programs)}{_devices()}"
+            f"Lower or change {', '.join(lower)}; --dry_run tells each phase's memory before any work. "
+            f"The last checkpoint is intact. ({_first_line(error)})"
+        ) from error
+
+
+def _compiled_needs(name: str, programs: Callable[[], Programs]) -> str:
+    with contextlib.suppress(Exception):  # memory is short: to say less is better than another error
+        for other, compiled in programs():
+            told = needs(compiled) if other == name else None
+            if told is not None:
+                return (
+                    f"Its program asks each device for {readable(told.temporary)} of temporary memory, beside "
+                    f"{readable(told.arguments)} of arguments and {readable(told.outputs - told.reused)} of new "
+                    "outputs. "
+                )
+    return ""
+
+
+def _devices() -> str:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_in_use" not in stats:
+        return ""
+    limit = f" of {readable(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
+    return f"In use on the first device: {readable(stats['bytes_in_use'])}{limit}. "
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,577 @@
+r"""Planning on paper: memory and time of a PPO run on a mesh of chips, without a chip and without a model on disk.
+
+    python experiments/plan.py --config=configs/ppo/instructgpt_175b.py --mesh=1,32,8 --chip=H100
+
+Prints for policy, value network, reference and reward model what lies on each device, FLOPs and time of an iteration,
+and whether it fits; if not, what to change. The last line with ``--json`` is all of it as JSON.
+
+Two sources, named in the output. *By rule*: bytes of every array from `jax.eval_shape` and the sharding rules (exact),
+activations and caches from the formulas of this file. *Compiled*: the real programs, compiled for as many fake CPU
+devices, with the memory that XLA's CPU compiler counts; it computes in float32 where the config says bfloat16 and
+schedules otherwise than a GPU or TPU, so it is a bound from above for those. ``--no_compile`` leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from experiments import common, memory, ppo
+from rlhf_jax import config as config_lib
+from rlhf_jax import ops, sharding
+from rlhf_jax.models import decoder
+from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.models.hf import config_from_hf
+from rlhf_jax.steps import train_state
+from rlhf_jax.types import KLState, Model, Params, PPOState
+
+
+class Chip(NamedTuple):
+    """Public figures of one chip: dense bfloat16 FLOP/s, bytes of memory, bytes/s of its memory."""
+
+    peak: float
+    memory: float
+    bandwidth: float
+
+
+CHIPS = {
+    # NVIDIA A100 Tensor Core GPU datasheet, SXM 80 GB.
+    "A100-80": Chip(312e12, 80e9, 2.039e12),
+    # NVIDIA H100 Tensor Core GPU datasheet, SXM; half of the figure with sparsity.
+    "H100": Chip(989.5e12, 80e9, 3.35e12),
+    # NVIDIA H200 Tensor Core GPU datasheet, SXM; half of the figure with sparsity.
+    "H200": Chip(989.5e12, 141e9, 4.8e12),
+    # NVIDIA DGX B200 datasheet, an eighth of the system (1,440 GB, 64 TB/s); half of the figure with sparsity.
+    "B200": Chip(2250e12, 180e9, 8.0e12),
+    # Google Cloud documentation, "TPU v4": 275 TFLOP/s, 32 GiB, 1,200 GB/s.
+    "TPUv4": Chip(275e12, 32 * 2**30, 1.2e12),
+    # Google Cloud documentation, "TPU v5e": 197 TFLOP/s, 16 GB, 819 GB/s.
+    "TPUv5e": Chip(197e12, 16e9, 0.819e12),
+    # Google Cloud documentation, "TPU v5p": 459 TFLOP/s, 95 GB, 2,765 GB/s.
+    "TPUv5p": Chip(459e12, 95e9, 2.765e12),
+    # Google Cloud documentation, "TPU v6e": 918 TFLOP/s, 32 GB, 1,640 GB/s.
+    "TPUv6e": Chip(918e12, 32e9, 1.64e12),
+}
+
+USABLE = 0.92
+"""Share of a chip's memory that programs get: the runtime, collectives and fragmentation take the rest (our choice)."""
+
+GIB = 2**30
+
+
+class Network(NamedTuple):
+    """One of the four networks on each device, in bytes, by rule."""
+
+    parameters: float = 0
+    optimizer: float = 0
+    average: float = 0
+    gradients: float = 0
+    activations: float = 0
+    cache: float = 0
+
+
+class Plan(NamedTuple):
+    """What `plan_by_rule` found: bytes on each device, FLOPs of all devices together."""
+
+    networks: dict[str, Network]
+    counts: dict[str, int]
+    batch: float
+    decoding: float
+    phases: dict[str, float]
+    flops: dict[str, float]
+    decode_bytes: float
+    gathered: float
+
+    @property
+    def stays(self) -> float:
+        """Weights, optimizer states, average: what stays from start to end."""
+        return sum(n.parameters + n.optimizer + n.average for n in self.networks.values())
+
+    @property
+    def peak(self) -> float:
+        """The largest phase."""
+        return max(self.phases.values())
+
+
+# ------------------------------------------------------------------------------------------------- the networks
+
+
+def ppo_config(config: ConfigDict) -> ConfigDict:
+    """The PPO group of a pipeline's config with the shapes beside it; a PPO config as it is."""
+    if "ppo" not in config:
+        return config
+    stage = common.config_dict(config.ppo)
+    stage.shapes = ConfigDict(config.shapes.to_dict())
+    return stage
+
+
+def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
+    """Policy and value network (the reward model has its shape) from `config.shapes`, else from the models' folders."""
+    shapes = config.get("shapes") or {}
+
+    def decoder_of(role: str, folder: str) -> DecoderConfig:
+        if shapes.get(role):
+            return gpt2(**shapes[role], **config.decoder, mesh=mesh)
+        config_lib.require(bool(folder), role, folder, "the config has no shapes: pass the folder of a model")
+        found = config_from_hf(common.read_json(common.model_folder(folder) / "config.json"))
+        return dataclasses.replace(found, **config.decoder, mesh=mesh)
+
+    policy = decoder_of("policy", config.model)
+    value = decoder_of("reward_model", config.reward_model or config.model)
+    return language_model(policy), scalar_model(value)
+
+
+def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -> ppo.Setup:
+    """What `ppo.prepare` makes, with shapes and shardings in the place of arrays, and without text."""
+    rules = ppo.sharding_rules(config)
+
+    def placed(make: Any, *arguments: Any, role: str) -> Any:
+        tree = jax.eval_shape(make, *arguments)
+        return memory.abstract(tree, sharding.tree_shardings(tree, mesh, rules[role]))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    reference = placed(policy.init, key, role="reference")
+    reward = placed(value.init, key, role="reward_model")
+
+    def trained(params: Params, role: str) -> common.Trained:
+        alpha = config.lora.alpha
+        if config.train == "all":
+            return common.Trained(params, {}, alpha)
+        own = placed(lambda p: common.trained(p, config).params, params, role=role)
+        return common.Trained(own, {name: part for name, part in params.items() if name != "score"}, alpha)
+
+    parts = trained(reference, "policy"), trained(reward, "value")
+    policy_tx, value_tx = ppo.optimizers(config)
+    whole = sharding.replicated(mesh)
+    coefficient: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    iteration: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state = PPOState(
+        placed(partial(train_state, tx=policy_tx, ema=True), parts[0].params, role="policy"),
+        placed(partial(train_state, tx=value_tx), parts[1].params, role="value"),
+        KLState(coefficient),
+        iteration,
+    )
+    networks = common.Network(policy, reference, None), common.Network(value, reward, None)
+    judged = None if config.text_reward else networks[1]
+    pieces: Any = None
+    if isinstance(mesh, Mesh):
+        where = jax.tree.map(lambda leaf: leaf.sharding, state)
+        pieces = ppo.compiled_pieces(config, mesh, networks[0], networks[1], judged, parts, where)
+    return ppo.Setup(networks[0], judged, value, *parts, [], [], None, None, [], None, pieces, None, state, None, None)  # pyright: ignore[reportArgumentType]
+
+
+# ------------------------------------------------------------------------------------------------------ by rule
+
+
+def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
+    """Memory of each device and FLOPs of an iteration, without compiling anything.
+
+    Args:
+      config: of PPO, with `shapes`.
+      mesh: ``(data, fsdp, tensor)``; an `AbstractMesh` will do.
+
+    Returns:
+      The plan. Arrays are counted exactly; activations are an estimate (docs/scaling.md has the formulas and how far
+      they were off where we could measure).
+
+    Raises:
+      ValueError: the mesh does not divide the batch or an array.
+    """
+    ppo.validate(config)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_rows(config, rows)
+    policy, value = models(config)
+    setup = abstract_setup(config, mesh, policy, value)
+    tensor = mesh.shape["tensor"]
+    slots, episodes = config.prompt_length + config.max_new_tokens, config.episodes
+    ptx_rows = round(config.ptx_rows_per_episode * episodes) if config.ptx_coef else 0
+    per_step = config.epochs * config.minibatches
+    micro, ptx_micro = config.microbatches, config.ptx_microbatches or config.microbatches
+    dtype = jnp.dtype(config.decoder.dtype).itemsize
+    train = partial(activations, tensor=tensor, row_shards=rows, backward=True)
+    forward = partial(activations, tensor=tensor, row_shards=rows, backward=False)
+    step_rows = episodes / config.minibatches / micro
+    policy_work = max(
+        train(policy, step_rows, slots, head=True),
+        train(policy, ptx_rows / per_step / ptx_micro, config.ptx_row_length, head=True) if ptx_rows else 0,
+    )
+    held, state = memory.held, setup.state
+    grads = [held(memory.abstract(s.params)) for s in (state.policy, state.value)]
+    copies = 1 + bool(ptx_rows), 1
+    accumulated = max(grads) * (micro > 1 or ptx_micro > 1)
+    shape = policy.config
+    cache = episodes / rows * slots * shape.layers * 2 * shape.kv_heads * shape.head_dim / tensor * dtype
+    networks = {
+        "policy": Network(
+            held(state.policy.params), held(state.policy.opt_state), held(state.policy.ema), grads[0] * copies[0],
+            policy_work, cache,
+        ),
+        "value": Network(
+            held(state.value.params), held(state.value.opt_state), 0, grads[1],
+            train(value, step_rows, slots, head=False),
+        ),
+        "reference": Network(held(setup.policy.params), activations=forward(policy, episodes, slots, head=True)),
+        "reward_model": Network(
+            held(setup.reward.params) if setup.reward else 0, activations=forward(value, episodes, slots, head=False)
+        ),
+    }  # fmt: skip
+    batch = (episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13) / rows
+    decoding = held(setup.policy.params["blocks"]) * dtype / 4
+    stays = sum(n.parameters + n.optimizer + n.average for n in networks.values())
+    prefill = forward(policy, episodes, config.prompt_length, head=False, keys=slots)
+    phases = {
+        "rollout": stays + decoding + cache + prefill + batch,
+        "score": stays + max(networks[n].activations for n in ("reference", "reward_model")) + batch,
+        "update": stays + batch + networks["policy"].gradients + networks["value"].gradients + accumulated
+        + max(networks[n].activations for n in ("policy", "value")),
+    }  # fmt: skip
+    weights = sum(x.size for x in jax.tree.leaves(setup.policy.params)) * dtype / tensor
+    average_cache = cache * (config.prompt_length + config.max_new_tokens / 2) / slots
+    fsdp = mesh.shape["fsdp"]
+    return Plan(
+        networks, {"policy": common.size(setup.policy.params), "value": _count(value)}, batch, decoding, phases,
+        flops(config, policy, value, ptx_rows), weights + average_cache, weights * (1 - 1 / fsdp),
+    )  # fmt: skip
+
+
+def _count(model: Model) -> int:
+    return common.size(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
+
+
+def check_rows(config: ConfigDict, shards: int) -> None:
+    """Refuses a mesh whose data and fsdp axes leave a device of a batch without a row.
+
+    Raises:
+      ValueError: with the key to change.
+    """
+    steps = config.epochs * config.minibatches
+    pieces = {"episodes": config.episodes, "minibatches": config.episodes // config.minibatches}
+    pieces["microbatches"] = pieces["minibatches"] // config.microbatches
+    if config.ptx_coef:
+        ptx = round(config.ptx_rows_per_episode * config.episodes) // steps
+        pieces["ptx_rows_per_episode"] = ptx
+        pieces["ptx_microbatches"] = ptx // (config.ptx_microbatches or config.microbatches)
+    for key, count in pieces.items():
+        config_lib.require(
+            count % shards == 0 and count > 0, key, config[key],
+            f"leaves {count} rows for data x fsdp = {shards} devices: choose a mesh or a {key} that divides",
+        )  # fmt: skip
+
+
+def activations(
+    model: Model, rows: float, slots: int, *, head: bool, tensor: int, row_shards: int, backward: bool, keys: int = 0
+) -> float:
+    """Bytes on a device while `rows` rows go through a network, an estimate.
+
+    Forward: the inputs of a block, its widest pieces and the attention scores of one layer. Backward: besides, what
+    every layer keeps (its input alone under ``remat="block"``) and the gradients of those pieces. Weights of two layers
+    that are gathered from the fsdp axis and, for a language model, a chunk of logits three times.
+    """
+    shape: DecoderConfig = model.config
+    own = rows / row_shards
+    size = jnp.dtype(shape.dtype).itemsize
+    tokens = own * slots
+    heads = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) / tensor
+    gates = 3 if shape.activation in ("swiglu", "geglu") else 2
+    block = tokens * size * (4 * shape.width + heads + gates * shape.mlp_width / tensor)
+    scores = own * shape.heads / tensor * slots * (keys or slots) * 4
+    layer = shape.width * (heads * tensor + (gates if gates == 3 else 2) * shape.mlp_width) * size / tensor
+    gathered = 2 * layer if row_shards > 1 else 0
+    logits = 0.0
+    if head:
+        logits = max(ops.CHUNK_LOGITS["gpu"], rows * shape.vocab_size) / row_shards * 4 * (3 if backward else 2)
+    if not backward:
+        return block + scores * (1 + size / 4) + gathered + logits
+    kept = tokens * shape.width * size if shape.remat == "block" else block + 2 * scores
+    return shape.layers * kept + 2 * block + 4 * scores + gathered + logits
+
+
+def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dict[str, float]:
+    """FLOPs of an iteration over all devices: 2 a weight and token forward, three times that with the backward pass.
+
+    A block that is computed again (``remat="block"``) costs a fourth pass. Attention reads every slot of the row, as
+    our programs do: 4 x layers x slots x query width a token.
+    """
+    slots, tokens = (
+        config.prompt_length + config.max_new_tokens,
+        config.episodes * (config.prompt_length + config.max_new_tokens),
+    )
+
+    def forward(model: Model, length: int, head: bool) -> float:
+        shape: DecoderConfig = model.config
+        params = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+        weights = common.size(params["blocks"]) + head * shape.width * shape.vocab_size
+        return 2.0 * weights + 4.0 * shape.layers * length * shape.heads * shape.head_dim
+
+    passes = 4 if config.decoder.remat == "block" else 3
+    update = config.epochs * tokens * passes * (forward(policy, slots, True) + forward(value, slots, False))
+    update += ptx_rows * config.ptx_row_length * passes * forward(policy, config.ptx_row_length, True)
+    score = tokens * (forward(policy, slots, True) + forward(value, slots, False) * (1 if config.text_reward else 2))
+    rows = config.episodes
+    return {
+        "prefill": rows * config.prompt_length * forward(policy, slots, False),
+        "decode": rows * config.max_new_tokens * forward(policy, slots, True),
+        "score": score,
+        "update": update,
+    }
+
+
+def seconds(plan: Plan, config: ConfigDict, devices: int, chip: Chip, utilization: float) -> dict[str, float]:
+    """Time of each phase of an iteration: compute at a share of the peak; decoding by what it must read.
+
+    A decode step reads every weight (each device the part of its tensor slice) and the cache once; longer responses
+    than these it never makes, so the figure is a floor of a full-length rollout. No time is counted for communication.
+    """
+    rate = devices * chip.peak * utilization
+    decode = max(config.max_new_tokens * plan.decode_bytes / chip.bandwidth, plan.flops["decode"] / rate)
+    found = {"generate": plan.flops["prefill"] / rate + decode, "score": plan.flops["score"] / rate}
+    return found | {"update": plan.flops["update"] / rate}
+
+
+# ----------------------------------------------------------------------------------------------------- compiled
+
+SHORT = (2, 4)
+"""Layers of the models that the rollout is compiled for: its layers are unrolled, so its memory is a line in them."""
+
+
+def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
+    """Memory of the three programs as the compiler of `mesh`'s devices counts it, with the config's real sizes.
+
+    Score and update are compiled whole. The rollout is compiled with 2 and 4 layers and extended to all in a line.
+    """
+    found = {}
+    policy, value = models(config, mesh)
+    for name, compiled in _programs(config, mesh, policy, value, ("score", "update")):
+        told = memory.needs(compiled)
+        if told is not None:
+            found[name] = told
+    layers = policy.config.layers
+    short = []
+    for count in SHORT:
+        small = language_model(dataclasses.replace(policy.config, layers=min(count, layers), unroll=None))
+        _, compiled = next(iter(_programs(config, mesh, small, value, ("rollout",))))
+        short.append(memory.needs(compiled))
+    if None not in short:
+        line = [b + (b - a) / (SHORT[1] - SHORT[0]) * (layers - SHORT[1]) for a, b in zip(*short, strict=True)]
+        found = {"rollout": memory.Needs(*map(round, line)) if layers > SHORT[1] else short[1]} | found
+    return found
+
+
+def _programs(config: ConfigDict, mesh: Mesh, policy: Model, value: Model, names: Sequence[str]) -> memory.Programs:
+    return ppo.programs(abstract_setup(config, mesh, policy, value), config, mesh, names)
+
+
+def as_accelerator() -> None:
+    """Has the programs take the forms that they have on a GPU or TPU although they are compiled for CPU."""
+    ops.CHUNK_LOGITS["cpu"] = ops.CHUNK_LOGITS["gpu"]
+    decoder.TILES = 2**30  # divides nothing, so that kernels stay matrices
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def run(
+    config: ConfigDict, shape: Sequence[int], *, chip: str, utilization: float = 0.4, compile_too: bool = True
+) -> dict[str, Any]:
+    """Prints the plan and returns it.
+
+    Args:
+      config: of PPO with `shapes`, or of a whole pipeline.
+      shape: of the mesh.
+      chip: a name of `CHIPS`.
+      utilization: share of the peak that matrix products reach.
+      compile_too: compile the programs and show what the compiler says.
+
+    Raises:
+      ValueError: an unknown chip, or a mesh that does not divide.
+    """
+    config_lib.require_one_of("chip", chip, tuple(CHIPS))
+    config_lib.require_range("utilization", utilization, low=0.01, high=1.0)
+    config, devices = ppo_config(config), math.prod(shape)
+    plan = plan_by_rule(config, abstract_mesh(shape))
+    room = CHIPS[chip].memory * USABLE
+    times = seconds(plan, config, devices, CHIPS[chip], utilization)
+    result: dict[str, Any] = {
+        "mesh": list(shape), "chip": chip, "devices": devices, "room": room, "peak": plan.peak,
+        "fits": plan.peak <= room, "stays": plan.stays, "batch": plan.batch, "parameters": plan.counts,
+        "networks": {name: network._asdict() for name, network in plan.networks.items()}, "phases": plan.phases,
+        "flops": plan.flops, "seconds": times, "gathered_per_token": plan.gathered,
+    }  # fmt: skip
+    show(plan, result, config, utilization)
+    if compile_too:
+        mesh = sharding.make_mesh(shape, devices=jax.devices()[:devices])
+        needed = compiled_needs(config, mesh)
+        result["compiled"] = {name: told._asdict() for name, told in needed.items()}
+        show_compiled(plan, needed)
+    if not result["fits"]:
+        result["advice"] = advice(plan, config, shape, room)
+        print("\n".join(f"  - {line}" for line in result["advice"]))
+    return result
+
+
+def abstract_mesh(shape: Sequence[int]) -> AbstractMesh:
+    """A mesh without devices, for shapes and shardings."""
+    return AbstractMesh(tuple(shape), sharding.AXES)
+
+
+def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: float) -> None:
+    """Prints the tables by rule."""
+    names = ", ".join(f"{name}={n}" for name, n in zip(sharding.AXES, result["mesh"], strict=True))
+    counts = ", ".join(f"{name} {n / 1e9:.2f}B" for name, n in result["parameters"].items())
+    print(f"{config.name} on {result['devices']} x {result['chip']}, mesh ({names}); parameters: {counts}")
+    print(f"\nMemory of each device in GiB, by rule (eval_shape and sharding rules; {config.decoder.dtype} compute)")
+    columns = Network._fields
+    print(f"  {'':<13}" + "".join(f"{c:>12}" for c in columns))
+    for name, network in plan.networks.items():
+        print(f"  {name:<13}" + "".join(f"{x / GIB:>12.2f}" for x in network))
+    print(f"  batches {plan.batch / GIB:.2f}, weights for decoding {plan.decoding / GIB:.2f}")
+    print(f"\n  {'phase':<10}{'peak GiB':>10}{'PFLOP':>10}{'seconds':>10}")
+    flops_of = {"rollout": plan.flops["prefill"] + plan.flops["decode"], **plan.flops}
+    for phase, key in (("rollout", "generate"), ("score", "score"), ("update", "update")):
+        print(
+            f"  {phase:<10}{plan.phases[phase] / GIB:>10.2f}{flops_of[phase] / 1e15:>10.1f}"
+            f"{result['seconds'][key]:>10.1f}"
+        )
+    total = sum(result["seconds"].values())
+    hours = total * config.iterations / 3600
+    print(f"  an iteration of {config.episodes} episodes: {total:.3g} s; {config.iterations} of them: {hours:.3g} h")
+    print(
+        f"  Time: products at {utilization:.0%} of the public bfloat16 peak; decoding at the floor of memory bandwidth;"
+    )
+    print("  all responses at full length; no communication (each decode step also gathers")
+    print(f"  {plan.gathered / GIB:.2f} GiB of weights over the fsdp axis: prefer tensor to fsdp where that is much).")
+    verdict = "fits" if result["fits"] else "DOES NOT FIT"
+    room = f"{result['room'] / GIB:.1f} GiB, {USABLE:.0%} of the {result['chip']}"
+    print(f"\n{verdict}: {plan.peak / GIB:.1f} GiB of {room}", flush=True)
+
+
+def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
+    """Prints what the compiler says beside the rule."""
+    print("\nMemory of each device in GiB, compiled (XLA's CPU compiler: float32 inside, so from above for bfloat16)")
+    print(f"  {'phase':<10}{'arguments':>12}{'new outputs':>13}{'temporary':>12}{'with what stays':>17}")
+    for name, told in needed.items():
+        new = told.outputs - told.reused
+        print(
+            f"  {name:<10}{told.arguments / GIB:>12.2f}{new / GIB:>13.2f}{told.temporary / GIB:>12.2f}"
+            f"{(plan.stays + plan.batch + told.new) / GIB:>17.2f}"
+        )
+    print(f"  The rollout is compiled with {SHORT[0]} and {SHORT[1]} layers and extended to all in a line.")
+
+
+def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) -> list[str]:
+    """What to change so that it fits, the phases that do not first."""
+    lines = [f"{name} needs {size / GIB:.1f} GiB" for name, size in plan.phases.items() if size > room]
+    if plan.phases["update"] > room and config.decoder.remat == "none":
+        lines.append("set config.decoder.remat=block: blocks are computed again on the way back")
+    rows = shape[0] * shape[1]
+    most = config.episodes // config.minibatches // rows
+    if plan.phases["update"] > room and config.microbatches < most:
+        lines.append(f"raise config.microbatches to {most}: one row a device at a time")
+    if config.ptx_coef and plan.phases["update"] > room:
+        most = round(config.ptx_rows_per_episode * config.episodes) // (config.epochs * config.minibatches) // rows
+        if (config.ptx_microbatches or config.microbatches) < most:
+            lines.append(f"raise config.ptx_microbatches to {most}")
+    if plan.phases["rollout"] > room:
+        lines.append(
+            "the cache is config.episodes x (prompt_length + max_new_tokens) slots: lower one, or more devices"
+        )
+    if config.train == "all":
+        lines.append("config.train=lora keeps moments, average and gradients of adapters alone")
+    mesh = smallest_mesh(config, room, at_least=math.prod(shape))
+    if mesh:
+        found, micro = mesh
+        settings = ", ".join(f"{k}={v}" for k, v in micro.items())
+        lines.append(f"fits on {math.prod(found)} devices: --mesh={','.join(map(str, found))} with {settings}")
+    return lines
+
+
+def smallest_mesh(
+    config: ConfigDict, room: float, *, at_least: int = 1
+) -> tuple[tuple[int, ...], dict[str, int]] | None:
+    """The first mesh of a power of two on which it fits with a row a device at a time, and those micro-batches."""
+    steps = config.epochs * config.minibatches
+    for power in range(max(0, at_least - 1).bit_length(), 13):
+        for tensor in (1, 2, 4, 8):
+            shape = (1, 2**power // tensor, tensor)
+            rows = config.episodes // config.minibatches
+            if shape[1] < 1 or rows % shape[1]:
+                continue
+            ptx = round(config.ptx_rows_per_episode * config.episodes) // steps if config.ptx_coef else 0
+            micro = {"microbatches": rows // shape[1], "ptx_microbatches": max(1, ptx // shape[1])}
+            tried = common.config_dict(config)
+            tried.update(micro)
+            try:
+                if plan_by_rule(tried, abstract_mesh(shape)).peak <= room:
+                    return shape, micro
+            except ValueError:
+                continue
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a PPO config with shapes, or a pipeline")
+    parser.add_argument(
+        "--mesh", default="", metavar="DATA,FSDP,TENSOR", help="default: the config's, where it is fixed"
+    )
+    parser.add_argument("--chip", default="H100", help=", ".join(CHIPS))
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak that matrix products reach")
+    parser.add_argument("--no_compile", action="store_true", help="by rule only, in a second")
+    parser.add_argument("--json", action="store_true", help="the last line is the plan as JSON")
+    flags, rest = parser.parse_known_args(argv)
+    try:
+        overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag)
+        unknown = [flag for flag in rest if not (flag.startswith("--config.") and "=" in flag)]
+        config_lib.require(not unknown, "flag", " ".join(unknown), "is unknown; keys of the config: --config.KEY=VALUE")
+        config = config_lib.load_config(flags.config, overrides)
+        shape = mesh_shape(flags.mesh, ppo_config(config))
+        if not flags.no_compile:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", math.prod(shape))
+            as_accelerator()
+        result = run(
+            config, shape, chip=flags.chip, utilization=flags.utilization, compile_too=not flags.no_compile
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    if flags.json:
+        print(json.dumps(result))
+    return 0
+
+
+def mesh_shape(text: str, config: ConfigDict) -> tuple[int, ...]:
+    """``1,32,8`` as numbers; without text the mesh of the config.
+
+    Raises:
+      ValueError: not three positive numbers.
+    """
+    parts = text.strip("() ").split(",") if text else [str(n) for n in config.mesh]
+    try:
+        shape = tuple(int(part) for part in parts)
+    except ValueError:
+        shape = ()
+    config_lib.require(
+        len(shape) == 3 and min(shape, default=0) >= 1, "mesh", text or tuple(config.mesh),
+        "give three numbers of devices, --mesh=DATA,FSDP,TENSOR",
+    )  # fmt: skip
+    return shape
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Several processes that train one model: they start, agree before any work, gather, and stop together.
+
+In a program of one process everything here does the obvious thing, so callers need no other path. Words travel over the
+coordination service of `jax.distributed` and not over devices: that works before devices are found, and no process
+waits for one that is gone. A process that fails says why and the others end with it; one that is killed is missed
+within `HEARTBEAT_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed  # JAX has no public way to its coordination service; Orbax takes the same one
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+HEARTBEAT_SECONDS = 10
+"""How long a process may be silent before the others take it for dead and end."""
+
+_FAILED = "rlhf_jax/failed"
+_POLL_SECONDS = 0.5
+
+
+def index() -> int:
+    """The number of this process, 0 in a program of one. Unlike `jax.process_index` it does not look for devices."""
+    return distributed.global_state.process_id
+
+
+def count() -> int:
+    """How many processes run this program together."""
+    return distributed.global_state.num_processes
+
+
+def start(
+    *, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
+    heartbeat_timeout: int = HEARTBEAT_SECONDS, start_timeout: int = 300,
+) -> None:  # fmt: skip
+    """Joins the other processes; before anything that looks for devices. Processes that have joined stay so.
+
+    Without an address JAX finds it in the surroundings: SLURM, Open MPI, a Cloud TPU pod, GKE.
+
+    Args:
+      coordinator_address: ``HOST:PORT`` of process 0, as all processes reach it.
+      num_processes: how many.
+      process_id: which one this is, 0 to ``num_processes - 1``.
+      heartbeat_timeout: seconds of silence after which a process is taken for dead.
+      start_timeout: seconds to wait for the others.
+
+    Raises:
+      ValueError: some of the three are given and not all, they do not fit, or the surroundings say nothing.
+      OSError: the other processes could not be reached.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    _check_address(given)
+    if not jax.distributed.is_initialized():
+        _join(given, heartbeat_timeout, start_timeout)
+    if count() > 1:
+        _Watch.begin()
+
+
+def _join(given: Mapping[str, Any], heartbeat_timeout: int, start_timeout: int) -> None:
+    coordinator_address = given["coordinator_address"]
+    explicit = coordinator_address is not None
+    note = threading.Timer(15.0, _still_waiting, (coordinator_address, start_timeout))
+    note.daemon = True
+    note.start()
+    try:
+        jax.distributed.initialize(
+            **given,
+            cluster_detection_method="deactivate" if explicit else None,  # an address means: all devices of this host
+            heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=start_timeout,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed found no SLURM, Open MPI, TPU pod or GKE job around it ({error}): give each process "
+            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --distributed out"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        where, detail = coordinator_address or "process 0", str(error).splitlines()[0][:200]
+        raise OSError(
+            f"the {given['num_processes'] or 'other'} processes did not meet at {where} within {start_timeout} s "
+            f"({detail}): start all of them with one num_processes and an address that each host reaches"
+        ) from None
+    finally:
+        note.cancel()
+
+
+def _still_waiting(address: str | None, seconds: int) -> None:
+    """Said while `jax.distributed.initialize` waits; when its time is over JAX aborts the process (status 134)."""
+    where = address or "process 0"
+    print(f"Waiting for the other processes at {where}, {seconds} s at most", file=sys.stderr, flush=True)
+
+
+def _check_address(given: Mapping[str, Any]) -> None:
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise ValueError(f"--{missing[0]} is missing: --{', --'.join(given)} are given together, or none of them")
+    host, _, port = str(given["coordinator_address"]).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator_address={given['coordinator_address']} must be HOST:PORT, as in node0:12345")
+    total, own = given["num_processes"], given["process_id"]
+    if total < 1 or not 0 <= own < total:
+        raise ValueError(f"--process_id={own} must be 0 to num_processes - 1 and --num_processes={total} at least 1")
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+_rounds: Counter[str] = Counter()
+
+
+def on_first(name: str, function: Callable[[], Any]) -> Any:
+    """What `function` gives on process 0, on every process; the others do not run it.
+
+    Args:
+      name: of this exchange; all processes come to each name in the same order.
+      function: gives JSON data (lists come back for tuples).
+
+    >>> on_first("doctest", lambda: {"step": 3})
+    {'step': 3}
+    """
+    if count() == 1:
+        return function()
+    key = _next(name)
+    if index() == 0:
+        _client().key_value_set(f"{key}/all", json.dumps(function()))
+    return json.loads(_read(f"{key}/all"))
+
+
+def exchange(name: str, value: Any) -> list[Any]:
+    """The `value` of every process, in their order, on every process.
+
+    Args:
+      name: of this exchange, as in `on_first`.
+      value: JSON data.
+
+    >>> exchange("doctest", 3)
+    [3]
+    """
+    return _reduced(name, value, list)
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes are here."""
+    _reduced(name, None, lambda values: None)
+
+
+def agree(name: str, facts: Mapping[str, Any]) -> None:
+    """Stops all processes unless their facts are equal; each of them gets the same error.
+
+    Args:
+      name: of this exchange, as in `on_first`.
+      facts: JSON data by what it is.
+
+    Raises:
+      ValueError: they differ; the message says in what, and which process on which host has what.
+
+    >>> agree("doctest", {"seed": 0})
+    """
+    own = {"host": socket.gethostname(), "facts": dict(facts)}
+    lines = _reduced(name, own, _differences)
+    if lines:
+        raise ValueError(
+            f"the {count()} processes do not agree, so none of them starts: {'; '.join(lines)}. "
+            "Start all with one command, one environment and the same files"
+        )
+
+
+def _differences(said: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs between the facts of the processes, a line for each fact.
+
+    >>> _differences([{"host": "a", "facts": {"jax": "1"}}, {"host": "b", "facts": {"jax": "2"}}])
+    ["jax is '1' on process 0 (a), '2' on process 1 (b)"]
+    """
+    lines = []
+    for name in dict.fromkeys(name for each in said for name in each["facts"]):
+        who: dict[str, list[int]] = {}
+        for process, each in enumerate(said):
+            who.setdefault(repr(each["facts"].get(name, "absent")), []).append(process)
+        if len(who) > 1:
+            shown = [f"{value} on {_processes(said, processes)}" for value, processes in [*who.items()][:4]]
+            lines.append(f"{name} is {', '.join(shown)}")
+    return lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
+
+
+def _processes(said: Sequence[Mapping[str, Any]], processes: Sequence[int]) -> str:
+    names = ", ".join(f"{i} ({said[i]['host']})" for i in processes[:3])
+    more = f" and {len(processes) - 3} more" if len(processes) > 3 else ""
+    return f"process{'es' if len(processes) > 1 else ''} {names}{more}"
+
+
+def _reduced(name: str, value: Any, reduce: Callable[[list[Any]], Any]) -> Any:
+    """`reduce` of the values of all processes, computed by process 0: so each process sends and reads one word."""
+    if count() == 1:
+        return reduce([value])
+    key, client = _next(name), _client()
+    client.key_value_set(f"{key}/{index()}", json.dumps(value))
+    if index() == 0:
+        words = [_read(f"{key}/{i}") for i in range(count())]
+        client.key_value_set(f"{key}/all", json.dumps(reduce([json.loads(word) for word in words])))
+    return json.loads(_read(f"{key}/all"))
+
+
+def _next(name: str) -> str:
+    """The key of this round of `name`. Whoever comes to a round has read the one before the last: it is forgotten."""
+    _rounds[name] += 1
+    if index() == 0 and _rounds[name] > 2:
+        _client().key_value_delete(f"rlhf_jax/{name}/{_rounds[name] - 2}/")
+    return f"rlhf_jax/{name}/{_rounds[name]}"
+
+
+def _read(key: str) -> str:
+    """Waits for a word without end: a process that died is noticed by JAX, one that failed by `_Watch`."""
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, 5_000)  # returns now and then, so that Ctrl-C is heard
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise OSError(f"the other processes cannot be reached ({str(error).splitlines()[0]})") from None
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+# ---------------------------------------------------------------------------------------------------------- arrays
+
+
+def gather(tree: PyTree) -> PyTree:
+    """Arrays whole, in the memory of each host, wherever their pieces lie; all processes call it together.
+
+    Args:
+      tree: arrays, of any shardings.
+
+    Returns:
+      The same tree of numpy arrays.
+    """
+    return jax.tree.map(_gather, tree)
+
+
+def _gather(x: Any) -> np.ndarray:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+# ---------------------------------------------------------------------------------------------------- ending together
+
+
+def fail(why: str, status: int) -> NoReturn:
+    """Ends this process, and the others with the same exit status; they say which one it was and `why`.
+
+    The usual way out would wait minutes for processes that wait for this one.
+
+    Args:
+      why: one line.
+      status: the exit status of all processes.
+    """
+    _Watch.end()
+    said = {"process": index(), "host": socket.gethostname(), "why": why, "status": status}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was first, or process 0 is gone
+        _client().key_value_set(_FAILED, json.dumps(said))
+    _mark("heard")
+    _wait_for_marks("heard", count())  # a device that waits for this process would fail when it goes, for no reason
+    _exit(status)
+
+
+def _mark(what: str) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_FAILED}_{what}/{index()}", "")
+
+
+def _wait_for_marks(what: str, wanted: int) -> None:
+    """A short while at most: a process that was killed sets no mark."""
+    until = time.monotonic() + 8 * _POLL_SECONDS
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        while len(_client().key_value_dir_get(f"{_FAILED}_{what}/")) < wanted and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS / 5)
+
+
+def when_another_fails(function: Callable[[], None]) -> None:
+    """Has `function` run before this process ends because another one failed: to take back what is half made."""
+    _Watch.before_exit.append(function)
+
+
+def stop_point(step: int) -> bool:
+    """Whether all processes save and stop after `step`, because one of them was told to; all ask at each step.
+
+    JAX takes SIGTERM, and whatever else a cluster announces a preemption with, and has the processes agree on a step
+    that none of them has passed. A Python handler of SIGTERM would take its place.
+    """
+    global _stopping
+    reached = multihost_utils.reached_preemption_sync_point(step)
+    _stopping = _stopping or reached
+    return reached
+
+
+_stopping = False
+
+
+def stopping_together() -> bool:
+    """Whether `stop_point` was reached: then every process is on its way to the end and none has to be told."""
+    return _stopping
+
+
+def finish() -> None:
+    """Waits for the other processes at the end of a run, however much longer they have to write."""
+    if count() > 1:
+        barrier("finish")
+        _Watch.end()
+
+
+class _Watch:
+    """A thread that looks whether another process has failed, and then ends this one."""
+
+    _over = threading.Event()
+    _thread: threading.Thread | None = None
+    before_exit: ClassVar[list[Callable[[], None]]] = []
+
+    @classmethod
+    def begin(cls) -> None:
+        cls._over.clear()
+        cls._thread = threading.Thread(target=cls._look, name="watch-processes", daemon=True)
+        cls._thread.start()
+
+    @classmethod
+    def end(cls) -> None:
+        """Joined before the client goes: a thread inside it while Python ends would abort the process."""
+        cls._over.set()
+        if cls._thread is not None:
+            cls._thread.join()
+
+    @classmethod
+    def _look(cls) -> None:
+        while not cls._over.wait(_POLL_SECONDS):
+            try:
+                said = json.loads(_client().key_value_try_get(_FAILED))
+            except jax.errors.JaxRuntimeError:
+                continue
+            _mark("heard")
+            if not cls._over.wait(2 * _POLL_SECONDS):  # this process may be about to say the same itself
+                why = f"process {said['process']} on {said['host']} stopped, and this one with it: {said['why']}"
+                print(why, file=sys.stderr, flush=True)
+                for function in cls.before_exit:
+                    function()
+                _exit(said["status"])
+            return
+
+
+def _exit(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if index() > 0:
+        _mark("gone")
+    else:  # the last to go: JAX aborts a process that loses process 0
+        _wait_for_marks("gone", count() - 1)
+        time.sleep(_POLL_SECONDS)
+    os._exit(status)

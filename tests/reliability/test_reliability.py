@@ -222,8 +222,8 @@ def test_the_traceback_of_a_bug_holds_no_secret(tmp_path):
 
 def test_ctrl_c_ends_with_130_and_a_second_one_at_once(ran, tmp_path):
     run = tmp_path / "run"
-    flags = runs.sft_flags(ran.source, run, "--config.epochs=300")
-    ended, seconds = runs.signalled("sft", flags, runs.logged(run, 2), signal.SIGINT, signal.SIGINT, pause=0.4)
+    flags = runs.sft_flags(ran.source, run)
+    ended, seconds = runs.signalled("sft", flags, runs.logged(run, 2), signal.SIGINT, signal.SIGINT, pause=0.2)
     assert ended.status == 130
     assert seconds < 5
     assert "Traceback" not in ended.err

@@ -60,7 +60,7 @@ def twice(step, state, *batches) -> tuple[dict[str, float], dict[str, float], in
     found = {}
     for i in range(2):
         state, metrics = step(state, *batches)
-        found |= {f"{name}/{i}": float(metric.value) for name, metric in metrics.items()}
+        found |= {f"{name}/{i}": float(metric.value) for name, metric in metrics.items() if metric.value.ndim == 0}
     jitted = step.func if isinstance(step, partial) else step
     return found, pieces(state), jitted._cache_size()
 

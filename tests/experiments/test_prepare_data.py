@@ -436,7 +436,7 @@ def package(tmp_path, monkeypatch) -> types.SimpleNamespace:
 def test_a_model_is_fetched_once_converted_and_loads_by_its_name(package, tmp_path):
     network = common.load_network("tiny", common.start((-1, 1, 1)))
     model, params, tokenizer = load_hf(tmp_path / "made.gguf")
-    assert network.model is model
+    assert dataclasses.replace(network.model.config, mesh=None) == model.config
     jax.tree.map(np.testing.assert_array_equal, network.params, params)
     assert network.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert network.tokenizer.encode("th 12<|im_end|>") == tokenizer.encode("th 12<|im_end|>")

@@ -158,8 +158,8 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
     coefficient: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     iteration: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = PPOState(
-        placed(partial(train_state, tx=policy_tx, ema=True), parts[0].params, role="policy"),
-        placed(partial(train_state, tx=value_tx), parts[1].params, role="value"),
+        placed(partial(train_state, tx=policy_tx, ema=True, guard=True), parts[0].params, role="policy"),
+        placed(partial(train_state, tx=value_tx, guard=True), parts[1].params, role="value"),
         KLState(coefficient),
         iteration,
     )

@@ -199,6 +199,7 @@ def test_shaped_rewards_and_metrics_equal_hand_sums_on_ragged_rows():
         "value": np.asarray(rollout.old_values)[mask].mean(),
         "dropped": 0,
     }
+    assert not metrics.pop("dropped_rows").value.any()
     assert {name.removeprefix("rollout/") for name in metrics} == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[f"rollout/{name}"].value, value, rtol=1e-4, atol=1e-5, err_msg=name)

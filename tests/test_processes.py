@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,9 @@ from rlhf_jax.models.hf import load_hf
 from tests import together
 from tests.together import ROOT, Together, command, history
 
-STAGES = ("sft", "reward_model", "ppo")
+SLOW = bool(os.environ.get("RLHF_JAX_SLOW_TESTS"))
+"""Two processes compile everything twice: by default one stage has to do."""
+STAGES = ("sft", "reward_model", "ppo") if SLOW else ("sft",)
 PPO: dict[str, object] = {"text_reward": "tests.together:reward_of_words", "held_out_text": ""}
 EPOCHS = 12
 """Of SFT: enough steps for a signal to arrive before the end."""
@@ -74,6 +77,7 @@ def test_only_one_process_writes(runs):
     assert "sft/loss" not in (runs.folder / "log_two" / "out1.txt").read_text()
 
 
+@pytest.mark.skipif(not SLOW, reason="slow: RLHF_JAX_SLOW_TESTS=1 runs it")
 @pytest.mark.parametrize(("saved_by", "count"), [("one", 2), ("two", 1)])
 def test_what_one_layout_saved_the_other_restores_to_the_bit(runs, inputs, tmp_path, saved_by, count):
     """A finished run does nothing but restore its last checkpoint and write the models that are in it."""

@@ -170,10 +170,11 @@ def test_reward_model_scores_what_ppo_samples(ran, monkeypatch: pytest.MonkeyPat
     assert responses[0] == text.encode_answer(ran.tokenizer, LONG, "yes")
     seen: list[list[int]] = []
     monkeypatch.setattr(text, "prompt_batch", lambda rows, **_: seen.extend(map(list, rows)))
-    monkeypatch.setattr(common.sharding, "place_batch", lambda *_: None)
+    for name in ("place_batch", "own_rows"):
+        monkeypatch.setattr(common.sharding, name, lambda *_: None)
     monkeypatch.setattr(common, "_scores", lambda *_: np.zeros(1))
     network = SimpleNamespace(tokenizer=ran.tokenizer, model=None, params=None)
-    common.score_responses(network, [LONG], ["yes"], None, batch_size=1)  # pyright: ignore[reportArgumentType]
+    common.score_responses(network, [LONG], ["yes"], one_device(None), batch_size=1)  # pyright: ignore[reportArgumentType]
     assert seen == [[*prompt, *responses[0]]]
     assert ran.rewards["validation_train"]["prompts"] == 8
 

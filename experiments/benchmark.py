@@ -90,11 +90,6 @@ def forward_flops(config: DecoderConfig, lengths: Sequence[int], *, targets: int
     return config.layers * blocks + 2 * config.width * config.vocab_size * targets
 
 
-def parameters(params: Any) -> int:
-    """How many numbers a tree holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
 def random_tokens(a: argparse.Namespace, i: int, *shape: int) -> np.ndarray:
     """Ids of step `i`, uniform over the vocabulary."""
     return np.random.default_rng([a.seed, i]).integers(1, a.vocab, size=shape, dtype=np.int32)
@@ -112,7 +107,7 @@ def sft(a: argparse.Namespace) -> Work:
     places = np.broadcast_to(np.arange(length, dtype=np.int32), whole.shape)
 
     def batch(i: int) -> LMBatch:
-        return jax.tree.map(jnp.asarray, LMBatch(random_tokens(a, i, *whole.shape), whole, places, targets))  # pyright: ignore
+        return LMBatch(*map(jnp.asarray, (random_tokens(a, i, *whole.shape), whole, places, targets)))
 
     tokens, flops = whole.size, 3 * forward_flops(model.config, [length] * a.batch, targets=int(targets.sum()))
     return Work(_trained(a, model, make_sft_step, batch), tokens, flops)
@@ -207,7 +202,7 @@ def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> f
     middle = a.prompt_len + a.new_tokens / 2
     cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
     size = jnp.dtype(a.dtype).itemsize
-    read = (parameters(params) + cache) * size / bandwidth()
+    read = (common.size(params) + cache) * size / bandwidth()
     seen = forward_flops(config, [1] * a.batch, targets=a.batch, seen=a.batch * middle)
     return max(read, seen / matrix_rate(a.dtype))
 

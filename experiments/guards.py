@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import metrics, processes
+from rlhf_jax.checkpoint import json_digest
 from rlhf_jax.data import text
 
 FILE = "skipped.jsonl"
@@ -228,7 +229,7 @@ def origin(
     plain = json.loads(config_lib.to_json(config), parse_constant=str)
     return {
         "config": plain,
-        "config_sha256": _digest(plain),
+        "config_sha256": json_digest(plain),
         "data": {key: _file_print(Path(path)) for key, path in files.items() if path},
         "models": {key: _model_print(Path(path)) for key, path in models.items() if str(path)},
         "tokenizer": text.tokenizer_fingerprint(tokenizer),
@@ -242,7 +243,7 @@ def fingerprint(described: Mapping[str, Any]) -> str:
     parts = {key: described[key] for key in ("config_sha256", "tokenizer", "versions")}
     for group in ("data", "models"):
         parts[group] = {key: entry["sha256"] for key, entry in described[group].items()}
-    return _digest(parts)
+    return json_digest(parts)
 
 
 def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -308,10 +309,6 @@ def _model_print(path: Path) -> dict[str, Any]:
     """sha256 of each file of a model folder (or of one file), by name."""
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     return {"path": str(path), "sha256": {p.name: _file_print(p)["sha256"] for p in files}}
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def rows_on_host(flags: jax.Array) -> np.ndarray:

@@ -67,8 +67,9 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
     """Shapes in the place of arrays, where they lie or where `shardings` puts them."""
     if shardings is None:
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), tree)
-    shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(shape, tree, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
 
 
 def readable(size: float) -> str:

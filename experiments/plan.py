@@ -301,8 +301,8 @@ def activations(
 def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dict[str, float]:
     """FLOPs of an iteration over all devices: 2 a weight and token forward, three times that with the backward pass.
 
-    A block that is computed again (``remat="block"``) costs a fourth pass. Attention reads every slot of the row, as
-    our programs do: 4 x layers x slots x query width a token.
+    A block that is computed again (``remat="block"``) costs a fourth pass. Attention is counted over every slot of
+    the row, 4 x layers x slots x query width a token; kernels that leave out later keys do about half of that.
     """
     slots, tokens = (
         config.prompt_length + config.max_new_tokens,

@@ -369,11 +369,17 @@ def judge(name: str) -> Judge | None:
     return score
 
 
+def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.Array]:
+    """The key of an iteration, for its samples, and the one that orders its minibatches."""
+    key = jax.random.fold_in(jax.random.key(config.seed), iteration)
+    return key, jax.random.fold_in(key, 1)
+
+
 def iterate(
     setup: Setup, state: PPOState, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[PPOState, Metrics]:
     """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed, iteration)."""
-    key = jax.random.fold_in(jax.random.key(config.seed), iteration)
+    key, order_key = iteration_keys(config, iteration)
     places = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
     own = dataclasses.replace(setup.prompts.at(iteration), ids=sharding.own_rows(places, mesh))
     prompts = sharding.place_batch(own, mesh)
@@ -389,7 +395,7 @@ def iterate(
     if setup.text_reward is not None:
         judged = np.asarray(judge_all(setup, setup.text_reward, texts, iteration), np.float32)
         scores = sharding.place_batch(sharding.own_rows(judged, mesh), mesh)
-    pieces = pieces_for(setup, samples, jax.random.fold_in(key, 1), config)
+    pieces = pieces_for(setup, samples, order_key, config)
     with phase("score", setup, config, mesh):
         rollout, metrics = jax.block_until_ready(
             pieces.score_and_shape(
@@ -399,7 +405,7 @@ def iterate(
         )  # fmt: skip
     text_rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
     with phase("update", setup, config, mesh):
-        state, update = jax.block_until_ready(pieces.step(state, rollout, text_rows, jax.random.fold_in(key, 1)))
+        state, update = jax.block_until_ready(pieces.step(state, rollout, text_rows, order_key))
     kl = metrics["rollout/kl_nats_per_sequence"]
     new_kl = setup.controller.update(state.kl, kl.value)
     # Back to where the compiled step expects it: another placement would compile the step again.
@@ -490,24 +496,27 @@ def watch(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, c
         if seen["rollout/dropped"] >= 1:
             skips.stop("every score of the iteration was", [event])
     if seen["skipped"]:
-        name_skipped(setup, skips, metrics, iteration, config)
+        name_skipped(setup, skips, metrics, guards.reason(seen["spiked"] > 0), iteration, config)
     else:
         skips.add(False)
     alarm(seen, iteration, config)
 
 
-def name_skipped(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, config: ConfigDict) -> None:
-    """Goes through the optimizer steps of an iteration of which some were skipped.
+def name_skipped(
+    setup: Setup, skips: guards.Skips, metrics: Metrics, why: str, iteration: int, config: ConfigDict
+) -> None:
+    """Goes through the optimizer steps of an iteration of which some were skipped, and says `why`.
 
     Raises:
       FloatingPointError: all were, or too many in a row, counted over iterations.
     """
     skipped = guards.rows_on_host(metrics["skipped_steps"].value)
     steps = config.epochs * config.minibatches
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), iteration), 1)  # as `iterate` has it
-    order = minibatch_order(key, config.episodes, epochs=config.epochs, minibatches=config.minibatches)
+    order = minibatch_order(
+        iteration_keys(config, iteration)[1], config.episodes, epochs=config.epochs, minibatches=config.minibatches
+    )
     where, records = setup.prompts.indices(iteration), guards.Records(config.prompts, setup.prompt_ids)
-    why, events = guards.reason(to_host(metrics)["spiked"] > 0), []
+    events = []
     for step in range(steps):
         if step not in skipped:
             skips.add(False)

@@ -119,7 +119,7 @@ class Checkpoints:
             writing.result()
             if jax.process_index() == 0:
                 seal["files"] = _checksums(self.root / str(step))
-                write_json(self._manifest(step), seal | {"sha256": _digest(seal)})
+                write_json(self._manifest(step), seal | {"sha256": json_digest(seal)})
                 (self.root / "manifests" / "sealed").touch()  # from here on it is damage when no step has its seal
             processes.barrier("sealed")  # so that `wait` means the same on all of them
         self._verified.add(step)
@@ -211,7 +211,7 @@ class Checkpoints:
             return "it was never finished"
         except (ValueError, KeyError, TypeError, AttributeError):
             return "its seal cannot be read"
-        if digest != _digest(seal):
+        if digest != json_digest(seal):
             return "its seal was changed"
         try:
             found = _checksums(self.root / str(step))
@@ -356,7 +356,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _digest(data: Any) -> str:
+def json_digest(data: Any) -> str:
+    """sha256 of JSON data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

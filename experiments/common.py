@@ -137,6 +137,10 @@ def release_freed_memory() -> None:
     up.
     """
     gc.collect()
+    _trim()
+
+
+def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -467,8 +471,15 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
 class Compiling:
-    """Seconds that XLA has compiled in this process, cache look-ups included."""
+    """Seconds that XLA has compiled in this process, cache look-ups included.
+
+    What the compiler took and freed, up to 300 MB for a step, goes back to the system after each longer compilation:
+    the first step's arrays would come on top of it.
+    """
 
     seconds = 0.0
 
@@ -481,8 +492,10 @@ class Compiling:
 
     @classmethod
     def _add(cls, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
+        if event in (_COMPILED, "/jax/core/compile/jaxpr_to_mlir_module_duration"):
             cls.seconds += duration_secs
+        if event == _COMPILED and duration_secs > 0.5:
+            _trim()
 
 
 # ----------------------------------------------------------------------------------------------------- text to ids

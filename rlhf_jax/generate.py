@@ -29,14 +29,15 @@ class Decoding(NamedTuple):
 
     N = max_new_tokens; `tokens` and `logp` are indexed by response place. A response goes on until it has finished (a
     stop id) or is full (N tokens). A row whose response has ended is not live, and neither is one that holds nobody's
-    (R): only live rows are advanced.
+    (R): only live rows are advanced. `uniform` holds the random numbers of every token, drawn before the loop: inside
+    it they would cost a dozen small kernels a token.
     """
 
     tokens: Int[Array, "R N"]
     logp: Float[Array, "R N"]
     counts: Int[Array, " R"]
     finished: Bool[Array, " R"]
-    keys: Key[Array, " R"]
+    uniform: Float[Array, "R N 2"]
     response: Int[Array, " B"]
     cache: Cache
 
@@ -170,7 +171,7 @@ def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt
     params = model.for_decoding(params)
     keys = row_keys(key, prompts.ids, samples_per_prompt)
     hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
-    state = start(keys, cache.repeat(samples_per_prompt), max_new_tokens=max_new_tokens)
+    state = start(draws(keys, max_new_tokens), cache.repeat(samples_per_prompt))
     state = _draw(model, params, hidden, state, state.response, **sampling)
     state = jax.lax.while_loop(lambda s: s.live.any(), partial(_advance, model, params, **sampling), state)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
@@ -194,15 +195,15 @@ def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -
     return jnp.take_along_axis(output.hidden, last, axis=1)[:, 0], output.cache
 
 
-def start(keys: Key[Array, " B"], cache: Cache, *, max_new_tokens: int) -> Decoding:
-    """An empty response for each prefilled row."""
-    rows = keys.shape[0]
+def start(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:
+    """An empty response for each prefilled row; its random numbers as from `draws`."""
+    rows = uniform.shape[0]
     return Decoding(
-        tokens=jnp.zeros((rows, max_new_tokens), jnp.int32),
-        logp=jnp.zeros((rows, max_new_tokens), jnp.float32),
+        tokens=jnp.zeros(uniform.shape[:2], jnp.int32),
+        logp=jnp.zeros(uniform.shape[:2], jnp.float32),
         counts=jnp.zeros((rows,), jnp.int32),
         finished=jnp.zeros((rows,), bool),
-        keys=keys,
+        uniform=uniform,
         response=jnp.arange(rows, dtype=jnp.int32),
         cache=cache,
     )
@@ -241,10 +242,16 @@ def row_keys(key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int
     return fold(jnp.asarray(ids), samples).reshape(-1)
 
 
+def draws(keys: Key[Array, " B"], max_new_tokens: int) -> Float[Array, "B N 2"]:
+    """Two numbers in [0, 1) for each token of each row, from ``fold_in(row's key, place)``."""
+    places = jnp.arange(max_new_tokens)
+    one = lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,))  # noqa: E731
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, places)
+
+
 def sample_token(
     logits: Float[Array, "B V"],
-    keys: Key[Array, " B"],
-    places: Int[Array, " B"],
+    uniform: Float[Array, "B 2"],
     *,
     temperature: float,
     top_k: int,
@@ -258,8 +265,7 @@ def sample_token(
 
     Args:
       logits: float32.
-      keys: one per row; the row's place is folded in.
-      places: response index of this token.
+      uniform: two random numbers a row, of this token alone (`draws`).
       temperature: 0 is greedy.
       top_k: 0 keeps all.
       top_p: 1.0 keeps all.
@@ -270,15 +276,17 @@ def sample_token(
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
     logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    width = math.isqrt(logits.shape[1] - 1) + 1
-    weights = jnp.pad(jnp.exp(logits - highest), ((0, 0), (0, -logits.shape[1] % width)))
-    blocks = weights.reshape(weights.shape[0], -1, width)
-    uniform = jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,)))(keys, places)
-    block, mass = _invert(jnp.sum(blocks, axis=2), uniform[:, 0])
-    inside, _ = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniform[:, 1])
+    size = logits.shape[1]
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    width = math.isqrt(size - 1) + 1
+    blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(len(logits), -1, width)
+    block, mass = _invert(jnp.sum(jnp.exp(blocks), axis=2), uniform[:, 0])
+    # The chosen block's weights again, which is cheaper than to keep those of all.
+    places = block[:, None] * width + jnp.arange(width)[None, :]
+    weights = jnp.exp(jnp.take_along_axis(logits, places, axis=1, mode="fill", fill_value=-jnp.inf))
+    inside, _ = _invert(weights, uniform[:, 1])
     tokens = block * width + inside
-    chosen = jnp.take_along_axis(logits - highest, tokens[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jnp.log(mass)
 
 
@@ -320,7 +328,7 @@ def _draw(
     """Sample the next token of each of the responses `response` (past the end: nobody's) and append it."""
     at = jnp.minimum(response, state.tokens.shape[0] - 1)
     places = state.counts[at]
-    token, logp = sample_token(model.head(params, hidden), state.keys[at], places, **how)
+    token, logp = sample_token(model.head(params, hidden), state.uniform[at, places], **how)
     stopped = (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :]).any(axis=1)
     return state._replace(
         tokens=state.tokens.at[response, places].set(token, mode="drop"),
@@ -423,7 +431,7 @@ def generate_many(
         temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), stop_ids=tuple(int(i) for i in stop_ids),
     )  # fmt: skip
     slots = prompts.tokens.shape[1] + max_new_tokens
-    _drain_all(queues, lambda queue: _empty(model, key, queue, slots, max_new_tokens, sharding), run, progress)
+    _drain_all(queues, lambda queue: _empty(model, queue, slots, max_new_tokens, sharding), run, progress)
     parts = [queue.samples() for queue in queues]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
@@ -440,12 +448,10 @@ def _shares(counts: np.ndarray, streams: int) -> list[slice]:
     return [slice(a, b) for a, b in zip([0, *ends], [*ends, len(counts)], strict=True)]
 
 
-def _empty(
-    model: Model, key: Key[Array, ""], queue: _Queue, slots: int, max_new_tokens: int, sharding: Any
-) -> Decoding:
+def _empty(model: Model, queue: _Queue, slots: int, max_new_tokens: int, sharding: Any) -> Decoding:
     """Rows that nobody holds, and places for the responses in them and for those that wait."""
     places = queue.places
-    state = start(jax.random.split(key, places), model.init_cache(queue.rows, slots), max_new_tokens=max_new_tokens)
+    state = start(jnp.zeros((places, max_new_tokens, 2)), model.init_cache(queue.rows, slots))
     state = state._replace(finished=jnp.ones(places, bool), response=jnp.full(queue.rows, places, jnp.int32))
     return state if sharding is None else jax.device_put(state, _over_rows(state, sharding))
 
@@ -562,7 +568,7 @@ def _refill_and_decode(
         response=jnp.where(state.live, state.response, state.tokens.shape[0]),  # its old place has a new response now
         counts=state.counts.at[place].set(0, mode="drop"),
         finished=state.finished.at[place].set(False, mode="drop"),
-        keys=state.keys.at[place].set(keys, mode="drop"),
+        uniform=state.uniform.at[place].set(draws(keys, state.tokens.shape[1]), mode="drop"),
     )
     state = _draw(model, params, hidden[source], state, place, **sampling)
     waiting = Waiting(place, source, jnp.zeros((), jnp.int32), count, cache)

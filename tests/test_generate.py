@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops, sharding
-from rlhf_jax.generate import _generate, _refill_and_decode, generate, generate_many, sample_token, truncate
+from rlhf_jax.generate import _generate, _refill_and_decode, draws, generate, generate_many, sample_token, truncate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.types import PromptBatch
 
@@ -162,9 +162,9 @@ def test_truncation_keeps_the_right_tokens_and_renormalises():
     assert kept(top_p=1e-6)[0] == [True, False, False, False]
     assert kept(top_k=9) == [[True] * 4] * 2
     keys = jax.random.split(jax.random.key(0), 2)
-    seen = {}
+    seen, uniform = {}, draws(keys, 40)
     for place in range(40):
-        tokens, logp = sample_token(logits, keys, jnp.full(2, place), temperature=1.0, top_k=2, top_p=1.0)
+        tokens, logp = sample_token(logits, uniform[:, place], temperature=1.0, top_k=2, top_p=1.0)
         seen[int(tokens[0])] = float(np.exp(logp[0]))
     assert seen == pytest.approx({0: 4 / 7, 1: 3 / 7}, abs=1e-6)
 
@@ -173,7 +173,7 @@ def test_sampled_frequencies_match_the_softmax_at_the_temperature():
     probabilities = np.asarray([0.5, 0.25, 0.2, 0.05])
     keys = jax.random.split(jax.random.key(0), 20_000)
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (20_000, 4))
-    tokens, _ = sample_token(logits, keys, jnp.full(20_000, 3), temperature=0.5, top_k=0, top_p=1.0)
+    tokens, _ = sample_token(logits, draws(keys, 4)[:, 3], temperature=0.5, top_k=0, top_p=1.0)
     expected = probabilities**2 / (probabilities**2).sum()
     # Four standard errors of a share of 20,000 draws.
     np.testing.assert_allclose(np.bincount(np.asarray(tokens), minlength=4) / 20_000, expected, atol=0.015)
@@ -184,7 +184,7 @@ def test_every_token_of_a_vocabulary_that_is_no_square_can_be_drawn():
     for size in (1, 2, 7, 1152):
         keys = jax.random.split(jax.random.key(0), 20 * size)
         logits = jnp.zeros((20 * size, size))
-        tokens, logp = sample_token(logits, keys, jnp.zeros(20 * size, jnp.int32), temperature=1.0, top_k=0, top_p=1.0)
+        tokens, logp = sample_token(logits, draws(keys, 1)[:, 0], temperature=1.0, top_k=0, top_p=1.0)
         assert set(np.asarray(tokens).tolist()) <= set(range(size))
         # With 20 draws a token, one is missed with probability exp(-20).
         assert len(set(np.asarray(tokens).tolist())) == size
@@ -194,7 +194,7 @@ def test_every_token_of_a_vocabulary_that_is_no_square_can_be_drawn():
 def test_a_masked_token_is_never_drawn_even_at_the_ends():
     logits = jnp.where(jnp.arange(10) % 3 == 1, 0.0, -jnp.inf)[None].repeat(4000, 0)
     keys = jax.random.split(jax.random.key(1), 4000)
-    tokens, _ = sample_token(logits, keys, jnp.zeros(4000, jnp.int32), temperature=1.0, top_k=0, top_p=1.0)
+    tokens, _ = sample_token(logits, draws(keys, 1)[:, 0], temperature=1.0, top_k=0, top_p=1.0)
     assert set(np.asarray(tokens).tolist()) == {1, 4, 7}
 
 

@@ -457,6 +457,29 @@ def _dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1 - dropped / 2**16), 0)
 
 
+@jax.custom_vjp
+def _gradient_once(x: Float[Array, "B T D"], true: Bool[Array, ""]) -> Float[Array, "B T D"]:
+    """`x`, whose gradient is computed once and kept as an array.
+
+    XLA on a CPU computes an elementwise sum again for each of its users. The gradient of the residual stream is a sum
+    over all later layers: it was computed for every matrix product of every layer anew, in transposed order, a fifth of
+    an SFT step of four layers and more of a deeper one. An `optimization_barrier` is gone there before fusion; a
+    condition stays if the compiler cannot decide it.
+    """
+    return x
+
+
+def _forward_once(x: Array, true: Array) -> tuple[Array, Array]:
+    return x, true
+
+
+def _backward_once(true: Array, gradient: Array) -> tuple[Array, None]:
+    return jax.lax.cond(true, lambda g: g, jnp.zeros_like, gradient), None
+
+
+_gradient_once.defvjp(_forward_once, _backward_once)
+
+
 # ------------------------------------------------------------------------------- the decoder as functions
 
 
@@ -529,14 +552,16 @@ def apply_decoder(
         key_segments = cache.segments
         key_positions = jnp.arange(key_segments.shape[1])[None, :]  # a cached row is one text from its first slot on
     view = _views(config, visible(segments, parents, slots, key_segments), positions, key_positions)
+    one_cpu = jax.default_backend() == "cpu" and (config.mesh is None or config.mesh.size == 1)
+    stream = partial(_gradient_once, true=segments[0, 0] >= 0) if one_cpu and cache is None else lambda x: x
 
     def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array]) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
         module = _bind(Block, config, layer_params)
         bias, angles = view(layer)
         mixed = mix(layer, *module.attention.project(module.attention_norm(x), angles), bias)
-        x = x + _dropout(module.attention(mixed), config.dropout, block_keys[0])
-        return x + _dropout(module.mlp(module.mlp_norm(x)), config.dropout, block_keys[1])
+        x = stream(x + _dropout(module.attention(mixed), config.dropout, block_keys[0]))
+        return stream(x + _dropout(module.mlp(module.mlp_norm(x)), config.dropout, block_keys[1]))
 
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     if cache is None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import DecoderConfig, gpt2, language_model, scalar_from_language_model, scalar_model
+from rlhf_jax.models import DecoderConfig, decoder, gpt2, language_model, scalar_from_language_model, scalar_model
 
 LLAMA = DecoderConfig(50, 32, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False)
 GPT2 = gpt2(50, 32, 2, 16, 4)
@@ -223,6 +223,24 @@ def test_scan_unroll_and_remat_change_no_gradient():
     expected = gradient()
     for change in ({"unroll": 1}, {"remat": "block"}):
         jax.tree.map(_close, gradient(**change), expected)
+
+
+def test_the_gradient_of_the_residual_stream_is_kept_on_a_cpu_and_the_same(monkeypatch):
+    """Kept behind a condition that the compiler cannot decide; else it is computed again for every product."""
+    model, params = _params(GPT2)
+    tokens, ones = _tokens(2, 8), jnp.ones((2, 8), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(8), (2, 8))
+
+    def gradient():
+        total = lambda p, ones: jnp.sum(model.apply(p, tokens, segments=ones, positions=places).hidden ** 2)  # noqa: E731
+        compiled = jax.jit(jax.grad(total)).lower(params, ones).compile()
+        return compiled.as_text().count(" conditional("), compiled(params, ones)
+
+    kept, with_it = gradient()
+    monkeypatch.setattr(decoder, "_gradient_once", lambda x, true: x)
+    none, without = gradient()
+    assert (kept, none) == (2 * GPT2.layers, 0)
+    jax.tree.map(_close, with_it, without)
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_heads():

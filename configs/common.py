@@ -177,6 +177,7 @@ def ppo() -> ConfigDict:
             "minibatches": 8,
             "microbatches": 1,
             "ptx_microbatches": None,
+            "score_microbatches": 1,
             # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the pretraining mix all runs
             # above this one diverged.
             "learning_rate": 8.05e-6,

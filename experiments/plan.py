@@ -202,7 +202,7 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     dtype = jnp.dtype(config.decoder.dtype).itemsize
     train = partial(activations, tensor=tensor, row_shards=rows, backward=True)
     forward = partial(activations, tensor=tensor, row_shards=rows, backward=False)
-    step_rows = episodes / config.minibatches / micro
+    step_rows, scored = episodes / config.minibatches / micro, episodes / config.score_microbatches
     policy_work = max(
         train(policy, step_rows, slots, head=True),
         train(policy, ptx_rows / per_step / ptx_micro, config.ptx_row_length, head=True) if ptx_rows else 0,
@@ -222,9 +222,9 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
             held(state.value.params), held(state.value.opt_state), 0, grads[1],
             train(value, step_rows, slots, head=False),
         ),
-        "reference": Network(held(setup.policy.params), activations=forward(policy, episodes, slots, head=True)),
+        "reference": Network(held(setup.policy.params), activations=forward(policy, scored, slots, head=True)),
         "reward_model": Network(
-            held(setup.reward.params) if setup.reward else 0, activations=forward(value, episodes, slots, head=False)
+            held(setup.reward.params) if setup.reward else 0, activations=forward(value, scored, slots, head=False)
         ),
     }  # fmt: skip
     batch = (episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13) / rows
@@ -258,6 +258,7 @@ def check_rows(config: ConfigDict, shards: int) -> None:
     """
     steps = config.epochs * config.minibatches
     pieces = {"episodes": config.episodes, "minibatches": config.episodes // config.minibatches}
+    pieces["score_microbatches"] = config.episodes // config.score_microbatches
     pieces["microbatches"] = pieces["minibatches"] // config.microbatches
     if config.ptx_coef:
         ptx = round(config.ptx_rows_per_episode * config.episodes) // steps
@@ -483,6 +484,8 @@ def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) ->
         most = round(config.ptx_rows_per_episode * config.episodes) // (config.epochs * config.minibatches) // rows
         if (config.ptx_microbatches or config.microbatches) < most:
             lines.append(f"raise config.ptx_microbatches to {most}")
+    if plan.phases["score"] > room and config.score_microbatches < config.episodes // rows:
+        lines.append(f"raise config.score_microbatches to {config.episodes // rows}: one row a device at a time")
     if plan.phases["rollout"] > room:
         lines.append(
             "the cache is config.episodes x (prompt_length + max_new_tokens) slots: lower one, or more devices"
@@ -509,7 +512,10 @@ def smallest_mesh(
             if shape[1] < 1 or rows % shape[1]:
                 continue
             ptx = round(config.ptx_rows_per_episode * config.episodes) // steps if config.ptx_coef else 0
-            micro = {"microbatches": rows // shape[1], "ptx_microbatches": max(1, ptx // shape[1])}
+            micro = {
+                "microbatches": rows // shape[1], "ptx_microbatches": max(1, ptx // shape[1]),
+                "score_microbatches": config.episodes // shape[1],
+            }  # fmt: skip
             tried = common.config_dict(config)
             tried.update(micro)
             try:

@@ -130,6 +130,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 def validate(config: ConfigDict) -> None:
     """Refuses numbers that do not fit together, before anything is loaded."""
     config_lib.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
+    config_lib.require_divides("score_microbatches", config.score_microbatches, config.episodes, "the rollout batch")
     config_lib.require_one_of("kl.controller", config.kl.controller, ("fixed", "adaptive"))
     config_lib.require_range("kl.coef", config.kl.coef, low=0.0)
     config_lib.require_range("temperature", config.temperature, low=1e-3)
@@ -235,7 +236,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
         pretraining_stream(policy.tokenizer, config, mesh), held_out_rows(policy.tokenizer, config, mesh), controller,
         compiled_pieces(config, mesh, policy, value, reward, trained, where),
         compiled_pieces(config, mesh, policy, value, reward, trained, where, rollout_model=scoring.pair_rows)
-        if mesh.size == config.microbatches == 1
+        if mesh.size == config.microbatches == config.score_microbatches == 1
         else None,
         state, judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
@@ -289,6 +290,7 @@ def compiled_pieces(
         rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
         gamma=config.gamma, lam=config.lam, temperature=config.temperature,
         missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
+        microbatches=config.score_microbatches,
     )  # fmt: skip
     frozen = trained[0].frozen, trained[1].frozen
     return Pieces(score_and_shape, compile_frozen_step(step, frozen, state_sharding=where))
@@ -415,7 +417,10 @@ def iterate(
 
 LOWER = {
     "rollout": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
-    "score": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
+    "score": (
+        "config.score_microbatches (more, smaller pieces)", "config.episodes", "config.max_new_tokens",
+        "config.prompt_length", "config.mesh (more devices)",
+    ),
     "update": (
         "config.microbatches (more, smaller pieces)", "config.minibatches (more, smaller ones)",
         "config.decoder.remat=block", "config.ptx_rows_per_episode", "config.train=lora", "config.mesh (more devices)",

@@ -52,6 +52,7 @@ def make_score_and_shape(
     score_scale: float | int = 1.0,
     score_shift: float | int = 0.0,
     whiten_rewards: bool = False,
+    microbatches: int = 1,
 ) -> ScoreAndShape:
     """The compiled piece between sampling and the update.
 
@@ -75,6 +76,8 @@ def make_score_and_shape(
       score_shift: fixed shift.
       whiten_rewards: scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept, before
         the advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et al. 2019.
+      microbatches: pieces of the rollout that go through the three networks one after the other; 1 is fastest where
+        memory allows it.
 
     Returns:
       ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``, compiled.
@@ -82,7 +85,8 @@ def make_score_and_shape(
       in the stream, one a row; `scores` are raw scores from the host, and then `reward_params` may be None.
 
     Raises:
-      ValueError: if `truncation` is unknown; when called, if there is neither a reward model nor scores.
+      ValueError: if `truncation` is unknown; when called, if there is neither a reward model nor scores, or if
+        `microbatches` does not divide the rows.
 
     Source: Ouyang et al. 2022, section 3.5, eq. 2; Ziegler et al. 2019, released code (missing EOS, scale).
     """
@@ -101,13 +105,11 @@ def make_score_and_shape(
         ids: Int[Array, " B"],
         scores: Float[Array, " B"] | None = None,
     ) -> tuple[Rollout, Metrics]:
-        raw = _raw_scores(reward, reward_params, samples, scores)
+        params = ref_params, value_params, reward_params
+        read = partial(_read_networks, policy, value, reward, params, temperature=temperature)
+        raw, ref_logp, values, last_value = _in_pieces(read, microbatches, samples, scores)
         score, mask = _without_bad_rows(raw, shape(raw, samples.finished), samples)
-        rows = (samples.tokens, samples.lengths)
-        ref_logp = scoring.sequence_log_probs(policy, ref_params, *rows, mask, temperature=temperature)
-        old_logp = jnp.where(mask, samples.logp, 0)
-        values, last_value = scoring.sequence_values(value, value_params, *rows)
-        values = jnp.where(mask, values, 0)
+        old_logp, ref_logp, values = (jnp.where(mask, x, 0) for x in (samples.logp, ref_logp, values))
         rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
         if whiten_rewards:
             rewards = ops.whiten(rewards, mask, shift_mean=False)
@@ -131,6 +133,26 @@ def make_score_and_shape(
         return rollout, rollout_metrics(rollout, raw, kl_coef=kl_coef)
 
     return score_and_shape
+
+
+def _read_networks(
+    policy: Model, value: Model, reward: Model | None, params: tuple[Params, Params, Params | None],
+    samples: Samples, scores: Float[Array, " B"] | None, *, temperature: float | int,
+) -> tuple[Float[Array, " B"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:  # fmt: skip
+    """Raw scores, the reference's log-probs of the responses, values before each token and after the last."""
+    mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
+    rows = (samples.tokens, samples.lengths)
+    ref_logp = scoring.sequence_log_probs(policy, params[0], *rows, mask, temperature=temperature)
+    values, last_value = scoring.sequence_values(value, params[1], *rows)
+    return _raw_scores(reward, params[2], samples, scores), ref_logp, values, last_value
+
+
+def _in_pieces(read: Callable[..., Any], pieces: int, *rows: Any) -> Any:
+    """``read(*rows)``, some of the rows at a time."""
+    if pieces == 1:
+        return read(*rows)
+    split = ops.split_rows(rows, pieces, "score_microbatches", "rollout")
+    return ops.join_rows(jax.lax.map(lambda piece: read(*piece), split))
 
 
 def _raw_scores(

@@ -247,7 +247,7 @@ def make_ppo_step(
             rollout = dataclasses.replace(rollout, advantages=ops.whiten(rollout.advantages, rollout.mask))
         order = minibatch_order(key, rollout.tokens.shape[0], epochs=epochs, minibatches=minibatches)
         lm_rows = lm_batch if ptx_coef != 0 else None
-        lm_rows = _split_strided(lm_rows, epochs * minibatches, "epochs * minibatches", "pretraining batch")
+        lm_rows = ops.split_rows(lm_rows, epochs * minibatches, "epochs * minibatches", "pretraining batch")
         states, metrics = lax.scan(partial(optimizer_step, rollout), (state.policy, state.value), (order, lm_rows))
         state = dataclasses.replace(state, policy=states[0], value=states[1], iteration=state.iteration + 1)
         return state, _add_up(metrics)
@@ -368,7 +368,7 @@ def accumulate_grads(
         totals, (loss, metrics) = gradient(batch)
     else:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        pieces = _split_strided(batch, microbatches, "microbatches", "batch")
+        pieces = ops.split_rows(batch, microbatches, "microbatches", "batch")
         totals, aux = lax.scan(body, zeros, pieces)
         loss, metrics = _add_up(aux)
     count = jnp.where(loss.count == 0, 1, loss.count).astype(jnp.float32)
@@ -396,31 +396,11 @@ def minibatch_order(
     >>> order.shape, sorted(order.ravel().tolist())
     ((3, 2), [0, 1, 2, 3, 4, 5])
     """
-    _require_divides("minibatches", minibatches, rows, "rollout batch")
+    ops.require_divides("minibatches", minibatches, rows, "rollout batch")
     if epochs < 1:
         raise ValueError(f"epochs={epochs} must be at least 1: every rollout is used once or more")
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)]
     return jnp.concatenate([order.reshape(-1, minibatches).T for order in orders])
-
-
-def _split_strided(tree: PyTree, pieces: int, name: str, what: str) -> PyTree:
-    """``[rows, ...]`` to ``[pieces, rows / pieces, ...]``, row i in piece ``i % pieces``.
-
-    Contiguous pieces would put each on one device of a sharded batch, and XLA would replicate the activations.
-    """
-
-    def split(x: Array) -> Array:
-        _require_divides(name, pieces, x.shape[0], what)
-        return jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, tree)
-
-
-def _require_divides(name: str, pieces: int, rows: int, what: str) -> None:
-    if pieces < 1 or rows % pieces:
-        fits = [str(n) for n in range(1, rows + 1) if rows % n == 0]
-        choices = ", ".join(fits[:-1]) + " or " + fits[-1] if len(fits) > 1 else fits[0]
-        raise ValueError(f"{name}={pieces} must divide the {what} of {rows}: choose {choices}")
 
 
 def _constrain(tree: T, sharding: jax.sharding.Sharding | None) -> T:

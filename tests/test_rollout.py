@@ -273,6 +273,18 @@ def test_rows_with_a_non_finite_score_are_masked_out_and_counted():
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(rollout))
 
 
+def test_pieces_of_the_rollout_give_the_rows_of_the_whole_in_their_order():
+    ragged = samples(logp_noise=0.1)
+    for scores in (None, jnp.array([0.5, jnp.nan, -1.0])):
+        (whole, metrics), (pieces, piece_metrics) = (
+            shape(ragged, scores=scores, kl_coef=0.3, microbatches=n) for n in (1, 3)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, pieces)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), metrics, piece_metrics)
+    with pytest.raises(ValueError, match="score_microbatches=2 must divide the rollout of 3: choose 1 or 3"):
+        shape(ragged, microbatches=2)
+
+
 def test_scores_come_from_the_reward_model_or_from_the_host():
     rows = samples()
     model_scores = rollouts.score_samples(tiny.SCALAR, SCALAR_PARAMS, rows)

@@ -19,7 +19,7 @@ from rlhf_jax.config import apply_arg
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` keeps its rates and rules at a tiny size, ``key=value`` overrides."""
     config = storyland.ppo_alone(pipeline.get_config())
-    config.update(mesh=(1, 32, 8), microbatches=2, ptx_microbatches=16)
+    config.update(mesh=(1, 32, 8), microbatches=2, ptx_microbatches=16, score_microbatches=4)
     return apply_arg(config, arg, smoke=_smoke)
 
 

@@ -18,7 +18,7 @@ from rlhf_jax import sharding
 from rlhf_jax.config import load_config
 
 ROOT = Path(__file__).parents[2]
-PRESETS = {"1_3b": (1.3157, 16), "6b": (6.6582, 32), "175b": (174.6, 256)}
+PRESETS = {"1_3b": (1.3157, 8), "6b": (6.6582, 32), "175b": (174.6, 256)}
 
 
 def preset(name: str, **overrides: str):

@@ -8,17 +8,19 @@ Run:
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import text
+from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
@@ -26,13 +28,27 @@ from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.steps import compile_step, make_sft_step, train_state
+from rlhf_jax.types import LMBatch, Model, StepFn, TrainState
 
 HELD_OUT_SEED = 1
 """Seed of the corpus stream that no model is trained on."""
 
 
-def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
+class Setup(NamedTuple):
+    """Everything that stays the same while the stage runs, and the state it begins with."""
+
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    rows: LMBatch
+    batches: Batches[LMBatch]
+    held_out: list[LMBatch]
+    model: Model
+    step: StepFn
+    state: TrainState
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Writes the corpus as rows, builds the model, the step and the state."""
     mesh = common.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
@@ -44,27 +60,49 @@ def run(config: ConfigDict, workdir: str) -> dict:
     batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=0)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
-    steps = batches.steps(config.epochs)
-    tx = optim.adam(
-        optim.cosine_to(config.learning_rate, steps), weight_decay=config.weight_decay, clip_norm=config.clip_norm
-    )
+    rate = optim.cosine_to(config.learning_rate, batches.steps(config.epochs))
+    tx = optim.adam(rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
     held = [sharding.place_batch(held_out.at(i), mesh) for i in range(config.held_out_batches)]
+    state = sharding.place_state(train_state(model.init(jax.random.key(config.seed)), tx), mesh)
+    return Setup(mesh, tokenizer, rows, batches, held, model, compile_step(make_sft_step(model, tx)), state)
+
+
+def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
+    """Compiles the step for the real rows and prints its memory."""
+    setup = prepare(config)
+    return memory.dry_run(programs(setup), setup.mesh, state=memory.held(setup.state))
+
+
+def programs(setup: Setup) -> memory.Programs:
+    """The step, compiled for the first batch."""
+    batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
+    yield "train", common.compiled(setup.step, setup.state, batch, None)
+
+
+def run(config: ConfigDict, workdir: str) -> dict:
+    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
+    with memory.phase("set-up", lower=("config.documents", "config.row_length")):
+        setup = prepare(config)
+    model, rows, tokenizer = setup.model, setup.rows, setup.tokenizer
+    steps = setup.batches.steps(config.epochs)
     folder = Path(workdir)
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
-        log(step, {"held_out_loss": lm_loss(model, state.params, held)})
+        log(step, {"held_out_loss": lm_loss(model, state.params, setup.held_out)})
         # bfloat16 is half the size, and `load_hf` reads it back as float32
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
         common.save_network(folder / "model", common.Network(model, half, tokenizer))
 
     begin = time.monotonic()
-    state = common.train_resumable(
-        compile_step(make_sft_step(model, tx)),
-        sharding.place_state(train_state(model.init(jax.random.key(config.seed)), tx), mesh),
-        batches, mesh, workdir=workdir, stage="pretrain", steps=steps, save_every=config.evaluate_every,
-        seed=config.seed, show=("sft/loss", "held_out_loss"), on_save=on_save,
-    )  # fmt: skip
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    with memory.phase(
+        "train", lower=("config.batch_size", "config.row_length", "config.mesh (more devices)"),
+        programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
+        parameters=common.size(setup.state.params),
+    ):  # fmt: skip
+        state = common.train_resumable(
+            setup.step, setup.state, setup.batches, setup.mesh, workdir=workdir, stage="pretrain", steps=steps,
+            save_every=config.evaluate_every, seed=config.seed, show=("sft/loss", "held_out_loss"), on_save=on_save,
+        )  # fmt: skip
 
     def held_out_loss() -> float:
         rows = read(folder / "metrics.jsonl", "pretrain")
@@ -77,7 +115,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "tokens": int((rows.segments > 0).sum()),
         "padding_share": text.padding_share(rows),
         "command": f"python experiments/pretrain.py --config=configs/pretrain/storyland.py:{config.name}",
-        "parameters": parameters,
+        "parameters": common.size(state.params),
         "seed": config.seed,
         "corpus_sha256": storyland_assets.corpus_fingerprint(),
         "tokenizer_sha256": text.tokenizer_fingerprint(tokenizer),
@@ -85,4 +123,4 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain")
+    config_lib.main(run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import common, memory, ppo, reward_model, sft
+from experiments import common, memory, ppo, pretrain, reward_model, sft
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
 from rlhf_jax.config import load_config
@@ -42,6 +42,8 @@ def flags(**overrides: str) -> list[str]:
 def stage(name: str, given: dict[str, str]) -> list[str]:
     """The command line of a stage on the tiny model."""
     head = [f"--config={ROOT}/configs/{name}/storyland.py:smoke"]
+    if name == "pretrain":
+        return head
     if name == "ppo":
         keys = ("model", "reward_model", "prompts", "pretraining_text")
         return head + flags(**SMALL, **{key: given[key] for key in keys})
@@ -50,8 +52,8 @@ def stage(name: str, given: dict[str, str]) -> list[str]:
     return head + flags(**own, **extra)
 
 
-PROGRAMS = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
-TOLD = {"sft": ["train"], "reward_model": ["train"], "ppo": ["rollout", "score", "update"]}
+PROGRAMS = {"pretrain": pretrain, "sft": sft, "reward_model": reward_model, "ppo": ppo}
+TOLD = {"pretrain": ["train"], "sft": ["train"], "reward_model": ["train"], "ppo": ["rollout", "score", "update"]}
 
 
 def run_main(name: str, given: dict[str, str], workdir: Path, *more: str) -> int:

@@ -234,16 +234,8 @@ def origin(
         "models": {key: _model_print(Path(path)) for key, path in models.items() if str(path)},
         "tokenizer": text.tokenizer_fingerprint(tokenizer),
         "seed": config.seed,
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")},
+        "versions": {name: metadata.version(name) for name in config_lib.PACKAGES},
     }
-
-
-def fingerprint(described: Mapping[str, Any]) -> str:
-    """One sha256 of an `origin` without its paths: equal on two hosts that read the same data and models."""
-    parts = {key: described[key] for key in ("config_sha256", "tokenizer", "versions")}
-    for group in ("data", "models"):
-        parts[group] = {key: entry["sha256"] for key, entry in described[group].items()}
-    return json_digest(parts)
 
 
 def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import optim, scoring, sharding, steps
+from rlhf_jax import ops, optim, scoring, sharding, steps
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
@@ -129,7 +129,7 @@ def test_microbatches_do_not_change_a_ppo_step():
 def test_microbatches_are_split_strided_so_that_rows_stay_on_their_device():
     mesh = sharding.make_mesh((8, 1, 1))
     x = jax.device_put(jnp.arange(32.0).reshape(32, 1), sharding.batch_sharding(mesh))
-    split = jax.jit(lambda x: steps._split_strided(x, 4, "microbatches", "batch"))
+    split = jax.jit(lambda x: ops.split_rows(x, 4, "microbatches", "batch"))
     np.testing.assert_array_equal(split(x)[1, :, 0], np.arange(1, 32, 4))
     program = split.lower(x).compile().as_text()
     assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))

@@ -174,12 +174,26 @@ class Batches(Generic[Rows]):
 
 
 _OPEN_STREAMS: weakref.WeakSet[Any] = weakref.WeakSet()
+_SHARED: set[type] = set()
+"""Types of the arrays that came through shared memory."""
 
 
 @functools.cache
 def _close_streams_at_exit() -> None:
     """So that a stream that is open when the program ends stops its workers while all modules are still there."""
-    atexit.register(lambda: [stream.close() for stream in list(_OPEN_STREAMS)])
+    atexit.register(_close_streams)
+
+
+def _close_streams() -> None:
+    for stream in list(_OPEN_STREAMS):
+        stream.close()
+    # Grain gives shared memory back in a thread of its own. A program that ends before that thread has is told by
+    # Python that it leaks the last batch.
+    for kind in _SHARED:
+        pool = getattr(kind, "_del_thread_pool", None)
+        if pool is not None:
+            pool.close()
+            pool.join()
 
 
 class _PackedAt:
@@ -207,6 +221,7 @@ class _PackedAt:
 
 def _unpack(packed: tuple[type, dict[str, np.ndarray]]) -> Any:
     kind, arrays = packed
+    _SHARED.update(map(type, arrays.values()))
     return kind(**{name: np.array(array) for name, array in arrays.items()})  # a copy: shared memory is freed at once
 
 

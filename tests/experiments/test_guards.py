@@ -154,7 +154,6 @@ def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(input
 
     moved = config_of("sft", inputs)  # the same files elsewhere
     guards.check_origin(begun, sft.origin(moved, network))
-    assert guards.fingerprint(begun) != guards.fingerprint(begun | {"tokenizer": "other"})
 
     records, _ = read_jsonl(tmp_path / "demonstrations.jsonl", Demonstration)
     write_jsonl(tmp_path / "demonstrations.jsonl", records[:-1])

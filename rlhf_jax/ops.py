@@ -132,6 +132,7 @@ def token_log_probs(
     previous: Int[Array, "B T"] | None = None,
     temperature: Real[ArrayLike, ""] = 1.0,
     chunk: int | None = None,
+    cotangent: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probability of each target token given what precedes it, without ever holding the logits of all tokens.
 
@@ -149,6 +150,10 @@ def token_log_probs(
       previous: from `previous_index`; None when each row is one piece (then slot 0 has no predecessor).
       temperature: divides the logits.
       chunk: columns of the batch that go through the head together; None sizes it by `CHUNK_LOGITS`.
+      cotangent: the gradient of the loss by these log-probabilities, where it is known before them, as for a loss that
+        is linear in them. Then the head's gradient is computed with its logits, which are not computed a second time:
+        a quarter of the head's work less. If another gradient arrives the logits are computed again, so a wrong
+        `cotangent` costs time and never a result.
 
     Returns:
       Log-probabilities in nats, float32, 0 where there is no target.
@@ -166,7 +171,7 @@ def token_log_probs(
     def read(logits: jax.Array, targets: jax.Array) -> jax.Array:
         return log_probs_from_logits(logits, targets, temperature=temperature)
 
-    return _read_targets(read, hidden, head, tokens, _targets(tokens, mask, previous), chunk)
+    return _read_targets(read, hidden, head, tokens, _targets(tokens, mask, previous), chunk, cotangent)
 
 
 def token_log_probs_and_entropy(
@@ -223,6 +228,7 @@ def _read_targets(
     tokens: jax.Array,
     previous: jax.Array,
     chunk: int | None,
+    cotangent: jax.Array | None = None,
 ) -> Any:
     """``read(logits, tokens)`` at the slots with ``previous >= 0``, 0 elsewhere, a chunk of columns at a time."""
     rows, slots = tokens.shape
@@ -234,20 +240,72 @@ def _read_targets(
     def split(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(rows, chunks, columns, *x.shape[2:]), 0, 1)
 
-    def work(h: jax.Array, targets: jax.Array) -> Any:
-        return read(head(h), targets)
+    # `align` puts zeros where there is no target: whatever stood there can reach neither result nor gradient.
+    pieces = jax.tree.map(split, (align(hidden, source), align(tokens, order), order >= 0))
+    if cotangent is None:
+        out = _over_chunks(lambda h, targets: read(head(h), targets), *pieces)
+    else:
+        out = _over_chunks_with_gradient(read, head, *pieces, cotangent=split(align(cotangent, order)))
+    return jax.tree.map(lambda x: align(jnp.swapaxes(x, 0, 1).reshape(rows, chunks * columns), place), out)
 
-    def skip(h: jax.Array, targets: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, h, targets))
+
+def _over_chunks(
+    work: Callable[..., Any], hidden: jax.Array, targets: jax.Array, is_target: jax.Array, *others: jax.Array
+) -> Any:
+    """``work(hidden, targets, *others)`` of each chunk that has a target, zeros for the others."""
+
+    def skip(*piece: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, *piece))
 
     @jax.checkpoint  # the backward pass keeps a chunk's hidden states, not its logits
-    def body(carry: None, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, Any]:
-        return carry, lax.cond(jnp.any(piece[2]), work, skip, *piece[:2])
+    def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
+        return carry, lax.cond(jnp.any(chunk[0]), work, skip, *chunk[1:])
 
-    # `align` puts zeros where there is no target: whatever stood there can reach neither result nor gradient.
-    pieces = (align(hidden, source), align(tokens, order), order >= 0)
-    _, out = lax.scan(body, None, jax.tree.map(split, pieces))
-    return jax.tree.map(lambda x: align(jnp.swapaxes(x, 0, 1).reshape(rows, chunks * columns), place), out)
+    return lax.scan(body, None, (is_target, hidden, targets, *others))[1]
+
+
+def _over_chunks_with_gradient(
+    read: Callable[[jax.Array, jax.Array], jax.Array],
+    head: Head,
+    hidden: jax.Array,
+    targets: jax.Array,
+    is_target: jax.Array,
+    cotangent: jax.Array,
+) -> jax.Array:
+    """`_over_chunks` whose gradient for `cotangent` is computed on the way forward, while the logits are there."""
+    head, weights = jax.closure_convert(head, hidden[0])
+
+    def plain(weights: list[jax.Array], hidden: jax.Array, targets: jax.Array, is_target: jax.Array, *_: Any) -> Any:
+        return _over_chunks(lambda h, targets: read(head(h, *weights), targets), hidden, targets, is_target)
+
+    def forward(weights: list[jax.Array], *pieces: jax.Array) -> tuple[jax.Array, Any]:
+        def body(total: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            h, targets, is_target, cotangent = chunk
+
+            def work(total: Any) -> Any:
+                out, pull = jax.vjp(lambda weights, h: read(head(h, *weights), targets), weights, h)
+                by_weights, by_hidden = pull(cotangent)
+                return jax.tree.map(jnp.add, total, by_weights), (out, by_hidden)
+
+            def skip(total: Any) -> Any:
+                return total, (jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(h))
+
+            return lax.cond(jnp.any(is_target), work, skip, total)
+
+        by_weights, (out, by_hidden) = lax.scan(body, jax.tree.map(jnp.zeros_like, weights), pieces)
+        return out, (weights, pieces, (by_weights, by_hidden))
+
+    def backward(saved: Any, arrived: jax.Array) -> tuple[Any, ...]:
+        weights, (hidden, *others), known = saved
+
+        def again() -> tuple[Any, jax.Array]:
+            return jax.vjp(lambda weights, hidden: plain(weights, hidden, *others), weights, hidden)[1](arrived)
+
+        return *lax.cond(jnp.all(arrived == others[-1]), lambda: known, again), None, None, None
+
+    out = jax.custom_vjp(plain)
+    out.defvjp(forward, backward)
+    return out(weights, hidden, targets, is_target, cotangent)
 
 
 def _compact(is_target: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:

@@ -163,7 +163,12 @@ def sequence_log_probs_and_entropy(
 
 
 def lm_log_probs(
-    model: Model, params: Params, batch: LMBatch, *, key: Key[Array, ""] | None = None
+    model: Model,
+    params: Params,
+    batch: LMBatch,
+    *,
+    key: Key[Array, ""] | None = None,
+    cotangent: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probs of the targets of packed rows; no piece sees another one.
 
@@ -172,13 +177,14 @@ def lm_log_probs(
       params: its parameters.
       batch: packed rows.
       key: turns dropout on.
+      cotangent: as in `ops.token_log_probs`.
 
     Returns:
       Log-probs in nats, float32, 0 outside ``batch.mask``.
     """
     hidden = model.apply(params, batch.tokens, segments=batch.segments, positions=batch.positions, key=key).hidden
-    previous = ops.previous_index(batch.segments)
-    return ops.token_log_probs(hidden, partial(model.head, params), batch.tokens, batch.mask, previous=previous)
+    head, previous = partial(model.head, params), ops.previous_index(batch.segments)
+    return ops.token_log_probs(hidden, head, batch.tokens, batch.mask, previous=previous, cotangent=cotangent)
 
 
 def sequence_values(

@@ -467,7 +467,15 @@ def _fields(batch: Any) -> dict[str, Array]:
 def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
     def loss_fn(params: Params, rows: tuple[LMBatch, Array | None]) -> tuple[Mean, Metrics]:
         batch, keys = rows
-        logp = scoring.lm_log_probs(model, params, batch, key=None if keys is None else keys[0])
+
+        def total(logp: Array) -> Array:
+            return loss(logp=logp, **_fields(batch))[0].total
+
+        # Of a loss linear in the log-probs this is the gradient whatever they are; of another one a wrong guess, which
+        # costs time only.
+        cotangent = jax.grad(total)(jnp.zeros(batch.tokens.shape, jnp.float32))
+        key = None if keys is None else keys[0]
+        logp = scoring.lm_log_probs(model, params, batch, key=key, cotangent=cotangent)
         return loss(logp=logp, **_fields(batch))
 
     return loss_fn

@@ -192,6 +192,48 @@ def test_token_log_probs_have_the_gradient_of_the_dense_formula():
     check_grads(jax.jit(chunked), (hidden, weights), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
+def gradients_with(cotangent, arriving, *, masked=True, chunk=3):
+    """Gradients of ``sum(arriving * logp)`` where the function is told `cotangent` beforehand; compiled."""
+    hidden, weights, tokens, mask = language_case()
+    previous = ops.previous_index(jnp.array([[1] * 3 + [2] * 4 + [3] * 4] * 3), jnp.array([[0] * 3 + [1] * 8] * 3))
+    options = {"previous": previous, "temperature": 0.8, "chunk": chunk, "cotangent": cotangent}
+
+    def total(hidden, weights):
+        where = mask if masked else jnp.zeros_like(mask)
+        return jnp.sum(
+            arriving * ops.token_log_probs(hidden, functools.partial(head, weights), tokens, where, **options)
+        )
+
+    return jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, weights)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_gradient_known_beforehand_changes_no_result(masked):
+    arriving = jnp.asarray(np.random.default_rng(2).normal(size=(3, 11)).astype(np.float32))
+    expected = gradients_with(None, arriving, masked=masked)
+    one_wrong = arriving.at[1].multiply(1.0 + 1e-6)
+    for told in (arriving, one_wrong, jnp.zeros_like(arriving), jnp.full_like(arriving, jnp.nan)):
+        got = gradients_with(told, arriving, masked=masked)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), got, expected)
+
+
+def test_a_gradient_known_beforehand_is_taken_while_the_logits_are_there():
+    """The way back does not read the head's weights, unless another gradient arrives than was told."""
+    hidden, weights, tokens, mask = language_case()
+    cotangent = jnp.where(mask, -1.0, 0.0)
+
+    def log_probs(weights, cotangent=None):
+        return ops.token_log_probs(hidden, functools.partial(head, weights), tokens, mask, cotangent=cotangent)
+
+    def without_weights(x):
+        return jnp.full_like(x, jnp.nan) if x.shape == weights.shape and bool(jnp.all(x == weights)) else x
+
+    _, pull = jax.vjp(functools.partial(log_probs, cotangent=cotangent), weights)
+    blind = jax.tree.map(without_weights, pull)
+    np.testing.assert_allclose(blind(cotangent)[0], jax.vjp(log_probs, weights)[1](cotangent)[0], atol=2e-6)
+    assert np.isnan(blind(2 * cotangent)[0]).all()
+
+
 @jax.jit
 def read_gradient(hidden, weights, tokens, mask):
     def total(hidden, weights):
@@ -227,12 +269,16 @@ def arrays_of(jaxpr) -> set[tuple[int, ...]]:
     return shapes
 
 
-def test_no_array_of_all_logits_exists_forward_or_backward():
+@pytest.mark.parametrize("told", [False, True])
+def test_no_array_of_all_logits_exists_forward_or_backward(told):
     rows, slots, vocabulary = 2, 64, 50
     hidden, weights, tokens, mask = language_case(rows=rows, slots=slots, vocabulary=vocabulary)
 
+    cotangent = mask.astype(jnp.float32) if told else None
+
     def loss(hidden, weights):
-        return jnp.sum(ops.token_log_probs(hidden, functools.partial(head, weights), tokens, mask, chunk=8))
+        read = functools.partial(head, weights)
+        return jnp.sum(ops.token_log_probs(hidden, read, tokens, mask, chunk=8, cotangent=cotangent))
 
     shapes = arrays_of(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, weights).jaxpr)
     largest = max(int(np.prod(s)) for s in shapes if vocabulary in s)

@@ -166,6 +166,25 @@ def test_only_targets_have_a_say_in_the_sft_loss():
     assert value_of(metrics, "sft/loss") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_sft_gradient_is_that_of_the_loss_linear_in_the_log_probs_or_not(power):
+    """The head's gradient is taken before the loss is computed where that is sound, and only there."""
+
+    def loss(logp, mask):
+        return Mean(jnp.sum(jnp.where(mask, (-logp) ** power, 0)), jnp.sum(mask, dtype=jnp.float32))
+
+    batch, params = tiny.lm_batch(4), tiny.LANGUAGE.init(KEY)
+
+    def plain(params):
+        logp = scoring.lm_log_probs(tiny.LANGUAGE, params, batch)
+        return loss(logp, batch.mask).value
+
+    state = steps.train_state(params, SGD)
+    moved, _ = jax.jit(steps.make_sft_step(tiny.LANGUAGE, SGD, loss=loss))(state, batch, None)
+    expected = jax.tree.map(lambda p, g: p - g, params, jax.jit(jax.grad(plain))(params))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), moved.params, expected)
+
+
 def test_dropout_acts_in_sft_only_where_a_key_is_given():
     state, batch = steps.train_state(tiny.LANGUAGE.init(KEY), SGD), tiny.lm_batch(8)
     step = jax.jit(steps.make_sft_step(tiny.LANGUAGE, SGD, microbatches=2))

@@ -15,13 +15,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
-import transformers
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_jax.data.schema import Conversation, Message
 
-Tokenizer = transformers.PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"

@@ -15,16 +15,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import transformers
 from jaxtyping import Int
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.schema import Conversation, Message
 from rlhf_jax.files import check_tokenizer
 from rlhf_jax.types import LMBatch, PromptBatch, RankingBatch, Samples
+
+if TYPE_CHECKING:
+    import transformers
 
 PROMPT_END = "\n\n"
 """What follows the text of every prompt."""
@@ -46,6 +48,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
     Raises:
       ValueError: there is no tokenizer, it cannot be read, or it names no EOS token.
     """
+    import transformers  # slow to import, and only this needs it
+
     try:
         file = check_tokenizer(path)
     except FileNotFoundError:

@@ -37,6 +37,7 @@ _CHOICES = {
 # Finite, so that a query without any key gives a uniform softmax and zero gradients instead of NaN.
 _MASKED = -1e30
 _ADAPTERS = ("lora_a", "lora_b")
+_JOINED = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
 _Leaves = dict[Any, Array]
 """Arrays by their path in the parameters, a tuple of names."""
 
@@ -262,15 +263,21 @@ def _residual_std(config: DecoderConfig) -> float:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; query head h reads key-value head ``h // (H / G)``."""
+    """Grouped-query self-attention; query head h reads key-value head ``h // (H / G)``.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    `merged`: the three projections are one, as `decoding_params` makes them.
+    """
+
+    def __init__(self, config: DecoderConfig, *, merged: bool = False, rngs: nnx.Rngs):
         self.config = config
         bias = config.bias in ("qkv", "all")
         query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.query = _linear(config, config.width, query_width, bias=bias, rngs=rngs)
-        self.key = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
-        self.value = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
+        if merged:
+            self.query_key_value = _linear(config, config.width, query_width + 2 * kv_width, bias=bias, rngs=rngs)
+        else:
+            self.query = _linear(config, config.width, query_width, bias=bias, rngs=rngs)
+            self.key = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
+            self.value = _linear(config, config.width, kv_width, bias=bias, rngs=rngs)
         std = _residual_std(config)
         self.out = _linear(config, query_width, config.width, bias=config.bias == "all", std=std, rngs=rngs)
         if config.qk_norm:
@@ -281,8 +288,13 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B T D"], angles: _Angles | None):
         """Queries ``[B, T, H, E]``, keys and values ``[B, T, G, E]``, rotated where `angles` are given."""
-        split = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
-        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if hasattr(self, "query_key_value"):
+            heads, groups = self.config.heads, self.config.kv_heads
+            projected = self.query_key_value(x).reshape(*x.shape[:2], -1, self.config.head_dim)
+            query, key, value = jnp.split(projected, [heads, heads + groups], axis=2)
+        else:
+            split = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+            query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
@@ -299,14 +311,20 @@ _GATES = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True)
 
 
 class MLP(nnx.Module):
-    """``down(act(up x))``, or ``down(act(gate x) * up x)`` for SwiGLU and GEGLU."""
+    """``down(act(up x))``, or ``down(act(gate x) * up x)`` for SwiGLU and GEGLU.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    `merged`: gate and up are one projection, as `decoding_params` makes them.
+    """
+
+    def __init__(self, config: DecoderConfig, *, merged: bool = False, rngs: nnx.Rngs):
         self.config = config
         bias = config.bias == "all"
-        if config.activation in _GATES:
-            self.gate = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
-        self.up = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
+        if merged and config.activation in _GATES:
+            self.gate_up = _linear(config, config.width, 2 * config.mlp_width, bias=bias, rngs=rngs)
+        else:
+            if config.activation in _GATES:
+                self.gate = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
+            self.up = _linear(config, config.width, config.mlp_width, bias=bias, rngs=rngs)
         std = _residual_std(config)
         self.down = _linear(config, config.mlp_width, config.width, bias=bias, std=std, rngs=rngs)
         if config.post_norm:
@@ -315,7 +333,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP to each place."""
         if self.config.activation in _GATES:
-            y = self.down(_GATES[self.config.activation](self.gate(x)) * self.up(x))
+            gate, up = jnp.split(self.gate_up(x), 2, -1) if hasattr(self, "gate_up") else (self.gate(x), self.up(x))
+            y = self.down(_GATES[self.config.activation](gate) * up)
         else:
             y = self.down(jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh"))
         return self.post_norm(y) if self.config.post_norm else y
@@ -324,11 +343,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm residual block: ``x + attention(norm x)``, then ``x + mlp(norm x)``."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, merged: bool = False, rngs: nnx.Rngs):
         self.attention_norm = _norm(config, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, merged=merged, rngs=rngs)
         self.mlp_norm = _norm(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, merged=merged, rngs=rngs)
 
 
 class Embedding(nnx.Module):
@@ -557,7 +576,7 @@ def apply_decoder(
 
     def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array]) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
-        module = _bind(Block, config, layer_params)
+        module = _bind(partial(Block, merged="query_key_value" in layer_params["attention"]), config, layer_params)
         bias, angles = view(layer)
         mixed = mix(layer, *module.attention.project(module.attention_norm(x), angles), bias)
         x = stream(x + _dropout(module.attention(mixed), config.dropout, block_keys[0]))
@@ -651,8 +670,9 @@ def _layers(config: DecoderConfig, blocks: Any) -> Sequence[Params]:
 def decoding_params(config: DecoderConfig, params: Params) -> Params:
     """Parameters as decode steps read them fastest: each layer's arrays of their own, in the compute dtype.
 
-    Out of stacked arrays every decode step would copy every weight, and convert it where the master is wider. On a CPU
-    kernels lie in tiles too (`times_tiles`). Make it once for a rollout; it takes the memory of the blocks.
+    Out of stacked arrays every decode step would copy every weight, and convert it where the master is wider.
+    Projections of the same input are one (`Attention`, `MLP`): few rows keep a small product from using a device well.
+    On a CPU kernels lie in tiles too (`times_tiles`). Make it once for a rollout; it takes the memory of the blocks.
 
     Args:
       config: the decoder.
@@ -670,10 +690,26 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
         return tiled if tiled.ndim == 3 else leaf
 
     def faster(layer: Params) -> Params:
-        leaves: dict[Any, Any] = traverse_util.flatten_dict(layer)
+        leaves: dict[Any, Any] = traverse_util.flatten_dict(_merged(config, layer))
         return traverse_util.unflatten_dict({path: narrow(path, leaf) for path, leaf in leaves.items()})
 
     return params | {"blocks": tuple(faster(layer) for layer in _layers(config, params["blocks"]))}
+
+
+def _merged(config: DecoderConfig, layer: Any) -> Params:
+    """The layer with each group of `_JOINED` as one projection: its outputs side by side.
+
+    Not where outputs are spread over devices: those of one projection would have to move. Nor beside adapters.
+    """
+    adapted = any(path[-1] in _ADAPTERS for path in traverse_util.flatten_dict(layer))
+    if adapted or (config.mesh is not None and config.mesh.shape["tensor"] > 1):
+        return layer
+    layer = {name: dict(module) for name, module in layer.items()}
+    for module, names in _JOINED.items():
+        if all(name in layer[module] for name in names):
+            parts = [layer[module].pop(name) for name in names]
+            layer[module]["_".join(names)] = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *parts)
+    return layer
 
 
 def _cache_kernel(config: DecoderConfig) -> str:

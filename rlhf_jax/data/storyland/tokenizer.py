@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from importlib import resources
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from rlhf_jax.data.storyland.corpus import documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 1152
@@ -23,6 +24,9 @@ def assets() -> Path:
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over the first documents of the corpus: nearly every storyland word is one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -85,7 +85,8 @@ def make_sft_step(
     Args:
       model: a language model.
       tx: an optimizer from `rlhf_jax.optim`, or any optax chain.
-      loss: arguments by name from `LM_ARGUMENTS`.
+      loss: arguments by name from `LM_ARGUMENTS`. It is called twice, once with log-probs of -1 for its gradient there:
+        where it is linear in them a quarter of the head's work is saved (`ops.token_log_probs`).
       microbatches: pieces of the batch that go through the model one after the other; must divide its rows.
       spike_limit: skip the step when the gradient norm is above it; None for no fixed limit.
       spike_std: skip the step when loss or gradient norm is more standard deviations above the mean of the last sound
@@ -472,8 +473,8 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
             return loss(logp=logp, **_fields(batch))[0].total
 
         # Of a loss linear in the log-probs this is the gradient whatever they are; of another one a wrong guess, which
-        # costs time only.
-        cotangent = jax.grad(total)(jnp.zeros(batch.tokens.shape, jnp.float32))
+        # costs time only. At -1, because a loss need not be finite at 0.
+        cotangent = jax.grad(total)(jnp.full(batch.tokens.shape, -1.0, jnp.float32))
         key = None if keys is None else keys[0]
         logp = scoring.lm_log_probs(model, params, batch, key=key, cotangent=cotangent)
         return loss(logp=logp, **_fields(batch))

@@ -249,10 +249,8 @@ def _read_targets(
     return jax.tree.map(lambda x: align(jnp.swapaxes(x, 0, 1).reshape(rows, chunks * columns), place), out)
 
 
-def _over_chunks(
-    work: Callable[..., Any], hidden: jax.Array, targets: jax.Array, is_target: jax.Array, *others: jax.Array
-) -> Any:
-    """``work(hidden, targets, *others)`` of each chunk that has a target, zeros for the others."""
+def _over_chunks(work: Callable[..., Any], hidden: jax.Array, targets: jax.Array, is_target: jax.Array) -> Any:
+    """``work(hidden, targets)`` of each chunk that has a target, zeros for the others."""
 
     def skip(*piece: jax.Array) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, *piece))
@@ -261,7 +259,7 @@ def _over_chunks(
     def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
         return carry, lax.cond(jnp.any(chunk[0]), work, skip, *chunk[1:])
 
-    return lax.scan(body, None, (is_target, hidden, targets, *others))[1]
+    return lax.scan(body, None, (is_target, hidden, targets))[1]
 
 
 def _over_chunks_with_gradient(

@@ -265,14 +265,14 @@ def _residual_std(config: DecoderConfig) -> float:
 class Attention(nnx.Module):
     """Grouped-query self-attention; query head h reads key-value head ``h // (H / G)``.
 
-    `merged`: the three projections are one, as `decoding_params` makes them.
+    `joined`: the three projections are one, as `decoding_params` makes them.
     """
 
-    def __init__(self, config: DecoderConfig, *, merged: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, joined: bool = False, rngs: nnx.Rngs):
         self.config = config
         bias = config.bias in ("qkv", "all")
         query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        if merged:
+        if joined:
             self.query_key_value = _linear(config, config.width, query_width + 2 * kv_width, bias=bias, rngs=rngs)
         else:
             self.query = _linear(config, config.width, query_width, bias=bias, rngs=rngs)
@@ -313,13 +313,13 @@ _GATES = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True)
 class MLP(nnx.Module):
     """``down(act(up x))``, or ``down(act(gate x) * up x)`` for SwiGLU and GEGLU.
 
-    `merged`: gate and up are one projection, as `decoding_params` makes them.
+    `joined`: gate and up are one projection, as `decoding_params` makes them.
     """
 
-    def __init__(self, config: DecoderConfig, *, merged: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, joined: bool = False, rngs: nnx.Rngs):
         self.config = config
         bias = config.bias == "all"
-        if merged and config.activation in _GATES:
+        if joined and config.activation in _GATES:
             self.gate_up = _linear(config, config.width, 2 * config.mlp_width, bias=bias, rngs=rngs)
         else:
             if config.activation in _GATES:
@@ -343,11 +343,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm residual block: ``x + attention(norm x)``, then ``x + mlp(norm x)``."""
 
-    def __init__(self, config: DecoderConfig, *, merged: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, joined: bool = False, rngs: nnx.Rngs):
         self.attention_norm = _norm(config, rngs=rngs)
-        self.attention = Attention(config, merged=merged, rngs=rngs)
+        self.attention = Attention(config, joined=joined, rngs=rngs)
         self.mlp_norm = _norm(config, rngs=rngs)
-        self.mlp = MLP(config, merged=merged, rngs=rngs)
+        self.mlp = MLP(config, joined=joined, rngs=rngs)
 
 
 class Embedding(nnx.Module):
@@ -576,7 +576,7 @@ def apply_decoder(
 
     def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array]) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
-        module = _bind(partial(Block, merged="query_key_value" in layer_params["attention"]), config, layer_params)
+        module = _bind(partial(Block, joined="query_key_value" in layer_params["attention"]), config, layer_params)
         bias, angles = view(layer)
         mixed = mix(layer, *module.attention.project(module.attention_norm(x), angles), bias)
         x = stream(x + _dropout(module.attention(mixed), config.dropout, block_keys[0]))
@@ -690,13 +690,13 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
         return tiled if tiled.ndim == 3 else leaf
 
     def faster(layer: Params) -> Params:
-        leaves: dict[Any, Any] = traverse_util.flatten_dict(_merged(config, layer))
+        leaves: dict[Any, Any] = traverse_util.flatten_dict(_with_joined(config, layer))
         return traverse_util.unflatten_dict({path: narrow(path, leaf) for path, leaf in leaves.items()})
 
     return params | {"blocks": tuple(faster(layer) for layer in _layers(config, params["blocks"]))}
 
 
-def _merged(config: DecoderConfig, layer: Any) -> Params:
+def _with_joined(config: DecoderConfig, layer: Any) -> Params:
     """The layer with each group of `_JOINED` as one projection: its outputs side by side.
 
     Not where outputs are spread over devices: those of one projection would have to move. Nor beside adapters.

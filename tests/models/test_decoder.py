@@ -320,24 +320,39 @@ def test_projections_of_one_input_are_joined_for_decoding_unless_their_outputs_a
     assert set(decoder.decoding_params(LLAMA, adapted)["blocks"][0]["attention"]) == apart
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@FAMILIES
-def test_parameters_for_decoding_are_the_same_function(config, dtype):
-    """Up to the order in which a product is summed: one of joined projections has another shape."""
-    config = dataclasses.replace(config, dtype=dtype)
+def _with_and_without_preparing(config):
+    """Output and logits of two rows through a cache, with the parameters as they are and as decoding wants them."""
     model, params = _params(config)
     tokens = _tokens(2, 6)
     ones, places = jnp.ones((2, 6), jnp.int32), jnp.broadcast_to(jnp.arange(6), (2, 6))
     prepared = model.for_decoding(params)
     assert len(prepared["blocks"]) == config.layers
-    kernel = prepared["blocks"][1]["attention"]["query_key_value"]["kernel"]
-    assert kernel.dtype == dtype
-    assert kernel.size == config.width * (config.heads + 2 * config.kv_heads) * config.head_dim
-
     found = [
         _apply(model, p, tokens, segments=ones, positions=places, cache=model.init_cache(2, 8))
         for p in (params, prepared)
     ]
+    logits = [model.head(p, output.hidden) for p, output in zip((params, prepared), found, strict=True)]
+    return prepared["blocks"][1]["attention"], found, logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@FAMILIES
+def test_parameters_for_decoding_change_no_number(config, dtype, monkeypatch):
+    """Joined projections apart: a product of another shape is summed in another order."""
+    monkeypatch.setattr(decoder, "_JOINED", {})
+    attention, found, logits = _with_and_without_preparing(dataclasses.replace(config, dtype=dtype))
+    assert attention["query"]["kernel"].dtype == dtype
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@FAMILIES
+def test_joined_projections_are_the_same_function(config, dtype):
+    attention, found, logits = _with_and_without_preparing(dataclasses.replace(config, dtype=dtype))
+    kernel = attention["query_key_value"]["kernel"]
+    assert kernel.dtype == dtype
+    assert kernel.size == config.width * (config.heads + 2 * config.kv_heads) * config.head_dim
     same = partial(np.testing.assert_allclose, atol=2e-6, rtol=0)
     jax.tree.map(lambda a, b: same(*(np.asarray(x, np.float32) for x in (a, b))), *found)
-    same(model.head(params, found[0].hidden), model.head(prepared, found[1].hidden))
+    same(*logits)

@@ -188,11 +188,16 @@ def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -
         jnp.asarray(prompts.tokens),
         segments=segments,
         positions=places,
-        cache=model.init_cache(batch, slots),
+        cache=model.init_cache(batch, width),
     )
-    assert output.cache is not None
     last = jnp.asarray(prompts.lengths)[:, None, None] - 1
-    return jnp.take_along_axis(output.hidden, last, axis=1)[:, 0], output.cache
+    # The prompts looked at their own slots alone: the others come only now.
+    cache = jax.tree.map(_at_origin, model.init_cache(batch, slots), output.cache)
+    return jnp.take_along_axis(output.hidden, last, axis=1)[:, 0], cache
+
+
+def _at_origin(whole: Array, part: Array) -> Array:
+    return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
 
 def start(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:

@@ -44,7 +44,7 @@ def kernel_for(asked: str, *, slots: int, head_dim: int, dtype: jnp.dtype, by_se
       ValueError: ``cudnn`` or ``splash`` was asked for and cannot take this.
     """
     fits = dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and slots % 2 == 0
-    if asked == "cudnn" and not (fits and _has_cudnn()):
+    if asked == "cudnn" and not (fits and on_nvidia()):
         raise ValueError(
             f"attention='cudnn' needs an NVIDIA device with cuDNN, dtype bfloat16 (here {dtype}), a head width that is "
             f"a multiple of 8 up to 128 (here {head_dim}) and an even row length (here {slots}): choose 'auto'"
@@ -59,13 +59,14 @@ def kernel_for(asked: str, *, slots: int, head_dim: int, dtype: jnp.dtype, by_se
         return asked
     if splashes and jax.default_backend() == "tpu" and jax.device_count() == 1:
         return "splash"
-    if fits and slots >= BLOCK and _has_cudnn():
+    if fits and slots >= BLOCK and on_nvidia():
         return "cudnn"
     return "blocked" if slots > BLOCK else "plain"
 
 
 @functools.cache
-def _has_cudnn() -> bool:
+def on_nvidia() -> bool:
+    """Whether the default device is an NVIDIA GPU, which has cuDNN."""
     device = jax.devices()[0]
     return device.platform == "gpu" and "cuda" in device.client.platform_version
 

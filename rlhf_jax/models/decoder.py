@@ -87,7 +87,8 @@ class DecoderConfig:
       dtype: compute dtype, float32 or bfloat16; parameters stay as they are (float32 masters). Not float16: its
         gradients underflow without loss scaling, which bfloat16 does not need.
       remat: ``block`` recomputes each block in the backward pass.
-      attention: the kernel for whole rows; ``auto`` takes the fastest of the device (`models.attention`).
+      attention: the kernel for whole rows; ``auto`` takes the fastest of the device (`models.attention`), and on an
+        NVIDIA GPU kernels of our own for decode steps where they know the family (`models.fused`).
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
       mesh: ``(data, fsdp, tensor)`` that activations and caches are spread over, as `sharding` does with batches and
         parameters; None leaves them to the compiler, which is right for one device.
@@ -567,7 +568,7 @@ def apply_decoder(
         key_positions = positions
     else:
         slots = cache.lengths[:, None] + slots
-        cache, write = _advance(config, cache, segments, slots)
+        cache, slots_to_write = _advance(cache, segments, slots)
         key_segments = cache.segments
         key_positions = jnp.arange(key_segments.shape[1])[None, :]  # a cached row is one text from its first slot on
     view = _views(config, visible(segments, parents, slots, key_segments), positions, key_positions)
@@ -586,7 +587,9 @@ def apply_decoder(
     if cache is None:
         rows = segments if only_segments and not config.window else None
         return Output(embedding.norm(_scan_blocks(config, block, params["blocks"], x, rows)), None)
-    x, cache = _cached_blocks(config, block, params["blocks"], x, cache, write)
+    if key is None and _is_fused(config, params["blocks"], tokens):
+        return _fused_blocks(config, params, x, cache, slots_to_write, view)
+    x, cache = _cached_blocks(config, block, params["blocks"], x, cache, slots_to_write)
     return Output(embedding.norm(x), cache)
 
 
@@ -634,7 +637,7 @@ def _without_adapters(blocks: Params) -> tuple[_Leaves, _Leaves]:
 
 
 def _cached_blocks(
-    config: DecoderConfig, block: Callable[..., Array], blocks: Any, x: Array, cache: Cache, write: Callable
+    config: DecoderConfig, block: Callable[..., Array], blocks: Any, x: Array, cache: Cache, slots: Array
 ) -> tuple[Array, Cache]:
     """All blocks over new tokens that also see what is cached.
 
@@ -642,6 +645,7 @@ def _cached_blocks(
     which took a third of a decode step on CPU.
     """
     keys, values, kernel = list(cache.keys), list(cache.values), _cache_kernel(config)
+    write = _writer(kernel, slots)
 
     def mix(layer: int, query: Array, new_keys: Array, new_values: Array, bias: Array) -> Array:
         keys[layer], values[layer] = write(keys[layer], values[layer], new_keys, new_values)
@@ -651,6 +655,26 @@ def _cached_blocks(
     for layer, own in enumerate(_layers(config, blocks)):
         x = block(x, layer, own, mix)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def _is_fused(config: DecoderConfig, blocks: Any, tokens: Int[Array, "B T"]) -> bool:
+    """Whether the blocks of a decode step are those of `models.fused`: one token a row, on an NVIDIA GPU."""
+    asked = config.attention == "auto" and _cache_kernel(config) == "cudnn"
+    if not asked or tokens.shape[1] != 1 or not isinstance(blocks, tuple) or not attention.on_nvidia():
+        return False
+    from rlhf_jax.models import fused  # Pallas is slow to import, and for this alone
+
+    return fused.fits(config, len(tokens)) and "query_key_value" in blocks[0]["attention"]
+
+
+def _fused_blocks(
+    config: DecoderConfig, params: Params, x: Array, cache: Cache, slots: Array, view: Callable[[Any], _View]
+) -> Output:
+    from rlhf_jax.models import fused
+
+    of_rows = x[:, 0], cache.keys, cache.values, slots[:, 0]
+    hidden, keys, values = fused.blocks(config, params["blocks"], params["norm"]["scale"], *of_rows, view)
+    return Output(hidden[:, None], dataclasses.replace(cache, keys=keys, values=values))
 
 
 def _layers(config: DecoderConfig, blocks: Any) -> Sequence[Params]:
@@ -716,23 +740,28 @@ def _cache_kernel(config: DecoderConfig) -> str:
     return attention.cache_kernel(config.attention, head_dim=config.head_dim, dtype=jnp.dtype(config.dtype))
 
 
-def _advance(config: DecoderConfig, cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]):
-    """The cache with the new tokens' segments and lengths, and the function that stores their keys and values."""
-    rows, slots_first = jnp.arange(segments.shape[0])[:, None], _cache_kernel(config) == "cudnn"
+def _advance(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]) -> tuple[Cache, Int[Array, "B T"]]:
+    """The cache with the new tokens' segments and lengths, and the slots for their keys and values."""
     # Padding aims past the end, and mode="drop" leaves it out.
     slots = jnp.where(segments > 0, slots, cache.segments.shape[1])
+    rows = jnp.arange(segments.shape[0])[:, None]
     stored = cache.segments.at[rows, slots].set(segments.astype(cache.segments.dtype), mode="drop")
     lengths = cache.lengths + (segments > 0).sum(axis=1).astype(cache.lengths.dtype)
+    return dataclasses.replace(cache, segments=stored, lengths=lengths), slots
+
+
+def _writer(kernel: str, slots: Int[Array, "B T"]) -> Callable[..., tuple[Array, Array]]:
+    rows = jnp.arange(slots.shape[0])[:, None]
 
     def write(keys: Array, values: Array, key: Array, value: Array) -> tuple[Array, Array]:
         """Stores ``[B, T, G, E]`` in the slots of a layer's keys and values, laid out as `attention.cache_shapes`."""
-        if slots_first:
+        if kernel == "cudnn":
             keys = keys.at[rows, slots].set(key.astype(keys.dtype), mode="drop")
             return keys, values.at[rows, slots].set(value.astype(values.dtype), mode="drop")
         keys = keys.at[rows, :, :, slots].set(key.astype(keys.dtype), mode="drop")
         return keys, values.at[rows, :, slots].set(value.astype(values.dtype), mode="drop")
 
-    return dataclasses.replace(cache, segments=stored, lengths=lengths), write
+    return write
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:

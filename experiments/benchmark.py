@@ -11,8 +11,9 @@ r"""How fast the parts of the recipe are: steps, decoding, a PPO iteration, next
 (A B A B), and prints the ratios. ``--sweep=batch=1,2,4,8`` repeats a suite over a size. ``--json`` makes the last line
 one JSON object. Random weights and tokens; nothing is downloaded but a peer's packages.
 
-FLOPs are those of matrix products and causal attention, with the head at target positions only; the "matrix rate" is
-that of a plain matrix product measured in the same process.
+FLOPs are those of matrix products and causal attention, with the head at target positions only; what the last block
+need not compute, because nobody reads it, counts as done, so that figures compare. The "matrix rate" is that of a plain
+matrix product measured in the same process.
 """
 
 from __future__ import annotations
@@ -80,14 +81,22 @@ def decoder(a: argparse.Namespace, context: int) -> DecoderConfig:
     )
 
 
-def forward_flops(config: DecoderConfig, lengths: Sequence[int], *, targets: int, seen: float | None = None) -> float:
-    """Of one forward pass: 2 per weight and token, 4 E per head and visible pair, 2 D V per target."""
+def forward_flops(
+    config: DecoderConfig, lengths: Sequence[int], *, targets: int, seen: float | None = None, read: int | None = None
+) -> float:
+    """Of one forward pass: 2 per weight and token, 4 E per head and visible pair, 2 D V per target.
+
+    `read` are the tokens whose hidden states are wanted, where not all are: the last block is computed for them alone,
+    but for keys and values, and for their share of the pairs.
+    """
     tokens = sum(lengths)
-    heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    share = 1.0 if read is None else read / tokens
+    query, key_value = 2 * config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     mlp = (3 if config.activation in ("swiglu", "geglu") else 2) * config.mlp_width
     pairs = sum(t * (t + 1) / 2 for t in lengths) if seen is None else seen
-    blocks = 2 * config.width * (heads + mlp) * tokens + 4 * config.heads * config.head_dim * pairs
-    return config.layers * blocks + 2 * config.width * config.vocab_size * targets
+    own = 2 * config.width * (query + mlp) * tokens + 4 * config.heads * config.head_dim * pairs
+    blocks = (config.layers - 1 + share) * own + config.layers * 2 * config.width * key_value * tokens
+    return blocks + 2 * config.width * config.vocab_size * targets
 
 
 def random_tokens(a: argparse.Namespace, i: int, *shape: int) -> np.ndarray:
@@ -189,7 +198,7 @@ def decode(a: argparse.Namespace) -> Work:
     """Sampling ``--new_tokens`` from ``--batch`` prompts at temperature 1, prefill included."""
     model, params = _language_model(a)
     config = model.config
-    prefill = forward_flops(config, [a.prompt_len] * a.batch, targets=a.batch)
+    prefill = forward_flops(config, [a.prompt_len] * a.batch, targets=a.batch, read=a.batch)
     lengths = [a.prompt_len + a.new_tokens] * a.batch
     flops = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
 
@@ -233,10 +242,9 @@ def ppo(a: argparse.Namespace) -> Work:
     config = decoder(a, length)
     policy, scalar = language_model(config), scalar_model(config)
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
-    shape = make_score_and_shape(policy, scalar, scalar)
-    step_fn = compile_step(
-        make_ppo_step(policy, scalar, tx, tx, ptx_coef=0.0, epochs=a.epochs, minibatches=a.minibatches)
-    )
+    shape = make_score_and_shape(policy, scalar, scalar, max_new_tokens=a.new_tokens)
+    how = {"epochs": a.epochs, "minibatches": a.minibatches, "max_new_tokens": a.new_tokens}
+    step_fn = compile_step(make_ppo_step(policy, scalar, tx, tx, ptx_coef=0.0, **how))
     reference, critic = (jax.jit(m.init)(jax.random.key(a.seed)) for m in (policy, scalar))
     held = [PPOState(train_state(reference, tx), train_state(critic, tx), KLState(jnp.float32(0.05)), jnp.int32(0))]
 

@@ -650,7 +650,7 @@ def by_length(lengths: ArrayLike, batch_size: int) -> Iterator[tuple[np.ndarray,
 
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(model: Model, params: Params, rows: PromptBatch) -> jax.Array:
-    return scoring.sequence_values(model, params, rows.tokens, rows.lengths)[1]
+    return scoring.sequence_scores(model, params, rows.tokens, rows.lengths)
 
 
 def config_dict(config: ConfigDict) -> ConfigDict:

@@ -280,6 +280,7 @@ def compiled_pieces(
         ptx_microbatches=config.ptx_microbatches, temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm,
         ptx_clip_norm=config.ptx_clip_norm, spike_std=config.guard.spike_std,
         batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
+        max_new_tokens=config.max_new_tokens,
     )  # fmt: skip
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
@@ -290,7 +291,7 @@ def compiled_pieces(
         rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
         gamma=config.gamma, lam=config.lam, temperature=config.temperature,
         missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
-        microbatches=config.score_microbatches,
+        microbatches=config.score_microbatches, max_new_tokens=config.max_new_tokens,
     )  # fmt: skip
     frozen = trained[0].frozen, trained[1].frozen
     return Pieces(score_and_shape, compile_frozen_step(step, frozen, state_sharding=where))

@@ -183,17 +183,11 @@ def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -
     batch, width = prompts.tokens.shape
     places = jnp.broadcast_to(jnp.arange(width), (batch, width))
     segments = (places < jnp.asarray(prompts.lengths)[:, None]).astype(jnp.int32)
-    output = model.apply(
-        params,
-        jnp.asarray(prompts.tokens),
-        segments=segments,
-        positions=places,
-        cache=model.init_cache(batch, width),
-    )
-    last = jnp.asarray(prompts.lengths)[:, None, None] - 1
+    rows = {"segments": segments, "positions": places, "cache": model.init_cache(batch, width)}
+    last = jnp.asarray(prompts.lengths)[:, None] - 1
+    hidden, cache = model.apply_at(params, jnp.asarray(prompts.tokens), last, **rows)
     # The prompts looked at their own slots alone: the others come only now.
-    cache = jax.tree.map(_at_origin, model.init_cache(batch, slots), output.cache)
-    return jnp.take_along_axis(output.hidden, last, axis=1)[:, 0], cache
+    return hidden[:, 0], jax.tree.map(_at_origin, model.init_cache(batch, slots), cache)
 
 
 def _at_origin(whole: Array, part: Array) -> Array:

@@ -234,7 +234,7 @@ def _read_targets(
     rows, slots = tokens.shape
     columns = _chunk_columns(hidden, head, chunk)
     chunks = -(-slots // columns)
-    order, place = _compact(previous >= 0, chunks * columns)
+    order, place = compact(previous >= 0, chunks * columns)
     source = jnp.where(order >= 0, align(previous, order), -1)
 
     def split(x: jax.Array) -> jax.Array:
@@ -306,14 +306,27 @@ def _over_chunks_with_gradient(
     return out(weights, hidden, targets, is_target, cotangent)
 
 
-def _compact(is_target: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """The slots of each row's targets from the left (-1 beyond them), and each target's place among them (else -1)."""
+def compact(is_target: Bool[Array, "B T"], width: int) -> tuple[Int[Array, "B N"], Int[Array, "B T"]]:
+    """The slots of each row's targets from the left, and the place of each target among them.
+
+    Args:
+      is_target: which slots.
+      width: N, places a row; the targets beyond are left out.
+
+    Returns:
+      ``(order, place)``: slots, -1 where a row has no more; places, -1 where there is no target. `align` by the one
+      brings targets to the front, by the other back.
+
+    >>> [x.tolist() for x in compact(jnp.array([[False, True, False, True]]), 3)]
+    [[[1, 3, -1]], [[-1, 0, -1, 1]]]
+    """
     slots = is_target.shape[1]
     number = jnp.sum(is_target, axis=1, dtype=jnp.int32)
-    order = jnp.argsort(~is_target, axis=1, stable=True)
-    order = jnp.where(jnp.arange(slots, dtype=jnp.int32)[None, :] < number[:, None], order, -1)
+    order = jnp.argsort(~is_target, axis=1, stable=True)[:, :width]
+    order = jnp.where(jnp.arange(order.shape[1], dtype=jnp.int32)[None, :] < number[:, None], order, -1)
     place = jnp.where(is_target, jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1, -1)
-    return jnp.pad(order, ((0, 0), (0, width - slots)), constant_values=-1), place
+    order = jnp.pad(order, ((0, 0), (0, width - order.shape[1])), constant_values=-1)
+    return order, jnp.where(place < width, place, -1) if width < slots else place
 
 
 def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:

@@ -37,7 +37,7 @@ def score_samples(model: Model, params: Params, samples: Samples) -> Float[Array
 
     Source: Ouyang et al. 2022, section 3.5.
     """
-    return scoring.sequence_values(model, params, samples.tokens, samples.lengths)[1]
+    return scoring.sequence_scores(model, params, samples.tokens, samples.lengths)
 
 
 def make_score_and_shape(
@@ -54,6 +54,7 @@ def make_score_and_shape(
     score_shift: float | int = 0.0,
     whiten_rewards: bool = False,
     microbatches: int = 1,
+    max_new_tokens: int | None = None,
 ) -> ScoreAndShape:
     """The compiled piece between sampling and the update.
 
@@ -79,6 +80,7 @@ def make_score_and_shape(
         the advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et al. 2019.
       microbatches: pieces of the rollout that go through the three networks one after the other; 1 is fastest where
         memory allows it.
+      max_new_tokens: of the sampler: the last blocks then compute responses alone. None where that is not known.
 
     Returns:
       ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``, compiled.
@@ -107,7 +109,7 @@ def make_score_and_shape(
         scores: Float[Array, " B"] | None = None,
     ) -> tuple[Rollout, Metrics]:
         params = ref_params, value_params, reward_params
-        read = partial(_read_networks, policy, value, reward, params, temperature=temperature)
+        read = partial(_read_networks, policy, value, reward, params, temperature=temperature, targets=max_new_tokens)
         raw, ref_logp, values, last_value = _in_pieces(read, microbatches, samples, scores)
         score, mask = _without_bad_rows(raw, shape(raw, samples.finished), samples)
         old_logp, ref_logp, values = (jnp.where(mask, x, 0) for x in (samples.logp, ref_logp, values))
@@ -138,13 +140,13 @@ def make_score_and_shape(
 
 def _read_networks(
     policy: Model, value: Model, reward: Model | None, params: tuple[Params, Params, Params | None],
-    samples: Samples, scores: Float[Array, " B"] | None, *, temperature: float | int,
+    samples: Samples, scores: Float[Array, " B"] | None, *, temperature: float | int, targets: int | None,
 ) -> tuple[Float[Array, " B"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:  # fmt: skip
     """Raw scores, the reference's log-probs of the responses, values before each token and after the last."""
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
-    rows = (samples.tokens, samples.lengths)
-    ref_logp = scoring.sequence_log_probs(policy, params[0], *rows, mask, temperature=temperature)
-    values, last_value = scoring.sequence_values(value, params[1], *rows)
+    rows = (samples.tokens, samples.lengths, mask)
+    ref_logp = scoring.sequence_log_probs(policy, params[0], *rows, temperature=temperature, targets=targets)
+    values, last_value = scoring.sequence_values(value, params[1], *rows, targets=targets)
     return _raw_scores(reward, params[2], samples, scores), ref_logp, values, last_value
 
 

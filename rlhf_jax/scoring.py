@@ -6,9 +6,11 @@ the checks at step 0. So the policy and its reference run the same program, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -90,7 +92,7 @@ def pair_rows(model: Model) -> Model:
         fits = jnp.all(lengths[first] + lengths[second] <= places.shape[1])
         return Output(jnp.where(fits, both[jnp.argsort(jnp.concatenate([first, second]))], jnp.nan), None)
 
-    return model._replace(apply=apply)
+    return model._replace(apply=apply, picks=False)
 
 
 def _pair_width(slots: int) -> int:
@@ -127,6 +129,7 @@ def sequence_log_probs(
     mask: Bool[Array, "B T"],
     *,
     temperature: Real[ArrayLike, ""] = 1.0,
+    targets: int | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probs of the masked-in tokens: ``logp[:, t] = log p(tokens[t] | tokens[:t])`` at `temperature`.
 
@@ -137,13 +140,14 @@ def sequence_log_probs(
       lengths: tokens of each row.
       mask: which tokens to read, `response_mask` in PPO.
       temperature: the sampler's; policy, old policy and reference must share it.
+      targets: the most tokens that `mask` has in a row, `max_new_tokens` in PPO; None for any number. The last block is
+        computed for so many tokens a row. A row that has more is NaN.
 
     Returns:
       Log-probs in nats, float32, 0 outside `mask`. Dropout is off.
     """
-    segments, positions = row_layout(lengths, tokens.shape[1])
-    hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
-    return ops.token_log_probs(hidden, partial(model.head, params), tokens, mask, temperature=temperature)
+    read = partial(ops.token_log_probs, head=partial(model.head, params), temperature=temperature)
+    return _read_targets(model, params, read, tokens, lengths, mask, targets)
 
 
 def sequence_log_probs_and_entropy(
@@ -154,12 +158,29 @@ def sequence_log_probs_and_entropy(
     mask: Bool[Array, "B T"],
     *,
     temperature: Real[ArrayLike, ""] = 1.0,
+    targets: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`sequence_log_probs` and, from the same logits, the entropy of the distribution of each token, in nats."""
+    read = partial(ops.token_log_probs_and_entropy, head=partial(model.head, params), temperature=temperature)
+    return _read_targets(model, params, read, tokens, lengths, mask, targets)
+
+
+def _read_targets(
+    model: Model, params: Params, read: Callable[..., Any], tokens: Array, lengths: Array, mask: Array,
+    targets: int | None,
+) -> Any:  # fmt: skip
+    """``read(hidden, tokens=, mask=, previous=)`` of rows of one text each, of at most `targets` tokens a row."""
     segments, positions = row_layout(lengths, tokens.shape[1])
-    hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
-    head = partial(model.head, params)
-    return ops.token_log_probs_and_entropy(hidden, head, tokens, mask, temperature=temperature)
+    if targets is None or targets >= tokens.shape[1]:
+        hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
+        return read(hidden, tokens=tokens, mask=mask)
+    order, place = ops.compact(mask, targets)
+    before = jnp.maximum(order - 1, 0)
+    hidden = model.apply_at(params, tokens, before, segments=segments, positions=positions).hidden
+    itself = jnp.broadcast_to(jnp.arange(targets, dtype=jnp.int32)[None, :], order.shape)
+    found = read(hidden, tokens=ops.align(tokens, order), mask=order > 0, previous=itself)
+    fits = (jnp.sum(mask, axis=1) <= targets)[:, None]
+    return jax.tree.map(lambda x: jnp.where(fits, ops.align(x, place), jnp.nan), found)
 
 
 def lm_log_probs(
@@ -188,7 +209,13 @@ def lm_log_probs(
 
 
 def sequence_values(
-    model: Model, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    targets: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, " B"]]:
     """Values before each token and after the last one.
 
@@ -199,16 +226,40 @@ def sequence_values(
       params: its parameters.
       tokens: rows of one text each.
       lengths: tokens of each row, at least 1.
+      mask: which values are wanted; None for all.
+      targets: the most tokens that `mask` has in a row, as in `sequence_log_probs`; None for any number.
 
     Returns:
-      ``(values, last)``. For a reward model `last` is the score; for a value network it is the bootstrap of a
-      truncated row, one place after the last entry of `values`.
+      ``(values, last)``. For a value network `last` is the bootstrap of a truncated row, one place after the last entry
+      of `values`; for a reward model it is the score (`sequence_scores` computes it alone).
     """
     segments, positions = row_layout(lengths, tokens.shape[1])
-    hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
-    scalars = model.head(params, hidden)
-    values = ops.align(scalars, ops.previous_index(segments))
-    return values, jnp.take_along_axis(scalars, lengths[:, None] - 1, axis=1)[:, 0]
+    if mask is None or targets is None or targets + 1 >= tokens.shape[1]:
+        hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
+        scalars = model.head(params, hidden)
+        values = ops.align(scalars, ops.previous_index(segments))
+        return values, jnp.take_along_axis(scalars, lengths[:, None] - 1, axis=1)[:, 0]
+    order, place = ops.compact(mask, targets)
+    at = jnp.concatenate([jnp.maximum(order - 1, 0), lengths[:, None] - 1], axis=1)
+    scalars = model.head(params, model.apply_at(params, tokens, at, segments=segments, positions=positions).hidden)
+    values = ops.align(jnp.where(order > 0, scalars[:, :-1], 0), place)
+    return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[:, -1]
+
+
+def sequence_scores(
+    model: Model, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """What a reward model says of each row, read at its last token: ``r(tokens[:lengths])``.
+
+    Args:
+      model: a scalar model.
+      params: its parameters.
+      tokens: rows of one text each.
+      lengths: tokens of each row, at least 1.
+    """
+    segments, positions = row_layout(lengths, tokens.shape[1])
+    hidden = model.apply_at(params, tokens, lengths[:, None] - 1, segments=segments, positions=positions).hidden
+    return model.head(params, hidden)[:, 0]
 
 
 def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[Array, "B NK D"]:
@@ -222,10 +273,9 @@ def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[A
     Returns:
       The states that the head reads, ``n * K + k`` for response k of prompt n; they mean nothing where it is absent.
     """
-    hidden = model.apply(
-        params, batch.tokens, segments=batch.segments, positions=batch.positions, parents=batch.parents
-    ).hidden
-    return ops.align(hidden, batch.ends.reshape(batch.ends.shape[0], -1))
+    ends = jnp.maximum(batch.ends.reshape(batch.ends.shape[0], -1), 0)
+    rows = {"segments": batch.segments, "positions": batch.positions, "parents": batch.parents}
+    return model.apply_at(params, batch.tokens, ends, **rows).hidden
 
 
 def ranking_scores(model: Model, params: Params, batch: RankingBatch) -> Float[Array, "B N K"]:

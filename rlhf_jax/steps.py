@@ -177,6 +177,7 @@ def make_ppo_step(
     spike_std: float | int | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
     rollout_model: Callable[[Model], Model] = lambda model: model,
+    max_new_tokens: int | None = None,
 ) -> StepFn:
     """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix of PPO-ptx.
 
@@ -209,6 +210,8 @@ def make_ppo_step(
         too.
       batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the compiler choose.
       rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows` computes two to a row.
+      max_new_tokens: of the sampler: the last block of each network then computes responses alone. None where that is
+        not known; a row with a longer response gives a loss that is not finite.
 
     Returns:
       ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch` are spread over the
@@ -221,8 +224,9 @@ def make_ppo_step(
     Source: Ouyang et al. 2022, eq. 2 and appendix C.4; Schulman et al. 2017.
     """
     policy_loss = bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss")
-    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, temperature)
-    value_fn = _value_loss_fn(rollout_model(value), bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss"))
+    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, temperature=temperature, targets=max_new_tokens)
+    value_loss = bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss")
+    value_fn = _value_loss_fn(rollout_model(value), value_loss, targets=max_new_tokens)
     ptx_fn = _lm_loss_fn(policy, bind_arguments(ptx_loss, LM_ARGUMENTS, name="ptx_loss"))
     ptx_microbatches = microbatches if ptx_microbatches is None else ptx_microbatches
 
@@ -486,13 +490,13 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
     return loss_fn
 
 
-def _policy_loss_fn(model: Model, loss: BoundLoss, temperature: float | int) -> LossOfBatch:
+def _policy_loss_fn(model: Model, loss: BoundLoss, **how: Any) -> LossOfBatch:
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:
         where = (rows.tokens, rows.lengths, rows.mask)
         if "entropy" not in loss.names:
-            logp = scoring.sequence_log_probs(model, params, *where, temperature=temperature)
+            logp = scoring.sequence_log_probs(model, params, *where, **how)
             return loss(logp=logp, **_fields(rows))
-        logp, entropy = scoring.sequence_log_probs_and_entropy(model, params, *where, temperature=temperature)
+        logp, entropy = scoring.sequence_log_probs_and_entropy(model, params, *where, **how)
         mean, metrics = loss(logp=logp, entropy=entropy, **_fields(rows))
         total = lax.stop_gradient(jnp.sum(jnp.where(rows.mask, entropy, 0)))
         return mean, {"entropy": Mean(total, jnp.sum(rows.mask, dtype=jnp.float32))} | metrics
@@ -500,9 +504,10 @@ def _policy_loss_fn(model: Model, loss: BoundLoss, temperature: float | int) -> 
     return loss_fn
 
 
-def _value_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
+def _value_loss_fn(model: Model, loss: BoundLoss, targets: int | None) -> LossOfBatch:
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:
-        values, _ = scoring.sequence_values(model, params, rows.tokens, rows.lengths)
+        where = (rows.tokens, rows.lengths, rows.mask)
+        values, _ = scoring.sequence_values(model, params, *where, targets=targets)
         return loss(values=values, **_fields(rows))
 
     return loss_fn

@@ -120,6 +120,8 @@ class Model(NamedTuple):
       config: what the functions were built from (a frozen dataclass), so that a saved model can be described.
       for_decoding: ``(params) -> params`` as `apply` with a cache and `head` read them fastest; the sampler calls it
         once a rollout.
+      picks: whether `apply` also takes ``at [B, N]``, slots of each row: `Output.hidden` is then that of those alone,
+        ``[B, N, D]``, and the last block computes no others.
     """
 
     init: Callable[[jax.Array], Params]
@@ -128,6 +130,14 @@ class Model(NamedTuple):
     init_cache: Callable[[int, int], Cache]
     config: Any = None
     for_decoding: Callable[[Params], Params] = lambda params: params
+    picks: bool = False
+
+    def apply_at(self, params: Params, tokens: Int[Array, "B T"], at: Int[Array, "B N"], **rows: Any) -> Output:
+        """`apply`, with the hidden states of the slots `at` alone, ``[B, N, D]``; `rows` as for `apply`."""
+        if self.picks:
+            return self.apply(params, tokens, at=at, **rows)
+        output = self.apply(params, tokens, **rows)
+        return output._replace(hidden=jnp.take_along_axis(output.hidden, at[:, :, None], axis=1, mode="clip"))
 
 
 @struct

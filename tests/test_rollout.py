@@ -141,6 +141,46 @@ def test_two_to_a_row_gives_the_same_log_probs_values_and_gradients(lengths):
     np.testing.assert_allclose(jnp.where(mask, paired_values, 0), jnp.where(mask, values, 0), atol=1e-5)
 
 
+RAGGED = (jnp.asarray([1, 4, 2, 3]), jnp.asarray([7, 6, 3, 9]))
+"""Prompt lengths, and lengths with responses of 6, 2, 1 and 6 tokens."""
+
+
+@pytest.mark.parametrize("shape", [lambda model: model, scoring.pair_rows], ids=["rows", "pairs"])
+def test_the_last_block_computes_responses_alone_and_nothing_changes(shape):
+    """PITFALL 4 once more: log-probs, entropies, values and scores are those of whole rows, gradients too."""
+    slots, (prompts, lengths) = 12, RAGGED
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, slots)), jnp.int32)
+    mask = scoring.response_mask(prompts, lengths, slots)
+    language, scalar = shape(language_model(DECODER)), shape(scalar_model(DECODER))
+
+    def read(params, targets):
+        where = (tokens, lengths, mask)
+        logp = scoring.sequence_log_probs(language, params[0], *where, temperature=0.7, targets=targets)
+        both = scoring.sequence_log_probs_and_entropy(language, params[0], *where, temperature=0.7, targets=targets)
+        values, last = scoring.sequence_values(scalar, params[1], *where, targets=targets)
+        out = (logp, *both, jnp.where(mask, values, 0), last)
+        return sum(jnp.sum(jnp.sin(1 + jnp.arange(x.size).reshape(x.shape)) * x) for x in out), out
+
+    params = language.init(KEY), scalar.init(KEY)
+    run = jax.jit(jax.grad(read, has_aux=True), static_argnums=1)
+    whole, picked = run(params, None), run(params, 6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), picked, whole)
+    scores = scoring.sequence_scores(scalar, params[1], tokens, lengths)
+    np.testing.assert_allclose(scores, whole[1][-1], atol=1e-5)
+
+
+def test_a_response_longer_than_was_said_gives_no_number():
+    """Its last tokens would be left out of the loss without a word: the row is NaN, and the guard skips the step."""
+    slots, (prompts, lengths) = 12, RAGGED
+    tokens, mask = jnp.zeros((4, slots), jnp.int32), scoring.response_mask(prompts, lengths, slots)
+    language, scalar = language_model(DECODER), scalar_model(DECODER)
+    logp = scoring.sequence_log_probs(language, language.init(KEY), tokens, lengths, mask, targets=5)
+    values, _ = scoring.sequence_values(scalar, scalar.init(KEY), tokens, lengths, mask, targets=5)
+    for found in (logp, values):
+        np.testing.assert_array_equal(jnp.isnan(found).all(axis=1), [True, False, False, True])
+        np.testing.assert_array_equal(jnp.isnan(found).any(axis=1), [True, False, False, True])
+
+
 def test_pairs_that_do_not_fit_are_told_and_give_no_number():
     """A pair longer than a row would be cut without a word: it gives NaN, which the guard of every step catches."""
     lengths = jnp.asarray([12, 9, 8, 12])

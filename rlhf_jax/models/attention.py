@@ -118,6 +118,26 @@ def _blocked(query: Array, key: Array, value: Array, bias: Array, query_scalar: 
     return jnp.concatenate(mixed, axis=1)
 
 
+def over_picked(
+    kernel: str,
+    query: Float[Array, "B N H E"],
+    key: Float[Array, "B T G E"],
+    value: Float[Array, "B T G E"],
+    bias: Float[Array, "B 1 N T"],
+    query_scalar: int,
+) -> Float[Array, "B N H E"]:
+    """Some queries of a row over all its keys: `over_rows` where a query's place does not say what it sees."""
+    if kernel == "cudnn":
+        return over_cache(kernel, query, key, value, bias, query_scalar)
+    part = functools.partial(over_keys, query_scalar=query_scalar)
+    part = jax.checkpoint(part) if key.shape[1] >= RECOMPUTE_FROM else part
+    key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
+    begins = range(0, query.shape[1], BLOCK)
+    return jnp.concatenate(
+        [part(query[:, i : i + BLOCK], key, value, bias[:, :, i : i + BLOCK]) for i in begins], axis=1
+    )
+
+
 def _splash(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
     """On anything but a TPU it is interpreted, for tests."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone

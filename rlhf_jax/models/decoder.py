@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax.models import attention
 from rlhf_jax.types import Cache, Output, Params
@@ -540,6 +540,7 @@ def apply_decoder(
     parents: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
     key: Array | None = None,
+    at: Int[Array, "B N"] | None = None,
 ) -> Output:
     """Hidden states after the last norm, with one attention rule for packing, shared prefixes and caches (`visible`).
 
@@ -555,9 +556,11 @@ def apply_decoder(
       parents: the segment each token may also attend to; 0 or None = none.
       cache: as from `init_cache`; None = the tokens are whole rows.
       key: turns dropout on.
+      at: the slots whose hidden states are wanted; None for all. The last block then computes keys and values of all
+        tokens, and everything else for these alone: with L layers nearly 1/L of the work of the others is left out.
 
     Returns:
-      ``Output(hidden [B, T, D] in the compute dtype, cache)``.
+      ``Output(hidden [B, T, D] in the compute dtype, cache)``; ``[B, N, D]`` with `at`.
     """
     embedding = _bind(Embedding, config, {k: v for k, v in params.items() if k in ("embed", "positions", "norm")})
     only_segments = parents is None
@@ -575,50 +578,77 @@ def apply_decoder(
     one_cpu = jax.default_backend() == "cpu" and (config.mesh is None or config.mesh.size == 1)
     stream = partial(_gradient_once, true=segments[0, 0] >= 0) if one_cpu and cache is None else lambda x: x
 
-    def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array]) -> Array:
+    def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array], at: Array | None = None) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
         module = _bind(partial(Block, joined="query_key_value" in layer_params["attention"]), config, layer_params)
         bias, angles = view(layer)
-        mixed = mix(layer, *module.attention.project(module.attention_norm(x), angles), bias)
-        x = stream(x + _dropout(module.attention(mixed), config.dropout, block_keys[0]))
+        query, *others = module.attention.project(module.attention_norm(x), angles)
+        if at is not None:  # the queries of all are left out by the compiler
+            x, bias = pick(x, at), pick(bias[:, 0], at)[:, None]
+            angles = jax.tree.map(lambda angle: pick(angle, at), angles)
+            query = module.attention.project(module.attention_norm(x), angles)[0]
+        x = stream(x + _dropout(module.attention(mix(layer, query, *others, bias)), config.dropout, block_keys[0]))
         return stream(x + _dropout(module.mlp(module.mlp_norm(x)), config.dropout, block_keys[1]))
 
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     if cache is None:
         rows = segments if only_segments and not config.window else None
-        return Output(embedding.norm(_scan_blocks(config, block, params["blocks"], x, rows)), None)
-    if key is None and _is_fused(config, params["blocks"], tokens):
+        return Output(embedding.norm(_scan_blocks(config, block, params["blocks"], x, rows, at)), None)
+    if key is None and at is None and _is_fused(config, params["blocks"], tokens):
         return _fused_blocks(config, params, x, cache, slots_to_write, view)
-    x, cache = _cached_blocks(config, block, params["blocks"], x, cache, slots_to_write)
+    x, cache = _cached_blocks(config, block, params["blocks"], x, cache, slots_to_write, at)
     return Output(embedding.norm(x), cache)
 
 
+def pick(x: Shaped[Array, "B T *rest"], at: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
+    """The slots `at` of each row."""
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
+
+
 def _scan_blocks(
-    config: DecoderConfig, block: Callable[..., Array], blocks: Params, x: Array, segments: Array | None
+    config: DecoderConfig,
+    block: Callable[..., Array],
+    blocks: Params,
+    x: Array,
+    segments: Array | None,
+    at: Array | None,
 ) -> Array:
     """All blocks over whole rows, as one scan over the stacked layers; as two where only the last ones are adapted.
 
-    `segments` where they alone say what a query sees.
+    `segments` where they alone say what a query sees; `at` the slots that are wanted of the last block.
     """
     kernel = attention.kernel_for(
         config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype, by_segments=segments is not None
     )
+    scalar = config.query_scalar or config.head_dim
 
     def mix(layer: Array, *projected: Array) -> Array:
         del layer
-        scalar = config.query_scalar or config.head_dim
         return attention.over_rows(kernel, *projected, query_scalar=scalar, segments=segments)
+
+    def mix_picked(layer: Array, *projected: Array) -> Array:
+        del layer
+        return attention.over_picked(kernel, *projected, query_scalar=scalar)
+
+    def checked(body: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.checkpoint(body) if config.remat == "block" else body
 
     def scan(x: Array, layers: Array, stacked: Any, at: Callable[[Array, Any], Params]) -> Array:
         def body(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
             return block(x, layer[0], at(*layer), mix), None
 
-        body = jax.checkpoint(body) if config.remat == "block" else body
-        return jax.lax.scan(body, x, (layers, stacked), unroll=min(config.unroll or config.layers, len(layers)))[0]
+        return jax.lax.scan(
+            checked(body), x, (layers, stacked), unroll=min(config.unroll or config.layers, len(layers))
+        )[0]
 
     plain, adapters = _without_adapters(blocks)
-    if not adapters:
+    if not adapters and at is None:
         return scan(x, jnp.arange(config.layers), blocks, lambda layer, stacked: stacked)
+    if not adapters:
+        below = config.layers - 1
+        first, last = (jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below))
+        x = scan(x, jnp.arange(below), first, lambda layer, stacked: stacked) if below else x
+        return checked(lambda x, last: block(x, jnp.asarray(below), last, mix_picked, at))(x, last)
 
     def adapted(layer: Array, own: _Leaves) -> Params:
         # Frozen weights are read where they lie: as a scanned operand the two parts would be copies.
@@ -626,7 +656,8 @@ def _scan_blocks(
 
     below = config.layers - next(iter(adapters.values())).shape[0]
     x = scan(x, jnp.arange(below), {}, adapted) if below else x
-    return scan(x, jnp.arange(below, config.layers), adapters, adapted)
+    x = scan(x, jnp.arange(below, config.layers), adapters, adapted)
+    return x if at is None else pick(x, at)
 
 
 def _without_adapters(blocks: Params) -> tuple[_Leaves, _Leaves]:
@@ -637,8 +668,9 @@ def _without_adapters(blocks: Params) -> tuple[_Leaves, _Leaves]:
 
 
 def _cached_blocks(
-    config: DecoderConfig, block: Callable[..., Array], blocks: Any, x: Array, cache: Cache, slots: Array
-) -> tuple[Array, Cache]:
+    config: DecoderConfig, block: Callable[..., Array], blocks: Any, x: Array, cache: Cache, slots: Array,
+    at: Array | None,
+) -> tuple[Array, Cache]:  # fmt: skip
     """All blocks over new tokens that also see what is cached.
 
     A plain loop over layers that hold their own arrays: a scan would copy each layer's part out of a stacked cache,
@@ -653,7 +685,7 @@ def _cached_blocks(
         return attention.over_cache(kernel, query, *seen, bias, config.query_scalar or config.head_dim)
 
     for layer, own in enumerate(_layers(config, blocks)):
-        x = block(x, layer, own, mix)
+        x = block(x, layer, own, mix, at if layer == config.layers - 1 else None)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 

@@ -34,6 +34,7 @@ def _model(config: DecoderConfig, init, head) -> Model:
         init_cache=functools.partial(init_cache, config),
         for_decoding=functools.partial(decoding_params, config),
         config=config,
+        picks=True,
     )
 
 

@@ -126,6 +126,63 @@ def test_shared_prefix_row_equals_separate_rows(config):
     _close(hidden[:, 7:], _plain(model, params, jnp.concatenate([prompt, two], axis=1))[:, 4:])
 
 
+PICKED = jnp.asarray([[8, 0, 3], [5, 5, 140]])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, GPT2, dataclasses.replace(LLAMA, layers=1), dataclasses.replace(LLAMA, unroll=1, remat="block", window=4)],
+    ids=["llama", "gpt2", "one layer", "loop, remat and windows"],
+)
+@pytest.mark.parametrize("slots", [9, 141])  # below and above a block of queries
+def test_picked_slots_are_those_of_all_and_so_are_their_gradients(config, slots):
+    config = dataclasses.replace(config, context_length=256)
+    model, params = _params(config)
+    tokens, at = _tokens(2, slots), jnp.minimum(PICKED, slots - 1)
+
+    def total(params, pick):
+        hidden = _plain(model, params, tokens, at=at) if pick else _plain(model, params, tokens)
+        hidden = hidden if pick else jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+        return jnp.sum(hidden**3), hidden
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    ((_, picked), grads), ((_, whole), whole_grads) = run(params, True), run(params, False)
+    assert picked.shape == (2, 3, config.width)
+    _close(picked, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3), grads, whole_grads)
+
+
+def test_picked_slots_leave_out_the_last_block_of_the_others():
+    """Queries, attention and MLP of the last block: of 1 in 32 tokens, so all but keys and values are left out."""
+    config = dataclasses.replace(LLAMA, layers=2, width=64, heads=4, kv_heads=2, head_dim=0, mlp_width=256)
+    model = language_model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
+
+    def flops(at):
+        run = jax.jit(lambda p, t: _plain(model, p, t, at=at))
+        return run.lower(params, tokens).compile().cost_analysis()["flops"]
+
+    block, keys_values = 2 * 128 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 256), 2 * 128 * 64 * 32 * 2
+    left_out = flops(None) - flops(jnp.full((4, 1), 31))
+    assert left_out > 0.95 * (block - keys_values)
+
+
+def test_a_prefill_that_picks_stores_what_one_that_does_not_stores():
+    model, params = _params(LLAMA)
+    tokens, at = _tokens(2, 6), jnp.asarray([[5], [2]])
+    cache = model.init_cache(2, 8)
+    whole = _plain(model, params, tokens, cache=cache), _apply_cached(model, params, tokens, cache, None)
+    picked = _apply_cached(model, params, tokens, cache, at)
+    _close(picked.hidden, jnp.take_along_axis(whole[0], at[:, :, None], axis=1))
+    jax.tree.map(_close, picked.cache, whole[1].cache)
+
+
+def _apply_cached(model, params, tokens, cache, at):
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return _apply(model, params, tokens, segments=jnp.ones_like(tokens), positions=places, cache=cache, at=at)
+
+
 @FAMILIES
 @pytest.mark.parametrize("padding", [1, 6])
 def test_padding_counts_and_ids_change_nothing(config, padding):

@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_jax import scoring
 from rlhf_jax.data import text
 from rlhf_jax.generate import generate, generate_many
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, fused
 from rlhf_jax.models.decoder import DecoderConfig, visible
 from rlhf_jax.models.heads import language_model
 
@@ -65,6 +65,47 @@ def kernel() -> tuple[float, float]:
     return float(jnp.abs(mixed - true).max()), worst
 
 
+def decode_step() -> tuple[float, float]:
+    """Largest and mean difference of hidden states between the kernels of `models.fused` and the ordinary blocks."""
+    places, tokens = (
+        jnp.broadcast_to(jnp.arange(200), (8, 200)),
+        jax.random.randint(jax.random.key(5), (8, 201), 1, 1024),
+    )
+    live = jnp.ones((8, 1), jnp.int32)
+    print(f"kernels for a decode step of 8 rows: {'ours' if fused.fits(CONFIG, 8) else 'none'}")
+
+    def hidden(name: str) -> jax.Array:
+        model = language_model(dataclasses.replace(CONFIG, attention=name))
+        params = model.init(jax.random.key(1))
+
+        def run(params):
+            ones = jnp.ones((8, 200), jnp.int32)
+            cache = model.init_cache(8, 256)
+            cache = model.apply(params, tokens[:, :200], segments=ones, positions=places, cache=cache).cache
+            step = {"segments": live, "positions": 200 * live, "cache": cache}
+            return model.apply(model.for_decoding(params), tokens[:, 200:], **step).hidden
+
+        return jax.jit(run)(params).astype(jnp.float32)
+
+    difference = jnp.abs(hidden("auto") - hidden(attention.cache_kernel("auto", head_dim=64, dtype=jnp.bfloat16)))
+    return float(difference.max()), float(difference.mean())
+
+
+def picked() -> float:
+    """Largest difference between hidden states of some slots, computed alone in the last block, and of all."""
+    segments, parents = rows()
+    model = language_model(CONFIG)
+    params = model.init(jax.random.key(1))
+    how = {"segments": segments, "parents": parents, "positions": jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))}
+    tokens, at = (
+        jax.random.randint(jax.random.key(5), (ROWS, SLOTS), 1, 1024),
+        jnp.tile(jnp.arange(0, 460, 3), (ROWS, 1)),
+    )
+    whole = jax.jit(lambda p: model.apply(p, tokens, **how).hidden)(params)[:, at[0]]
+    alone = jax.jit(lambda p: model.apply_at(p, tokens, at, **how).hidden)(params)
+    return float(jnp.abs(whole.astype(jnp.float32) - alone.astype(jnp.float32)).max())
+
+
 def sampler_and_trainer(dtype: str) -> float:
     """Largest difference between the sampler's log-probs and those of a forward pass over the whole rows."""
     model = language_model(dataclasses.replace(CONFIG, dtype=dtype))
@@ -99,6 +140,8 @@ def main() -> int:
     """Runs every check."""
     checks = [
         ("attention against plain float32, values and gradients", kernel, (2e-2, 3e-2)),
+        ("a decode step's kernels against the ordinary blocks, largest and mean", decode_step, (0.1, 0.01)),
+        ("slots picked from the last block", lambda: (picked(),), (0.1,)),
         ("log-probs of sampler and trainer, bfloat16", lambda: (sampler_and_trainer("bfloat16"),), (2e-2,)),
         ("refilled rows draw other tokens", lambda: (float(not refill()),), (0.5,)),
         ("log-probs of sampler and trainer, float32", lambda: (exact(),), (1e-4,)),

@@ -127,8 +127,9 @@ def over_picked(
     query_scalar: int,
 ) -> Float[Array, "B N H E"]:
     """Some queries of a row over all its keys: `over_rows` where a query's place does not say what it sees."""
-    if kernel == "cudnn":
-        return over_cache(kernel, query, key, value, bias, query_scalar)
+    if kernel == "cudnn":  # whose backward pass wants an even number of queries
+        even = lambda x, axis: jnp.pad(x, [(0, x.shape[axis] % 2 if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+        return over_cache(kernel, even(query, 1), key, value, even(bias, 2), query_scalar)[:, : query.shape[1]]
     part = functools.partial(over_keys, query_scalar=query_scalar)
     part = jax.checkpoint(part) if key.shape[1] >= RECOMPUTE_FROM else part
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)

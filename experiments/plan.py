@@ -294,6 +294,7 @@ def activations(
     if head:
         logits = max(ops.CHUNK_LOGITS["gpu"], rows * shape.vocab_size) / row_shards * 4 * (3 if backward else 2)
     if not backward:
+        logits = min(logits, 2 * 4 * tokens * shape.vocab_size)  # all there are
         return block + scores * (1 + size / 4) + gathered + logits
     kept = tokens * shape.width * size if shape.remat == "block" else block + 2 * scores
     return shape.layers * kept + 2 * block + 4 * scores + gathered + logits

@@ -224,9 +224,9 @@ def make_ppo_step(
     Source: Ouyang et al. 2022, eq. 2 and appendix C.4; Schulman et al. 2017.
     """
     policy_loss = bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss")
-    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, temperature=temperature, targets=max_new_tokens)
+    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, temperature, max_new_tokens)
     value_loss = bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss")
-    value_fn = _value_loss_fn(rollout_model(value), value_loss, targets=max_new_tokens)
+    value_fn = _value_loss_fn(rollout_model(value), value_loss, max_new_tokens)
     ptx_fn = _lm_loss_fn(policy, bind_arguments(ptx_loss, LM_ARGUMENTS, name="ptx_loss"))
     ptx_microbatches = microbatches if ptx_microbatches is None else ptx_microbatches
 
@@ -471,8 +471,7 @@ def _fields(batch: Any) -> dict[str, Array]:
 
 def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
     # XLA (jaxlib 0.10, eight devices on a CPU) crashed while it partitioned the other way over data, fsdp and tensor.
-    mesh = getattr(model.config, "mesh", None)
-    on_one_device = mesh is None or mesh.size == 1
+    on_one_device = getattr(model.config, "on_one_device", True)
 
     def loss_fn(params: Params, rows: tuple[LMBatch, Array | None]) -> tuple[Mean, Metrics]:
         batch, keys = rows
@@ -490,7 +489,9 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
     return loss_fn
 
 
-def _policy_loss_fn(model: Model, loss: BoundLoss, **how: Any) -> LossOfBatch:
+def _policy_loss_fn(model: Model, loss: BoundLoss, temperature: float | int, targets: int | None = None) -> LossOfBatch:
+    how = {"temperature": temperature, "targets": targets}
+
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:
         where = (rows.tokens, rows.lengths, rows.mask)
         if "entropy" not in loss.names:
@@ -504,7 +505,7 @@ def _policy_loss_fn(model: Model, loss: BoundLoss, **how: Any) -> LossOfBatch:
     return loss_fn
 
 
-def _value_loss_fn(model: Model, loss: BoundLoss, targets: int | None) -> LossOfBatch:
+def _value_loss_fn(model: Model, loss: BoundLoss, targets: int | None = None) -> LossOfBatch:
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:
         where = (rows.tokens, rows.lengths, rows.mask)
         values, _ = scoring.sequence_values(model, params, *where, targets=targets)

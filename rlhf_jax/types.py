@@ -132,8 +132,8 @@ class Model(NamedTuple):
     for_decoding: Callable[[Params], Params] = lambda params: params
     picks: bool = False
 
-    def apply_at(self, params: Params, tokens: Int[Array, "B T"], at: Int[Array, "B N"], **rows: Any) -> Output:
-        """`apply`, with the hidden states of the slots `at` alone, ``[B, N, D]``; `rows` as for `apply`."""
+    def apply_at(self, params: Params, tokens: Any, at: Int[Array, "B N"], **rows: Any) -> Output:
+        """`apply`, with the hidden states of the slots `at` alone, ``[B, N, D]``; tokens and `rows` as for `apply`."""
         if self.picks:
             return self.apply(params, tokens, at=at, **rows)
         output = self.apply(params, tokens, **rows)

@@ -134,6 +134,11 @@ class DecoderConfig:
                 object.__setattr__(self, name, derived)
         _validate(self)
 
+    @property
+    def on_one_device(self) -> bool:
+        """Whether activations stay on one device, as far as the config says."""
+        return self.mesh is None or self.mesh.size == 1
+
 
 def gpt2(vocab_size: int, context_length: int, layers: int, width: int, heads: int, **overrides) -> DecoderConfig:
     """A decoder of the GPT-2 and GPT-3 family: learned positions, LayerNorm, tanh-GELU, biases, tied head."""
@@ -557,7 +562,8 @@ def apply_decoder(
       cache: as from `init_cache`; None = the tokens are whole rows.
       key: turns dropout on.
       at: the slots whose hidden states are wanted; None for all. The last block then computes keys and values of all
-        tokens, and everything else for these alone: with L layers nearly 1/L of the work of the others is left out.
+        tokens, and everything else for these alone: with L layers nearly 1/L of the work of the others is left out. Not
+        with adapters, nor where activations are spread over devices: all is computed there, and these are taken.
 
     Returns:
       ``Output(hidden [B, T, D] in the compute dtype, cache)``; ``[B, N, D]`` with `at`.
@@ -575,7 +581,7 @@ def apply_decoder(
         key_segments = cache.segments
         key_positions = jnp.arange(key_segments.shape[1])[None, :]  # a cached row is one text from its first slot on
     view = _views(config, visible(segments, parents, slots, key_segments), positions, key_positions)
-    one_cpu = jax.default_backend() == "cpu" and (config.mesh is None or config.mesh.size == 1)
+    one_cpu = jax.default_backend() == "cpu" and config.on_one_device
     stream = partial(_gradient_once, true=segments[0, 0] >= 0) if one_cpu and cache is None else lambda x: x
 
     def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array], at: Array | None = None) -> Array:
@@ -642,8 +648,9 @@ def _scan_blocks(
         )[0]
 
     plain, adapters = _without_adapters(blocks)
-    if not adapters and at is None:
-        return scan(x, jnp.arange(config.layers), blocks, lambda layer, stacked: stacked)
+    if not adapters and (at is None or not config.on_one_device):
+        x = scan(x, jnp.arange(config.layers), blocks, lambda layer, stacked: stacked)
+        return x if at is None else pick(x, at)
     if not adapters:
         below = config.layers - 1
         first, last = (jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below))
@@ -684,8 +691,10 @@ def _cached_blocks(
         seen = keys[layer].astype(x.dtype), values[layer].astype(x.dtype)
         return attention.over_cache(kernel, query, *seen, bias, config.query_scalar or config.head_dim)
 
+    picked = at if config.on_one_device else None
     for layer, own in enumerate(_layers(config, blocks)):
-        x = block(x, layer, own, mix, at if layer == config.layers - 1 else None)
+        x = block(x, layer, own, mix, picked if layer == config.layers - 1 else None)
+    x = x if at is None or at is picked else pick(x, at)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 

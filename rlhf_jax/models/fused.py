@@ -61,8 +61,15 @@ def fits(config: DecoderConfig, rows: int) -> bool:
     plain = config.bias == "none" and not config.qk_norm and not config.post_norm and not config.query_scalar
     sizes = (config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim, config.mlp_width)
     whole = all(size % 64 == 0 for size in sizes) and config.head_dim in (64, 128)
-    one = config.mesh is None or config.mesh.size == 1
-    return family and plain and whole and one and config.dtype == "bfloat16" and rows <= ROWS and triton is not None
+    return (
+        family
+        and plain
+        and whole
+        and config.on_one_device
+        and config.dtype == "bfloat16"
+        and rows <= ROWS
+        and triton is not None
+    )
 
 
 def blocks(

@@ -413,3 +413,14 @@ def test_joined_projections_are_the_same_function(config, dtype):
     same = partial(np.testing.assert_allclose, atol=2e-6, rtol=0)
     jax.tree.map(lambda a, b: same(*(np.asarray(x, np.float32) for x in (a, b))), *found)
     same(*logits)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_picked_slots_over_several_devices_are_taken_from_all(cached):
+    """The whole last block is computed there, and gives the same."""
+    mesh = sharding.make_mesh((4, 2, 1))
+    model, params = _params(LLAMA)
+    spread = language_model(dataclasses.replace(LLAMA, mesh=mesh))
+    tokens, at = _tokens(8, 6), jnp.tile(jnp.asarray([[5, 0]]), (8, 1))
+    both = [_plain(m, params, tokens, at=at, cache=m.init_cache(8, 8) if cached else None) for m in (model, spread)]
+    _close(*both)

@@ -64,7 +64,7 @@ types: setup-dev
 	$(PY) -m pyright
 
 tests: setup-dev
-	$(PY) -m pytest --quiet --numprocesses=$(WORKERS) --dist=loadfile --durations=15 $(ARGS)
+	$(PY) -m pytest --quiet --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 format: setup-dev
 	$(PY) -m ruff check --fix .

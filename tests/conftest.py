@@ -41,6 +41,18 @@ hypothesis.settings.load_profile("busy machine")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = (
+    "test_processes", "test_lora", "test_configs", "test_prepare_data", "test_generate", "test_guards", "test_mesh",
+    "test_notebooks", "test_loader", "test_ppo_stage", "test_reliability", "test_steps", "test_plan", "test_memory",
+)  # fmt: skip
+"""Files of half a minute and more, longest first: begun last, one of them would keep a worker busy alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; a worker takes them in this order (``--no-loadscope-reorder``)."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
     assert jax.device_count() == DEVICES, "JAX was initialised before conftest.py could ask for 8 CPU devices"

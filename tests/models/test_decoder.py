@@ -130,11 +130,13 @@ PICKED = jnp.asarray([[8, 0, 3], [5, 5, 140]])
 
 
 @pytest.mark.parametrize(
-    "config",
-    [LLAMA, GPT2, dataclasses.replace(LLAMA, layers=1), dataclasses.replace(LLAMA, unroll=1, remat="block", window=4)],
+    ("config", "slots"),
+    [
+        (LLAMA, 9), (GPT2, 9), (dataclasses.replace(LLAMA, layers=1), 9),
+        (dataclasses.replace(LLAMA, unroll=1, remat="block", window=4), 141),  # more than a block of queries
+    ],
     ids=["llama", "gpt2", "one layer", "loop, remat and windows"],
-)
-@pytest.mark.parametrize("slots", [9, 141])  # below and above a block of queries
+)  # fmt: skip
 def test_picked_slots_are_those_of_all_and_so_are_their_gradients(config, slots):
     config = dataclasses.replace(config, context_length=256)
     model, params = _params(config)

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 ROWS = 128
 """Up to so many rows: beyond, the products are no longer bound by memory, and the compiler's are as fast."""
 
+CAPABILITIES = ("8.0", "9.0")
+"""NVIDIA's A100, H100 and H200, whose multiprocessors hold the 144 KiB that the products have on their way; other chips
+have less, or were not tried."""
+
 KEYS = 64
 """Cached slots that are looked at together."""
 
@@ -61,15 +65,9 @@ def fits(config: DecoderConfig, rows: int) -> bool:
     plain = config.bias == "none" and not config.qk_norm and not config.post_norm and not config.query_scalar
     sizes = (config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim, config.mlp_width)
     whole = all(size % 64 == 0 for size in sizes) and config.head_dim in (64, 128)
-    return (
-        family
-        and plain
-        and whole
-        and config.on_one_device
-        and config.dtype == "bfloat16"
-        and rows <= ROWS
-        and triton is not None
-    )
+    there = triton is not None and getattr(jax.devices()[0], "compute_capability", "9.0") in CAPABILITIES
+    one = config.on_one_device and config.dtype == "bfloat16" and rows <= ROWS
+    return family and plain and whole and one and there
 
 
 def blocks(

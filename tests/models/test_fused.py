@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,13 @@ def test_other_decoders_take_the_ordinary_blocks(change):
     assert not fused.fits(CONFIG, fused.ROWS + 1)
 
 
-def test_without_the_backend_the_ordinary_blocks_are_taken(monkeypatch):
+def test_without_the_backend_or_the_room_the_ordinary_blocks_are_taken(monkeypatch):
+    chips = {"H100": "9.0", "L4": "8.9", "RTX 5090": "12.0"}
+    for name, capability in chips.items():
+        chip = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda chip=chip: [chip])
+        assert fused.fits(CONFIG, 8) == (name == "H100")
+    monkeypatch.undo()
     monkeypatch.setattr(fused, "triton", None)
     assert not fused.fits(CONFIG, 8)
 

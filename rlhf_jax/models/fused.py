@@ -95,7 +95,7 @@ def blocks(
     Returns:
       Hidden states after the last norm, and the caches with the tokens in them (the same memory, inside `jax.jit`).
     """
-    keys, values, mixed = list(keys), list(values), x
+    keys, values = list(keys), list(values)
     scales = [layer["attention_norm"]["scale"] for layer in layers] + [last_scale]
     y = add_and_norm(None, x, scales[0], config.norm_eps)[1]
     for i, layer in enumerate(layers):

@@ -604,13 +604,15 @@ def _update_both(
 ) -> tuple[tuple[TrainState, TrainState], Metrics]:
     """Policy and value network take an optimizer step together, or neither does."""
     sound, told = _verdict(((gradients[0], states[0].guard), (gradients[1], states[1].guard)), limits)
-    new = (
-        _advance(states[0], txs[0], gradients[0], ema_decay),
-        _advance(states[1], txs[1], gradients[1], ema_decay),
-    )
+
+    def advance(states: tuple[TrainState, TrainState]) -> tuple[TrainState, TrainState]:
+        policy = _advance(states[0], txs[0], gradients[0], ema_decay)
+        return policy, _advance(states[1], txs[1], gradients[1], ema_decay)
+
+    new = optim.step_where(sound, advance, states)
     metrics = gradients[0].metrics | gradients[1].metrics | told | {"skipped_steps": Each(jnp.float32(~sound))}
     metrics |= _learning_rate("policy", new[0]) | _learning_rate("value", new[1])
-    return optim.keep_unless(sound, new, states), metrics
+    return new, metrics
 
 
 def _supervised_update(
@@ -625,9 +627,8 @@ def _supervised_update(
 ) -> tuple[TrainState, Metrics]:
     gradient = _Gradient.of(grads, loss, metrics, name=name)
     sound, told = _verdict(((gradient, state.guard),), limits)
-    stepped = _advance(state, tx, gradient, None)
-    metrics = gradient.metrics | told | _learning_rate(name, stepped)
-    return optim.keep_unless(sound, stepped, state), metrics
+    new = optim.step_where(sound, lambda state: _advance(state, tx, gradient, None), state)
+    return new, gradient.metrics | told | _learning_rate(name, new)
 
 
 def _learning_rate(name: str, state: TrainState) -> Metrics:

@@ -183,21 +183,31 @@ class Linear(nnx.Linear):
 
     lora_a: nnx.Param
     lora_b: nnx.Param
+    on_one_device: bool = False
 
     def __call__(self, inputs: Float[Array, "*B I"], out_sharding: Any = None) -> Float[Array, "*B O"]:
         """Apply the projection to the last axis."""
+        rows = as_matrix(inputs) if self.on_one_device else inputs
         tiled = self.kernel[...].ndim == 3
-        outputs = self._over_tiles(inputs) if tiled else super().__call__(inputs, out_sharding)
-        if not hasattr(self, "lora_a"):
-            return outputs
-        inputs = inputs.astype(outputs.dtype)
-        return outputs + inputs @ self.lora_a[...].astype(inputs.dtype) @ self.lora_b[...].astype(inputs.dtype)
+        outputs = self._over_tiles(rows) if tiled else super().__call__(rows, out_sharding)
+        if hasattr(self, "lora_a"):
+            rows = rows.astype(outputs.dtype)
+            outputs += rows @ self.lora_a[...].astype(rows.dtype) @ self.lora_b[...].astype(rows.dtype)
+        return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
 
     def _over_tiles(self, inputs: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         outputs = times_tiles(inputs.astype(self.dtype), self.kernel[...])
         if self.bias is None:
             return outputs
         return outputs + self.bias[...].astype(outputs.dtype).reshape((1,) * (outputs.ndim - 1) + (-1,))
+
+
+def as_matrix(x: Float[Array, "*B I"]) -> Float[Array, "M I"]:
+    """One row a token, on one device: the gradient of a kernel then sums over one axis.
+
+    Over two, rows and slots, XLA on a CPU transposes both activations first: a fifth of a training step.
+    """
+    return x.reshape(-1, x.shape[-1])
 
 
 TILES = 16
@@ -210,8 +220,7 @@ def times_tiles(x: Float[Array, "*B I"], tiles: Float[Array, "N O I"], **how: An
     The weights of a decode step come from memory, not from a cache. So they lie in the order in which they are read, a
     tile a thread.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    outputs = jnp.einsum("mi,noi->nmo", rows, tiles, **how)
+    outputs = jnp.einsum("mi,noi->nmo", as_matrix(x), tiles, **how)
     return outputs.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -223,7 +232,7 @@ def tile(kernel: Float[Array, "O I"]) -> Float[Array, "..."]:
 
 
 def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, std: float = 0.02, rngs: nnx.Rngs):
-    return Linear(
+    layer = Linear(
         inputs,
         outputs,
         use_bias=bias,
@@ -231,6 +240,8 @@ def _linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool, std
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,
     )
+    layer.on_one_device = config.on_one_device
+    return layer
 
 
 def _norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -524,9 +535,15 @@ def _init_module(kind: Callable[..., nnx.Module], config: DecoderConfig, key: Ar
     return nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-def _bind(kind: Callable[..., nnx.Module], config: DecoderConfig, params: Params) -> Any:
+@functools.lru_cache
+def _graph(kind: Callable[..., nnx.Module], config: DecoderConfig, **how: bool) -> Any:
+    """What a module is without its arrays. Building it takes a tenth of a training step's tracing: once a config."""
+    return nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), **how)))[0]
+
+
+def _bind(kind: Callable[..., nnx.Module], config: DecoderConfig, params: Params, **how: bool) -> Any:
     """The module over `params`. It runs only while JAX traces, so compiled calls pay no nnx dispatch."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    graph = _graph(kind, config, **how)
     flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     adapters = {path: flat.pop(path) for path in list(flat) if path[-1] in _ADAPTERS}
     module = nnx.merge(graph, traverse_util.unflatten_dict(flat))
@@ -586,7 +603,7 @@ def apply_decoder(
 
     def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array], at: Array | None = None) -> Array:
         block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
-        module = _bind(partial(Block, joined="query_key_value" in layer_params["attention"]), config, layer_params)
+        module = _bind(Block, config, layer_params, joined="query_key_value" in layer_params["attention"])
         bias, angles = view(layer)
         query, *others = module.attention.project(module.attention_norm(x), angles)
         if at is not None:  # the queries of all are left out by the compiler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -489,7 +489,7 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
 
     Args:
       sound: from `is_sound`.
-      step: state before the step to the state after it, in the same shapes and types.
+      step: state before the step to the state after it, in the same shapes.
       old: state before it.
 
     Returns:
@@ -497,4 +497,14 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
     """
     if jax.default_backend() != "cpu":
         return keep_unless(sound, step(old), old)
-    return lax.cond(sound, step, lambda old: old, old)
+
+    # As a select would: moments of bfloat16 weights may come back wider.
+    def wider(new: jax.ShapeDtypeStruct, old: Array) -> Any:
+        return old.dtype if new.dtype == old.dtype else jnp.result_type(new.dtype, old.dtype)
+
+    types = jax.tree.map(wider, jax.eval_shape(step, old), old)
+
+    def wide(state: State) -> State:
+        return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), state, types)
+
+    return lax.cond(sound, lambda old: wide(step(old)), wide, old)

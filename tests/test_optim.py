@@ -138,6 +138,61 @@ def test_guard_never_gives_in_to_bad_steps(bad):
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(old[1]))
 
 
+OPTIMIZERS = {
+    "adam": optim.adam(0.1, clip_norm=1.0, weight_decay=0.1),
+    "adafactor": optim.adafactor(0.1),
+    "a moment wider than its weight": optax.inject_hyperparams(optax.adam)(0.1),
+    "a random key in the state": optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_step_behind_the_guard_is_a_select_of_old_and_new(tx, sound):
+    params = {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "bias": jnp.ones(4, jnp.bfloat16)}
+    old = (params, tx.init(params))
+
+    def step(state):
+        grads = jax.tree.map(lambda p: 2 * p + 1, state[0])
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return optax.apply_updates(state[0], updates), opt_state
+
+    got = jax.jit(lambda sound, old: optim.step_where(sound, step, old))(sound, old)
+    expected = jax.jit(lambda sound, old: optim.keep_unless(sound, step(old), old))(sound, old)
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-6)
+
+
+def test_a_guarded_step_takes_no_second_copy_of_the_moments():
+    tx = optim.adam(0.1, clip_norm=1.0, weight_decay=0.1)
+    params = {"kernel": jnp.ones((256, 256))}
+    state = (params, tx.init(params))
+
+    def guarded(state, grads):
+        def step(state):
+            updates, opt_state = tx.update(grads, state[1], state[0])
+            return optax.apply_updates(state[0], updates), opt_state
+
+        return optim.step_where(jnp.isfinite(optax.tree.norm(grads)), step, state)
+
+    compiled = jax.jit(guarded, donate_argnums=0).lower(state, params).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < params["kernel"].nbytes / 4
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_clipping_by_one_factor_is_clipping_by_global_norm(limit):
+    grads = {"kernel": jnp.linspace(-3.0, 4.0, 12).reshape(3, 4), "bias": jnp.ones(4)}
+    ours, theirs = optim._clip_by_global_norm(limit), optax.clip_by_global_norm(limit)
+    got, _ = ours.update(grads, ours.init(grads))
+    expected, _ = theirs.update(grads, theirs.init(grads))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, expected)
+
+
 def test_guard_looks_at_losses_and_at_the_limit():
     one = jnp.float32(1.0)
     assert bool(optim.is_sound(one, one, norm=one))

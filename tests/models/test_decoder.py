@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from rlhf_jax import sharding
 from rlhf_jax.models import DecoderConfig, decoder, gpt2, language_model, lora, scalar_from_language_model, scalar_model
@@ -426,3 +427,24 @@ def test_picked_slots_over_several_devices_are_taken_from_all(cached):
     tokens, at = _tokens(8, 6), jnp.tile(jnp.asarray([[5, 0]]), (8, 1))
     both = [_plain(m, params, tokens, at=at, cache=m.init_cache(8, 8) if cached else None) for m in (model, spread)]
     _close(*both)
+
+
+def kernel_gradient(config):
+    """Of a projection over rows of tokens, by its kernel: compiled, and what it is called with."""
+    layer = decoder._linear(config, 16, 32, bias=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (4, 24, 16))
+
+    def loss(state, x):
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
+
+    return jax.jit(jax.grad(loss, (0, 1))).lower(state, x).compile(), (state, x)
+
+
+def test_a_projection_on_one_device_transposes_no_activations():
+    """Over rows and slots XLA on a CPU would first write both transposed; the gradients are the same."""
+    config = gpt2(11, 8, 1, 16, 2)
+    flat, arguments = kernel_gradient(config)
+    assert "[32,96]" not in (flat.as_text() or "[32,96]")
+    rows, _ = kernel_gradient(dataclasses.replace(config, mesh=sharding.make_mesh((4, 2, 1))))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-5), flat(*arguments), rows(*arguments))

@@ -205,7 +205,7 @@ class Linear(nnx.Linear):
 def as_matrix(x: Float[Array, "*B I"]) -> Float[Array, "M I"]:
     """One row a token, on one device: the gradient of a kernel then sums over one axis.
 
-    Over two, rows and slots, XLA on a CPU transposes both activations first: a fifth of a training step.
+    Over two, rows and slots, XLA on a CPU transposes both activations first: an eighth of a training step.
     """
     return x.reshape(-1, x.shape[-1])
 

@@ -294,10 +294,15 @@ def _clip_by_global_norm(limit: float | int) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(updates), 1e-12))
+        factor = clip_factor(optax.tree.norm(updates), limit)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def clip_factor(norm: Float[Array, ""], limit: float | int) -> Float[Array, ""]:
+    """What gradients of this global norm are scaled by, so that it is at most `limit`: ``min(1, limit / norm)``."""
+    return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
 
 
 def decay_mask(params: PyTree) -> PyTree:

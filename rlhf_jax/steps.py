@@ -537,7 +537,7 @@ class _Gradient(NamedTuple):
     def clipped(self, limit: float | int | None) -> _Gradient:
         if limit is None:
             return self
-        scale = jnp.minimum(1.0, limit / jnp.maximum(self.norm, 1e-12))
+        scale = optim.clip_factor(self.norm, limit)
         return self._replace(grads=jax.tree.map(lambda g: scale * g, self.grads))
 
     def plus(self, other: _Gradient, *, coef: float | int, clip_norm: float | int | None) -> _Gradient:

@@ -260,7 +260,7 @@ def sample_token(
 
     The vocabulary is cut into about sqrt(V) blocks: one uniform number chooses the block by its mass, another the token
     in it. So a row needs two random numbers and one pass over its logits, the pass of the log-sum-exp; the Gumbel trick
-    needs V numbers.
+    needs V numbers. Blocks are as wide as a power of two, which is what vector units sum fastest.
 
     Args:
       logits: float32.
@@ -277,7 +277,7 @@ def sample_token(
     logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
     size = logits.shape[1]
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    width = math.isqrt(size - 1) + 1
+    width = 1 << math.isqrt(size - 1).bit_length()  # the first power of two that is at least sqrt(V)
     blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(len(logits), -1, width)
     block, mass = _invert(jnp.sum(jnp.exp(blocks), axis=2), uniform[:, 0])
     # The chosen block's weights again, which is cheaper than to keep those of all.

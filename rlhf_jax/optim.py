@@ -502,7 +502,6 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
     """
     if jax.default_backend() != "cpu":
         return keep_unless(sound, step(old), old)
-    step = jax.jit(step, inline=True)  # traced once, for its types and for the branch
 
     # As a select would: moments of bfloat16 weights may come back wider.
     def wider(new: jax.ShapeDtypeStruct, old: Array) -> Any:

@@ -430,6 +430,10 @@ _View = tuple[Float[Array, "B 1 T S"], _Angles | None]
 """What a layer's attention is given: which keys each query sees, and its rotary angles."""
 
 
+_LayerCache = tuple[Array, Array]
+"""Keys and values of a layer, laid out as `attention.cache_shapes`."""
+
+
 def _views(
     config: DecoderConfig,
     seen: Bool[Array, "B T S"],
@@ -598,20 +602,12 @@ def apply_decoder(
         key_segments = cache.segments
         key_positions = jnp.arange(key_segments.shape[1])[None, :]  # a cached row is one text from its first slot on
     view = _views(config, visible(segments, parents, slots, key_segments), positions, key_positions)
-    one_cpu = jax.default_backend() == "cpu" and config.on_one_device
-    stream = partial(_gradient_once, true=segments[0, 0] >= 0) if one_cpu and cache is None else lambda x: x
+    once = _gradient_once if jax.default_backend() == "cpu" and config.on_one_device and cache is None else None
+    true = segments[0, 0] >= 0
 
-    def block(x: Array, layer: Any, layer_params: Params, mix: Callable[..., Array], at: Array | None = None) -> Array:
-        block_keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, layer + 1))
-        module = _bind(Block, config, layer_params, joined="query_key_value" in layer_params["attention"])
-        bias, angles = view(layer)
-        query, *others = module.attention.project(module.attention_norm(x), angles)
-        if at is not None:  # the queries of all are left out by the compiler
-            x, bias = pick(x, at), pick(bias[:, 0], at)[:, None]
-            angles = jax.tree.map(lambda angle: pick(angle, at), angles)
-            query = module.attention.project(module.attention_norm(x), angles)[0]
-        x = stream(x + _dropout(module.attention(mix(layer, query, *others, bias)), config.dropout, block_keys[0]))
-        return stream(x + _dropout(module.mlp(module.mlp_norm(x)), config.dropout, block_keys[1]))
+    def block(kernel: str, x: Array, layer: Any, own: Params, **how: Any) -> tuple[Array, _LayerCache | None]:
+        dropout = (None, None) if key is None else tuple(jax.random.split(jax.random.fold_in(key, layer + 1)))
+        return _block(config, kernel, once, x, own, view(layer), dropout=dropout, true=true, **how)
 
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     if cache is None:
@@ -623,6 +619,47 @@ def apply_decoder(
     return Output(embedding.norm(x), cache)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _block(
+    config: DecoderConfig,
+    kernel: str,
+    once: Callable[..., Array] | None,
+    x: Float[Array, "B T D"],
+    params: Params,
+    view: _View,
+    *,
+    dropout: tuple[Array | None, Array | None],
+    true: Bool[Array, ""],
+    at: Int[Array, "B N"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    cached: _LayerCache | None = None,
+    slots: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B Q D"], _LayerCache | None]:
+    """One layer, over whole rows or with a cache.
+
+    Its jit is for tracing: once for all layers and networks of a shape. The compiler puts it back in its place.
+    """
+    module = _bind(Block, config, params, joined="query_key_value" in params["attention"])
+    (bias, angles), scalar = view, config.query_scalar or config.head_dim
+    query, new_keys, new_values = module.attention.project(module.attention_norm(x), angles)
+    if at is not None:  # the queries of all are left out by the compiler
+        x, bias = pick(x, at), pick(bias[:, 0], at)[:, None]
+        angles = jax.tree.map(lambda angle: pick(angle, at), angles)
+        query = module.attention.project(module.attention_norm(x), angles)[0]
+    if cached is not None:
+        assert slots is not None
+        keys, values = cached = _write(kernel, cached, slots, new_keys, new_values)
+        mixed = attention.over_cache(kernel, query, keys.astype(x.dtype), values.astype(x.dtype), bias, scalar)
+    elif at is not None:
+        mixed = attention.over_picked(kernel, query, new_keys, new_values, bias, scalar)
+    else:
+        mixed = attention.over_rows(kernel, query, new_keys, new_values, bias, scalar, segments)
+    x += _dropout(module.attention(mixed), config.dropout, dropout[0])
+    x = x if once is None else once(x, true)
+    x += _dropout(module.mlp(module.mlp_norm(x)), config.dropout, dropout[1])
+    return (x if once is None else once(x, true)), cached
+
+
 def pick(x: Shaped[Array, "B T *rest"], at: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
     """The slots `at` of each row."""
     return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
@@ -630,7 +667,7 @@ def pick(x: Shaped[Array, "B T *rest"], at: Int[Array, "B N"]) -> Shaped[Array, 
 
 def _scan_blocks(
     config: DecoderConfig,
-    block: Callable[..., Array],
+    block: Callable[..., tuple[Array, Any]],
     blocks: Params,
     x: Array,
     segments: Array | None,
@@ -643,22 +680,13 @@ def _scan_blocks(
     kernel = attention.kernel_for(
         config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype, by_segments=segments is not None
     )
-    scalar = config.query_scalar or config.head_dim
-
-    def mix(layer: Array, *projected: Array) -> Array:
-        del layer
-        return attention.over_rows(kernel, *projected, query_scalar=scalar, segments=segments)
-
-    def mix_picked(layer: Array, *projected: Array) -> Array:
-        del layer
-        return attention.over_picked(kernel, *projected, query_scalar=scalar)
 
     def checked(body: Callable[..., Any]) -> Callable[..., Any]:
         return jax.checkpoint(body) if config.remat == "block" else body
 
     def scan(x: Array, layers: Array, stacked: Any, at: Callable[[Array, Any], Params]) -> Array:
         def body(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
-            return block(x, layer[0], at(*layer), mix), None
+            return block(kernel, x, layer[0], at(*layer), segments=segments)[0], None
 
         return jax.lax.scan(
             checked(body), x, (layers, stacked), unroll=min(config.unroll or config.layers, len(layers))
@@ -672,7 +700,7 @@ def _scan_blocks(
         below = config.layers - 1
         first, last = (jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below))
         x = scan(x, jnp.arange(below), first, lambda layer, stacked: stacked) if below else x
-        return checked(lambda x, last: block(x, jnp.asarray(below), last, mix_picked, at))(x, last)
+        return checked(lambda x, last: block(kernel, x, jnp.asarray(below), last, at=at)[0])(x, last)
 
     def adapted(layer: Array, own: _Leaves) -> Params:
         # Frozen weights are read where they lie: as a scanned operand the two parts would be copies.
@@ -692,7 +720,7 @@ def _without_adapters(blocks: Params) -> tuple[_Leaves, _Leaves]:
 
 
 def _cached_blocks(
-    config: DecoderConfig, block: Callable[..., Array], blocks: Any, x: Array, cache: Cache, slots: Array,
+    config: DecoderConfig, block: Callable[..., Any], blocks: Any, x: Array, cache: Cache, slots: Array,
     at: Array | None,
 ) -> tuple[Array, Cache]:  # fmt: skip
     """All blocks over new tokens that also see what is cached.
@@ -701,16 +729,10 @@ def _cached_blocks(
     which took a third of a decode step on CPU.
     """
     keys, values, kernel = list(cache.keys), list(cache.values), _cache_kernel(config)
-    write = _writer(kernel, slots)
-
-    def mix(layer: int, query: Array, new_keys: Array, new_values: Array, bias: Array) -> Array:
-        keys[layer], values[layer] = write(keys[layer], values[layer], new_keys, new_values)
-        seen = keys[layer].astype(x.dtype), values[layer].astype(x.dtype)
-        return attention.over_cache(kernel, query, *seen, bias, config.query_scalar or config.head_dim)
-
     picked = at if config.on_one_device else None
     for layer, own in enumerate(_layers(config, blocks)):
-        x = block(x, layer, own, mix, picked if layer == config.layers - 1 else None)
+        where = {"slots": slots, "at": picked if layer == config.layers - 1 else None}
+        x, (keys[layer], values[layer]) = block(kernel, x, layer, own, cached=(keys[layer], values[layer]), **where)
     x = x if at is None or at is picked else pick(x, at)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
@@ -808,18 +830,14 @@ def _advance(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]
     return dataclasses.replace(cache, segments=stored, lengths=lengths), slots
 
 
-def _writer(kernel: str, slots: Int[Array, "B T"]) -> Callable[..., tuple[Array, Array]]:
-    rows = jnp.arange(slots.shape[0])[:, None]
-
-    def write(keys: Array, values: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        """Stores ``[B, T, G, E]`` in the slots of a layer's keys and values, laid out as `attention.cache_shapes`."""
-        if kernel == "cudnn":
-            keys = keys.at[rows, slots].set(key.astype(keys.dtype), mode="drop")
-            return keys, values.at[rows, slots].set(value.astype(values.dtype), mode="drop")
-        keys = keys.at[rows, :, :, slots].set(key.astype(keys.dtype), mode="drop")
-        return keys, values.at[rows, :, slots].set(value.astype(values.dtype), mode="drop")
-
-    return write
+def _write(kernel: str, cached: _LayerCache, slots: Int[Array, "B T"], key: Array, value: Array) -> _LayerCache:
+    """Stores ``[B, T, G, E]`` in the slots of a layer's keys and values, laid out as `attention.cache_shapes`."""
+    (keys, values), rows = cached, jnp.arange(slots.shape[0])[:, None]
+    if kernel == "cudnn":
+        keys = keys.at[rows, slots].set(key.astype(keys.dtype), mode="drop")
+        return keys, values.at[rows, slots].set(value.astype(values.dtype), mode="drop")
+    keys = keys.at[rows, :, :, slots].set(key.astype(keys.dtype), mode="drop")
+    return keys, values.at[rows, :, slots].set(value.astype(values.dtype), mode="drop")
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from experiments import common
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
-from rlhf_jax.generate import generate, generate_many
+from rlhf_jax.generate import generate, generate_many, lower_generate
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.rollout import make_score_and_shape
@@ -258,7 +258,18 @@ def ppo(a: argparse.Namespace) -> Work:
         held[0], metrics = step_fn(held[0], rollout, None, jax.random.key(i))
         return held[0], metrics
 
+    def programs() -> Iterator[jax.stages.Lowered]:
+        samples = jax.eval_shape(lambda: sample(0))
+        rollout = jax.eval_shape(score, samples)[0]
+        weights, key = held[0].policy.params, jax.random.key(0)
+        yield common.lower(step_fn, held[0], rollout, None, key)
+        yield lower_generate(policy, weights, prompts_of(a, 0), key, max_new_tokens=a.new_tokens)
+        yield shape.lower(reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch))
+
+    compile_ahead = functools.cache(lambda: common.compile_together(programs()))  # as `ppo.run` does
+
     def step(i: int) -> Any:
+        compile_ahead()
         return update(score(sample(i))[0], i)
 
     def pieces() -> dict[str, float]:

@@ -13,7 +13,7 @@ also the KL reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +102,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
             counts=kept.get("skips"),
         )  # fmt: skip
         with StageLog(folder, config.name, total=config.iterations, resume_step=done, show=SHOW) as log:
+            if done < config.iterations:
+                compile_ahead(setup, config, mesh)
             for iteration in range(done, config.iterations):
                 state, metrics = iterate(setup, state, iteration, config, mesh)
                 log(iteration + 1, metrics)
@@ -166,6 +168,14 @@ def programs(
     setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
 ) -> memory.Programs:
     """The phases of an iteration, compiled for the config's sizes; a `setup` of shapes serves as well as of arrays."""
+    for name, program in lowered(setup, config, mesh, names):
+        yield name, program.compile()
+
+
+def lowered(
+    setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """The phases named, in this order, as `programs` compiles them."""
     batch, slots = config.episodes, config.prompt_length + config.max_new_tokens
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
@@ -180,35 +190,42 @@ def programs(
     key, ints, floats = jax.eval_shape(lambda: jax.random.key(0)), shape(batch), shape(batch, slots, dtype=jnp.float32)
     tokens, flags, scores = shape(batch, slots), shape(batch, dtype=jnp.bool_), shape(batch, dtype=jnp.float32)
     samples = Samples(tokens, ints, ints, floats, flags)
-    if "rollout" in names:
+
+    def rollout() -> jax.stages.Lowered:
         weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
         prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
-        yield "rollout", lower_generate(
+        return lower_generate(
             setup.policy.model, weights, prompts, key, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, stop_ids=stop_ids(setup),
-        ).compile()  # fmt: skip
-    if "score" in names:
+        )  # fmt: skip
+
+    def score() -> jax.stages.Lowered:
         value = network(setup.trained_value, state.value.params, "value", "full")
         reward = memory.abstract(setup.reward.params) if setup.reward else None
-        coefficient = shape(dtype=jnp.float32, where=whole)
-        score: Any = setup.pieces.score_and_shape
-        yield (
-            "score",
-            score.lower(
-                reference, value, reward, samples, coefficient, ints, scores if setup.text_reward else None
-            ).compile(),
-        )
-    if "update" in names:
+        coefficient, judged = shape(dtype=jnp.float32, where=whole), scores if setup.text_reward else None
+        function: Any = setup.pieces.score_and_shape
+        return function.lower(reference, value, reward, samples, coefficient, ints, judged)
+
+    def update() -> jax.stages.Lowered:
         text_rows = None
         if config.ptx_coef:
             sizes = round(config.ptx_rows_per_episode * batch), config.ptx_row_length
             each = shape(*sizes)
             text_rows = LMBatch(each, each, each, shape(*sizes, dtype=jnp.bool_))
         mask = shape(batch, slots, dtype=jnp.bool_)
-        rollout = Rollout(
+        rows = Rollout(
             tokens, mask, floats, floats, floats, floats, floats, floats, scores, ints, ints, flags, ints
         )  # fmt: skip
-        yield "update", common.compiled(setup.pieces.step, state, rollout, text_rows, key)
+        return common.lower(setup.pieces.step, state, rows, text_rows, key)
+
+    for name in names:
+        yield name, {"rollout": rollout, "score": score, "update": update}[name]()
+
+
+def compile_ahead(setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Compiles the phases side by side before the first iteration; of the score and the update, the likelier form."""
+    likely = setup._replace(pieces=setup.paired or setup.pieces)
+    common.compile_together(p for _, p in lowered(likely, config, mesh, ("update", "rollout", "score")))
 
 
 def stop_ids(setup: Setup) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 def programs(setup: Setup) -> memory.Programs:
     """The step, compiled for the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
-    yield "train", common.compiled(setup.step, setup.state, batch, None)
+    yield "train", common.lower(setup.step, setup.state, batch, None).compile()
 
 
 def prepare(config: ConfigDict) -> Setup:

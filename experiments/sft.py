@@ -104,7 +104,7 @@ def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
     """The step, compiled for the first batch."""
     key = jax.random.key(config.seed) if config.dropout > 0 else None
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
-    yield "train", common.compiled(setup.step, setup.state, batch, key)
+    yield "train", common.lower(setup.step, setup.state, batch, key).compile()
 
 
 def prepare(config: ConfigDict) -> Setup:

@@ -58,6 +58,19 @@ def _eight_devices() -> None:
     assert jax.device_count() == DEVICES, "JAX was initialised before conftest.py could ask for 8 CPU devices"
 
 
+@pytest.fixture(scope="session")
+def compiled() -> list[str]:
+    """Names of the functions compiled in this process from now on, those found in the cache of programs included."""
+    names: list[str] = []
+
+    def add(event: str, duration: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(kwargs.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    return names
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only this machine may be reached, so that no test passes thanks to a download."""

@@ -44,8 +44,11 @@ def inputs(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """``whole`` ran without a break; ``cut`` stopped after three iterations, one past its checkpoint, and went on."""
+def runs(tmp_path_factory: pytest.TempPathFactory, compiled: list[str]) -> SimpleNamespace:
+    """``whole`` ran without a break; ``cut`` stopped after three iterations, one past its checkpoint, and went on.
+
+    `ahead` were compiled before the first iteration, `in_iterations` after it began.
+    """
     folder = tmp_path_factory.mktemp("ppo")
     overrides = {
         "iterations": str(ITERATIONS), "episodes": str(EPISODES), "epochs": "2", "minibatches": "2", "save_every": "2",
@@ -75,17 +78,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             raise KeyboardInterrupt
         return iterate(setup, state, iteration, *rest)
 
+    compile_ahead, ahead = ppo.compile_ahead, []
+
+    def compile_and_tell(*arguments):
+        compiled.clear()
+        compile_ahead(*arguments)
+        ahead.extend(compiled)
+        compiled.clear()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "prepare", prepare_once)
         patch.setattr(ppo, "sample", sample_and_keep)
+        patch.setattr(ppo, "compile_ahead", compile_and_tell)
         result = ppo.run(config, str(folder / "whole"))
+        in_iterations = list(compiled)
         patch.setattr(ppo, "check_step_zero", lambda *_: None)  # passed a moment ago, and compiles five programs
         patch.setattr(ppo, "iterate", pull_the_plug)
         with pytest.raises(KeyboardInterrupt):
             ppo.run(config, str(folder / "cut"))
         patch.setattr(ppo, "iterate", iterate)
         resumed = ppo.run(config, str(folder / "cut"))
-    return SimpleNamespace(folder=folder, config=config, result=result, resumed=resumed, sampled=sampled)
+    return SimpleNamespace(
+        folder=folder, config=config, result=result, resumed=resumed, sampled=sampled, ahead=ahead,
+        in_iterations=in_iterations,
+    )  # fmt: skip
 
 
 def history(folder: Path) -> list[dict]:
@@ -108,6 +124,13 @@ def test_a_cut_run_that_goes_on_ends_bit_for_bit_like_a_whole_one(runs):
             assert file.read_bytes() == (cut / name / file.name).read_bytes(), file.name
     assert history(cut) == history(whole)
     assert runs.resumed["kl_coef"] == runs.result["kl_coef"]
+
+
+def test_what_was_compiled_ahead_is_what_the_iterations_run(runs):
+    """Another dtype, shape or placement of one argument would compile the program a second time."""
+    phases = {"jit(_generate)", "jit(score_and_shape)", "jit(step)"}
+    assert sorted(phases & set(runs.ahead)) == sorted(phases)
+    assert not phases & set(runs.in_iterations)
 
 
 def test_consecutive_rollouts_of_the_same_prompts_differ(runs):

@@ -55,6 +55,14 @@ def test_a_ppo_iteration_tells_its_pieces(run):
     assert min(found["rollout_s"], found["score_s"], found["update_s"]) > 0
 
 
+def test_ppo_compiles_each_program_once(run, compiled):
+    compiled.clear()
+    run("ppo", *TINY, "--width=24")
+    phases = [name for name in compiled if name in ("jit(_generate)", "jit(score_and_shape)", "jit(step)")]
+    assert sorted(phases) == ["jit(_generate)", "jit(score_and_shape)", "jit(step)"]
+    assert phases[0] == "jit(step)"  # ahead, the longest first
+
+
 def test_an_epoch_packs_ragged_texts(run, tmp_path):
     documents = [list(range(1, 1 + n)) for n in (5, 40, 17, 63, 9, 30)]
     path = tmp_path / "ids.jsonl"

@@ -520,21 +520,16 @@ class Compiling:
 def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
     """Compiles programs side by side, while the next ones are traced; their functions then find them compiled.
 
-    The three of PPO take half the time of one after the other on a GPU. On a CPU, whose cores a compiler keeps busy,
-    one is compiled at a time: more take no less time and hold a third more memory. One process only: several might not
-    compile in the same order.
+    The three of PPO take half the time of one after the other on a GPU. Not on a CPU, whose cores a compiler keeps busy
+    as it is: nothing is done there; nor with several processes, which might not compile in the same order.
 
     Args:
       programs: from ``jit(..).lower(..)``, each made when it is asked for, the longest first. What fails is left out:
         it fails again where its function is called, and is told there.
     """
-    if processes.count() > 1:
+    if not has_accelerator() or processes.count() > 1:
         return
-    with (
-        Compiling.together(),
-        ThreadPoolExecutor(4 if has_accelerator() else 1) as pool,
-        contextlib.suppress(Exception),
-    ):
+    with Compiling.together(), ThreadPoolExecutor(4) as pool, contextlib.suppress(Exception):
         for program in programs:
             pool.submit(program.compile)
 

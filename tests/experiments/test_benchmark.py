@@ -55,7 +55,8 @@ def test_a_ppo_iteration_tells_its_pieces(run):
     assert min(found["rollout_s"], found["score_s"], found["update_s"]) > 0
 
 
-def test_ppo_compiles_each_program_once(run, compiled):
+def test_ppo_compiles_each_program_once(run, compiled, monkeypatch):
+    monkeypatch.setattr(benchmark.common, "has_accelerator", lambda: True)
     compiled.clear()
     run("ppo", *TINY, "--width=24")
     phases = [name for name in compiled if name in ("jit(_generate)", "jit(score_and_shape)", "jit(step)")]

@@ -55,13 +55,20 @@ def test_a_ppo_iteration_tells_its_pieces(run):
     assert min(found["rollout_s"], found["score_s"], found["update_s"]) > 0
 
 
-def test_ppo_compiles_each_program_once(run, compiled, monkeypatch):
+def test_ppo_compiles_each_program_once_and_ahead(run, compiled, monkeypatch):
+    together, ahead = benchmark.common.compile_together, []
+
+    def compile_and_tell(programs):
+        compiled.clear()
+        together(programs)
+        ahead.extend(compiled)
+
     monkeypatch.setattr(benchmark.common, "has_accelerator", lambda: True)
-    compiled.clear()
+    monkeypatch.setattr(benchmark.common, "compile_together", compile_and_tell)
     run("ppo", *TINY, "--width=24")
-    phases = [name for name in compiled if name in ("jit(_generate)", "jit(score_and_shape)", "jit(step)")]
-    assert sorted(phases) == ["jit(_generate)", "jit(score_and_shape)", "jit(step)"]
-    assert phases[0] == "jit(step)"  # ahead, the longest first
+    phases = ["jit(_generate)", "jit(score_and_shape)", "jit(step)"]
+    for names in (ahead, compiled):  # which of them ends first is chance
+        assert sorted(name for name in names if name in phases) == phases
 
 
 def test_an_epoch_packs_ragged_texts(run, tmp_path):

@@ -251,8 +251,11 @@ def ppo(a: argparse.Namespace) -> Work:
     def sample(i: int) -> Samples:
         return generate(policy, held[0].policy.params, prompts_of(a, i), jax.random.key(i), max_new_tokens=a.new_tokens)
 
+    def to_score(samples: Samples) -> tuple[Any, ...]:
+        return reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch)
+
     def score(samples: Samples) -> Any:
-        return shape(reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch))
+        return shape(*to_score(samples))
 
     def update(rollout: Any, i: int) -> Any:
         held[0], metrics = step_fn(held[0], rollout, None, jax.random.key(i))
@@ -264,7 +267,7 @@ def ppo(a: argparse.Namespace) -> Work:
         weights, key = held[0].policy.params, jax.random.key(0)
         yield common.lower(step_fn, held[0], rollout, None, key)
         yield lower_generate(policy, weights, prompts_of(a, 0), key, max_new_tokens=a.new_tokens)
-        yield shape.lower(reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch))
+        yield shape.lower(*to_score(samples))
 
     compile_ahead = functools.cache(lambda: common.compile_together(programs()))  # as `ppo.run` does
 

@@ -606,8 +606,8 @@ def apply_decoder(
     true = segments[0, 0] >= 0
 
     def block(kernel: str, x: Array, layer: Any, own: Params, **how: Any) -> tuple[Array, _LayerCache | None]:
-        dropout = (None, None) if key is None else tuple(jax.random.split(jax.random.fold_in(key, layer + 1)))
-        return _block(config, kernel, once, x, own, view(layer), dropout=dropout, true=true, **how)
+        keys = (None, None) if key is None else tuple(jax.random.split(jax.random.fold_in(key, layer + 1)))
+        return _block(config, kernel, once, x, own, view(layer), dropout_keys=keys, true=true, **how)
 
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     if cache is None:
@@ -628,7 +628,7 @@ def _block(
     params: Params,
     view: _View,
     *,
-    dropout: tuple[Array | None, Array | None],
+    dropout_keys: tuple[Array | None, Array | None],
     true: Bool[Array, ""],
     at: Int[Array, "B N"] | None = None,
     segments: Int[Array, "B T"] | None = None,
@@ -654,9 +654,9 @@ def _block(
         mixed = attention.over_picked(kernel, query, new_keys, new_values, bias, scalar)
     else:
         mixed = attention.over_rows(kernel, query, new_keys, new_values, bias, scalar, segments)
-    x += _dropout(module.attention(mixed), config.dropout, dropout[0])
+    x += _dropout(module.attention(mixed), config.dropout, dropout_keys[0])
     x = x if once is None else once(x, true)
-    x += _dropout(module.mlp(module.mlp_norm(x)), config.dropout, dropout[1])
+    x += _dropout(module.mlp(module.mlp_norm(x)), config.dropout, dropout_keys[1])
     return (x if once is None else once(x, true)), cached
 
 

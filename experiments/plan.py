@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -376,7 +377,12 @@ def _programs(config: ConfigDict, mesh: Mesh, policy: Model, value: Model, names
 
 
 def as_accelerator() -> None:
-    """Has the programs take the forms that they have on a GPU or TPU although they are compiled for CPU."""
+    """Has the programs take the forms that they have on a GPU or TPU although they are compiled for CPU.
+
+    Call it before devices are found, which is when XLA reads its flags.
+    """
+    # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no accelerator has.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type=".strip()
     ops.CHUNK_LOGITS["cpu"] = ops.CHUNK_LOGITS["gpu"]
     decoder.TILES = 2**30  # divides nothing, so that kernels stay matrices
 

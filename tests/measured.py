@@ -46,8 +46,8 @@ def main() -> None:
         episodes=64, minibatches=2, prompt_length=64, max_new_tokens=64, ptx_row_length=128, ptx_rows_per_episode=1.0,
         shapes={"policy": SIZES, "reward_model": SIZES}, **json.loads(sys.argv[1]),
     )  # fmt: skip
-    common.start((1, 1, 1))
     plan.as_accelerator()
+    common.start((1, 1, 1))
     common.keep_freed_memory(False)  # freed pieces leave, so that resident memory is what is in use
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     policy, value = plan.models(config)

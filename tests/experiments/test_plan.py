@@ -132,7 +132,7 @@ def test_a_pipelines_config_gives_the_plan_of_its_ppo_stage_as_json(capsys):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_is_what_a_run_here_takes():
-    """Compiled: within a quarter of the measured peak. By rule, an estimate: within a factor of 1.75."""
+    """Compiled: within 15% of the measured peak. By rule, an estimate: within a factor of 1.75."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.measured", "{}"], cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -143,5 +143,5 @@ def test_memory_is_what_a_run_here_takes():
     assert [line["phase"] for line in lines] == ["rollout", "score", "update"]
     for line in lines:
         assert line["measured"] > 100e6
-        np.testing.assert_allclose(line["compiled"], line["measured"], rtol=0.25, err_msg=line["phase"])
+        np.testing.assert_allclose(line["compiled"], line["measured"], rtol=0.15, err_msg=line["phase"])
         assert 1 / 1.75 < line["by_rule"] / line["measured"] < 1.75, line

@@ -238,7 +238,8 @@ def make_ppo_step(
         return ppo.clipped(ppo_clip_norm).plus(ptx, coef=ptx_coef, clip_norm=ptx_clip_norm)
 
     def optimizer_step(rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]):
-        rows, lm_rows = _constrain((jax.tree.map(lambda x: x[index[0]], rollout), index[1]), batch_sharding)
+        rows = rollout if minibatches == 1 else jax.tree.map(lambda x: x[index[0]], rollout)
+        rows, lm_rows = _constrain((rows, index[1]), batch_sharding)
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
         value_grad = value_grad._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
@@ -385,6 +386,8 @@ def minibatch_order(
 ) -> Int[Array, "steps rows_of_minibatch"]:
     """Which rows each optimizer step takes: every row once an epoch, in a new random order each time.
 
+    With one minibatch a step takes all rows, and no loss depends on their order: they stay as they are.
+
     Args:
       key: of the iteration.
       rows: rows of the rollout.
@@ -404,6 +407,8 @@ def minibatch_order(
     ops.require_divides("minibatches", minibatches, rows, "rollout batch")
     if epochs < 1:
         raise ValueError(f"epochs={epochs} must be at least 1: every rollout is used once or more")
+    if minibatches == 1:
+        return jnp.tile(jnp.arange(rows), (epochs, 1))
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)]
     return jnp.concatenate([order.reshape(-1, minibatches).T for order in orders])
 

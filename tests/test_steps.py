@@ -75,6 +75,17 @@ def test_every_row_is_visited_once_an_epoch_in_a_new_order():
     assert not np.array_equal(other, order[:8])
 
 
+def test_one_minibatch_takes_all_rows_as_they_are_and_their_order_does_not_matter():
+    assert steps.minibatch_order(KEY, 4, epochs=2, minibatches=1).tolist() == [[0, 1, 2, 3]] * 2
+    state, rollout = start()
+    other = tiny.take(rollout, np.random.default_rng(0).permutation(len(rollout.ids)))
+    assert not np.array_equal(rollout.tokens, other.tokens)
+    step = ppo_step(minibatches=1, epochs=2)
+    here, there = (step(state, rows, None, KEY)[0] for rows in (rollout, other))
+    assert tiny.distance(here.policy.params, there.policy.params) < 1e-6
+    assert tiny.distance(here.value.params, there.value.params) < 1e-6
+
+
 def test_one_compilation_for_many_iterations():
     state, rollout = start()
     step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, SGD, SGD, minibatches=2))

@@ -238,8 +238,7 @@ def make_ppo_step(
         return ppo.clipped(ppo_clip_norm).plus(ptx, coef=ptx_coef, clip_norm=ptx_clip_norm)
 
     def optimizer_step(rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]):
-        rows = rollout if minibatches == 1 else jax.tree.map(lambda x: x[index[0]], rollout)
-        rows, lm_rows = _constrain((rows, index[1]), batch_sharding)
+        rows, lm_rows = _constrain((_minibatch(rollout, index[0]), index[1]), batch_sharding)
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
         value_grad = value_grad._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
@@ -411,6 +410,11 @@ def minibatch_order(
         return jnp.tile(jnp.arange(rows), (epochs, 1))
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)]
     return jnp.concatenate([order.reshape(-1, minibatches).T for order in orders])
+
+
+def _minibatch(rollout: Rollout, rows: Int[Array, " B"]) -> Rollout:
+    """Rows of the rollout; all of them are in their order (`minibatch_order`), and nothing is gathered."""
+    return rollout if len(rows) == len(rollout.ids) else jax.tree.map(lambda x: x[rows], rollout)
 
 
 def _constrain(tree: T, sharding: jax.sharding.Sharding | None) -> T:

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -382,7 +381,7 @@ def as_accelerator() -> None:
     Call it before devices are found, which is when XLA reads its flags.
     """
     # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no accelerator has.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type=".strip()
+    common.ask_xla("xla_cpu_experimental_ynn_fusion_type", "")
     ops.CHUNK_LOGITS["cpu"] = ops.CHUNK_LOGITS["gpu"]
     decoder.TILES = 2**30  # divides nothing, so that kernels stay matrices
 

@@ -233,17 +233,37 @@ def sequence_values(
       ``(values, last)``. For a value network `last` is the bootstrap of a truncated row, one place after the last entry
       of `values`; for a reward model it is the score (`sequence_scores` computes it alone).
     """
+    values, last = _read_values(model, params, tokens, lengths, mask, targets, lengths[:, None] - 1)
+    return values, last[:, 0]
+
+
+def response_values(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    mask: Bool[Array, "B T"],
+    *,
+    targets: int | None = None,
+) -> Float[Array, "B T"]:
+    """Values before each token that `mask` names, as in `sequence_values`; the one after the last is not computed."""
+    return _read_values(model, params, tokens, lengths, mask, targets, jnp.zeros((len(tokens), 0), jnp.int32))[0]
+
+
+def _read_values(
+    model: Model, params: Params, tokens: Array, lengths: Array, mask: Array | None, targets: int | None, also: Array
+) -> tuple[Array, Array]:
+    """Values before the tokens of `mask`, at most `targets` a row, and those read at the slots `also` ``[B, M]``."""
     segments, positions = row_layout(lengths, tokens.shape[1])
-    if mask is None or targets is None or targets + 1 >= tokens.shape[1]:
+    if mask is None or targets is None or targets + also.shape[1] >= tokens.shape[1]:
         hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
         scalars = model.head(params, hidden)
-        values = ops.align(scalars, ops.previous_index(segments))
-        return values, jnp.take_along_axis(scalars, lengths[:, None] - 1, axis=1)[:, 0]
+        return ops.align(scalars, ops.previous_index(segments)), jnp.take_along_axis(scalars, also, axis=1)
     order, place = ops.compact(mask, targets)
-    at = jnp.concatenate([jnp.maximum(order - 1, 0), lengths[:, None] - 1], axis=1)
+    at = jnp.concatenate([jnp.maximum(order - 1, 0), also], axis=1)
     scalars = model.head(params, model.apply_at(params, tokens, at, segments=segments, positions=positions).hidden)
-    values = ops.align(jnp.where(order > 0, scalars[:, :-1], 0), place)
-    return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[:, -1]
+    values = ops.align(jnp.where(order > 0, scalars[:, :targets], 0), place)
+    return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[:, targets:]
 
 
 def sequence_scores(

@@ -517,7 +517,7 @@ def _policy_loss_fn(model: Model, loss: BoundLoss, temperature: float | int, tar
 def _value_loss_fn(model: Model, loss: BoundLoss, targets: int | None = None) -> LossOfBatch:
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:
         where = (rows.tokens, rows.lengths, rows.mask)
-        values, _ = scoring.sequence_values(model, params, *where, targets=targets)
+        values = scoring.response_values(model, params, *where, targets=targets)
         return loss(values=values, **_fields(rows))
 
     return loss_fn

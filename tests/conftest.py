@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -51,6 +52,28 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; a worker takes them in this order (``--no-loadscope-reorder``)."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+MAPPINGS = 20_000
+"""Of the 65,530 memory mappings that Linux allows a process unless told otherwise."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """Lets go of compiled programs before a worker has too many.
+
+    XLA takes two or three mappings for every kernel it loads: the suite's longest files take 35,000 of one worker, the
+    whole suite 65,000 and more, and where the system gives none it ends in a segmentation fault.
+    """
+    yield
+    try:
+        with open("/proc/self/maps") as mappings:
+            held = sum(1 for _ in mappings)
+    except OSError:
+        return  # no Linux, no such limit
+    if held > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -158,7 +158,8 @@ def test_the_last_block_computes_responses_alone_and_nothing_changes(shape):
         logp = scoring.sequence_log_probs(language, params[0], *where, temperature=0.7, targets=targets)
         both = scoring.sequence_log_probs_and_entropy(language, params[0], *where, temperature=0.7, targets=targets)
         values, last = scoring.sequence_values(scalar, params[1], *where, targets=targets)
-        out = (logp, *both, jnp.where(mask, values, 0), last)
+        alone = scoring.response_values(scalar, params[1], *where, targets=targets)
+        out = (logp, *both, jnp.where(mask, values, 0), jnp.where(mask, alone, 0), last)
         return sum(jnp.sum(jnp.sin(1 + jnp.arange(x.size).reshape(x.shape)) * x) for x in out), out
 
     params = language.init(KEY), scalar.init(KEY)
@@ -176,7 +177,8 @@ def test_a_response_longer_than_was_said_gives_no_number():
     language, scalar = language_model(DECODER), scalar_model(DECODER)
     logp = scoring.sequence_log_probs(language, language.init(KEY), tokens, lengths, mask, targets=5)
     values, _ = scoring.sequence_values(scalar, scalar.init(KEY), tokens, lengths, mask, targets=5)
-    for found in (logp, values):
+    alone = scoring.response_values(scalar, scalar.init(KEY), tokens, lengths, mask, targets=5)
+    for found in (logp, values, alone):
         np.testing.assert_array_equal(jnp.isnan(found).all(axis=1), [True, False, False, True])
         np.testing.assert_array_equal(jnp.isnan(found).any(axis=1), [True, False, False, True])
 

@@ -57,6 +57,10 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
 
     Compiled programs are kept in a cache folder of the user, so that a second run starts at once.
     """
+    if not gc.get_freeze_count():
+        # Tracing makes so many objects that Python looks for garbage again and again, among all that was imported too.
+        gc.collect()
+        gc.freeze()
     if not has_accelerator():
         keep_freed_memory()
         compile_lightly()

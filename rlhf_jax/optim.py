@@ -504,10 +504,12 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
         return keep_unless(sound, step(old), old)
 
     # As a select would: moments of bfloat16 weights may come back wider.
-    def wider(new: jax.ShapeDtypeStruct, old: Array) -> Any:
+    def wider(new: jax.ShapeDtypeStruct | Array, old: Array) -> Any:
         return old.dtype if new.dtype == old.dtype else jnp.result_type(new.dtype, old.dtype)
 
-    types = jax.tree.map(wider, jax.eval_shape(step, old), old)
+    narrow = any(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 for x in jax.tree.leaves(old))
+    # Not asked of every step: it is traced for the answer, a tenth of what tracing an update takes.
+    types = jax.tree.map(wider, jax.eval_shape(step, old) if narrow else old, old)
 
     def wide(state: State) -> State:
         return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), state, types)

@@ -612,8 +612,7 @@ def apply_decoder(
     x = _dropout(embedding(tokens, positions), config.dropout, None if key is None else jax.random.fold_in(key, 0))
     if cache is None:
         rows = segments if only_segments and not config.window else None
-        over = _loop_over_blocks if _is_taken_apart(config, params["blocks"]) else _scan_blocks
-        return Output(embedding.norm(over(config, block, params["blocks"], x, rows, at)), None)
+        return Output(embedding.norm(_scan_blocks(config, block, params["blocks"], x, rows, at)), None)
     if key is None and at is None and _is_fused(config, params["blocks"], tokens):
         return _fused_blocks(config, params, x, cache, slots_to_write, view)
     x, cache = _cached_blocks(config, block, params["blocks"], x, cache, slots_to_write, at)
@@ -672,12 +671,13 @@ def _is_taken_apart(config: DecoderConfig, blocks: Params) -> bool:
     return one_cpu and config.unroll in (None, config.layers) and not _without_adapters(blocks)[1]
 
 
+@jax.custom_vjp
 def _take_apart(blocks: Params) -> tuple[Params, ...]:
     """Each layer's parameters out of the stacks; the gradient is stacked again. For one CPU; reverse mode only.
 
     XLA compiles equal kernels once, but one that reads layer 2 of a stack differs from one that reads layer 3. Out of
     places that the compiler cannot know all layers are read by the same kernels, and what reads the copies is the same
-    for all layers too: a quarter fewer kernels in PPO's update and rollout. Both branches of the condition say the same
+    for all layers too: an eighth fewer kernels in a PPO run of four layers. Both branches of the condition say the same
     so that it need not hold; as constants alone the places would be known.
     """
     some = jax.tree.leaves(blocks)[0]
@@ -687,40 +687,10 @@ def _take_apart(blocks: Params) -> tuple[Params, ...]:
     return tuple(jax.tree.map(partial(take, index=place), blocks) for place in unknown)
 
 
-_taken_apart = jax.custom_vjp(_take_apart)
-_taken_apart.defvjp(
+_take_apart.defvjp(
     lambda blocks: (_take_apart(blocks), None),
     lambda _, gradients: (jax.tree.map(lambda *layers: jnp.stack(layers), *gradients),),
 )
-
-
-def _kernel_for(config: DecoderConfig, x: Array, segments: Array | None) -> str:
-    return attention.kernel_for(
-        config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype, by_segments=segments is not None
-    )
-
-
-def _checked(config: DecoderConfig, body: Callable[..., Any]) -> Callable[..., Any]:
-    """`body`, computed again on the way back where the config asks for it."""
-    return jax.checkpoint(body) if config.remat == "block" else body
-
-
-def _loop_over_blocks(
-    config: DecoderConfig,
-    block: Callable[..., tuple[Array, Any]],
-    blocks: Params,
-    x: Array,
-    segments: Array | None,
-    at: Array | None,
-) -> Array:
-    """What `_scan_blocks` computes, where `_is_taken_apart`."""
-    kernel = _kernel_for(config, x, segments)
-    for layer, own in enumerate(_taken_apart(blocks)):
-        picked = layer == config.layers - 1 and at is not None
-        how: dict[str, Any] = {"at": at} if picked else {"segments": segments}
-        run = partial(block, kernel, layer=jnp.asarray(layer), **how)
-        x = _checked(config, lambda x, own, run=run: run(x=x, own=own)[0])(x, own)
-    return x
 
 
 def _scan_blocks(
@@ -733,9 +703,24 @@ def _scan_blocks(
 ) -> Array:
     """All blocks over whole rows, as one scan over the stacked layers; as two where only the last ones are adapted.
 
+    Where `_is_taken_apart`, one after the other.
+
     `segments` where they alone say what a query sees; `at` the slots that are wanted of the last block.
     """
-    kernel, checked = _kernel_for(config, x, segments), partial(_checked, config)
+    kernel = attention.kernel_for(
+        config.attention, slots=x.shape[1], head_dim=config.head_dim, dtype=x.dtype, by_segments=segments is not None
+    )
+
+    def checked(body: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.checkpoint(body) if config.remat == "block" else body
+
+    if _is_taken_apart(config, blocks):
+        for layer, own in enumerate(_take_apart(blocks)):
+            picked = at is not None and layer == config.layers - 1
+            how: dict[str, Any] = {"at": at} if picked else {"segments": segments}
+            run = partial(block, kernel, layer=jnp.asarray(layer), **how)
+            x = checked(lambda x, own, run=run: run(x=x, own=own)[0])(x, own)
+        return x
 
     def scan(x: Array, layers: Array, stacked: Any, at: Callable[[Array, Any], Params]) -> Array:
         def body(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
@@ -815,7 +800,7 @@ def _layers(config: DecoderConfig, blocks: Any) -> Sequence[Params]:
     if isinstance(blocks, tuple):
         return blocks
     if _is_taken_apart(config, blocks):
-        return _taken_apart(blocks)
+        return _take_apart(blocks)
     plain, adapters = _without_adapters(blocks)
     below = config.layers - next((leaf.shape[0] for leaf in adapters.values()), 0)
     layers = []

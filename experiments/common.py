@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from experiments import guards, pretrained
-from rlhf_jax import checkpoint, files, optim, processes, scoring, sharding
+from rlhf_jax import checkpoint, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
@@ -38,6 +38,7 @@ from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
+from rlhf_jax.run import files
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import processes
-from rlhf_jax.files import read_json
+from rlhf_jax.run.files import read_json
 
 FORMAT = 1
 

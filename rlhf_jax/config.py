@@ -40,7 +40,7 @@ except ImportError:  # Windows: folders are used without a lock
 from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax import __version__, processes
-from rlhf_jax.files import PLAIN_NAME, read_json
+from rlhf_jax.run.files import PLAIN_NAME, read_json
 
 Run = Callable[[ConfigDict, str], Any]
 

@@ -19,12 +19,12 @@ import safetensors.numpy
 import transformers
 
 from experiments import common
-from rlhf_jax import files
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, load_llama2c, save_hf
+from rlhf_jax.run import files
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [

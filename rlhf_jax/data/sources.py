@@ -39,7 +39,7 @@ from rlhf_jax.data.schema import (
     read_bytes,
     read_rows,
 )
-from rlhf_jax.files import read_json
+from rlhf_jax.run.files import read_json
 
 Split = Literal["train", "test"]
 HH_SUBSETS = ("helpful-base", "helpful-rejection-sampled", "helpful-online", "harmless-base")

@@ -22,7 +22,7 @@ from jaxtyping import Int
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.schema import Conversation, Message
-from rlhf_jax.files import check_tokenizer
+from rlhf_jax.run.files import check_tokenizer
 from rlhf_jax.types import LMBatch, PromptBatch, RankingBatch, Samples
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face folders (config.json + safetensors), GGUF files and llama2.c checkpoints.
 
 No torch, no pickle, no remote code, and no path is ever built from a name found in a file: shards are the
-``*.safetensors`` files of the folder, whatever an index says. Headers are read with limits (`rlhf_jax.files`).
+``*.safetensors`` files of the folder, whatever an index says. Headers are read with limits (`rlhf_jax.run.files`).
 
 Memory: each parameter is allocated once, on its devices' terms, and filled from the files a block of rows at a time;
 saving writes a block at a time. So beside the parameters only a few blocks of `_BLOCK` bytes are ever held.
@@ -26,7 +26,9 @@ import safetensors
 from flax import traverse_util
 
 from rlhf_jax import processes
-from rlhf_jax.files import (
+from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
+from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.run.files import (
     PLAIN_NAME,
     check_file,
     check_gguf,
@@ -35,8 +37,6 @@ from rlhf_jax.files import (
     parse_json,
     read_json,
 )
-from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
-from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.types import Model, Params
 
 # Our module -> the module's name in a Hugging Face file; {} is the layer.

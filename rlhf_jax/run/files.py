@@ -1,19 +1,234 @@
-"""Reading files that somebody else wrote: regular files inside their folder, of bounded size, plain JSON.
+"""Files: written so that a power cut loses nothing that was called done, read as if somebody else wrote them.
 
-Model folders, tokenizers and checkpoints come from other people. What they hold is parsed with limits, never executed,
-and a name found in one never becomes a path. Each refusal is a ValueError with the file, the value and the limit.
+Writing. A file is on the disk when its bytes and the entry of its folder are: `written`, `write_json` and
+`write_jsonl` put a whole file in place of the old one, `put_folder` a whole folder, `append_line` a line at the end,
+and each returns only when that would survive a power cut. Nothing else in the package writes a file of a run.
+
+Reading. Model folders, tokenizers and checkpoints come from other people. What they hold is parsed with limits, never
+executed, and a name found in one never becomes a path. Each refusal is a ValueError with the file, the value and the
+limit.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+
+StrPath = str | os.PathLike[str]
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A stream whose content becomes `path` when the block ends without an error, and survives a power cut then.
+
+    Until that moment `path` is what it was. The stream writes to a temporary file beside it, which is synced, renamed
+    over `path`, and made permanent by syncing the folder.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with written(folder / "a.txt") as file:
+    ...     _ = file.write("hello")
+    >>> (folder / "a.txt").read_text(), [p.name for p in folder.iterdir()]
+    ('hello', ['a.txt'])
+
+    Args:
+      path: the file; its folder is made where it is missing.
+      binary: whether the stream takes bytes; otherwise it takes text and writes UTF-8 with lines ending in LF.
+
+    Raises:
+      OSError: it could not be written; what was there before still is, and no half file is left beside it.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        encoding, newline = (None, None) if binary else ("utf-8", "\n")
+        with open(handle, "wb" if binary else "w", encoding=encoding, newline=newline) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes the file private
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)  # half a file on a full disk is space that is missing
+        raise
+    sync(path.parent)
+
+
+def write_json(path: StrPath, data: Any, *, indent: int | None = None) -> None:
+    """Writes JSON as `written` does.
+
+    Raises:
+      ValueError: the data hold a number that is not finite; `path` is what it was.
+      OSError: as of `written`.
+    """
+    text = json.dumps(data, indent=indent, allow_nan=False)
+    with written(path) as file:
+        file.write(text + "\n" * (indent is not None))
+
+
+def write_lines(path: StrPath, rows: Iterable[Any]) -> None:
+    """Writes JSON lines, one for each of `rows`, as `written` does."""
+    with written(path) as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def append_line(path: StrPath, row: Any) -> None:
+    """Appends `row` as a line of JSON; it survives a power cut when this returns."""
+    path = Path(path)
+    new = not path.exists()
+    make_folder(path.parent)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        sync(path.parent)
+
+
+def make_folder(folder: StrPath) -> Path:
+    """Makes a folder and those above it where they are missing, so that they survive a power cut."""
+    folder = Path(folder)
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync(made.parent)
+    return folder
+
+
+def sync(path: StrPath) -> None:
+    """Waits until a file's content, or a folder's list of entries, is on the disk.
+
+    A system or file system that cannot sync a folder (Windows, some network mounts) is left alone.
+    """
+    folder = os.path.isdir(path)
+    if folder and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not folder:
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: StrPath) -> None:
+    """Waits until all files and folders below `folder`, and itself, are on the disk: what libraries wrote there."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not os.path.islink(os.path.join(root, name)):
+                sync(os.path.join(root, name))
+        sync(root)
+
+
+def put_folder(temporary: StrPath, folder: StrPath) -> None:
+    """Puts a finished folder in the place of another: after a power cut one of the two is there, whole.
+
+    The old one is ``<folder>.old`` between the two renames; `settle_folder` brings it back after a crash there.
+
+    Args:
+      temporary: the finished folder, on the same file system.
+      folder: its final path.
+    """
+    temporary, folder = Path(temporary), Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    sync_tree(temporary)
+    if folder.exists():
+        remove(old)
+        folder.rename(old)
+        sync(folder.parent)
+    temporary.rename(folder)
+    sync(folder.parent)
+    remove(old)
+
+
+def settle_folder(folder: StrPath) -> None:
+    """Ends what a crash in `put_folder` left: brings the old folder back where no new one is, removes leftovers."""
+    folder = Path(folder)
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+        sync(folder.parent)
+    remove(temporary, old)
+
+
+def remove(*paths: StrPath) -> None:
+    """Removes files, links and whole folders; what is not there is fine. Of a link only the link goes."""
+    for path in map(Path, paths):
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------------- what is there
+
+
+def sha256(path: StrPath) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(data: Any) -> str:
+    """sha256 of JSON data, whatever the order of its keys.
+
+    >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def contents(root: StrPath) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of a file, or of every file below a folder, by names relative to it (``""`` for a file).
+
+    Returns:
+      ``{"sub/name": {"bytes": 12, "sha256": "..."}}``, sorted by name, without hidden temporary files (``.*.tmp``).
+
+    Raises:
+      OSError: nothing is there, or a link is: what it leads to is not ours and may change or go at any time.
+    """
+    root = Path(root)
+    if root.is_symlink():
+        raise OSError(f"{root} is a symbolic link")
+    if root.is_file():
+        return {"": _content(root)}
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no {root}")
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            raise OSError(f"{path} is a symbolic link")
+        if path.is_file() and not (path.name.startswith(".") and path.name.endswith(".tmp")):
+            found[path.relative_to(root).as_posix()] = _content(path)
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
 
 MEBIBYTE = 2**20
 

@@ -44,6 +44,7 @@ from rlhf_jax.generate import generate, generate_many, lower_generate
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.rollout import make_score_and_shape
+from rlhf_jax.run.files import write_lines
 from rlhf_jax.steps import compile_step, make_ppo_step, make_reward_step, make_sft_step, train_state
 from rlhf_jax.types import KLState, LMBatch, Model, PPOState, PromptBatch, Samples
 
@@ -510,7 +511,7 @@ def ratios(rounds: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str,
 
 def write_ids(documents: Sequence[Sequence[int]], path: Path) -> str:
     """The same token ids for both sides."""
-    path.write_text("".join(json.dumps({"input_ids": list(ids)}) + "\n" for ids in documents))
+    write_lines(path, ({"input_ids": list(ids)} for ids in documents))
     return str(path)
 
 

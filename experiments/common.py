@@ -10,7 +10,6 @@ import gc
 import hashlib
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +81,8 @@ def agree_on_inputs(*paths: str) -> None:
     Raises:
       ValueError: they differ; the message names path, processes and hosts.
     """
+    for path in paths:
+        files.local_path("the input", path)
     if processes.count() > 1:
         processes.agree("inputs", {f"what is in {path}": contents_digest(model_folder(path)) for path in paths if path})
 
@@ -176,6 +177,7 @@ def ask_xla(flag: str, value: str) -> None:
 
 def model_folder(name: str) -> Path:
     """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by name (``smollm2``)."""
+    files.local_path("the model", name)
     if name.startswith(SHIPPED):
         return storyland_assets.assets() / config_lib.require_name("model", name.removeprefix(SHIPPED))
     return pretrained.folder(name) if name in pretrained.MODELS else Path(name)
@@ -417,43 +419,28 @@ def _rows_of_step(batches: Batches, records: guards.Records, step: int) -> tuple
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
     """Writes a model folder all or nothing: a crash leaves the old one, here or as ``<folder>.old``, or none.
 
-    All processes call it, process 0 writes.
+    All processes call it, process 0 writes. The folder survives a power cut when this returns.
 
     Raises:
       OSError: it could not be written; what was there before still is.
     """
-    folder = Path(folder)
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    folder = files.local_path("the folder of the model", folder)
+    temporary = folder.with_name(folder.name + ".tmp")
     first = processes.index() == 0
     if first:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # a crash came between the two renames below
-        _remove(temporary, old)
+        files.settle_folder(folder)
     try:
         save_hf(temporary, network.model, network.params, network.tokenizer)
+        if first:
+            files.put_folder(temporary, folder)
     except OSError as error:
-        _remove(temporary)
+        if first:
+            files.settle_folder(folder)
         raise OSError(
             f"the model could not be written to {folder} ({error}); what was saved before is intact. Free disk space, "
             "or choose a workdir that can be written, and give the same command again."
         ) from error
-    if first:
-        _put_in_place(folder, temporary, old)
     processes.barrier("model saved")
-
-
-def _put_in_place(folder: Path, temporary: Path, old: Path) -> None:
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    _remove(old)
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        if folder.is_symlink():
-            folder.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -464,7 +451,7 @@ def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
 
     def made() -> Any:
         result = make()
-        checkpoint.write_json(Path(path), result)
+        files.write_json(path, result)
         return result
 
     return processes.on_first("result", made)

@@ -24,13 +24,13 @@ from ml_collections import ConfigDict
 from experiments import common
 from rlhf_jax import config as config_lib
 from rlhf_jax import scoring, sharding
-from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
 from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
 from rlhf_jax.metrics import StageLog
+from rlhf_jax.run.files import write_json
 from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 BASELINE = "sft"

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import metrics, processes
-from rlhf_jax.checkpoint import json_digest
 from rlhf_jax.data import text
+from rlhf_jax.run.files import append_line, json_digest
 
 FILE = "skipped.jsonl"
 """One line for each step or score that was left out, with the records it holds."""
@@ -170,8 +170,7 @@ class Skips:
             "file": self._path, "records": [place for place, _ in event.records],
             "ids": [name for _, name in event.records],
         }  # fmt: skip
-        with self._file.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+        append_line(self._file, line)
 
     def stop(self, what: str, events: Sequence[Event]) -> None:
         """Stops the stage, naming the records of `events`."""

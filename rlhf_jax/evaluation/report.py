@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from rlhf_jax.evaluation import charts
 from rlhf_jax.evaluation.charts import Bar, Line, decimals, percent, percent_with_tenths
 from rlhf_jax.evaluation.page import PAGE, STYLE
+from rlhf_jax.run import files
 
 
 class _Kind(NamedTuple):
@@ -118,10 +118,8 @@ def write_report(
     """
     page = render_report(results, history, samples, departures)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    with files.written(path) as file:
+        file.write(page)
     return path
 
 

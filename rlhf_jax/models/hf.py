@@ -34,8 +34,12 @@ from rlhf_jax.run.files import (
     check_gguf,
     check_template_name,
     check_tokenizer,
+    local_path,
+    make_folder,
     parse_json,
     read_json,
+    sync_tree,
+    written,
 )
 from rlhf_jax.types import Model, Params
 
@@ -151,7 +155,7 @@ def load_hf(
       FileNotFoundError: a file is missing.
       ValueError: a file is corrupt, of an unknown kind, or does not fit the others; or `mesh` beside `shardings`.
     """
-    path = Path(path)
+    path = local_path("the model", path)
     if mesh is not None and shardings is not None:
         raise ValueError("mesh and shardings both say where parameters go: pass one of them")
     if mesh is not None:
@@ -174,7 +178,8 @@ def save_hf(
 ) -> None:
     """Write a folder that `load_hf` and transformers read: weights, config, tokenizer, model card.
 
-    Tensors keep the dtype of `params` (bfloat16 included) and are written one after the other, without a second copy
+    The folder and all its files are on the disk when this returns. Tensors keep the dtype of `params` (bfloat16
+    included) and are written one after the other, without a second copy
     of the model on the host. The bias of a score head has no place in the Hugging Face layout and goes to config.json
     as ``rlhf_jax_score_bias``: score = logits + bias. A sequence classifier of transformers reads the last token that
     is not ``pad_token_id``, so the id written there is never that of EOS.
@@ -193,7 +198,7 @@ def save_hf(
     """
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
-    path = Path(path)
+    path = local_path("the folder to write", path)
     for name in _template_names(tokenizer):
         check_template_name(name, "the tokenizer")
     description = hf_config(model.config, score="score" in params)
@@ -207,14 +212,16 @@ def save_hf(
                 tensor.fetch()  # its part of what process 0 gathers, in the same order
         return
     special = {} if tokenizer is None else _special_ids(tokenizer)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
         _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
-    (path / "README.md").write_text(_card(description), encoding="utf-8")
+    with written(path / "README.md") as file:
+        file.write(_card(description))
     _write_shards(path, tensors, max_shard_size)
     if tokenizer is not None:
         _save_tokenizer(path, tokenizer)
+    sync_tree(path)  # the tokenizer's own writer does not wait for the disk
 
 
 def _save_tokenizer(path: Path, tokenizer: Any) -> None:
@@ -237,7 +244,8 @@ def _device_arrays(params: Params) -> list[jax.Array]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with written(path) as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
@@ -926,7 +934,7 @@ def _write_file(file: Path, tensors: Mapping[str, _Outgoing]) -> None:
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
+    with written(file, binary=True) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in ordered.values():
             value = tensor.fetch()

@@ -1,8 +1,12 @@
 """Files: written so that a power cut loses nothing that was called done, read as if somebody else wrote them.
 
 Writing. A file is on the disk when its bytes and the entry of its folder are: `written`, `write_json` and
-`write_jsonl` put a whole file in place of the old one, `put_folder` a whole folder, `append_line` a line at the end,
-and each returns only when that would survive a power cut. Nothing else in the package writes a file of a run.
+`write_lines` put a whole file in place of the old one, `put_folder` a whole folder, `append_line` a line at the end,
+and each returns only when that would survive a power cut. Nothing else in the package writes a file of a run
+(``tests/run/test_files.py`` reads the syntax trees for it).
+
+Paths. Everything is read from and written to a file system that the operating system has mounted; `local_path`
+refuses addresses such as ``gs://bucket/run``, which `Path` would turn into a local folder named ``gs:``.
 
 Reading. Model folders, tokenizers and checkpoints come from other people. What they hold is parsed with limits, never
 executed, and a name found in one never becomes a path. Each refusal is a ValueError with the file, the value and the
@@ -50,7 +54,7 @@ def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
     Raises:
       OSError: it could not be written; what was there before still is, and no half file is left beside it.
     """
-    path = Path(path)
+    path = local_path("the file to write", path)
     make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -87,20 +91,49 @@ def write_lines(path: StrPath, rows: Iterable[Any]) -> None:
 
 def append_line(path: StrPath, row: Any) -> None:
     """Appends `row` as a line of JSON; it survives a power cut when this returns."""
-    path = Path(path)
-    new = not path.exists()
-    make_folder(path.parent)
-    with path.open("a", encoding="utf-8") as file:
+    with appending(path) as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
+
+
+def appending(path: StrPath) -> IO[str]:
+    """Opens a text file to append lines to it, for a log that many lines are written to.
+
+    The entry of a new file in its folder is on the disk when this returns; its lines are after `flush`.
+    """
+    path = local_path("the file to write", path)
+    make_folder(path.parent)
+    new = not path.exists()
+    file = path.open("a", encoding="utf-8", newline="\n")
     if new:
         sync(path.parent)
+    return file
+
+
+def flush(file: IO[Any]) -> None:
+    """Waits until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def touch(path: StrPath) -> None:
+    """Makes an empty file where none is, so that it survives a power cut."""
+    if not os.path.lexists(path):
+        appending(path).close()
+
+
+def rename(source: StrPath, target: StrPath) -> None:
+    """Renames a file or a folder; the new name, and that the old one is gone, survive a power cut."""
+    source, target = Path(source), Path(target)
+    source.rename(target)
+    sync(target.parent)
+    if source.parent != target.parent:
+        sync(source.parent)
 
 
 def make_folder(folder: StrPath) -> Path:
     """Makes a folder and those above it where they are missing, so that they survive a power cut."""
-    folder = Path(folder)
+    folder = local_path("the folder to write", folder)
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
@@ -147,12 +180,10 @@ def put_folder(temporary: StrPath, folder: StrPath) -> None:
     temporary, folder = Path(temporary), Path(folder)
     old = folder.with_name(folder.name + ".old")
     sync_tree(temporary)
-    if folder.exists():
+    if os.path.lexists(folder):
         remove(old)
-        folder.rename(old)
-        sync(folder.parent)
-    temporary.rename(folder)
-    sync(folder.parent)
+        rename(folder, old)
+    rename(temporary, folder)
     remove(old)
 
 
@@ -160,9 +191,8 @@ def settle_folder(folder: StrPath) -> None:
     """Ends what a crash in `put_folder` left: brings the old folder back where no new one is, removes leftovers."""
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-        sync(folder.parent)
+    if os.path.lexists(old) and not os.path.lexists(folder):
+        rename(old, folder)
     remove(temporary, old)
 
 
@@ -175,10 +205,71 @@ def remove(*paths: StrPath) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_unfinished(folder: StrPath) -> None:
+    """Removes what `written` left beside its files in `folder` where the process was killed in the middle of it."""
+    for path in Path(folder).glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            remove(path)
+
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""What `written` calls a file until it is whole: ``.sft.json.k3xw_9ab.tmp``."""
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
+"""``gs://bucket/run``, and ``gs:/bucket/run``, which `Path` makes of it. A drive (``C:/runs``) has one letter."""
+
+
+def local_path(what: str, value: StrPath) -> Path:
+    """`value` as a path, if it is one: an address such as ``gs://bucket/run`` is refused.
+
+    >>> local_path("workdir", "runs/sft").as_posix()
+    'runs/sft'
+    >>> local_path("workdir", "gs://bucket/run")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: workdir='gs://bucket/run' is an address (gs://): mount that storage ...
+
+    Args:
+      what: the flag, config key or use of the path, for the message.
+      value: what was given for it.
+
+    Raises:
+      ValueError: it is an address; the message holds no user name, password or query of it.
+    """
+    text = os.fspath(value)
+    found = _ADDRESS.match(text.lstrip())
+    if found is None and "://" not in text:
+        return Path(value)
+    scheme = found["scheme"] if found else text.partition("://")[0].rpartition(":")[2]
+    rest = re.split(r"[?#]", (found["rest"] if found else text.partition("://")[2]).lstrip("/"))[0]
+    shown = f"{scheme}://{rest.rpartition('@')[2]}"[:200]
+    raise ValueError(
+        f"{what}={shown!r} is an address ({scheme}://): mount that storage and pass the folder it is mounted at, "
+        "or copy the files and pass their path (local and network file systems are supported)"
+    )
+
+
+def links_out_of(folder: StrPath) -> Iterator[Path]:
+    """The links below `folder`, at any depth, that lead out of it: to another folder, a file elsewhere, or nowhere.
+
+    A link that stays inside is fine, and so is one that leads in a circle. Links are never followed, so this ends, and
+    it looks at no file's content: a folder of ten thousand entries takes a few hundredths of a second.
+    """
+    root = os.path.realpath(folder)
+    inside = os.path.join(root, "")
+    for place, folders, names in os.walk(root, followlinks=False):
+        for name in (*folders, *names):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not (os.path.realpath(path) + os.sep).startswith(inside):
+                yield Path(folder) / os.path.relpath(path, root)
 
 
 # ------------------------------------------------------------------------------------------------------- what is there

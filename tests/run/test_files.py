@@ -13,9 +13,14 @@ from rlhf_jax.run import files
 def test_an_error_in_the_block_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     target = tmp_path / "a.json"
     files.write_json(target, {"old": 1})
-    with pytest.raises(RuntimeError), files.written(target) as file:
-        file.write("half")
-        raise RuntimeError
+
+    def fail_half_way() -> None:
+        with files.written(target) as file:
+            file.write("half")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail_half_way()
     assert files.read_json(target) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

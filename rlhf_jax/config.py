@@ -168,6 +168,8 @@ def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -
     Raises:
       ValueError: no such file, no `get_config`, an unknown key (with the nearest name), a value of the wrong type.
     """
+    if re.match(r"[\w+.-]+:/", path_and_arg):
+        files.local_path("--config", path_and_arg)
     path, _, arg = path_and_arg.partition(":")
     config = _get_config(Path(path))(*([arg] if arg else []))
     if not isinstance(config, ConfigDict):
@@ -584,6 +586,30 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
+PATHS = frozenset(
+    ("base", "corpus", "data", "data_dir", "demonstrations", "evaluation", "held_out_text", "model", "models",
+     "pretraining_text", "prompts", "rankings", "reference", "reward_model", "validation")
+)  # fmt: skip
+"""Keys, in any group, whose value names files or folders to read, or groups and tuples of such."""
+
+
+def refuse_addresses(config: ConfigDict) -> None:
+    """Refuses a config that names data or models by addresses such as ``gs://bucket/data``, before anything is read.
+
+    >>> refuse_addresses(ConfigDict({"tracker": "https://example.org", "prompts": "data/prompts.jsonl"}))
+
+    Raises:
+      ValueError: a key of `PATHS` does; see `files.local_path`.
+    """
+    for key in sorted(leaf_keys(config)):
+        if not PATHS.intersection(key.split(".")[-2:]):
+            continue
+        value = _value_at(config, key)
+        for path in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(path, str):
+                files.local_path(f"config.{key}", path)
+
+
 HARMLESS = ("save_every", "evaluate_every", "keep", "max_skipped", "kl_ceiling", "entropy_floor", "value_error_ceiling")
 """Keys, in any group, that change when a run saves, measures or gives up, and no number of its training."""
 
@@ -721,7 +747,8 @@ def _main(
         if flags.distributed:
             _start_processes(flags)
         config = load_config(flags.config, overrides)
-        path = Path(flags.workdir)
+        refuse_addresses(config)
+        path = files.local_path("--workdir", flags.workdir)
         _agree_on_command(flags, config)
         if flags.dry_run:
             _run_dry(dry_run, config)

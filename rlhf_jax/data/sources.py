@@ -39,7 +39,7 @@ from rlhf_jax.data.schema import (
     read_bytes,
     read_rows,
 )
-from rlhf_jax.run.files import read_json
+from rlhf_jax.run.files import local_path, read_json
 
 Split = Literal["train", "test"]
 HH_SUBSETS = ("helpful-base", "helpful-rejection-sampled", "helpful-online", "harmless-base")
@@ -141,7 +141,7 @@ def read_text(path: str | os.PathLike[str], *, separator: str | None = None) -> 
     Raises:
       ValueError: nothing to read, not UTF-8, or a bad row (the message names file and line).
     """
-    root = Path(path)
+    root = local_path("the text", path)
     names = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz")
     files = sorted(f for name in names for f in root.glob(name)) if root.is_dir() else [root]
     documents, rows = [], 0
@@ -368,7 +368,7 @@ def _replies(node: dict[str, Any], language: str) -> list[dict[str, Any]]:
 def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: str) -> Path:
     if data_dir is None:
         return _download(OASST_REPO, OASST_TREES)
-    root = _folder(data_dir, *(p.name for p in sorted(Path(data_dir).glob("oasst*"))))
+    root = _folder(data_dir, *(p.name for p in sorted(local_path("data_dir", data_dir).glob("oasst*"))))
     files = [*sorted(root.glob(derived)), *sorted(root.glob(trees))]
     if not files:
         raise ValueError(f"no {derived} or {trees} in {root}: pass the folder that holds OpenAssistant's file")
@@ -403,7 +403,7 @@ def _read_table(
         return record
 
     records, report = [], None
-    for file in _table_files(Path(path), split):
+    for file in _table_files(local_path("the data", path), split):
         kept, counts = (_arrow_rows if file.suffix in _ARROW else read_rows)(file, parse)
         records += kept
         report = counts if report is None else report + counts
@@ -714,7 +714,7 @@ def _txt_documents(file: Path, separator: str | None) -> tuple[list[PlainText], 
 
 
 def _folder(data_dir: str | os.PathLike[str], *names: str) -> Path:
-    root = Path(data_dir)
+    root = local_path("data_dir", data_dir)
     if not root.is_dir():
         raise ValueError(f"data_dir={root} is no folder: check the path, or leave it out to download")
     return next((root / name for name in names if (root / name).is_dir()), root)

@@ -71,8 +71,8 @@ def test_links_in_checkpoints_are_put_aside_and_the_run_refuses_to_restart_from_
     run = copy(ran, tmp_path / "run")
     root = run / "checkpoints"
     older, newest = runs.steps(run)
-    (root / str(newest)).rename(tmp_path / "moved")
-    (root / str(newest)).symlink_to(tmp_path / "moved")
+    (root / str(newest)).rename(run / "moved")
+    (root / str(newest)).symlink_to(run / "moved")
     file = root / "manifests" / f"{older}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"extra": {"x": 1}}))
     ended = here(ran, run, capfd)
@@ -80,7 +80,7 @@ def test_links_in_checkpoints_are_put_aside_and_the_run_refuses_to_restart_from_
     assert f"step {newest} is not used, {newest} is a symbolic link" in ended.err
     assert f"step {older} is not used, its seal was changed" in ended.err
     assert "Error: every checkpoint in" in ended.line
-    assert (tmp_path / "moved" / "state").is_dir()
+    assert (run / "moved" / "state").is_dir()
     assert {p.name.split("-")[0] for p in (root / "quarantine").iterdir()} == {str(newest), str(older)}
 
 

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 from experiments import guards, pretrained
 from rlhf_jax import checkpoint, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import chat, schema, text
+from rlhf_jax.data import chat, parsed, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate_many
@@ -70,6 +70,7 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
+    parsed.begin()
     return sharding.make_mesh(tuple(mesh_shape))
 
 
@@ -87,7 +88,7 @@ def agree_on_inputs(*paths: str) -> None:
 
 
 def contents_digest(path: Path) -> str:
-    """sha256 of the files in a folder, or of one; of each the size and 64 pieces, where it is larger than those."""
+    """sha256 of the files in a folder, or of one; of larger weights the size and 64 pieces."""
     digest, piece = hashlib.sha256(), 2**20
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not path.exists():
@@ -95,7 +96,8 @@ def contents_digest(path: Path) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path)} {size}\n".encode())
-        places = range(0, size, piece) if size <= 64 * piece else np.linspace(0, size - piece, 64).astype(int)
+        whole = size <= 64 * piece or file.suffix not in (".safetensors", ".gguf", ".bin")
+        places = range(0, size, piece) if whole else np.linspace(0, size - piece, 64).astype(int)
         with file.open("rb") as f:
             for place in places:
                 f.seek(int(place))
@@ -201,6 +203,7 @@ def load_network(
     try:
         # Each array is read straight to where it belongs; nothing is placed again.
         shardings = functools.partial(sharding.tree_shardings, mesh=mesh, rules=rules)
+        parsed.loading(folder)
         model, params, tokenizer = load_hf(folder, shardings=shardings)
     except FileNotFoundError as error:
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None

@@ -55,6 +55,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     base, model, trained, mesh = setup.base, setup.model, setup.trained, setup.mesh
     rankings, encoded, rows = setup.rankings, setup.encoded, setup.rows
     steps = setup.batches.steps(config.epochs)
+    made_of = origin(config, base)
     with memory.phase(
         "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
         microbatches=config.microbatches, parameters=common.size(base.params),
@@ -62,10 +63,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
         state = common.train_resumable(
             setup.step, setup.state, setup.batches, mesh, workdir=workdir, stage="reward_model", steps=steps,
             save_every=config.save_every, seed=config.seed, show=("reward/loss", "reward/accuracy"), keep=config.keep,
-            max_skipped=config.guard.max_skipped, origin=origin(config, base),
+            max_skipped=config.guard.max_skipped, origin=made_of,
             records=where(config, rankings, encoded, setup.places),
         )  # fmt: skip
     network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
+    guards.check_read(made_of)
     common.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
     result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}

@@ -42,6 +42,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from rlhf_jax.data import parsed
+
 ABSENT = -1
 """The rank of a response that was not ranked."""
 
@@ -432,6 +434,7 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes the file private
         os.replace(temporary, path)
+        parsed.forget(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -445,6 +448,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     try:
         data = Path(path).read_bytes()
+        parsed.seen(path, data)
         return _unpacked(data, path) if str(path).endswith(".gz") else data
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path") from None

@@ -101,7 +101,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
             folder, config.name, config.prompts, limit=config.guard.max_skipped, resume_step=done,
             counts=kept.get("skips"),
         )  # fmt: skip
-        with StageLog(folder, config.name, total=config.iterations, resume_step=done, show=SHOW) as log:
+        with StageLog(
+            folder, config.name, total=config.iterations, resume_step=done, show=SHOW, unit="iterations"
+        ) as log:
             if done < config.iterations:
                 compile_ahead(setup, config, mesh)
             for iteration in range(done, config.iterations):

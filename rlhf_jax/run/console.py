@@ -185,7 +185,9 @@ class Console:
         pace, left = self._rate.seconds_per_step, self.seconds_left
         shown = ""
         if pace:
-            shown = f"  {1 / pace:.1f} {self._unit}/s" if pace <= 1 else f"  {pace:.1f} s/{self._unit.removesuffix('s')}"
+            shown = (
+                f"  {1 / pace:.1f} {self._unit}/s" if pace <= 1 else f"  {pace:.1f} s/{self._unit.removesuffix('s')}"
+            )
         if self._step >= self._total:
             return f"{shown}  took {duration(now - self._started)}"
         return f"{shown}  ETA {duration(left)}" if pace and left is not None else ""

@@ -39,6 +39,7 @@ from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.run import files
+from rlhf_jax.run.console import Progress
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"
@@ -109,6 +110,25 @@ def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -
     """The stream of batches of `rows`, of each batch this process's share."""
     index, count = sharding.batch_share(mesh)
     return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
+
+
+def held_out_batches(
+    rows: LMBatch, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, most: int | None = None
+) -> list[LMBatch]:
+    """Rows of text to measure a loss on, placed, each of them once: what fills up the last batch is no target.
+
+    Args:
+      rows: all of them.
+      mesh: where batches go.
+      batch_size: rows of a batch.
+      seed: of their order, which matters where only some batches are taken.
+      most: at most so many batches; None takes all.
+    """
+    found = batches(rows, mesh, batch_size=batch_size, seed=seed).each_once(most)
+    return [
+        sharding.place_batch(dataclasses.replace(batch, mask=batch.mask & counts[:, None]), mesh)
+        for batch, counts in found
+    ]
 
 
 def has_accelerator() -> bool:
@@ -672,11 +692,15 @@ def score_responses(
         [*text.encode_prompt(network.tokenizer, p), *text.encode_answer(network.tokenizer, p, r)]
         for p, r in zip(prompts, responses, strict=True)
     ]
-    scores = np.zeros(len(rows))
-    for index, slots in by_length([len(row) for row in rows], batch_size):
-        batch = text.prompt_batch([rows[i] for i in index], length=slots)
-        placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
-        scores[index] = processes.gather(_scores(network.model, network.params, placed))
+    scores, parts = np.zeros(len(rows)), [*by_length([len(row) for row in rows], batch_size)]
+    # Counted in slots: the rows are sorted, and the last batches of them take longest.
+    work = np.cumsum([len(index) * slots for index, slots in parts], dtype=int)
+    with Progress("scoring", int(work[-1]) if parts else 0, unit="slots") as progress:
+        for (index, slots), done in zip(parts, work, strict=True):
+            batch = text.prompt_batch([rows[i] for i in index], length=slots)
+            placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+            scores[index] = processes.gather(_scores(network.model, network.params, placed))
+            progress(int(done))
     return scores
 
 

@@ -374,8 +374,7 @@ def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -
     if not config.held_out_text:
         return []
     rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
-    batches = common.batches(rows, mesh, batch_size=config.held_out_rows, seed=0)
-    return [sharding.place_batch(batches.at(0), mesh)]
+    return common.held_out_batches(rows, mesh, batch_size=config.held_out_rows, seed=0, most=1)
 
 
 def judge(name: str) -> Judge | None:

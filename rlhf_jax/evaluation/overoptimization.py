@@ -49,8 +49,8 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
     """Expected gold score of the sample that the proxy likes best among n, from S >= n samples a prompt, unbiased.
 
     With a prompt's samples sorted by proxy, ``E = sum_i C(i-1, n-1) / C(S, n) gold_(i)`` over i = n..S: the chance that
-    sample i is the best of a random subset of n. Samples with equal proxy, which differ by rounding at most, share their
-    weight (a tie is broken by lot).
+    sample i is the best of a random subset of n. Samples whose proxies differ by rounding at most
+    share their weight (a tie is broken by lot).
 
     Args:
       proxy: proxy (reward model) score of each of S samples of P prompts.

@@ -90,7 +90,7 @@ def pairwise_accuracy(
     Source: Ouyang et al. 2022, section 4.1 and appendix E.2 (accuracy on training and held-out labelers); Cameron,
     Gelbach and Miller 2008, section 3 (clusters are drawn whole).
     """
-    pairs, margin, correct = _judged(scores, ranks)
+    pairs, _, correct = _judged(scores, ranks)
     return _bootstrap(_prompts(groups, len(ranks))[pairs.prompt], correct, resamples, seed)
 
 

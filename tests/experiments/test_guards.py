@@ -237,11 +237,11 @@ def test_the_fingerprint_is_of_the_bytes_that_were_parsed(inputs, tmp_path, monk
     assert begun["data"]["demonstrations"]["sha256"] == hashlib.sha256(before).hexdigest()
     common.start(config.mesh)  # the next process
     sft.read_demonstrations(network.tokenizer, str(file), config)
-    with pytest.raises(ValueError, match="demonstrations: the content of .* has changed"):
+    with pytest.raises(ValueError, match=r"demonstrations: the content of .* has changed"):
         guards.check_origin(begun, sft.origin(config, network))
     file.write_bytes(before)
     sft.read_demonstrations(network.tokenizer, str(file), config)
-    with pytest.raises(ValueError, match="demonstrations: .* changed while this run read it"):
+    with pytest.raises(ValueError, match=r"demonstrations: .* changed while this run read it"):
         sft.origin(config, network)
 
 

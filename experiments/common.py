@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from experiments import guards, pretrained
 from rlhf_jax import checkpoint, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import chat, schema, text
+from rlhf_jax.data import chat, parsed, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate_many
@@ -38,6 +38,7 @@ from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.run import files
+from rlhf_jax.run.console import Progress
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"
@@ -69,6 +70,7 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
+    parsed.begin()
     return sharding.make_mesh(tuple(mesh_shape))
 
 
@@ -88,7 +90,7 @@ def agree_on_inputs(*paths: str) -> None:
 
 
 def contents_digest(path: Path) -> str:
-    """sha256 of the files in a folder, or of one; of each the size and 64 pieces, where it is larger than those."""
+    """sha256 of the files in a folder, or of one; of larger weights the size and 64 pieces."""
     digest, piece = hashlib.sha256(), 2**20
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not path.exists():
@@ -96,7 +98,8 @@ def contents_digest(path: Path) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path)} {size}\n".encode())
-        places = range(0, size, piece) if size <= 64 * piece else np.linspace(0, size - piece, 64).astype(int)
+        whole = size <= 64 * piece or file.suffix not in (".safetensors", ".gguf", ".bin")
+        places = range(0, size, piece) if whole else np.linspace(0, size - piece, 64).astype(int)
         with file.open("rb") as f:
             for place in places:
                 f.seek(int(place))
@@ -108,6 +111,25 @@ def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -
     """The stream of batches of `rows`, of each batch this process's share."""
     index, count = sharding.batch_share(mesh)
     return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
+
+
+def held_out_batches(
+    rows: LMBatch, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, most: int | None = None
+) -> list[LMBatch]:
+    """Rows of text to measure a loss on, placed, each of them once: what fills up the last batch is no target.
+
+    Args:
+      rows: all of them.
+      mesh: where batches go.
+      batch_size: rows of a batch.
+      seed: of their order, which matters where only some batches are taken.
+      most: at most so many batches; None takes all.
+    """
+    found = batches(rows, mesh, batch_size=batch_size, seed=seed).each_once(most)
+    return [
+        sharding.place_batch(dataclasses.replace(batch, mask=batch.mask & counts[:, None]), mesh)
+        for batch, counts in found
+    ]
 
 
 def has_accelerator() -> bool:
@@ -203,6 +225,7 @@ def load_network(
     try:
         # Each array is read straight to where it belongs; nothing is placed again.
         shardings = functools.partial(sharding.tree_shardings, mesh=mesh, rules=rules)
+        parsed.loading(folder)
         model, params, tokenizer = load_hf(folder, shardings=shardings)
     except FileNotFoundError as error:
         raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
@@ -656,11 +679,15 @@ def score_responses(
         [*text.encode_prompt(network.tokenizer, p), *text.encode_answer(network.tokenizer, p, r)]
         for p, r in zip(prompts, responses, strict=True)
     ]
-    scores = np.zeros(len(rows))
-    for index, slots in by_length([len(row) for row in rows], batch_size):
-        batch = text.prompt_batch([rows[i] for i in index], length=slots)
-        placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
-        scores[index] = processes.gather(_scores(network.model, network.params, placed))
+    scores, parts = np.zeros(len(rows)), [*by_length([len(row) for row in rows], batch_size)]
+    # Counted in slots: the rows are sorted, and the last batches of them take longest.
+    work = np.cumsum([len(index) * slots for index, slots in parts], dtype=int)
+    with Progress("scoring", int(work[-1]) if parts else 0, unit="slots") as progress:
+        for (index, slots), done in zip(parts, work, strict=True):
+            batch = text.prompt_batch([rows[i] for i in index], length=slots)
+            placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+            scores[index] = processes.gather(_scores(network.model, network.params, placed))
+            progress(int(done))
     return scores
 
 

@@ -23,13 +23,13 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax import config as config_lib
-from rlhf_jax import scoring, sharding
+from rlhf_jax import scoring
 from rlhf_jax.data import chat, schema, text
-from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
 from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
 from rlhf_jax.metrics import StageLog
+from rlhf_jax.run.console import Progress, patiently
 from rlhf_jax.run.files import write_json
 from rlhf_jax.types import LMBatch, Model, Params, Samples
 
@@ -82,22 +82,27 @@ def run(config: ConfigDict, workdir: str) -> dict:
     held_out: dict[str, list[LMBatch]] = {}
     counts = {BASELINE: config.baseline_samples, "base": config.base_samples, "prompted_base": config.base_samples}
     jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
-    with StageLog(workdir, "evaluate", total=len(jobs), show=("gold_score", "reward_score", "tokens")) as log:
+    shown = ("gold_score", "reward_score", "tokens")
+    with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models") as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
             network = common.load_network(paths["base" if prompted else name], mesh, config.decoder)
             count = counts.get(name, config.samples)
             ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
-            answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
+            answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh, name=name)
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
                 held_out[kind] = held_out.get(kind) or held_out_batches(network.tokenizer, config, mesh)
-                loss = lm_loss(network.model, network.params, held_out[kind])
+                with patiently(f"{name}: loss on held-out text"):
+                    loss = lm_loss(network.model, network.params, held_out[kind])
                 results.setdefault("pretraining_loss", {})[name] = loss
             if name in config.kl_of and config.reference:
-                results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
+                with patiently(f"{name}: KL to the reference"):
+                    results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
+                if not config.temperature:
+                    results["kl_temperature"] = kl_temperature(config)
             log(done, answers[name].means())
-    results |= compare(answers)
+    results |= compare(answers, [str(p.prompt) for p in prompts])
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)
     return results
@@ -158,17 +163,18 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
 
 def answer(
     network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
-    count: int, config: ConfigDict, mesh: jax.sharding.Mesh,
+    count: int, config: ConfigDict, mesh: jax.sharding.Mesh, *, name: str = "samples",
 ) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length."""
+    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for the console."""
     ids, slots = ask(network, prompts)
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
-    texts, samples = common.sample_responses(
-        network, ids, mesh, asked=() if prompted else [p.prompt for p in prompts], counts=count, prompt_length=slots,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed,
-        batch_size=config.batch_size, stop_ids=stop,
-    )  # fmt: skip
+    with Progress(f"{name}: sampling", count * len(prompts), unit="responses") as progress:
+        texts, samples = common.sample_responses(
+            network, ids, mesh, asked=() if prompted else [p.prompt for p in prompts], counts=count,
+            prompt_length=slots, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            seed=config.seed, batch_size=config.batch_size, stop_ids=stop, progress=lambda done, _: progress(done),
+        )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
     rewards = common.score_responses(reward, [p.prompt for p in asked], texts, mesh, batch_size=config.batch_size)
@@ -197,21 +203,29 @@ def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
 def held_out_batches(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
     """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment tax."""
     rows = common.lm_rows(tokenizer, config.held_out_text, length=config.held_out_row_length)
-    batches = Batches(rows, batch_size=config.batch_size, seed=0)
-    count = min(config.held_out_batches, batches.steps(1))
-    return [sharding.place_batch(batches.at(i), mesh) for i in range(count)]
+    return common.held_out_batches(rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches)
 
 
 def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
-    """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence."""
+    """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence.
+
+    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from any: there the number is the mean
+    log-ratio of the most likely response, and no estimate of a KL divergence.
+    """
     reference = common.load_network(config.reference, mesh, config.decoder)
     gaps = np.zeros(len(said.samples.lengths))
     for index, slots in common.by_length(said.samples.lengths, config.batch_size):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
-        own, other = (_log_probs(one.model, one.params, samples, config.temperature) for one in (network, reference))
+        temperature = kl_temperature(config)
+        own, other = (_log_probs(one.model, one.params, samples, temperature) for one in (network, reference))
         gaps[index] = own - other
     return float(gaps.mean())
+
+
+def kl_temperature(config: ConfigDict) -> float:
+    """The temperature of the distributions that are compared: the sampler's, and 1 for greedy samples."""
+    return float(config.temperature or 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -223,11 +237,17 @@ def _log_probs(model: Model, params: Params, samples: Samples, temperature: floa
     ).sum(axis=1)
 
 
-def compare(answers: dict[str, Answers]) -> dict[str, Any]:
+def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> dict[str, Any]:
     """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths, best-of-n.
 
     Without gold scores the keys that speak of them are left out.
+
+    Args:
+      answers: of each model to the same prompts.
+      asked: the text of each prompt: rows of one prompt count as one. None says that each is another.
     """
+    raw, answers = answers, same_score_for_same_text(answers)
+    groups = np.unique(np.array(asked), return_inverse=True)[1] if asked and len(set(asked)) < len(asked) else None
     baseline = answers[BASELINE]
     others = {name: said for name, said in answers.items() if name != BASELINE}
     # Best of 4 meets the samples it was not chosen from.
@@ -236,19 +256,21 @@ def compare(answers: dict[str, Answers]) -> dict[str, Any]:
     has_gold = baseline.gold is not None
     fields = {"win_rate_vs_sft": "gold"} if has_gold else {}
     for key, field in (fields | {"win_rate_vs_sft_by_reward_model": "reward"}).items():
-        rates = {m: win_rate(getattr(a, field), getattr(baseline, field))._asdict() for m, a in others.items()}
+        rates = {
+            m: win_rate(getattr(a, field), getattr(baseline, field), groups=groups)._asdict() for m, a in others.items()
+        }
         if best is not None:
-            rates[BEST_OF] = win_rate(best[field], getattr(baseline, field)[:, 4:])._asdict()
+            rates[BEST_OF] = win_rate(best[field], getattr(baseline, field)[:, 4:], groups=groups)._asdict()
         results[key] = rates
     for key, field in fields.items():
         results[f"{key}_length_controlled"] = {
             m: length_controlled_win_rate(
-                getattr(a, field), getattr(baseline, field), a.tokens, baseline.tokens
+                getattr(a, field), getattr(baseline, field), a.tokens, baseline.tokens, groups=groups
             )._asdict()
             for m, a in others.items()
         }
         results["gold_score"] = {m: float(getattr(a, field).mean()) for m, a in answers.items()}
-    results["reward_score"] = {m: float(a.reward.mean()) for m, a in answers.items()}
+    results["reward_score"] = {m: float(a.reward.mean()) for m, a in raw.items()}
     results["response_tokens"] = {m: float(a.tokens.mean()) for m, a in answers.items()}
     if best is not None:
         if has_gold:
@@ -256,8 +278,25 @@ def compare(answers: dict[str, Answers]) -> dict[str, Any]:
         results["response_tokens"][BEST_OF] = float(best["tokens"].mean())
     if has_gold:
         results["gold_parts"] = {m: mean_parts(a.parts) for m, a in answers.items()}
-    results["best_of_n"] = best_of_n_curve(baseline)
+    results["best_of_n"] = best_of_n_curve(raw[BASELINE])
     return results
+
+
+def same_score_for_same_text(answers: dict[str, Answers]) -> dict[str, Answers]:
+    """The answers, with one reward-model score wherever the same was answered to a prompt.
+
+    A text that two models gave was scored in two batches, and its two scores may differ by rounding (in bfloat16 by
+    one in a hundred). Neither of them is better.
+    """
+    first: dict[tuple[int, str], float] = {}
+    settled = {}
+    for name, said in answers.items():
+        reward = said.reward.copy()
+        for row, texts in enumerate(said.texts):
+            for column, answered in enumerate(texts):
+                reward[row, column] = first.setdefault((row, answered), reward[row, column])
+        settled[name] = said._replace(reward=reward)
+    return settled
 
 
 def _best_of(said: Answers, n: int) -> dict[str, np.ndarray]:

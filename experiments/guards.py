@@ -6,7 +6,6 @@ the run. `origin` is what a checkpoint says of the run beside its arrays, and `c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -21,7 +20,9 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import metrics, processes
-from rlhf_jax.data import text
+from rlhf_jax.data import parsed, text
+from rlhf_jax.run import files as run_files
+from rlhf_jax.run import numerics
 from rlhf_jax.run.files import append_line, json_digest
 
 FILE = "skipped.jsonl"
@@ -216,7 +217,10 @@ def origin(
     models: Mapping[str, str | os.PathLike[str]],
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What a run is made of, for `Checkpoints.save(extra=...)`: config without secrets, data, models, versions.
+    """What a run is made of, for `Checkpoints.save(extra=...)`: config without secrets, data, models, flags, versions.
+
+    The fingerprint of a data file is that of the bytes which this run has parsed (`rlhf_jax.data.parsed`), and that of
+    a model is of the files it was loaded from. Several processes compare theirs here.
 
     Args:
       config: of the stage.
@@ -224,15 +228,25 @@ def origin(
       models: config key -> the folder or file of a model that is read and not trained further in place: the KL
         reference, the reward model, what training starts from.
       tokenizer: of the stage.
+
+    Raises:
+      ValueError: a file changed while the run read it, or the processes have read different ones.
     """
+    data = {key: _file_print(key, path) for key, path in files.items() if path}
+    folders = {key: _model_print(key, Path(path)) for key, path in models.items() if str(path)}
+    flags = numerics.meaning()
+    facts = {f"the content of {key}": each["sha256"] for key, each in (data | folders).items()}
+    processes.agree("origin", facts | flags)
     plain = json.loads(config_lib.to_json(config), parse_constant=str)
     return {
         "config": plain,
         "config_sha256": json_digest(plain),
-        "data": {key: _file_print(Path(path)) for key, path in files.items() if path},
-        "models": {key: _model_print(Path(path)) for key, path in models.items() if str(path)},
+        "data": data,
+        "models": folders,
         "tokenizer": text.tokenizer_fingerprint(tokenizer),
         "seed": config.seed,
+        "numerics": flags,
+        "rounding": numerics.rounding() | numerics.surroundings(),
         "versions": {name: metadata.version(name) for name in config_lib.PACKAGES},
     }
 
@@ -245,7 +259,8 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
       current: `origin` of what is about to go on.
 
     Raises:
-      ValueError: data, tokenizer, reference or reward model are not the same, or a config key that changes numbers.
+      ValueError: data, tokenizer, reference or reward model are not the same, or a config key or a flag of JAX or XLA
+        that changes numbers.
     """
     if "config" not in stored:
         return  # a checkpoint of somebody's own loop
@@ -258,12 +273,17 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         changes += _changed_files(stored[group], current[group])
     if stored["tokenizer"] != current["tokenizer"]:
         changes.append("tokenizer: another one encodes the texts")
+    changes += numerics.differences(stored.get("numerics", current["numerics"]), current["numerics"])
     if changes and not config_lib.change_allowed():
         raise ValueError(
             f"this run was begun with something else ({'; '.join(changes)}): put it back, choose another workdir, "
             "or --allow_config_change to go on all the same"
         )
     notes = changes + config_lib.diff(stored["versions"], current["versions"], "version of ")
+    if "numerics" in stored:
+        notes += numerics.differences(stored["rounding"], current["rounding"])
+    else:
+        notes.append("flags of JAX: those it was begun with are not known, its checkpoint is of an older version")
     if notes and jax.process_index() == 0:
         print(f"Note: the run goes on although it differs from its beginning: {'; '.join(notes)}", flush=True)
 
@@ -286,20 +306,39 @@ def _which(old: Any, new: Any) -> str:
     return f" ({', '.join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))})"
 
 
-def _file_print(path: Path) -> dict[str, Any]:
-    """sha256, bytes and lines of a data file, read in pieces."""
-    digest, size, lines = hashlib.sha256(), 0, 0
-    with path.open("rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-            size, lines = size + len(piece), lines + piece.count(b"\n")
-    return {"path": str(path), "sha256": digest.hexdigest(), "bytes": size, "lines": lines}
+def check_read(made_of: Mapping[str, Any]) -> None:
+    """Refuses data that were read after the fingerprint `made_of` was taken and are not what it says.
+
+    Raises:
+      ValueError: a file changed in between; the message names it.
+    """
+    for key, each in made_of["data"].items():
+        if parsed.of(each["path"]).sha256 != each["sha256"]:
+            raise ValueError(
+                f"{key}: {each['path']} changed while this run trained: put back what it held and give the same "
+                "command again (the checkpoints are intact), or choose another workdir for the new content"
+            )
 
 
-def _model_print(path: Path) -> dict[str, Any]:
+def _file_print(key: str, path: str) -> dict[str, Any]:
+    """sha256, bytes and lines of what was parsed of a data file."""
+    try:
+        return {"path": str(path), **parsed.of(path)._asdict()}
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _model_print(key: str, path: Path) -> dict[str, Any]:
     """sha256 of each file of a model folder (or of one file), by name."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return {"path": str(path), "sha256": {p.name: _file_print(p)["sha256"] for p in files}}
+    found = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    prints = {p.name: run_files.sha256(p) for p in found}
+    changed = parsed.changed_since_loading(path)
+    if changed:
+        raise ValueError(
+            f"{key}: {', '.join(changed)} of {path} changed while this run loaded it: start again when nothing writes "
+            "there any more"
+        )
+    return {"path": str(path), "sha256": prints}
 
 
 def rows_on_host(flags: jax.Array) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.run.console import patiently
+
 Programs = Iterable[tuple[str, jax.stages.Compiled]]
 """The phases of a stage by name, each compiled when it is asked for."""
 
@@ -149,7 +151,8 @@ def phase(
       OutOfMemory: instead of RESOURCE_EXHAUSTED, bad_alloc or MemoryError. Everything else passes.
     """
     try:
-        yield
+        with patiently("set-up, reading models and data") if name == "set-up" else contextlib.nullcontext():
+            yield
     except OutOfMemory:
         raise
     except (MemoryError, RuntimeError) as error:

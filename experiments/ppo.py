@@ -101,7 +101,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
             folder, config.name, config.prompts, limit=config.guard.max_skipped, resume_step=done,
             counts=kept.get("skips"),
         )  # fmt: skip
-        with StageLog(folder, config.name, total=config.iterations, resume_step=done, show=SHOW) as log:
+        with StageLog(
+            folder, config.name, total=config.iterations, resume_step=done, show=SHOW, unit="iterations"
+        ) as log:
             if done < config.iterations:
                 compile_ahead(setup, config, mesh)
             for iteration in range(done, config.iterations):
@@ -372,8 +374,7 @@ def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -
     if not config.held_out_text:
         return []
     rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
-    batches = common.batches(rows, mesh, batch_size=config.held_out_rows, seed=0)
-    return [sharding.place_batch(batches.at(0), mesh)]
+    return common.held_out_batches(rows, mesh, batch_size=config.held_out_rows, seed=0, most=1)
 
 
 def judge(name: str) -> Judge | None:

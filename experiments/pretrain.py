@@ -58,11 +58,12 @@ def prepare(config: ConfigDict) -> Setup:
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
     )
     batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
-    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=0)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
     rate = optim.cosine_to(config.learning_rate, batches.steps(config.epochs))
     tx = optim.adam(rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
-    held = [sharding.place_batch(held_out.at(i), mesh) for i in range(config.held_out_batches)]
+    held = common.held_out_batches(
+        held_out, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches
+    )  # fmt: skip
     state = sharding.place_state(train_state(model.init(jax.random.key(config.seed)), tx), mesh)
     return Setup(mesh, tokenizer, rows, batches, held, model, compile_step(make_sft_step(model, tx)), state)
 

@@ -9,7 +9,6 @@ Run:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.run.console import Progress
 from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
@@ -55,6 +55,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     base, model, trained, mesh = setup.base, setup.model, setup.trained, setup.mesh
     rankings, encoded, rows = setup.rankings, setup.encoded, setup.rows
     steps = setup.batches.steps(config.epochs)
+    made_of = origin(config, base)
     with memory.phase(
         "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
         microbatches=config.microbatches, parameters=common.size(base.params),
@@ -62,10 +63,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
         state = common.train_resumable(
             setup.step, setup.state, setup.batches, mesh, workdir=workdir, stage="reward_model", steps=steps,
             save_every=config.save_every, seed=config.seed, show=("reward/loss", "reward/accuracy"), keep=config.keep,
-            max_skipped=config.guard.max_skipped, origin=origin(config, base),
+            max_skipped=config.guard.max_skipped, origin=made_of,
             records=where(config, rankings, encoded, setup.places),
         )  # fmt: skip
     network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
+    guards.check_read(made_of)
     common.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
     result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}
@@ -208,21 +210,18 @@ def read_trunk(
 
 
 def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str) -> Any:
-    """A function of rows, `size` of them at a time, with a line of progress under `name` now and then.
+    """A function of rows, `size` of them at a time, with a line of progress under `name` where it takes long.
 
     The last batch is filled up with the last row, so that there is one program.
     """
-    count, found, begun = len(rows.tokens), [], time.monotonic()
-    told = begun
-    for start in range(0, count, size):
-        now = time.monotonic()
-        if start and now - told > 30 and processes.index() == 0:
-            told, left = now, (now - begun) * (count - start) / start
-            print(f"{name}: {start} of {count} rows  ETA {left / 60:.0f} min", flush=True)
-        index = np.minimum(np.arange(start, start + size), count - 1)
-        batch = jax.tree.map(lambda x, index=index: x[index], rows)
-        batch = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
-        found.append(processes.gather(function(batch)))
+    count, found = len(rows.tokens), []
+    with Progress(name, count, unit="rows") as progress:
+        for start in range(0, count, size):
+            index = np.minimum(np.arange(start, start + size), count - 1)
+            batch = jax.tree.map(lambda x, index=index: x[index], rows)
+            batch = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+            found.append(processes.gather(function(batch)))
+            progress(min(start + size, count))
     return np.concatenate(found)[:count]
 
 
@@ -312,13 +311,16 @@ def _distinct_responses(
 def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
     """Accuracy on strict pairs with its interval, whole and in bins; the rule "longer is better" beside it."""
     grid, ranks, lengths = pad_ranked(rankings, scores)
+    # Several labelers' rankings of one prompt say the same thing twice: the prompt is the unit of the intervals.
+    number = {prompt: place for place, prompt in enumerate(dict.fromkeys(r.prompt for r in rankings))}
+    groups = np.array([number[r.prompt] for r in rankings])
     calibration = quality.calibration(grid, ranks)
     margins = np.unique(np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES))
     by_margin = quality.accuracy_by_margin(grid, ranks, edges=margins) if len(margins) > 1 else None
     by_length = quality.accuracy_by_length_difference(grid, ranks, lengths, edges=LENGTH_EDGES)
-    length_only = quality.length_only_accuracy(lengths, ranks)
+    length_only = quality.length_only_accuracy(lengths, ranks, groups=groups)
     return {
-        "accuracy": quality.pairwise_accuracy(grid, ranks)._asdict(),
+        "accuracy": quality.pairwise_accuracy(grid, ranks, groups=groups)._asdict(),
         "log_loss": quality.pairwise_log_loss(grid, ranks),
         "length_only_accuracy": length_only.value,
         "length_only": length_only._asdict(),

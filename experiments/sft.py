@@ -118,8 +118,7 @@ def prepare(config: ConfigDict) -> Setup:
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config)
     batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
-    held_out = common.batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
-    held = [sharding.place_batch(held_out.at(i), mesh) for i in range(held_out.steps(1))]
+    held = common.held_out_batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
     rate = common.schedule(config.schedule, config.learning_rate, batches.steps(1) * config.epochs)
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
     trained = common.trained(network.params, config)

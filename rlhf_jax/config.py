@@ -40,7 +40,7 @@ except ImportError:  # Windows: folders are used without a lock
 from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax import __version__, processes
-from rlhf_jax.run import files
+from rlhf_jax.run import files, numerics
 from rlhf_jax.run.files import PLAIN_NAME, read_json
 
 Run = Callable[[ConfigDict, str], Any]
@@ -907,11 +907,12 @@ def _start_processes(flags: argparse.Namespace) -> None:
 
 
 def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
-    """Before any work: all processes run one command with one set of versions."""
+    """Before any work and any device: all processes run one command with one set of versions and of flags."""
     plain = json.loads(to_json(config))
     facts: dict[str, Any] = {f"config.{key}": _value_at(plain, key) for key in sorted(leaf_keys(config))}
     facts |= {f"--{name}": getattr(flags, name) for name in ("overwrite", "allow_config_change")}
     facts |= {f"the version of {name}": metadata.version(name) for name in PACKAGES}
+    facts |= numerics.meaning() | numerics.rounding()
     processes.agree("start", facts | {"the version of rlhf_jax": __version__})
 
 

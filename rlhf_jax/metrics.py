@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
 import math
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 
 from rlhf_jax import processes
 from rlhf_jax.run import files
+from rlhf_jax.run.console import Console as Console
+from rlhf_jax.run.console import Stream as Stream
+from rlhf_jax.run.console import duration as duration
+from rlhf_jax.run.console import patiently
 from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
@@ -27,15 +30,6 @@ Writer = Callable[[int, str, dict[str, float]], None]
 """Takes ``(step, stage, floats)``."""
 
 FILE = "metrics.jsonl"
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """What the console needs of a text stream; `sys.stdout`, a file and a `StringIO` are such."""
-
-    def write(self, text: str, /) -> int: ...  # noqa: D102
-    def flush(self) -> None: ...  # noqa: D102
-    def isatty(self) -> bool: ...  # noqa: D102
 
 
 def to_host(metrics: Values) -> dict[str, float]:
@@ -74,6 +68,7 @@ class StageLog:
       every: at most one console line in so many seconds when the console is not a terminal.
       stream: the console.
       clock: seconds, ever increasing.
+      unit: what a step is, in the plural: ``iterations``, ``responses``.
     """
 
     def __init__(
@@ -88,6 +83,7 @@ class StageLog:
         every: float = 10.0,
         stream: Stream | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "steps",
     ):
         # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
         folder = files.local_path("workdir", workdir)
@@ -97,11 +93,17 @@ class StageLog:
         drop_after(self._path, stage, resume_step)
         self._file = files.appending(self._path)
         self._stage, self._writers = stage, tuple(writers)
-        self._console = Console(stage, total, resume_step, show=show, every=every, stream=stream, clock=clock)
+        self._console = Console(
+            stage, total, resume_step, show=show, every=every, stream=stream, clock=clock, unit=unit
+        )  # fmt: skip
         self._pending: tuple[int, float, Values] | None = None
+        # Until the first step is handed in nothing else would be said, and it may compile for minutes.
+        self._first = contextlib.ExitStack()
+        self._first.enter_context(patiently(f"{stage}: the first step, which is compiled", stream=stream))
 
     def __call__(self, step: int, metrics: Values) -> None:
         """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""
+        self._first.close()
         previous, self._pending = self._pending, (step, time.time(), metrics)
         if previous and previous[0] == step:
             self._pending = (step, previous[1], {**previous[2], **metrics})
@@ -118,11 +120,17 @@ class StageLog:
 
     def close(self) -> None:
         """Flushes, ends the console line and closes the file."""
+        self._first.close()
         try:
             self.flush()
         finally:
             self._console.close()
             self._file.close()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the stage will still take, as its console shows it; None while that is not known."""
+        return self._console.seconds_left
 
     def __enter__(self) -> StageLog:
         return self
@@ -186,88 +194,6 @@ def _record(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-# ---------------------------------------------------------------------------------------------------- the console
-
-
-class Console:
-    """Progress of one stage: a bar that is redrawn on a terminal, a plain line now and then elsewhere.
-
-    Arguments as for `StageLog`. The rate counts steps done since `resume_step`, after the first one (it compiles).
-    """
-
-    def __init__(
-        self,
-        stage: str,
-        total: int,
-        resume_step: int = 0,
-        *,
-        show: Sequence[str] = ("loss",),
-        every: float = 10.0,
-        stream: Stream | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._stage, self._total, self._show, self._every = stage, total, tuple(show), every
-        self._stream = sys.stdout if stream is None else stream
-        self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._clock = clock
-        self._started = (resume_step, clock())
-        self._first: tuple[int, float] | None = None
-        self._last_line = -math.inf
-        self._open_line = ""
-
-    def update(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Shows `step` when it is time to."""
-        now = self._clock()
-        line = f"{self._stage} {self._progress(step)}{self._speed(step, now)}{self._chosen(numbers)}"
-        if self._first is None:
-            self._first = (step, now)
-        if self._live:
-            self._open_line = line[: shutil.get_terminal_size((120, 24)).columns - 1]
-            self._stream.write(f"\r{self._open_line}\x1b[K")
-        elif step >= self._total or now - self._last_line >= self._every:
-            self._last_line = now
-            self._stream.write(line + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Ends the live line, so that what comes next starts on its own."""
-        if self._open_line:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._open_line = ""
-
-    def _progress(self, step: int) -> str:
-        count = f"{step}/{self._total}"
-        if not self._live:
-            return count
-        full = round(20 * min(1.0, step / max(1, self._total)))
-        return f"[{'#' * full}{'.' * (20 - full)}] {count}"
-
-    def _speed(self, step: int, now: float) -> str:
-        begin, since = self._first or self._started
-        if step <= begin or now <= since:
-            return ""
-        rate = (step - begin) / (now - since)
-        shown = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-        left = max(0, self._total - step) / rate
-        return f"  {shown}  " + (f"ETA {duration(left)}" if left else f"took {duration(now - self._started[1])}")
-
-    def _chosen(self, numbers: Mapping[str, float]) -> str:
-        return "".join(f"  {name} {numbers[name]:.4g}" for name in self._show if name in numbers)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them.
-
-    >>> duration(7.4), duration(95), duration(7325)
-    ('7s', '1m35s', '2h02m')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 # --------------------------------------------------------------------------------------------------------- extras

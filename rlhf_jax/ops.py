@@ -110,7 +110,7 @@ def entropy_from_logits(
     """Entropy of the distribution sampled from: ``-sum_v p_v log p_v`` with ``p = softmax(logits / temperature)``.
 
     Args:
-      logits: one distribution a position.
+      logits: one distribution a position; a token with the logit -inf can never be drawn.
       temperature: the sampler's.
 
     Returns:
@@ -120,7 +120,10 @@ def entropy_from_logits(
     1.0
     """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    # A masked token (logit -inf) has probability 0 and adds nothing: 0 log 0 is 0 here, and so is its gradient.
+    never = logp == -jnp.inf
+    logp = jnp.where(never, 0.0, logp)
+    return -jnp.sum(jnp.where(never, 0.0, jnp.exp(logp)) * logp, axis=-1)
 
 
 def token_log_probs(

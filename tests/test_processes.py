@@ -138,6 +138,19 @@ def test_processes_that_differ_stop_before_any_work(inputs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_under_other_flags_of_jax_stop_before_any_work(inputs, tmp_path):
+    """One has 64-bit numbers and another random generator: their programs would wait for each other, or train apart."""
+    commands = [command("sft", inputs, tmp_path / "run")] * 2
+    other = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+    run = Together(commands, tmp_path / "log", environments=[{}, other])
+    for ended in run.wait(90):
+        assert ended.status == 2, ended.err
+        assert re.search(r"jax_enable_x64 is False on process 0 \(.+\), True on process 1 \(", ended.err)
+        assert re.search(r"jax_default_prng_impl is 'threefry2x32' on process 0 \(.+\), 'rbg' on", ended.err)
+        assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------ without processes
 
 

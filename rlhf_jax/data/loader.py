@@ -16,11 +16,11 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 Rows = TypeVar("Rows")
 """A struct of `rlhf_jax.types` (or a dict) whose arrays share their first axis: the rows. Or a list of records."""
@@ -151,6 +151,24 @@ class Batches(Generic[Rows]):
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(place, self.size)
         return np.concatenate([self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
+
+    def each_once(self, most: int | None = None) -> Iterator[tuple[Rows, Bool[np.ndarray, " b"]]]:
+        """The batches of one epoch to measure with, every row counted once however many rows there are.
+
+        The last batch is filled up with rows of the next epoch, so that all have one shape; beside each batch stands
+        which of its rows count.
+
+        Args:
+          most: at most so many batches, the first ones.
+
+        >>> batches = Batches({"x": np.arange(5)}, batch_size=2, seed=0)
+        >>> sorted(x for rows, counts in batches.each_once() for x in rows["x"][counts].tolist())
+        [0, 1, 2, 3, 4]
+        """
+        steps = self.steps(1) if most is None else min(most, self.steps(1))
+        for step in range(steps):
+            place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            yield self.at(step), (place < self.size)[self._slice]
 
     def epoch(self, step: int) -> float:
         """Epochs that lie before batch `step`."""

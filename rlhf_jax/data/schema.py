@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from rlhf_jax.data import parsed
 from rlhf_jax.run.files import local_path, written
 
 ABSENT = -1
@@ -426,6 +427,7 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
     with written(path, binary=True) as file:
         # mtime=0: equal records give equal bytes.
         file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    parsed.forget(path)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -437,6 +439,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     local_path("the file to read", path)
     try:
         data = Path(path).read_bytes()
+        parsed.seen(path, data)
         return _unpacked(data, path) if str(path).endswith(".gz") else data
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path") from None

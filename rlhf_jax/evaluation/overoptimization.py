@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Num
 
+from rlhf_jax.evaluation import ties
+
 
 class GaoFit(NamedTuple):
     """Coefficients of a law ``d (a - b d)`` (best-of-n) or ``d (a - b ln d)`` (reinforcement learning)."""
@@ -47,7 +49,8 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
     """Expected gold score of the sample that the proxy likes best among n, from S >= n samples a prompt, unbiased.
 
     With a prompt's samples sorted by proxy, ``E = sum_i C(i-1, n-1) / C(S, n) gold_(i)`` over i = n..S: the chance that
-    sample i is the best of a random subset of n. Samples with equal proxy share their weight (a tie is broken by lot).
+    sample i is the best of a random subset of n. Samples whose proxies differ by rounding at most
+    share their weight (a tie is broken by lot).
 
     Args:
       proxy: proxy (reward model) score of each of S samples of P prompts.
@@ -77,7 +80,10 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
 
 def _share_ties(proxy: np.ndarray, sorted_weights: np.ndarray) -> np.ndarray:
     order = np.argsort(proxy, kind="stable")
-    _, group = np.unique(proxy, return_inverse=True)
+    rising = proxy[order].astype(np.float64)
+    steps = ~ties.is_tie(rising[1:], rising[:-1], scale=ties.scale_of(proxy))
+    group = np.empty(len(proxy), int)
+    group[order] = np.concatenate([[0], np.cumsum(steps)])
     weights = np.empty_like(sorted_weights)
     weights[order] = sorted_weights
     return (np.bincount(group, weights) / np.bincount(group))[group]

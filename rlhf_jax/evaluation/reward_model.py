@@ -1,8 +1,10 @@
 """How good a reward model is: accuracy, log-loss, calibration, length bias, beside the labelers' own agreement.
 
 Inputs are ``scores [N, K]`` of K responses to N prompts and ``ranks [N, K]`` of a labeler: 0 is the best, equal ranks
-are a tie, -1 is an absent response. A labeler's ties are dropped; the prompt is the unit of resampling, because the
-pairs of one prompt are not independent (numpy only).
+are a tie, -1 is an absent response. A labeler's ties are dropped. Two scores that differ by rounding are equal.
+
+The prompt is the unit of every interval, because the pairs of one prompt are not independent, and neither are two
+labelers' rankings of it: where several rows are of one prompt, `groups` says which (numpy only).
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num
+
+from rlhf_jax.evaluation import ties
+from rlhf_jax.evaluation.win_rate import wilson
 
 
 class Accuracy(NamedTuple):
@@ -59,15 +64,22 @@ def strict_pairs(ranks: Int[np.ndarray, "N K"]) -> Pairs:
 
 
 def pairwise_accuracy(
-    scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *, resamples: int = 2000, seed: int = 0
+    scores: Num[np.ndarray, "N K"],
+    ranks: Int[np.ndarray, "N K"],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Int[np.ndarray, " N"] | None = None,
 ) -> Accuracy:
     """Share of strict pairs on which the preferred response has the higher score; equal scores count half.
 
     Args:
       scores: reward of each response; what stands in absent places is never read.
       ranks: the labeler's ranking, 0 best, ties equal, -1 absent.
-      resamples: bootstrap samples, each draws N prompts with replacement and keeps all their pairs together.
+      resamples: bootstrap samples, each draws the prompts with replacement and keeps all their pairs together.
       seed: of the bootstrap; the same inputs always give the same interval.
+      groups: which prompt each row is of, where several rows (two labelers' rankings, say) are of one; None says that
+        each row has a prompt of its own.
 
     Returns:
       Accuracy over all pairs with its 95% percentile interval.
@@ -75,10 +87,11 @@ def pairwise_accuracy(
     Raises:
       ValueError: no strict pair, or a score of a present response is not finite.
 
-    Source: Ouyang et al. 2022, section 4.1 and appendix E.2 (accuracy on training and held-out labelers).
+    Source: Ouyang et al. 2022, section 4.1 and appendix E.2 (accuracy on training and held-out labelers); Cameron,
+    Gelbach and Miller 2008, section 3 (clusters are drawn whole).
     """
-    pairs, margin = _margins(scores, ranks)
-    return _bootstrap(pairs.prompt, _correct(margin), resamples, seed)
+    pairs, _, correct = _judged(scores, ranks)
+    return _bootstrap(_prompts(groups, len(ranks))[pairs.prompt], correct, resamples, seed)
 
 
 def pairwise_log_loss(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"]) -> float:
@@ -107,13 +120,13 @@ def calibration(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *
     """
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")
-    margin = _margins(scores, ranks)[1]
+    _, margin, correct = _judged(scores, ranks)
     parts = np.array_split(np.argsort(np.abs(margin), kind="stable"), min(bins, len(margin)))
     size = [np.abs(margin[part]) for part in parts]
     return Calibration(
         margin=np.array([s.mean() for s in size]),
         predicted=np.array([np.mean(1 / (1 + np.exp(-s))) for s in size]),
-        observed=np.array([_correct(margin[part]).mean() for part in parts]),
+        observed=np.array([correct[part].mean() for part in parts]),
         count=np.array([len(part) for part in parts]),
     )
 
@@ -122,8 +135,8 @@ def accuracy_by_margin(
     scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *, edges: Float[np.ndarray, " E"]
 ) -> AccuracyBins:
     """Accuracy in bins of the margin ``|r_i - r_j|`` (units of the score); the last bin includes its upper edge."""
-    margin = _margins(scores, ranks)[1]
-    return _binned(np.abs(margin), _correct(margin), edges)
+    _, margin, correct = _judged(scores, ranks)
+    return _binned(np.abs(margin), correct, edges)
 
 
 def accuracy_by_length_difference(
@@ -137,18 +150,28 @@ def accuracy_by_length_difference(
 
     A reward model that has only learnt length is right on the positive side and wrong on the negative one.
     """
-    pairs, margin = _margins(scores, ranks)
+    pairs, _, correct = _judged(scores, ranks)
     difference = lengths[pairs.prompt, pairs.better] - lengths[pairs.prompt, pairs.worse]
-    return _binned(difference.astype(np.float64), _correct(margin), edges)
+    return _binned(difference.astype(np.float64), correct, edges)
 
 
-def length_only_accuracy(lengths: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"]) -> Accuracy:
+def length_only_accuracy(
+    lengths: Num[np.ndarray, "N K"],
+    ranks: Int[np.ndarray, "N K"],
+    *,
+    groups: Int[np.ndarray, " N"] | None = None,
+) -> Accuracy:
     """Accuracy of the rule "the longer response is better": a reward model has to beat it to have learnt more."""
-    return pairwise_accuracy(lengths, ranks)
+    return pairwise_accuracy(lengths, ranks, groups=groups)
 
 
 def labeler_agreement(
-    ranks_a: Int[np.ndarray, "N K"], ranks_b: Int[np.ndarray, "N K"], *, resamples: int = 2000, seed: int = 0
+    ranks_a: Int[np.ndarray, "N K"],
+    ranks_b: Int[np.ndarray, "N K"],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Int[np.ndarray, " N"] | None = None,
 ) -> Accuracy:
     """Share of pairs ordered the same way by two rankings of the same responses, among pairs strict in both.
 
@@ -157,6 +180,7 @@ def labeler_agreement(
       ranks_b: another labeler's ranking of the same responses.
       resamples: bootstrap samples over prompts.
       seed: of the bootstrap.
+      groups: as in `pairwise_accuracy`.
 
     Returns:
       Agreement with its 95% interval.
@@ -168,18 +192,24 @@ def labeler_agreement(
     """
     prompt, a, b = _relations(ranks_a, ranks_b)
     strict = (a != 0) & (b != 0)
-    return _bootstrap(prompt[strict], (a == b)[strict].astype(np.float64), resamples, seed)
+    clusters = _prompts(groups, len(ranks_a))[prompt[strict]]
+    return _bootstrap(clusters, (a == b)[strict].astype(np.float64), resamples, seed)
 
 
 def tie_aware_agreement(
-    ranks_a: Int[np.ndarray, "N K"], ranks_b: Int[np.ndarray, "N K"], *, resamples: int = 2000, seed: int = 0
+    ranks_a: Int[np.ndarray, "N K"],
+    ranks_b: Int[np.ndarray, "N K"],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Int[np.ndarray, " N"] | None = None,
 ) -> Accuracy:
     """Agreement over all pairs: 1 for the same order or a tie in both, 1/2 for a tie in one, 0 for opposite orders.
 
     Args and Raises as `labeler_agreement`; `n` counts tied pairs too.
     """
     prompt, a, b = _relations(ranks_a, ranks_b)
-    return _bootstrap(prompt, 1.0 - np.abs(a - b) / 2.0, resamples, seed)
+    return _bootstrap(_prompts(groups, len(ranks_a))[prompt], 1.0 - np.abs(a - b) / 2.0, resamples, seed)
 
 
 def demonstration_bias(scores: Num[np.ndarray, "*shape"]) -> float:
@@ -205,8 +235,21 @@ def _margins(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray]:
     return pairs, scores[pairs.prompt, pairs.better] - scores[pairs.prompt, pairs.worse]
 
 
-def _correct(margin: np.ndarray) -> np.ndarray:
-    return np.where(margin == 0, 0.5, (margin > 0).astype(np.float64))
+def _judged(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray, np.ndarray]:
+    """The strict pairs, their margins, and 1 where the preferred response scores higher, 1/2 where both are equal."""
+    pairs, margin = _margins(scores, ranks)
+    better, worse = (scores[pairs.prompt, which].astype(np.float64) for which in (pairs.better, pairs.worse))
+    equal = ties.is_tie(better, worse, scale=ties.scale_of(scores[ranks >= 0]))
+    return pairs, margin, np.where(equal, 0.5, (margin > 0).astype(np.float64))
+
+
+def _prompts(groups: np.ndarray | None, rows: int) -> np.ndarray:
+    if groups is None:
+        return np.arange(rows)
+    groups = np.asarray(groups)
+    if groups.shape != (rows,):
+        raise ValueError(f"groups has shape {groups.shape} for {rows} rankings: give the prompt of each")
+    return groups
 
 
 def _relations(ranks_a: np.ndarray, ranks_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -229,7 +272,10 @@ def _binned(quantity: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> Acc
 
 
 def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: int) -> Accuracy:
-    """Mean outcome over pairs; the interval draws prompts with replacement, each with all its pairs."""
+    """Mean outcome over pairs; the interval draws prompts with replacement, each with all its pairs.
+
+    Where all pairs have one outcome every draw has it too: the interval is then Wilson's for so many prompts.
+    """
     if len(prompt) == 0:
         raise ValueError("no pair to compare: the rankings share no strict pair")
     _, index = np.unique(prompt, return_inverse=True)
@@ -240,4 +286,6 @@ def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: in
         draw = rng.integers(len(count), size=len(count))
         means.append(total[draw].sum() / count[draw].sum())
     low, high = np.quantile(means, [0.025, 0.975])
+    if low == high:
+        low, high = wilson(float(outcome.mean()), len(count))
     return Accuracy(float(outcome.mean()), float(low), float(high), len(prompt))

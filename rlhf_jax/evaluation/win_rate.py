@@ -2,7 +2,10 @@
 
 Scores are arrays ``[N, S]``: N prompts, S samples of each (``[N]`` is one sample). A and B may have different S: every
 sample of A meets every sample of B of the same prompt and the outcomes are averaged, so a prompt counts once however
-often it was sampled, and the prompt is the unit of every interval.
+often it was sampled, and the prompt is the unit of every interval. Where several rows are of one prompt, `groups` says
+so, and they count as that one prompt too.
+
+Two scores that differ by rounding are equal (`rlhf_jax.evaluation.ties`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
+
+from rlhf_jax.evaluation import ties
 
 Z95 = 1.959963984540054
 """The 97.5% quantile of the normal distribution: half the width of a 95% interval in standard errors."""
@@ -34,7 +39,8 @@ def outcomes(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: f
     Args:
       a: scores of A, one or several samples a prompt.
       b: scores of B on the same prompts.
-      tie: two scores that differ by at most this much are a tie (units of the score).
+      tie: two scores that differ by at most this much are a tie (units of the score), and always those that differ by
+        rounding.
 
     Returns:
       One number in 0..1 per prompt, the mean over all pairs of a sample of A with a sample of B.
@@ -49,7 +55,13 @@ def outcomes(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: f
     return _pair_outcomes(a, b, tie).mean(axis=(1, 2))
 
 
-def win_rate(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: float = 0.0) -> WinRate:
+def win_rate(
+    a: Num[np.ndarray, " N *A"],
+    b: Num[np.ndarray, " N *B"],
+    *,
+    tie: float = 0.0,
+    groups: Int[np.ndarray, " N"] | None = None,
+) -> WinRate:
     """Win rate of A against B with ties counted half and a 95% score interval over prompts.
 
     The interval is Wilson's with ``n`` replaced by the effective ``n / D``. ``D`` is the variance of the per-prompt
@@ -60,7 +72,8 @@ def win_rate(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: f
     Args:
       a: scores of A, ``[N]`` or ``[N, S]``.
       b: scores of B on the same prompts.
-      tie: two scores that differ by at most this much are a tie (units of the score).
+      tie: as in `outcomes`.
+      groups: which prompt each row is of, where some rows are of the same one; such rows are averaged first.
 
     Returns:
       The mean outcome, its 95% interval and the number of prompts.
@@ -73,9 +86,22 @@ def win_rate(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: f
     >>> win_rate(np.array([1.0, 1.0, 1.0, 0.0]), np.zeros(4)).value
     0.875
     """
-    y = outcomes(a, b, tie=tie)
-    low, high = _wilson(float(y.mean()), len(y) / _design_effect(y))
+    y = _of_prompts(outcomes(a, b, tie=tie), groups)
+    low, high = wilson(float(y.mean()), len(y) / _design_effect(y))
     return WinRate(float(y.mean()), low, high, len(y))
+
+
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% score interval of a share `p` seen in `n` independent trials; it never leaves 0..1.
+
+    Source: Wilson 1927.
+
+    >>> [round(x, 3) for x in wilson(1.0, 30)]
+    [0.886, 1.0]
+    """
+    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def length_controlled_win_rate(
@@ -85,6 +111,7 @@ def length_controlled_win_rate(
     b_lengths: Num[np.ndarray, " N *B"],
     *,
     tie: float = 0.0,
+    groups: Int[np.ndarray, " N"] | None = None,
 ) -> WinRate:
     """Win rate that A would have against B at equal length.
 
@@ -99,7 +126,8 @@ def length_controlled_win_rate(
       b: scores of B on the same prompts.
       a_lengths: response lengths of A in tokens, at least 1, same shape as `a`.
       b_lengths: response lengths of B in tokens, at least 1, same shape as `b`.
-      tie: two scores that differ by at most this much are a tie (units of the score).
+      tie: as in `outcomes`.
+      groups: as in `win_rate`.
 
     Returns:
       Win rate at equal length, its 95% interval and the number of prompts.
@@ -113,11 +141,35 @@ def length_controlled_win_rate(
     y = _pair_outcomes(a, b, tie)
     la, lb = _log_lengths("a_lengths", a_lengths, a), _log_lengths("b_lengths", b_lengths, b)
     x = la[:, :, None] - lb[:, None, :]
-    value = _sigmoid(_logistic_fit(x, y, extra=0.0)[0])
-    fit = _logistic_fit(x, y, extra=1.0)
-    half = Z95 * _intercept_error(x, y, fit)
+    weight, clusters = _row_weights(len(y), groups)
+    value = _sigmoid(_logistic_fit(x, y, weight, extra=0.0)[0])
+    fit = _logistic_fit(x, y, weight, extra=1.0)
+    half = Z95 * _intercept_error(x, y, weight, clusters, fit)
     low, high = _sigmoid(fit[0] - half), _sigmoid(fit[0] + half)
-    return WinRate(value, min(low, value), max(high, value), len(y))
+    return WinRate(value, min(low, value), max(high, value), int(clusters.max()) + 1)
+
+
+def _of_prompts(y: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """One outcome a prompt: the mean over its rows."""
+    if groups is None:
+        return y
+    _, index = np.unique(_checked_groups(groups, len(y)), return_inverse=True)
+    return np.bincount(index, y) / np.bincount(index)
+
+
+def _row_weights(rows: int, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The weight of each row, with which each prompt weighs 1, and the number of its prompt."""
+    if groups is None:
+        return np.ones(rows), np.arange(rows)
+    _, index = np.unique(_checked_groups(groups, rows), return_inverse=True)
+    return 1 / np.bincount(index)[index], index
+
+
+def _checked_groups(groups: np.ndarray, rows: int) -> np.ndarray:
+    groups = np.asarray(groups)
+    if groups.shape != (rows,):
+        raise ValueError(f"groups has shape {groups.shape} for {rows} rows: give the prompt of each row")
+    return groups
 
 
 def _samples(name: str, scores: np.ndarray) -> np.ndarray:
@@ -135,8 +187,10 @@ def _pair_outcomes(a: np.ndarray, b: np.ndarray, tie: float) -> np.ndarray:
         raise ValueError(f"a has {len(a)} prompts and b has {len(b)}: score both policies on the same prompts")
     if tie < 0:
         raise ValueError(f"tie={tie} must be at least 0: the largest score difference that is a tie")
-    difference = a[:, :, None] - b[:, None, :]
-    return np.where(np.abs(difference) <= tie, 0.5, (difference > 0).astype(np.float64))
+    one, other = a[:, :, None], b[:, None, :]
+    difference = one - other
+    equal = (np.abs(difference) <= tie) | ties.is_tie(one, other, scale=ties.scale_of(a, b))
+    return np.where(equal, 0.5, (difference > 0).astype(np.float64))
 
 
 def _log_lengths(name: str, lengths: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -151,12 +205,6 @@ def _log_lengths(name: str, lengths: np.ndarray, scores: np.ndarray) -> np.ndarr
 def _design_effect(y: np.ndarray) -> float:
     y = np.concatenate([y, [0.0, 1.0]])
     return float(y.var() / (y.mean() * (1 - y.mean())))
-
-
-def _wilson(p: float, n: float) -> tuple[float, float]:
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def _sigmoid(x: float) -> float:
@@ -174,10 +222,10 @@ def _information(design: np.ndarray, p: np.ndarray, weight: np.ndarray, extra: f
     return rows + np.diag([2 * extra * q * (1 - q), 0.0]) + np.eye(2) / PRIOR_SD**2
 
 
-def _logistic_fit(x: np.ndarray, y: np.ndarray, *, extra: float) -> np.ndarray:
-    """Coefficients (intercept, slope) by Newton's method; each prompt weighs 1, `extra` wins and losses at ratio 1."""
+def _logistic_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, extra: float) -> np.ndarray:
+    """Coefficients (intercept, slope) by Newton's method; rows have weights, `extra` wins and losses at ratio 1."""
     design, target = _design(x).reshape(-1, 2), y.reshape(-1)
-    weight = np.full(target.shape, len(y) / target.size)
+    weight = np.repeat(weight, y[0].size) * (len(y) / target.size)
     fit = np.zeros(2)
     for _ in range(100):
         p = np.exp(-np.logaddexp(0.0, -(design @ fit)))
@@ -191,13 +239,20 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray, *, extra: float) -> np.ndarray:
     return fit
 
 
-def _intercept_error(x: np.ndarray, y: np.ndarray, fit: np.ndarray) -> float:
-    """Cluster-robust standard error of the intercept: prompts are the clusters, the extra win and loss are two more."""
+def _intercept_error(
+    x: np.ndarray, y: np.ndarray, row_weight: np.ndarray, clusters: np.ndarray, fit: np.ndarray
+) -> float:
+    """Cluster-robust standard error of the intercept: prompts are the clusters, the extra win and loss are two more.
+
+    Source: Liang and Zeger 1986 (the sandwich over clusters).
+    """
     design = _design(x)
     p = np.exp(-np.logaddexp(0.0, -(design @ fit)))
-    weight = np.full(y.size, len(y) / y.size)
+    weight = np.repeat(row_weight, y[0].size) * (len(y) / y.size)
     bread = np.linalg.inv(_information(design.reshape(-1, 2), p.reshape(-1), weight, 1.0, fit[0]))
-    gradients = ((y - p)[..., None] * design).mean(axis=(1, 2))
+    of_rows = row_weight[:, None] * ((y - p)[..., None] * design).mean(axis=(1, 2))
+    gradients = np.zeros((int(clusters.max()) + 1, 2))
+    np.add.at(gradients, clusters, of_rows)
     q = _sigmoid(fit[0])
     extra = np.array([[1 - q, 0.0], [-q, 0.0]])
     gradients = np.concatenate([gradients, extra])

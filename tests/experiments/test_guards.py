@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,8 +21,11 @@ from experiments import common, guards, ppo, reward_model, sft
 from rlhf_jax import checkpoint, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.config import load_config
+from rlhf_jax.data import parsed
 from rlhf_jax.data.loader import Batches
-from rlhf_jax.data.schema import Demonstration, read_jsonl, write_jsonl
+from rlhf_jax.data.schema import Demonstration, PlainText, read_jsonl, write_jsonl
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
+from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.types import Mean
 from tests.reliability import kill
 
@@ -169,6 +174,97 @@ def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(input
     with config_lib.allow_change():
         guards.check_origin(begun, now)
     assert "learning_rate" in capsys.readouterr().out
+
+
+@pytest.fixture
+def plain_origin(tmp_path):
+    """`guards.origin` of a stage with one data file and one model, as it comes back from a checkpoint."""
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"prompt": "Who?", "response": "Me."}\n')
+    model = storyland_assets.assets() / "base_small"
+    tokenizer = load_tokenizer(storyland_assets.assets())
+    config = load_config(f"{ROOT}/configs/sft/storyland.py:smoke", {"demonstrations": str(file)})
+
+    def origin() -> dict:
+        made = guards.origin(config, files={"demonstrations": str(file)}, models={"model": model}, tokenizer=tokenizer)
+        return json.loads(json.dumps(made))
+
+    return origin
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True), ("jax_default_matmul_precision", "highest")],
+)
+def test_another_generator_type_or_precision_is_refused_by_the_name_of_its_flag(plain_origin, flag, value, capsys):
+    begun, was = plain_origin(), jax.config.values[flag]
+    guards.check_origin(begun, plain_origin())
+    jax.config.update(flag, value)
+    try:
+        now = plain_origin()
+    finally:
+        jax.config.update(flag, was)
+    with pytest.raises(ValueError, match=rf"begun with something else \({flag}: .* -> {value}\).*allow_config_change"):
+        guards.check_origin(begun, now)
+    with config_lib.allow_change():
+        guards.check_origin(begun, now)
+    assert f"{flag}: " in capsys.readouterr().out
+
+
+def test_other_devices_and_processes_and_an_older_checkpoint_are_said_and_go_on(plain_origin, capsys):
+    begun, now = plain_origin(), plain_origin()
+    assert begun["rounding"]["number of processes"] == 1
+    now["rounding"] |= {"number of processes": 2, "device kind": "another"}
+    guards.check_origin(begun, now)
+    said = capsys.readouterr().out
+    assert "number of processes: 1 -> 2" in said
+    assert "device kind: cpu -> another" in said
+    del begun["numerics"], begun["rounding"]  # written before they were taken down
+    guards.check_origin(begun, now)
+    assert "its checkpoint is of an older version" in capsys.readouterr().out
+
+
+def test_the_fingerprint_is_of_the_bytes_that_were_parsed(inputs, tmp_path, monkeypatch):
+    """A line appended while the run starts: the run is the one on the shorter file, and its resume is refused."""
+    file = tmp_path / "demonstrations.jsonl"
+    shutil.copy(inputs / "demonstrations.jsonl", file)
+    before, config = file.read_bytes(), config_of("sft", inputs, demonstrations=file)
+    load = common.load_network
+    network = load(config.model, common.start(config.mesh))
+    sft.read_demonstrations(network.tokenizer, str(file), config)
+    file.write_bytes(before + before.splitlines(keepends=True)[0].replace(b'"id": "', b'"id": "again-'))
+    begun = sft.origin(config, network)
+    assert begun["data"]["demonstrations"]["sha256"] == hashlib.sha256(before).hexdigest()
+    common.start(config.mesh)  # the next process
+    sft.read_demonstrations(network.tokenizer, str(file), config)
+    with pytest.raises(ValueError, match=r"demonstrations: the content of .* has changed"):
+        guards.check_origin(begun, sft.origin(config, network))
+    file.write_bytes(before)
+    sft.read_demonstrations(network.tokenizer, str(file), config)
+    with pytest.raises(ValueError, match=r"demonstrations: .* changed while this run read it"):
+        sft.origin(config, network)
+
+
+def test_a_file_read_after_training_is_the_one_of_the_fingerprint(tmp_path):
+    file = tmp_path / "late.jsonl"
+    file.write_text('{"text": "a"}\n')
+    parsed.begin()
+    made_of = {"data": {"demonstrations": {"path": str(file), **parsed.of(file)._asdict()}}}
+    file.write_text('{"text": "b"}\n')
+    read_jsonl(file, PlainText)
+    with pytest.raises(ValueError, match=r"demonstrations: .*late\.jsonl changed while this run trained"):
+        guards.check_read(made_of)
+
+
+def test_a_model_that_changes_while_it_is_loaded_is_refused(inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    config = config_of("sft", inputs, model=tmp_path / "model")
+    network = common.load_network(config.model, common.start(config.mesh))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"model: model\.safetensors of .* changed while this run loaded it"):
+        sft.origin(config, network)
 
 
 # --------------------------------------------------------------------------------------------------------- PPO

@@ -23,7 +23,7 @@ from rlhf_jax.generate import generate, generate_many
 from rlhf_jax.models import language_model, scalar_model
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.types import KLState, PPOState, PromptBatch, RankingBatch
-from tests import tiny
+from tests import margins, tiny
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
 if os.environ.get("RLHF_JAX_SLOW_TESTS"):
@@ -34,13 +34,14 @@ ROWS = 16
 
 
 def ranking_batch() -> RankingBatch:
-    """Three ranked responses of two tokens to a prompt of two."""
+    """Three ranked responses of two tokens to a prompt of two; no two of a prompt are equal, which would tie them."""
     random = np.random.default_rng(0)
     segments = np.tile([1, 1, 2, 2, 3, 3, 4, 4], (ROWS, 1)).astype(np.int32)
     positions = np.tile([0, 1, 2, 3, 2, 3, 2, 3], (ROWS, 1)).astype(np.int32)
     ends = np.tile([[3, 5, 7]], (ROWS, 1, 1)).astype(np.int32)
     ranks = np.stack([random.permutation(3) for _ in range(ROWS)])[:, None].astype(np.int32)
     tokens = random.integers(0, tiny.VOCABULARY, segments.shape).astype(np.int32)
+    tokens[:, 2::2] = np.stack([random.permutation(tiny.VOCABULARY)[:3] for _ in range(ROWS)])
     return RankingBatch(tokens, segments, (segments > 1).astype(np.int32), positions, ends, ranks)
 
 
@@ -84,12 +85,20 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
         state, place(tiny.lm_batch(ROWS)), None,
     )  # fmt: skip
     state, where = sharding.build_state(train_state, params[1], mesh=mesh)
-    reward = twice(
-        steps.compile_step(steps.make_reward_step(value, TX), state_sharding=where), state, place(ranking_batch()), None
-    )
+    reward_step = steps.compile_step(steps.make_reward_step(value, TX), state_sharding=where)
+    reward = twice(reward_step, state, place(ranking_batch()), None)
     ppo = ppo_steps(mesh, policy, value, params, place)
 
     settings = {"max_new_tokens": 6, "temperature": 1.5, "stop_ids": (2,)}
+    if shape == MESHES[0]:  # what is discrete may be compared between meshes, because no two numbers nearly tie
+
+        def accuracies(p):
+            built, _ = sharding.build_state(train_state, p, mesh=mesh)
+            seen, _, _ = twice(reward_step, built, place(ranking_batch()), None)
+            return [seen[f"reward/accuracy/{i}"] for i in range(2)]
+
+        margins.assert_no_near_tie(accuracies, params[1])
+        margins.assert_no_near_tie(lambda p: generate(policy, p, place(prompts()), KEY, **settings).tokens, params[0])
     samples = generate(policy, params[0], place(prompts()), KEY, **settings)
     many = generate_many(
         policy, params[0], prompts(), KEY, rows=8, refill=3, sharding=sharding.batch_sharding(mesh), **settings
@@ -106,20 +115,33 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
 
 def ppo_steps(mesh, policy, value, params, place):
     """Two PPO steps with the pretraining mix; the value network is replicated, the policy is not."""
-    made, where = sharding.build_state(partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh)
-    small, small_where = sharding.build_state(partial(steps.train_state, tx=TX), params[1], mesh=mesh, rules=())
-    rest = KLState(jnp.float32(0.02)), jnp.zeros((), jnp.int32)
-    whole = jax.tree.map(lambda _: sharding.replicated(mesh), rest)
-    state, where = PPOState(made, small, *jax.device_put(rest, whole)), PPOState(where, small_where, *whole)
+    _, where = sharding.build_state(partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh)
+    _, small_where = sharding.build_state(partial(steps.train_state, tx=TX), params[1], mesh=mesh, rules=())
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), (KLState(jnp.float32(0.02)), jnp.zeros((), jnp.int32)))
+    where = PPOState(where, small_where, *whole)
     rollout = tiny.rollout(ROWS, tiny.LANGUAGE.init(KEY))
     old = jax.jit(partial(scoring.sequence_log_probs, language_model(CONFIG)))(
         language_model(CONFIG).init(KEY), rollout.tokens, rollout.lengths, rollout.mask
     )
-    step = steps.make_ppo_step(
-        policy, value, TX, TX, minibatches=2, ptx_coef=1.0, batch_sharding=sharding.batch_sharding(mesh)
+    step = steps.compile_step(
+        steps.make_ppo_step(
+            policy, value, TX, TX, minibatches=2, ptx_coef=1.0, batch_sharding=sharding.batch_sharding(mesh)
+        ),
+        state_sharding=where,
     )
     batches = place(dataclasses.replace(rollout, old_logp=old)), place(tiny.lm_batch(2 * ROWS)), KEY
-    return twice(steps.compile_step(step, state_sharding=where), state, *batches)
+
+    def ran(value_params):
+        made, _ = sharding.build_state(partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh)
+        small, _ = sharding.build_state(partial(steps.train_state, tx=TX), value_params, mesh=mesh, rules=())
+        rest = jax.device_put((KLState(jnp.float32(0.02)), jnp.zeros((), jnp.int32)), whole)
+        return twice(step, PPOState(made, small, *rest), *batches)
+
+    if mesh.size == 1:  # see `on_mesh`; no ratio of the policy comes near its clip either
+        margins.assert_no_near_tie(lambda p: [v for k, v in ran(p)[0].items() if "clip_fraction" in k], params[1])
+    found = ran(params[1])
+    assert max(found[0][f"policy/log_ratio_max/{i}"] for i in range(2)) < 0.1
+    return found
 
 
 def rematerialised() -> None:

@@ -52,7 +52,8 @@ def test_gae_equals_a_loop_on_ragged_rows(seed, gamma, lam, truncated):
     np.testing.assert_allclose(returns, np.where(mask, expected + values, 0), atol=1e-5)
     if not truncated:
         ended, _ = gae(*inputs, **(options | {"bootstrap": None}))
-        np.testing.assert_array_equal(ended, got)
+        # Another program: without a bootstrap a product with 0 is missing, and the compiler joins others.
+        np.testing.assert_allclose(ended, got, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e6])

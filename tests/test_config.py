@@ -377,14 +377,14 @@ def run(config, workdir):
     if config.name == "bug": raise ZeroDivisionError("a bug")
     if config.name == "waits":
         print("waiting", flush=True)
-        time.sleep(60)
+        time.sleep(300)
     if config.name == "destructs":
         class Slow:
             def __del__(self):
                 print("waiting", flush=True)
-                time.sleep(20)
+                time.sleep(120)
         Slow()
-        time.sleep(60)
+        time.sleep(300)
     if config.name == "compiles":  # one call into C that lets no Python handler run, as XLA's compiler is
         print("waiting", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
@@ -452,9 +452,9 @@ def test_a_signal_ends_a_run_with_the_documented_status(command, tmp_path, numbe
             assert process.poll() is None
             process.send_signal(number)
         sent = time.monotonic()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=110)
     assert process.returncode == status
-    assert time.monotonic() - sent < 20
+    assert time.monotonic() - sent < 100  # far less than the calls above take, far more than a slow machine needs
     assert "Stopped" in err
     assert "The same command goes on" in err
     assert "Traceback" not in err

@@ -13,6 +13,7 @@ from rlhf_jax import ops, sharding
 from rlhf_jax.generate import _generate, _refill_and_decode, draws, generate, generate_many, sample_token, truncate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.types import PromptBatch
+from tests import margins
 
 CONFIG = DecoderConfig(20, 40, 2, 16, 4, kv_heads=2, mlp_width=24)
 MODEL = language_model(CONFIG)
@@ -34,6 +35,14 @@ def _prompts(lengths=(3, 6, 1, 4), ids=None, width=None) -> PromptBatch:
 def _sample(prompts=None, key=0, **kwargs):
     settings = {"max_new_tokens": 8, "stop_ids": (2,)} | kwargs
     return generate(MODEL, PARAMS, prompts or _prompts(), jax.random.key(key), **settings)
+
+
+def _surely(prompts=None, **kwargs):
+    """`_sample` whose tokens are the same for nudged weights: another program, or machine, must draw them too."""
+    settings = {"max_new_tokens": 8, "stop_ids": (2,)} | kwargs
+    draw = lambda params: generate(MODEL, params, prompts or _prompts(), jax.random.key(0), **settings).tokens  # noqa: E731
+    margins.assert_no_near_tie(draw, PARAMS)
+    return _sample(prompts, **kwargs)
 
 
 def _responses(samples) -> list[list[int]]:
@@ -80,7 +89,7 @@ def test_sampled_logp_equals_the_recomputed_one(temperature):
 def test_greedy_equals_whole_forwards_of_single_unpadded_rows():
     """PITFALLS 8: padding and other rows change no token; greedy log-probs are 0 by definition."""
     prompts = _prompts()
-    samples = _sample(prompts, temperature=0.0, stop_ids=())
+    samples = _surely(prompts, temperature=0.0, stop_ids=())
     assert (samples.logp == 0).all()
     for row, response in enumerate(_responses(samples)):
         prompt = prompts.tokens[row, : int(prompts.lengths[row])].tolist()
@@ -106,7 +115,7 @@ def test_equal_prompts_and_samples_of_one_prompt_differ():
 def test_batching_and_padding_change_no_token():
     """PITFALLS 50: tokens depend on (key, id, k, place), not on the batch around them or the width of the row."""
     prompts = _prompts(ids=[5, 9, 11, 12])
-    whole = _responses(_sample(prompts, samples_per_prompt=2))
+    whole = _responses(_surely(prompts, samples_per_prompt=2))
     order = [2, 0]
     part = PromptBatch(prompts.tokens[jnp.asarray(order)], prompts.lengths[jnp.asarray(order)], jnp.asarray([11, 5]))
     assert _responses(_sample(part, samples_per_prompt=2)) == whole[4:6] + whole[0:2]
@@ -116,7 +125,7 @@ def test_batching_and_padding_change_no_token():
 
 
 def test_a_shorter_limit_gives_the_same_beginning():
-    long, short = _responses(_sample(stop_ids=())), _responses(_sample(stop_ids=(), max_new_tokens=3))
+    long, short = _responses(_surely(stop_ids=())), _responses(_sample(stop_ids=(), max_new_tokens=3))
     assert short == [r[:3] for r in long]
 
 
@@ -127,7 +136,7 @@ def test_stop_ids_end_the_response_and_belong_to_it(stop_ids):
     """
     prompts = _prompts()
     prompts = dataclasses.replace(prompts, tokens=prompts.tokens.at[:, 0].set(3))
-    free = _responses(_sample(prompts, stop_ids=(), samples_per_prompt=8, temperature=2.0))
+    free = _responses(_surely(prompts, stop_ids=(), samples_per_prompt=8, temperature=2.0))
     samples = _sample(prompts, stop_ids=stop_ids, samples_per_prompt=8, temperature=2.0)
     expected = [next((r[: i + 1] for i, t in enumerate(r) if t in stop_ids), r) for r in free]
     assert _responses(samples) == expected
@@ -139,7 +148,7 @@ def test_stop_ids_end_the_response_and_belong_to_it(stop_ids):
 
 def test_a_stop_at_the_last_place_counts_as_finished():
     prompts = _prompts()
-    first = _responses(_sample(prompts, max_new_tokens=1))[0][0]
+    first = _responses(_surely(prompts, max_new_tokens=1))[0][0]
     samples = _sample(prompts, max_new_tokens=1, stop_ids=(first,))
     assert bool(samples.finished[0])
     assert int(samples.lengths[0]) == int(prompts.lengths[0]) + 1
@@ -205,7 +214,7 @@ def test_a_masked_token_is_never_drawn_even_at_the_ends():
 def test_slot_refill_changes_no_token(rows, refill, streams):
     """PITFALLS 50: the tokens of a sample depend on (key, id, k, place), not on which rows were refilled when."""
     prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5, 6), ids=[5, 9, 11, 12, 3, 4, 8])
-    whole = _sample(prompts, samples_per_prompt=3, temperature=1.5)
+    whole = _surely(prompts, samples_per_prompt=3, temperature=1.5)
     many = generate_many(
         MODEL, PARAMS, prompts, jax.random.key(0), counts=3, rows=rows, refill=refill, streams=streams,
         max_new_tokens=8, stop_ids=(2,), temperature=1.5,
@@ -220,7 +229,7 @@ def test_slot_refill_changes_no_token(rows, refill, streams):
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_prompts_may_want_different_numbers_of_samples(streams):
     prompts = _prompts(lengths=(3, 6, 1, 4))
-    whole, counts, seen = _responses(_sample(prompts, samples_per_prompt=4)), [2, 0, 4, 1], []
+    whole, counts, seen = _responses(_surely(prompts, samples_per_prompt=4)), [2, 0, 4, 1], []
     many = generate_many(
         MODEL, PARAMS, prompts, jax.random.key(0), counts=counts, rows=3, streams=streams, max_new_tokens=8,
         stop_ids=(2,), progress=lambda done, total: seen.append((done, total)),

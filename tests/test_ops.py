@@ -156,7 +156,8 @@ def test_no_mask_and_no_previous_mean_the_plain_row_shift():
     hidden, weights, tokens, mask = language_case()
     shifted, every = jnp.tile(jnp.arange(11)[None] - 1, (3, 1)), jnp.ones_like(mask)
     explicit = read_both(hidden, weights, tokens, every, shifted, jnp.float32(1), 4)
-    np.testing.assert_array_equal(read_both(hidden, weights, tokens, None, None, jnp.float32(1), 4), explicit)
+    plain = read_both(hidden, weights, tokens, None, None, jnp.float32(1), 4)
+    np.testing.assert_allclose(plain, explicit, atol=2e-6)  # two programs: rounding may differ
     assert not np.any(np.asarray(explicit)[:, :, 0])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import common, ppo
+from rlhf_jax import sharding
 from rlhf_jax.config import load_config
 from rlhf_jax.data.schema import PlainText, Prompt, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
@@ -19,6 +22,7 @@ from rlhf_jax.metrics import to_host
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
 from rlhf_jax.models.hf import load_hf, save_hf
+from tests import margins
 
 ROOT = Path(__file__).parents[1]
 EPISODES, ITERATIONS, OPTIMIZER_STEPS = 8, 4, 4
@@ -241,6 +245,10 @@ def test_the_stage_itself_gives_the_same_on_a_mesh_with_all_axes(runs, monkeypat
     assert shards(setup.reward.params) == {1.0}
     state = setup.state
     for iteration, expected in enumerate(history(runs.folder / "whole")[:2]):
+        # Tokens of two meshes can be compared where rounding, grown by the first update, does not choose them.
+        margins.assert_no_near_tie(
+            partial(drawn, setup, state, iteration, config, mesh), state.policy.params, size=(1e-5, 1e-4)[iteration]
+        )
         state, found = ppo.iterate(setup, state, iteration, config, mesh)
         found = to_host(found)
         assert shards(state.policy.params) == shards(state.policy.ema) == {0.25}
@@ -251,6 +259,14 @@ def test_the_stage_itself_gives_the_same_on_a_mesh_with_all_axes(runs, monkeypat
             limit = 2e-5 if iteration == 0 else 2e-3
             np.testing.assert_allclose(found[name], expected[name], rtol=limit, atol=limit, err_msg=name)
     assert setup.pieces.step.func._cache_size() == 1
+
+
+def drawn(setup, state, iteration: int, config, mesh, params) -> jax.Array:
+    """The tokens of an iteration, sampled with `params`."""
+    state = dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=params))
+    places = np.arange(iteration * EPISODES, (iteration + 1) * EPISODES, dtype=np.int32)
+    prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
+    return ppo.sample(setup, state, prompts, ppo.iteration_keys(config, iteration)[0], config).tokens
 
 
 def kernels(params) -> list[jax.Array]:

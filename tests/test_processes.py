@@ -61,7 +61,9 @@ def test_two_processes_compute_what_one_does(runs, stage):
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            if not isinstance(a[name], str):
+            # One process sums in another order than two: an accuracy of rewards that nearly tie may differ, and says
+            # nothing then (tests/test_mesh.py compares it where none do).
+            if not isinstance(a[name], str) and not name.endswith(("accuracy", "clip_fraction")):
                 np.testing.assert_allclose(b[name], a[name], rtol=2e-5, atol=2e-5, err_msg=f"{name} of {a['step']}")
     assert any("grad_norm" in name for name in one[0])
     for saved in sorted((runs.one / stage).rglob("model.safetensors")):
@@ -101,9 +103,9 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_for_both(runs
     run = Together([start] * 2, tmp_path / "first", heartbeat=5)
     run.until(workdir / "checkpoints" / "manifests" / "3.json", "sha256")  # sealed, and training goes on
     run.running[1].send_signal(signal.SIGKILL)
-    ended = run.wait(15)
+    ended = run.wait(60)
     assert ended[1].status == -signal.SIGKILL
-    assert ended[0].status not in (0, -signal.SIGKILL), "it was still there after 15 seconds"
+    assert ended[0].status not in (0, -signal.SIGKILL), "it was still there after a minute"
     with Checkpoints(workdir / "checkpoints") as saved:
         good = saved.newest_good()
     assert good
@@ -131,7 +133,7 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_for_both(runs
 def test_processes_that_differ_stop_before_any_work(inputs, tmp_path):
     commands = [command("sft", inputs, tmp_path / "run", learning_rate=rate) for rate in (1e-3, 2e-3)]
     run = Together(commands, tmp_path / "log")
-    for ended in run.wait(60):
+    for ended in run.wait(200):  # a slow machine takes a minute to import JAX twice
         assert ended.status == 2, ended.err
         assert re.search(r"config\.learning_rate is 0\.001 on process 0 \(.+\), 0\.002 on process 1 \(", ended.err)
         assert "Traceback" not in ended.err
@@ -143,7 +145,7 @@ def test_processes_under_other_flags_of_jax_stop_before_any_work(inputs, tmp_pat
     commands = [command("sft", inputs, tmp_path / "run")] * 2
     other = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
     run = Together(commands, tmp_path / "log", environments=[{}, other])
-    for ended in run.wait(90):
+    for ended in run.wait(200):
         assert ended.status == 2, ended.err
         assert re.search(r"jax_enable_x64 is False on process 0 \(.+\), True on process 1 \(", ended.err)
         assert re.search(r"jax_default_prng_impl is 'threefry2x32' on process 0 \(.+\), 'rbg' on", ended.err)

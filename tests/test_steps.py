@@ -348,6 +348,7 @@ def test_ptx_gradient_is_that_of_the_summed_loss():
 
 
 def test_ptx_coef_zero_is_plain_ppo_bit_for_bit():
+    """The unused text is dropped before anything is compiled: it is the same program."""
     tx = optim.adam(1e-2)
     state, rollout = start(tx, tx)
     plain, _ = ppo_step(tx, tx, minibatches=4)(state, rollout, None, KEY)
@@ -441,7 +442,10 @@ def test_a_spike_above_the_limit_is_skipped():
         new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, SGD, spike_limit=limit))(
             state, tiny.lm_batch(8), None
         )
-        tiny.assert_bit_equal(new, free if moved else state)
+        if moved:  # a program with one more comparison: equal up to rounding
+            assert tiny.distance(new.params, free.params) < 1e-6
+        else:
+            tiny.assert_bit_equal(new, state)
         assert value_of(metrics, "skipped") == (not moved)
 
 
@@ -641,11 +645,12 @@ def test_absent_responses_have_neither_score_nor_gradient():
     absent = dataclasses.replace(batch, ranks=batch.ranks.at[:, :, 2].set(-1), ends=batch.ends.at[:, :, 2].set(0))
     poisoned = dataclasses.replace(absent, ends=absent.ends.at[:, :, 2].set(1))
 
-    def gradient(batch):
+    @jax.jit  # with the batch as an argument both are runs of one program
+    def gradient(params, batch):
         loss = lambda p: ranking_loss(scoring.ranking_scores(REWARD_MODEL, p, batch), batch.ranks)[0].value  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
+        return jax.grad(loss)(params)
 
-    tiny.assert_bit_equal(gradient(absent), gradient(poisoned))
+    tiny.assert_bit_equal(gradient(params, absent), gradient(params, poisoned))
     assert not np.any(scoring.ranking_scores(REWARD_MODEL, params, absent)[:, :, 2])
 
 

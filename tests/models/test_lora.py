@@ -13,6 +13,7 @@ from rlhf_jax.models import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
 from rlhf_jax.types import LMBatch, PromptBatch
+from tests import margins
 
 LLAMA = DecoderConfig(48, 64, 3, 32, 4, kv_heads=2, mlp_width=64)
 GPT2 = gpt2(48, 64, 3, 32, 4)
@@ -42,13 +43,13 @@ def trained_adapters(base, **kinds):
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("layers", [None, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fresh_adapters_leave_every_bit_of_the_base(config, layers, dtype):
+def test_fresh_adapters_are_the_base(config, layers, dtype):
+    """Merged, to the bit: 0 is added to each weight. As a program of more sums, up to rounding."""
     model = language_model(DecoderConfig(**{**vars(config), "dtype": dtype, "unroll": 1}))
     base = model.init(jax.random.key(0))
     params = with_lora(base, init_lora(base, jax.random.key(1), rank=4, layers=layers), alpha=16)
-    np.testing.assert_array_equal(
-        hidden(model, params, rows()).astype(jnp.float32), hidden(model, base, rows()).astype(jnp.float32)
-    )
+    found, wanted = (np.asarray(hidden(model, p, rows()), np.float32) for p in (params, base))
+    np.testing.assert_allclose(found, wanted, atol=16 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max())
     merged = merge_lora(base, init_lora(base, jax.random.key(1), rank=4, layers=layers), alpha=16)
     jax.tree.map(np.testing.assert_array_equal, merged, base)
 
@@ -63,13 +64,16 @@ def test_adapted_layer_by_layer_equals_merged(config, kinds):
     merged = hidden(model, merge_lora(base, adapters, alpha=8), rows())
     np.testing.assert_allclose(by_layer, merged, atol=2e-5)
     assert np.abs(by_layer - hidden(model, base, rows())).max() > 1e-2
-    samples = functools.partial(generate, model, max_new_tokens=6, temperature=0.0, stop_ids=(0,))
     prompt = PromptBatch(tokens=rows().tokens[:, :4], lengths=jnp.full(4, 4), ids=jnp.arange(4))
-    decoded = [
-        samples(p, prompt, jax.random.key(0)).tokens
-        for p in (with_lora(base, adapters, alpha=8), merge_lora(base, adapters, alpha=8))
-    ]
-    np.testing.assert_array_equal(*decoded)
+
+    def decoded(params):
+        greedy = {"max_new_tokens": 6, "temperature": 0.0, "stop_ids": (0,)}
+        return generate(model, params, prompt, jax.random.key(0), **greedy).tokens
+
+    margins.assert_no_near_tie(decoded, merge_lora(base, adapters, alpha=8))
+    np.testing.assert_array_equal(
+        decoded(with_lora(base, adapters, alpha=8)), decoded(merge_lora(base, adapters, alpha=8))
+    )
 
 
 def test_the_gradient_is_that_of_the_merged_weights():

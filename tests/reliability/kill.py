@@ -99,16 +99,15 @@ def command(stage: str, inputs: Path, workdir: Path, **overrides: object) -> lis
     return [sys.executable, str(ROOT / "experiments" / f"{stage}.py"), config, f"--workdir={workdir}", *flags]
 
 
-def start(argv: Sequence[str]) -> subprocess.Popen[str]:
-    """Starts it in a process group of its own."""
+def start(argv: Sequence[str], **kw: Any) -> subprocess.Popen[str]:
+    """Starts it in a process group of its own; `kw` as of `subprocess.Popen`."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
     environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # a start after a kill compiles nothing again
     environ.pop("XLA_FLAGS", None)  # one device, also where a test suite pretends that there are eight
-    return subprocess.Popen(
-        argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    kw = {"env": environ, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | kw
+    return subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **kw)
 
 
 def steps_logged(workdir: Path) -> int:

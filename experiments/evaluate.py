@@ -134,6 +134,8 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             what = config.prompts if ask is bare_prompts else f"{config.prompts} after few_shot.examples"
             name = contexts.prompt_of(what, [p.prompt for p in prompts])
             contexts.check(context, [len(ids) for ids in ask(known, prompts)[0]], name, new=config.max_new_tokens)
+        if config.held_out_text and path in paths.values() and config.held_out_row_length > context.length:
+            read_held_out(known.tokenizer, config, context=context)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
@@ -198,7 +200,15 @@ def answer(
     network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
     count: int, config: ConfigDict, mesh: jax.sharding.Mesh,
 ) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length."""
+    """`count` samples of each prompt, with gold score, reward-model score and length.
+
+    Raises:
+      ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the reward model.
+    """
+    bare = [p.prompt for p in prompts]
+    scored = [len(text.encode_prompt(reward.tokenizer, prompt)) for prompt in bare]
+    name = contexts.prompt_of("scoring", bare)
+    contexts.check(contexts.of_network(reward), scored, name, new=config.max_new_tokens)
     ids, slots = ask(network, prompts)
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
@@ -238,12 +248,16 @@ def held_out_batches(
     tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *, context: contexts.Context | None = None
 ) -> list[LMBatch]:
     """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment tax."""
-    rows = common.lm_rows(
-        tokenizer, config.held_out_text, length=config.held_out_row_length, context=context, key="held_out_row_length"
-    )  # fmt: skip
+    rows = read_held_out(tokenizer, config, context=context)
     batches = Batches(rows, batch_size=config.batch_size, seed=0)
     count = min(config.held_out_batches, batches.steps(1))
     return [sharding.place_batch(batches.at(i), mesh) for i in range(count)]
+
+
+def read_held_out(tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None) -> LMBatch:
+    """Packed rows of the held-out text, no piece of it longer than the model's context."""
+    length = config.held_out_row_length
+    return common.lm_rows(tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length")
 
 
 def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:

@@ -268,7 +268,14 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
         one = schema.Ranking(record.prompt, (record.response,), ())
         return tokens([encode_ranking(network.tokenizer, one)])["tokens"] <= context
 
-    records = [r for r in records if fits(r)][: config.bias_demonstrations]
+    fitting_records = [r for r in records if fits(r)]
+    if len(fitting_records) < len(records) and processes.index() == 0:
+        print(
+            f"bias: {len(records) - len(fitting_records)} of {len(records)} demonstrations are left out, they are "
+            f"longer than the context of {context} tokens",
+            flush=True,
+        )
+    records = fitting_records[: config.bias_demonstrations]
     config_lib.require(
         bool(records), "demonstrations", config.demonstrations,
         f"none fits the model's context of {context} tokens: give shorter ones, or a model of a longer context",

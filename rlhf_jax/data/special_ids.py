@@ -131,11 +131,10 @@ def _follow_add_bos(tokenizer: Tokenizer, file: Path) -> None:
         return
     if not isinstance(wanted, bool):
         raise ValueError(f"{file}: add_bos_token is {wanted!r}: write true or false, or leave it out")
-    bos = tokenizer.bos_token_id
+    bos: Any = tokenizer.bos_token_id
     if wanted and bos is None:
         raise ValueError(f"{file}: add_bos_token is true and no bos_token is named: name it, or write false")
-    begins = begin_ids(tokenizer)
-    if wanted == (bos is not None and bos in begins):
+    if wanted == (bos is not None and bos in begin_ids(tokenizer)):
         return
     from tokenizers import processors  # only a tokenizer that is loaded anyway needs it
 

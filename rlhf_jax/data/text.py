@@ -14,6 +14,7 @@ Row functions never cut or drop anything: what does not fit is an error, and `dr
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -202,10 +203,11 @@ def end_of_turn_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int | Non
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    try:
-        return chat.next_turn(tokenizer, (Message("user", "x"),)).end_id
-    except ValueError:
-        return None
+    asked = Message("user", "x")
+    for messages in ((asked,), (Message("system", "x"), asked)):  # some templates want a system turn first
+        with contextlib.suppress(ValueError):
+            return chat.next_turn(tokenizer, messages).end_id
+    return None
 
 
 def decode_response(tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int | Sequence[int]) -> str:

@@ -36,9 +36,6 @@ def begin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
     Args:
       tokenizer: from `text.load_tokenizer` or `load_hf`; its post-processor may be changed between two calls.
-
-    Raises:
-      ValueError: the post-processor changes the ids of the text itself.
     """
     processor = tokenizer.backend_tokenizer.post_processor
     return _begin_ids(tokenizer, b"" if processor is None else bytes(processor.__getstate__()))
@@ -48,22 +45,13 @@ def begin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _begin_ids(tokenizer: Tokenizer, state: bytes) -> tuple[int, ...]:
     del state  # only part of the key: the same tokenizer with another post-processor is asked again
     for probe in _PROBES:
-        bare = tokenizer.encode(probe, add_special_tokens=False)
-        if bare:
-            return _before(tokenizer.encode(probe, add_special_tokens=True), bare)
-    # A vocabulary without any of the probes: what is put around an empty text, as far as it is BOS.
+        encoded = tokenizer(probe, add_special_tokens=True, return_special_tokens_mask=True)
+        ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+        if 0 in added:
+            return tuple(ids[: added.index(0)])
+    # A vocabulary that has none of the probes: what is put around an empty text, as far as it is BOS.
     around = tokenizer.encode("", add_special_tokens=True)
     return tuple(around[:1]) if around and around[0] == tokenizer.bos_token_id else ()
-
-
-def _before(whole: list[int], bare: list[int]) -> tuple[int, ...]:
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return tuple(whole[:start])
-    raise ValueError(
-        f"the tokenizer's post_processor turns the ids {bare} of a text into {whole}, which do not hold them: "
-        "use a tokenizer.json whose post_processor only adds tokens around a text"
-    )
 
 
 # ------------------------------------------------------------------------------------------ what ends a response
@@ -131,15 +119,15 @@ def _follow_add_bos(tokenizer: Tokenizer, file: Path) -> None:
         return
     if not isinstance(wanted, bool):
         raise ValueError(f"{file}: add_bos_token is {wanted!r}: write true or false, or leave it out")
-    bos: Any = tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
     if wanted and bos is None:
         raise ValueError(f"{file}: add_bos_token is true and no bos_token is named: name it, or write false")
     if wanted == (bos is not None and bos in begin_ids(tokenizer)):
         return
     from tokenizers import processors  # only a tokenizer that is loaded anyway needs it
 
-    special = [(str(tokenizer.bos_token), int(bos))] if wanted else []
-    single = f"{special[0][0]} $A" if wanted else "$A"
+    special = [(str(tokenizer.bos_token), bos)] if wanted and isinstance(bos, int) else []
+    single = f"{tokenizer.bos_token} $A" if wanted else "$A"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 

@@ -26,7 +26,7 @@ import optax
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from experiments import guards, pretrained
+from experiments import contexts, guards, pretrained
 from rlhf_jax import checkpoint, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, parsed, schema, text
@@ -587,11 +587,28 @@ def encode_prompts(
     return ids
 
 
-def lm_rows(tokenizer: Any, path: str | os.PathLike[str], *, length: int) -> LMBatch:
-    """Packed rows of a JSONL file of plain text."""
+def lm_rows(
+    tokenizer: Any, path: str | os.PathLike[str], *, length: int, context: contexts.Context | None = None,
+    key: str = "row_length",
+) -> LMBatch:  # fmt: skip
+    """Packed rows of a JSONL file of plain text.
+
+    Args:
+      tokenizer: of the model that reads them.
+      path: the file.
+      length: slots of a row; a longer document is split.
+      context: of that model; None asks for nothing.
+      key: of the config, where `length` comes from.
+
+    Raises:
+      ValueError: a piece of a document needs more positions than the model has.
+    """
     documents, _ = schema.read_jsonl(path, schema.PlainText)
     ids = [text.encode_document(tokenizer, d.text, eos_id=tokenizer.eos_token_id) for d in documents]
-    return text.lm_rows(ids, length=length)
+    rows = text.lm_rows(ids, length=length)
+    if context is not None:
+        contexts.check_rows(context, rows, f"{path}: a piece of a document in rows of {key}={length}")
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -621,14 +638,22 @@ def sample_responses(
       asked: what the ids stand for, prompt by prompt: after messages a response ends as the chat template ends a turn.
         Without it EOS ends every response.
       counts: responses to each prompt, one number for all or one each.
-      prompt_length: slots of the prompts.
+      prompt_length: slots of the prompts; fewer where the model's context leaves no more beside `max_new_tokens`.
       max_new_tokens: longest response, EOS included.
       temperature: of sampling; 0 is greedy.
       seed: with each prompt's place and the number of the response the only source of randomness.
       batch_size: rows sampled together.
       stop_ids: tokens that end a response besides those of `asked`.
       progress: called with (responses done, responses).
+
+    Raises:
+      ValueError: a prompt with `max_new_tokens` after it is longer than the model's context.
     """
+    context = contexts.of_network(network)
+    name = contexts.prompt_of("prompts", asked) if asked else lambda i: f"prompt {i + 1}"
+    contexts.check(context, [len(ids) for ids in prompts], name, new=max_new_tokens)
+    if context.length is not None:  # callers round up, and slots of padding need no positions
+        prompt_length = min(prompt_length, context.length - max_new_tokens)
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     ends = text.stop_ids(network.tokenizer, asked)
     samples = generate_many(
@@ -674,12 +699,65 @@ def score_responses(
     *,
     batch_size: int,
 ) -> np.ndarray:
-    """Raw reward-model score of each response to its prompt, one number each."""
+    """Raw reward-model score of each response to its prompt, one number each.
+
+    Raises:
+      ValueError: a prompt with its response is longer than the model's context; nothing is computed then.
+    """
+    return score_rows(network, scoring_rows(network, prompts, responses), mesh, batch_size=batch_size)
+
+
+def scoring_rows(network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt with its whole response, as the reward model was trained on them.
+
+    Raises:
+      ValueError: one is longer than the model's context.
+    """
     rows = [
         [*text.encode_prompt(network.tokenizer, p), *text.encode_answer(network.tokenizer, p, r)]
         for p, r in zip(prompts, responses, strict=True)
     ]
-    scores, parts = np.zeros(len(rows)), [*by_length([len(row) for row in rows], batch_size)]
+
+    def name(i: int) -> str:
+        return f"scoring: the response {responses[i][:40]!r}.. with its prompt {chat.readable(prompts[i])[:40]!r}.."
+
+    contexts.check(contexts.of_network(network), [len(row) for row in rows], name)
+    return rows
+
+
+def fitting_scoring_rows(
+    network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]
+) -> tuple[list[list[int]], int]:
+    """`scoring_rows` of sampled responses, and how many are scored only as far as they fit.
+
+    Text that is encoded again may take more tokens than were sampled: another tokenizer, or bytes that are no text. The
+    ids beyond the context are left out then, as PPO scores a response that `max_new_tokens` ended.
+
+    Raises:
+      ValueError: a prompt alone fills the model's context.
+    """
+    most = contexts.of_network(network).length
+    rows, cut = [], 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        asked = text.encode_prompt(network.tokenizer, prompt)
+        said = text.encode_answer(network.tokenizer, prompt, response)
+        room = len(said) if most is None else most - len(asked)
+        if room < 1:
+            raise ValueError(
+                f"scoring: the prompt {chat.readable(prompt)[:60]!r}.. has {len(asked)} tokens and "
+                f"{contexts.of_network(network)}, which leaves nothing for a response: {contexts.ADVICE}"
+            )
+        cut += len(said) > room
+        rows.append([*asked, *said[:room]])
+    return rows, cut
+
+
+def score_rows(
+    network: Network, rows: Sequence[Sequence[int]], mesh: jax.sharding.Mesh, *, batch_size: int
+) -> np.ndarray:
+    """Raw reward-model score of each row of ids, read at its last one."""
+    scores, most = np.zeros(len(rows)), contexts.of_network(network).length
+    parts = [*by_length([len(row) for row in rows], batch_size, most=most)]
     # Counted in slots: the rows are sorted, and the last batches of them take longest.
     work = np.cumsum([len(index) * slots for index, slots in parts], dtype=int)
     with Progress("scoring", int(work[-1]) if parts else 0, unit="slots") as progress:
@@ -691,16 +769,18 @@ def score_responses(
     return scores
 
 
-def by_length(lengths: ArrayLike, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+def by_length(lengths: ArrayLike, batch_size: int, *, most: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
     """Rows in batches of like lengths, so that little padding is computed: their indices and the slots they need.
 
-    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few compiled programs.
+    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few compiled programs,
+    but never more than `most`: a model has no positions beyond its context, not even for padding.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         index = order[np.minimum(np.arange(start, start + batch_size), len(order) - 1)]
-        yield index, -(-int(lengths[index[-1]]) // 32) * 32
+        slots = -(-int(lengths[index[-1]]) // 32) * 32
+        yield index, slots if most is None else min(slots, most)
 
 
 @functools.partial(jax.jit, static_argnames="model")

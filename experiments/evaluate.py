@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, contexts
 from rlhf_jax import config as config_lib
 from rlhf_jax import scoring
 from rlhf_jax.data import chat, schema, text
@@ -49,6 +49,8 @@ class Answers(NamedTuple):
     reward: np.ndarray
     tokens: np.ndarray
     samples: Samples
+    scored_in_part: int = 0
+    """Responses whose text takes more tokens than the reward model's context leaves: scored as far as they fit."""
 
     def means(self) -> dict[str, float]:
         """Mean scores and length."""
@@ -72,6 +74,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
     mesh = common.start(config.mesh)
     prompts = common.read_prompts(config.prompts, config.limit)
+    check_contexts(prompts, config)
     reward = common.load_network(config.reward_model, mesh, config.decoder)
     judge = config_lib.resolve(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
@@ -92,7 +95,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
             answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh, name=name)
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
-                held_out[kind] = held_out.get(kind) or held_out_batches(network.tokenizer, config, mesh)
+                context = contexts.of_network(network, common.model_folder(paths[name]))
+                held_out[kind] = held_out.get(kind) or held_out_batches(
+                    network.tokenizer, config, mesh, context=context
+                )  # fmt: skip
                 with patiently(f"{name}: loss on held-out text"):
                     loss = lm_loss(network.model, network.params, held_out[kind])
                 results.setdefault("pretraining_loss", {})[name] = loss
@@ -101,11 +107,40 @@ def run(config: ConfigDict, workdir: str) -> dict:
                     results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
                 if not config.temperature:
                     results["kl_temperature"] = kl_temperature(config)
+            if answers[name].scored_in_part:
+                results.setdefault("scored_in_part", {})[name] = answers[name].scored_in_part
             log(done, answers[name].means())
     results |= compare(answers, [str(p.prompt) for p in prompts])
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)
     return results
+
+
+def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
+    """Refuses prompts and row lengths beyond the context of any model, before the first is loaded.
+
+    Raises:
+      ValueError: a prompt with `max_new_tokens` after it is longer than the context of a model that answers, of the
+        reward model or of the KL reference; a few-shot prompt is; or `held_out_row_length` is.
+    """
+    paths = {name: path for name, path in config.models.items() if path}
+    asks: dict[str, list[Ask]] = {path: [bare_prompts] for path in (*paths.values(), config.reward_model)}
+    if config.reference:
+        asks.setdefault(config.reference, [bare_prompts])
+    if "base" in paths and config.few_shot.demonstrations:
+        asks[paths["base"]] = [bare_prompts, *few_shot_asks(config)]
+    for path, each in asks.items():
+        folder = common.model_folder(path)
+        context = contexts.of_folder(folder)
+        if context.length is None or not (folder / "tokenizer.json").exists():
+            continue  # told where the model is loaded
+        known: Any = common.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
+        for ask in each:
+            what = config.prompts if ask is bare_prompts else f"{config.prompts} after few_shot.examples"
+            name = contexts.prompt_of(what, [p.prompt for p in prompts])
+            contexts.check(context, [len(ids) for ids in ask(known, prompts)[0]], name, new=config.max_new_tokens)
+        if config.held_out_text and path in paths.values() and config.held_out_row_length > context.length:
+            read_held_out(known.tokenizer, config, context=context)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
@@ -128,6 +163,20 @@ def few_shot_prompts(
 
     Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model score).
     """
+    asks = few_shot_asks(config)
+    slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
+    asks = [_in_slots(ask, slots) for ask in asks]
+
+    trial = prompts[: config.few_shot.trial_prompts]
+
+    def score(ask: Ask) -> float:
+        return float(answer(network, reward, None, trial, ask, config.base_samples, config, mesh).reward.mean())
+
+    return max(asks, key=score) if len(asks) > 1 else asks[0]
+
+
+def few_shot_asks(config: ConfigDict) -> list[Ask]:
+    """Prefixes of worked examples drawn from the demonstrations, `few_shot.candidates` of them."""
     shots = config.few_shot
     records, _ = schema.read_jsonl(shots.demonstrations, schema.Demonstration)
     rng = np.random.default_rng(config.seed)
@@ -135,15 +184,7 @@ def few_shot_prompts(
     for _ in range(shots.candidates):
         chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
         asks.append(_with_prefix([(chat.readable(r.prompt), r.response) for r in chosen], shots.template))
-    slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
-    asks = [_in_slots(ask, slots) for ask in asks]
-
-    trial = prompts[: shots.trial_prompts]
-
-    def score(ask: Ask) -> float:
-        return float(answer(network, reward, None, trial, ask, config.base_samples, config, mesh).reward.mean())
-
-    return max(asks, key=score) if len(asks) > 1 else asks[0]
+    return asks
 
 
 def _in_slots(ask: Ask, slots: int) -> Ask:
@@ -154,8 +195,7 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
     def ask(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
         shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
         texts = [shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip() for p in prompts]
-        encode = network.tokenizer.encode
-        ids = [encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
+        ids = [text.encode_opening(network.tokenizer, t) for t in texts]
         return ids, -(-max(map(len, ids)) // 16) * 16
 
     return ask
@@ -165,7 +205,15 @@ def answer(
     network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
     count: int, config: ConfigDict, mesh: jax.sharding.Mesh, *, name: str = "samples",
 ) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for the console."""
+    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for the console.
+
+    Raises:
+      ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the reward model.
+    """
+    bare = [p.prompt for p in prompts]
+    scored = [len(text.encode_prompt(reward.tokenizer, prompt)) for prompt in bare]
+    where = contexts.prompt_of("scoring", bare)
+    contexts.check(contexts.of_network(reward), scored, where, new=config.max_new_tokens)
     ids, slots = ask(network, prompts)
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
@@ -177,7 +225,8 @@ def answer(
         )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
-    rewards = common.score_responses(reward, [p.prompt for p in asked], texts, mesh, batch_size=config.batch_size)
+    rows, cut = common.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
+    rewards = common.score_rows(reward, rows, mesh, batch_size=config.batch_size)
     judged = [judge(str(p.id), t) for p, t in zip(asked, texts, strict=True)] if judge else []
     shape = (len(prompts), count)
     tokens = np.asarray(samples.lengths - samples.prompt_lengths)
@@ -188,6 +237,7 @@ def answer(
         rewards.reshape(shape),
         tokens.reshape(shape),
         samples,
+        cut,
     )
 
 
@@ -200,10 +250,18 @@ def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
-def held_out_batches(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
+def held_out_batches(
+    tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *, context: contexts.Context | None = None
+) -> list[LMBatch]:
     """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment tax."""
-    rows = common.lm_rows(tokenizer, config.held_out_text, length=config.held_out_row_length)
+    rows = read_held_out(tokenizer, config, context=context)
     return common.held_out_batches(rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches)
+
+
+def read_held_out(tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None) -> LMBatch:
+    """Packed rows of the held-out text, no piece of it longer than the model's context."""
+    length = config.held_out_row_length
+    return common.lm_rows(tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length")
 
 
 def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
@@ -213,8 +271,10 @@ def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, 
     log-ratio of the most likely response, and no estimate of a KL divergence.
     """
     reference = common.load_network(config.reference, mesh, config.decoder)
+    text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
     gaps = np.zeros(len(said.samples.lengths))
-    for index, slots in common.by_length(said.samples.lengths, config.batch_size):
+    most = contexts.of_network(reference).length
+    for index, slots in common.by_length(said.samples.lengths, config.batch_size, most=most):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
         temperature = kl_temperature(config)

@@ -59,6 +59,10 @@ def check_shapes(config: ConfigDict) -> None:
     common.check_shape("base", config.base, config.shapes.policy)
     if config.reward_model.model:
         common.check_shape("reward_model.model", config.reward_model.model, config.shapes.reward_model)
+    # PPO comes hours later, from a model of the base's context.
+    later = common.config_dict(config.ppo)
+    later.update(model=config.base, reward_model=config.reward_model.model)
+    ppo.check_contexts(later)
 
 
 class Pipeline:

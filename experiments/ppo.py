@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, guards, memory
+from experiments import common, contexts, guards, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import kl_control, processes, scoring, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests
@@ -237,6 +237,7 @@ def stop_ids(setup: Setup) -> tuple[int, ...]:
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
+    check_contexts(config)
     rules = sharding_rules(config)
     policy = common.load_network(config.model, mesh, config.decoder, rules=rules["reference"])
     reward, value = reward_and_value(policy, config, mesh)
@@ -248,17 +249,32 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     rows = text.prompt_batch(ids, length=config.prompt_length)
     prompts = common.batches(rows, mesh, batch_size=config.episodes, seed=config.seed)
     controller = kl_controller(config)
+    context = contexts.of_network(policy, common.model_folder(config.model))
     trained = common.trained(policy.params, config), common.trained(value.params, config)
     state, where = initial_state(config, mesh, trained[0].params, trained[1].params)
     return Setup(
         policy, reward, value.model, *trained, asked, [r.id for r in records], prompts,
-        pretraining_stream(policy.tokenizer, config, mesh), held_out_rows(policy.tokenizer, config, mesh), controller,
+        pretraining_stream(policy.tokenizer, config, mesh, context=context),
+        held_out_rows(policy.tokenizer, config, mesh, context=context), controller,
         compiled_pieces(config, mesh, policy, value, reward, trained, where),
         compiled_pieces(config, mesh, policy, value, reward, trained, where, rollout_model=scoring.pair_rows)
         if mesh.size == config.microbatches == config.score_microbatches == 1
         else None,
         state, judge(config.gold), judge(config.text_reward),
     )  # fmt: skip
+
+
+def check_contexts(config: ConfigDict) -> None:
+    """Refuses rows longer than the context of the policy or of the reward and value model, before either is loaded.
+
+    Raises:
+      ValueError: naming the model, its context and the keys.
+    """
+    slots = config.prompt_length + config.max_new_tokens
+    what = f"prompt_length={config.prompt_length} with max_new_tokens={config.max_new_tokens}"
+    for key in ("model", "reward_model"):
+        if config[key]:
+            contexts.check_slots(contexts.of_folder(common.model_folder(config[key])), slots, what)
 
 
 def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
@@ -355,11 +371,13 @@ def kl_controller(config: ConfigDict) -> kl_control.KLController:
     )
 
 
-def pretraining_stream(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> Batches | None:
+def pretraining_stream(
+    tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *, context: contexts.Context | None = None
+) -> Batches | None:
     """Packed pretraining rows, `ptx_rows_per_episode` for each episode; None for plain PPO."""
     if not config.ptx_coef:
         return None
-    rows = common.lm_rows(tokenizer, config.pretraining_text, length=config.ptx_row_length)
+    rows = ptx_rows(tokenizer, config.pretraining_text, config, context)
     count = round(config.ptx_rows_per_episode * config.episodes)
     steps = config.epochs * config.minibatches
     config_lib.require(
@@ -369,12 +387,19 @@ def pretraining_stream(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Me
     return common.batches(rows, mesh, batch_size=count, seed=config.seed)
 
 
-def held_out_rows(tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> list[LMBatch]:
+def held_out_rows(
+    tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *, context: contexts.Context | None = None
+) -> list[LMBatch]:
     """Held-out pretraining rows on the devices, to watch the alignment tax."""
     if not config.held_out_text:
         return []
-    rows = common.lm_rows(tokenizer, config.held_out_text, length=config.ptx_row_length)
+    rows = ptx_rows(tokenizer, config.held_out_text, config, context)
     return common.held_out_batches(rows, mesh, batch_size=config.held_out_rows, seed=0, most=1)
+
+
+def ptx_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Context | None) -> LMBatch:
+    """Packed rows of a file of plain text, within the policy's context."""
+    return common.lm_rows(tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length")
 
 
 def judge(name: str) -> Judge | None:

@@ -29,7 +29,7 @@ from rlhf_jax import config as config_lib
 from rlhf_jax.data import curation, schema, sources
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
-from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer, prompt_batch
+from rlhf_jax.data.text import encode_opening, encode_prompt, encode_response, load_tokenizer, prompt_batch, stop_ids
 from rlhf_jax.generate import generate
 from rlhf_jax.run.files import write_json, written
 
@@ -563,11 +563,11 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
     """
     path = common.model_folder(config.model)
     network = common.load_network(config.model, common.start((1, -1, 1)), {"unroll": 1})
-    ids = network.tokenizer.encode(config.question)
+    ids = encode_opening(network.tokenizer, config.question)
     prompt = prompt_batch([ids], length=len(ids))
     said = generate(
         network.model, network.params, prompt, jax.random.key(0), max_new_tokens=config.max_new_tokens,
-        temperature=0.0, stop_ids=(network.tokenizer.eos_token_id,),
+        temperature=0.0, stop_ids=stop_ids(network.tokenizer, [config.question]),
     )  # fmt: skip
     answer = network.tokenizer.decode(said.tokens[0, len(ids) : int(said.lengths[0])])
     if config.answer not in answer:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import common, memory
+from experiments import common, contexts, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import text
@@ -57,6 +57,9 @@ def prepare(config: ConfigDict) -> Setup:
     held_out = text.lm_rows(
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
     )
+    context = contexts.Context(config.model.context_length, "config.model")
+    for each in (rows, held_out):
+        contexts.check_rows(context, each, f"a document in rows of row_length={config.row_length}")
     batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
     rate = optim.cosine_to(config.learning_rate, batches.steps(config.epochs))

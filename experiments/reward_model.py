@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, guards, memory
+from experiments import common, contexts, guards, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import processes, scoring, sharding
 from rlhf_jax.data import schema, text
@@ -121,6 +121,7 @@ def prepare(config: ConfigDict) -> Setup:
     rankings = read_rankings(config.rankings)
     encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
     encoded, places = fitting(encoded, config, base.model.config.context_length)
+    check_evaluation(base, config)
     rows = text.ranking_rows(
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
@@ -194,6 +195,22 @@ def held_out(network: common.Network, path: str, config: ConfigDict) -> tuple[li
     return [rankings[i] for i in places], len(rankings) - len(places)
 
 
+def check_evaluation(base: common.Network, config: ConfigDict) -> None:
+    """Refuses evaluation rankings beyond the model's context before training; with ``too_long="drop"`` none are.
+
+    Raises:
+      ValueError: a prompt with one of its responses is longer than the context.
+    """
+    if config.too_long != "error":
+        return
+    context = contexts.of_network(base, common.model_folder(config.model))
+    for path in filter(None, dict(config.evaluation).values()):
+        rankings = read_rankings(path)
+        encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
+        sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
+        contexts.check(context, sizes, contexts.record_of(path, len(rankings)))
+
+
 def read_trunk(
     model: Model, trunk: Params, rows: RankingBatch, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Model, RankingBatch]:
@@ -250,7 +267,14 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
         one = schema.Ranking(record.prompt, (record.response,), ())
         return tokens([encode_ranking(network.tokenizer, one)])["tokens"] <= context
 
-    records = [r for r in records if fits(r)][: config.bias_demonstrations]
+    fitting_records = [r for r in records if fits(r)]
+    if len(fitting_records) < len(records) and processes.index() == 0:
+        print(
+            f"bias: {len(records) - len(fitting_records)} of {len(records)} demonstrations are left out, they are "
+            f"longer than the context of {context} tokens",
+            flush=True,
+        )
+    records = fitting_records[: config.bias_demonstrations]
     config_lib.require(
         bool(records), "demonstrations", config.demonstrations,
         f"none fits the model's context of {context} tokens: give shorter ones, or a model of a longer context",

@@ -19,9 +19,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, contexts
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import schema
+from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland import labelers, task_of
 from rlhf_jax.metrics import StageLog
 
@@ -41,6 +41,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
     mesh = common.start(config.mesh)
     prompts = common.read_prompts(config.prompts)
+    for name in config.models:
+        check_context(name, prompts, config)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
     # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
     drawn: list[dict[int, str]] = [{} for _ in prompts]
@@ -73,6 +75,25 @@ def run(config: ConfigDict, workdir: str) -> dict:
         rankings = rank(records, group=config.labeler_group, count=config.labelers, labels_each=config.labels_each)
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
     return {"prompts": len(prompts), "responses": sum(ks)}
+
+
+def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
+    """Refuses prompts that leave a model no room for an answer, before any model is loaded or asked.
+
+    Raises:
+      ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the model's context.
+    """
+    folder = common.model_folder(name)
+    context = contexts.of_folder(folder)
+    if context.length is None or not (folder / "tokenizer.json").exists():
+        return  # told where the model is loaded
+    asked = [p.prompt for p in prompts]
+    ids = common.encode_prompts(
+        text.load_tokenizer(folder), asked, length=config.prompt_length, where=config.prompts
+    )  # fmt: skip
+    contexts.check(
+        context, [len(each) for each in ids], contexts.prompt_of(config.prompts, asked), new=config.max_new_tokens
+    )  # fmt: skip
 
 
 def read_samples(path: Path) -> list[Responses]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, guards, memory
+from experiments import common, contexts, guards, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
 from rlhf_jax.data import schema, text
@@ -113,10 +113,11 @@ def prepare(config: ConfigDict) -> Setup:
     common.agree_on_inputs(config.model, config.demonstrations, config.validation, config.pretraining_text)
     rules = sharding.rules_from_data(config.sharding)
     network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout, rules=rules)
-    records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config)
-    held_out = demonstration_rows(network.tokenizer, config.validation, config)
+    context = contexts.of_network(network, common.model_folder(config.model))
+    records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config, context=context)
+    _, held_out = read_demonstrations(network.tokenizer, config.validation, config, context=context)
     if config.pretraining_fraction:
-        rows = mix_in(rows, network.tokenizer, config)
+        rows = mix_in(rows, network.tokenizer, config, context=context)
     batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     held = common.held_out_batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
     rate = common.schedule(config.schedule, config.learning_rate, batches.steps(1) * config.epochs)
@@ -140,13 +141,15 @@ def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch
     return read_demonstrations(tokenizer, path, config)[1]
 
 
-def read_demonstrations(tokenizer: Any, path: str, config: ConfigDict) -> tuple[guards.Records, LMBatch]:
+def read_demonstrations(
+    tokenizer: Any, path: str, config: ConfigDict, *, context: contexts.Context | None = None
+) -> tuple[guards.Records, LMBatch]:
     """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit), and who lies where.
 
     Of a conversation the targets are the assistant's turns, all of them or the last (`config.assistant_turns`).
 
     Raises:
-      ValueError: the file is empty, or a demonstration is longer than a row.
+      ValueError: the file is empty, or a demonstration is longer than a row or than the model's `context`.
     """
     records, _ = schema.read_jsonl(path, schema.Demonstration)
     if not records:
@@ -157,18 +160,20 @@ def read_demonstrations(tokenizer: Any, path: str, config: ConfigDict) -> tuple[
         for r in records
     ]
     sizes, limits = [len(ids) for ids, _ in pieces], (config.row_length, config.pieces_per_row)
+    if context is not None:
+        contexts.check(context, sizes, contexts.record_of(path, len(records)))
     where = guards.Records(path, [r.id for r in records], sizes, capacity=limits[0], max_items=limits[1])
     return where, text.masked_rows(pieces, length=limits[0], max_pieces=limits[1])
 
 
-def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict) -> LMBatch:
+def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None = None) -> LMBatch:
     """The rows with pretraining rows among them, `config.pretraining_fraction` of the whole.
 
     Source: Ouyang et al. 2022, appendix C.3 (10% pretraining data in the init of PPO).
     """
     fraction = config.pretraining_fraction
     wanted = round(len(rows.tokens) * fraction / (1 - fraction))
-    pool = common.lm_rows(tokenizer, config.pretraining_text, length=config.row_length)
+    pool = common.lm_rows(tokenizer, config.pretraining_text, length=config.row_length, context=context)
     if len(pool.tokens) < wanted:
         raise ValueError(
             f"pretraining_text={config.pretraining_text} gives {len(pool.tokens)} rows and "

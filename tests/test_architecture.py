@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "metrics": {"types", "run.files", "run.console", "processes"},
     "kl_control": {"types"},
     "steps": {"types", "ops", "advantages", "losses", "scoring", "optim", "sharding"},
-    "models": {"types", "ops", "run.files", "processes"},
+    # `data`: an exported model says what ends its responses, which its tokenizer and chat template know.
+    "models": {"types", "ops", "run.files", "processes", "data"},
     "generate": {"types", "ops", "models"},
     "scoring": {"types", "ops", "models"},
     "rollout": {"types", "ops", "advantages", "models", "generate", "scoring", "kl_control"},

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_jax.data.schema import Conversation, Message
+from rlhf_jax.data.special_ids import begin_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -107,8 +108,9 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
     Raises:
       ValueError: roles in no usable order, or a template that refuses them, leaves out, repeats or changes a content.
     """
-    ids: list[int] = []
-    mask: list[bool] = []
+    # A chat template writes BOS itself where the model wants it. The plain form is ours and knows of none.
+    ids = [] if tokenizer.chat_template else list(begin_ids(tokenizer))
+    mask = [False] * len(ids)
     for span in _prompt_spans(tokenizer, tuple(messages)):
         found = _ids(tokenizer, span.parts)
         ids += found

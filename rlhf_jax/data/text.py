@@ -1,8 +1,11 @@
 r"""Texts to token rows: templates, tokenising, masks and packing.
 
-A prompt is a text or the turns of a conversation. The template of a text: the prompt is its text and ``"\n\n"``; the
-response is its text and EOS. Conversations are written by `chat`. Prompt and response are tokenised separately and
-their ids concatenated, for SFT, reward model and PPO alike, so that a response has the same ids wherever it is seen.
+This is the one place that says how text becomes ids, for every stage, scorer and export. A prompt is a text or the
+turns of a conversation. The template of a text: the prompt is its text and ``"\n\n"``; the response is its text and
+EOS. Conversations are written by `chat`. A prompt, a document and any other beginning of a row starts with what the
+tokenizer's own post-processor puts there (`begin_ids`: BOS, or nothing), once; a response never does. Prompt and
+response are tokenised separately and their ids concatenated, for SFT, reward model and PPO alike, so that a response
+has the same ids wherever it is seen.
 Rows are contiguous from the left and padded on the right; masks come from lengths and roles, never from ids.
 
 Row functions never cut or drop anything: what does not fit is an error, and `drop_too_long` is the counted way out.
@@ -11,6 +14,7 @@ Row functions never cut or drop anything: what does not fit is an error, and `dr
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +26,7 @@ from jaxtyping import Int
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.schema import Conversation, Message
+from rlhf_jax.data.special_ids import begin_ids, end_ids, folder_end_ids, follow_folder, require_eos_id
 from rlhf_jax.run.files import check_tokenizer
 from rlhf_jax.types import LMBatch, PromptBatch, RankingBatch, Samples
 
@@ -45,8 +50,12 @@ Item = TypeVar("Item")
 def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer in a local folder (tokenizer.json, tokenizer_config.json). Code in the folder is never run.
 
+    It also knows what the folder says beside the tokenizer: ``add_bos_token``, and the ids that end a response
+    (`special_ids.follow_folder`).
+
     Raises:
-      ValueError: there is no tokenizer, it cannot be read, or it names no EOS token.
+      ValueError: there is no tokenizer, it cannot be read, or it names no EOS token; or the folder says of its special
+        ids what cannot be.
     """
     import transformers  # slow to import, and only this needs it
 
@@ -62,11 +71,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
         raise ValueError(f"the tokenizer in {path} cannot be read ({error}): copy or save it again") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} names no EOS token: set eos_token in tokenizer_config.json")
+    follow_folder(tokenizer, path)
     return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
-    """sha256 of everything that decides the ids of a text, and of the EOS id."""
+    """sha256 of everything that decides the ids of a text, what comes before it included, and of the EOS id."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Set by the last call's arguments, not part of the vocabulary.
     for call_state in ("truncation", "padding"):
@@ -83,6 +93,13 @@ def check_same_tokenizer(**tokenizers: transformers.PreTrainedTokenizerFast) -> 
     """
     (first, reference), *others = tokenizers.items()
     for name, other in others:
+        begins, others_begin = begin_ids(reference), begin_ids(other)
+        if begins != others_begin:
+            raise ValueError(
+                f"the tokenizers of {first} and {name} differ: {first} begins each text with the ids {list(begins)} "
+                f"and {name} with {list(others_begin)} (BOS); token ids pass between the models unchanged, so start "
+                "both from the same base model, or write the same add_bos_token into their tokenizer_config.json"
+            )
         if tokenizer_fingerprint(reference) != tokenizer_fingerprint(other):
             raise ValueError(
                 f"the tokenizers of {first} ({len(reference)} tokens) and {name} ({len(other)} tokens) differ: "
@@ -100,17 +117,23 @@ def encode_prompt(
     Args:
       tokenizer: its chat template writes messages; where it has none, `chat.PLAIN_TEMPLATE` does.
       prompt: a text, which the template's ending follows, or messages of which the last is not the assistant's.
-      bos_id: comes first where the base model was trained so; None for messages, whose template writes its own.
+      bos_id: comes first instead of what the tokenizer puts before a text (`begin_ids`); None for messages, whose
+        template writes its own.
 
     Raises:
       ValueError: messages that the template cannot write (see `chat.encode_messages`), or `bos_id` with messages.
     """
     if isinstance(prompt, str):
         ids = chat.encode_text(tokenizer, prompt + PROMPT_END)
-        return ids if bos_id is None else [bos_id, *ids]
+        return [*(begin_ids(tokenizer) if bos_id is None else [bos_id]), *ids]
     if bos_id is not None:
         raise ValueError(f"bos_id={bos_id} does not go with messages: a chat template writes BOS itself; leave it out")
     return chat.encode_messages(tokenizer, prompt)[0]
+
+
+def encode_opening(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a text that a model goes on with as it stands: a few-shot prompt, a question without a template."""
+    return [*begin_ids(tokenizer), *chat.encode_text(tokenizer, text)]
 
 
 def encode_response(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int) -> list[int]:
@@ -121,7 +144,7 @@ def encode_response(tokenizer: transformers.PreTrainedTokenizerFast, text: str, 
 def encode_answer(tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, response: str) -> list[int]:
     """Token ids of a whole response to `prompt`: EOS last after a text, the template's end of turn after messages."""
     if isinstance(prompt, str):
-        return encode_response(tokenizer, response, eos_id=_eos_id(tokenizer))
+        return encode_response(tokenizer, response, eos_id=require_eos_id(tokenizer))
     return chat.encode_reply(tokenizer, prompt, response)
 
 
@@ -148,15 +171,43 @@ def encode_demonstration(
 
 
 def encode_document(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int) -> list[int]:
-    """Token ids of a document of the pretraining mix, EOS last."""
-    return [*chat.encode_text(tokenizer, text), eos_id]
+    """Token ids of a document of the pretraining mix: what the tokenizer puts before a text, the text, EOS."""
+    return [*encode_opening(tokenizer, text), eos_id]
 
 
 def stop_ids(tokenizer: transformers.PreTrainedTokenizerFast, prompts: Iterable[Conversation]) -> tuple[int, ...]:
-    """The ids that end a response to any of `prompts`: EOS, and what the template ends the assistant's turn with."""
+    """The ids that end a response to any of `prompts`.
+
+    They are EOS, the other ids that the model's generation_config.json names, and what the chat template ends the
+    assistant's turn with.
+    """
     roles = {tuple(m.role for m in p): p for p in prompts if not isinstance(p, str)}
     ends = (chat.next_turn(tokenizer, messages).end_id for messages in roles.values())
-    return tuple(dict.fromkeys([_eos_id(tokenizer), *ends]))
+    return tuple(dict.fromkeys([*end_ids(tokenizer), *ends]))
+
+
+def exported_end_ids(tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The ids to write as ``eos_token_id`` of an exported model, so that other programs stop where this one does.
+
+    Those of the folder that the tokenizer came from, in that order; the tokenizer's EOS; and the end of turn of its
+    chat template.
+    """
+    ends = [*folder_end_ids(tokenizer), require_eos_id(tokenizer), end_of_turn_id(tokenizer)]
+    return tuple(dict.fromkeys(i for i in ends if i is not None))
+
+
+def end_of_turn_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
+    """What the tokenizer's own chat template ends the assistant's turn with.
+
+    None where the tokenizer has no template, or one that no conversation can be encoded with: then none was.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked = Message("user", "x")
+    for messages in ((asked,), (Message("system", "x"), asked)):  # some templates want a system turn first
+        with contextlib.suppress(ValueError):
+            return chat.next_turn(tokenizer, messages).end_id
+    return None
 
 
 def decode_response(tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int | Sequence[int]) -> str:
@@ -179,12 +230,6 @@ def decode_answer(
         return said
     turn = chat.next_turn(tokenizer, prompt)
     return said.removeprefix(turn.lead).removesuffix(turn.tail.removesuffix(turn.end))
-
-
-def _eos_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int:
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError("the tokenizer names no EOS token: set eos_token in tokenizer_config.json")
-    return tokenizer.eos_token_id
 
 
 # ------------------------------------------------------------------------------------------------------ packing

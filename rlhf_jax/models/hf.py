@@ -26,6 +26,8 @@ import safetensors
 from flax import traverse_util
 
 from rlhf_jax import processes
+from rlhf_jax.data.special_ids import follow_folder, set_folder_end_ids
+from rlhf_jax.data.text import end_of_turn_id, exported_end_ids
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.run.files import (
@@ -248,12 +250,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of BOS, EOS and padding for config.json; padding never has that of EOS, even where the tokenizer says so."""
+def _special_ids(tokenizer: Any) -> dict[str, int | list[int]]:
+    """Ids of BOS, of all that ends a response (a list where there are several) and of padding, for config.json.
+
+    Padding never has the id of EOS or of the end of a turn, even where the tokenizer says so.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    pad = next(i for i in (tokenizer.pad_token_id, bos, 0, 1) if i is not None and i != eos)
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-    return {name: int(i) for name, i in ids.items() if i is not None}
+    ends = [] if eos is None else list(exported_end_ids(tokenizer))
+    last = {eos, end_of_turn_id(tokenizer)}
+    pad = next(i for i in (tokenizer.pad_token_id, bos, 0, 1, 2) if i is not None and i not in last)
+    ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": int(bos)}
+    if ends:
+        ids["eos_token_id"] = [int(i) for i in ends] if len(ends) > 1 else int(ends[0])
+    return ids | {"pad_token_id": int(pad)}
 
 
 def _card(description: Mapping[str, Any]) -> str:
@@ -954,6 +963,7 @@ def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
         )
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy or save it again") from error
+    follow_folder(tokenizer, folder, vocab_size=config.vocab_size)
     return _fitting(tokenizer, config, folder)
 
 
@@ -1043,7 +1053,7 @@ def _gguf_tokenizer(reader) -> Any:
     """The byte-level BPE tokenizer that a GGUF file describes; None where it describes another kind."""
     import tokenizers
     import transformers  # slow to import, and only this needs it
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     def field(name: str) -> Any:
         entry = reader.get_field(f"tokenizer.ggml.{name}")
@@ -1063,13 +1073,22 @@ def _gguf_tokenizer(reader) -> Any:
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_CONTROL]
     inner.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
     ids = {name: field(f"{part}_token_id") for name, part in _GGUF_SPECIAL.items()}
+    if field("add_bos_token") and ids["bos_token"] is not None:
+        bos = pieces[ids["bos_token"]]
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, int(ids["bos_token"]))]
+        )
     template = reader.get_field("tokenizer.chat_template")
-    return transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
         clean_up_tokenization_spaces=False,
         chat_template=template and template.contents(),
         **{name: pieces[i] for name, i in ids.items() if i is not None},
     )
+    end_of_turn = field("eot_token_id")
+    if end_of_turn is not None and end_of_turn != ids["eos_token"]:
+        set_folder_end_ids(tokenizer, (int(end_of_turn),))
+    return tokenizer
 
 
 _GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

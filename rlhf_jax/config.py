@@ -41,6 +41,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax import __version__, processes
 from rlhf_jax.run.files import PLAIN_NAME, read_json
+from rlhf_jax.run.secrets import REDACTED, is_secret, known_secrets, redact
 
 Run = Callable[[ConfigDict, str], Any]
 
@@ -336,57 +337,6 @@ def require_range(field: str, value: float, *, low: float | None = None, high: f
 
 
 # ------------------------------------------------------------------------------------------------------ JSON, secrets
-
-REDACTED = "<redacted>"
-_SECRET = re.compile(
-    r"(^|_)(token|secrets?|passw(or)?ds?|passphrase|pwd|credentials?|auth|authorization|bearer)($|_)"
-    r"|(api|access|private|secret|signing|ssh|auth)_?keys?($|_)|(^|_)(hf|hub|wandb|github|aws)_?(token|key|secret)"
-)
-_NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
-_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")  # one slash is left where the text went through a Path
-_ASSIGNED = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
-_BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
-_SHORTEST = 6
-"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are words."""
-
-
-def is_secret(key: str) -> bool:
-    """Whether the name of a key or variable says that its value is to be kept from others.
-
-    >>> [is_secret(key) for key in ("hf_token", "apiKey", "AUTHORIZATION", "eos_token", "max_new_tokens", "tokenizer")]
-    [True, True, True, False, False, False]
-    """
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2]).lower().replace("-", "_")
-    return bool(_SECRET.search(name)) and not _NOT_SECRET.search(name)
-
-
-def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` without secrets: user and password of URLs, ``key=value`` where the key is a secret's, and `secrets`.
-
-    >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
-    '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
-    """
-    text = _BEARER.sub(REDACTED, _USER_INFO.sub(r"\1", text))
-    text = _ASSIGNED.sub(lambda m: f"{m['key']}={REDACTED}" if is_secret(m["key"]) else m[0], text)
-    for secret in sorted(set(secrets), key=len, reverse=True):
-        text = text.replace(secret, REDACTED)
-    return text
-
-
-def known_secrets(argv: Sequence[str] = ()) -> list[str]:
-    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command line.
-
-    Args:
-      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, and the password of a URL.
-    """
-    found = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST]
-    words = list(argv)
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        found += [value if equals else after] if flag.startswith("-") and is_secret(flag) else []
-        for url in _USER_INFO.finditer(word):
-            found += [part for part in [url[0].strip("/@").split(":", 1)[-1]] if len(part) >= _SHORTEST]
-    return [value for value in found if value]
 
 
 def to_json(config: ConfigDict) -> str:

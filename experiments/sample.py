@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, inputs
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import labelers, task_of
@@ -39,6 +39,7 @@ class Responses:
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
+    check(config)
     mesh = common.start(config.mesh)
     prompts = common.read_prompts(config.prompts)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
@@ -73,6 +74,26 @@ def run(config: ConfigDict, workdir: str) -> dict:
         rankings = rank(records, group=config.labeler_group, count=config.labelers, labels_each=config.labels_each)
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
     return {"prompts": len(prompts), "responses": sum(ks)}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what cannot be sampled or ranked, before anything is loaded or written."""
+    inputs.check_numbers(config)
+    draw_k(config.seed, 0, config.min_k, config.max_k)
+    models = config.models
+    config_lib.require(
+        isinstance(models, tuple) and len(models) > 0, "models", models, "pass folders, --config.models=\"('FOLDER',)\""
+    )
+    for place, name in enumerate(models):
+        try:
+            inputs.check_model(f"models[{place}]", name)
+        except ValueError as error:
+            raise ValueError(f"{error}; the models are given as --config.models=\"('FOLDER',)\"") from None
+    inputs.check_file("prompts", config.prompts)
+    prompts = common.read_prompts(config.prompts)
+    if config.labelers:
+        people = f"labelers={config.labelers} (simulated people)"
+        inputs.check_known(people, "--config.labelers=0", prompts, config.prompts)
 
 
 def read_samples(path: Path) -> list[Responses]:
@@ -123,5 +144,5 @@ def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: i
 if __name__ == "__main__":
     config_lib.main(
         run, config="configs/sample/storyland.py", workdir="runs/samples",
-        one_process="It reads the model folder that sft.py wrote: run it on one host.",
+        one_process="It reads the model folder that sft.py wrote: run it on one host.", check=check,
     )  # fmt: skip

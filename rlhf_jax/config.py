@@ -613,14 +613,17 @@ def prepare_workdir(
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        stored = read_json(path)
     except ValueError:
-        raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite")
+    return stored
 
 
 def main(
     run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = "",
-    dry_run: Callable[[ConfigDict], Any] | None = None,
+    dry_run: Callable[[ConfigDict], Any] | None = None, check: Callable[[ConfigDict], Any] | None = None,
 ) -> None:  # fmt: skip
     """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
 
@@ -639,6 +642,7 @@ def main(
       argv: the arguments; None reads the command line.
       one_process: for a program that cannot run as several processes: what to do instead of ``--distributed``.
       dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
+      check: called with the config before the run folder is touched, so that what it refuses changes nothing there.
     """
     console.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -647,7 +651,7 @@ def main(
     several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
     with _signals(several=several):
         try:
-            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run)
+            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run, check)
         except Exception as error:
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
@@ -666,6 +670,7 @@ def _answer_signals(handler: Any) -> None:
 def _main(
     run: Run, config_default: str, workdir_default: str, argv: list[str], given: list[str] | None = None,
     one_process: str = "", dry_run: Callable[[ConfigDict], Any] | None = None,
+    check: Callable[[ConfigDict], Any] | None = None,
 ) -> int:  # fmt: skip
     fresh, path, lock = False, None, None
     secrets = [] if given is None else given
@@ -685,6 +690,9 @@ def _main(
         if flags.dry_run:
             _run_dry(dry_run, config)
             return 0
+        if check is not None:
+            with _another_programs_config(flags.config):
+                check(config)
         if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)

@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "rollout": {"types", "ops", "advantages", "models", "generate", "scoring", "kl_control"},
     "data": {"types", "run.files"},
     "evaluation": {"types", "ops", "generate", "scoring", "data", "run.files"},
+    "rewards": {"config"},
     "labeling": {"types", "data"},
 }
 """The first part of a module's name after ``rlhf_jax.`` -> the parts it may import (DESIGN: who may import whom)."""

@@ -443,6 +443,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     Raises:
       ValueError: it is missing or damaged.
     """
+    if not os.path.isfile(path) and os.path.exists(path):
+        # A pipe can be read once only and may never end; a run reads its data again when it goes on.
+        what = "a folder: pass one file" if os.path.isdir(path) else "no regular file: save it to a file first"
+        raise ValueError(f"{path} is {what}")
     try:
         data = Path(path).read_bytes()
         return _unpacked(data, path) if str(path).endswith(".gz") else data

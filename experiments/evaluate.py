@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts
+from experiments import common, contexts, inputs
 from rlhf_jax import config as config_lib
 from rlhf_jax import scoring
 from rlhf_jax.data import chat, schema, text
@@ -29,6 +30,7 @@ from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
 from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
 from rlhf_jax.metrics import StageLog
+from rlhf_jax.rewards import functions
 from rlhf_jax.run.console import Progress, patiently
 from rlhf_jax.run.files import write_json
 from rlhf_jax.types import LMBatch, Model, Params, Samples
@@ -72,14 +74,13 @@ class Line:
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
+    check(config)
     mesh = common.start(config.mesh)
     prompts = common.read_prompts(config.prompts, config.limit)
     check_contexts(prompts, config)
     reward = common.load_network(config.reward_model, mesh, config.decoder)
-    judge = config_lib.resolve(config.gold) if config.gold else None
+    judge = functions.judge(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
-    if BASELINE not in paths:
-        raise ValueError(f"models.{BASELINE} is empty: win rates are against it, pass its folder")
     results: dict[str, Any] = {"prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed}
     answers: dict[str, Answers] = {}
     held_out: dict[str, list[LMBatch]] = {}
@@ -141,6 +142,29 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             contexts.check(context, [len(ids) for ids in ask(known, prompts)[0]], name, new=config.max_new_tokens)
         if config.held_out_text and path in paths.values() and config.held_out_row_length > context.length:
             read_held_out(known.tokenizer, config, context=context)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what cannot be compared or judged, before anything is loaded, sampled or written."""
+    inputs.check_numbers(config)
+    if not config.models.get(BASELINE):
+        raise ValueError(
+            f"models.{BASELINE} is empty: win rates are against it, "
+            f"pass its folder with --config.models.{BASELINE}=FOLDER"
+        )
+    for name, path in config.models.items():
+        if path:
+            inputs.check_model(f"models.{name}", path)
+    inputs.check_model("reward_model", config.reward_model, inputs.REWARD)
+    if config.reference:
+        inputs.check_model("reference", config.reference)
+    inputs.check_file("prompts", config.prompts)
+    inputs.check_file("held_out_text", config.held_out_text, required=False)
+    inputs.check_file("few_shot.demonstrations", config.few_shot.demonstrations, required=False)
+    if config.gold:
+        functions.judge(config.gold)
+        prompts = common.read_prompts(config.prompts, config.limit)
+        inputs.check_gold("gold", config.gold, prompts, config.prompts)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
@@ -227,18 +251,34 @@ def answer(
     asked = [p for p in prompts for _ in range(count)]
     rows, cut = common.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
     rewards = common.score_rows(reward, rows, mesh, batch_size=config.batch_size)
-    judged = [judge(str(p.id), t) for p, t in zip(asked, texts, strict=True)] if judge else []
+    judged = [known(judge, p, t) for p, t in zip(asked, texts, strict=True)] if judge else []
     shape = (len(prompts), count)
     tokens = np.asarray(samples.lengths - samples.prompt_lengths)
     return Answers(
         [texts[i : i + count] for i in range(0, len(texts), count)],
         np.array([g.score for g in judged]).reshape(shape) if judge else None,
-        [g.parts for g in judged],
+        [dict(g.parts) for g in judged],
         rewards.reshape(shape),
         tokens.reshape(shape),
         samples,
         cut,
     )
+
+
+def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgement:
+    """What the gold scorer says of a response.
+
+    Raises:
+      ValueError: it says nothing: win rates and means would leave out other prompts for each model.
+    """
+    scorer = functions.judge(judge)
+    judged = scorer.judged(str(prompt.id), response, prompt.prompt)
+    if not math.isfinite(judged.score):
+        raise ValueError(
+            f"gold={scorer.name} gave {judged.score} for the prompt {str(prompt.id)!r}: an evaluation compares the "
+            "answers to each prompt, return a number for every response or leave the prompt out of its file"
+        )
+    return judged
 
 
 @functools.cache
@@ -399,5 +439,5 @@ def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[st
 if __name__ == "__main__":
     config_lib.main(
         run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
-        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.",
+        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.", check=check,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, evaluate, ppo, prepare_data, reward_model, sample, sft
+from experiments import common, evaluate, inputs, ppo, prepare_data, reward_model, sample, sft
 from rlhf_jax import config as config_lib
 from rlhf_jax import metrics
 from rlhf_jax.data import schema
@@ -56,6 +56,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 def check_shapes(config: ConfigDict) -> None:
     """Refuses models of other sizes than the config is for, before anything is computed."""
+    inputs.check_numbers(config)
+    inputs.check_model("base", config.base)
     common.check_shape("base", config.base, config.shapes.policy)
     if config.reward_model.model:
         common.check_shape("reward_model.model", config.reward_model.model, config.shapes.reward_model)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, memory
+from experiments import common, contexts, guards, inputs, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import kl_control, processes, scoring, sharding
 from rlhf_jax.checkpoint import Checkpoints, stop_requests
@@ -33,6 +33,7 @@ from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.generate import generate, lower_generate
 from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.rewards import functions
 from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
 from rlhf_jax.steps import (
     POLICY_ARGUMENTS,
@@ -45,10 +46,6 @@ from rlhf_jax.steps import (
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, PromptBatch, Rollout, Samples, StepFn
 
 SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
-
-
-Judge = Callable[[str, str], float]
-"""``(prompt id, response) -> score``."""
 
 
 class Pieces(NamedTuple):
@@ -75,13 +72,13 @@ class Setup(NamedTuple):
     pieces: Pieces
     paired: Pieces | None
     state: PPOState
-    gold: Judge | None
-    text_reward: Judge | None
+    gold: functions.Judge | None
+    text_reward: functions.Judge | None
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
-    validate(config)
+    check(config)
     mesh = common.start(config.mesh)
     common.agree_on_inputs(
         config.model, config.reward_model, config.prompts, config.pretraining_text, config.held_out_text
@@ -131,6 +128,33 @@ def run(config: ConfigDict, workdir: str) -> dict:
     return common.write_result(folder / "ppo.json", lambda: result)
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses numbers, functions, files and models that do not fit together, before anything is loaded or written."""
+    validate(config)
+    inputs.check_numbers(config)
+    require_reward(config)
+    inputs.check_model("model", config.model)
+    if config.reward_model:
+        inputs.check_model("reward_model", config.reward_model, inputs.REWARD)
+    inputs.check_file("prompts", config.prompts)
+    inputs.check_file("pretraining_text", config.pretraining_text, required=config.ptx_coef > 0)
+    inputs.check_file("held_out_text", config.held_out_text, required=False)
+    config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS)
+    config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS)
+    prompts = common.read_prompts(config.prompts)
+    for field in ("gold", "text_reward"):
+        judge(config[field])
+        inputs.check_gold(field, config[field], prompts, config.prompts)
+
+
+def require_reward(config: ConfigDict) -> None:
+    """Refuses a config in which nothing rewards."""
+    config_lib.require(
+        bool(config.reward_model) or bool(config.text_reward), "reward_model", config.reward_model,
+        "pass the folder of a reward model, or text_reward=module:function",
+    )  # fmt: skip
+
+
 def validate(config: ConfigDict) -> None:
     """Refuses numbers that do not fit together, before anything is loaded."""
     config_lib.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
@@ -151,7 +175,7 @@ def validate(config: ConfigDict) -> None:
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
     """Compiles the three phases of an iteration for its real shapes and prints their memory."""
-    validate(config)
+    check(config)
     mesh = common.start(config.mesh)
     setup = prepare(config, mesh)
     return memory.dry_run(programs(setup, config, mesh), mesh, state=staying(setup))
@@ -336,10 +360,7 @@ def reward_and_value(
     policy: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[common.Network | None, common.Network]:
     """The reward model (None when a function of texts rewards) and the network that the value function starts from."""
-    config_lib.require(
-        bool(config.reward_model) or bool(config.text_reward), "reward_model", config.reward_model,
-        "pass the folder of a reward model, or text_reward=module:function",
-    )  # fmt: skip
+    require_reward(config)
     if not config.reward_model:
         params = scalar_from_language_model(policy.params, jax.random.key(config.seed))
         return None, common.Network(scalar_model(policy.model.config), params, policy.tokenizer)
@@ -402,17 +423,9 @@ def ptx_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Co
     return common.lm_rows(tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length")
 
 
-def judge(name: str) -> Judge | None:
-    """The function ``module:function`` of (prompt id, response), its ``.score`` where it returns parts too."""
-    if not name:
-        return None
-    function = config_lib.resolve(name)
-
-    def score(prompt_id: str, response: str) -> float:
-        judged = function(prompt_id, response)
-        return float(getattr(judged, "score", judged))
-
-    return score
+def judge(name: Any) -> functions.Judge | None:
+    """The function that ``text_reward`` or ``gold`` names, called as ``(prompt id, response, prompt)``; None for ""."""
+    return functions.judge(name) if name else None
 
 
 def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.Array]:
@@ -512,11 +525,11 @@ def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: Con
     )  # fmt: skip
 
 
-def judge_all(setup: Setup, score: Judge, texts: list[str], iteration: int) -> list[float]:
+def judge_all(setup: Setup, score: functions.Judge, texts: list[str], iteration: int) -> list[float]:
     """`score` of each response of an iteration; each process judges its part, and all get the same numbers."""
     asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
     part = asked[processes.index() :: processes.count()]
-    judged = processes.exchange("scores", [score(str(setup.prompt_ids[i]), t) for i, t in part])
+    judged = processes.exchange("scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part])
     return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
 
 
@@ -540,7 +553,9 @@ def watch(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, c
     records = guards.Records(config.prompts, setup.prompt_ids)
     if seen["rollout/dropped"]:
         rows = where[guards.rows_on_host(metrics["dropped_rows"].value)].tolist()
-        event = guards.Event(iteration + 1, "score", "it is not finite", rows, records.of(rows))
+        abstains = f" (None from {setup.text_reward.name} counts as NaN)" if setup.text_reward else ""
+        why = f"it is not finite{abstains}"
+        event = guards.Event(iteration + 1, "score", why, rows, records.of(rows))
         skips.tell(event)
         if seen["rollout/dropped"] >= 1:
             skips.stop("every score of the iteration was", [event])
@@ -610,7 +625,9 @@ def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, con
     """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining loss."""
     seen: dict[str, Any] = {}
     if setup.gold is not None:
-        seen["gold_score"] = float(np.mean(judge_all(setup, setup.gold, texts, iteration)))
+        judged = np.asarray(judge_all(setup, setup.gold, texts, iteration))
+        told = judged[np.isfinite(judged)]  # it may abstain
+        seen["gold_score"] = float(told.mean()) if len(told) else float("nan")
     if setup.held_out and (iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations):
         policy = setup.trained_policy.full(state.policy.params)
         seen["held_out_loss"] = lm_loss(setup.policy.model, policy, setup.held_out)
@@ -618,4 +635,4 @@ def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, con
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run)
+    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run, check=check)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, memory
+from experiments import common, contexts, guards, inputs, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import processes, scoring, sharding
 from rlhf_jax.data import schema, text
@@ -50,6 +50,7 @@ class Setup(NamedTuple):
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (a sequence classifier of one label) and ``reward_model.json``."""
+    check(config)
     with memory.phase("set-up", lower=LOWER[1:], rows=config.batch_size, slots=config.row_length):
         setup = prepare(config)
     base, model, trained, mesh = setup.base, setup.model, setup.trained, setup.mesh
@@ -81,6 +82,17 @@ def run(config: ConfigDict, workdir: str) -> dict:
     return common.write_result(Path(workdir) / "reward_model.json", lambda: result)
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses numbers, files and models that no run can have, before anything is loaded or written."""
+    inputs.check_numbers(config)
+    inputs.check_model("model", config.model)
+    inputs.check_file("rankings", config.rankings)
+    inputs.check_file("demonstrations", config.demonstrations)
+    for name, path in config.evaluation.items():
+        inputs.check_file(f"evaluation.{name}", path, required=False)
+    config_lib.resolve(config.loss, available=("rewards", "ranks"))
+
+
 def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
     """What the stage is made of, for its checkpoints."""
     files = {key: config[key] for key in ("rankings", "demonstrations")}
@@ -101,6 +113,7 @@ def where(
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
     """Compiles the step for the real rows and prints its memory."""
+    check(config)
     setup = prepare(config)
     staying = memory.held(setup.state, setup.trained.frozen, setup.base.params)
     return memory.dry_run(programs(setup), setup.mesh, state=staying)
@@ -385,4 +398,6 @@ def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.n
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run)
+    config_lib.main(
+        run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run, check=check
+    )

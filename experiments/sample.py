@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import common, contexts
+from experiments import common, contexts, inputs
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland import labelers, task_of
@@ -39,6 +39,7 @@ class Responses:
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
+    check(config)
     mesh = common.start(config.mesh)
     prompts = common.read_prompts(config.prompts)
     for name in config.models:
@@ -96,6 +97,26 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
     )  # fmt: skip
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses what cannot be sampled or ranked, before anything is loaded or written."""
+    inputs.check_numbers(config)
+    draw_k(config.seed, 0, config.min_k, config.max_k)
+    models = config.models
+    config_lib.require(
+        isinstance(models, tuple) and len(models) > 0, "models", models, "pass folders, --config.models=\"('FOLDER',)\""
+    )
+    for place, name in enumerate(models):
+        try:
+            inputs.check_model(f"models[{place}]", name)
+        except ValueError as error:
+            raise ValueError(f"{error}; the models are given as --config.models=\"('FOLDER',)\"") from None
+    inputs.check_file("prompts", config.prompts)
+    prompts = common.read_prompts(config.prompts)
+    if config.labelers:
+        people = f"labelers={config.labelers} (simulated people)"
+        inputs.check_known(people, "--config.labelers=0", prompts, config.prompts)
+
+
 def read_samples(path: Path) -> list[Responses]:
     """What `run` wrote to ``samples.jsonl``."""
     read = lambda row: Responses(  # noqa: E731
@@ -144,5 +165,5 @@ def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: i
 if __name__ == "__main__":
     config_lib.main(
         run, config="configs/sample/storyland.py", workdir="runs/samples",
-        one_process="It reads the model folder that sft.py wrote: run it on one host.",
+        one_process="It reads the model folder that sft.py wrote: run it on one host.", check=check,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, memory
+from experiments import common, contexts, guards, inputs, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
 from rlhf_jax.data import schema, text
@@ -47,6 +47,7 @@ class Setup(NamedTuple):
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
+    check(config)
     with memory.phase("set-up", lower=LOWER[1:], rows=config.batch_size, slots=config.row_length):
         setup = prepare(config)
     network, trained, held = setup.network, setup.trained, setup.held
@@ -72,10 +73,25 @@ def run(config: ConfigDict, workdir: str) -> dict:
     return common.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses numbers, files and models that no run can have, before anything is loaded or written."""
+    inputs.check_numbers(config)
+    inputs.check_model("model", config.model)
+    inputs.check_file("demonstrations", config.demonstrations)
+    inputs.check_file("validation", config.validation)
+    inputs.check_file("pretraining_text", config.pretraining_text, required=config.pretraining_fraction > 0)
+
+
 def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
     """Losses of the epochs and the folders of the two that matter, from the log."""
-    epochs = [row for row in read(folder / "metrics.jsonl", "sft") if "validation_loss" in row]
-    lowest = min(epochs, key=lambda row: row["validation_loss"])["epoch"]
+    epochs = [row for row in read(folder / "metrics.jsonl", "sft") if {"validation_loss", "epoch"} <= set(row)]
+    config_lib.require(
+        bool(epochs), "metrics.jsonl", str(folder / "metrics.jsonl"),
+        "holds no validation loss of this run, somebody changed it: start afresh with --overwrite",
+    )  # fmt: skip
+    # A loss that was not finite is null in the log, and the worst there is.
+    losses = [x if isinstance(x := row["validation_loss"], float) else math.inf for row in epochs]
+    lowest = epochs[losses.index(min(losses))]["epoch"]
     return {
         "epochs": [{"epoch": int(row["epoch"]), "validation_loss": row["validation_loss"]} for row in epochs],
         "lowest_loss": str(folder / f"epoch-{int(lowest)}"),
@@ -95,6 +111,7 @@ def origin(config: ConfigDict, network: common.Network) -> dict[str, Any]:
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
     """Compiles the step for the real rows and prints its memory."""
+    check(config)
     setup = prepare(config)
     staying = memory.held(setup.state, setup.trained.frozen, setup.network.params)
     return memory.dry_run(programs(setup, config), setup.mesh, state=staying)
@@ -184,4 +201,4 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contex
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run)
+    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check)

@@ -16,11 +16,9 @@ import difflib
 import errno
 import functools
 import importlib
-import importlib.util
 import inspect
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -40,8 +38,9 @@ except ImportError:  # Windows: folders are used without a lock
 from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax import __version__, processes
-from rlhf_jax.run import files, numerics
+from rlhf_jax.run import config_file, files, numerics, output
 from rlhf_jax.run.files import PLAIN_NAME, read_json
+from rlhf_jax.run.secrets import REDACTED, is_secret, known_secrets, redact, secrets_in
 
 Run = Callable[[ConfigDict, str], Any]
 
@@ -171,11 +170,40 @@ def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -
     if re.match(r"[\w+.-]+:/", path_and_arg):
         files.local_path("--config", path_and_arg)
     path, _, arg = path_and_arg.partition(":")
-    config = _get_config(Path(path))(*([arg] if arg else []))
+    file = config_file.check(Path(path))
+    if file.suffix == ".json":
+        config = apply_arg(_stored_run(file), arg)
+    else:
+        config = config_file.load(file)(*([arg] if arg else []))
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"get_config of {path} must return a ConfigDict, got {type(config).__name__}")
+        got = type(config).__name__
+        forgotten = ": end it with `return config`" if config is None else ""
+        raise ValueError(f"get_config of {path} must return a ConfigDict, got {got}{forgotten}")
     config = override(config, overrides or {})
-    return config.lock()
+    return _without_gaps(path, config).lock()
+
+
+def _stored_run(path: Path) -> ConfigDict:
+    """The config that a run stored, to run it again."""
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds a {type(stored).__name__}, no config: {config_file.FORMS[0]}")
+    if {"model_type", "architectures"} & set(stored):
+        raise ValueError(f"{path} describes a model: pass its folder as the model; {config_file.FORMS[0]}")
+    try:
+        return ConfigDict(_tuples(stored))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no config that a run stored ({error}): {config_file.FORMS[0]}") from None
+
+
+def _without_gaps(path: str, config: ConfigDict) -> ConfigDict:
+    """`config`, unless a stored one holds the mark of a secret that was left out of it."""
+    if path.endswith(".json"):
+        plain = config.to_dict()
+        gaps = [key for key in sorted(leaf_keys(config)) if REDACTED in str(_value_at(plain, key))]
+        if gaps:
+            raise ValueError(f"{path} was stored without the secret {gaps[0]}: pass --config.{gaps[0]}=VALUE")
+    return config
 
 
 def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], Any]) -> ConfigDict:
@@ -216,11 +244,21 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         *groups, leaf = key.split(".")
         parent, seen = config, "config"
         for name in groups:
+            _unfold(parent, name)
             parent, seen = _member(parent, name, seen), f"{seen}.{name}"
         value = _parse(f"config.{key}", text, _member(parent, leaf, seen))
         with parent.ignore_type():
             parent[leaf] = value.lock() if isinstance(value, ConfigDict) and config.is_locked else value
     return config
+
+
+def _unfold(parent: Any, name: str) -> None:
+    """Makes a function that is chosen by its name alone a group, so that its hyperparameters can be set."""
+    chosen = parent.get(name) if isinstance(parent, ConfigDict) else None
+    if name in ("text_reward", "gold") and isinstance(chosen, str) and chosen:
+        spec = fn_spec(chosen)
+        with parent.ignore_type():
+            parent[name] = spec.lock() if parent.is_locked else spec
 
 
 def _member(parent: Any, name: str, seen: str) -> Any:
@@ -236,7 +274,7 @@ def _parse(field: str, text: str, current: Any) -> Any:
     if isinstance(current, ConfigDict):
         if "fn" not in current:
             raise ValueError(f"{field} is a group: set one of {', '.join(f'{field}.{k}' for k in current)}")
-        return fn_spec(text)
+        return fn_spec(text) if text else ""
     if text == "None":
         return None
     if isinstance(current, str):
@@ -255,45 +293,15 @@ def _parse(field: str, text: str, current: Any) -> Any:
     raise ValueError(f"{field}={shown} must be a {type(current).__name__}, as in {field}={example}")
 
 
-def _get_config(path: Path) -> Callable[..., Any]:
-    if not path.is_file():
-        found = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(f"no config file {path}{_nearest(str(path), found)}")
-    roots = [parent.parent for parent in path.resolve().parents if parent.name == "configs"]
-    for root in map(str, roots[:1]):  # so that a config can say: from configs import common
-        if root not in sys.path:
-            sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _as_user_error(str(path)):
-        spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config(arg)")
-
-    def get_config(*arg: str) -> Any:
-        with _as_user_error(str(path)):
-            return module.get_config(*arg)
-
-    return get_config
-
-
 @contextlib.contextmanager
 def _as_user_error(where: str) -> Iterator[None]:
     """A misspelt key or a wrong type set in Python reads like one set on the command line."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
-        text = str(error.args[0] if error.args else error)
-        typo = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)
-        unknown = re.search(r'Key "(.+?)" does not exist', text)
-        if typo:
-            raise ValueError(f"{where}: no key {typo[2]!r}; did you mean {typo[1]!r}?") from None
-        if unknown:
-            raise ValueError(f"{where}: no key {unknown[1]!r}") from None
-        if "Could not override field" in text:
-            raise ValueError(f"{where}: {text}") from None
+        known = config_file.library_mistake(error)
+        if known:
+            raise ValueError(f"{where}: {known}") from None
         raise
 
 
@@ -339,57 +347,6 @@ def require_range(field: str, value: float, *, low: float | None = None, high: f
 
 
 # ------------------------------------------------------------------------------------------------------ JSON, secrets
-
-REDACTED = "<redacted>"
-_SECRET = re.compile(
-    r"(^|_)(token|secrets?|passw(or)?ds?|passphrase|pwd|credentials?|auth|authorization|bearer)($|_)"
-    r"|(api|access|private|secret|signing|ssh|auth)_?keys?($|_)|(^|_)(hf|hub|wandb|github|aws)_?(token|key|secret)"
-)
-_NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
-_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")  # one slash is left where the text went through a Path
-_ASSIGNED = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
-_BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
-_SHORTEST = 6
-"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are words."""
-
-
-def is_secret(key: str) -> bool:
-    """Whether the name of a key or variable says that its value is to be kept from others.
-
-    >>> [is_secret(key) for key in ("hf_token", "apiKey", "AUTHORIZATION", "eos_token", "max_new_tokens", "tokenizer")]
-    [True, True, True, False, False, False]
-    """
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2]).lower().replace("-", "_")
-    return bool(_SECRET.search(name)) and not _NOT_SECRET.search(name)
-
-
-def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` without secrets: user and password of URLs, ``key=value`` where the key is a secret's, and `secrets`.
-
-    >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
-    '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
-    """
-    text = _BEARER.sub(REDACTED, _USER_INFO.sub(r"\1", text))
-    text = _ASSIGNED.sub(lambda m: f"{m['key']}={REDACTED}" if is_secret(m["key"]) else m[0], text)
-    for secret in sorted(set(secrets), key=len, reverse=True):
-        text = text.replace(secret, REDACTED)
-    return text
-
-
-def known_secrets(argv: Sequence[str] = ()) -> list[str]:
-    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command line.
-
-    Args:
-      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, and the password of a URL.
-    """
-    found = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST]
-    words = list(argv)
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        found += [value if equals else after] if flag.startswith("-") and is_secret(flag) else []
-        for url in _USER_INFO.finditer(word):
-            found += [part for part in [url[0].strip("/@").split(":", 1)[-1]] if len(part) >= _SHORTEST]
-    return [value for value in found if value]
 
 
 def to_json(config: ConfigDict) -> str:
@@ -685,14 +642,17 @@ def prepare_workdir(
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        stored = read_json(path)
     except ValueError:
-        raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: restore it, or start afresh with --overwrite")
+    return stored
 
 
 def main(
     run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = "",
-    dry_run: Callable[[ConfigDict], Any] | None = None,
+    dry_run: Callable[[ConfigDict], Any] | None = None, check: Callable[[ConfigDict], Any] | None = None,
 ) -> None:  # fmt: skip
     """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
 
@@ -711,14 +671,16 @@ def main(
       argv: the arguments; None reads the command line.
       one_process: for a program that cannot run as several processes: what to do instead of ``--distributed``.
       dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
+      check: called with the config before the run folder is touched, so that what it refuses changes nothing there.
     """
+    output.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
     sys.excepthook = functools.partial(_show_bug, secrets)
     several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
     with _signals(several=several):
         try:
-            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run)
+            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run, check)
         except Exception as error:
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
@@ -735,29 +697,37 @@ def _answer_signals(handler: Any) -> None:
 
 
 def _main(
-    run: Run, config_default: str, workdir_default: str, argv: list[str], secrets: Sequence[str] = (),
+    run: Run, config_default: str, workdir_default: str, argv: list[str], given: list[str] | None = None,
     one_process: str = "", dry_run: Callable[[ConfigDict], Any] | None = None,
+    check: Callable[[ConfigDict], Any] | None = None,
 ) -> int:  # fmt: skip
     fresh, path, lock = False, None, None
+    secrets = [] if given is None else given
     try:
+        if not argv:
+            raise ValueError(_usage(run, config_default, workdir_default))
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
         _check_process_flags(flags, one_process)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
             sys.path.insert(0, os.getcwd())
         if flags.distributed:
             _start_processes(flags)
-        config = load_config(flags.config, overrides)
+        config = load_config(_shipped(run, flags.config, config_default), overrides)
         refuse_addresses(config)
+        secrets += secrets_in(config.to_dict())
         path = files.local_path("--workdir", flags.workdir)
         _agree_on_command(flags, config)
         if flags.dry_run:
             _run_dry(dry_run, config)
             return 0
+        if check is not None:
+            with _another_programs_config(flags.config):
+                check(config)
         if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
         _share_workdir(path, fresh)
-        with allow_change(flags.allow_config_change):
+        with allow_change(flags.allow_config_change), _another_programs_config(flags.config):
             run(config, str(path))
         processes.finish()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
@@ -766,7 +736,7 @@ def _main(
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
         text = redact(f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets)
-        return _say(text, 2 if isinstance(error, ValueError) else 1)
+        return _say(text, getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1))
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
         status = 128 + getattr(stop, "signal_number", signal.SIGINT)
@@ -778,10 +748,43 @@ def _main(
     return 0
 
 
+def _usage(run: Run, config: str, workdir: str) -> str:
+    """One line for somebody who gave no flag at all: nothing starts by accident, and nothing is written."""
+    program = Path(inspect.getfile(inspect.unwrap(run))).name
+    return (
+        f"usage: {program} --config={config or 'FILE[:ARG]'} --workdir={workdir or 'DIR'} [--config.KEY=VALUE ..]; "
+        "give one flag at least, the others are as shown here; --help lists all"
+    )
+
+
+def _shipped(run: Run, given: str, default: str) -> str:
+    """The default config of a program that was started in another folder: it is beside the program's own."""
+    path, _, arg = given.partition(":")
+    if given != default or Path(path).exists():
+        return given
+    beside = Path(inspect.getfile(inspect.unwrap(run))).resolve().parents[1] / path
+    return f"{beside}{arg and ':'}{arg}" if beside.is_file() else given
+
+
+@contextlib.contextmanager
+def _another_programs_config(path: str) -> Iterator[None]:
+    """A key that the program reads and the config lacks: the config was written for another program."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        known = config_file.library_mistake(error)
+        if not known:
+            raise
+        raise ValueError(
+            f"config {path} has {known}: it is the config of another program, or of another version"
+        ) from error
+
+
 def _run_dry(dry_run: Callable[[ConfigDict], Any] | None, config: ConfigDict) -> None:
     require(dry_run is not None, "--dry_run", True, "this program has no dry run")
     assert dry_run is not None
-    dry_run(config)
+    with _another_programs_config("this file"):
+        dry_run(config)
     processes.finish()
 
 
@@ -986,13 +989,16 @@ def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="compile every phase, print its memory, do nothing else")
     flags, rest = parser.parse_known_args(argv)
+    for name in ("config", "workdir"):
+        if not getattr(flags, name):
+            raise ValueError(f"--{name} is empty: give a {'file' if name == 'config' else 'folder'}, --{name}=PATH")
     overrides: dict[str, str] = {}
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if not flag.startswith("--config."):
             known = [a for action in parser._actions for a in action.option_strings]
             raise ValueError(f"unknown flag {flag!r}{_nearest(flag, known)}")
-        if not equals and not rest:
+        if not equals and (not rest or rest[0].startswith("--")):
             raise ValueError(f"{flag} needs a value: {flag}=VALUE")
         overrides[flag.removeprefix("--config.")] = value if equals else rest.pop(0)
     return flags, overrides

@@ -176,8 +176,14 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
     path = Path(path)
     if not path.exists():
         return 0
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: move it away, the run writes its log there")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()  # a crash may leave bytes of no encoding
     kept = [line for line in lines if _keeps(_record(line), stage, step)]
+    damaged = sum(_record(line) is None for line in lines[:-1] if line.strip())
+    if damaged:
+        # The last line may be torn by a crash; one before it was changed by somebody else.
+        print(f"Warning: {damaged} damaged lines of {path} are left out", file=sys.stderr, flush=True)
     if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
         with files.written(path) as file:
             file.writelines(line + "\n" for line in kept)
@@ -185,7 +191,7 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
 
 
 def _keeps(record: dict[str, Any] | None, stage: str, step: int) -> bool:
-    return record is not None and (record.get("stage") != stage or int(record.get("step", 0)) <= step)
+    return record is not None and (record.get("stage") != stage or record.get("step", 0) <= step)
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -193,7 +199,14 @@ def _record(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and _is_sound(record) else None
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether a line can be one of ours: its step is a number, and no number is infinite or endless."""
+    numbers = [value for value in record.values() if isinstance(value, int | float)]
+    step = record.get("step", 0)
+    return isinstance(step, int | float) and not isinstance(step, bool) and all(abs(v) < 1e300 for v in numbers)
 
 
 # --------------------------------------------------------------------------------------------------------- extras

@@ -437,6 +437,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
       ValueError: it is missing or damaged, or no path but an address (``gs://..``).
     """
     local_path("the file to read", path)
+    if not os.path.isfile(path) and os.path.exists(path):
+        # A pipe can be read once only and may never end; a run reads its data again when it goes on.
+        what = "a folder: pass one file" if os.path.isdir(path) else "no regular file: save it to a file first"
+        raise ValueError(f"{path} is {what}")
     try:
         data = Path(path).read_bytes()
         parsed.seen(path, data)

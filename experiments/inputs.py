@@ -1,0 +1,225 @@
+"""What a program is given, looked at before anything is loaded, computed or written: files, models, prompts, numbers.
+
+Loading a model and compiling a step take a minute; a path that leads nowhere is found in a millisecond. Each refusal
+names the key, what was found there, and the flag that mends it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from ml_collections import ConfigDict
+
+from experiments import common, pretrained
+from rlhf_jax.data import schema
+from rlhf_jax.data.storyland import task_of
+from rlhf_jax.run import files
+
+LANGUAGE, REWARD = "language model", "reward model"
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def check_file(field: str, path: str, *, required: bool = True) -> None:
+    """Refuses what cannot be a data file.
+
+    Args:
+      field: the key of the config that names it.
+      path: the file; "" where none was given.
+      required: whether "" is refused.
+
+    Raises:
+      ValueError: it is forgotten, missing, a folder, a pipe or empty.
+    """
+    if not path:
+        if required:
+            raise ValueError(f"{field} is empty: pass the file with --config.{field}=FILE")
+        return
+    file = Path(path)
+    if file.is_dir():
+        inside = sorted(str(p) for p in file.glob("*.json*"))[:8]
+        there = f", such as {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{field}={path} is a folder: pass one file{there} with --config.{field}=FILE")
+    if not file.exists():
+        hint = _near(file) or f"check the path (relative ones are below {Path.cwd()})"
+        raise ValueError(f"{field}={path} does not exist: {hint}")
+    if not file.is_file():
+        raise ValueError(f"{field}={path} is a pipe or a device: save it to a file first and pass that")
+    if not file.stat().st_size:
+        raise ValueError(f"{field}={path} is empty, it has no byte: check how it was made")
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{field}={path} may not be read by this user: change its permissions")
+
+
+def _near(file: Path) -> str:
+    """The nearest name in the same folder, or that the folder itself is missing."""
+    parent = next(p for p in file.absolute().parents if p.exists())
+    if parent != file.absolute().parent:
+        return f"there is no folder {file.parent}"
+    if not parent.is_dir():
+        return f"{parent} is a file"
+    close = difflib.get_close_matches(file.name, [p.name for p in parent.iterdir()], n=1)
+    return f"did you mean {str(file.with_name(close[0]))!r}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
+    """Refuses what is no model of a kind, from its description and the names of its tensors.
+
+    Args:
+      field: the key of the config that names it.
+      name: a folder, a .gguf file, or the name of a shipped or a fetched model.
+      kind: `LANGUAGE` or `REWARD`.
+
+    Raises:
+      ValueError: it is forgotten, missing, no model folder, without a tokenizer, or of the other kind.
+    """
+    if not name:
+        raise ValueError(f"{field} is empty: pass the folder of a {kind} with --config.{field}=FOLDER")
+    known = name.startswith(common.SHIPPED) or name in pretrained.MODELS
+    folder = Path(name) if name in pretrained.MODELS else common.model_folder(name)
+    if not known:
+        _check_folder(field, folder)
+    elif name not in pretrained.MODELS and not folder.is_dir():
+        shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        raise ValueError(
+            f"{field}={name} is not shipped: choose one of {', '.join(common.SHIPPED + n for n in shipped)}"
+        )
+    found = LANGUAGE if known or folder.suffix == ".gguf" else kind_of(folder)
+    if found and found != kind:
+        fix = (
+            "pass the model/ folder that reward_model.py wrote"
+            if kind == REWARD
+            else "pass a language model, such as an epoch-N/ folder of sft.py or ema/ of ppo.py"
+        )
+        raise ValueError(f"{field}={name} is a {found} and a {kind} is needed here: {fix}")
+
+
+def _check_folder(field: str, folder: Path) -> None:
+    name = f"{field}={folder}"
+    if not folder.exists():
+        raise ValueError(f"{name} does not exist: {_near(folder) or 'pass the folder of a model'}")
+    if folder.suffix == ".gguf" and folder.is_file():
+        return
+    if not folder.is_dir():
+        raise ValueError(
+            f"{name} is no folder: pass the folder that holds config.json, model.safetensors, tokenizer.json"
+        )
+    if not (folder / "config.json").exists() or (folder / "run.lock").exists():
+        inside = sorted(str(p.parent) for p in folder.glob("*/config.json") if (p.parent / "tokenizer.json").exists())
+        there = f": pass one of the models in it, {', '.join(inside[:8])}" if inside else ": pass the folder of a model"
+        raise ValueError(f"{name} holds no model (a config.json with its weights){there}")
+    description = files.read_json(folder / "config.json")
+    if not isinstance(description, dict) or "model_type" not in description:
+        raise ValueError(f"{name} holds a config.json that describes no model (no model_type): copy the model again")
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
+
+
+def kind_of(folder: Path) -> str:
+    """`REWARD` for a folder with a score head, `LANGUAGE` for one without; "" where its files cannot be read."""
+    try:
+        description = files.read_json(folder / "config.json")
+        names = _tensor_names(folder)
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return ""  # loading it says what is wrong
+    architectures = " ".join(map(str, description.get("architectures") or []))
+    scores = any(name.split(".")[-2:-1] in (["score"], ["classifier"], ["v_head"]) for name in names)
+    if scores or "SequenceClassification" in architectures:
+        return REWARD
+    return LANGUAGE if names else ""
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return list(files.read_json(index)["weight_map"])
+    file = files.check_file(folder / "model.safetensors")
+    with safetensors.safe_open(file, framework="numpy") as stored:
+        return list(stored.keys())
+
+
+# ------------------------------------------------------------------------------------------- prompts of a known world
+
+GOLD_OF_STORYLAND = "rlhf_jax.data.storyland.gold:gold_of"
+
+
+def check_known(field: str, without: str, prompts: Sequence[schema.Prompt], path: str) -> None:
+    """Refuses prompts whose truth storyland does not know, where its labelers or its gold scorer are to judge.
+
+    Args:
+      field: the setting that asks for them, as in ``gold=rlhf_jax.data.storyland.gold:gold_of``.
+      without: the flag that does without them.
+      prompts: what they would judge.
+      path: the file of the prompts.
+
+    Raises:
+      ValueError: a prompt's id names no storyland task, or another one than its text is.
+    """
+    for place, prompt in enumerate(prompts):
+        text = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1].content
+        try:
+            known = task_of(str(prompt.id)).prompt in text
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(
+                f"{field} knows storyland's prompts alone, and record {place} (from 0) of {path} has "
+                f"id={prompt.id!r}, {text[:40]!r}: {without} goes without it"
+            )
+
+
+def check_gold(field: str, gold: Any, prompts: Sequence[schema.Prompt], path: str) -> None:
+    """`check_known`, where `gold` is storyland's scorer; another function may know any prompt."""
+    name = gold.get("fn") if isinstance(gold, Mapping | ConfigDict) else gold
+    if name == GOLD_OF_STORYLAND:
+        check_known(f"{field}={name}", f"--config.{field}= (empty)", prompts, path)
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+AT_LEAST: Mapping[str, float] = {
+    **dict.fromkeys(
+        (
+            "batch_size", "row_length", "epochs", "microbatches", "max_new_tokens", "prompt_length", "episodes",
+            "minibatches", "iterations", "save_every", "evaluate_every", "keep", "score_microbatches", "samples",
+            "baseline_samples", "base_samples", "labels_each", "score_batch_size", "max_k", "held_out_row_length",
+            "held_out_rows", "ptx_row_length", "held_out_batches", "candidates",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        (
+            "temperature", "learning_rate", "value_learning_rate", "dropout", "labelers", "warmup_iterations",
+            "value_warmup_iterations", "ptx_coef", "pretraining_fraction", "bias_demonstrations",
+            "ptx_rows_per_episode",
+        ),
+        0,
+    ),
+}  # fmt: skip
+"""The smallest value of each number that a stage cannot run without; None is none."""
+
+BELOW = {"dropout": 1.0, "pretraining_fraction": 1.0}
+
+
+def check_numbers(config: ConfigDict, group: str = "") -> None:
+    """Refuses numbers that no run can have, in every group: a batch of 0 rows, a negative rate, NaN.
+
+    Raises:
+      ValueError: a number is below its least value, not below its limit, or None.
+    """
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            check_numbers(value, f"{group}{key}.")
+        elif key in AT_LEAST:
+            least, limit = AT_LEAST[key], BELOW.get(key, float("inf"))
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < limit:
+                bounds = f"at least {least}" + (f" and below {limit:g}" if key in BELOW else "")
+                raise ValueError(f"{group}{key}={value!r} must be a number of {bounds}: --config.{group}{key}=NUMBER")

@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,18 @@ from flax import traverse_util
 from rlhf_jax import processes
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.models.hf_adapter import find_adapter
+from rlhf_jax.models.hf_settings import check_rope, check_settings
+from rlhf_jax.models.hf_tensors import (
+    INDEX,
+    check_index,
+    full_name,
+    is_buffer,
+    refuse_unread,
+    same_values,
+    weight_files,
+)
+from rlhf_jax.models.vocabulary import check_ids, unused_ids
 from rlhf_jax.run.files import (
     PLAIN_NAME,
     check_file,
@@ -95,7 +108,7 @@ _ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _SCORE_BIAS = "rlhf_jax_score_bias"
 
-_INDEX = "model.safetensors.index.json"
+_INDEX = INDEX
 _BLOCK = 2**22
 """Bytes that are read or written at once."""
 
@@ -158,15 +171,104 @@ def load_hf(
         shardings = partial(_over_fsdp, mesh)
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype, shardings)
+    adapter = find_adapter(path, _tensors_of, full_name)
     description = _read_config(path)
     config = config_from_hf(description)
     tensors = _Tensors(path)
     names = _NAMES[description["model_type"]]
-    model = scalar_model(config) if "score.weight" in tensors else language_model(config)
-    read = _fused(tensors, config) if names is _GPT2 else tensors
-    bias = np.float32(description.get(_SCORE_BIAS, 0.0))
-    params = _assemble(model, names, read, dtype, shardings, transposed=names is not _GPT2, bias=bias)
-    return model, params, _load_tokenizer(path, config)
+    scalar = _is_scalar(description, tensors)
+    config = _with_own_head(config, names, tensors, scalar=scalar)
+    tokenizer = _load_tokenizer(path, config)
+    if tokenizer is not None and not scalar:
+        config = dataclasses.replace(config, unused_ids=unused_ids(tokenizer, config.vocab_size))
+    model = scalar_model(config) if scalar else language_model(config)
+    read = tensors if adapter is None else adapter.applied(tensors, transposed=names is not _GPT2)
+    read = _fused(read, config) if names is _GPT2 else read
+    check = partial(_all_read, tensors, config, adapter)
+    bias = _score_bias(description, tensors)
+    params = _assemble(model, names, read, dtype, shardings, transposed=names is not _GPT2, bias=bias, check=check)
+    return model, params, tokenizer
+
+
+def _is_scalar(description: Mapping[str, Any], tensors: _Tensors) -> bool:
+    """Whether the folder holds a reward model: it has a score head, which has one row."""
+    classifier = [n for n in description.get("architectures") or [] if n.endswith("ForSequenceClassification")]
+    if "score.weight" not in tensors:
+        if classifier:
+            raise ValueError(
+                f"architectures={classifier} in config.json speaks of a classifier, and {tensors.path} holds no tensor "
+                "'score.weight': a shard is missing, or the head has another name; rename it to score.weight"
+            )
+        return False
+    shape = tuple(tensors("score.weight").shape)
+    labels = description.get("id2label") or {}
+    count = shape[0] if len(shape) == 2 else description.get("num_labels", len(labels) or 1)
+    if count != 1:
+        raise ValueError(
+            f"tensor 'score.weight' of {tensors.path} has the shape {list(shape)}: a classifier of {count} labels "
+            f"({_short(list(labels.values()))}) is no reward model; choose one with num_labels=1"
+        )
+    return True
+
+
+def _score_bias(description: Mapping[str, Any], tensors: _Tensors) -> np.floating:
+    """What is added to ``hidden . score.weight``: our own exports have it in config.json, some others as a tensor."""
+    own = np.float32(description.get(_SCORE_BIAS, 0.0))
+    if "score.bias" not in tensors or "score.weight" not in tensors:
+        return own
+    found = _whole(_checked("score.bias", tensors("score.bias"), (1,)))[0].astype(np.float32)
+    if own and own != found:
+        raise ValueError(
+            f"{tensors.path} holds tensor 'score.bias' ({found}) of shape [1], and config.json has {_SCORE_BIAS}="
+            f"{own}: take the one out that does not belong to the model"
+        )
+    return found
+
+
+def _with_own_head(
+    config: DecoderConfig, names: Mapping[str, str], tensors: _Tensors, *, scalar: bool
+) -> DecoderConfig:
+    """The config as the file has the head: a second copy of a tied one is read over, another head unties the two.
+
+    transformers keeps both where they differ, as a merged adapter that trained the head leaves them.
+    """
+    head, embedding = f"{names['unembed']}.weight", f"{names['embed']}.weight"
+    if not config.tied or head not in tensors or embedding not in tensors:
+        return config
+    one, other = tensors.peek(head), tensors.peek(embedding)
+    equal = one.shape == other.shape and len(one.shape) == 2
+    if equal and same_values(one, other, _blocks(one.shape[0], 4 * one.shape[1])):
+        tensors(head)  # counts as read
+        return config
+    if scalar:
+        return config  # a reward model has no unembedding: it is named with what else nothing reads
+    print(
+        f"Note: tie_word_embeddings=true in config.json, but {tensors.path} holds a {head!r} of shape "
+        f"{list(one.shape)} that differs from {embedding!r}: the model is read as untied",
+        file=sys.stderr,
+        flush=True,
+    )
+    return dataclasses.replace(config, tied=False)
+
+
+def _all_read(tensors: _Tensors, config: DecoderConfig, adapter: Any) -> None:
+    """Refuses what nothing has asked for, in the base and in its adapter."""
+    unread = {name: shape for name, shape in tensors.unread.items() if not is_buffer(name, config.layers)}
+    refuse_unread(tensors.path, unread, config.layers)
+    for module in adapter.pairs if adapter else ():
+        name = f"{module}.weight"
+        if name not in tensors.read or (config.tied and module == "lm_head"):
+            raise ValueError(
+                f"the adapter in {adapter.folder} changes {name!r}, which the base does not have (as a matrix of its "
+                "own): it is of another base; merge it with PEFT and pass the merged model"
+            )
+    if adapter:
+        print(
+            f"Note: the LoRA adapter in {adapter.folder} is merged into its base: {len(adapter.pairs)} matrices, "
+            f"weight {adapter.scale:g}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def save_hf(
@@ -206,7 +308,7 @@ def save_hf(
             for tensor in _in_file({name: tensors[name] for name in names}).values():
                 tensor.fetch()  # its part of what process 0 gathers, in the same order
         return
-    special = {} if tokenizer is None else _special_ids(tokenizer)
+    special = {} if tokenizer is None else _special_ids(tokenizer, model.config.vocab_size)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
@@ -240,10 +342,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of BOS, EOS and padding for config.json; padding never has that of EOS, even where the tokenizer says so."""
+def _special_ids(tokenizer: Any, rows: int) -> dict[str, int]:
+    """Ids of BOS, EOS and padding for config.json; padding never has that of EOS, even where the tokenizer says so.
+
+    Nor has it an id beyond the `rows` of the embedding, as a tokenizer has that was given a padding token later.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    pad = next(i for i in (tokenizer.pad_token_id, bos, 0, 1) if i is not None and i != eos)
+    pad = next(i for i in (tokenizer.pad_token_id, bos, 0, 1) if i is not None and i != eos and i < rows)
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     return {name: int(i) for name, i in ids.items() if i is not None}
 
@@ -279,6 +384,7 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
     for name, value in description.items():
         check_number(name, value, "config.json")
+    check_settings(description)
     try:
         readers = {"gpt2": _gpt2_config, "gemma3_text": _gemma3_config}
         return readers.get(kind, _llama_config)(description)
@@ -330,9 +436,6 @@ def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
     activation = d.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
         raise ValueError(f"activation_function={activation!r} is not supported: {', '.join(_GPT2_ACTIVATIONS)} are")
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if d.get(name):
-            raise ValueError(f"{name}=true is not supported: choose a GPT-2 model without it")
     return DecoderConfig(
         vocab_size=d["vocab_size"],
         context_length=d["n_positions"],
@@ -351,17 +454,15 @@ def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
 
 def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     kind = d["model_type"]
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-    if d.get("hidden_act", "silu") != "silu":
+    rope = _rope(d)
+    if d.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu")
-    attention, mlp = (d.get(name, False) for name in ("attention_bias", "mlp_bias"))
+    attention, mlp = (bool(d.get(name, False)) for name in ("attention_bias", "mlp_bias"))
+    if kind == "qwen2":  # its biases are fixed: on query, key and value, whatever attention_bias says
+        attention = False
     if attention != mlp:
         raise ValueError(f"attention_bias={attention} and mlp_bias={mlp} must be equal: choose such a model")
-    context = d["max_position_embeddings"]
-    # Within the window, sliding-window attention is plain attention.
-    if d.get("sliding_window") and d.get("use_sliding_window", True):
-        context = min(context, d["sliding_window"])
+    context = _context_within_window(d)
     return DecoderConfig(
         vocab_size=d["vocab_size"],
         context_length=context,
@@ -380,6 +481,36 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of rotary positions: transformers 5 writes rope_parameters, earlier ones rope_scaling."""
+    new, old = (d.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if new and old and {**new, "rope_theta": 0, "type": 0} != {**new, **old, "rope_theta": 0, "type": 0}:
+        raise ValueError(
+            f"rope_parameters={_short(new)} and rope_scaling={_short(old)} in config.json differ: keep one"
+        )
+    rope = new or old
+    theta, other = rope.get("rope_theta"), d.get("rope_theta")
+    if theta is not None and other is not None and theta != other:
+        raise ValueError(f"rope_theta={other} in config.json, and {theta} in its rope_parameters: keep the right one")
+    return rope
+
+
+def _context_within_window(d: Mapping[str, Any]) -> int:
+    """The context, up to the sliding window where there is one: within it, attention is plain attention."""
+    context, types = d["max_position_embeddings"], d.get("layer_types") or []
+    if set(types) - {_LOCAL, _GLOBAL} or (types and len(types) != d["num_hidden_layers"]):
+        raise ValueError(
+            f"layer_types={_short(types)} in config.json is not supported: one of {_LOCAL!r} and {_GLOBAL!r} for each "
+            f"of {d['num_hidden_layers']} layers is"
+        )
+    used = d.get("use_sliding_window", d["model_type"] not in ("qwen2", "qwen3"))
+    if _LOCAL in types and not d.get("sliding_window"):
+        raise ValueError(f"layer_types in config.json has {_LOCAL!r}, and there is no sliding_window: copy it again")
+    if d.get("sliding_window") and (used or _LOCAL in types):
+        return min(context, d["sliding_window"])
+    return context
+
+
 def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
         if d.get(name):
@@ -387,8 +518,13 @@ def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
     if d.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise ValueError(f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text model")
     rope = d.get("rope_parameters") or {}
-    far = rope.get("full_attention") or d.get("rope_scaling") or {}
-    near = rope.get("sliding_attention") or {}
+    if set(rope) - {_GLOBAL, _LOCAL}:
+        raise ValueError(
+            f"rope_parameters={_short(rope)} in config.json is not supported: Gemma 3 has those of {_GLOBAL!r} and of "
+            f"{_LOCAL!r}"
+        )
+    far = _rope({**d, "rope_parameters": rope.get(_GLOBAL)})
+    near = _rope({"rope_parameters": rope.get(_LOCAL), "rope_theta": d.get("rope_local_base_freq")})
     if _rotary_scaling(near) is not None:
         raise ValueError(f"rope_parameters of sliding_attention={near} are not supported: choose plain ones there")
     layers = d["num_hidden_layers"]
@@ -424,7 +560,7 @@ def _window_every(d: Mapping[str, Any], layers: int) -> int:
     """Which layers are global: every n-th."""
     types = d.get("layer_types")
     if types is None:
-        return d.get("sliding_window_pattern", 6)
+        return d.get("sliding_window_pattern") or d.get("_sliding_window_pattern") or 6
     every = types.index(_GLOBAL) + 1 if _GLOBAL in types else layers + 1
     if types != _layer_types(layers, every):
         raise ValueError(f"layer_types={types} is not supported: choose a model whose every n-th layer is global")
@@ -442,6 +578,7 @@ _ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    check_rope(rope, _ROPE_LLAMA3 if kind == "llama3" else (), "the rope_parameters or rope_scaling")
     if kind == "default":
         return None
     if kind != "llama3":
@@ -547,51 +684,77 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class _Tensors:
-    """The tensors of all *.safetensors files of a folder."""
+    """The tensors of a model folder, and which of them have been asked for."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
+        self.read: set[str] = set()
         self._tensors: dict[str, _InFile] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in weight_files(path):
             for tensor in _tensors_of(file):
-                name = _full_name(tensor.name)
+                name = full_name(tensor.name)
                 if name in self._tensors:
                     twice = f"{self._tensors[name].file.name} and {file.name} in {path}"
                     raise ValueError(f"tensor {name!r} is in both {twice}: delete the file of the other model")
                 self._tensors[name] = tensor
-        if not self._tensors:
-            raise FileNotFoundError(f"no *.safetensors in {path}: convert the weights to safetensors first")
         self._check_index()
 
     def _check_index(self) -> None:
-        """The index is believed in one thing only: which tensors there should be."""
-        if not (self._path / _INDEX).exists():
+        """The index is believed in one thing only: which tensors there should be, and in which file."""
+        if not (self.path / _INDEX).exists():
             return
-        index = read_json(self._path / _INDEX)
+        index = read_json(self.path / _INDEX)
         try:
             weight_map = index["weight_map"]
-            missing = {str(shard): name for name, shard in weight_map.items() if _full_name(name) not in self}
+            missing = {str(shard): name for name, shard in weight_map.items() if full_name(name) not in self}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self._path / _INDEX} is corrupt ({error!r}): copy it again") from error
+            raise ValueError(f"{self.path / _INDEX} is corrupt ({error!r}): copy it again") from error
         if missing:
             shard, name = min(missing.items())
             raise ValueError(
-                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self._path}: copy that file again"
+                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self.path}: copy that file again"
             )
         for shard in weight_map.values():
             if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
                 raise ValueError(
-                    f"{self._path / _INDEX} names the shard {_short(shard)}, which is no file of this folder: "
+                    f"{self.path / _INDEX} names the shard {_short(shard)}, which is no file of this folder: "
                     "an index holds plain file names; copy the model again from a source you trust"
                 )
+        check_index(self.path, weight_map, self._tensors, full_name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def __call__(self, name: str) -> Stored:
+        tensor = self.peek(name)
+        self.read.add(name)
+        return tensor
+
+    def peek(self, name: str) -> _InFile:
+        """The tensor, which does not count as read for it."""
         if name not in self._tensors:
-            raise ValueError(f"{self._path} holds no tensor {name!r}: a shard is missing, or config.json is another's")
-        return self._tensors[name]
+            raise ValueError(
+                f"{self.path} holds no tensor {name!r}: a shard is missing, or config.json is another's"
+                f"{self._hint(name)}"
+            )
+        tensor = self._tensors[name]
+        if tensor.kind not in _FLOATS:
+            raise ValueError(
+                f"tensor {tensor.name!r} of {tensor.file} is of the type {tensor.kind}: choose weights that are not "
+                "quantised"
+            )
+        return tensor
+
+    def _hint(self, name: str) -> str:
+        if name == "lm_head.weight":
+            return "; if the unembedding is the embedding, write tie_word_embeddings=true there"
+        unread = [other for other in self._tensors if other not in self.read]
+        return f"; among what it holds beside is {unread[0]!r} {list(self._tensors[unread[0]].shape)}" if unread else ""
+
+    @property
+    def unread(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that nobody asked for."""
+        return {name: tensor.shape for name, tensor in self._tensors.items() if name not in self.read}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -601,6 +764,7 @@ class _InFile:
     file: Path
     name: str
     shape: tuple[int, ...]
+    kind: str
 
     def __getitem__(self, window: Window, /) -> np.ndarray:
         # Opened anew for each block: what was read of a mapped file counts as memory of this process until it closes.
@@ -639,14 +803,7 @@ def _tensors_of(file: Path) -> Iterator[_InFile]:
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} is corrupt ({error}): copy it again") from error
     for name, (kind, shape) in kinds.items():
-        if kind not in _FLOATS and name.endswith((".weight", ".bias")):
-            raise ValueError(f"tensor {name!r} of {file} is of the type {kind}: choose weights that are not quantised")
-        yield _InFile(file, name, shape)
-
-
-def _full_name(name: str) -> str:
-    # The first GPT-2 files have no "transformer." before their names.
-    return f"transformer.{name}" if name.split(".")[0] in ("wte", "wpe", "h", "ln_f") else name
+        yield _InFile(file, name, shape, kind)
 
 
 class _Columns:
@@ -692,22 +849,27 @@ def _assemble(
     *,
     transposed: bool,
     bias: np.floating | float = 0.0,
+    check: Callable[[], None] = lambda: None,
 ) -> Params:
-    """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in)."""
+    """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in).
+
+    Every tensor is found, and `check` called, before the first of them is read.
+    """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     places = {} if shardings is None else traverse_util.flatten_dict(shardings(shapes))
     expected: dict[Any, Any] = traverse_util.flatten_dict(shapes)
-    params = {}
+    makers = {}
     for path, leaf in expected.items():
         stacked, flip = path[0] == "blocks", _flipped(path, transposed=transposed)
         if path[0] == "score":
-            make = partial(_window_of, _score(read, path[1], leaf.shape, bias).astype(dtype))
+            makers[path] = partial(_window_of, _score(read, path[1], leaf.shape, bias).astype(dtype))
         else:
             name, shape = _hf_name(names, path), leaf.shape[1:] if stacked else leaf.shape
             layers = [name.format(i) for i in range(leaf.shape[0])] if stacked else [name]
             stored = [_checked(n, read(n), shape[::-1] if flip else shape) for n in layers]
-            make = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
-        params[path] = _place(leaf.shape, dtype, places.get(path), make)
+            makers[path] = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
+    check()
+    params = {path: _place(expected[path].shape, dtype, places.get(path), make) for path, make in makers.items()}
     return traverse_util.unflatten_dict(params)
 
 
@@ -950,11 +1112,7 @@ def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
 
 
 def _fitting(tokenizer: Any, config: DecoderConfig, where: Path) -> Any:
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's "
-            f"vocab_size={config.vocab_size}: its last ids have no embedding; use the tokenizer it was trained with"
-        )
+    check_ids(tokenizer, config.vocab_size, where)
     return tokenizer
 
 

@@ -30,7 +30,7 @@ from rlhf_jax import processes
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf_adapter import find_adapter
-from rlhf_jax.models.hf_settings import check_rope, check_settings
+from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings
 from rlhf_jax.models.hf_tensors import (
     INDEX,
     check_index,
@@ -578,11 +578,11 @@ _ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary positions")
     check_rope(rope, _ROPE_LLAMA3 if kind == "llama3" else (), "the rope_parameters or rope_scaling")
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise ValueError(f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary positions")
     return RotaryScaling(*(rope[name] for name in _ROPE_LLAMA3))
 
 
@@ -1171,22 +1171,34 @@ def _load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mod
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
+    if len(tensors) < len(reader.tensors):
+        raise ValueError(f"{path} holds a tensor twice: copy it again")
+    found: set[str] = set()
+
     def read(name: str) -> Stored:
         if name not in tensors:
             raise ValueError(f"{path} holds no tensor {name!r}: only plain llama models are supported")
+        found.add(name)
         return _Quantised(tensors[name], gguf.quants.dequantize)
+
+    def check() -> None:
+        left = {name: [int(n) for n in reversed(one.shape)] for name, one in tensors.items() if name not in found}
+        refuse_unread(path, left, config.layers)
 
     config = _gguf_config(reader, path, read, tied="output.weight" not in tensors)
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{path} scales its rotary frequencies: choose a model with plain rotary positions")
-    model = language_model(config)
-    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, shardings, transposed=True)
     tokenizer = _load_tokenizer(path.parent, config) or _gguf_tokenizer(reader)
-    return model, params, None if tokenizer is None else _fitting(tokenizer, config, path)
+    if tokenizer is not None:
+        _fitting(tokenizer, config, path)
+        config = dataclasses.replace(config, unused_ids=unused_ids(tokenizer, config.vocab_size))
+    model = language_model(config)
+    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, shardings, transposed=True, check=check)
+    return model, params, tokenizer
 
 
-_GGUF_CONTROL = 3
-"""Type of a control token in ``tokenizer.ggml.token_type``."""
+_GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
+"""Types in ``tokenizer.ggml.token_type``: control tokens, and tokens that a text is cut at before the merges."""
 
 
 def _gguf_tokenizer(reader) -> Any:
@@ -1204,7 +1216,13 @@ def _gguf_tokenizer(reader) -> Any:
     if field("model") != "gpt2" or field("pre") not in cuts:
         return None
     pieces, kinds, merges = field("tokens"), field("token_type"), field("merges")
-    merges = [tuple(merge.split(" ")) for merge in merges]
+    merges = [tuple(merge.split(" ")) for merge in merges or ()]
+    kinds = kinds or [1] * len(pieces)
+    if not len(pieces) == len(kinds) == len(set(pieces)):
+        raise ValueError(
+            f"the tokenizer of the GGUF file has {len(pieces)} tokens, {len(set(pieces))} of them different, and "
+            f"{len(kinds)} types: copy the file again, or put the model's tokenizer.json beside it"
+        )
     inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -1212,6 +1230,9 @@ def _gguf_tokenizer(reader) -> Any:
     inner.decoder = decoders.ByteLevel()
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_CONTROL]
     inner.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
+    own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_USER_DEFINED]
+    inner.add_tokens([tokenizers.AddedToken(piece, normalized=False, special=False) for piece in own])
+    _add_ends(inner, pieces, field)
     ids = {name: field(f"{part}_token_id") for name, part in _GGUF_SPECIAL.items()}
     template = reader.get_field("tokenizer.chat_template")
     return transformers.PreTrainedTokenizerFast(
@@ -1222,7 +1243,34 @@ def _gguf_tokenizer(reader) -> Any:
     )
 
 
+def _add_ends(inner: Any, pieces: Sequence[str], field: Callable[[str], Any]) -> None:
+    """BOS and EOS around a text, where the file says that the model was trained so."""
+    from tokenizers import processors
+
+    ends = {}
+    for name in ("bos", "eos"):
+        i = field(f"{name}_token_id")
+        if field(f"add_{name}_token"):
+            if i is None or i >= len(pieces):
+                raise ValueError(
+                    f"tokenizer.ggml.add_{name}_token is true in the GGUF file, and {name}_token_id is {i}: copy it "
+                    "again, or put the model's tokenizer.json beside it"
+                )
+            ends[name] = (pieces[i], i)
+    if ends:
+        before, after = (f"{ends[name][0]}:0" if name in ends else "" for name in ("bos", "eos"))
+        single = [part for part in (before, "$A:0", after) if part]
+        inner.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[*dict(ends.values()).items()]
+        )
+
+
 _GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def _speaks(name: str) -> bool:
+    """Whether a field of a GGUF file may say how the model computes: not the header's own, nor what is only a name."""
+    return name not in _GGUF_COUNTS.values() and not name.startswith(("GGUF.", "tokenizer."))
 
 
 _GGUF_COUNTS = {
@@ -1248,10 +1296,18 @@ def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig
 
     kind = field("general.architecture")
     if kind != "llama":
-        raise ValueError(f"general.architecture={kind!r} is not supported: choose a llama GGUF file")
+        raise ValueError(f"general.architecture={_short(kind)} is not supported: choose a llama GGUF file")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     for name, key in _GGUF_COUNTS.items():
         check_number(name, field(key, 1), str(path))
+    head_dim = field("llama.attention.key_length", width // max(heads, 1))
+    plain = {
+        "llama.vocab_size": read("token_embd.weight").shape[0],
+        "llama.rope.dimension_count": head_dim,
+        "llama.attention.value_length": head_dim,
+        "llama.attention.scale": head_dim**-0.5,
+    }
+    check_gguf_fields(path, {f.name: f.contents() for f in reader.fields.values() if _speaks(f.name)}, plain)
     return DecoderConfig(
         vocab_size=read("token_embd.weight").shape[0],
         context_length=field("llama.context_length"),
@@ -1259,7 +1315,7 @@ def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig
         width=width,
         heads=heads,
         kv_heads=field("llama.attention.head_count_kv", heads),
-        head_dim=field("llama.attention.key_length", width // heads),
+        head_dim=head_dim,
         mlp_width=field("llama.feed_forward_length"),
         norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
         rotary_base=field("llama.rope.freq_base", 10_000.0),
@@ -1282,6 +1338,11 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
     content = path.read_bytes()
     if len(content) < 28:
         raise ValueError(f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again")
+    if content[:4] == b"24ka":
+        raise ValueError(
+            f"{path} is of version {struct.unpack('<i', content[4:8])[0]} of llama2.c, and only version 0 is read: "
+            "export it again with --version 0"
+        )
     width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack("<7i", content[:28])
     sizes = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers,
              "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": abs(vocabulary),
@@ -1298,7 +1359,10 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
         mlp_width=mlp_width,
         tied=vocabulary > 0,
     )
+    if len(content) % 4:
+        raise ValueError(f"{path} is corrupt ({len(content)} bytes are no whole number of float32): copy it again")
     tensors = _llama2c_tensors(config, np.frombuffer(content, "<f4", offset=28), path)
+    _check_rotary_tables(config, tensors.pop("rotary tables.weight"), path)
     model = language_model(config)
     read = _unpermuted(tensors.__getitem__, config)
     params = _assemble(model, _GGUF, read, jnp.float32, None, transposed=True)
@@ -1326,6 +1390,18 @@ def _llama2c_tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> d
     if offset != values.size:
         raise ValueError(f"{path} is corrupt ({values.size - offset} values too many): copy it again")
     return tensors
+
+
+def _check_rotary_tables(config: DecoderConfig, tables: np.ndarray, path: Path) -> None:
+    """The tables of cosines and sines are those of the base that the file has no field for; zeros are none."""
+    frequencies = config.rotary_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = np.arange(config.context_length)[:, None] * frequencies
+    wanted = np.concatenate([np.cos(angles).ravel(), np.sin(angles).ravel()])
+    if tables.any() and np.abs(tables.ravel() - wanted).max() > 0.01:
+        raise ValueError(
+            f"{path} holds rotary tables of shape {list(tables.shape)} that are not those of the base "
+            f"{config.rotary_base:g}: pass the model as a Hugging Face folder, whose config.json has rope_theta"
+        )
 
 
 def _load_llama2c_tokenizer(path: Path, config: DecoderConfig) -> Any:
@@ -1356,9 +1432,16 @@ def _llama2c_pieces(path: Path, vocab_size: int) -> dict[str, float]:
             piece = content[offset + 8 : offset + 8 + length].decode("utf-8")
             offset += 8 + length
             # llama2.c wraps the control tokens in line breaks.
-            scores[{0: "<unk>", 1: "<s>", 2: "</s>"}.get(place, piece)] = score
+            name = {0: "<unk>", 1: "<s>", 2: "</s>"}.get(place, piece)
+            if name in scores:
+                raise ValueError(f"{path} is corrupt (the piece {name!r} stands in it twice): copy it again")
+            scores[name] = score
     except (struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
+    if offset != len(content):
+        raise ValueError(
+            f"{path} holds more pieces than the model's {vocab_size}: it is the tokenizer of another model"
+        )
     return scores
 
 

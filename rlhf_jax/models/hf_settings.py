@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _SHARED = {"model_type", "vocab_size", "tie_word_embeddings", "architectures", "num_labels", "_num_labels", "id2label"}
@@ -212,6 +213,56 @@ def check_rope(rope: Mapping[str, Any], names: tuple[str, ...], where: str) -> N
                 f"{name}={_short(value)} in {where} of config.json is not supported: choose a model with plain or "
                 "llama3 rotary positions"
             )
+
+
+_GGUF_HARMLESS = re.compile(
+    r"general\.(?!type$).*|quantize\..*|split\.(no|tensors\.count)|llama\.(tensor_data_layout|rope\.scaling\.finetuned"
+    r"|rope\.scaling\.original_context_length|context_length|attention\.layer_norm_epsilon|leading_dense_block_count)"
+)
+"""Fields of a GGUF file that change no number: names, sources, and how it was quantised."""
+_GGUF_PLAIN: dict[str, tuple[Any, ...]] = {
+    "general.type": ("model",),
+    "split.count": (0, 1),
+    "llama.attention.causal": (True,),
+    "llama.use_parallel_residual": (False,),
+    **dict.fromkeys(
+        ("llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.attn_factor", "llama.logit_scale",
+         "llama.residual_scale", "llama.embedding_scale", "llama.rope.scale"),
+        (1, 1.0),
+    ),
+}  # fmt: skip
+"""Fields of a GGUF file -> the values with which the model is plain; of other fields of its family: `_OFF`."""
+
+
+def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """Refuses a GGUF file with a field that changes numbers and that nothing reads, and prints what nobody knows.
+
+    Args:
+      path: of the file.
+      fields: those that nothing reads.
+      plain: field -> the value that follows from what is read.
+
+    Raises:
+      ValueError: naming the field and its value.
+    """
+    unknown = {}
+    for name, value in fields.items():
+        if _GGUF_HARMLESS.fullmatch(name) or _near(value, plain.get(name)) or value in _GGUF_PLAIN.get(name, _OFF):
+            continue
+        if name in _GGUF_PLAIN or name.startswith(("llama.", "adapter.")):
+            raise ValueError(
+                f"{name}={_short(value)} in {path} is not supported: this decoder would compute other numbers; choose "
+                "a plain llama model in one file"
+            )
+        unknown[name] = value
+    if unknown:
+        told = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
+        print(f"Note: {path} has fields that are not read: {told}", file=sys.stderr, flush=True)
+
+
+def _near(value: Any, plain: Any) -> bool:
+    numbers = type(value) in (int, float) and plain is not None
+    return numbers and abs(value - plain) <= 1e-5 * abs(plain)
 
 
 def _short(value: Any) -> str:

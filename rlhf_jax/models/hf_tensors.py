@@ -147,9 +147,9 @@ def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int)
     if not unread:
         return
     name = next(iter(unread))
-    more = f" and {len(unread) - 1} more such as {list(unread)[-1]!r}" if len(unread) > 1 else ""
+    more = f" and {len(unread) - 1} more such as {list(unread)[-1][:100]!r}" if len(unread) > 1 else ""
     raise ValueError(
-        f"{where} holds tensor {name!r} of shape {list(unread[name])}{more}, which would be left out: it is "
+        f"{where} holds tensor {name[:100]!r} of shape {list(unread[name])}{more}, which would be left out: it is "
         f"{_kind(name, layers)}"
     )
 

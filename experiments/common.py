@@ -37,6 +37,7 @@ from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
+from rlhf_jax.models.vocabulary import with_texts_only
 from rlhf_jax.run import files
 from rlhf_jax.run.console import Progress
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
@@ -657,7 +658,8 @@ def sample_responses(
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     ends = text.stop_ids(network.tokenizer, asked)
     samples = generate_many(
-        network.model, network.params, text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
+        with_texts_only(network.model, network.tokenizer), network.params,
+        text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
         counts=counts, rows=-(-batch_size // data) * data, streams=sampling_streams(mesh),
         max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids),
         sharding=sharding.batch_sharding(mesh), progress=progress,

@@ -300,18 +300,25 @@ def _invert(weights: Float[Array, "B N"], uniform: Float[Array, " B"]) -> tuple[
 def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
     """Set to -inf every logit outside the k likeliest, then outside the nucleus of mass p. The likeliest always stays.
 
+    Of equal logits the first stay, no more of them than are needed.
+
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
     if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        best = jax.lax.top_k(logits, top_k)[1]
+        logits = jnp.where(_chosen(logits, best, True), logits, -jnp.inf)
     if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
+        order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        logits = jnp.where(_chosen(logits, order, before < top_p), logits, -jnp.inf)
     return logits
+
+
+def _chosen(logits: Float[Array, "B V"], index: Int[Array, "B N"], kept: Any) -> Bool[Array, "B V"]:
+    """True at those places of each row that `index` lists and for which `kept` holds."""
+    none = jnp.zeros(logits.shape, bool)
+    return jnp.put_along_axis(none, index, jnp.broadcast_to(kept, index.shape), axis=-1, inplace=False)
 
 
 def _draw(

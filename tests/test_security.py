@@ -390,17 +390,17 @@ def everything(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_tensor_names_never_become_paths(model: Path, tmp_path: Path, tokenizer):
+def test_tensor_names_never_become_paths(model: Path, tmp_path: Path):
+    """A tensor that nothing reads is refused by its name, cut where it is long; the name is looked for nowhere."""
     before = everything(tmp_path)
     tensors = safetensors.numpy.load_file(model / "model.safetensors")
-    for name in ("../../etc/x", "/etc/x", "..\\x", "a/../../x", "~/x", "\0", ""):
-        tensors[name] = np.zeros(1, np.float32)
-    safetensors.numpy.save_file(tensors, model / "model.safetensors")
-    built, params, _ = load_hf(model)
+    for name in ("../../etc/x", "/etc/x", "..\\x", "a/../../x", "~/x", "\0", "", "x" * 9000):
+        safetensors.numpy.save_file(tensors | {name: np.zeros(1, np.float32)}, model / "model.safetensors")
+        with pytest.raises(ValueError, match="would be left out") as refused:
+            load_hf(model)
+        assert repr(name[:100]) in str(refused.value)
+        assert len(str(refused.value)) < 600
     assert everything(tmp_path) == before
-    save_hf(tmp_path / "again", built, params, tokenizer)
-    assert {p.parent for p in everything(tmp_path) - before} <= {tmp_path, tmp_path / "again"}
-    assert set(safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")) <= set(tensors)
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "ABSOLUTE", "sub/x.safetensors", "", 3, None, ["x"], ".."])

@@ -92,6 +92,8 @@ class DecoderConfig:
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
       mesh: ``(data, fsdp, tensor)`` that activations and caches are spread over, as `sharding` does with batches and
         parameters; None leaves them to the compiler, which is right for one device.
+      unused_ids: ids that have no text, as ranges ``(first, after the last)``: the padded rows of an embedding. The
+        head of a language model gives them no probability, so that they are never sampled.
     """
 
     vocab_size: int
@@ -123,6 +125,7 @@ class DecoderConfig:
     attention: str = "auto"
     unroll: int | None = None
     mesh: Mesh | None = None
+    unused_ids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         for name, derived in (

@@ -7,10 +7,12 @@ products with the weights less than bfloat16 rounded them before.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax.models.decoder import (
@@ -57,6 +59,9 @@ def language_model(config: DecoderConfig) -> Model:
         return params
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return _masked(logits(params, hidden), config.unused_ids)
+
+    def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         weight = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
         # Right beside the product: else its gradient comes back in pieces of the width, as the embedding lies.
         hidden = spread_rows(config.mesh, hidden)
@@ -69,6 +74,44 @@ def language_model(config: DecoderConfig) -> Model:
         return _product("...d,vd->...v" if config.tied else "...d,dv->...v", hidden, weight)
 
     return _model(config, init, head)
+
+
+NEVER = -1e9
+"""The logit of an id that has no text. It is finite, so that entropies and gradients are; its probability is 0."""
+
+
+def _masked(logits: Float[Array, "... V"], unused: tuple[tuple[int, int], ...]) -> Float[Array, "... V"]:
+    """`NEVER` in the place of the logits of `unused`; without any the logits themselves."""
+    if not unused:
+        return logits
+    mask = np.zeros(logits.shape[-1], bool)
+    for start, stop in unused:
+        mask[start:stop] = True
+    return jnp.where(mask, NEVER, logits)
+
+
+def without_ids(model: Model, unused: tuple[tuple[int, int], ...]) -> Model:
+    """The language model whose head gives the ids of `unused` no probability.
+
+    Sampler, log-probs, entropy and reference read the same head, so they all speak of one distribution.
+
+    Args:
+      model: a language model; one that `language_model` made comes back as that of another config.
+      unused: ranges of ids, ``(first, after the last)``.
+
+    Returns:
+      A model with the same parameters; equal arguments give the same object.
+    """
+    config = model.config
+    if isinstance(config, DecoderConfig) and model == language_model(config):
+        unused = tuple(sorted({*config.unused_ids, *unused}))
+        return language_model(dataclasses.replace(config, unused_ids=unused))
+    return _wrapped(model, unused)
+
+
+@functools.lru_cache
+def _wrapped(model: Model, unused: tuple[tuple[int, int], ...]) -> Model:
+    return model._replace(head=lambda params, hidden: _masked(model.head(params, hidden), unused))
 
 
 @functools.lru_cache

@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,18 @@ from rlhf_jax.data.special_ids import follow_folder, set_folder_end_ids
 from rlhf_jax.data.text import end_of_turn_id, exported_end_ids
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.models.hf_adapter import find_adapter
+from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings
+from rlhf_jax.models.hf_tensors import (
+    INDEX,
+    check_index,
+    full_name,
+    is_buffer,
+    refuse_unread,
+    same_values,
+    weight_files,
+)
+from rlhf_jax.models.vocabulary import check_ids, unused_ids
 from rlhf_jax.run.files import (
     PLAIN_NAME,
     check_file,
@@ -101,7 +114,7 @@ _ARCHITECTURES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _SCORE_BIAS = "rlhf_jax_score_bias"
 
-_INDEX = "model.safetensors.index.json"
+_INDEX = INDEX
 _BLOCK = 2**22
 """Bytes that are read or written at once."""
 
@@ -164,15 +177,104 @@ def load_hf(
         shardings = partial(_over_fsdp, mesh)
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype, shardings)
+    adapter = find_adapter(path, _tensors_of, full_name)
     description = _read_config(path)
     config = config_from_hf(description)
     tensors = _Tensors(path)
     names = _NAMES[description["model_type"]]
-    model = scalar_model(config) if "score.weight" in tensors else language_model(config)
-    read = _fused(tensors, config) if names is _GPT2 else tensors
-    bias = np.float32(description.get(_SCORE_BIAS, 0.0))
-    params = _assemble(model, names, read, dtype, shardings, transposed=names is not _GPT2, bias=bias)
-    return model, params, _load_tokenizer(path, config)
+    scalar = _is_scalar(description, tensors)
+    config = _with_own_head(config, names, tensors, scalar=scalar)
+    tokenizer = _load_tokenizer(path, config)
+    if tokenizer is not None and not scalar:
+        config = dataclasses.replace(config, unused_ids=unused_ids(tokenizer, config.vocab_size))
+    model = scalar_model(config) if scalar else language_model(config)
+    read = tensors if adapter is None else adapter.applied(tensors, transposed=names is not _GPT2)
+    read = _fused(read, config) if names is _GPT2 else read
+    check = partial(_all_read, tensors, config, adapter)
+    bias = _score_bias(description, tensors)
+    params = _assemble(model, names, read, dtype, shardings, transposed=names is not _GPT2, bias=bias, check=check)
+    return model, params, tokenizer
+
+
+def _is_scalar(description: Mapping[str, Any], tensors: _Tensors) -> bool:
+    """Whether the folder holds a reward model: it has a score head, which has one row."""
+    classifier = [n for n in description.get("architectures") or [] if n.endswith("ForSequenceClassification")]
+    if "score.weight" not in tensors:
+        if classifier:
+            raise ValueError(
+                f"architectures={classifier} in config.json speaks of a classifier, and {tensors.path} holds no tensor "
+                "'score.weight': a shard is missing, or the head has another name; rename it to score.weight"
+            )
+        return False
+    shape = tuple(tensors("score.weight").shape)
+    labels = description.get("id2label") or {}
+    count = shape[0] if len(shape) == 2 else description.get("num_labels", len(labels) or 1)
+    if count != 1:
+        raise ValueError(
+            f"tensor 'score.weight' of {tensors.path} has the shape {list(shape)}: a classifier of {count} labels "
+            f"({_short(list(labels.values()))}) is no reward model; choose one with num_labels=1"
+        )
+    return True
+
+
+def _score_bias(description: Mapping[str, Any], tensors: _Tensors) -> np.floating:
+    """What is added to ``hidden . score.weight``: our own exports have it in config.json, some others as a tensor."""
+    own = np.float32(description.get(_SCORE_BIAS, 0.0))
+    if "score.bias" not in tensors or "score.weight" not in tensors:
+        return own
+    found = _whole(_checked("score.bias", tensors("score.bias"), (1,)))[0].astype(np.float32)
+    if own and own != found:
+        raise ValueError(
+            f"{tensors.path} holds tensor 'score.bias' ({found}) of shape [1], and config.json has {_SCORE_BIAS}="
+            f"{own}: take the one out that does not belong to the model"
+        )
+    return found
+
+
+def _with_own_head(
+    config: DecoderConfig, names: Mapping[str, str], tensors: _Tensors, *, scalar: bool
+) -> DecoderConfig:
+    """The config as the file has the head: a second copy of a tied one is read over, another head unties the two.
+
+    transformers keeps both where they differ, as a merged adapter that trained the head leaves them.
+    """
+    head, embedding = f"{names['unembed']}.weight", f"{names['embed']}.weight"
+    if not config.tied or head not in tensors or embedding not in tensors:
+        return config
+    one, other = tensors.peek(head), tensors.peek(embedding)
+    equal = one.shape == other.shape and len(one.shape) == 2
+    if equal and same_values(one, other, _blocks(one.shape[0], 4 * one.shape[1])):
+        tensors(head)  # counts as read
+        return config
+    if scalar:
+        return config  # a reward model has no unembedding: it is named with what else nothing reads
+    print(
+        f"Note: tie_word_embeddings=true in config.json, but {tensors.path} holds a {head!r} of shape "
+        f"{list(one.shape)} that differs from {embedding!r}: the model is read as untied",
+        file=sys.stderr,
+        flush=True,
+    )
+    return dataclasses.replace(config, tied=False)
+
+
+def _all_read(tensors: _Tensors, config: DecoderConfig, adapter: Any) -> None:
+    """Refuses what nothing has asked for, in the base and in its adapter."""
+    unread = {name: shape for name, shape in tensors.unread.items() if not is_buffer(name, config.layers)}
+    refuse_unread(tensors.path, unread, config.layers)
+    for module in adapter.pairs if adapter else ():
+        name = f"{module}.weight"
+        if name not in tensors.read or (config.tied and module == "lm_head"):
+            raise ValueError(
+                f"the adapter in {adapter.folder} changes {name!r}, which the base does not have (as a matrix of its "
+                "own): it is of another base; merge it with PEFT and pass the merged model"
+            )
+    if adapter:
+        print(
+            f"Note: the LoRA adapter in {adapter.folder} is merged into its base: {len(adapter.pairs)} matrices, "
+            f"weight {adapter.scale:g}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def save_hf(
@@ -213,7 +315,7 @@ def save_hf(
             for tensor in _in_file({name: tensors[name] for name in names}).values():
                 tensor.fetch()  # its part of what process 0 gathers, in the same order
         return
-    special = {} if tokenizer is None else _special_ids(tokenizer)
+    special = {} if tokenizer is None else _special_ids(tokenizer, model.config.vocab_size)
     make_folder(path)
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
@@ -250,15 +352,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int | list[int]]:
+def _special_ids(tokenizer: Any, rows: int) -> dict[str, int | list[int]]:
     """Ids of BOS, of all that ends a response (a list where there are several) and of padding, for config.json.
 
-    Padding never has the id of EOS or of the end of a turn, even where the tokenizer says so.
+    Padding never has the id of EOS or of the end of a turn, even where the tokenizer says so, nor one beyond the `rows`
+    of the embedding, as in a tokenizer that was given a padding token later.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = [] if eos is None else list(exported_end_ids(tokenizer))
     last = {eos, end_of_turn_id(tokenizer)}
-    pad = next(i for i in (tokenizer.pad_token_id, bos, 0, 1, 2) if i is not None and i not in last)
+    choices = (tokenizer.pad_token_id, bos, 0, 1, 2)
+    pad = next(i for i in choices if i is not None and i not in last and i < rows)
     ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": int(bos)}
     if ends:
         ids["eos_token_id"] = [int(i) for i in ends] if len(ends) > 1 else int(ends[0])
@@ -296,6 +400,7 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
     for name, value in description.items():
         check_number(name, value, "config.json")
+    check_settings(description)
     try:
         readers = {"gpt2": _gpt2_config, "gemma3_text": _gemma3_config}
         return readers.get(kind, _llama_config)(description)
@@ -347,9 +452,6 @@ def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
     activation = d.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
         raise ValueError(f"activation_function={activation!r} is not supported: {', '.join(_GPT2_ACTIVATIONS)} are")
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if d.get(name):
-            raise ValueError(f"{name}=true is not supported: choose a GPT-2 model without it")
     return DecoderConfig(
         vocab_size=d["vocab_size"],
         context_length=d["n_positions"],
@@ -368,17 +470,15 @@ def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
 
 def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     kind = d["model_type"]
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-    if d.get("hidden_act", "silu") != "silu":
+    rope = _rope(d)
+    if d.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu")
-    attention, mlp = (d.get(name, False) for name in ("attention_bias", "mlp_bias"))
+    attention, mlp = (bool(d.get(name, False)) for name in ("attention_bias", "mlp_bias"))
+    if kind == "qwen2":  # its biases are fixed: on query, key and value, whatever attention_bias says
+        attention = False
     if attention != mlp:
         raise ValueError(f"attention_bias={attention} and mlp_bias={mlp} must be equal: choose such a model")
-    context = d["max_position_embeddings"]
-    # Within the window, sliding-window attention is plain attention.
-    if d.get("sliding_window") and d.get("use_sliding_window", True):
-        context = min(context, d["sliding_window"])
+    context = _context_within_window(d)
     return DecoderConfig(
         vocab_size=d["vocab_size"],
         context_length=context,
@@ -397,6 +497,36 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of rotary positions: transformers 5 writes rope_parameters, earlier ones rope_scaling."""
+    new, old = (d.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if new and old and {**new, "rope_theta": 0, "type": 0} != {**new, **old, "rope_theta": 0, "type": 0}:
+        raise ValueError(
+            f"rope_parameters={_short(new)} and rope_scaling={_short(old)} in config.json differ: keep one"
+        )
+    rope = new or old
+    theta, other = rope.get("rope_theta"), d.get("rope_theta")
+    if theta is not None and other is not None and theta != other:
+        raise ValueError(f"rope_theta={other} in config.json, and {theta} in its rope_parameters: keep the right one")
+    return rope
+
+
+def _context_within_window(d: Mapping[str, Any]) -> int:
+    """The context, up to the sliding window where there is one: within it, attention is plain attention."""
+    context, types = d["max_position_embeddings"], d.get("layer_types") or []
+    if set(types) - {_LOCAL, _GLOBAL} or (types and len(types) != d["num_hidden_layers"]):
+        raise ValueError(
+            f"layer_types={_short(types)} in config.json is not supported: one of {_LOCAL!r} and {_GLOBAL!r} for each "
+            f"of {d['num_hidden_layers']} layers is"
+        )
+    used = d.get("use_sliding_window", d["model_type"] not in ("qwen2", "qwen3"))
+    if _LOCAL in types and not d.get("sliding_window"):
+        raise ValueError(f"layer_types in config.json has {_LOCAL!r}, and there is no sliding_window: copy it again")
+    if d.get("sliding_window") and (used or _LOCAL in types):
+        return min(context, d["sliding_window"])
+    return context
+
+
 def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
         if d.get(name):
@@ -404,8 +534,13 @@ def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
     if d.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise ValueError(f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text model")
     rope = d.get("rope_parameters") or {}
-    far = rope.get("full_attention") or d.get("rope_scaling") or {}
-    near = rope.get("sliding_attention") or {}
+    if set(rope) - {_GLOBAL, _LOCAL}:
+        raise ValueError(
+            f"rope_parameters={_short(rope)} in config.json is not supported: Gemma 3 has those of {_GLOBAL!r} and of "
+            f"{_LOCAL!r}"
+        )
+    far = _rope({**d, "rope_parameters": rope.get(_GLOBAL)})
+    near = _rope({"rope_parameters": rope.get(_LOCAL), "rope_theta": d.get("rope_local_base_freq")})
     if _rotary_scaling(near) is not None:
         raise ValueError(f"rope_parameters of sliding_attention={near} are not supported: choose plain ones there")
     layers = d["num_hidden_layers"]
@@ -441,7 +576,7 @@ def _window_every(d: Mapping[str, Any], layers: int) -> int:
     """Which layers are global: every n-th."""
     types = d.get("layer_types")
     if types is None:
-        return d.get("sliding_window_pattern", 6)
+        return d.get("sliding_window_pattern") or d.get("_sliding_window_pattern") or 6
     every = types.index(_GLOBAL) + 1 if _GLOBAL in types else layers + 1
     if types != _layer_types(layers, every):
         raise ValueError(f"layer_types={types} is not supported: choose a model whose every n-th layer is global")
@@ -459,10 +594,11 @@ _ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary positions")
+    check_rope(rope, _ROPE_LLAMA3 if kind == "llama3" else (), "the rope_parameters or rope_scaling")
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise ValueError(f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary positions")
     return RotaryScaling(*(rope[name] for name in _ROPE_LLAMA3))
 
 
@@ -564,51 +700,77 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class _Tensors:
-    """The tensors of all *.safetensors files of a folder."""
+    """The tensors of a model folder, and which of them have been asked for."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
+        self.read: set[str] = set()
         self._tensors: dict[str, _InFile] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in weight_files(path):
             for tensor in _tensors_of(file):
-                name = _full_name(tensor.name)
+                name = full_name(tensor.name)
                 if name in self._tensors:
                     twice = f"{self._tensors[name].file.name} and {file.name} in {path}"
                     raise ValueError(f"tensor {name!r} is in both {twice}: delete the file of the other model")
                 self._tensors[name] = tensor
-        if not self._tensors:
-            raise FileNotFoundError(f"no *.safetensors in {path}: convert the weights to safetensors first")
         self._check_index()
 
     def _check_index(self) -> None:
-        """The index is believed in one thing only: which tensors there should be."""
-        if not (self._path / _INDEX).exists():
+        """The index is believed in one thing only: which tensors there should be, and in which file."""
+        if not (self.path / _INDEX).exists():
             return
-        index = read_json(self._path / _INDEX)
+        index = read_json(self.path / _INDEX)
         try:
             weight_map = index["weight_map"]
-            missing = {str(shard): name for name, shard in weight_map.items() if _full_name(name) not in self}
+            missing = {str(shard): name for name, shard in weight_map.items() if full_name(name) not in self}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self._path / _INDEX} is corrupt ({error!r}): copy it again") from error
+            raise ValueError(f"{self.path / _INDEX} is corrupt ({error!r}): copy it again") from error
         if missing:
             shard, name = min(missing.items())
             raise ValueError(
-                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self._path}: copy that file again"
+                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self.path}: copy that file again"
             )
         for shard in weight_map.values():
             if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
                 raise ValueError(
-                    f"{self._path / _INDEX} names the shard {_short(shard)}, which is no file of this folder: "
+                    f"{self.path / _INDEX} names the shard {_short(shard)}, which is no file of this folder: "
                     "an index holds plain file names; copy the model again from a source you trust"
                 )
+        check_index(self.path, weight_map, self._tensors, full_name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def __call__(self, name: str) -> Stored:
+        tensor = self.peek(name)
+        self.read.add(name)
+        return tensor
+
+    def peek(self, name: str) -> _InFile:
+        """The tensor, which does not count as read for it."""
         if name not in self._tensors:
-            raise ValueError(f"{self._path} holds no tensor {name!r}: a shard is missing, or config.json is another's")
-        return self._tensors[name]
+            raise ValueError(
+                f"{self.path} holds no tensor {name!r}: a shard is missing, or config.json is another's"
+                f"{self._hint(name)}"
+            )
+        tensor = self._tensors[name]
+        if tensor.kind not in _FLOATS:
+            raise ValueError(
+                f"tensor {tensor.name!r} of {tensor.file} is of the type {tensor.kind}: choose weights that are not "
+                "quantised"
+            )
+        return tensor
+
+    def _hint(self, name: str) -> str:
+        if name == "lm_head.weight":
+            return "; if the unembedding is the embedding, write tie_word_embeddings=true there"
+        unread = [other for other in self._tensors if other not in self.read]
+        return f"; among what it holds beside is {unread[0]!r} {list(self._tensors[unread[0]].shape)}" if unread else ""
+
+    @property
+    def unread(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that nobody asked for."""
+        return {name: tensor.shape for name, tensor in self._tensors.items() if name not in self.read}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -618,6 +780,7 @@ class _InFile:
     file: Path
     name: str
     shape: tuple[int, ...]
+    kind: str
 
     def __getitem__(self, window: Window, /) -> np.ndarray:
         # Opened anew for each block: what was read of a mapped file counts as memory of this process until it closes.
@@ -656,14 +819,7 @@ def _tensors_of(file: Path) -> Iterator[_InFile]:
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} is corrupt ({error}): copy it again") from error
     for name, (kind, shape) in kinds.items():
-        if kind not in _FLOATS and name.endswith((".weight", ".bias")):
-            raise ValueError(f"tensor {name!r} of {file} is of the type {kind}: choose weights that are not quantised")
-        yield _InFile(file, name, shape)
-
-
-def _full_name(name: str) -> str:
-    # The first GPT-2 files have no "transformer." before their names.
-    return f"transformer.{name}" if name.split(".")[0] in ("wte", "wpe", "h", "ln_f") else name
+        yield _InFile(file, name, shape, kind)
 
 
 class _Columns:
@@ -709,22 +865,27 @@ def _assemble(
     *,
     transposed: bool,
     bias: np.floating | float = 0.0,
+    check: Callable[[], None] = lambda: None,
 ) -> Params:
-    """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in)."""
+    """Parameters of the shapes `model` expects; `transposed` files keep matrices as (out, in).
+
+    Every tensor is found, and `check` called, before the first of them is read.
+    """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     places = {} if shardings is None else traverse_util.flatten_dict(shardings(shapes))
     expected: dict[Any, Any] = traverse_util.flatten_dict(shapes)
-    params = {}
+    makers = {}
     for path, leaf in expected.items():
         stacked, flip = path[0] == "blocks", _flipped(path, transposed=transposed)
         if path[0] == "score":
-            make = partial(_window_of, _score(read, path[1], leaf.shape, bias).astype(dtype))
+            makers[path] = partial(_window_of, _score(read, path[1], leaf.shape, bias).astype(dtype))
         else:
             name, shape = _hf_name(names, path), leaf.shape[1:] if stacked else leaf.shape
             layers = [name.format(i) for i in range(leaf.shape[0])] if stacked else [name]
             stored = [_checked(n, read(n), shape[::-1] if flip else shape) for n in layers]
-            make = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
-        params[path] = _place(leaf.shape, dtype, places.get(path), make)
+            makers[path] = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
+    check()
+    params = {path: _place(expected[path].shape, dtype, places.get(path), make) for path, make in makers.items()}
     return traverse_util.unflatten_dict(params)
 
 
@@ -968,11 +1129,7 @@ def _load_tokenizer(folder: Path, config: DecoderConfig) -> Any:
 
 
 def _fitting(tokenizer: Any, config: DecoderConfig, where: Path) -> Any:
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's "
-            f"vocab_size={config.vocab_size}: its last ids have no embedding; use the tokenizer it was trained with"
-        )
+    check_ids(tokenizer, config.vocab_size, where)
     return tokenizer
 
 
@@ -1031,29 +1188,41 @@ def _load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mod
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
+    if len(tensors) < len(reader.tensors):
+        raise ValueError(f"{path} holds a tensor twice: copy it again")
+    found: set[str] = set()
+
     def read(name: str) -> Stored:
         if name not in tensors:
             raise ValueError(f"{path} holds no tensor {name!r}: only plain llama models are supported")
+        found.add(name)
         return _Quantised(tensors[name], gguf.quants.dequantize)
+
+    def check() -> None:
+        left = {name: [int(n) for n in reversed(one.shape)] for name, one in tensors.items() if name not in found}
+        refuse_unread(path, left, config.layers)
 
     config = _gguf_config(reader, path, read, tied="output.weight" not in tensors)
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{path} scales its rotary frequencies: choose a model with plain rotary positions")
-    model = language_model(config)
-    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, shardings, transposed=True)
     tokenizer = _load_tokenizer(path.parent, config) or _gguf_tokenizer(reader)
-    return model, params, None if tokenizer is None else _fitting(tokenizer, config, path)
+    if tokenizer is not None:
+        _fitting(tokenizer, config, path)
+        config = dataclasses.replace(config, unused_ids=unused_ids(tokenizer, config.vocab_size))
+    model = language_model(config)
+    params = _assemble(model, _GGUF, _unpermuted(read, config), dtype, shardings, transposed=True, check=check)
+    return model, params, tokenizer
 
 
-_GGUF_CONTROL = 3
-"""Type of a control token in ``tokenizer.ggml.token_type``."""
+_GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
+"""Types in ``tokenizer.ggml.token_type``: control tokens, and tokens that a text is cut at before the merges."""
 
 
 def _gguf_tokenizer(reader) -> Any:
     """The byte-level BPE tokenizer that a GGUF file describes; None where it describes another kind."""
     import tokenizers
     import transformers  # slow to import, and only this needs it
-    from tokenizers import decoders, models, pre_tokenizers, processors
+    from tokenizers import decoders, models, pre_tokenizers
 
     def field(name: str) -> Any:
         entry = reader.get_field(f"tokenizer.ggml.{name}")
@@ -1064,7 +1233,13 @@ def _gguf_tokenizer(reader) -> Any:
     if field("model") != "gpt2" or field("pre") not in cuts:
         return None
     pieces, kinds, merges = field("tokens"), field("token_type"), field("merges")
-    merges = [tuple(merge.split(" ")) for merge in merges]
+    merges = [tuple(merge.split(" ")) for merge in merges or ()]
+    kinds = kinds or [1] * len(pieces)
+    if not len(pieces) == len(kinds) == len(set(pieces)):
+        raise ValueError(
+            f"the tokenizer of the GGUF file has {len(pieces)} tokens, {len(set(pieces))} of them different, and "
+            f"{len(kinds)} types: copy the file again, or put the model's tokenizer.json beside it"
+        )
     inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -1072,12 +1247,10 @@ def _gguf_tokenizer(reader) -> Any:
     inner.decoder = decoders.ByteLevel()
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_CONTROL]
     inner.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
+    own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _GGUF_USER_DEFINED]
+    inner.add_tokens([tokenizers.AddedToken(piece, normalized=False, special=False) for piece in own])
+    _add_ends(inner, pieces, field)
     ids = {name: field(f"{part}_token_id") for name, part in _GGUF_SPECIAL.items()}
-    if field("add_bos_token") and ids["bos_token"] is not None:
-        bos = pieces[ids["bos_token"]]
-        inner.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, int(ids["bos_token"]))]
-        )
     template = reader.get_field("tokenizer.chat_template")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -1091,7 +1264,34 @@ def _gguf_tokenizer(reader) -> Any:
     return tokenizer
 
 
+def _add_ends(inner: Any, pieces: Sequence[str], field: Callable[[str], Any]) -> None:
+    """BOS and EOS around a text, where the file says that the model was trained so."""
+    from tokenizers import processors
+
+    ends = {}
+    for name in ("bos", "eos"):
+        i = field(f"{name}_token_id")
+        if field(f"add_{name}_token"):
+            if i is None or i >= len(pieces):
+                raise ValueError(
+                    f"tokenizer.ggml.add_{name}_token is true in the GGUF file, and {name}_token_id is {i}: copy it "
+                    "again, or put the model's tokenizer.json beside it"
+                )
+            ends[name] = (pieces[i], i)
+    if ends:
+        before, after = (f"{ends[name][0]}:0" if name in ends else "" for name in ("bos", "eos"))
+        single = [part for part in (before, "$A:0", after) if part]
+        inner.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[*dict(ends.values()).items()]
+        )
+
+
 _GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def _speaks(name: str) -> bool:
+    """Whether a field of a GGUF file may say how the model computes: not the header's own, nor what is only a name."""
+    return name not in _GGUF_COUNTS.values() and not name.startswith(("GGUF.", "tokenizer."))
 
 
 _GGUF_COUNTS = {
@@ -1117,10 +1317,18 @@ def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig
 
     kind = field("general.architecture")
     if kind != "llama":
-        raise ValueError(f"general.architecture={kind!r} is not supported: choose a llama GGUF file")
+        raise ValueError(f"general.architecture={_short(kind)} is not supported: choose a llama GGUF file")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     for name, key in _GGUF_COUNTS.items():
         check_number(name, field(key, 1), str(path))
+    head_dim = field("llama.attention.key_length", width // max(heads, 1))
+    plain = {
+        "llama.vocab_size": read("token_embd.weight").shape[0],
+        "llama.rope.dimension_count": head_dim,
+        "llama.attention.value_length": head_dim,
+        "llama.attention.scale": head_dim**-0.5,
+    }
+    check_gguf_fields(path, {f.name: f.contents() for f in reader.fields.values() if _speaks(f.name)}, plain)
     return DecoderConfig(
         vocab_size=read("token_embd.weight").shape[0],
         context_length=field("llama.context_length"),
@@ -1128,7 +1336,7 @@ def _gguf_config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig
         width=width,
         heads=heads,
         kv_heads=field("llama.attention.head_count_kv", heads),
-        head_dim=field("llama.attention.key_length", width // heads),
+        head_dim=head_dim,
         mlp_width=field("llama.feed_forward_length"),
         norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
         rotary_base=field("llama.rope.freq_base", 10_000.0),
@@ -1151,6 +1359,11 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
     content = path.read_bytes()
     if len(content) < 28:
         raise ValueError(f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again")
+    if content[:4] == b"24ka":
+        raise ValueError(
+            f"{path} is of version {struct.unpack('<i', content[4:8])[0]} of llama2.c, and only version 0 is read: "
+            "export it again with --version 0"
+        )
     width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack("<7i", content[:28])
     sizes = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers,
              "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": abs(vocabulary),
@@ -1167,7 +1380,10 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
         mlp_width=mlp_width,
         tied=vocabulary > 0,
     )
+    if len(content) % 4:
+        raise ValueError(f"{path} is corrupt ({len(content)} bytes are no whole number of float32): copy it again")
     tensors = _llama2c_tensors(config, np.frombuffer(content, "<f4", offset=28), path)
+    _check_rotary_tables(config, tensors.pop("rotary tables.weight"), path)
     model = language_model(config)
     read = _unpermuted(tensors.__getitem__, config)
     params = _assemble(model, _GGUF, read, jnp.float32, None, transposed=True)
@@ -1195,6 +1411,18 @@ def _llama2c_tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> d
     if offset != values.size:
         raise ValueError(f"{path} is corrupt ({values.size - offset} values too many): copy it again")
     return tensors
+
+
+def _check_rotary_tables(config: DecoderConfig, tables: np.ndarray, path: Path) -> None:
+    """The tables of cosines and sines are those of the base that the file has no field for; zeros are none."""
+    frequencies = config.rotary_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = np.arange(config.context_length)[:, None] * frequencies
+    wanted = np.concatenate([np.cos(angles).ravel(), np.sin(angles).ravel()])
+    if tables.any() and np.abs(tables.ravel() - wanted).max() > 0.01:
+        raise ValueError(
+            f"{path} holds rotary tables of shape {list(tables.shape)} that are not those of the base "
+            f"{config.rotary_base:g}: pass the model as a Hugging Face folder, whose config.json has rope_theta"
+        )
 
 
 def _load_llama2c_tokenizer(path: Path, config: DecoderConfig) -> Any:
@@ -1225,9 +1453,16 @@ def _llama2c_pieces(path: Path, vocab_size: int) -> dict[str, float]:
             piece = content[offset + 8 : offset + 8 + length].decode("utf-8")
             offset += 8 + length
             # llama2.c wraps the control tokens in line breaks.
-            scores[{0: "<unk>", 1: "<s>", 2: "</s>"}.get(place, piece)] = score
+            name = {0: "<unk>", 1: "<s>", 2: "</s>"}.get(place, piece)
+            if name in scores:
+                raise ValueError(f"{path} is corrupt (the piece {name!r} stands in it twice): copy it again")
+            scores[name] = score
     except (struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
+    if offset != len(content):
+        raise ValueError(
+            f"{path} holds more pieces than the model's {vocab_size}: it is the tokenizer of another model"
+        )
     return scores
 
 

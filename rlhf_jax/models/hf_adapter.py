@@ -1,0 +1,183 @@
+"""A LoRA adapter of PEFT beside its base model: merged into the weights while they are read.
+
+transformers applies an adapter that it finds beside the base, so leaving it out would load another model. Plain LoRA on
+the projections is merged, ``W + alpha / r * B A``; everything else that PEFT has is refused by its name.
+
+Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for ``alpha / sqrt(r)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.models.hf_tensors import ADAPTER, ADAPTER_CONFIG
+from rlhf_jax.run.files import read_json
+
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version",
+    "lora_dropout", "layers_pattern", "layers_to_transform", "exclude_modules", "eva_config", "corda_config",
+    "loftq_config", "lora_ga_config", "megatron_core", "arrow_config", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying", "fan_in_fan_out",
+}  # fmt: skip
+"""Fields of adapter_config.json that change no merged weight: training alone, or what the tensors show themselves."""
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base as it was; PiSSA and its kind change it."""
+
+
+_OUT_IN = ("lm_head.weight", "score.weight")
+"""Matrices that GPT-2 keeps as (out, in) too."""
+
+
+class Adapter(NamedTuple):
+    """The adapter of a folder: module (``model.layers.0.mlp.up_proj``) -> its A ``[r, in]`` and B ``[out, r]``."""
+
+    folder: Path
+    pairs: Mapping[str, tuple[Any, Any]]
+    scale: float
+
+    def applied(self, read: Callable[[str], Any], *, transposed: bool) -> Callable[[str], Any]:
+        """A reader of tensors that adds the adapter to those it was trained on.
+
+        Args:
+          read: name -> tensor.
+          transposed: whether files keep matrices as (out, in); GPT-2's do not.
+        """
+
+        def merged(name: str) -> Any:
+            tensor, pair = read(name), self.pairs.get(name.removesuffix(".weight"))
+            if pair is None or not name.endswith(".weight"):
+                return tensor
+            a, b = (np.asarray(_whole(part), np.float32) for part in pair)
+            left, right = (b, a) if transposed or name in _OUT_IN else (a.T, b.T)
+            if tuple(tensor.shape) != (len(left), right.shape[1]):
+                raise ValueError(
+                    f"the adapter in {self.folder} changes {name!r} by a matrix of shape "
+                    f"{(len(left), right.shape[1])}, and the model has {tuple(tensor.shape)}: it is of another base"
+                )
+            return _Merged(tensor, left, right, self.scale)
+
+        return merged
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged:
+    """A tensor with ``scale * left @ right`` added, in float32, window by window."""
+
+    base: Any
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    def __getitem__(self, window: tuple[slice, ...], /) -> np.ndarray:
+        rows, columns = window
+        change = self.left[rows] @ self.right[:, columns]
+        return self.base[window].astype(np.float32) + np.float32(self.scale) * change
+
+
+def find_adapter(folder: Path, tensors_of: Callable[[Path], Iterable[Any]], full_name: Callable[[str], str]) -> Any:
+    """The adapter in a model folder, or None; the base has to be there too.
+
+    Args:
+      folder: of the model.
+      tensors_of: file -> its tensors, each with `name` and `shape`.
+      full_name: a tensor's name in a file -> its whole name.
+
+    Raises:
+      ValueError: it stands alone, is incomplete, or is more than plain LoRA; the message names what.
+    """
+    description, weights = folder / ADAPTER_CONFIG, folder / ADAPTER
+    if not description.exists() and not weights.exists():
+        return None
+    if not description.exists():
+        raise ValueError(f"{weights} has no {ADAPTER_CONFIG} beside it: copy it there, or move the adapter away")
+    config = read_json(description)
+    if not isinstance(config, dict):
+        raise ValueError(f"{description} holds no object: copy it again")
+    if not any(file.name != ADAPTER for file in folder.glob("*.safetensors")):
+        base = config.get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} holds an adapter alone; its base is {str(base)[:200]!r}: copy the files of the base "
+            "(config.json, *.safetensors, tokenizer.json) into this folder, where the adapter is merged on loading, or "
+            "merge it with PEFT (merge_and_unload) and pass the merged model"
+        )
+    if not weights.exists():
+        raise ValueError(
+            f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER}: copy the adapter there as safetensors, or move "
+            f"{ADAPTER_CONFIG} away if the base is meant without it"
+        )
+    scale, rank = _scale(config, description)
+    pairs = _pairs(weights, tensors_of, full_name, rank)
+    _check_targets(config.get("target_modules"), pairs, description)
+    return Adapter(folder, pairs, scale)
+
+
+def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
+    """The weight of B A, and the rank, of a plain LoRA adapter."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={config.get('peft_type')!r} in {where} is not supported: merge it with PEFT first")
+    plain = {"init_lora_weights": _PLAIN_STARTS, "bias": (None, "none")}
+    for name, value in config.items():
+        refused = value not in plain[name] if name in plain else name not in _READ | _HARMLESS and bool(value)
+        if refused:
+            raise ValueError(
+                f"{name}={str(value)[:80]} in {where} is more than plain LoRA: merge the adapter with PEFT "
+                "(merge_and_unload) and pass the merged model"
+            )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"r={rank!r} and lora_alpha={alpha!r} in {where} must be a positive integer and a number")
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), rank
+
+
+_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+
+
+def _pairs(file: Path, tensors_of: Callable, full_name: Callable, rank: int) -> dict[str, tuple[Any, Any]]:
+    halves: dict[str, dict[str, Any]] = {}
+    for tensor in tensors_of(file):
+        found = _PART.fullmatch(full_name(tensor.name))
+        shape = list(tensor.shape)
+        if found is None or len(shape) != 2:
+            raise ValueError(
+                f"{file} holds tensor {tensor.name!r} of shape {shape}, which is more than plain LoRA: merge the "
+                "adapter with PEFT (merge_and_unload) and pass the merged model"
+            )
+        if shape[0 if found["part"] == "A" else 1] != rank:
+            raise ValueError(f"tensor {tensor.name!r} of {file} has the shape {shape}, and r={rank}: copy it again")
+        if found["part"] in halves.setdefault(found["module"], {}):
+            raise ValueError(f"{file} holds lora_{found['part']} of {found['module']!r} twice: save one adapter alone")
+        halves[found["module"]][found["part"]] = tensor
+    for module, parts in halves.items():
+        if set(parts) != {"A", "B"}:
+            raise ValueError(f"{file} holds lora_{min(parts)} of {module!r} without its other half: copy it again")
+    if not halves:
+        raise ValueError(f"{file} holds no tensor: copy the adapter again")
+    return {module: (parts["A"], parts["B"]) for module, parts in halves.items()}
+
+
+def _check_targets(targets: Any, pairs: Mapping[str, Any], where: Path) -> None:
+    """The names that the config lists are those that have matrices; a pattern is left to PEFT."""
+    if not isinstance(targets, list):
+        return
+    for module in pairs:
+        if not any(module == target or module.endswith(f".{target}") for target in targets):
+            raise ValueError(f"target_modules={targets} in {where} lacks {module!r}, for which there are tensors")
+    for target in targets:
+        if not any(module == target or module.endswith(f".{target}") for module in pairs):
+            raise ValueError(f"target_modules of {where} names {target!r}, for which {ADAPTER} holds no tensor")
+
+
+def _whole(tensor: Any) -> np.ndarray:
+    return tensor[tuple(slice(0, size) for size in tensor.shape)]

@@ -1,0 +1,181 @@
+"""No tensor of a model folder is left out without a word: which files are the model's, and what else they may hold.
+
+Everything here reads headers only; the one exception is a tied head that a file holds a second time, which is compared
+with the embedding (`same_values`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+
+_OTHER_COPIES = re.compile(r"consolidated([.-].*)?\.safetensors")
+"""Mistral's and Meta's own layout of the same weights, beside that of Hugging Face."""
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PICKLED_PARTS = ("adapter_model.bin", "value_head.bin", "non_lora_trainables.bin", "lm_head.bin", "score.bin")
+"""Pickles that people keep beside a model as a part of it; ``pytorch_model.bin`` is a copy of the whole."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files whose tensors make up the model of a folder.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: a part of the model is a pickle, which is never read.
+    """
+    for name in _PICKLED_PARTS:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is a part of the model in a pickle, which is never read: save it as safetensors and "
+                "merge it into the model, or move the file away if the model is meant without it"
+            )
+    found = [file for file in sorted(folder.glob("*.safetensors")) if file.name != ADAPTER]
+    files = [file for file in found if not _OTHER_COPIES.fullmatch(file.name)]
+    if found and not files:
+        raise FileNotFoundError(
+            f"{folder} holds {found[0].name} alone, the weights under other names: get model.safetensors, or the "
+            "model-00001-of-... shards, of the same model"
+        )
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {folder}: convert the weights to safetensors first")
+    return files
+
+
+def check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Any], full_name: Any) -> None:
+    """Index and files speak of one model: no tensor in another file than the index says, no file beside it.
+
+    Args:
+      folder: of the model.
+      weight_map: of the index, name -> file.
+      tensors: those found, by full name, each with its `file`.
+      full_name: name in a file -> full name.
+
+    Raises:
+      ValueError: they differ.
+    """
+    for name, shard in weight_map.items():
+        found = tensors[full_name(name)].file.name
+        if found != shard:
+            raise ValueError(
+                f"{folder / INDEX} says that tensor {name!r} is in {shard!r}, and it is in {found!r}: index and shards "
+                "are of different models or versions; copy the whole folder again"
+            )
+    named = set(weight_map.values())
+    for name, tensor in tensors.items():
+        if tensor.file.name not in named:
+            raise ValueError(
+                f"{tensor.file.name} in {folder} is not in {INDEX} (it holds {name!r} {list(tensor.shape)}): move the "
+                "file away if it is another model's, or copy the index again"
+            )
+
+
+_WRAPPERS = re.compile(r"^((_orig_mod|module|_fsdp_wrapped_module|base_model\.model)\.)+")
+"""What torch.compile, data parallelism and PEFT put before every name."""
+_BARE = {"wte": "transformer", "wpe": "transformer", "h": "transformer", "ln_f": "transformer",
+         "embed_tokens": "model", "layers": "model", "norm": "model"}  # fmt: skip
+"""First part of a name of a model that was saved without its head -> the part that goes before it."""
+
+
+def full_name(name: str) -> str:
+    """A tensor's name as a whole language model has it.
+
+    >>> full_name("_orig_mod.layers.0.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    name = _WRAPPERS.sub("", name)
+    before = _BARE.get(name.split(".")[0])
+    return name if before is None else f"{before}.{name}"
+
+
+_BUFFERS = re.compile(
+    r"transformer\.h\.(?P<gpt2>\d+)\.attn\.(bias|masked_bias)"
+    r"|model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
+
+
+def is_buffer(name: str, layers: int) -> bool:
+    """Whether a tensor is one that the modelling code computes by itself: a causal mask, or rotary frequencies.
+
+    >>> is_buffer("transformer.h.0.attn.bias", 2), is_buffer("transformer.h.2.attn.bias", 2)
+    (True, False)
+    """
+    found = _BUFFERS.fullmatch(name)
+    return found is not None and int(found["gpt2"] or found["layer"] or 0) < layers
+
+
+_KINDS = (
+    (r"lora_|\.base_layer\.|modules_to_save",
+     "a LoRA adapter that was not merged: merge it (merge_and_unload) and save the result"),
+    (r"^(pretrained_model\.|v_head|value_head|.*\.v_head|.*value_head|summary)",
+     "a value head, as TRL's models have: pass the model that it was put on, saved without it"),
+    (r"^(score|classifier|regression_head|reward_head|multiple_choice_head|qa_outputs|rank_head|critic)\b",
+     "a head for another task: a reward model has score.weight of one row"),
+    (r"^lm_head\.", "an unembedding beside what config.json asks for: take it out, or pass the language model"),
+    (r"qweight|qzeros|\.scales$|g_idx|weight_scale|input_scale|absmax|quant_map|quant_state|\.SCB$|weight_format"
+     r"|weight_packed|_zero_point|nested_",
+     "of quantised weights: choose the model's weights that are not quantised"),
+    (r"(^|\.)(mtp|nextn|eagle|medusa)|\.(eh_proj|enorm|hnorm|shared_head)\b",
+     "of layers that predict several tokens, which this decoder has not: choose a model without them"),
+    (r"visual|vision|image|multi_modal|multimodal|mm_projector|audio|speech",
+     "of a model that reads images or sound: pass its text model alone"),
+    (r"experts|\.router|block_sparse_moe|\.mlp\.gate\.weight|shared_expert",
+     "of a mixture of experts, which this decoder is not: choose a dense model"),
+    (r"\.[qk]_norm\.", "a norm of queries or keys, which config.json does not announce: model_type qwen3 has them"),
+    (r"_proj\.bias$|\.bias$", "a bias that config.json does not announce (attention_bias, mlp_bias, model_type)"),
+)  # fmt: skip
+"""A pattern in the name of a tensor that was not read -> what it is, and what mends it."""
+
+
+def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int) -> None:
+    """Names the tensors of a model that nothing reads, if there are any.
+
+    Args:
+      where: folder or file.
+      unread: name -> shape.
+      layers: blocks of the decoder.
+
+    Raises:
+      ValueError: there are some.
+    """
+    if not unread:
+        return
+    name = next(iter(unread))
+    more = f" and {len(unread) - 1} more such as {list(unread)[-1][:100]!r}" if len(unread) > 1 else ""
+    raise ValueError(
+        f"{where} holds tensor {name[:100]!r} of shape {list(unread[name])}{more}, which would be left out: it is "
+        f"{_kind(name, layers)}"
+    )
+
+
+def _kind(name: str, layers: int) -> str:
+    place = re.search(r"\b(?:layers|h|blk)\.(\d+)\.", name)
+    if place and int(place[1]) >= layers:
+        return f"of layer {place[1]}, and config.json says {layers} layers: it is another model's config.json"
+    for pattern, meaning in _KINDS:
+        if re.search(pattern, name):
+            return meaning
+    return "no part of the decoder that config.json describes: pass the folder of the plain model, or take it out"
+
+
+def same_values(one: Any, other: Any, blocks: Iterator[slice]) -> bool:
+    """Whether two tensors of a file hold the same numbers, as the coarser of their types has them.
+
+    Args:
+      one: a tensor `[V, D]` that is read by windows.
+      other: another one of that shape.
+      blocks: the rows, some at a time.
+    """
+    columns = slice(0, one.shape[1])
+    for rows in blocks:
+        first, second = one[rows, columns], other[rows, columns]
+        coarser = min(first.dtype, second.dtype, key=lambda kind: kind.itemsize)
+        if not np.array_equal(first.astype(coarser), second.astype(coarser)):
+            return False
+    return True

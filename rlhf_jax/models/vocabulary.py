@@ -1,0 +1,119 @@
+"""Which rows of an embedding stand for a text: what a tokenizer and a model must agree on.
+
+A model may have more rows than its tokenizer has tokens: Qwen's table is padded to a multiple of 128. Such an id has no
+text, so it must never be sampled. And a tokenizer may name more tokens than there are rows, as Gemma 3 does for images;
+that is sound only as long as no text can contain one of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.models.heads import without_ids
+from rlhf_jax.types import Model
+
+Ranges = tuple[tuple[int, int], ...]
+"""Ids as ranges: the first one of each, and the one after its last."""
+
+
+def unused_ids(tokenizer: Any, vocab_size: int) -> Ranges:
+    """The ids below `vocab_size` that no token of the tokenizer has: the end of a padded table, and any holes.
+
+    Args:
+      tokenizer: anything with the `get_vocab` of transformers; without one nothing is known, and no id counts as
+        unused.
+      vocab_size: rows of the embedding.
+    """
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if not vocabulary:
+        return ()
+    ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    used = np.zeros(vocab_size, bool)
+    used[ids[(ids >= 0) & (ids < vocab_size)]] = True
+    changes = np.flatnonzero(np.diff(np.concatenate([[True], used, [True]]).astype(np.int8)))
+    return tuple((int(start), int(stop)) for start, stop in changes.reshape(-1, 2))
+
+
+def with_texts_only(model: Model, tokenizer: Any) -> Model:
+    """The language model that gives the ids without a text no probability; `model` itself where there are none.
+
+    Args:
+      model: a language model.
+      tokenizer: its tokenizer.
+    """
+    size = getattr(model.config, "vocab_size", None)
+    unused = () if size is None else unused_ids(tokenizer, size)
+    return without_ids(model, unused) if unused else model
+
+
+def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
+    """Refuses a tokenizer that could hand the model an id for which it has no embedding.
+
+    Special tokens beyond the table are fine while nothing writes them: text is encoded so that the name of a special
+    token in it stays ordinary text.
+
+    Args:
+      tokenizer: of transformers.
+      vocab_size: rows of the embedding.
+      where: its folder or file, for the message.
+
+    Raises:
+      ValueError: an ordinary token, or a special one that something writes, has an id of `vocab_size` or more.
+    """
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not beyond:
+        return
+    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    ordinary = [t for t in beyond if t not in added or not added[t].special or _from_text(tokenizer, t)]
+    if ordinary:
+        raise ValueError(
+            f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's vocab_size={vocab_size}: "
+            f"its last ids have no embedding ({ordinary[0]!r} has the id {beyond[ordinary[0]]}); use the tokenizer it "
+            "was trained with"
+        )
+    for token, i in beyond.items():
+        writer = next(_writers(tokenizer, token, i), None)
+        if writer is not None:
+            raise ValueError(
+                f"the tokenizer in {where} gives {token!r} the id {i}, which has no embedding in a model of "
+                f"vocab_size={vocab_size}, and {writer} writes it: use the tokenizer it was trained with, or enlarge "
+                "the embedding and train it"
+            )
+
+
+def _from_text(tokenizer: Any, token: str) -> bool:
+    """Whether the merges of the tokenizer's own vocabulary can make this token out of ordinary text."""
+    if token not in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False):
+        return False
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE" or model.get("ignore_merges") or len(token) == 1:
+        return True
+    merged = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model["merges"])
+    return token in merged
+
+
+def _writers(tokenizer: Any, token: str, i: int) -> Iterator[str]:
+    """What puts a special token into ids although no text contains it."""
+    for role in ("bos_token", "eos_token", "unk_token"):
+        if getattr(tokenizer, role, None) == token:
+            yield f"its {role}"
+    if i in _ids_in(json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor")):
+        yield "its post-processor"
+    templates = getattr(tokenizer, "chat_template", None) or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if token in template:
+            yield "its chat template"
+
+
+def _ids_in(processor: Any) -> set[int]:
+    """The ids that a post-processor adds: ``"ids": [1]`` of a template, ``["[SEP]", 102]`` of the older kinds."""
+    if isinstance(processor, dict):
+        return set().union(*map(_ids_in, processor.values()))
+    if not isinstance(processor, list):
+        return set()
+    return {part for part in processor if type(part) is int}.union(*map(_ids_in, processor))

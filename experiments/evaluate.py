@@ -71,7 +71,7 @@ class Line:
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
     mesh = common.start(config.mesh)
-    prompts = common.read_prompts(config.prompts, config.limit)
+    prompts = common.read_prompts(config.prompts, config.limit, tokenizer=common.tokenizer_of(config.reward_model))
     reward = common.load_network(config.reward_model, mesh, config.decoder)
     judge = config_lib.resolve(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
@@ -124,7 +124,7 @@ def few_shot_prompts(
     Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model score).
     """
     shots = config.few_shot
-    records, _ = schema.read_jsonl(shots.demonstrations, schema.Demonstration)
+    records = common.read_records(shots.demonstrations, schema.Demonstration, network.tokenizer)
     rng = np.random.default_rng(config.seed)
     asks: list[Ask] = []
     for _ in range(shots.candidates):

@@ -149,7 +149,7 @@ def read_demonstrations(tokenizer: Any, path: str, config: ConfigDict) -> tuple[
     Raises:
       ValueError: the file is empty, or a demonstration is longer than a row.
     """
-    records, _ = schema.read_jsonl(path, schema.Demonstration)
+    records = common.read_records(path, schema.Demonstration, tokenizer)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
     config_lib.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))

@@ -344,7 +344,8 @@ _SECRET = re.compile(
 )
 _NOT_SECRET = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|special)_token$")
 _USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")  # one slash is left where the text went through a Path
-_ASSIGNED = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
+# The key begins where its letters begin, or a long word without "=" would be read again from each of its letters.
+_ASSIGNED = re.compile(r"(?<![\w.-])(?P<key>[\w.-]++)=(?P<value>[^\s&;,)]+)")
 _BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
 _SHORTEST = 6
 """Characters of the shortest value of the environment that is looked for in texts; shorter ones are words."""

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "types": set(),
     "processes": set(),
     "run.files": set(),
+    "run.slow": set(),
     "run.__init__": set(),
     "config": {"run.files", "processes"},
     "ops": {"types"},

@@ -1,9 +1,9 @@
 r"""Texts that a chat template wrote before: noticed, and told.
 
-Many published data sets hold conversations as one finished text, ``<|im_start|>user\nHi<|im_end|>\n..``. Text of the data
-is always encoded as ordinary text, so that nobody can write a control token into a prompt. A model trained on such
-rows learns to spell the markers letter by letter, and at generation it never meets the tokens it was trained on. The
-rows are right as data and wrong as training data, so they are kept, counted and named.
+Many published data sets hold conversations as one finished text, ``<|im_start|>user\nHi<|im_end|>\n..``. Text
+of the data is always encoded as ordinary text, so that nobody can write a control token into a prompt. A model
+trained on such rows learns to spell the markers letter by letter, and at generation it never meets the tokens it
+was trained on. The rows are right as data and wrong as training data, so they are kept, counted and named.
 
 Looked for are the special tokens of the tokenizer in use, and the markers of well-known chat templates, because
 data are often written for another model than the one that is trained on them.
@@ -39,9 +39,9 @@ MARKERS = (
     # Llama 2 and Vicuna. Elsewhere in a text <s>..</s> is HTML for struck-out words.
     r"<s>(?<![\s\S]<s>)|</s>(?=\s*(?:\Z|<s>|USER:|Human:|###|\[INST\]))",
 )
-"""Regular expressions of control tokens that chat templates write; each alternative begins with one letter, by which the
-search skips through ordinary text. Plain words such as ``Human:`` or
-``### Instruction:`` are none: they are text in every tokenizer, and a form of prompt of their own."""
+"""Regular expressions of control tokens that chat templates write. Each alternative begins with one letter, by which
+the search skips through ordinary text. Plain words such as ``Human:`` or ``### Instruction:`` are none: they are text
+in every tokenizer, and a form of prompt of their own."""
 
 _SHOWN = 4
 """Names of markers and numbers of rows in a note at most."""

@@ -115,7 +115,9 @@ def test_every_stage_tells_once_as_it_reads(tmp_path, capsys):
     ):
         read()
         out = capsys.readouterr().out
-        assert out.count("\n") == 1 and out.startswith("WARNING: 1 of 1 rows") and f"{path}:1" in out
+        assert out.count("\n") == 1
+        assert out.startswith("WARNING: 1 of 1 rows")
+        assert f"{path}:1" in out
 
 
 def test_a_stage_says_nothing_of_ordinary_rows(tmp_path, capsys):

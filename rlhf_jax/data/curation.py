@@ -329,7 +329,7 @@ def scrub(
 def _on_record(hook: Hook, place: int, record: Any) -> Hook:
     """The hook, with errors that name the record it failed on; its text may be personal and is not shown."""
 
-    def call(text: str) -> str | None:
+    def call(text: str) -> Any:  # what is no text is refused by the caller
         try:
             return hook(text)
         except Exception as error:  # a user's function may raise anything

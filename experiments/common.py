@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from experiments import contexts, guards, pretrained
 from rlhf_jax import checkpoint, optim, processes, scoring, sharding
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import chat, parsed, schema, text
+from rlhf_jax.data import chat, parsed, schema, templated, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate_many
@@ -558,13 +558,40 @@ def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
 # ----------------------------------------------------------------------------------------------------- text to ids
 
 
-def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list[schema.Prompt]:
+def read_records(
+    path: str | os.PathLike[str], kind: type[schema.Record], tokenizer: Any = None, **reading: Any
+) -> list[schema.Record]:
+    """`schema.read_jsonl`, and a line on the screen where a chat template wrote texts of the file before.
+
+    Args:
+      path: the file.
+      kind: of its records.
+      tokenizer: whose special tokens are looked for too; None looks for those of well-known models alone.
+      **reading: further arguments of `schema.read_jsonl`.
+    """
+    records, report = schema.read_jsonl(path, kind, special_tokens=templated.pattern(tokenizer), **reading)
+    note = report and templated.note(records, report, tokenizer)
+    if note and processes.index() == 0:
+        print(note, flush=True)
+    return records
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a model that is loaded later; None where it cannot be had, which loading the model then says."""
+    with contextlib.suppress(ValueError, OSError):
+        return text.load_tokenizer(model_folder(name))
+    return None
+
+
+def read_prompts(
+    path: str | os.PathLike[str], limit: int | None = None, *, tokenizer: Any = None
+) -> list[schema.Prompt]:
     """The prompts of a JSONL file, at most `limit` of them.
 
     Raises:
       ValueError: the file holds fewer than one.
     """
-    prompts, _ = schema.read_jsonl(path, schema.Prompt)
+    prompts = read_records(path, schema.Prompt, tokenizer)
     if not prompts:
         raise ValueError(f"{path} holds no prompts: check how it was made")
     return prompts if limit is None else prompts[:limit]
@@ -604,7 +631,7 @@ def lm_rows(
     Raises:
       ValueError: a piece of a document needs more positions than the model has.
     """
-    documents, _ = schema.read_jsonl(path, schema.PlainText)
+    documents = read_records(path, schema.PlainText, tokenizer)
     ids = [text.encode_document(tokenizer, d.text, eos_id=tokenizer.eos_token_id) for d in documents]
     rows = text.lm_rows(ids, length=length)
     if context is not None:

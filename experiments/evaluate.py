@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
     check(config)
     mesh = common.start(config.mesh)
-    prompts = common.read_prompts(config.prompts, config.limit)
+    prompts = common.read_prompts(config.prompts, config.limit, tokenizer=common.tokenizer_of(config.reward_model))
     check_contexts(prompts, config)
     reward = common.load_network(config.reward_model, mesh, config.decoder)
     judge = functions.judge(config.gold) if config.gold else None
@@ -202,7 +202,7 @@ def few_shot_prompts(
 def few_shot_asks(config: ConfigDict) -> list[Ask]:
     """Prefixes of worked examples drawn from the demonstrations, `few_shot.candidates` of them."""
     shots = config.few_shot
-    records, _ = schema.read_jsonl(shots.demonstrations, schema.Demonstration)
+    records = common.read_records(shots.demonstrations, schema.Demonstration)
     rng = np.random.default_rng(config.seed)
     asks: list[Ask] = []
     for _ in range(shots.candidates):

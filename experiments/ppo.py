@@ -265,7 +265,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     rules = sharding_rules(config)
     policy = common.load_network(config.model, mesh, config.decoder, rules=rules["reference"])
     reward, value = reward_and_value(policy, config, mesh)
-    records = common.read_prompts(config.prompts)
+    records = common.read_prompts(config.prompts, tokenizer=policy.tokenizer)
     asked = [r.prompt for r in records]
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)

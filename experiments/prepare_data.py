@@ -32,6 +32,7 @@ from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_opening, encode_prompt, encode_response, load_tokenizer, prompt_batch, stop_ids
 from rlhf_jax.generate import generate
 from rlhf_jax.run.files import write_json, written
+from rlhf_jax.run.slow import told_when_slow
 
 FIRST_INDEX = {"demonstrations": 0, "ranking": 1_000_000, "ppo": 2_000_000}
 """Where each training set begins in the endless stream of training instructions, so that no two share a prompt."""
@@ -421,7 +422,10 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
     if config.pii_hook:
         hook = config_lib.resolve(config.pii_hook)
         for name, part in parts.items():
-            part["train"], report = curation.scrub(part["train"], hook)
+            advice = f"see what pii_hook={config.pii_hook} does with it, or stop with Ctrl-C and take the row out"
+            with told_when_slow(advice) as begin:
+                on_row = lambda place, r, name=name: begin(f"pii_hook: record {place} of {name} (id {r.id})")  # noqa: E731
+                part["train"], report = curation.scrub(part["train"], hook, on_row=on_row)
             reports.append(dataclasses.replace(report, source=f"personal data, training {name}"))
     lengths = Lengths(config) if config.model else None
     if lengths is not None:

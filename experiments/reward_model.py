@@ -131,7 +131,7 @@ def prepare(config: ConfigDict) -> Setup:
     common.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
     rules = sharding.rules_from_data(config.sharding)
     base = common.load_network(config.model, mesh, config.decoder, rules=rules)
-    rankings = read_rankings(config.rankings)
+    rankings = read_rankings(config.rankings, base.tokenizer)
     encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
     encoded, places = fitting(encoded, config, base.model.config.context_length)
     check_evaluation(base, config)
@@ -158,13 +158,13 @@ def prepare(config: ConfigDict) -> Setup:
     return Setup(base, model, trained, rankings, encoded, places, rows, batches, mesh, step, state)
 
 
-def read_rankings(path: str) -> list[schema.Ranking]:
+def read_rankings(path: str, tokenizer: Any = None) -> list[schema.Ranking]:
     """Rankings of a JSONL file.
 
     Raises:
       ValueError: there is none.
     """
-    rankings, _ = schema.read_jsonl(path, schema.Ranking, allow_empty_responses=True)
+    rankings = common.read_records(path, schema.Ranking, tokenizer, allow_empty_responses=True)
     if not rankings:
         raise ValueError(f"{path} holds no rankings: check how it was made")
     return rankings
@@ -273,7 +273,7 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
 
     Source: Ouyang et al. 2022, section 3.5.
     """
-    records, _ = schema.read_jsonl(config.demonstrations, schema.Demonstration)
+    records = common.read_records(config.demonstrations, schema.Demonstration, network.tokenizer)
     context = network.model.config.context_length
 
     def fits(record: schema.Demonstration) -> bool:

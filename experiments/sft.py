@@ -168,7 +168,7 @@ def read_demonstrations(
     Raises:
       ValueError: the file is empty, or a demonstration is longer than a row or than the model's `context`.
     """
-    records, _ = schema.read_jsonl(path, schema.Demonstration)
+    records = common.read_records(path, schema.Demonstration, tokenizer)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
     config_lib.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "types": set(),
     "processes": set(),
     "run.files": set(),
+    "run.slow": set(),
     "run.secrets": set(),
     "run.config_file": set(),
     "run.output": set(),

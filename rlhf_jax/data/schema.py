@@ -358,7 +358,7 @@ def read_jsonl(
     limit: int | None = None,
     length: Callable[[str], int] = len,
     too_long: Literal["drop", "error", "truncate"] = "drop",
-    special_tokens: Sequence[str] = (),
+    special_tokens: Sequence[str] | re.Pattern[str] = (),
 ) -> tuple[list[Record], DataReport]:
     """Read records of one kind from a JSON-lines file (gzip when the name ends in .gz).
 
@@ -374,7 +374,8 @@ def read_jsonl(
       too_long: what happens to a longer row. "drop" counts it and is no error. "error" makes it a bad row. "truncate"
         cuts responses and texts at their end, never prompts, and notes the row; where the prompt leaves
         no room, the row is dropped. A cut answer teaches a model to stop in mid-sentence, and no labeler saw it.
-      special_tokens: rows whose texts hold one of these are noted, for example ``tokenizer.all_special_tokens``.
+      special_tokens: rows whose texts hold one of these are noted, for example ``tokenizer.all_special_tokens``; or a
+        pattern that finds them, such as `rlhf_jax.data.templated.pattern`.
 
     Returns:
       The records in file order, and the counts.
@@ -386,7 +387,7 @@ def read_jsonl(
     _check_options(max_bad_fraction, limit, too_long, special_tokens)
     parse, tally, kept = _PARSERS[kind], _Tally(path), _Kept()
     _each_row(tally, lambda line, row: kept.add(line, parse(row, allow_empty_responses), tally))
-    special = re.compile("|".join(map(re.escape, special_tokens))) if special_tokens else None
+    special = _special(special_tokens)
     records = []
     for line, record in kept.records.items():
         try:
@@ -577,7 +578,7 @@ class _Kept:
         del self.records[before]
 
 
-def _check_options(max_bad_fraction: float, limit: int | None, too_long: str, special_tokens: Sequence[str]) -> None:
+def _check_options(max_bad_fraction: float, limit: int | None, too_long: str, special_tokens: Any) -> None:
     if not 0 <= max_bad_fraction < 1:
         raise ValueError(f"max_bad_fraction={max_bad_fraction} must be at least 0 and below 1")
     if limit is not None and limit < 1:
@@ -586,8 +587,14 @@ def _check_options(max_bad_fraction: float, limit: int | None, too_long: str, sp
         raise ValueError(f'too_long={too_long!r} must be "drop", "error" or "truncate"')
     if limit is None and too_long != "drop":
         raise ValueError(f"too_long={too_long!r} needs a limit: give limit=")
-    if isinstance(special_tokens, str) or not all(special_tokens):
+    if isinstance(special_tokens, str) or not (isinstance(special_tokens, re.Pattern) or all(special_tokens)):
         raise ValueError(f'special_tokens={special_tokens!r} must be a list of texts, like ["<|endoftext|>"]')
+
+
+def _special(special_tokens: Sequence[str] | re.Pattern[str]) -> re.Pattern[str] | None:
+    if isinstance(special_tokens, re.Pattern):
+        return special_tokens
+    return re.compile("|".join(map(re.escape, special_tokens))) if special_tokens else None
 
 
 def _refuse_bad(report: DataReport, max_bad_fraction: float, tolerated: set[str]) -> None:
@@ -602,6 +609,12 @@ def _refuse_bad(report: DataReport, max_bad_fraction: float, tolerated: set[str]
 
 
 # ------------------------------------------------------------------------------------------- lengths and notes
+
+
+def record_texts(record: Any) -> list[str]:
+    """All texts of a record that a model reads: prompt or turns, then what answers it; unranked responses left out."""
+    before, after = _texts(record)
+    return [*before, *after]
 
 
 def _texts(record: Any) -> tuple[list[str], list[str]]:

@@ -126,9 +126,10 @@ def _drafts(
 ) -> list[Draft]:
     given = [(record, answer) for record in records for answer in record.given if answer.question == question]
     counted = [(record, answer) for record, answer in given if answer.submitted]
-    for record, answer in ((record, answer) for record in records for answer in record.given):
-        if answer.question != question:
-            record.fields.leave_aside(f"question {answer.question}")
+    for one in records:
+        for answer in one.given:
+            if answer.question != question:
+                one.fields.leave_aside(f"question {answer.question}")
     if not given:
         raise RowError("nothing annotated", "nobody has answered a question about it")
     if not counted:

@@ -32,11 +32,12 @@ def is_record(row: Row) -> bool:
 
 def _old_questions(row: Row) -> list[str]:
     """Version 1's flat columns: lists of what each person said."""
-    return [
-        name
-        for name, value in row.values.items()
-        if isinstance(value, list) and value and all(isinstance(v, dict) and {"user_id", "value", "status"} <= set(v) for v in value)
-    ]  # fmt: skip
+    wanted = {"user_id", "value", "status"}
+    found = []
+    for name, value in row.values.items():
+        if isinstance(value, list) and value and all(isinstance(v, dict) and wanted <= set(v) for v in value):
+            found.append(name)
+    return found
 
 
 def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
@@ -86,7 +87,8 @@ def _answers(row: Row) -> Iterator[tuple[str, Any, Any, Any]]:
     for name in [name for name in row.values if name.endswith(FLAT)]:
         values, people, states = (row.take(name + end) or [] for end in ("", ".users", ".status"))
         for k, value in enumerate(values):
-            yield name.removesuffix(FLAT), value, *(given[k] if k < len(given) else None for given in (people, states))
+            person, status = (given[k] if k < len(given) else None for given in (people, states))
+            yield name.removesuffix(FLAT), value, person, status
 
 
 def _given(

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax.data.schema import Demonstration, PlainText, Prompt, Ranking
 from rlhf_jax.data.sources.messages import with_system
-from rlhf_jax.data.sources.row import Draft, Row, asked, listed
+from rlhf_jax.data.sources.row import SYSTEMS, Draft, Row, asked, listed
 
 KINDS = (Ranking, Demonstration, PlainText, Prompt)
 
@@ -20,11 +20,14 @@ def names(kind: type) -> tuple[str, ...]:
 
 def fits(row: Row) -> bool:
     """Whether a row has what a record needs, under the names of this package."""
-    prompt = row.has("prompt") or row.has("messages")
+    prompt, found = row.has("prompt") or row.has("messages"), set(row.columns())
     if row.has("responses"):
         return prompt and row.has("ranks")
-    others = ("chosen", "rejected", "completion", "completions", "label")
-    return (prompt and not any(row.has(name) for name in others)) or set(row.columns()) <= set(names(PlainText))
+    if any(row.has(name) for name in ("chosen", "rejected", "completion", "completions", "label")):
+        return False
+    # A prompt beside columns that nobody knows may have its answer there.
+    alone = found <= {*names(Prompt), *SYSTEMS}
+    return (prompt and (row.has("response") or alone)) or (row.has("text") and found <= set(names(PlainText)))
 
 
 def parse(row: Row) -> Draft:
@@ -34,7 +37,7 @@ def parse(row: Row) -> Draft:
       RowError: a system column and a system turn differ, or a column says more than a text can.
     """
     row.refuse_more_than_text()
-    kind = _kind(row)
+    kind = kind_of(row)
     if kind is PlainText:
         return Draft(kind, {**row.labels(kind), "text": row.raw("text")})
     prompt: Any = listed(row, "messages", row.raw("messages")) if row.has("messages") else row.raw("prompt")
@@ -51,7 +54,8 @@ def parse(row: Row) -> Draft:
     return Draft(kind, {**fields, **asked(prompt)}, has_system)
 
 
-def _kind(row: Row) -> type:
+def kind_of(row: Row) -> type:
+    """The class of record that a row holds."""
     if row.has("responses") or "ranks" in row.values:
         return Ranking
     if row.has("text") and not (row.has("prompt") or row.has("messages")):

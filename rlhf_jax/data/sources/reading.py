@@ -19,7 +19,7 @@ from rlhf_jax.data.schema import (
     Record,
     RowError,
 )
-from rlhf_jax.data.sources import rated, recognise, tables, trl
+from rlhf_jax.data.sources import own, rated, recognise, tables, trl
 from rlhf_jax.data.sources.recognise import FORMS, Options, Parser
 from rlhf_jax.data.sources.row import Draft, Row
 from rlhf_jax.data.sources.rules import EXPECTED_DROPS
@@ -80,17 +80,20 @@ def read_form(
     """
     options = Options(dict(columns or {}), language)
     read = _Table(path, split, max_bad_fraction)
-    first = read.first()
     if form:
         recognise.check_form(form)
-    else:
-        form = recognise.of_row(first)
-    if not (form and not FORMS[form].renames):
+    inside = FORMS.get(form or recognise.of_row(read.first()))
+    if inside is None or inside.renames:
         read.rename(options.columns)
-        form = form or recognise.of_row(read.first())
+    form = form or recognise.of_row(read.first())
     if not form:
         raise ValueError(f"{read.first().place}: {recognise.refuse_unknown(read.first())}")
     read.refuse_mixed(form)
+    if form == "jsonl" and not columns and read.is_records():
+        # Its own reader knows revisions, and every other rule of this package's files.
+        kind = own.kind_of(read.first())
+        records, report = schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction)
+        return Reading(form, recognise.said(form, read.first()), {SETS[kind]: records}, report)
     said = recognise.said(form, read.first())
     mapped = {wanted: have for wanted, have in options.columns.items() if have}
     said += f" (with {', '.join(f'{have} as {wanted}' for wanted, have in mapped.items())})" if mapped else ""
@@ -212,6 +215,8 @@ class _Table:
         self.dropped: dict[str, list[tuple[str, str]]] = {}
         self.noted: dict[str, list[str]] = {}
         self.aside: dict[str, int] = {}
+        self.ranked: dict[Any, str] = {}
+        self.last: tuple[Row | None, set[Any]] = (None, set())
         for place, values, cells in tables.rows(Path(path), split):
             self.count += 1
             if isinstance(values, RowError):
@@ -252,6 +257,12 @@ class _Table:
             replaced = {f"{name} (replaced)": old[name] for name in columns if name in old and name != columns[name]
                         and name not in columns.values()}  # fmt: skip
             row.values = {**given, **kept, **replaced}
+
+    def is_records(self) -> bool:
+        """Whether the file is JSON lines that have no columns but those of this package's records."""
+        known = {field for kind in own.KINDS for field in own.names(kind)}
+        lines = str(self.path).removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+        return lines and Path(self.path).is_file() and all(set(row.values) <= known for row in self.rows)
 
     def refuse_mixed(self, form: str) -> None:
         """Raise where a row is of another form than the first.
@@ -310,7 +321,22 @@ class _Table:
             before = ids.setdefault((draft.kind, record.id), row.place)
             if before != row.place:
                 raise RowError("duplicate id", f"field 'id' = {record.id[:60]!r} is also in an earlier row")
+        if isinstance(record, Ranking) and record.labeler is not None:
+            key = (record.labeler, record.prompt, tuple(sorted(record.responses)))
+            before = self.ranked.setdefault(key, row.place)
+            if before != row.place or key in self._of_row(row):
+                raise RowError(
+                    "ranked twice", f"labeler {record.labeler[:40]!r} ranks the prompt and responses of {before} again: "
+                    "keep one",
+                )  # fmt: skip
+            self._of_row(row).add(key)
         return record
+
+    def _of_row(self, row: Row) -> set[Any]:
+        """The rankings by labelers that a row gave so far."""
+        if self.last[0] is not row:
+            self.last = (row, set())
+        return self.last[1]
 
     def _keep(self, row: Row, records: Sequence[Any]) -> None:
         self.kept += len(row.parts)
@@ -364,11 +390,10 @@ class _Table:
 
 
 def _refuse_kinds(parsed: Sequence[tuple[Row, list[Draft]]]) -> None:
-    first = parsed[0][1][0].kind if parsed and parsed[0][1] else None
-    for row, drafts in parsed:
-        for draft in drafts:
-            if draft.kind is not first:
-                raise ValueError(
-                    f"{row.place}: the row gives {SETS[draft.kind]}, those before it {SETS.get(first, 'others')}: "
-                    "write one kind a file"
-                )
+    drafted = [(row, draft) for row, drafts in parsed for draft in drafts]
+    for row, draft in drafted:
+        first = drafted[0][1].kind
+        if draft.kind is not first:
+            raise ValueError(
+                f"{row.place}: the row gives {SETS[draft.kind]}, those before it {SETS[first]}: write one kind a file"
+            )

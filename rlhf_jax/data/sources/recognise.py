@@ -235,6 +235,11 @@ def refuse_unknown(row: Row) -> str:
         )
     if row.has("label") and (row.has("completion") or row.has("response")):
         return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
+    if row.has("prompt"):
+        return (
+            f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with --source=trl "
+            "--columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
+        )
     return (
         f"the columns are {columns}, which is no known form ({', '.join(FORMS)}): choose one with --source=FORM and "
         f"name its columns with --columns WANTED=NAME,.. (wanted: {', '.join(MAPPED)})"

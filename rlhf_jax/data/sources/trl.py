@@ -140,6 +140,8 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
         return cut_transcripts(chosen, rejected)
     if any(marked):
         raise RowError("prompts differ", 'one of the two texts is a transcript with "Assistant:", the other is not')
+    if row.values.get("prompt") == "":
+        raise RowError("empty prompt", "field 'prompt' is empty: fill it in or remove the row")
     proposed = next((name for name in QUESTIONS if row.has(name)), "NAME")
     raise RowError(
         "no prompt",

@@ -188,11 +188,20 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
     if not isinstance(last, dict) or last.get("role") != "assistant":
         raise RowError("no Assistant turn", "the last message is not the assistant's: remove what follows its turn")
     given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if prompt is None or (before and before[-len(given) :] == given):
+    if prompt is None or (before and _same(before[-len(given) :], given)):
         prompt = before
     elif before:
         raise RowError("more than one turn", f"{len(said)} messages answer the prompt: only the last may")
     return prompt, check_text(last.get("content"), "content", allow_empty=True)
+
+
+def _same(turns: list[Any], others: list[Any]) -> bool:
+    """Whether two conversations are the same, spaces around a content aside."""
+
+    def plain(turn: Any) -> Any:
+        return {k: v.strip() if isinstance(v, str) else v for k, v in turn.items()} if isinstance(turn, dict) else turn
+
+    return [plain(turn) for turn in turns] == [plain(turn) for turn in others]
 
 
 def pair_of(row: Row, prompt: Any, chosen: str, rejected: str) -> Draft:

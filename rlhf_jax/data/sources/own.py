@@ -63,4 +63,4 @@ def kind_of(row: Row) -> type:
     turns = row.values.get("messages")
     last = turns[-1] if isinstance(turns, list) and turns else None
     answered = isinstance(last, dict) and last.get("role") == "assistant" and set(last) <= {"role", "content"}
-    return Demonstration if row.has("response") or answered else Prompt
+    return Demonstration if isinstance(row.values.get("response"), str) or answered else Prompt

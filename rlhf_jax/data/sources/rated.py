@@ -10,7 +10,7 @@ A larger number is better, equal ones tie, a missing one is not ranked. The row 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.schema import Ranking, RowError, check_text
@@ -35,11 +35,19 @@ SCORES = ("overall_score", "score", "fine-grained_score")
 """The numbers of a completion, the first that is there; UltraFeedback has the first and the last."""
 
 
-def table(rows: Sequence[Row]) -> tuple[Sequence[Row], Callable[[Row], Draft]]:
-    """The rows, those of one response each put together by their prompt, and their parser."""
+def table(
+    rows: Sequence[Row], columns: Mapping[str, str] | None = None
+) -> tuple[Sequence[Row], Callable[[Row], Draft]]:
+    """The rows, those of one response each put together by their prompt, and their parser.
+
+    Args:
+      rows: the rows of the table, its columns renamed.
+      columns: of these, ``score`` may name a number inside the completions.
+    """
+    score = (columns or {}).get("score", "")
     singles = [row for row in rows if row.has("response") and not any(row.has(name) for name in LISTS)]
     if not singles:
-        return rows, parse
+        return rows, lambda row: parse(row, score)
     together: dict[Any, list[Row]] = {}
     for row in rows:
         prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
@@ -48,8 +56,8 @@ def table(rows: Sequence[Row]) -> tuple[Sequence[Row], Callable[[Row], Draft]]:
     return groups, _parse_group
 
 
-def parse(row: Row) -> Draft:
-    """A ranking of K responses.
+def parse(row: Row, score: str = "") -> Draft:
+    """A ranking of K responses; `score` is the number of a completion that counts, "" the first of `SCORES`.
 
     Raises:
       RowError: there is no list of responses, or not a number or null for each.
@@ -66,7 +74,7 @@ def parse(row: Row) -> Draft:
     if not isinstance(answers, list):
         raise RowError("wrong type", f"field {name!r} must be a list, got {type(answers).__name__}")
     if answers and all(isinstance(answer, dict) for answer in answers):
-        answers, scores, policies = _completions(row, name, answers)
+        answers, scores, policies = _completions(row, name, answers, score)
     else:
         scores, policies = _numbers(row), row.take("generation_models") if row.has("generation_models") else None
     if not isinstance(scores, list) or len(scores) != len(answers):
@@ -88,12 +96,12 @@ def _numbers(row: Row) -> list[Any] | None:
     return [as_number(score, f"{name}[{k}]", texts=name != "scores") for k, score in enumerate(scores)]
 
 
-def _completions(row: Row, name: str, answers: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
+def _completions(
+    row: Row, name: str, answers: list[dict[str, Any]], score: str
+) -> tuple[list[Any], list[Any], list[Any]]:
     """The texts, numbers and models of UltraFeedback's completions."""
-    number = row.values.get("score") if isinstance(row.values.get("score"), str) and not row.cells else None
-    key = number or next((key for key in SCORES if any(answer.get(key) is not None for answer in answers)), None)
-    if number:
-        row.take("score")
+    names = [score] if score else SCORES
+    key = next((key for key in names if any(answer.get(key) is not None for answer in answers)), None)
     if key is None:
         found = ", ".join(sorted({key for answer in answers for key in answer}))
         raise RowError(
@@ -101,8 +109,9 @@ def _completions(row: Row, name: str, answers: list[dict[str, Any]]) -> tuple[li
             "with --columns score=NAME",
         )  # fmt: skip
     for answer in answers:
-        for other in set(answer) - {"response", "model", key}:
-            row.leave_aside(f"{name}[].{other}")
+        for other in sorted(set(answer) - {"response", "model", key}):
+            if answer[other] not in (None, "", [], {}):
+                row.leave_aside(f"{name}[].{other}")
     scores = [as_number(answer.get(key), f"scores[{k}]") for k, answer in enumerate(answers)]
     return [answer.get("response") for answer in answers], scores, [answer.get("model") for answer in answers]
 

@@ -29,6 +29,9 @@ SETS: Mapping[type, str] = {
 }  # fmt: skip
 """What the records of a kind are called in a folder of data."""
 
+LOOKED_AT = 100
+"""Rows that are looked at for the form: in the first ones a column may be empty."""
+
 Plan = Callable[[Sequence[Row]], tuple[Sequence[Row], Parser]]
 
 
@@ -82,19 +85,19 @@ def read_form(
     read = _Table(path, split, max_bad_fraction)
     if form:
         recognise.check_form(form)
-    inside = FORMS.get(form or recognise.of_row(read.first()))
+    inside = FORMS.get(form or read.form())
     if inside is None or inside.renames:
         read.rename(options.columns)
-    form = form or recognise.of_row(read.first())
+    form = form or read.form()
     if not form:
         raise ValueError(f"{read.first().place}: {recognise.refuse_unknown(read.first())}")
     read.refuse_mixed(form)
     if form == "jsonl" and not columns and read.is_records():
         # Its own reader knows revisions, and every other rule of this package's files.
-        kind = own.kind_of(read.first())
+        kind = own.kind_of(read.example(form))
         records, report = schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction)
-        return Reading(form, recognise.said(form, read.first()), {SETS[kind]: records}, report)
-    said = recognise.said(form, read.first())
+        return Reading(form, recognise.said(form, read.example(form)), {SETS[kind]: records}, report)
+    said = recognise.said(form, read.example(form))
     mapped = {wanted: have for wanted, have in options.columns.items() if have}
     said += f" (with {', '.join(f'{have} as {wanted}' for wanted, have in mapped.items())})" if mapped else ""
     found = read.records(lambda rows: FORMS[form].plan(rows, options), source, one_kind=form != "oasst")
@@ -182,7 +185,8 @@ def read_rated(
 
     Source: Cui et al. 2023, arXiv 2310.01377 (UltraFeedback).
     """
-    return _read(path, Ranking, rated.table, split, source, max_bad_fraction, columns)
+    plan = lambda rows: rated.table(rows, columns or {})  # noqa: E731
+    return _read(path, Ranking, plan, split, source, max_bad_fraction, columns)
 
 
 def _read(
@@ -237,6 +241,19 @@ class _Table:
             raise ValueError(f"{self.path} holds no rows: {self._counts().summary()}")
         return self.rows[0]
 
+    def form(self) -> str:
+        """The form of the first row that is of one; "" where none of the first is.
+
+        Raises:
+          ValueError: there are no rows.
+        """
+        self.first()
+        return next(filter(None, map(recognise.of_row, self.rows[:LOOKED_AT])), "")
+
+    def example(self, form: str) -> Row:
+        """The first row of a form, or of the file."""
+        return next((row for row in self.rows if FORMS[form].fits(row)), self.first())
+
     def rename(self, columns: Mapping[str, str]) -> None:
         """Give columns the names that are wanted.
 
@@ -244,6 +261,9 @@ class _Table:
           ValueError: no row has such a column.
         """
         present = {name for row in self.rows for name in row.values}
+        # A number inside UltraFeedback's completions is no column: its reader looks for it there.
+        inside = {key for row in self.rows[:1] for key in _inner_names(row)}
+        columns = {wanted: have for wanted, have in columns.items() if have in present or have not in inside}
         for wanted, have in columns.items():
             if have and have not in present and self.rows:
                 raise ValueError(
@@ -254,8 +274,11 @@ class _Table:
             old = row.values
             kept = {name: value for name, value in old.items() if name not in columns and name not in columns.values()}
             given = {wanted: old.get(have) for wanted, have in columns.items() if have}
-            replaced = {f"{name} (replaced)": old[name] for name in columns if name in old and name != columns[name]
-                        and name not in columns.values()}  # fmt: skip
+            replaced = {
+                f"{name} (by --columns)": old[name]
+                for name in columns
+                if name in old and name != columns[name] and name not in columns.values()
+            }
             row.values = {**given, **kept, **replaced}
 
     def is_records(self) -> bool:
@@ -270,13 +293,14 @@ class _Table:
         Raises:
           ValueError: naming the row.
         """
+        fitting = any(FORMS[form].fits(row) for row in self.rows)
         for row in self.rows:
             if FORMS[form].fits(row):
                 continue
             other = recognise.of_row(row)
-            if other and other != form and FORMS[form].fits(self.rows[0]):
+            if other and other != form and fitting:
                 raise ValueError(
-                    f"{row.place}: the row looks like {FORMS[other].title}, those before it like {FORMS[form].title}: "
+                    f"{row.place}: the row looks like {FORMS[other].title}, others like {FORMS[form].title}: "
                     "write one form a file"
                 )
 
@@ -387,6 +411,12 @@ class _Table:
                 f"{total} of {self.count} rows of {self.path} are bad (max_bad_fraction={self.max_bad_fraction}):\n  "
                 + "\n  ".join(": ".join(found[0]) for found in bad.values())
             )
+
+
+def _inner_names(row: Row) -> set[str]:
+    """The names inside the lists of objects that a row holds."""
+    lists = [value for value in row.values.values() if isinstance(value, list)]
+    return {key for value in lists for item in value if isinstance(item, dict) for key in item}
 
 
 def _refuse_kinds(parsed: Sequence[tuple[Row, list[Draft]]]) -> None:

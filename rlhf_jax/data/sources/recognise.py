@@ -151,7 +151,7 @@ FORMS: Mapping[str, Form] = {
         "responses with scores", "`prompt` or `instruction`; `completions` with scores, `responses` + `scores`, "
         "`generations` + `ratings`, or `response` + `score`",
         "responses ranked by their scores, larger is better",
-        _is_rated, lambda rows, o: rated.table(rows),
+        _is_rated, lambda rows, o: rated.table(rows, o.columns),
     ),
     "trl": Form(
         "TRL", "`prompt` and `chosen`, `rejected`; `prompt`, `completion`; `prompt`",
@@ -167,6 +167,8 @@ FORMS: Mapping[str, Form] = {
 }  # fmt: skip
 """The forms by name, in the order in which they are tried."""
 
+ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "assistant", "best_answer")
+"""Columns that the refusal of a table proposes as answers; none is taken for one."""
 MAPPED = (
     "prompt",
     "chosen",
@@ -240,6 +242,13 @@ def refuse_unknown(row: Row) -> str:
             f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with --source=trl "
             "--columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
         )
+    asks = [name for name in trl.QUESTIONS if row.has(name)]
+    answers = [name for name in ANSWERS if row.has(name)]
+    if len(asks) == 1 and len(answers) == 1:
+        return (
+            f"the columns are {columns}, and none is taken for the prompt unasked: if {asks[0]!r} is the prompt and "
+            f"{answers[0]!r} answers it, --source=trl --columns prompt={asks[0]},completion={answers[0]}"
+        )
     return (
         f"the columns are {columns}, which is no known form ({', '.join(FORMS)}): choose one with --source=FORM and "
         f"name its columns with --columns WANTED=NAME,.. (wanted: {', '.join(MAPPED)})"
@@ -257,12 +266,12 @@ def advice(path: str | os.PathLike[str]) -> str:
     row = Row(first.place, first.values, cells=first.cells)
     name, names = of_row(row), set(row.values)
     known = {field for kind in own.KINDS for field in own.names(kind)}
-    if names <= known or (name in ("jsonl", "") and not any(row.has(column) for column in SYSTEMS)):
-        proposal = "" if names <= known or not row.has("chosen") else refuse_unknown(row)
-        return f"{path}: {proposal} (python experiments/prepare_data.py .. --data={path} --out=DIR)" if proposal else ""
+    has_core = bool(names & {"prompt", "messages", "text", "responses", "response"})
+    if names <= known or (name in ("jsonl", "") and has_core and not any(row.has(column) for column in SYSTEMS)):
+        return ""  # records of this package, whatever is wrong with them
     if not name:
         return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"
-    shown = ", ".join(sorted(row.columns())[:6])
+    shown = ", ".join(list(row.values)[:6])
     return (
         f"{path} looks like {FORMS[name].title} ({shown}): convert it with "
         f"python experiments/prepare_data.py --source={name} --data={path} --out=DIR, and pass a file of DIR"

@@ -5,10 +5,13 @@ Run:
     python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
     python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data
     python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.demonstrations=FILE
+    python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
+    python experiments/prepare_data.py --data=FILE --columns prompt=question,system=system --out=runs/my_data
     python experiments/prepare_data.py --model=smollm2
 
 ``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``, ``--data_dir`` and
-``--model`` for the keys of that name; ``--model`` alone fetches the model and asks it one question.
+``--model`` for the keys of that name; ``--model`` alone fetches the model and asks it one question. With ``--data`` a
+file of another tool is converted, and ``--source`` is the name of its form (docs/data_sources.md), or left out.
 """
 
 from __future__ import annotations
@@ -360,10 +363,11 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
     return [schema.PlainText(text, id=f"{name}-{place}", source=name) for place, text in enumerate(texts)]
 
 
-def _report(folder: Path, lines: Sequence[str]) -> None:
+def _report(folder: Path, lines: Sequence[str], *, before: Sequence[str] = ()) -> None:
+    """Writes data_report.txt and prints it; the lines `before` were printed already."""
     text = "\n".join(lines).rstrip("\n") + "\n"
     with written(folder / "data_report.txt") as file:
-        file.write(text)
+        file.write("".join(f"{line}\n" for line in before) + text)
     print(text, end="", flush=True)
 
 
@@ -406,14 +410,75 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
     organization, or conversation), the splits checked for leaks, personal data taken out of the training split, and
     what is too long left out.
     """
-    _check_own(config)
+    _check_cleaning(config)
+    config_lib.require(
+        bool(config.demonstrations or config.rankings or config.prompts), "prompts", config.prompts,
+        "name a file, or one of demonstrations or rankings: --config.prompts=FILE",
+    )  # fmt: skip
     reports: list[schema.DataReport] = []
-    sets = _deduplicated(_read_own(config, reports), config.prefix_length, reports)
+    sets = _read_own(config, reports)
+    fractions = {name: config.fractions[name] for name in SPLITS}
+    files, lengths = _cleaned(config, sets, fractions, reports)
+    _require_records(files)
+    counts = _write(folder, {name: records for name, records in files.items() if records})
+    _report(folder, _lines(reports, lengths, files, counts))
+    return counts
+
+
+def convert(config: ConfigDict, folder: Path) -> dict:
+    """A file in another tool's form as the files that the stages read. Writes ``data_report.txt`` too.
+
+    What was read as what is said first. A file of a few conversations is not split: nothing is held out then.
+    """
+    _check_cleaning(config)
+    config_lib.require(bool(config.data), "data", config.data, "name the file to convert: --data=FILE")
+    reading = sources.read_form(
+        config.data, config.form, columns=_columns(config.columns), split=config.split or None,
+        max_bad_fraction=config.max_bad_fraction, language=config.language,
+    )  # fmt: skip
+    said = [f"{config.data}: {reading.said}"]
+    print(said[0], flush=True)
+    reports = [reading.report]
+    sets = {name: _with_ids(name, records) for name, records in reading.records.items()}
+    fractions = {name: config.fractions[name] for name in SPLITS}
+    conversations = {sources.conversation_place(r.prompt) for s in sets.values() for r in s if hasattr(r, "prompt")}
+    if len(conversations) < config.least_conversations and "corpus" not in sets:
+        fractions = {"train": 1.0, "validation": 0.0, "test": 0.0}
+        said.append(
+            f"nothing is held out: {len(conversations)} conversations are fewer than "
+            f"least_conversations={config.least_conversations}"
+        )
+    files, lengths = _cleaned(config, sets, fractions, reports)
+    files = {name: records for name, records in files.items() if records}
+    if not any(name in files for name in (*OWN_FILES, "prompts_ppo")):
+        raise ValueError(f"no record of {config.data} is left to train on: {reading.report.summary()}")
+    counts = _write(folder, files)
+    _report(folder, [*said[1:], *_lines(reports, lengths, files, counts)], before=said[:1])
+    # A look at the records (files: name -> records) belongs here.
+    return counts
+
+
+def _columns(text: str) -> dict[str, str]:
+    """The flag ``--columns wanted=name,..`` as a mapping.
+
+    >>> _columns("prompt=question, tools=")
+    {'prompt': 'question', 'tools': ''}
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    bad = next((wanted for wanted, equals, _ in pairs if not equals or not wanted.strip()), None)
+    config_lib.require(bad is None, "columns", text, "write wanted=name,..: --columns prompt=question,system=system")
+    return {wanted.strip(): have.strip() for wanted, _, have in pairs}
+
+
+def _cleaned(
+    config: ConfigDict, sets: dict[str, list[Any]], fractions: dict[str, float], reports: list[schema.DataReport]
+) -> tuple[dict[str, Any], Lengths | None]:
+    """The stages' files of records, cleaned and split as the config says, and what was too long."""
+    sets = _deduplicated(sets, config.prefix_length, reports)
     if config.per_user:
         for name, records in sets.items():
             sets[name], report = curation.cap_per_user(records, config.per_user, key=config.key)
             reports.append(dataclasses.replace(report, source=f"cap per {config.key}, {name}"))
-    fractions = {name: config.fractions[name] for name in SPLITS}
     parts = {
         name: curation.split_by(records, key=config.key, fractions=fractions, seed=config.seed)
         for name, records in sets.items()
@@ -430,26 +495,30 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
     lengths = Lengths(config) if config.model else None
     if lengths is not None:
         parts = {k: {split: lengths.fitting(r) for split, r in part.items()} for k, part in parts.items()}
-    files = _stage_files(parts, config.ranking_share, config.seed)
-    _require_records(files)
-    counts = _write(folder, {name: records for name, records in files.items() if records})
+    return _stage_files(parts, config.ranking_share, config.seed), lengths
+
+
+def _lines(
+    reports: Sequence[schema.DataReport], lengths: Lengths | None, files: Mapping[str, Any], counts: Mapping[str, int]
+) -> list[str]:
+    """The report of a user's own data."""
     lines = [report.summary() for report in reports if report.rows]
     lines += [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())] if lengths else []
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    _report(folder, [*lines, "", _tables(files, lengths.count if lengths else None, _identifier())])
-    return counts
+    return [*lines, "", _tables(dict(files), lengths.count if lengths else None, _identifier())]
 
 
-def _check_own(config: ConfigDict) -> None:
+def _with_ids(name: str, records: Iterable[Any]) -> list[Any]:
+    """The records, those without an id named by their place."""
+    return [r if r.id else dataclasses.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
+
+
+def _check_cleaning(config: ConfigDict) -> None:
     config_lib.require_one_of("key", config.key, ("user", "organization", "conversation"))
     config_lib.require_one_of("leaks", config.leaks, ("error", "drop"))
     config_lib.require_range("prefix_length", config.prefix_length, low=0)
     config_lib.require_range("per_user", config.per_user, low=0)
     config_lib.require_range("ranking_share", config.ranking_share, low=0.0, high=1.0)
-    config_lib.require(
-        bool(config.demonstrations or config.rankings or config.prompts), "prompts", config.prompts,
-        "name a file, or one of demonstrations or rankings: --config.prompts=FILE",
-    )  # fmt: skip
 
 
 def _read_own(config: ConfigDict, reports: list[schema.DataReport]) -> dict[str, list[Any]]:
@@ -460,7 +529,7 @@ def _read_own(config: ConfigDict, reports: list[schema.DataReport]) -> dict[str,
             continue
         records, report = schema.read_jsonl(config[name], kind, max_bad_fraction=config.max_bad_fraction)
         reports.append(report)
-        sets[name] = [r if r.id else dataclasses.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
+        sets[name] = _with_ids(name, records)
     named = {
         key: sum(bool(getattr(r, key, None)) for s in sets.values() for r in s) for key in ("user", "organization")
     }
@@ -586,11 +655,16 @@ SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
     "storyland": storyland,
     "hh_rlhf": hh_rlhf,
     "jsonl": own_files,
+    "convert": convert,
     "pretrained": pretrained,
 }
 
 
 # --------------------------------------------------------------------------------------------------- command line
+
+
+FORM_NAMES = {"hh_rlhf": "hh", "own": "jsonl", "ultrafeedback": "rated", "messages": "openai", "trl_pairs": "trl"}
+"""Other names under which people know a form."""
 
 
 def expand(argv: Sequence[str]) -> list[str]:
@@ -600,25 +674,41 @@ def expand(argv: Sequence[str]) -> list[str]:
     ['--config=configs/data/hh_rlhf.py', '--config.data_dir=d']
     >>> expand(["--model=smollm2"])
     ['--config=configs/data/pretrained.py', '--workdir=runs/smollm2', '--config.model=smollm2']
+    >>> expand(["--source=alpaca", "--data=f.json", "--columns", "prompt=question"])[:2]
+    ['--config=configs/data/convert.py', '--config.form=alpaca']
     """
     short = {
         "--source": "--config",
         "--out": "--workdir",
         "--data_dir": "--config.data_dir",
         "--model": "--config.model",
+        "--data": "--config.data",
+        "--columns": "--config.columns",
     }
+    converts = any(flag.partition("=")[0] == "--data" for flag in argv)
     full, rest = [], list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if flag in short and not equals and rest:
             equals, value = "=", rest.pop(0)
+        if flag == "--source" and _is_form(value, converts):
+            full += ["--config=configs/data/convert.py", f"--config.form={FORM_NAMES.get(value, value)}"]
+            continue
         value = f"configs/data/{value}.py" if flag == "--source" else value
         full.append(short.get(flag, flag) + equals + value)
+    named = any(flag.startswith("--config=") or flag == "--config" for flag in full)
     model = next((flag.partition("=")[2] for flag in full if flag.startswith("--config.model=")), "")
-    if model and not any(flag.startswith("--config=") or flag == "--config" for flag in full):
+    if converts and not named:
+        full = ["--config=configs/data/convert.py", *full]
+    elif model and not named:
         workdir = [] if any(flag.startswith("--workdir") for flag in full) else [f"--workdir=runs/{model}"]
         full = ["--config=configs/data/pretrained.py", *workdir, *full]
     return full
+
+
+def _is_form(name: str, converts: bool) -> bool:
+    """Whether ``--source=NAME`` names a form of a file, and not a config of its own."""
+    return converts or (name in sources.FORMS and not Path(f"configs/data/{name}.py").is_file())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import re
 import reprlib
@@ -246,6 +247,7 @@ class DataReport:
       noted: rows kept that deserve a look, by reason (for example rankings in which all responses tie).
       examples: the first error message of each reason, with its file:line.
       places: file:line of the first rows of each reason, at most `PLACES`.
+      aside: columns of a table that no record has a field for, and in how many rows each held something.
     """
 
     source: str
@@ -255,6 +257,7 @@ class DataReport:
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    aside: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: DataReport) -> DataReport:
         reasons = {**self.places, **other.places}
@@ -266,6 +269,7 @@ class DataReport:
             noted=_add_counts(self.noted, other.noted),
             examples={**other.examples, **self.examples},
             places={r: [*self.places.get(r, []), *other.places.get(r, [])][:PLACES] for r in reasons},
+            aside=_add_counts(self.aside, other.aside),
         )
 
     def summary(self) -> str:
@@ -286,6 +290,8 @@ class DataReport:
             for name, counts in (("dropped", self.dropped), ("noted", self.noted))
             for reason, n in sorted(counts.items())
         ]
+        if self.aside:
+            items.append(f"columns left aside: {', '.join(f'{name} {n}' for name, n in sorted(self.aside.items()))}")
         in_a_line = -(-len(items) // (SCREEN - 1)) or 1
         lines += ["  " + "; ".join(items[i : i + in_a_line]) for i in range(0, len(items), in_a_line)]
         return "\n".join((lines + [f"  {example}" for example in self.examples.values()])[: max(SCREEN, len(lines))])
@@ -382,9 +388,11 @@ def read_jsonl(
 
     Raises:
       ValueError: the file is missing, damaged or empty, or more rows are bad than allowed; the message names
-        file:line, the field and the fix for the first row of each reason.
+        file:line, the field and the fix for the first row of each reason. For a file in another tool's form it is the
+        command that converts it.
     """
     _check_options(max_bad_fraction, limit, too_long, special_tokens)
+    _refuse_other_table(path)
     parse, tally, kept = _PARSERS[kind], _Tally(path), _Kept()
     _each_row(tally, lambda line, row: kept.add(line, parse(row, allow_empty_responses), tally))
     special = _special(special_tokens)
@@ -400,10 +408,104 @@ def read_jsonl(
             tally.note(line, reason)
     report = tally.report(len(records))
     tolerated = {"superseded by revision"} if too_long == "error" else {"superseded by revision", "too long"}
-    _refuse_bad(report, max_bad_fraction, tolerated)
+    try:
+        _refuse_bad(report, max_bad_fraction, tolerated)
+    except ValueError:
+        _refuse_foreign(path)
+        raise
     if not records:
+        _refuse_foreign(path)
         raise ValueError(f"{path} holds no {kind.__name__} to use: write one JSON object a line; {report.summary()}")
     return records, report
+
+
+OTHER_TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".feather")
+"""Ends of the names of files that are no JSON."""
+
+
+def _refuse_other_table(path: str | os.PathLike[str]) -> None:
+    if str(path).removesuffix(".gz").lower().endswith(OTHER_TABLES) and Path(path).is_file():
+        raise ValueError(
+            f"{path} is no file of JSON lines: convert it with "
+            f"python experiments/prepare_data.py --data={path} --out=DIR"
+        )
+
+
+def _refuse_foreign(path: str | os.PathLike[str]) -> None:
+    """Raise the command that converts the file where it is in a form that another tool writes."""
+    from rlhf_jax.data.sources import recognise  # it imports this module
+
+    advice = recognise.advice(path)
+    if advice:
+        raise ValueError(advice) from None
+
+
+def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """Each object of a file of JSON lines, or what is wrong with it, and the number of its line."""
+    for line, data in _lines(path):
+        try:
+            yield line, _json_object(data)
+        except RowError as error:
+            yield line, error
+
+
+def json_list(path: str | os.PathLike[str]) -> list[dict[str, Any] | RowError] | None:
+    """The rows of a file that is one JSON list, or what is wrong with each; None where it is no list.
+
+    Raises:
+      ValueError: the list breaks off or is no JSON; the message names line and column.
+    """
+    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not data.startswith(b"["):
+        return None
+    try:
+        rows = _ROW_BY_ROW.decode(data.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path}: the JSON is nested too deep: write a flat object a row") from None
+    except RowError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # lines that are lists
+            return None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: the JSON list is damaged at {where} ({error.msg}): export it again") from None
+    return [_checked_row(row) for row in rows]
+
+
+def json_value(path: str | os.PathLike[str]) -> Any:
+    """The file as one JSON value.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return _DECODER.decode(read_bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip())
+    except RecursionError:
+        raise ValueError(f"{path}: the JSON is nested too deep") from None
+
+
+def _checked_row(row: Any) -> dict[str, Any] | RowError:
+    if not isinstance(row, dict):
+        return RowError("not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}")
+    try:
+        _refuse_constants(row)
+    except RowError as error:
+        return error
+    return _too_deep() if _is_deep(row) else row
+
+
+def _refuse_constants(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError("not a number", f"{value} is not JSON: use a finite number or null")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_constants(inner)
+
+
+def notes(record: Any) -> list[str]:
+    """The reasons of `RULES` under which a record deserves a look, whatever file it came from."""
+    return list(_notes(record, None, cut=False))
 
 
 def read_rows(path: str | os.PathLike[str], parse: Callable[[dict[str, Any]], Any]) -> tuple[list[Any], DataReport]:
@@ -532,6 +634,9 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
+
+_ROW_BY_ROW = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
+"""For a list of rows, each of which is then checked by itself."""
 
 
 class _Kept:
@@ -783,10 +888,21 @@ def _prompt(row: dict[str, Any]) -> Conversation:
     return turns
 
 
+MORE_THAN_TEXT = (
+    "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "images", "image",
+    "audio", "videos", "refusal", "weight", "train",
+)  # fmt: skip
+"""Fields of other libraries' messages that say something which a role and a text cannot hold."""
+
+
 def _message(turn: Any, place: int, *, reason: str, allow_empty: bool = False) -> Message:
     field = f"messages[{place}]"
     if not isinstance(turn, dict):
         raise _wrong_type(turn, field, "an object", 'write {"role": "user", "content": "..."}')
+    more = next((name for name in turn if name in MORE_THAN_TEXT and turn[name] is not None), None)
+    if more is not None:
+        fix = "a model of this package neither reads nor writes it, so leave such conversations out"
+        raise RowError("unknown field", f"unknown field {more!r} in {field}: {fix}")
     _check_names(turn, ("role", "content"), f" in {field}")
     role = check_text(turn.get("role"), f"{field}.role", reason="unknown role")
     if role not in ROLES:

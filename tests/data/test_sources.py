@@ -238,12 +238,12 @@ BEFORE = [user("Hi"), said("Hello."), user("Who?")]
 PAIRS = {
     "texts": ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "The sky is", ("blue.", "green.")),
     "texts with the prompt in them": (
-        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        {"prompt": "The sky is", "chosen": "The sky is blue.", "rejected": "The sky is black."},
         "The sky is",
         ("blue.", "black."),
     ),
     "one text goes on where the other ends": (
-        {"chosen": "The sky is blue today.", "rejected": "The sky is blue"},
+        {"prompt": "The sky is", "chosen": "blue today.", "rejected": "blue"},
         "The sky is",
         ("blue today.", "blue"),
     ),
@@ -321,13 +321,14 @@ def test_a_public_set_has_expected_drops(tmp_path: Path):
         *pairs_of(0, 1),
         {"prompt": "p", "chosen": "same", "rejected": "same "},
         {"prompt": "p", "chosen": "a", "rejected": ""},
-        {"prompt": None, "chosen": "no", "rejected": "shared beginning"},
+        {"prompt": None, "chosen": [user("q"), said("no")], "rejected": [user("r"), said("shared beginning")]},
         {"prompt": None, "chosen": "q: a\n\nAssistant: x", "rejected": "q: b\n\nAssistant: y"},
     ]
-    records, report = sources.read_pairs(save_arrow(tmp_path / "a.arrow", rows, batches=3))
+    path = write(tmp_path / "a.jsonl.gz", *rows)  # texts in one row and messages in another: no arrow column
+    records, report = sources.read_pairs(path)
     assert [r.prompt for r in records] == ["p0"]
     assert report.dropped == {"identical responses": 1, "empty response": 1, "prompts differ": 2}
-    assert report.places["prompts differ"] == [f"{tmp_path}/a.arrow:4", f"{tmp_path}/a.arrow:5"]
+    assert report.places["prompts differ"] == [f"{path}:4", f"{path}:5"]
     assert report.rows == report.kept + sum(report.dropped.values()) == 5
 
 
@@ -426,9 +427,9 @@ def test_incomplete_or_ambiguous_folders(tmp_path: Path):
         sources.read_pairs(tmp_path / "d")
     with pytest.raises(ValueError, match="does not exist: check the path"):
         sources.read_pairs(tmp_path / "nowhere.parquet")
-    (tmp_path / "e.csv").write_text("prompt,chosen,rejected")
+    (tmp_path / "e.xlsx").write_text("prompt,chosen,rejected")
     with pytest.raises(ValueError, match=r"is none of \*\.parquet"):
-        sources.read_pairs(tmp_path / "e.csv")
+        sources.read_pairs(tmp_path / "e.xlsx")
     with pytest.raises(ValueError, match="is one file: leave split='train' out"):
         sources.read_pairs(tmp_path / "c" / "train.parquet", split="train")
     with pytest.raises(ValueError, match="max_bad_fraction=1"):

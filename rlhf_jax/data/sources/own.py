@@ -1,0 +1,66 @@
+"""The records of this package in whatever holds a table: as `schema.read_jsonl` reads them, texts as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rlhf_jax.data.schema import Demonstration, PlainText, Prompt, Ranking
+from rlhf_jax.data.sources.messages import with_system
+from rlhf_jax.data.sources.row import SYSTEMS, Draft, Row, asked, listed
+
+KINDS = (Ranking, Demonstration, PlainText, Prompt)
+
+
+def names(kind: type) -> tuple[str, ...]:
+    """The fields of a record as its JSON form has them."""
+    found = [field.name for field in dataclasses.fields(kind)]
+    return tuple(["prompt", "messages", *found[1:]] if found[0] == "prompt" else found)
+
+
+def fits(row: Row) -> bool:
+    """Whether a row has what a record needs, under the names of this package."""
+    prompt, found = row.has("prompt") or row.has("messages"), set(row.columns())
+    if row.has("responses"):
+        return prompt and row.has("ranks")
+    if any(row.has(name) for name in ("chosen", "rejected", "completion", "completions", "label")):
+        return False
+    # A prompt beside columns that nobody knows may have its answer there.
+    alone = found <= {*names(Prompt), *SYSTEMS}
+    return (prompt and (row.has("response") or alone)) or (row.has("text") and found <= set(names(PlainText)))
+
+
+def parse(row: Row) -> Draft:
+    """A ranking, a demonstration, a text or a prompt, by the columns that are there; texts are not changed.
+
+    Raises:
+      RowError: a system column and a system turn differ, or a column says more than a text can.
+    """
+    row.refuse_more_than_text()
+    kind = kind_of(row)
+    if kind is PlainText:
+        return Draft(kind, {**row.labels(kind), "text": row.raw("text")})
+    prompt: Any = listed(row, "messages", row.raw("messages")) if row.has("messages") else row.raw("prompt")
+    fields = row.labels(kind)
+    if kind is Demonstration and not row.has("response"):
+        *prompt, last = prompt
+        fields["response"] = last.get("content")
+    elif kind is Demonstration:
+        fields["response"] = row.raw("response")
+    if kind is Ranking:
+        for name in ("responses", "ranks"):
+            fields[name] = listed(row, name, row.raw(name), opening="[")
+    prompt, has_system = with_system(row, prompt)
+    return Draft(kind, {**fields, **asked(prompt)}, has_system)
+
+
+def kind_of(row: Row) -> type:
+    """The class of record that a row holds."""
+    if row.has("responses") or "ranks" in row.values:
+        return Ranking
+    if row.has("text") and not (row.has("prompt") or row.has("messages")):
+        return PlainText
+    turns = row.values.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    answered = isinstance(last, dict) and last.get("role") == "assistant" and set(last) <= {"role", "content"}
+    return Demonstration if isinstance(row.values.get("response"), str) or answered else Prompt

@@ -1,0 +1,160 @@
+"""Several responses to a prompt with a number each: UltraFeedback, distilabel, HelpSteer and the like.
+
+A larger number is better, equal ones tie, a missing one is not ranked. The row is one of
+
+- ``{prompt, responses: [text], scores: [number]}``, also as distilabel's ``{instruction, generations, ratings}``;
+- UltraFeedback's ``{instruction, completions: [{response, overall_score, model, ..}]}``;
+- ``{prompt, response, score}``, one response a row: rows with one prompt are ranked together. Which of several numbers
+  is meant is said with ``--columns score=helpfulness``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.data.schema import Ranking, RowError, check_text
+from rlhf_jax.data.sources.messages import turns, with_system
+from rlhf_jax.data.sources.row import (
+    Draft,
+    Row,
+    as_label,
+    as_number,
+    asked,
+    listed,
+    note_beginnings,
+    ranks_of,
+    tidy_answer,
+    tidy_prompt,
+)
+
+LISTS = ("responses", "completions", "generations")
+NUMBERS = ("scores", "ratings", "rating")
+PROMPTS = ("prompt", "instruction")
+SCORES = ("overall_score", "score", "fine-grained_score")
+"""The numbers of a completion, the first that is there; UltraFeedback has the first and the last."""
+
+
+def table(
+    rows: Sequence[Row], columns: Mapping[str, str] | None = None
+) -> tuple[Sequence[Row], Callable[[Row], Draft]]:
+    """The rows, those of one response each put together by their prompt, and their parser.
+
+    Args:
+      rows: the rows of the table, its columns renamed.
+      columns: of these, ``score`` may name a number inside the completions.
+    """
+    score = (columns or {}).get("score", "")
+    singles = [row for row in rows if row.has("response") and not any(row.has(name) for name in LISTS)]
+    if not singles:
+        return rows, lambda row: parse(row, score)
+    together: dict[Any, list[Row]] = {}
+    for row in rows:
+        prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
+        together.setdefault((repr(prompt), repr([row.values.get(name) for name in ("system",)])), []).append(row)
+    groups = [Row(group[0].place, {}, parts=group) for group in together.values()]
+    return groups, _parse_group
+
+
+def parse(row: Row, score: str = "") -> Draft:
+    """A ranking of K responses; `score` is the number of a completion that counts, "" the first of `SCORES`.
+
+    Raises:
+      RowError: there is no list of responses, or not a number or null for each.
+    """
+    row.refuse_more_than_text()
+    prompt = _prompt(row)
+    name = next((name for name in LISTS if row.has(name)), None)
+    if name is None:
+        raise RowError(
+            "missing field", "the row needs a list 'responses' (with 'scores') or 'completions': it has "
+            f"{', '.join(sorted(row.columns()))}",
+        )  # fmt: skip
+    answers = listed(row, name, row.take(name), opening="[")
+    if not isinstance(answers, list):
+        raise RowError("wrong type", f"field {name!r} must be a list, got {type(answers).__name__}")
+    if answers and all(isinstance(answer, dict) for answer in answers):
+        answers, scores, policies = _completions(row, name, answers, score)
+    else:
+        scores, policies = _numbers(row), row.take("generation_models") if row.has("generation_models") else None
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        raise RowError("missing rank", "field 'scores' must be a list with a number for each response")
+    return _ranking(row, prompt, answers, ranks_of(scores), policies)
+
+
+def _prompt(row: Row) -> Any:
+    name = next((name for name in PROMPTS if row.has(name)), PROMPTS[0])
+    return turns(row, name, row.needed(name))
+
+
+def _numbers(row: Row) -> list[Any] | None:
+    name = next((name for name in NUMBERS if row.has(name)), NUMBERS[0])
+    scores = listed(row, name, row.take(name), opening="[")
+    if not isinstance(scores, list):
+        return None
+    # distilabel keeps a model's ratings as texts.
+    return [as_number(score, f"{name}[{k}]", texts=name != "scores") for k, score in enumerate(scores)]
+
+
+def _completions(
+    row: Row, name: str, answers: list[dict[str, Any]], score: str
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """The texts, numbers and models of UltraFeedback's completions."""
+    names = [score] if score else SCORES
+    key = next((key for key in names if any(answer.get(key) is not None for answer in answers)), None)
+    if key is None:
+        found = ", ".join(sorted({key for answer in answers for key in answer}))
+        raise RowError(
+            "missing rank", f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the number "
+            "with --columns score=NAME",
+        )  # fmt: skip
+    for answer in answers:
+        for other in sorted(set(answer) - {"response", "model", key}):
+            if answer[other] not in (None, "", [], {}):
+                row.leave_aside(f"{name}[].{other}")
+    scores = [as_number(answer.get(key), f"scores[{k}]") for k, answer in enumerate(answers)]
+    return [answer.get("response") for answer in answers], scores, [answer.get("model") for answer in answers]
+
+
+def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None], policies: Any) -> Draft:
+    responses = []
+    for k, answer in enumerate(answers):
+        said = turns(row, f"responses[{k}]", answer) if isinstance(answer, list) else answer
+        text = said[-1].get("content") if isinstance(said, list) and len(said) == 1 else said
+        responses.append(tidy_answer(row, check_text(text, f"responses[{k}]", reason="empty response")))
+    prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
+    prompt, has_system = with_system(row, prompt)
+    note_beginnings(row, responses)
+    names = policies if policies and all(isinstance(name, str) and name for name in policies) else None
+    fields = {**row.labels(Ranking), **asked(prompt), "responses": responses, "ranks": ranks}
+    return Draft(Ranking, fields | ({"policies": names} if names else {}), has_system)
+
+
+# ------------------------------------------------------------------------------------------- one response in a row
+
+
+def _parse_group(group: Row) -> Draft:
+    """The ranking of the responses of several rows."""
+    rows = group.parts
+    first = rows[0]
+    first.refuse_more_than_text()
+    prompt = _prompt(first)
+    answers, scores, ids = [], [], []
+    for row in rows:
+        row.refuse_more_than_text()
+        if not row.has("score"):
+            numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]
+            raise RowError(
+                "missing field", "field 'score' is missing: say which number is meant with --columns score=NAME; the "
+                f"row has the numbers {', '.join(numbers) or '(none)'}",
+            )  # fmt: skip
+        for name in PROMPTS:
+            row.take(name)
+        answers.append(row.text("response"))
+        scores.append(as_number(row.take("score"), "score", texts=row.cells))
+        ids.append(as_label(row.take("id")))
+    if len(rows) < 2:
+        raise RowError("only one response", "no other row has this prompt: there is nothing to compare with")
+    draft = _ranking(first, prompt, answers, ranks_of(scores), None)
+    named = {"id": ids[0]} if ids[0] is not None else {}
+    return Draft(draft.kind, draft.fields | named, draft.has_system)

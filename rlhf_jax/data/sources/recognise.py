@@ -1,0 +1,278 @@
+"""The forms of other people's data: how each is recognised, and what it gives. `FORMS` is the one table of them.
+
+A form is recognised by the columns of a row that hold something. It is said aloud which one was taken, and where no form
+fits, or a table has no prompt, the refusal names the columns that are there and the flag that maps them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf_jax.data.schema import RowError
+from rlhf_jax.data.sources import (
+    alpaca,
+    annotated,
+    argilla,
+    label_studio,
+    messages,
+    oasst,
+    own,
+    rated,
+    sharegpt,
+    tables,
+    trl,
+)
+from rlhf_jax.data.sources.row import SYSTEMS, Draft, Row
+from rlhf_jax.data.sources.transcripts import ASSISTANT
+
+Parser = Callable[[Row], Draft | list[Draft]]
+
+
+class Options(NamedTuple):
+    """What a user may say about a table.
+
+    Attributes:
+      columns: wanted name -> name in the table.
+      language: of OpenAssistant's messages.
+    """
+
+    columns: Mapping[str, str] = {}
+    language: str = "en"
+
+
+class Form(NamedTuple):
+    """A form of data.
+
+    Attributes:
+      title: its name for people.
+      columns: what recognises it, in words.
+      gives: what a row becomes, in words.
+      fits: whether a row is of this form.
+      plan: the rows of a table (some put together) and the parser of one.
+      renames: whether `columns` renames columns; else it names fields and questions inside a record.
+    """
+
+    title: str
+    columns: str
+    gives: str
+    fits: Callable[[Row], bool]
+    plan: Callable[[Sequence[Row], Options], tuple[Sequence[Row], Parser]]
+    renames: bool = True
+
+
+def _each(parse: Parser) -> Callable[[Sequence[Row], Options], tuple[Sequence[Row], Parser]]:
+    return lambda rows, options: (rows, parse)
+
+
+def _texts(row: Row, *names: str) -> bool:
+    return all(isinstance(row.values.get(name), str) and row.has(name) for name in names)
+
+
+def _is_transcripts(row: Row) -> bool:
+    if row.has("prompt") or not _texts(row, "chosen", "rejected"):
+        return False
+    return all(ASSISTANT in "\n\n" + row.values[name].lstrip("\n") for name in ("chosen", "rejected"))
+
+
+def _is_rated(row: Row) -> bool:
+    if not any(row.has(name) for name in rated.PROMPTS):
+        return False
+    completions = row.values.get("completions")
+    scored = isinstance(completions, list) and all(isinstance(answer, dict) for answer in completions) and completions
+    several = any(row.has(name) for name in rated.LISTS) and any(row.has(name) for name in rated.NUMBERS)
+    return bool(scored) or several or (row.has("prompt") and row.has("response") and row.has("score"))
+
+
+def _is_pairs(row: Row) -> bool:
+    if not (row.has("chosen") and row.has("rejected")) or row.has("instruction"):
+        return False
+    return row.has("prompt") or any(isinstance(row.values[name], list) for name in ("chosen", "rejected"))
+
+
+def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Parser]:
+    pair, complete = trl.pairs(rows), trl.completions(rows)
+
+    def parse(row: Row) -> Draft:
+        if row.has("chosen") or row.has("rejected"):
+            return pair(row)
+        if "completion" in row.values or not row.has("prompt") or (len(row.columns()) > 1 and row.has("label")):
+            return complete(row)
+        return trl.prompt_only(row)
+
+    return rows, parse
+
+
+FORMS: Mapping[str, Form] = {
+    "label_studio": Form(
+        "a Label Studio export", "`data`, `annotations`", "rankings by each annotator, or demonstrations",
+        label_studio.is_task, lambda rows, o: annotated.table(rows, o.columns, label_studio.extract), renames=False,
+    ),
+    "argilla": Form(
+        "an Argilla export", "`fields`, `responses`; or flat, `QUESTION.responses`",
+        "rankings by each annotator, or demonstrations",
+        argilla.is_record, lambda rows, o: annotated.table(rows, o.columns, argilla.extract), renames=False,
+    ),
+    "oasst": Form(
+        "OpenAssistant", "trees of messages, or `message_id`, `parent_id`, `role`, `text`",
+        "ranked replies -> rankings, best human replies -> demonstrations",
+        oasst.is_tree, lambda rows, o: oasst.table(rows, o.language),
+    ),
+    "openai": Form(
+        "OpenAI messages", "`messages`; or `input`, `preferred_output`, `non_preferred_output`",
+        "the last turn -> response, those before it -> prompt; preferred over non-preferred",
+        lambda row: (isinstance(row.values.get("messages"), list) and not (row.has("chosen") or row.has("response"))
+        and not row.has("responses")) or row.has("preferred_output"),
+        _each(lambda row: messages.preference(row) if "preferred_output" in row.values else messages.conversation(row)),
+    ),
+    "sharegpt": Form(
+        "ShareGPT", "`conversations` or `conversation`: turns of `from` and `value`",
+        "the last turn -> response, those before it -> prompt",
+        lambda row: any(row.has(name) for name in sharegpt.COLUMNS), _each(sharegpt.parse),
+    ),
+    "hh": Form(
+        "HH transcripts", "`chosen`, `rejected`: texts with \"Human:\" and \"Assistant:\"",
+        "what stands before the last \"Assistant:\" -> prompt, chosen over rejected",
+        _is_transcripts, lambda rows, o: (rows, trl.pairs(rows)),
+    ),
+    "alpaca": Form(
+        "Alpaca", "`instruction`, `output` (or `chosen`, `rejected`)",
+        "instruction + input -> prompt, output -> response",
+        lambda row: row.has("instruction") and (row.has("output") or row.has("chosen")) and not row.has("prompt"),
+        _each(alpaca.parse_alpaca),
+    ),
+    "dolly": Form(
+        "Dolly", "`instruction`, `response`", "instruction + context -> prompt, response -> response, category -> use_case",
+        lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"), _each(alpaca.parse_dolly),
+    ),
+    "rated": Form(
+        "responses with scores", "`prompt` or `instruction`; `completions` with scores, `responses` + `scores`, "
+        "`generations` + `ratings`, or `response` + `score`",
+        "responses ranked by their scores, larger is better",
+        _is_rated, lambda rows, o: rated.table(rows, o.columns),
+    ),
+    "trl": Form(
+        "TRL", "`prompt` and `chosen`, `rejected`; `prompt`, `completion`; `prompt`",
+        "prompt -> prompt, chosen over rejected, completion -> response",
+        lambda row: _is_pairs(row) or (row.has("prompt") and "completion" in row.values and not row.has("completions")),
+        _plan_trl,
+    ),
+    "jsonl": Form(
+        "records of this package", "`prompt` or `messages`; `response`; `responses`, `ranks`; `text`",
+        "each field under its own name",
+        own.fits, _each(own.parse),
+    ),
+}  # fmt: skip
+"""The forms by name, in the order in which they are tried."""
+
+ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "assistant", "best_answer")
+"""Columns that the refusal of a table proposes as answers; none is taken for one."""
+MAPPED = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "response",
+    "responses",
+    "scores",
+    "score",
+    "system",
+    "messages",
+)
+
+
+def check_form(name: str) -> Form:
+    """The form of a name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name not in FORMS:
+        raise ValueError(f"source={name!r} must be one of {', '.join(FORMS)}")
+    return FORMS[name]
+
+
+def of_row(row: Row) -> str:
+    """The name of the form that a row is of; "" where it is of none."""
+    return next((name for name, form in FORMS.items() if form.fits(row)), "")
+
+
+def said(name: str, row: Row) -> str:
+    """What was read as what, for the user.
+
+    >>> said("alpaca", Row("a.json:1", {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}))
+    'read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response'
+    """
+    form, parts = FORMS[name], []
+    if any(row.has(column) for column in SYSTEMS):
+        parts.append("system -> system turn")
+    gives = form.gives
+    if name == "alpaca":
+        about = "instruction + input" if "input" in row.values else "instruction"
+        parts += ["history -> turns before it"] if row.has("history") else []
+        answers = "chosen over rejected" if row.has("chosen") else "output -> response"
+        gives = f"{about} -> prompt, {answers}"
+    elif name == "trl":
+        answers = "chosen over rejected" if row.has("chosen") else "completion -> response"
+        shared = "prompt" if row.has("prompt") else "turns that both share"
+        gives = f"{shared} -> prompt" + (f", {answers}" if row.has("chosen") or row.has("completion") else "")
+    elif name == "dolly":
+        about = "instruction + context" if "context" in row.values else "instruction"
+        gives = f"{about} -> prompt, response -> response" + ", category -> use_case" * row.has("category")
+    return f"read as {form.title}: {', '.join([*parts, gives])}"
+
+
+def refuse_unknown(row: Row) -> str:
+    """What to tell the owner of a table that no form fits."""
+    columns = ", ".join(sorted(row.columns())) or "nothing"
+    if {"annotation_id", "annotator"} & set(row.values):
+        return f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export it as JSON"
+    if row.has("chosen") and row.has("rejected"):
+        proposed = next((name for name in trl.QUESTIONS if row.has(name)), "NAME")
+        return (
+            f"the columns are {columns}, and no prompt is guessed: name its column with "
+            f"--source=trl --columns prompt={proposed}"
+        )
+    if row.has("label") and (row.has("completion") or row.has("response")):
+        return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
+    if row.has("prompt"):
+        return (
+            f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with --source=trl "
+            "--columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
+        )
+    asks = [name for name in trl.QUESTIONS if row.has(name)]
+    answers = [name for name in ANSWERS if row.has(name)]
+    if len(asks) == 1 and len(answers) == 1:
+        return (
+            f"the columns are {columns}, and none is taken for the prompt unasked: if {asks[0]!r} is the prompt and "
+            f"{answers[0]!r} answers it, --source=trl --columns prompt={asks[0]},completion={answers[0]}"
+        )
+    return (
+        f"the columns are {columns}, which is no known form ({', '.join(FORMS)}): choose one with --source=FORM and "
+        f"name its columns with --columns WANTED=NAME,.. (wanted: {', '.join(MAPPED)})"
+    )
+
+
+def advice(path: str | os.PathLike[str]) -> str:
+    """The command that converts a file which is no file of this package; "" where it is one, or no form fits."""
+    try:
+        first = next(iter(tables.rows(Path(path))), None)
+    except ValueError:
+        return ""
+    if first is None or isinstance(first.values, RowError):
+        return ""
+    row = Row(first.place, first.values, cells=first.cells)
+    name, names = of_row(row), set(row.values)
+    known = {field for kind in own.KINDS for field in own.names(kind)}
+    has_core = bool(names & {"prompt", "messages", "text", "responses", "response"})
+    if names <= known or (name in ("jsonl", "") and has_core and not any(row.has(column) for column in SYSTEMS)):
+        return ""  # records of this package, whatever is wrong with them
+    if not name:
+        return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"
+    shown = ", ".join(list(row.values)[:6])
+    return (
+        f"{path} looks like {FORMS[name].title} ({shown}): convert it with "
+        f"python experiments/prepare_data.py --source={name} --data={path} --out=DIR, and pass a file of DIR"
+    )

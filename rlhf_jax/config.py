@@ -19,6 +19,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import signal
 import socket
 import sys

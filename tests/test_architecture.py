@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "run.files": set(),
     "run.__init__": set(),
     "config": {"run.files", "processes"},
+    "run.records": {"run.files"},
+    "run.stages": {"run.files", "run.records", "config"},
     "ops": {"types"},
     "advantages": {"types", "ops"},
     "losses": {"types", "ops", "advantages"},

@@ -14,6 +14,7 @@ Run:
 from __future__ import annotations
 
 import collections
+import contextvars
 import dataclasses
 import hashlib
 import sys
@@ -42,10 +43,27 @@ PTX_FIRST_DOCUMENT = 1_000_000
 """The pretraining mix comes from a part of the corpus stream that the base models have not seen."""
 
 
-def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes the files of `config.source` into `workdir` and returns how many records each holds."""
+_SHOW = contextvars.ContextVar("show the tables", default=True)
+
+
+def run(config: ConfigDict, workdir: str, *, show: bool = True) -> dict:
+    """Writes the files of `config.source` into `workdir` and returns how many records each holds.
+
+    The tables go to ``data_report.txt``; with `show` to the screen too.
+    """
     config_lib.require_one_of("source", config.source, tuple(SOURCES))
-    return SOURCES[config.source](config, Path(workdir))
+    shown = _SHOW.set(show)
+    try:
+        return SOURCES[config.source](config, Path(workdir))
+    finally:
+        _SHOW.reset(shown)
+
+
+def entries(config: ConfigDict) -> list[Path]:
+    """The files and folders of `config.data_dir` that `hh_rlhf` may read."""
+    root, named = Path(config.data_dir), ("hh_rlhf", "hh-rlhf", "oasst*", *sources.TEXT_FOLDERS)
+    patterns = (*named, *OASST_FILES, *TEXT_FILES, *(f"{subset}*" for subset in config.get("subsets", ())))
+    return sorted({entry for pattern in patterns for entry in root.glob(pattern)})
 
 
 # ------------------------------------------------------------------------------------------------------ storyland
@@ -362,7 +380,10 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
 def _report(folder: Path, lines: Sequence[str]) -> None:
     text = "\n".join(lines).rstrip("\n") + "\n"
     (folder / "data_report.txt").write_text(text, encoding="utf-8")
-    print(text, end="", flush=True)
+    if _SHOW.get():
+        print(text, end="", flush=True)
+    else:
+        print(f"The data are described in {folder / 'data_report.txt'}", flush=True)
 
 
 def _tables(

@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "run.__init__": set(),
     "config": {"run.files", "processes"},
     "run.records": {"run.files"},
+    "run.results": {"metrics"},
+    "run.pipeline": set(),
     "run.stages": {"run.files", "run.records", "config"},
     "ops": {"types"},
     "advantages": {"types", "ops"},

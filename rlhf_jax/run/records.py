@@ -124,9 +124,8 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str,
     bad = {name: trouble for name, entry in recorded.items() if (trouble := _trouble(found.get(name), entry))}
     if bad:
         return bad  # it is made again in any case: no need to read the rest
-    return {
-        name: "its bytes have changed" for name, entry in recorded.items() if files.sha256(found[name]) != entry["sha256"]
-    }
+    changed = [name for name, entry in recorded.items() if files.sha256(found[name]) != entry["sha256"]]
+    return dict.fromkeys(changed, "its bytes have changed")
 
 
 def _trouble(path: Path | None, entry: Mapping[str, Any]) -> str:

@@ -32,9 +32,9 @@ class Stage:
       config: the part of the config that it reads, as plain data under the config's own names.
       needs: names of the stages whose outputs it reads.
       inputs: its files and models, asked for when all that it `needs` is done.
+      named: what the user calls an input, where that is not its path: ``storyland:base_large``.
       version: of its algorithm, raised by hand when its numbers change.
       cost: how much it computes, in a unit that all stages of the pipeline share; 0 where nobody knows.
-      about: what it does, for people.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Stage:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     inputs: Callable[[], Inputs] = dict
+    named: Mapping[str, str] = dataclasses.field(default_factory=dict)
     version: int = 1
     cost: float = 0.0
-    about: str = ""
 
 
 class Step(NamedTuple):
@@ -235,7 +235,10 @@ class Stages:
         """What the key of a stage is made of."""
         paths = stage.inputs()
         inputs = {
-            name: {"path": records.relative(path, self.folder)[0], "sha256": self._digest(path)}
+            name: {
+                "path": stage.named.get(name) or records.relative(path, self.folder)[0],
+                "sha256": self._digest(path),
+            }
             for name, path in sorted(paths.items())
         }
         return {
@@ -282,9 +285,9 @@ class Stages:
 
     # ------------------------------------------------------------------------------------------------------ running
 
-    def run(self) -> None:
-        """Says what is to be done, and does it."""
-        steps = self.plan()
+    def run(self, steps: Sequence[Step] | None = None) -> None:
+        """Says what is to be done, and does it; `steps` is a plan that was just made."""
+        steps = self.plan() if steps is None else steps
         self._say(describe(steps, self._shown))
         self._clear_digests()
         for step in steps:
@@ -310,7 +313,7 @@ class Stages:
             if planned is not None and planned.action != "keep":
                 self._say(f"== {self._place(name)}  kept: what it reads has come out as it was")
             return self.result(name)
-        self._say(f"== {self._place(name)}{self._about(stage)}{self._left(name)}")
+        self._say(f"== {self._place(name)}{self._left(name)}")
         if step.action == "repair":
             self._repair(stage, step)
         else:
@@ -366,7 +369,7 @@ class Stages:
                 )
 
     def _repair(self, stage: Stage, step: Step) -> None:
-        """Makes damaged outputs again: from the newest checkpoint where that gives what was there, else from scratch."""
+        """Makes damaged outputs again: from the newest checkpoint where that gives them back, else from scratch."""
         folder, record = self.folder / stage.name, self.record(stage.name)
         bad = records.damage(folder, record["outputs"])
         strange = records.strangers(folder, record["outputs"])
@@ -406,9 +409,6 @@ class Stages:
         order = list(self._stages)
         return f"{order.index(name) + 1} of {len(order)}: {name}"
 
-    def _about(self, stage: Stage) -> str:
-        return f": {stage.about}" if stage.about else ""
-
     def _left(self, name: str) -> str:
         """The time that this stage and those after it will take, where there is something to tell it from."""
         order = list(self._stages)
@@ -420,15 +420,15 @@ class Stages:
             if seconds is None:
                 return ""
             left += seconds
-        if left < 60:
-            return "  (under a minute for the whole)"
         minutes = round(left / 60)
-        return f"  (about {minutes} min for the whole)" if minutes < 100 else f"  (about {left / 3600:.0f} h for the whole)"
+        if minutes < 1:
+            return "  (under a minute to the end)"
+        return f"  (about {minutes} min to the end)" if minutes < 100 else f"  (about {left / 3600:.0f} h to the end)"
 
     def _expected(self, stage: Stage) -> float | None:
         """Seconds from an earlier run of the stage, in proportion to what it computes; else from the other stages."""
-        folders = [self.folder / stage.name, *sorted((self.folder / records.ASIDE).glob(f"*/{stage.name}"), reverse=True)]
-        for folder in folders:
+        aside = sorted((self.folder / records.ASIDE).glob(f"*/{stage.name}"), reverse=True)
+        for folder in (self.folder / stage.name, *aside):
             seen, _ = records.read(folder / records.DONE)
             if seen and seen.get("seconds"):
                 scale = stage.cost / seen["cost"] if stage.cost and seen.get("cost") else 1.0
@@ -444,7 +444,7 @@ def describe(steps: Sequence[Step], where: str) -> str:
     """The plan for people: one line if every stage is to be done, or none; else a line for each stage.
 
     >>> print(describe([Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))], "runs/x"))
-    Plan of 2 stages in runs/x (what is made anew takes the place of the old, which is set aside):
+    Plan of 2 stages in runs/x (old outputs of those that run are set aside):
       1 data          kept
       2 sft           runs: config.sft.epochs 2 -> 3
     """
@@ -454,7 +454,7 @@ def describe(steps: Sequence[Step], where: str) -> str:
     if all(step.why == ("not done yet",) for step in steps):
         return f"{len(steps)} stages in {where}: {', '.join(step.stage for step in steps)}"
     words = {"keep": "kept", "run": "runs", "resume": "resumed", "repair": "made again"}
-    lines = [f"Plan of {len(steps)} stages in {where} (what is made anew takes the place of the old, which is set aside):"]
+    lines = [f"Plan of {len(steps)} stages in {where} (old outputs of those that run are set aside):"]
     for number, step in enumerate(steps, start=1):
         reasons = f": {'; '.join(step.why)}" if step.why else ""
         lines.append(f"{number:3} {step.stage:13} {words[step.action]}{reasons}")

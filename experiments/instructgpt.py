@@ -13,7 +13,7 @@ depend on it run again, and ``--dry_run`` prints which and why. Writes ``results
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from experiments import common, evaluate, ppo, prepare_data, pretrained, reward_model, sample, sft
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema
-from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
+from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
 from rlhf_jax.run import files
 from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run.results import history, log_rows, samples, versions
@@ -84,12 +84,14 @@ class Pipeline:
             "evaluation": self.evaluation,
         }  # fmt: skip
         parts, needs, costs = reads.parts(plain, pretrained.MODELS), reads.needs(plain), reads.costs(plain)
-        for name in {key.partition("/")[0] for key in self._own_data()}:  # a file counts by its content, not its name
+        own = self._own_data()
+        self.paths = reads.Paths(self.folder, config.to_dict(), lambda stage: self.done(stage), own)
+        for name in {key.partition("/")[0] for key in own}:  # a file counts by its content, not its name
             del parts["data"]["data"][name]
         stages = [
             Stage(
                 name, work[name], parts[name], needs[name], lambda name=name: self.inputs(name),
-                {"base": config.base}, version, costs[name],
+                {"base": config.base, "models.base": config.base}, version, costs[name],
             )
             for name, version in reads.VERSIONS.items()
         ]  # fmt: skip
@@ -113,7 +115,22 @@ class Pipeline:
 
     def data(self, name: str) -> str:
         """A file of the data stage."""
-        return str(self.folder / "data" / f"{name}.jsonl")
+        return self.paths.data(name)
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """The files and models that a stage reads; a model that is fetched by name is known by that name."""
+        found = self.paths.inputs(stage).items()
+        return {name: str(common.model_folder(path)) for name, path in found if path not in pretrained.MODELS}
+
+    def _own_data(self) -> dict[str, str]:
+        """Files and folders of the user's that the data stage reads, by their keys in the data group."""
+        data, found = self.config.data, {}
+        for key in [key for key in reads.DATA_PATHS if isinstance(data.get(key), str) and data[key]]:
+            if key == "data_dir":  # much else may lie there
+                found |= {f"{key}/{entry.name}": str(entry) for entry in prepare_data.entries(data)}
+            elif data[key] not in pretrained.MODELS:
+                found[key] = data[key]
+        return found
 
     def _settings(self, stage: str, **filled: object) -> ConfigDict:
         """The config that a stage is handed: its group, with what the pipeline fills in."""
@@ -123,89 +140,6 @@ class Pipeline:
         config.update(filled)
         return config
 
-    # ----------------------------------------------------------------------------------------- what the stages read
-
-    def inputs(self, stage: str) -> dict[str, str]:
-        """The files and models that a stage reads, each under a name of its own; what it `needs` is done."""
-        c, own = self.config, {}
-        if stage == "data":
-            return {f"data.{name}": path for name, path in self._own_data().items()}
-        if stage in ("sft", "ppo_init"):
-            own = {"base": c.base, **self._demonstrations()}
-            if c[stage].pretraining_fraction:
-                own["pretraining_text"] = self.data("corpus") if stage == "ppo_init" else c.sft.pretraining_text
-        elif stage == "samples":
-            own = self.rankings() if not c.sample.labelers else {
-                **{f"model {Path(path).name}": path for path in self._sampled()},
-                "prompts_ranking": self.data("prompts_ranking"), "prompts_validation": self.data("prompts_validation"),
-            }  # fmt: skip
-        elif stage == "reward_model":
-            own = {
-                "model": c.reward_model.model or self.done("sft")["last"],
-                "demonstrations": self.data("demonstrations"), **self.rankings(),
-            }  # fmt: skip
-        elif stage == "baseline":
-            epochs = {f"epoch-{row['epoch']}": self._epoch(row) for row in self.done("sft")["epochs"]}
-            own = {"prompts_validation": self.data("prompts_validation"), "reward_model": self._reward(), **epochs}
-            own["losses"] = str(self.folder / "sft" / "sft.json")
-        elif stage in ("ppo", "ppo_ptx"):
-            own = {
-                "model": self.done("ppo_init")["last"], "reward_model": self._reward(),
-                "prompts": self.data("prompts_ppo"), "held_out_text": self.data("corpus_held_out"),
-            }  # fmt: skip
-            if stage == "ppo_ptx" and c.ppo.ptx_coef:
-                own["pretraining_text"] = self.data("corpus")
-        elif stage == "evaluation":
-            own = {
-                **{f"models.{name}": path for name, path in self._compared().items()},
-                "reference": self.done("ppo_init")["last"], "reward_model": self._reward(),
-                "prompts": self.data("prompts_test"), "held_out_text": self.data("corpus_held_out"),
-                "demonstrations": self.data("demonstrations"),
-            }  # fmt: skip
-        # A model that is fetched by name is known by the sha256 that belongs to the name.
-        named = {name: path for name, path in own.items() if path not in pretrained.MODELS}
-        return {name: str(common.model_folder(path)) for name, path in named.items()}
-
-    def _own_data(self) -> dict[str, str]:
-        """Files and folders of the user's that the data stage reads, by their keys in the data group."""
-        data, found = self.config.data, {}
-        for key in [key for key in reads.DATA_PATHS if isinstance(data.get(key), str) and data[key]]:
-            path = common.model_folder(data[key]) if data[key] not in pretrained.MODELS else None
-            if path is not None and key == "data_dir":  # much else may lie there
-                found |= {f"{key}/{entry.name}": str(entry) for entry in prepare_data.entries(data)}
-            elif path is not None:
-                found[key] = str(path)
-        return found
-
-    def _demonstrations(self) -> dict[str, str]:
-        return {"demonstrations": self.data("demonstrations"), "validation": self.data("demonstrations_validation")}
-
-    def rankings(self) -> dict[str, str]:
-        """The rankings to train on (``training``) and to measure on: people's own, or those of the samples stage."""
-        own = {p.stem.removeprefix("rankings_"): str(p) for p in self.folder.glob("data/rankings*.jsonl")}
-        if own:
-            return {"training": own.pop("rankings"), **own}
-        folder = self.folder / "samples"
-        groups = {group: folder / group / "rankings.jsonl" for group in ("validation_train", "validation_heldout")}
-        return {"training": str(folder / "rankings.jsonl")} | {group: str(path) for group, path in groups.items()}
-
-    def _sampled(self) -> tuple[str, ...]:
-        trained = self.done("sft")
-        return tuple(dict.fromkeys((trained["lowest_loss"], trained["last"])))
-
-    def _reward(self) -> str:
-        return self.done("reward_model")["model"]
-
-    def _epoch(self, row: dict) -> str:
-        return str(self.folder / "sft" / f"epoch-{row['epoch']}")
-
-    def _compared(self) -> dict[str, str]:
-        models = {name: path for name, path in self.config.evaluate.models.items() if path}
-        return models | {
-            "base": self.config.base, "sft": self.done("baseline")["path"], "ppo": self.done("ppo")["ema"],
-            "ppo_ptx": self.done("ppo_ptx")["ema"],
-        }  # fmt: skip
-
     # -------------------------------------------------------------------------------------------- what the stages do
 
     def prepare(self, folder: str) -> dict:
@@ -214,15 +148,15 @@ class Pipeline:
 
     def sft(self, folder: str) -> dict:
         """The SFT model, every epoch of it."""
-        config = self._settings("sft", model=self.config.base, seed=self.config.seed, **self._demonstrations())
+        config = self._settings("sft", model=self.config.base, seed=self.config.seed, **self.paths.demonstrations())
         return sft.run(config, folder)
 
     def ppo_init(self, folder: str) -> dict:
         """The init of PPO: fewer epochs, 10% pretraining text."""
         config = self._settings(
-            "ppo_init", model=self.config.base, seed=self.config.seed, pretraining_text=self.data("corpus"),
-            **self._demonstrations(),
-        )  # fmt: skip
+            "ppo_init", model=self.config.base, seed=self.config.seed, **self.paths.demonstrations()
+        )
+        config.pretraining_text = self.data("corpus") if config.pretraining_fraction else ""
         return sft.run(config, folder)
 
     def samples(self, folder: str) -> dict:
@@ -231,9 +165,9 @@ class Pipeline:
         Nothing is sampled where the data hold rankings by people.
         """
         if not self.config.sample.labelers:
-            return self.rankings()
+            return self.paths.rankings()
         config = self._settings(
-            "samples", models=self._sampled(), prompts=self.data("prompts_ranking"), seed=self.config.seed
+            "samples", models=self.paths.sampled(), prompts=self.data("prompts_ranking"), seed=self.config.seed
         )
         counts = sample.run(config, folder)
         held = common.config_dict(config)
@@ -247,7 +181,7 @@ class Pipeline:
 
     def reward_model(self, folder: str) -> dict:
         """The reward model, from `reward_model.model` or, where that is empty, the last SFT checkpoint."""
-        rankings = self.rankings()
+        rankings = self.paths.rankings()
         config = self._settings(
             "reward_model", model=self.config.reward_model.model or self.done("sft")["last"], seed=self.config.seed,
             rankings=rankings["training"], demonstrations=self.data("demonstrations"),
@@ -269,14 +203,14 @@ class Pipeline:
         for name in reads.NOT_FOR_BASELINE & {*config}:
             del config[name]
         prompts = common.read_prompts(self.data("prompts_validation"))
-        reward = common.load_network(self._reward(), mesh, config.decoder)
+        reward = common.load_network(self.paths.reward_model(), mesh, config.decoder)
         judge = config_lib.resolve(config.gold) if config.gold else None
         epochs = []
         for row in self.done("sft")["epochs"]:
-            network = common.load_network(self._epoch(row), mesh, config.decoder)
+            network = common.load_network(self.paths.epoch(row), mesh, config.decoder)
             count = self.config.validation_samples
             said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, count, config, mesh)
-            epochs.append({**row, "path": self._epoch(row), **said.means()})
+            epochs.append({**row, "path": self.paths.epoch(row), **said.means()})
             print(f"baseline epoch {row['epoch']}: reward-model score {epochs[-1]['reward_score']:.3f}", flush=True)
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])
@@ -284,22 +218,22 @@ class Pipeline:
 
     def ppo(self, folder: str, *, ptx: bool) -> dict:
         """PPO, with or without the pretraining mix."""
-        filled = dict(
-            name="ppo_ptx" if ptx else "ppo", model=self.done("ppo_init")["last"], seed=self.config.seed,
-            reward_model=self._reward(), prompts=self.data("prompts_ppo"), pretraining_text=self.data("corpus"),
-            held_out_text=self.data("corpus_held_out"),
+        own = {"pretraining_text": self.data("corpus")} if ptx else {"pretraining_text": "", "ptx_coef": 0.0}
+        stage = "ppo_ptx" if ptx else "ppo"
+        config = self._settings(
+            stage, name=stage, model=self.done("ppo_init")["last"], seed=self.config.seed,
+            reward_model=self.paths.reward_model(), prompts=self.data("prompts_ppo"),
+            held_out_text=self.data("corpus_held_out"), **own,
         )  # fmt: skip
-        return ppo.run(
-            self._settings("ppo_ptx", **filled) if ptx else self._settings("ppo", **filled, ptx_coef=0.0), folder
-        )
+        return ppo.run(config, folder)
 
     def evaluation(self, folder: str) -> dict:
         """All models on the test prompts."""
         config = self._settings(
-            "evaluation", reward_model=self._reward(), prompts=self.data("prompts_test"),
+            "evaluation", reward_model=self.paths.reward_model(), prompts=self.data("prompts_test"),
             held_out_text=self.data("corpus_held_out"), reference=self.done("ppo_init")["last"],
         )  # fmt: skip
-        config.models.update(self._compared())
+        config.models.update(self.paths.compared())
         config.few_shot.demonstrations = self.data("demonstrations")
         return evaluate.run(config, folder)
 
@@ -354,50 +288,6 @@ class Pipeline:
 
 STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "peak_memory_mb", "config_changes")
 """What ``results.json`` says of each stage."""
-
-
-def agreement(rankings: Sequence[schema.Ranking]) -> float:
-    """How often two labelers of the group order a pair the same way, from prompts that two of them ranked."""
-    pairs: dict[str, list[tuple[int, ...]]] = {}
-    for ranking in rankings:
-        pairs.setdefault(str(ranking.id).rsplit("/", 1)[0], []).append(ranking.ranks)
-    both = [ranks for ranks in pairs.values() if len(ranks) == 2]
-    k = max(len(a) for a, _ in both)
-    fill = lambda ranks: list(ranks) + [-1] * (k - len(ranks))  # noqa: E731
-    first, second = (np.array([fill(ranks[i]) for ranks in both]) for i in (0, 1))
-    return quality.labeler_agreement(first, second).value
-
-
-MEASURED_ON = {"validation_train": "train_labelers", "validation_heldout": "heldout_labelers"}
-"""Sets of held-out rankings under the names of the results schema; people's own keep theirs (held_out_hh_rlhf)."""
-
-
-def reward_model_results(rewards: dict) -> dict:
-    """What the results say of the reward model: accuracy on each held-out set, the rest on the largest of them."""
-    sets = {name: found for name, found in rewards.items() if isinstance(found, dict) and "accuracy" in found}
-    # Of storyland's two, equally large, the held-out labelers' counts: it is the later one.
-    main = max(reversed(list(sets.values())), key=lambda found: found["prompts"])
-    agreed = {g: rewards[f"agreement_{g}"] for g in ("train", "heldout") if f"agreement_{g}" in rewards}
-    return {
-        "rm_accuracy": {MEASURED_ON.get(name, name): found["accuracy"] for name, found in sets.items()},
-        **({"labeler_agreement": agreed} if agreed else {}),
-        "calibration": calibration_points(main["calibration"]),
-        "length_only_accuracy": main["length_only_accuracy"],
-    }
-
-
-def calibration_points(calibration: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The calibration curve under the names of the results schema."""
-    return {key: calibration[key] for key in ("predicted", "observed", "count")}
-
-
-def headline(results: dict) -> str:
-    """The result in a few lines."""
-    judge = "the gold scorer" if "win_rate_vs_sft" in results else "the reward model"
-    lines = ["", f"Win rate against SFT by {judge} (95% interval):"]
-    for model, rate in results.get("win_rate_vs_sft", results["win_rate_vs_sft_by_reward_model"]).items():
-        lines.append(f"  {model:14} {rate['value']:.3f}  ({rate['low']:.3f} to {rate['high']:.3f})")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -750,7 +750,7 @@ def _main(
 
 
 def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stages: bool) -> bool:
-    """Stores the config of a new run, or compares it with the stored one; the stages of a pipeline compare their own."""
+    """Stores the config of a new run, or compares it with the stored one; a pipeline's stages compare their own."""
     if by_stages and (path / CONFIG_FILE).is_file():
         return False
     if flags.allow_config_change:

@@ -24,10 +24,10 @@ def departures(config: Mapping[str, Any]) -> list[dict[str, str]]:
     labelers = simulated if config["sample"]["labelers"] else people
     rows = [
         ("Policy", "1.3B, 6B and 175B parameters", "appendix C", str(config["base"]), small),
-        ("Demonstrations", "12,725", "table 6", _amount(data.demonstrations), small),
+        ("Demonstrations", "12,725", "table 6", _amount(data, "demonstrations"), small),
         ("SFT epochs", "16", "appendix C.1", str(s.epochs), "chosen among the epochs that fit, by reward-model score"),
         ("SFT dropout", "0.2", "appendix C.1", str(s.dropout), "a small model has little to spare"),
-        ("Prompts with rankings", "33,207", "table 6", _amount(data.ranking_prompts), small),
+        ("Prompts with rankings", "33,207", "table 6", _amount(data, "ranking_prompts"), small),
         ("Labelers", "about 40 people", "section 3.4", *labelers),
         ("Reward-model batch", "64 prompts", "appendix C.2", f"{r.batch_size} rows", "fewer prompts, enough steps"),
         ("Reward model size", "6B for every policy", "section 3.5", "the size of the policy", small),
@@ -57,6 +57,7 @@ def departures(config: Mapping[str, Any]) -> list[dict[str, str]]:
     return [dict(zip(keys, row, strict=True)) for row in rows if row[1] != row[3]]
 
 
-def _amount(value: Any) -> str:
-    """A number of records; where people's own files are read, the name of the file."""
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _amount(data: SimpleNamespace, name: str) -> str:
+    """How many records the config asks for; people's own files have as many as they have."""
+    value = getattr(data, name, None)
+    return f"{value:,}" if isinstance(value, int) else "those of one's own files"

@@ -1,12 +1,14 @@
-"""What each stage of the InstructGPT pipeline reads of the config, from which stages, and how much it computes.
+"""What each stage of the InstructGPT pipeline reads: its part of the config, its files and models, and from whom.
 
-All of it is a function of the config as plain data, so that a plan needs no model and no device. The pipeline itself is
+The config is plain data here, so that a plan needs no model and no device. The pipeline itself is
 ``experiments/instructgpt.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 Plain = Mapping[str, Any]
@@ -138,24 +140,150 @@ def needs(config: Plain) -> dict[str, tuple[str, ...]]:
     }
 
 
+# ---------------------------------------------------------------------------------------------------- files, models
+
+
+class Paths:
+    """Which file of one stage is the input of which other, in a run folder wherever that is.
+
+    Args:
+      folder: the run folder.
+      config: of the whole pipeline.
+      done: what a finished stage returned.
+      own_data: files of the user's that the data stage reads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Plain,
+        done: Callable[[str], Any],
+        own_data: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.folder, self._config, self._done, self._own_data = folder, config, done, own_data
+
+    def data(self, name: str) -> str:
+        """A file of the data stage."""
+        return str(self.folder / "data" / f"{name}.jsonl")
+
+    def demonstrations(self) -> dict[str, str]:
+        """The demonstrations to train on and to validate with."""
+        return {"demonstrations": self.data("demonstrations"), "validation": self.data("demonstrations_validation")}
+
+    def rankings(self) -> dict[str, str]:
+        """The rankings to train on (``training``) and to measure on: people's own, or those of the samples stage."""
+        own = {p.stem.removeprefix("rankings_"): str(p) for p in sorted(self.folder.glob("data/rankings*.jsonl"))}
+        if own:
+            return {"training": own.pop("rankings"), **own}
+        folder = self.folder / "samples"
+        groups = {group: folder / group / "rankings.jsonl" for group in ("validation_train", "validation_heldout")}
+        return {"training": str(folder / "rankings.jsonl")} | {group: str(path) for group, path in groups.items()}
+
+    def sampled(self) -> tuple[str, ...]:
+        """The SFT models whose responses are ranked: the one of the lowest loss, and the last."""
+        trained = self._done("sft")
+        return tuple(dict.fromkeys((trained["lowest_loss"], trained["last"])))
+
+    def epoch(self, row: Mapping[str, Any]) -> str:
+        """The model of an SFT epoch."""
+        return str(self.folder / "sft" / f"epoch-{row['epoch']}")
+
+    def reward_model(self) -> str:
+        """The reward model."""
+        return self._done("reward_model")["model"]
+
+    def compared(self) -> dict[str, str]:
+        """The models of the evaluation: those that the config names itself, and the pipeline's."""
+        own = {name: path for name, path in self._config["evaluate"]["models"].items() if path}
+        return own | {
+            "base": self._config["base"],
+            "sft": self._done("baseline")["path"],
+            "ppo": self._done("ppo")["ema"],
+            "ppo_ptx": self._done("ppo_ptx")["ema"],
+        }
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """The files and models that a stage reads, each under a name of its own; what it `needs` has to be done."""
+        read = {
+            "data": self._data_inputs,
+            "sft": lambda: self._supervised("sft"),
+            "ppo_init": lambda: self._supervised("ppo_init"),
+            "samples": self._sample_inputs,
+            "reward_model": self._ranking_inputs,
+            "baseline": self._baseline_inputs,
+            "ppo": self._ppo_inputs,
+            "ppo_ptx": self._ppo_ptx_inputs,
+            "evaluation": self._evaluation_inputs,
+        }
+        return read[stage]()
+
+    def _data_inputs(self) -> dict[str, str]:
+        return {f"data.{name}": path for name, path in self._own_data.items()}
+
+    def _supervised(self, stage: str) -> dict[str, str]:
+        group, found = self._config[stage], {"base": self._config["base"], **self.demonstrations()}
+        if group["pretraining_fraction"]:
+            own = self.data("corpus") if stage == "ppo_init" else group["pretraining_text"]
+            found["pretraining_text"] = own
+        return found
+
+    def _sample_inputs(self) -> dict[str, str]:
+        if not self._config["sample"]["labelers"]:
+            return self.rankings()
+        models = {f"model {Path(path).name}": path for path in self.sampled()}
+        return {**models, **{name: self.data(name) for name in ("prompts_ranking", "prompts_validation")}}
+
+    def _ranking_inputs(self) -> dict[str, str]:
+        model = self._config["reward_model"]["model"] or self._done("sft")["last"]
+        return {"model": model, "demonstrations": self.data("demonstrations"), **self.rankings()}
+
+    def _baseline_inputs(self) -> dict[str, str]:
+        found = {"prompts_validation": self.data("prompts_validation"), "reward_model": self.reward_model()}
+        found["losses"] = str(self.folder / "sft" / "sft.json")
+        return found | {f"epoch-{row['epoch']}": self.epoch(row) for row in self._done("sft")["epochs"]}
+
+    def _ppo_inputs(self) -> dict[str, str]:
+        return {
+            "model": self._done("ppo_init")["last"],
+            "reward_model": self.reward_model(),
+            "prompts": self.data("prompts_ppo"),
+            "held_out_text": self.data("corpus_held_out"),
+        }
+
+    def _ppo_ptx_inputs(self) -> dict[str, str]:
+        text = {"pretraining_text": self.data("corpus")} if self._config["ppo"]["ptx_coef"] else {}
+        return self._ppo_inputs() | text
+
+    def _evaluation_inputs(self) -> dict[str, str]:
+        models = {f"models.{name}": path for name, path in self.compared().items()}
+        return {
+            **models,
+            "reference": self._done("ppo_init")["last"],
+            "reward_model": self.reward_model(),
+            "prompts": self.data("prompts_test"),
+            "held_out_text": self.data("corpus_held_out"),
+            "demonstrations": self.data("demonstrations"),
+        }
+
+
 # ---------------------------------------------------------------------------------------------------------- how much
 
 _PACKED = 3
 """Demonstrations in a row of as many as fit, roughly."""
 
 
-def costs(config: Plain) -> dict[str, float]:
+def costs(config: Plain) -> dict[str, float | None]:
     """Thousands of tokens that each stage passes through a network, a training step counting three times.
 
     Only proportions matter: they share out the time that is left. Where the data are files of the user's, whose sizes
-    the config does not tell, all are 0, which stands for unknown.
+    the config does not tell, nothing is known. Making the data takes no network and little time.
     """
     data, ppo, evaluation, sample = (config[name] for name in ("data", "ppo", "evaluate", "sample"))
     try:
         demonstrations, rankings = int(data["demonstrations"]), int(data["ranking_prompts"])
         validation, test = int(data["validation_prompts"]), int(data["test_prompts"])
     except (KeyError, TypeError, ValueError):
-        return dict.fromkeys(VERSIONS, 0.0)
+        return dict.fromkeys(VERSIONS)
     models = len(config["evaluate"]["models"]) + 1
     slots = {name: config[name]["prompt_length"] + config[name]["max_new_tokens"] for name in ("sample", "ppo")}
     slots["evaluate"] = slots["sample"] - sample["max_new_tokens"] + evaluation["max_new_tokens"]
@@ -164,7 +292,7 @@ def costs(config: Plain) -> dict[str, float]:
     text = ppo["iterations"] * ppo["episodes"] * ppo["ptx_rows_per_episode"] * ppo["ptx_row_length"] * 3
     answers = evaluation["baseline_samples"] + evaluation["samples"] * (models - 1)
     tokens = {
-        "data": 5.0 * (demonstrations + rankings),
+        "data": 0.0,
         "sft": _supervised(config["sft"], demonstrations),
         "ppo_init": _supervised(config["ppo_init"], demonstrations),
         "samples": rankings * ranked * slots["sample"] if sample["labelers"] else 0.0,

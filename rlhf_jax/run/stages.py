@@ -34,7 +34,7 @@ class Stage:
       inputs: its files and models, asked for when all that it `needs` is done.
       named: what the user calls an input, where that is not its path: ``storyland:base_large``.
       version: of its algorithm, raised by hand when its numbers change.
-      cost: how much it computes, in a unit that all stages of the pipeline share; 0 where nobody knows.
+      cost: how much it computes, in a unit that all stages of the pipeline share; None where nobody knows.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Stage:
     inputs: Callable[[], Inputs] = dict
     named: Mapping[str, str] = dataclasses.field(default_factory=dict)
     version: int = 1
-    cost: float = 0.0
+    cost: float | None = None
 
 
 class Step(NamedTuple):
@@ -375,7 +375,9 @@ class Stages:
         strange = records.strangers(folder, record["outputs"])
         for line in step.why:
             self._say(f"stage {stage.name}: {line}")
-        self._tell_moved(records.set_aside(self.folder, stage.name, [*bad, *strange]))
+        # Of a damaged model folder all of it goes, so that the program sees that it is missing.
+        gone = dict.fromkeys([*(name.partition("/")[0] for name in bad), *strange])
+        self._tell_moved(records.set_aside(self.folder, stage.name, list(gone)))
         newest = records.newest_step(folder)
         if bad and newest is not None and not any(_is_log(name) for name in bad):
             self._say(f"stage {stage.name}: made again from its checkpoint of step {newest}")
@@ -435,7 +437,9 @@ class Stages:
                 return seen["seconds"] * scale
         done = [records.read(self.folder / name / records.DONE)[0] for name in self._stages]
         known = [(r["seconds"], r["cost"]) for r in done if r and r.get("cost") and r.get("seconds")]
-        if not stage.cost or not known:
+        if stage.cost == 0:
+            return 0.0
+        if stage.cost is None or not known:
             return None
         return stage.cost * sum(seconds for seconds, _ in known) / sum(cost for _, cost in known)
 

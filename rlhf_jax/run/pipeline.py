@@ -278,12 +278,17 @@ def costs(config: Plain) -> dict[str, float | None]:
     Only proportions matter: they share out the time that is left. Where the data are files of the user's, whose sizes
     the config does not tell, nothing is known. Making the data takes no network and little time.
     """
-    data, ppo, evaluation, sample = (config[name] for name in ("data", "ppo", "evaluate", "sample"))
     try:
-        demonstrations, rankings = int(data["demonstrations"]), int(data["ranking_prompts"])
-        validation, test = int(data["validation_prompts"]), int(data["test_prompts"])
-    except (KeyError, TypeError, ValueError):
+        tokens = _tokens(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return dict.fromkeys(VERSIONS)
+    return {name: round(count / 1000, 3) for name, count in tokens.items()}
+
+
+def _tokens(config: Plain) -> dict[str, float]:
+    data, ppo, evaluation, sample = (config[name] for name in ("data", "ppo", "evaluate", "sample"))
+    demonstrations, rankings = int(data["demonstrations"]), int(data["ranking_prompts"])
+    validation, test = int(data["validation_prompts"]), int(data["test_prompts"])
     models = len(config["evaluate"]["models"]) + 1
     slots = {name: config[name]["prompt_length"] + config[name]["max_new_tokens"] for name in ("sample", "ppo")}
     slots["evaluate"] = slots["sample"] - sample["max_new_tokens"] + evaluation["max_new_tokens"]
@@ -291,7 +296,7 @@ def costs(config: Plain) -> dict[str, float | None]:
     rollout = ppo["iterations"] * ppo["episodes"] * slots["ppo"]
     text = ppo["iterations"] * ppo["episodes"] * ppo["ptx_rows_per_episode"] * ppo["ptx_row_length"] * 3
     answers = evaluation["baseline_samples"] + evaluation["samples"] * (models - 1)
-    tokens = {
+    return {
         "data": 0.0,
         "sft": _supervised(config["sft"], demonstrations),
         "ppo_init": _supervised(config["ppo_init"], demonstrations),
@@ -302,7 +307,6 @@ def costs(config: Plain) -> dict[str, float | None]:
         "ppo_ptx": rollout * (4.0 + 6.0 * ppo["epochs"]) + text * (ppo["ptx_coef"] != 0),
         "evaluation": 2.0 * test * answers * slots["evaluate"],
     }
-    return {name: round(count / 1000, 3) for name, count in tokens.items()}
 
 
 def _supervised(group: Plain, demonstrations: int) -> float:

@@ -96,6 +96,7 @@ class Stages:
         self._measure, self._after, self._say = measure, after, say
         self._intact: set[str] = set()
         self._digests: dict[str, Any] = {}
+        self._records: dict[str, tuple[Any, tuple[dict[str, Any] | None, str]]] = {}
 
     # ------------------------------------------------------------------------------------------------ what is done
 
@@ -105,11 +106,23 @@ class Stages:
         Raises:
           ValueError: the stage is not done, or its record is damaged.
         """
-        record, trouble = records.read(self.folder / name / records.DONE)
+        record, trouble = self._read(name)
         if record is None:
             what = f"{records.DONE} {trouble}" if trouble else "it is not done"
             raise ValueError(f"stage {name} of {self._shown}: {what}; run it first")
         return record
+
+    def _read(self, name: str) -> tuple[dict[str, Any] | None, str]:
+        """A stage's record and what is wrong with it, read once while the file is the same."""
+        path = self.folder / name / records.DONE
+        try:
+            seen = path.lstat()
+        except OSError:
+            return records.read(path)
+        same = (seen.st_ino, seen.st_mtime_ns, seen.st_size)
+        if self._records.get(name, (None,))[0] != same:
+            self._records[name] = (same, records.read(path))
+        return self._records[name][1]
 
     def result(self, name: str) -> Any:
         """What a finished stage returned, its paths in this run folder, wherever that is now."""
@@ -136,7 +149,7 @@ class Stages:
         # What is repaired comes out as it was: that was a function of the same things.
         waiting = [n for n in stage.needs if n in before and before[n].action in ("run", "resume")]
         spread = any(before[name].changed for name in waiting)
-        record, trouble = records.read(folder / records.DONE)
+        record, trouble = self._read(stage.name)
         if record is not None:
             changes = self._changes(stage, record, waiting)
             if changes:
@@ -224,7 +237,7 @@ class Stages:
                 raise ValueError(f"{name}: {error}") from None
 
     def _is_done(self, name: str) -> bool:
-        return records.read(self.folder / name / records.DONE)[0] is not None
+        return self._read(name)[0] is not None
 
     # ------------------------------------------------------------------------------------------------------ the key
 
@@ -435,7 +448,7 @@ class Stages:
             if seen and seen.get("seconds"):
                 scale = stage.cost / seen["cost"] if stage.cost and seen.get("cost") else 1.0
                 return seen["seconds"] * scale
-        done = [records.read(self.folder / name / records.DONE)[0] for name in self._stages]
+        done = [self._read(name)[0] for name in self._stages]
         known = [(r["seconds"], r["cost"]) for r in done if r and r.get("cost") and r.get("seconds")]
         if stage.cost == 0:
             return 0.0

@@ -38,9 +38,11 @@ def pipeline(**stages: ConfigDict) -> ConfigDict:
     """The config of ``experiments/instructgpt.py``: a group for each of `STAGES`, and what they share.
 
     ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty: any), and of each SFT
-    epoch ``validation_samples`` answers to a validation prompt choose the baseline.
+    epoch ``validation_samples`` answers to a validation prompt choose the baseline. ``smoke`` says that the sizes are
+    too small for the numbers to mean anything.
     """
     shared = {"seed": 0, "base": "", "shapes": {"policy": {}, "reward_model": {}}, "validation_samples": 2}
+    shared["smoke"] = False
     return ConfigDict(shared | stages)
 
 

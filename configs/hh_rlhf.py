@@ -142,7 +142,7 @@ def cpu(config: ConfigDict) -> None:
 def smoke(config: ConfigDict) -> None:
     """A whole pipeline in a minute with storyland's small model, which knows no English but storyland's."""
     few(config, 96, 32)
-    config.base = "storyland:base_small"
+    config.base, config.smoke = "storyland:base_small", True
     config.data.update(
         demonstrations=16, ranking_prompts=16, ppo_prompts=16, validation_prompts=8, test_prompts=8,
         held_out_rankings=8, response_length=64, ranked_response_length=64, ranking_length=256, documents=64,

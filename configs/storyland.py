@@ -123,7 +123,7 @@ def smoke(config: ConfigDict) -> None:
     """A whole pipeline in under two minutes."""
     for stage in common.STAGES:
         globals()[f"smoke_{'sft' if stage == 'ppo_init' else stage}"](config[stage])
-    config.base = SMALL_BASE
+    config.base, config.smoke = SMALL_BASE, True
 
 
 def ppo_alone(config: ConfigDict) -> ConfigDict:

@@ -39,6 +39,7 @@ from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.models.vocabulary import with_texts_only
 from rlhf_jax.run import files
+from rlhf_jax.run import records as run_records
 from rlhf_jax.run.console import Progress
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
@@ -410,7 +411,8 @@ def train_resumable(
         done, kept = saved.newest_good() or 0, {}
         if done:
             state, kept = saved.restore(done, state)
-            guards.check_origin(kept, origin)
+            changes = guards.check_origin(kept, origin)
+            origin |= guards.changed_config(kept, changes, step=done, steps=steps)
         skips = guards.Skips(
             workdir, stage, records.path, limit=max_skipped, resume_step=done, counts=kept.get("skips")
         )
@@ -475,7 +477,8 @@ def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
 
     def made() -> Any:
         result = make()
-        files.write_json(path, result)
+        # Paths in the folder are written as names in it, so that it can be moved and copied.
+        files.write_json(path, run_records.relative(result, Path(path).parent)[0])
         return result
 
     return processes.on_first("result", made)

@@ -251,19 +251,22 @@ def origin(
     }
 
 
-def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Refuses to go on from a checkpoint of another run; with ``--allow_config_change`` it says what differs.
 
     Args:
       stored: the `extra` of the checkpoint.
       current: `origin` of what is about to go on.
 
+    Returns:
+      What differs and changes numbers, a line each; `changed_config` keeps them with the step.
+
     Raises:
       ValueError: data, tokenizer, reference or reward model are not the same, or a config key or a flag of JAX or XLA
         that changes numbers.
     """
     if "config" not in stored:
-        return  # a checkpoint of somebody's own loop
+        return []  # a checkpoint of somebody's own loop
     moved = {*current["data"], *current["models"]}  # these are compared by content, wherever they lie
     changes = [
         line for line in config_lib.diff(stored["config"], current["config"]) if line.partition(":")[0] not in moved
@@ -286,6 +289,35 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         notes.append("flags of JAX: those it was begun with are not known, its checkpoint is of an older version")
     if notes and jax.process_index() == 0:
         print(f"Note: the run goes on although it differs from its beginning: {'; '.join(notes)}", flush=True)
+    return changes
+
+
+def changed_config(
+    stored: Mapping[str, Any], changes: Sequence[str], *, step: int, steps: int
+) -> dict[str, list[dict[str, Any]]]:
+    """From which step on a run has gone on with something else, for the `extra` of its next checkpoints.
+
+    Args:
+      stored: the `extra` of the checkpoint.
+      changes: what `check_origin` returned.
+      step: steps done.
+      steps: of the whole run.
+
+    Returns:
+      ``{"config_changes": [{"from_step": 30, "changes": [..]}, ..]}``, or nothing when nothing was ever changed.
+
+    Raises:
+      ValueError: there are changes and no step is left that they could apply to.
+    """
+    if changes and step >= steps:
+        raise ValueError(
+            f"all {steps} steps were done with something else ({'; '.join(changes)}), so that no step is left for the "
+            "change: put it back, choose another workdir, or --overwrite (keeps the old run aside)"
+        )
+    history = [*stored.get("config_changes", [])]
+    if changes:
+        history.append({"from_step": step, "changes": list(changes)})
+    return {"config_changes": history} if history else {}
 
 
 def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

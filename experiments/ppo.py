@@ -93,7 +93,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
         state, done = setup.state, saved.newest_good() or 0
         if done:
             state, kept = saved.restore(done, state)
-            guards.check_origin(kept, made_of)
+            changes = guards.check_origin(kept, made_of)
+            made_of |= guards.changed_config(kept, changes, step=done, steps=config.iterations)
         skips = guards.Skips(
             folder, config.name, config.prompts, limit=config.guard.max_skipped, resume_step=done,
             counts=kept.get("skips"),

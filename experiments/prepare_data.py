@@ -17,6 +17,7 @@ file of another tool is converted, and ``--source`` is the name of its form (doc
 from __future__ import annotations
 
 import collections
+import contextvars
 import dataclasses
 import hashlib
 import sys
@@ -46,10 +47,27 @@ PTX_FIRST_DOCUMENT = 1_000_000
 """The pretraining mix comes from a part of the corpus stream that the base models have not seen."""
 
 
-def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes the files of `config.source` into `workdir` and returns how many records each holds."""
+_SHOW = contextvars.ContextVar("show the tables", default=True)
+
+
+def run(config: ConfigDict, workdir: str, *, show: bool = True) -> dict:
+    """Writes the files of `config.source` into `workdir` and returns how many records each holds.
+
+    The tables go to ``data_report.txt``; with `show` to the screen too.
+    """
     config_lib.require_one_of("source", config.source, tuple(SOURCES))
-    return SOURCES[config.source](config, Path(workdir))
+    shown = _SHOW.set(show)
+    try:
+        return SOURCES[config.source](config, Path(workdir))
+    finally:
+        _SHOW.reset(shown)
+
+
+def entries(config: ConfigDict) -> list[Path]:
+    """The files and folders of `config.data_dir` that `hh_rlhf` may read."""
+    root, named = Path(config.data_dir), ("hh_rlhf", "hh-rlhf", "oasst*", *sources.TEXT_FOLDERS)
+    patterns = (*named, *OASST_FILES, *TEXT_FILES, *(f"{subset}*" for subset in config.get("subsets", ())))
+    return sorted({entry for pattern in patterns for entry in root.glob(pattern)})
 
 
 # ------------------------------------------------------------------------------------------------------ storyland
@@ -368,7 +386,10 @@ def _report(folder: Path, lines: Sequence[str], *, before: Sequence[str] = ()) -
     text = "\n".join(lines).rstrip("\n") + "\n"
     with written(folder / "data_report.txt") as file:
         file.write("".join(f"{line}\n" for line in before) + text)
-    print(text, end="", flush=True)
+    if _SHOW.get():
+        print(text, end="", flush=True)
+    else:
+        print(f"The data are described in {folder / 'data_report.txt'}", flush=True)
 
 
 def _tables(

@@ -96,6 +96,7 @@ def check(config: ConfigDict) -> None:
 def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
     """What the stage is made of, for its checkpoints."""
     files = {key: config[key] for key in ("rankings", "demonstrations")}
+    files |= {f"evaluation.{name}": path for name, path in config.evaluation.items()}
     models = {"model": common.model_folder(config.model)}
     return guards.origin(config, files=files, models=models, tokenizer=base.tokenizer)
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments import common, contexts, guards, inputs, memory
 from rlhf_jax import config as config_lib
-from rlhf_jax import sharding
+from rlhf_jax import processes, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
@@ -63,13 +63,17 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "train", lower=LOWER, programs=partial(programs, setup, config), rows=config.batch_size,
         slots=config.row_length, microbatches=config.microbatches, parameters=common.size(network.params),
     ):  # fmt: skip
-        common.train_resumable(
+        state = common.train_resumable(
             setup.step, setup.state, setup.batches, setup.mesh, workdir=workdir, stage="sft",
             steps=epoch_steps * config.epochs, save_every=epoch_steps, seed=config.seed,
             show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, keep=config.keep,
             max_skipped=config.guard.max_skipped, origin=origin(config, network), records=setup.records,
             on_save=on_save,
         )  # fmt: skip
+    last = folder / f"epoch-{config.epochs}"
+    # Where it was lost after all was done, the last checkpoint holds it too; all processes have to agree on that.
+    if processes.on_first("last epoch", lambda: not last.exists()):
+        common.save_network(last, network._replace(params=trained.merged(state.params)))
     return common.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
 
 

@@ -654,6 +654,7 @@ def _stored_config(path: Path) -> dict[str, Any]:
 def main(
     run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = "",
     dry_run: Callable[[ConfigDict], Any] | None = None, check: Callable[[ConfigDict], Any] | None = None,
+    plan: Callable[..., Any] | None = None,
 ) -> None:  # fmt: skip
     """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
 
@@ -673,6 +674,8 @@ def main(
       one_process: for a program that cannot run as several processes: what to do instead of ``--distributed``.
       dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
       check: called with the config before the run folder is touched, so that what it refuses changes nothing there.
+      plan: of a pipeline, which answers a changed config stage by stage, so that it is not refused here:
+        ``(config, workdir, overwrite=...)``, called instead of `run` when ``--dry_run`` is given.
     """
     output.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -681,7 +684,7 @@ def main(
     several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
     with _signals(several=several):
         try:
-            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run, check)
+            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run, check, plan)
         except Exception as error:
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
@@ -701,6 +704,7 @@ def _main(
     run: Run, config_default: str, workdir_default: str, argv: list[str], given: list[str] | None = None,
     one_process: str = "", dry_run: Callable[[ConfigDict], Any] | None = None,
     check: Callable[[ConfigDict], Any] | None = None,
+    plan: Callable[..., Any] | None = None,
 ) -> int:  # fmt: skip
     fresh, path, lock = False, None, None
     secrets = [] if given is None else given
@@ -719,14 +723,14 @@ def _main(
         path = files.local_path("--workdir", flags.workdir)
         _agree_on_command(flags, config)
         if flags.dry_run:
-            _run_dry(dry_run, config)
+            _run_dry(dry_run, config) if plan is None else _show_plan(plan, config, flags)
             return 0
         if check is not None:
             with _another_programs_config(flags.config):
                 check(config)
         if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
-            fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
+            fresh = _enter(path, config, flags, by_stages=plan is not None)
         _share_workdir(path, fresh)
         with allow_change(flags.allow_config_change), _another_programs_config(flags.config):
             run(config, str(path))
@@ -779,6 +783,33 @@ def _another_programs_config(path: str) -> Iterator[None]:
         raise ValueError(
             f"config {path} has {known}: it is the config of another program, or of another version"
         ) from error
+
+
+def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stages: bool) -> bool:
+    """Stores the config of a new run, or compares it with the stored one; a pipeline's stages compare their own."""
+    if by_stages and (path / CONFIG_FILE).is_file():
+        return False
+    if flags.allow_config_change:
+        _require_checkpoint(path, config)
+    return prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
+
+
+def _show_plan(plan: Callable[..., Any], config: ConfigDict, flags: argparse.Namespace) -> None:
+    _refuse_foreign(Path(flags.workdir))
+    with allow_change(flags.allow_config_change):
+        plan(config, flags.workdir, overwrite=flags.overwrite)
+
+
+def _require_checkpoint(path: Path, config: ConfigDict) -> None:
+    """Refuses to go on with another config where there is no step to go on from: outputs would be written over."""
+    if not (path / CONFIG_FILE).is_file() or next(path.glob("checkpoints/manifests/*.json"), None) is not None:
+        return
+    changes = changing_numbers(diff(_stored_config(path / CONFIG_FILE), json.loads(to_json(config))))
+    if changes:
+        raise ValueError(
+            f"{path} holds a run with another config ({'; '.join(changes[:20])}) and no checkpoint to go on from: "
+            "choose another workdir, or --overwrite (keeps the old run aside)"
+        )
 
 
 def _run_dry(dry_run: Callable[[ConfigDict], Any] | None, config: ConfigDict) -> None:
@@ -988,7 +1019,11 @@ def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[
         "--heartbeat_timeout", type=int, default=processes.HEARTBEAT_SECONDS, metavar="SECONDS",
         help="silence after which a process is taken for dead and the others end",
     )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", help="compile every phase, print its memory, do nothing else")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="compile every phase, print its memory, do nothing else; of a pipeline: print the plan of its stages",
+    )
     flags, rest = parser.parse_known_args(argv)
     for name in ("config", "workdir"):
         if not getattr(flags, name):

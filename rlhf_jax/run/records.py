@@ -1,0 +1,315 @@
+"""What is known of a finished stage: the key of what it was made from, and sha256 and size of everything it wrote.
+
+A stage lives in ``<run>/<name>/``. ``done.json`` in it is its record, written last. A stage that was begun and has not
+ended has ``begun.json`` instead. All paths in a record are relative to the run folder, so that the folder can be moved
+and copied: a path is made again from where the record is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.run import files
+
+DONE = "done.json"
+BEGUN = "begun.json"
+CHECKPOINTS = "checkpoints"
+ASIDE = "aside"
+"""Folder of a run that holds the outputs of before, each in the folder of the moment in which it was moved there."""
+
+FORMAT = 1
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+def relative(value: Any, root: Path) -> tuple[Any, list[list[str | int]]]:
+    """JSON data whose paths below `root` are relative to it, and where in the data those are.
+
+    A path is a text that begins with `root` itself, as a stage that was handed a folder below it returns it.
+
+    >>> relative({"model": "/run/sft/epoch-1", "loss": 0.5}, Path("/run"))
+    ({'model': 'sft/epoch-1', 'loss': 0.5}, [['model']])
+
+    Args:
+      value: JSON data.
+      root: an absolute folder.
+
+    Returns:
+      The data, and the keys and indices that lead to each relative path.
+    """
+    places: list[list[str | int]] = []
+
+    def walk(node: Any, place: list[str | int]) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(item, [*place, key]) for key, item in node.items()}
+        if isinstance(node, list | tuple):
+            return [walk(item, [*place, index]) for index, item in enumerate(node)]
+        if isinstance(node, str) and node.startswith(f"{root}{os.sep}"):
+            places.append(place)
+            return Path(node).relative_to(root).as_posix()
+        return node
+
+    return walk(value, []), places
+
+
+def absolute(value: Any, places: Sequence[Sequence[str | int]], root: Path) -> Any:
+    """What `relative` was given, for a run folder that is now `root`.
+
+    >>> absolute({"model": "sft/epoch-1"}, [["model"]], Path("/moved"))
+    {'model': '/moved/sft/epoch-1'}
+
+    Raises:
+      ValueError: a place leads nowhere, or its path leads out of the run folder.
+    """
+    value = json.loads(json.dumps(value))
+    for place in places:
+        node = value
+        for step in place[:-1]:
+            node = node[step]
+        name = Path(node[place[-1]])
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(f"the path {name} leads out of the run folder")
+        node[place[-1]] = str(root / name)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------- outputs
+
+
+def names(folder: Path) -> dict[str, Path]:
+    """Every file and link of a stage's folder by its name in it, but for checkpoints, which have their own seals.
+
+    The records themselves and temporary files that a kill left behind are no outputs.
+    """
+    found: dict[str, Path] = {}
+    for root, folders, entries in os.walk(folder):
+        here = Path(root)
+        links = [name for name in folders if (here / name).is_symlink()]
+        if here == folder:
+            folders[:] = [name for name in folders if name != CHECKPOINTS]
+            entries = [name for name in entries if name not in (DONE, BEGUN)]
+        for name in [*entries, *links]:
+            if not (name.startswith(".") and name.endswith(".tmp")):
+                found[(here / name).relative_to(folder).as_posix()] = here / name
+    return dict(sorted(found.items()))
+
+
+def outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of everything a stage wrote, by its name in the stage's folder.
+
+    Raises:
+      OSError: one of them is a link; what it leads to may change or go at any time.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, path in names(folder).items():
+        found[name] = files.contents(path)[""]
+    return found
+
+
+def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What is wrong with the outputs of a stage: name -> ``it is missing``, ``it is empty``, ..; sizes are seen first.
+
+    Args:
+      folder: of the stage.
+      recorded: what `outputs` returned when the stage had ended.
+    """
+    found = names(folder)
+    bad = {name: trouble for name, entry in recorded.items() if (trouble := _trouble(found.get(name), entry))}
+    if bad:
+        return bad  # it is made again in any case: no need to read the rest
+    changed = [name for name, entry in recorded.items() if files.sha256(found[name]) != entry["sha256"]]
+    return dict.fromkeys(changed, "its bytes have changed")
+
+
+def _trouble(path: Path | None, entry: Mapping[str, Any]) -> str:
+    if path is None or not os.path.lexists(path):
+        return "it is missing"
+    if path.is_symlink() or not path.is_file():
+        return "a link is in its place" if path.is_symlink() else "something else is in its place"
+    size = path.stat().st_size
+    if size == entry["bytes"]:
+        return ""
+    return f"it has {size:,} bytes and had {entry['bytes']:,}" if size else "it is empty"
+
+
+def strangers(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
+    """Names of files in a stage's folder that the stage did not write.
+
+    One more file in a model folder, or one more table of rankings, would be read by the next stage.
+    """
+    return [name for name in names(folder) if name not in recorded]
+
+
+def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path | None:
+    """Moves a stage's folder, or some of its files, to ``<run>/aside/<time>/<stage>``; nothing is deleted.
+
+    Args:
+      run: the run folder.
+      stage: the stage's name.
+      only: names in its folder; None moves all of it.
+
+    Returns:
+      Where they are now; None when there was nothing to move.
+    """
+    folder = run / stage
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if not os.path.lexists(folder) or empty or (only is not None and not only):
+        return None
+    place = _free(run / ASIDE / time.strftime("%Y%m%d-%H%M%S"), stage)
+    for name in [None] if only is None else only:
+        source, target = (folder, place) if name is None else (folder / name, place / name)
+        if os.path.lexists(source):
+            files.make_folder(target.parent)
+            source.rename(target)
+            files.sync(target.parent)
+            files.sync(source.parent)
+    return place
+
+
+def _free(place: Path, stage: str) -> Path:
+    """A folder for `stage` below `place` that is not there yet; two moves may come within one second."""
+    attempt, number = place / stage, 1
+    while os.path.lexists(attempt):
+        number += 1
+        attempt = place.with_name(f"{place.name}-{number}") / stage
+    return attempt
+
+
+# ------------------------------------------------------------------------------------------------------------ inputs
+
+_NO_INPUT = re.compile(r"readme.*|license.*|licence.*|notice.*|.*\.md", re.IGNORECASE)
+"""Files of a folder that say something to people and nothing to a program."""
+
+
+def digest(path: Path) -> str | dict[str, str]:
+    """sha256 of a file, or of each file of a folder by its name in it; links to files are followed.
+
+    Of a model folder (it has a ``config.json``) only the files in the folder itself count and its chat templates,
+    because nothing else is read.
+
+    Raises:
+      ValueError: nothing is there, or something that is neither a file nor a folder.
+    """
+    if path.is_file():
+        return files.sha256(path)
+    if not path.is_dir():
+        what = "is not a plain file" if path.exists() else "is not there"
+        raise ValueError(f"{path} {what}: put the file or folder there, or correct the path")
+    model = (path / "config.json").is_file()
+    found = path.iterdir() if model else path.rglob("*")
+    listed = [*found, *(path.glob("*chat_templates/*") if model else ())]
+    return {
+        name: files.sha256(file)
+        for file in sorted(listed)
+        if file.is_file() and is_input(name := file.relative_to(path).as_posix())
+    }
+
+
+def is_input(name: str) -> bool:
+    """Whether a file of a folder can change what a program does: not hidden, no README, no licence.
+
+    >>> [is_input(name) for name in ("model.safetensors", "README.md", ".cache/x", "LICENSE")]
+    [True, False, False, False]
+    """
+    parts = name.split("/")
+    return not any(part.startswith(".") for part in parts) and not _NO_INPUT.fullmatch(parts[-1])
+
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def functions(config: Any, known: Sequence[str] = ("rlhf_jax", "experiments", "configs")) -> dict[str, str]:
+    """sha256 of the source of each module that the config names as ``module:function``, but for our own packages.
+
+    A loss of one's own is a part of the algorithm as a number of the config is. What the module imports is not looked
+    at.
+
+    Args:
+      config: plain data.
+      known: packages whose changes the versions of the stages speak for.
+    """
+    found: dict[str, str] = {}
+    for text in _texts(config):
+        module = text.partition(":")[0]
+        if _FUNCTION.fullmatch(text) and module.partition(".")[0] not in known:
+            source = _source(module)
+            if source:
+                found[module] = files.sha256(source)
+    return dict(sorted(found.items()))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _source(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    return origin if origin is not None and origin.suffix == ".py" and origin.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------------- writing, reading
+
+
+def write(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a record with the sha256 of itself, as the very last thing of a stage; returns what was written."""
+    plain = json.loads(json.dumps({"format": FORMAT, **record}))
+    plain["sha256"] = files.json_digest(plain)
+    files.write_json(path, plain)
+    return plain
+
+
+def read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A record, or None and what is wrong with it; ``(None, "")`` where there is none."""
+    try:
+        record = files.read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError("it holds no object")
+        stored = record.pop("sha256", None)
+    except FileNotFoundError:
+        # A link that leads nowhere is there and is no record.
+        return None, "is a link that leads nowhere" if os.path.islink(path) else ""
+    except (ValueError, OSError, RecursionError) as error:
+        return None, f"is damaged ({str(error)[:120]})"
+    if stored is None and "outputs" not in record and "key" not in record:
+        return None, "is of an earlier version, which did not note what it had written"
+    if stored != files.json_digest(record):
+        return None, "is damaged (it is not what was written)"
+    if record.get("format") != FORMAT:
+        return None, f"has the format {record.get('format')} and this version reads {FORMAT}"
+    return record, ""
+
+
+def newest_step(folder: Path) -> int | None:
+    """The newest sealed checkpoint of a stage, None where there is none; its files are checked when it is read."""
+    root = folder / CHECKPOINTS
+    steps = [int(p.stem) for p in root.glob("manifests/*.json") if p.stem.isdigit() and (root / p.stem).is_dir()]
+    return max(steps, default=None)
+
+
+def config_changes(folder: Path) -> list[Any]:
+    """From which step on a stage went on with another config, as its newest checkpoint tells."""
+    step = newest_step(folder)
+    if step is None:
+        return []
+    try:
+        return list(files.read_json(folder / CHECKPOINTS / "manifests" / f"{step}.json")["extra"]["config_changes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,79 @@
+"""What the run folder of a finished pipeline gives for ``results.json`` and the report: curves, samples, versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax import metrics
+
+PPO_CURVES = {
+    "rollout/score": "score",
+    "rollout/kl_nats_per_sequence": "kl",
+    "rollout/response_tokens": "response_tokens",
+    "gold_score": "gold_score",
+    "held_out_loss": "pretraining_loss",
+}
+"""Names in the log of PPO -> names in the report."""
+SFT_CURVES = {
+    "epoch": "epoch",
+    "validation_loss": "validation_loss",
+    "reward_score": "score",
+    "gold_score": "gold_score",
+}
+
+
+def history(folder: Path, stages: Sequence[str], epochs: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+    """The curves of the report: each iteration of the PPO `stages`, and each SFT epoch.
+
+    Args:
+      folder: the run folder.
+      stages: names of PPO stages.
+      epochs: of the SFT stage, with the scores of the baseline stage.
+    """
+    curves: dict[str, list[dict]] = {}
+    for stage in stages:
+        rows = metrics.read(folder / stage / metrics.FILE)
+        curves[stage] = [{"iteration": row["step"]} | _renamed(row, PPO_CURVES) for row in rows]
+    return curves | {"sft": [_renamed(row, SFT_CURVES) for row in epochs]}
+
+
+def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {short: row[long] for long, short in names.items() if long in row}
+
+
+def samples(file: Path, count: int = 12) -> list[dict]:
+    """The responses of all models to the first prompts of an evaluation's ``samples.jsonl``."""
+    by_prompt: dict[str, dict] = {}
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
+        row = json.loads(line)
+        entry = by_prompt.setdefault(row["prompt"], {"prompt": row["prompt"], "responses": {}})
+        entry["responses"][row["model"]] = {"text": row["response"], "gold_score": row.get("gold_score")}
+    return list(by_prompt.values())[:count]
+
+
+def log_rows(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage's log, each with the stage's name; none where it kept no log."""
+    file = folder / stage / metrics.FILE
+    return [{**row, "stage": stage} for row in metrics.read(file)] if file.is_file() else []
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, libraries, device."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "rlhf_jax")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"python": platform.python_version(), **found, "device": device, "machine": platform.machine()}

@@ -1,0 +1,503 @@
+"""The stages of a pipeline: each is a function of its config and its inputs, and is done when its outputs say so.
+
+The key of a stage is a sha256 of what it reads: its part of the config, the content of its input files and models, the
+source of functions of the user's own that the config names, and the version of its algorithm. At each start `Stages`
+compares keys and outputs with the records of the run folder, says which stages are kept and which run and why, and
+computes only those. What was there before is set aside and never overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_jax.config import diff
+from rlhf_jax.run import files, records
+
+Inputs = Mapping[str, str]
+"""Name of an input (a key of the config, say) -> path of a file or of a folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage and everything that it reads.
+
+    Attributes:
+      name: of the stage and of its folder.
+      work: computes in the folder it is handed, and returns JSON data.
+      config: the part of the config that it reads, as plain data under the config's own names.
+      needs: names of the stages whose outputs it reads.
+      inputs: its files and models, asked for when all that it `needs` is done.
+      named: what the user calls an input, where that is not its path: ``storyland:base_large``.
+      version: of its algorithm, raised by hand when its numbers change.
+      cost: how much it computes, in a unit that all stages of the pipeline share; None where nobody knows.
+    """
+
+    name: str
+    work: Callable[[str], Any]
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    inputs: Callable[[], Inputs] = dict
+    named: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    version: int = 1
+    cost: float | None = None
+
+
+class Step(NamedTuple):
+    """What is to be done with a stage."""
+
+    stage: str
+    action: str
+    """``keep``, ``run`` (from its beginning), ``resume`` (from a checkpoint), or ``repair`` (some outputs)."""
+    why: tuple[str, ...] = ()
+    changed: bool = False
+    """Whether its config, inputs or version are others than before."""
+
+
+class Measure(NamedTuple):
+    """What a stage cost this process, beside its seconds."""
+
+    compile_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+class Stages:
+    """The stages of one run folder, in the order in which they run.
+
+    Args:
+      folder: the run folder.
+      stages: each after those that it needs.
+      harmless: last parts of config keys that change no number, and so no key of a stage.
+      allow_change: whether a stage that is half done may go on with another config or other data.
+      measure: what this process has compiled and held so far.
+      after: called after each stage that ran.
+      say: prints a line.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        stages: Sequence[Stage],
+        *,
+        harmless: Iterable[str] = (),
+        allow_change: bool = False,
+        measure: Callable[[], Measure] = Measure,
+        after: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ):
+        self.folder = Path(folder).absolute()
+        self._shown = str(folder)
+        self._stages = {stage.name: stage for stage in stages}
+        self._harmless, self._allow = frozenset(harmless), allow_change
+        self._measure, self._after, self._say = measure, after, say
+        self._intact: set[str] = set()
+        self._digests: dict[str, Any] = {}
+        self._records: dict[str, tuple[Any, tuple[dict[str, Any] | None, str]]] = {}
+
+    # ------------------------------------------------------------------------------------------------ what is done
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of a finished stage.
+
+        Raises:
+          ValueError: the stage is not done, or its record is damaged.
+        """
+        record, trouble = self._read(name)
+        if record is None:
+            what = f"{records.DONE} {trouble}" if trouble else "it is not done"
+            raise ValueError(f"stage {name} of {self._shown}: {what}; run it first")
+        return record
+
+    def _read(self, name: str) -> tuple[dict[str, Any] | None, str]:
+        """A stage's record and what is wrong with it, read once while the file is the same."""
+        path = self.folder / name / records.DONE
+        try:
+            seen = path.lstat()
+        except OSError:
+            return records.read(path)
+        same = (seen.st_ino, seen.st_mtime_ns, seen.st_size)
+        if self._records.get(name, (None,))[0] != same:
+            self._records[name] = (same, records.read(path))
+        return self._records[name][1]
+
+    def result(self, name: str) -> Any:
+        """What a finished stage returned, its paths in this run folder, wherever that is now."""
+        record = self.record(name)
+        return records.absolute(record["result"], record["paths"], self.folder)
+
+    # ----------------------------------------------------------------------------------------------------- planning
+
+    def plan(self) -> list[Step]:
+        """What is to be done with each stage; nothing is computed and nothing is written.
+
+        Raises:
+          ValueError: a stage that is half done was begun with something else, and that is not allowed; or an input of
+            a stage that has to run is not there.
+        """
+        steps: dict[str, Step] = {}
+        for stage in self._stages.values():
+            steps[stage.name] = self._decide(stage, steps)
+        return list(steps.values())
+
+    def _decide(self, stage: Stage, before: Mapping[str, Step]) -> Step:
+        """What is to be done with `stage`, when `before` is still to be done with the stages before it."""
+        folder = self.folder / stage.name
+        # What is repaired comes out as it was: that was a function of the same things.
+        waiting = [n for n in stage.needs if n in before and before[n].action in ("run", "resume")]
+        spread = any(before[name].changed for name in waiting)
+        record, trouble = self._read(stage.name)
+        if record is not None:
+            changes = self._changes(stage, record, waiting)
+            if changes:
+                self._require_inputs(stage, waiting)
+                return Step(stage.name, "run", tuple(changes), changed=len(changes) > len(waiting) or spread)
+            if stage.name not in self._intact:
+                bad = records.damage(folder, record["outputs"])
+                if bad:
+                    return Step(stage.name, "repair", _told(bad))
+                strange = records.strangers(folder, record["outputs"])
+                if strange:
+                    return Step(stage.name, "repair", _told(dict.fromkeys(strange, "this stage did not write it")))
+                self._intact.add(stage.name)
+            return Step(stage.name, "keep", self._gone(stage))
+        self._require_inputs(stage, waiting)
+        if trouble:
+            return Step(stage.name, "run", (f"{records.DONE} {trouble}",))
+        step = records.newest_step(folder)
+        if step is None:
+            return Step(stage.name, "run", ("not done yet",))
+        return self._half_done(stage, step, waiting, spread)
+
+    def _gone(self, stage: Stage) -> tuple[str, ...]:
+        """A word on the user's files that are not there any more; what was made of them is still what it was."""
+        missing = [(n, p) for n, p in stage.inputs().items() if not self._owner(p) and not Path(p).exists()]
+        return tuple(f"its input {name} ({path}) is not there any more" for name, path in missing)
+
+    def _half_done(self, stage: Stage, step: int, waiting: Sequence[str], spread: bool) -> Step:
+        """A stage with a checkpoint and no record of its end goes on, if it is the same stage."""
+        begun, _ = records.read(self.folder / stage.name / records.BEGUN)
+        changes = [] if begun is None else self._changes(stage, begun, waiting)
+        if waiting and not spread:  # what they will write is most likely what they wrote: looked at again then
+            changes = [line for line in changes if not line.startswith("reads ")]
+        if changes and not self._allow:
+            raise ValueError(
+                f"stage {stage.name} is half done (checkpoint of step {step}) and was begun with something else "
+                f"({'; '.join(changes)}): put it back, choose another workdir, or --allow_config_change to go on from "
+                f"that step; to begin the stage anew move {self._shown}/{stage.name} away"
+            )
+        why = [f"goes on from its checkpoint of step {step}"]
+        if changes:
+            why.append(f"with something else from there on: {'; '.join(changes)}")
+        return Step(stage.name, "resume", tuple(why), changed=bool(changes))
+
+    def _changes(self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str] = ()) -> list[str]:
+        """What a stage was made from and what it would be made from now, where they differ, a line for each.
+
+        Args:
+          stage: as it is now.
+          record: as it was.
+          waiting: stages that it reads and that run first, so that their outputs are not known.
+        """
+        changes = [f"config.{line}" for line in diff(record["config"], self._config(stage))]
+        changes = [line.replace(": ", " ", 1) for line in changes]
+        if record["version"] != stage.version:
+            changes.append(f"version of the algorithm {record['version']} -> {stage.version}")
+        now = records.functions(stage.config)
+        changes += [f"the source of {name} has changed" for name in now if record["functions"].get(name) != now[name]]
+        if waiting:
+            return [*changes, *(f"reads {name}" for name in waiting)]
+        return changes + self._changed_inputs(stage, record["inputs"])
+
+    def _changed_inputs(self, stage: Stage, before: Mapping[str, Any]) -> list[str]:
+        changes = []
+        now = stage.inputs()
+        for name in sorted({*before, *now}):
+            if name not in now or name not in before:
+                changes.append(f"{name} is {'new' if name in now else 'not read any more'}")
+                continue
+            content = self._digest(now[name], missing=before[name]["sha256"])
+            if content != before[name]["sha256"]:
+                owner = self._owner(now[name])
+                which = f"{owner} wrote another {name}" if owner else f"the content of {name} ({now[name]}) has changed"
+                changes.append(which)
+        return changes
+
+    def _require_inputs(self, stage: Stage, waiting: Sequence[str]) -> None:
+        """Refuses a stage that has to run and misses a file, before the stages ahead of it are computed."""
+        if waiting or not all(self._is_done(name) for name in stage.needs):
+            return
+        for name, path in stage.inputs().items():
+            try:
+                self._digest(path)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    def _is_done(self, name: str) -> bool:
+        return self._read(name)[0] is not None
+
+    # ------------------------------------------------------------------------------------------------------ the key
+
+    def _config(self, stage: Stage) -> dict[str, Any]:
+        return without(json.loads(json.dumps(stage.config)), self._harmless)
+
+    def parts(self, stage: Stage) -> dict[str, Any]:
+        """What the key of a stage is made of."""
+        paths = stage.inputs()
+        inputs = {
+            name: {
+                "path": stage.named.get(name) or records.relative(path, self.folder)[0],
+                "sha256": self._digest(path),
+            }
+            for name, path in sorted(paths.items())
+        }
+        return {
+            "config": self._config(stage),
+            "inputs": inputs,
+            "functions": records.functions(stage.config),
+            "version": stage.version,
+        }
+
+    def _digest(self, path: str, *, missing: Any = None) -> Any:
+        """The content of an input: of a stage's output what its record says, of other files what is in them.
+
+        Args:
+          path: a file or a folder.
+          missing: taken for the content of a file of the user's that is gone; None refuses it.
+        """
+        owner = self._owner(path)
+        if owner:
+            return self._recorded(owner, Path(path).relative_to(self.folder / owner).as_posix())
+        if path not in self._digests:
+            if missing is not None and not Path(path).exists():
+                return missing  # what was made of it is still what it was
+            self._digests[path] = records.digest(Path(path))
+        return self._digests[path]
+
+    def _owner(self, path: str) -> str:
+        """The stage that wrote a path; empty for files from outside of the run folder."""
+        inside = Path(path).is_relative_to(self.folder)
+        name = Path(path).relative_to(self.folder).parts[0] if inside else ""
+        return name if name in self._stages else ""
+
+    def _recorded(self, owner: str, name: str) -> Any:
+        written = self.record(owner)["outputs"]
+        if name in written:
+            return written[name]["sha256"]
+        inside = {
+            other.removeprefix(f"{name}/"): entry["sha256"]
+            for other, entry in written.items()
+            if other.startswith(f"{name}/") and records.is_input(other)
+        }
+        if not inside:
+            raise ValueError(f"stage {owner} of {self._shown} wrote no {name}, which a later stage reads")
+        return inside
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def run(self, steps: Sequence[Step] | None = None) -> None:
+        """Says what is to be done, and does it; `steps` is a plan that was just made."""
+        steps = self.plan() if steps is None else steps
+        self._say(describe(steps, self._shown))
+        self._clear_digests()
+        for step in steps:
+            self.stage(step.stage, planned=step)
+
+    def _clear_digests(self) -> None:
+        """A user's file may change between the plan and its use: it is read again for each stage."""
+        self._digests.clear()
+
+    def stage(self, name: str, work: Callable[[str], Any] | None = None, *, planned: Step | None = None) -> Any:
+        """Does with one stage what is to be done, all stages that it needs being done; returns its result.
+
+        Args:
+          name: of the stage.
+          work: instead of the stage's own; it must compute the same.
+          planned: what was said of it before.
+        """
+        stage = self._stages[name]
+        if work is not None:
+            stage = dataclasses.replace(stage, work=work)
+        step = self._decide(stage, {})
+        if step.action == "keep":
+            if planned is not None and planned.action != "keep":
+                self._say(f"== {self._place(name)}  kept: what it reads has come out as it was")
+            return self.result(name)
+        self._say(f"== {self._place(name)}{self._left(name)}")
+        if step.action == "repair":
+            self._repair(stage, step)
+        else:
+            self._compute(stage, step)
+        self._after()
+        return self.result(name)
+
+    def _compute(self, stage: Stage, step: Step) -> None:
+        folder = self.folder / stage.name
+        parts = self.parts(stage)
+        if step.action == "run":
+            begun, _ = records.read(folder / records.BEGUN)
+            same = begun is not None and begun["key"] == self._key(parts) and not (folder / records.DONE).exists()
+            if not same:
+                self._tell_moved(records.set_aside(self.folder, stage.name))
+        files.make_folder(folder)
+        records.write(folder / records.BEGUN, {"key": self._key(parts), **parts})
+        begin, before = time.monotonic(), self._measure()
+        result, places = records.relative(_plain(stage.work(str(folder))), self.folder)
+        self._require_unchanged(stage, parts)
+        after = self._measure()
+        files.sync_tree(folder)
+        record = {
+            "stage": stage.name,
+            "key": self._key(parts),
+            **parts,
+            "result": result,
+            "paths": places,
+            "outputs": records.outputs(folder),
+            "seconds": round(time.monotonic() - begin, 2),
+            "compile_seconds": round(after.compile_seconds - before.compile_seconds, 2),
+            "peak_memory_mb": round(after.peak_memory_mb),
+            "cost": stage.cost,
+        }
+        changes = records.config_changes(folder)
+        records.write(folder / records.DONE, record | ({"config_changes": changes} if changes else {}))
+        files.remove(folder / records.BEGUN)
+        self._intact.add(stage.name)
+
+    def _key(self, parts: Mapping[str, Any]) -> str:
+        """Relations, not locations: an input counts by its name and content, wherever it lies."""
+        inputs = {name: entry["sha256"] for name, entry in parts["inputs"].items()}
+        return files.json_digest({**parts, "inputs": inputs})
+
+    def _require_unchanged(self, stage: Stage, parts: Mapping[str, Any]) -> None:
+        """Refuses to call a stage done whose input was changed while it ran: its key would be of another file."""
+        self._clear_digests()
+        for name, path in stage.inputs().items():
+            if not self._owner(path) and self._digest(path) != parts["inputs"][name]["sha256"]:
+                raise ValueError(
+                    f"{name} ({path}) changed while the stage {stage.name} ran: nobody knows which of it was read. "
+                    "Give the same command again when it is complete"
+                )
+
+    def _repair(self, stage: Stage, step: Step) -> None:
+        """Makes damaged outputs again: from the newest checkpoint where that gives them back, else from scratch."""
+        folder, record = self.folder / stage.name, self.record(stage.name)
+        bad = records.damage(folder, record["outputs"])
+        strange = records.strangers(folder, record["outputs"])
+        for line in step.why:
+            self._say(f"stage {stage.name}: {line}")
+        # Of a damaged model folder all of it goes, so that the program sees that it is missing.
+        gone = dict.fromkeys([*(name.partition("/")[0] for name in bad), *strange])
+        self._tell_moved(records.set_aside(self.folder, stage.name, list(gone)))
+        newest = records.newest_step(folder)
+        if bad and newest is not None and not any(_is_log(name) for name in bad):
+            self._say(f"stage {stage.name}: made again from its checkpoint of step {newest}")
+            try:
+                stage.work(str(folder))
+            except ValueError as error:  # its checkpoints are damaged too, and the program has said so
+                self._say(f"stage {stage.name}: {error}")
+            files.sync_tree(folder)
+            bad = records.damage(folder, record["outputs"])
+        if not bad:
+            self._intact.add(stage.name)
+            return
+        self._say(f"stage {stage.name}: runs again from its beginning")
+        self._tell_moved(records.set_aside(self.folder, stage.name))
+        self._compute(stage, step._replace(action="run"))
+        made = self.record(stage.name)["outputs"]
+        other = [n for n, e in record["outputs"].items() if made.get(n) != e and not _is_log(n)]
+        self._say(
+            f"stage {stage.name}: {', '.join(other[:5])} came out differently; what reads it runs again"
+            if other
+            else f"stage {stage.name}: all its outputs are what they were"
+        )
+
+    def _tell_moved(self, place: Path | None) -> None:
+        if place is not None:
+            self._say(f"What was there before is in {self._shown}/{place.relative_to(self.folder)}")
+
+    # ----------------------------------------------------------------------------------------------------- progress
+
+    def _place(self, name: str) -> str:
+        order = list(self._stages)
+        return f"{order.index(name) + 1} of {len(order)}: {name}"
+
+    def _left(self, name: str) -> str:
+        """The time that this stage and those after it will take, where there is something to tell it from."""
+        order = list(self._stages)
+        left = 0.0
+        for later in order[order.index(name) :]:
+            if later != name and later in self._intact:
+                continue
+            seconds = self._expected(self._stages[later])
+            if seconds is None:
+                return ""
+            left += seconds
+        minutes = round(left / 60)
+        if minutes < 1:
+            return "  (under a minute to the end)"
+        return f"  (about {minutes} min to the end)" if minutes < 100 else f"  (about {left / 3600:.0f} h to the end)"
+
+    def _expected(self, stage: Stage) -> float | None:
+        """Seconds from an earlier run of the stage, in proportion to what it computes; else from the other stages."""
+        aside = sorted((self.folder / records.ASIDE).glob(f"*/{stage.name}"), reverse=True)
+        for folder in (self.folder / stage.name, *aside):
+            seen, _ = records.read(folder / records.DONE)
+            if seen and seen.get("seconds"):
+                scale = stage.cost / seen["cost"] if stage.cost and seen.get("cost") else 1.0
+                return seen["seconds"] * scale
+        done = [self._read(name)[0] for name in self._stages]
+        known = [(r["seconds"], r["cost"]) for r in done if r and r.get("cost") and r.get("seconds")]
+        if stage.cost == 0:
+            return 0.0
+        if stage.cost is None or not known:
+            return None
+        return stage.cost * sum(seconds for seconds, _ in known) / sum(cost for _, cost in known)
+
+
+def describe(steps: Sequence[Step], where: str) -> str:
+    """The plan for people: one line if every stage is to be done, or none; else a line for each stage.
+
+    >>> print(describe([Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))], "runs/x"))
+    Plan of 2 stages in runs/x (old outputs of those that run are set aside):
+      1 data          kept
+      2 sft           runs: config.sft.epochs 2 -> 3
+    """
+    actions = {step.action for step in steps}
+    if actions == {"keep"} and not any(step.why for step in steps):
+        return f"All {len(steps)} stages in {where} are done, and their outputs are what was written"
+    if all(step.why == ("not done yet",) for step in steps):
+        return f"{len(steps)} stages in {where}: {', '.join(step.stage for step in steps)}"
+    words = {"keep": "kept", "run": "runs", "resume": "resumed", "repair": "made again"}
+    lines = [f"Plan of {len(steps)} stages in {where} (old outputs of those that run are set aside):"]
+    for number, step in enumerate(steps, start=1):
+        reasons = f": {'; '.join(step.why)}" if step.why else ""
+        lines.append(f"{number:3} {step.stage:13} {words[step.action]}{reasons}")
+    return "\n".join(lines)
+
+
+def without(config: Any, names: Iterable[str]) -> Any:
+    """Plain data without the keys of these names, at every depth.
+
+    >>> without({"ppo": {"keep": 2, "lr": 1e-5}}, ("keep",))
+    {'ppo': {'lr': 1e-05}}
+    """
+    if isinstance(config, dict):
+        return {key: without(value, names) for key, value in config.items() if key not in names}
+    return config
+
+
+def _plain(result: Any) -> Any:
+    return json.loads(json.dumps(result, default=float))
+
+
+def _is_log(name: str) -> bool:
+    """Whether a file tells how a stage went, times included, and is no input of another."""
+    return name.rpartition("/")[2] in ("metrics.jsonl", "skipped.jsonl")
+
+
+def _told(bad: Mapping[str, str]) -> tuple[str, ...]:
+    shown = [f"{name} is not what was written ({trouble})" for name, trouble in list(bad.items())[:3]]
+    return (*shown, f"and {len(bad) - 3} more") if len(bad) > 3 else tuple(shown)

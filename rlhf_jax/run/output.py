@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import TextIO
+from typing import Any
 
 
 class _Lasting(io.FileIO):
@@ -47,7 +47,7 @@ def outlive_readers() -> None:
     sys.stderr = _lasting(sys.stderr, 2, "standard error")
 
 
-def _lasting(stream: TextIO | None, number: int, name: str) -> TextIO:
+def _lasting(stream: Any, number: int, name: str) -> Any:
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
     if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Lasting):

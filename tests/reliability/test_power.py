@@ -56,7 +56,7 @@ def test_after_a_cut_at_each_moment_seals_models_and_results_are_what_they_say(f
 def test_after_a_cut_the_same_command_ends_with_the_same_bits(found, program):
     ends = found[program]["ends"]
     assert len(ends) == int(dict(pair.split(":") for pair in CUTS.split(","))[program])
-    assert ends == dict.fromkeys(ends, [])
+    assert [found for found in ends.values() if found] == []
 
 
 def test_a_file_system_that_is_cut_while_mounted(tmp_path):
@@ -117,7 +117,10 @@ def test_a_step_that_is_not_synced_is_seen_by_these_checks(recorder, tmp_path, m
     last = recorder.build(len(recorder.events), tmp_path / "last")
     assert all(any(recorded.broken_seal(seal)) for seal in last.glob("run/manifests/*.json"))
     assert any(line.startswith("the seal of step 1: ") for line in early)
-    with Checkpoints(last / "run") as checkpoints, pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with (
+        Checkpoints(last / "run") as checkpoints,
+        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"),
+    ):
         checkpoints.newest_good()
 
 

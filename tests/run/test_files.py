@@ -109,7 +109,9 @@ ADDRESSES = ("gs://bucket/run", "s3://bucket/a/b", "hdfs://node:9000/run", "file
 @pytest.mark.parametrize("address", [*ADDRESSES, "GS://bucket/run", "abfss://box@account/run", "gcs+cache://b/run"])
 def test_an_address_is_no_path_also_after_pathlib_took_a_slash_away(address):
     for given in (address, Path(address), f" {address}"):
-        with pytest.raises(ValueError, match=r"^workdir='.*' is an address \(.*://\): mount that storage") as refused:
+        with pytest.raises(
+            ValueError, match=r"^workdir='.*' is an address \(.*://\), and only paths on local"
+        ) as refused:
             files.local_path("workdir", given)
         assert "\n" not in str(refused.value)
 

@@ -27,7 +27,7 @@ from rlhf_jax import metrics
 from rlhf_jax.data import schema
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.evaluation.report import check_results, write_report
-from rlhf_jax.run.files import write_json, written
+from rlhf_jax.run.files import make_folder, write_json, written
 
 DONE = "done.json"
 STAGES = ("data", "sft", "ppo_init", "samples", "reward_model", "baseline", "ppo", "ppo_ptx", "evaluation")
@@ -74,7 +74,7 @@ class Pipeline:
             return self.done(name)
         print(f"== {name}", flush=True)
         begin, compiled = time.monotonic(), common.Compiling.seconds
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         result = work(str(folder))
         record = {
             "result": json.loads(json.dumps(result, default=float)),
@@ -138,7 +138,6 @@ class Pipeline:
         sample.run(held, str(Path(folder) / "validation_train"))
         records = sample.read_samples(Path(folder) / "validation_train" / "samples.jsonl")
         rankings = sample.rank(records, group="heldout", count=config.labelers, labels_each=2)
-        (Path(folder) / "validation_heldout").mkdir(exist_ok=True)
         schema.write_jsonl(Path(folder) / "validation_heldout" / "rankings.jsonl", rankings)
         return counts
 

@@ -1,6 +1,7 @@
 # make run    the whole InstructGPT pipeline on the embedded world, with a report
 # make smoke  the same, tiny, in under two minutes
 # make test   lint, types and the test suite (make lint, make types: one of them)
+# make reliability  power cuts, kills, full disks, signals, damage, on the real programs: an hour at most, best as root
 # Each target sets up what it needs. ACCELERATOR=cpu|cuda|tpu overrides what set-up finds.
 
 CONFIG  ?= configs/instructgpt/storyland.py
@@ -30,7 +31,7 @@ endif
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 
 .DEFAULT_GOAL := help
-.PHONY: help python setup setup-dev run smoke test lint types format tests clean
+.PHONY: help python setup setup-dev run smoke test lint types format tests reliability clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -65,6 +66,9 @@ types: setup-dev
 
 tests: setup-dev
 	$(PY) -m pytest --quiet --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+
+reliability: setup-dev
+	$(PY) -m tests.reliability.everything $(ARGS)
 
 format: setup-dev
 	$(PY) -m ruff check --fix .

@@ -201,10 +201,9 @@ def ask_xla(flag: str, value: str) -> None:
 
 def model_folder(name: str) -> Path:
     """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by name (``smollm2``)."""
-    files.local_path("the model", name)
     if name.startswith(SHIPPED):
         return storyland_assets.assets() / config_lib.require_name("model", name.removeprefix(SHIPPED))
-    return pretrained.folder(name) if name in pretrained.MODELS else Path(name)
+    return pretrained.folder(name) if name in pretrained.MODELS else files.local_path("model", name)
 
 
 def load_network(

@@ -170,7 +170,7 @@ def load_hf(
       FileNotFoundError: a file is missing.
       ValueError: a file is corrupt, of an unknown kind, or does not fit the others; or `mesh` beside `shardings`.
     """
-    path = local_path("the model", path)
+    path = local_path("model", path)
     if mesh is not None and shardings is not None:
         raise ValueError("mesh and shardings both say where parameters go: pass one of them")
     if mesh is not None:

@@ -6,7 +6,8 @@ and each returns only when that would survive a power cut. Nothing else in the p
 (``tests/run/test_files.py`` reads the syntax trees for it).
 
 Paths. Everything is read from and written to a file system that the operating system has mounted; `local_path`
-refuses addresses such as ``gs://bucket/run``, which `Path` would turn into a local folder named ``gs:``.
+refuses addresses such as ``gs://bucket/run``, which `Path` would turn into a local folder named ``gs:``. A bucket has
+no renaming of folders and no sync, which all of this stands on.
 
 Reading. Model folders, tokenizers and checkpoints come from other people. What they hold is parsed with limits, never
 executed, and a name found in one never becomes a path. Each refusal is a ValueError with the file, the value and the
@@ -235,7 +236,7 @@ def local_path(what: str, value: StrPath) -> Path:
     'runs/sft'
     >>> local_path("workdir", "gs://bucket/run")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: workdir='gs://bucket/run' is an address (gs://): mount that storage ...
+    ValueError: workdir='gs://bucket/run' is an address (gs://), and only paths on local or network disks are ...
 
     Args:
       what: the flag, config key or use of the path, for the message.
@@ -252,8 +253,8 @@ def local_path(what: str, value: StrPath) -> Path:
     rest = re.split(r"[?#]", (found["rest"] if found else text.partition("://")[2]).lstrip("/"))[0]
     shown = f"{scheme}://{rest.rpartition('@')[2]}"[:200]
     raise ValueError(
-        f"{what}={shown!r} is an address ({scheme}://): mount that storage and pass the folder it is mounted at, "
-        "or copy the files and pass their path (local and network file systems are supported)"
+        f"{what}={shown!r} is an address ({scheme}://), and only paths on local or network disks are supported: "
+        "mount it, or copy what is read from it; let runs write to a disk and copy them there at their end"
     )
 
 

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -161,15 +162,14 @@ def test_a_failing_write_leaves_the_old_report(tmp_path: Path, monkeypatch):
     path = write_report(tmp_path / "report.html", sample_run.results())
     old = path.read_text()
 
-    def broken(self, text, **_):
-        with open(self, "w") as f:
-            f.write(text[:10])
+    def full(_: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", broken)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         write_report(path, {})
     assert path.read_text() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_check_results_names_each_missing_key():

@@ -36,9 +36,11 @@ NOT_ALLOWED = 77
 """Exit status where nothing can be mounted; the one that test drivers take for "skipped"."""
 SIZE = {"pipeline": 2**30}
 """Bytes of the file system, 128 MiB if not said otherwise; the file is sparse."""
+MARKS = {"sft": 20, "reward_model": 24, "ppo": 20, "pipeline": 60}
+"""About how many seals, models and results a program writes, for cuts without a run that counts them."""
 TIMES = ("seconds", "compile_seconds", "peak_memory_mb", "time")
 """Keys of results that are of no interest here."""
-ENOUGH = 900.0
+ENOUGH = 1800.0
 """Seconds after which a command is given up."""
 
 
@@ -157,16 +159,19 @@ def started(argv: Sequence[str], log: Path) -> Iterator[subprocess.Popen[str]]:
 
 def marks(run: Path) -> set[str]:
     """What says that something is done: seals, folders of models, results."""
-    found = {str(p.relative_to(run)) for p in run.rglob("*.json") if "/" not in p.name}
-    return {name for name in found if ".tmp" not in name and "quarantine" not in name and "tokenizer" not in name}
+    found = set()
+    for folder, _, names in os.walk(run):  # which goes on where a folder is gone meanwhile
+        found |= {os.path.join(folder, name) for name in names if name.endswith(".json")}
+    return {name for name in found if not any(part in name for part in (".tmp", "quarantine", "tokenizer"))}
 
 
 def watch(process: subprocess.Popen[str], run: Path) -> tuple[int, float]:
-    """Waits for the end; how many marks there were, and how many seconds it took."""
-    begun = time.monotonic()
+    """Waits for the end; how many marks there were, seals that went again too, and how many seconds it took."""
+    begun, seen = time.monotonic(), set()
     while process.poll() is None and time.monotonic() - begun < ENOUGH:
-        time.sleep(0.2)
-    return len(marks(run)), time.monotonic() - begun
+        seen |= marks(run)
+        time.sleep(0.02)
+    return len(seen | marks(run)), time.monotonic() - begun
 
 
 def moments(count: int, all_marks: int, seconds: float) -> list[tuple[str, int, float]]:
@@ -190,11 +195,12 @@ def cut_often(
     process: subprocess.Popen[str], run: Path, image: Path, folder: Path, when: list[tuple[str, int, float]]
 ) -> list[tuple[str, float, Path]]:
     """Copies the mounted file system at each of these moments, while the program stands still."""
-    begun, copies, waiting = time.monotonic(), [], list(when)
+    begun, copies, waiting, all_seen = time.monotonic(), [], list(when), set()
     paused = 0.0  # the seconds in which it stood still are not its own
     while waiting:
         over = process.poll() is not None
-        now, seen = time.monotonic() - begun - paused, len(marks(run)) if run.exists() else 0
+        all_seen |= marks(run)
+        now, seen = time.monotonic() - begun - paused, len(all_seen)
         due = [w for w in waiting if over or (now >= w[2] if w[1] == 0 else seen >= w[1])]
         for name, mark, wait in due[:1]:
             time.sleep(wait if mark else 0.0)
@@ -212,8 +218,15 @@ def cut_often(
     return copies
 
 
-def cut_program(name: str, folder: Path, *, cuts: int) -> list[Row]:
+def cut_program(name: str, folder: Path, *, cuts: int, quickly: bool = False) -> list[Row]:
     """Runs a program, cuts it, and runs it again on what each cut left.
+
+    Args:
+      name: of `PROGRAMS`.
+      folder: for everything that is made.
+      cuts: how many.
+      quickly: compares with the run that was copied while it stood still, and runs no other for that; cuts come after
+        marks alone.
 
     Raises:
       NotAllowedError: nothing can be mounted here.
@@ -227,13 +240,18 @@ def cut_program(name: str, folder: Path, *, cuts: int) -> list[Row]:
         kill.make_inputs(folder / "inputs")
     run, log = place / "run", folder / "log.txt"
     argv = command(name, folder / "inputs", run)
-    with started(argv, log) as process:  # in a folder of the same name, so that results name the same paths
-        counted = watch(process, run)
-        ended(process, log)
-    shutil.move(run, whole)
+    when = [(f"after mark {n}", n, 0.0) for n in (MARKS[name] * (i + 1) // (cuts + 1) for i in range(cuts))]
+    if not quickly:
+        with started(argv, log) as process:  # in a folder of the same name, so that results name the same paths
+            counted = watch(process, run)
+            ended(process, log)
+        shutil.move(run, whole)
+        when = moments(cuts, *counted)
     with mounted(image, place), started(argv, log) as process:
-        copies = cut_often(process, run, image, folder, moments(cuts, *counted))
+        copies = cut_often(process, run, image, folder, when)
         ended(process, log)
+        if quickly:
+            shutil.copytree(run, whole)
         assert not differences(whole, run), "two runs that nothing happened to differ"
     rows = []
     for moment, seconds, copy in copies:
@@ -300,12 +318,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--cuts", type=int, default=10)
+    parser.add_argument("--quickly", action="store_true", help="no undisturbed run beforehand")
     flags = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in flags.programs.split(","):
             try:
-                new = cut_program(name, Path(scratch) / name, cuts=flags.cuts)
+                new = cut_program(name, Path(scratch) / name, cuts=flags.cuts, quickly=flags.quickly)
             except NotAllowedError as refused:
                 print(
                     f"power.py needs root and ext4 on a loop device: {refused}. Without them the same is shown by "

@@ -109,7 +109,9 @@ ADDRESSES = ("gs://bucket/run", "s3://bucket/a/b", "hdfs://node:9000/run", "file
 @pytest.mark.parametrize("address", [*ADDRESSES, "GS://bucket/run", "abfss://box@account/run", "gcs+cache://b/run"])
 def test_an_address_is_no_path_also_after_pathlib_took_a_slash_away(address):
     for given in (address, Path(address), f" {address}"):
-        with pytest.raises(ValueError, match=r"^workdir='.*' is an address \(.*://\): mount that storage") as refused:
+        with pytest.raises(
+            ValueError, match=r"^workdir='.*' is an address \(.*://\), and only paths on local"
+        ) as refused:
             files.local_path("workdir", given)
         assert "\n" not in str(refused.value)
 
@@ -274,8 +276,8 @@ def test_what_a_kill_left_of_an_unfinished_file_goes_at_the_next_start(tmp_path)
 ROOT = Path(__file__).parents[2]
 BY_HAND = ("write_text", "write_bytes", "replace", "rename", "renames", "touch", "mkstemp", "NamedTemporaryFile",
            "fsync", "fdatasync", "file_digest", "save_file", "to_csv", "to_parquet", "symlink_to",
-           "copyfile", "copytree", "copy2", "move")  # fmt: skip
-"""Calls that write or rename a file, or hash one, outside of `rlhf_jax.run.files`."""
+           "copyfile", "copytree", "copy2", "move", "mkdir", "makedirs")  # fmt: skip
+"""Calls that write, rename or hash a file or make a folder (whose own entry must be synced too), by hand."""
 ALLOWED = {
     # The lock must be opened without emptying it: another process may hold it and have its name in it.
     ("rlhf_jax/config.py", "open"): 1,
@@ -330,7 +332,7 @@ def test_no_file_is_written_by_hand_but_in_one_place(room):
         "path.write_text('x')", "open(p, 'w')", "path.open('wb')", "open(p, mode='a')", "os.open(p, os.O_WRONLY)",
         "os.replace(a, b)", "a.replace(b)", "a.rename(b)", "os.rename(a, b)", "os.fdopen(h, 'wb')", "os.fsync(3)",
         "hashlib.file_digest(f, 'sha256')", "gzip.open(p, 'wt')", "shutil.copytree(a, b)", "shutil.move(a, b)",
-        "tempfile.mkstemp()",
+        "tempfile.mkstemp()", "folder.mkdir(parents=True)", "os.makedirs(p)",
     ],
 )  # fmt: skip
 def test_writing_by_hand_is_seen(line):

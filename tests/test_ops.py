@@ -564,3 +564,26 @@ def test_kl_reward_lowers_the_exact_kl():
 
     after = LOGITS + 0.5 * jax.grad(objective)(LOGITS)
     assert float(exact_kl(after, REF_LOGP)) < 0.9 * float(exact_kl(LOGITS, REF_LOGP))
+
+
+@pytest.mark.parametrize("masked", [-np.inf, float(np.finfo(np.float32).min)])
+def test_entropy_with_masked_logits_is_that_of_the_others_and_its_gradient_finite(masked):
+    """Rows of a padded vocabulary can never be drawn: 0 log 0 is 0, in the backward pass too."""
+    logits = np.array([[0.3, -1.2, 2.0, 0.0, 0.0]], np.float32)
+    padded = jnp.asarray(np.where(np.arange(5) < 3, logits, masked), jnp.float32)
+    for temperature in (1.0, 0.5):
+        read = functools.partial(ops.entropy_from_logits, temperature=temperature)
+        np.testing.assert_allclose(read(padded), read(jnp.asarray(logits[:, :3])), rtol=1e-6)
+        grad = jax.grad(lambda x, read=read: jnp.sum(read(x)))(padded)
+        wanted = jax.grad(lambda x, read=read: jnp.sum(read(x)))(jnp.asarray(logits[:, :3]))
+        np.testing.assert_allclose(grad[:, :3], wanted, atol=1e-6)
+        np.testing.assert_array_equal(grad[:, 3:], 0)
+
+
+def test_entropy_of_targets_with_a_masked_head_is_finite():
+    hidden, weights, tokens, mask = language_case()
+    closed = lambda h: head(weights, h).at[..., 0].set(-jnp.inf)  # noqa: E731
+    tokens = jnp.where(tokens == 0, 1, tokens)
+    _, entropy = ops.token_log_probs_and_entropy(hidden, closed, tokens, mask)
+    assert np.isfinite(entropy).all()
+    assert np.max(entropy) > 0

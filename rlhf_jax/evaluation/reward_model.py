@@ -69,7 +69,7 @@ def pairwise_accuracy(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    groups: Int[np.ndarray, " N"] | None = None,
+    groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
     """Share of strict pairs on which the preferred response has the higher score; equal scores count half.
 
@@ -159,7 +159,7 @@ def length_only_accuracy(
     lengths: Num[np.ndarray, "N K"],
     ranks: Int[np.ndarray, "N K"],
     *,
-    groups: Int[np.ndarray, " N"] | None = None,
+    groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
     """Accuracy of the rule "the longer response is better": a reward model has to beat it to have learnt more."""
     return pairwise_accuracy(lengths, ranks, groups=groups)
@@ -171,7 +171,7 @@ def labeler_agreement(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    groups: Int[np.ndarray, " N"] | None = None,
+    groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
     """Share of pairs ordered the same way by two rankings of the same responses, among pairs strict in both.
 
@@ -202,7 +202,7 @@ def tie_aware_agreement(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    groups: Int[np.ndarray, " N"] | None = None,
+    groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
     """Agreement over all pairs: 1 for the same order or a tie in both, 1/2 for a tie in one, 0 for opposite orders.
 

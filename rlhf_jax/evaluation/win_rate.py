@@ -60,7 +60,7 @@ def win_rate(
     b: Num[np.ndarray, " N *B"],
     *,
     tie: float = 0.0,
-    groups: Int[np.ndarray, " N"] | None = None,
+    groups: Int[np.ndarray, " G"] | None = None,
 ) -> WinRate:
     """Win rate of A against B with ties counted half and a 95% score interval over prompts.
 
@@ -111,7 +111,7 @@ def length_controlled_win_rate(
     b_lengths: Num[np.ndarray, " N *B"],
     *,
     tie: float = 0.0,
-    groups: Int[np.ndarray, " N"] | None = None,
+    groups: Int[np.ndarray, " G"] | None = None,
 ) -> WinRate:
     """Win rate that A would have against B at equal length.
 

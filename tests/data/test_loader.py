@@ -309,3 +309,18 @@ def is_alive(process: int) -> bool:
         return False
     state = Path(f"/proc/{process}/stat")  # a zombie that nobody waits for has ended
     return not (state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+@pytest.mark.parametrize(("rows", "batch", "processes"), [(5, 4, 1), (5, 4, 2), (1, 8, 1), (8, 4, 1), (9, 2, 2)])
+def test_each_row_counts_once_whatever_the_batch_and_the_processes(rows, batch, processes):
+    counted = []
+    for process in range(processes):
+        batches = Batches(
+            {"x": np.arange(rows)}, batch_size=batch, seed=3, process_index=process, process_count=processes
+        )
+        for found, counts in batches.each_once():
+            assert len(found["x"]) == len(counts) == batch // processes
+            counted += found["x"][counts].tolist()
+    assert sorted(counted) == list(range(rows))
+    first = [counts.sum() for _, counts in Batches({"x": np.arange(rows)}, batch_size=batch, seed=3).each_once(1)]
+    assert first == [min(rows, batch)]

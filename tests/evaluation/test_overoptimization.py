@@ -75,3 +75,10 @@ def test_bad_input_is_named():
         oo.fit_rl_law(np.array([0.0, 1.0, 1.0]), np.zeros(3))
     with pytest.raises(ValueError, match="min_kl=0"):
         oo.fit_rl_law(np.array([0.0, 1.0]), np.zeros(2), min_kl=0.0)
+
+
+def test_proxies_that_differ_by_rounding_share_their_weight():
+    """One text sampled twice and scored in two batches: neither of them is the better one."""
+    gold = np.array([[1.0, 3.0, 0.0]])
+    for second in (2.0, 2.0 * (1 + 1e-7), 2.0 * (1 - 1e-7)):
+        assert oo.best_of_n(np.array([[2.0, second, 1.0]], np.float32), gold, n=3) == pytest.approx(2.0)

@@ -141,3 +141,51 @@ def test_bad_input_is_named():
         rm.demonstration_bias(np.zeros(0))
     with pytest.raises(ValueError, match="bins=0"):
         rm.calibration(np.array([[1.0, 0.0]]), np.array([[0, 1]]), bins=0)
+
+
+def _two_labelers(rng, prompts):
+    """Two labelers rank two responses of each prompt; how clear the better one is depends on the prompt. 2/3 right."""
+    clear = np.repeat(rng.beta(0.6, 0.3, prompts), 2)
+    right = rng.random(2 * prompts) < clear
+    ranks = np.where(right[:, None], [[0, 1]], [[1, 0]])
+    return np.tile([1.0, 0.0], (2 * prompts, 1)), ranks, np.repeat(np.arange(prompts), 2)
+
+
+def test_interval_covers_the_truth_with_two_labelers_of_each_prompt():
+    rng, trials, hits = np.random.default_rng(8), 300, 0
+    for _ in range(trials):
+        scores, ranks, groups = _two_labelers(rng, 120)
+        got = rm.pairwise_accuracy(scores, ranks, resamples=200, groups=groups)
+        hits += got.low <= 2 / 3 <= got.high
+    assert 0.93 <= hits / trials <= 0.97
+    sure = rm.pairwise_accuracy(scores, ranks)
+    assert sure.high - sure.low < 0.9 * (got.high - got.low)
+
+
+def test_a_second_labeler_who_says_the_same_adds_no_certainty():
+    """Rows of one prompt are drawn together, wherever they stand in the file."""
+    scores, ranks = _ranked(np.random.default_rng(9), n=80)
+    once = rm.pairwise_accuracy(scores, ranks)
+    order = np.random.default_rng(0).permutation(160)
+    twice = (np.tile(x, (2, 1))[order] for x in (scores, ranks))
+    groups = np.tile(np.arange(80), 2)[order]
+    together = rm.pairwise_accuracy(*twice, groups=groups)
+    assert together.value == pytest.approx(once.value)
+    assert together.n == 2 * once.n
+    np.testing.assert_allclose(together[1:3], once[1:3], atol=1e-12)
+    alike = rm.labeler_agreement(np.tile(ranks, (2, 1)), np.tile(ranks[::-1], (2, 1)), groups=np.tile(np.arange(80), 2))
+    np.testing.assert_allclose(alike[1:3], rm.labeler_agreement(ranks, ranks[::-1])[1:3], atol=1e-12)
+    with pytest.raises(ValueError, match=r"groups has shape \(2,\) for 80 rankings"):
+        rm.pairwise_accuracy(scores, ranks, groups=np.arange(2))
+
+
+def test_all_pairs_right_is_no_certainty():
+    ranks = np.tile([0, 1], (20, 1))
+    got = rm.pairwise_accuracy(np.tile([1.0, 0.0], (20, 1)), ranks)
+    assert got.value == got.high == 1.0
+    assert 0.7 < got.low < 0.9  # Wilson's for 20 of 20: 0.839
+
+
+def test_scores_that_differ_by_rounding_count_half():
+    scores = np.array([[1.25, 1.25 * (1 + 1e-7)], [0.5, 0.25]], np.float32)
+    assert rm.pairwise_accuracy(scores, np.array([[0, 1], [0, 1]])).value == 0.75

@@ -167,3 +167,49 @@ def test_bad_lengths_are_named():
         length_controlled_win_rate(np.ones(2), np.zeros(2), np.array([3, 0]), np.array([3, 3]))
     with pytest.raises(ValueError, match="one length per score"):
         inspect.unwrap(length_controlled_win_rate)(np.ones((2, 2)), np.zeros((2, 2)), np.ones((2, 1)), np.ones((2, 2)))
+
+
+def test_scores_that_differ_by_rounding_are_a_tie():
+    """The same text in another batch: float32 sums in another order, near 0 and far from it."""
+    a = np.array([3.1, -2.7, 0.0004, 1.5, 2.0], np.float32)
+    b = a * np.float32(1 + 2e-7) + np.float32(1e-7)
+    assert (a != b).any()
+    assert outcomes(a, b).tolist() == [0.5] * 5
+    assert win_rate(a, b).value == win_rate(b, a).value == 0.5
+    assert win_rate(a, b + 0.001).value == 0.0  # and a difference that is one stays one
+    assert outcomes(np.array([0.1 + 0.2]), np.array([0.3])).tolist() == [0.5]
+
+
+def test_an_outlier_does_not_make_ties_of_the_others():
+    a, b = np.array([1.0, 2.0, 3.0, 1e12]), np.array([1.001, 1.999, 3.001, 0.0])
+    assert outcomes(a, b).tolist() == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_rows_of_one_prompt_count_as_one():
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=60), rng.normal(size=60)
+    twice = np.concatenate([a, a]), np.concatenate([b, b])
+    groups = np.tile(np.arange(60), 2)
+    np.testing.assert_allclose(win_rate(*twice, groups=groups), win_rate(a, b), atol=1e-12)
+    too_sure = win_rate(*twice)
+    assert too_sure.high - too_sure.low < 0.75 * (win_rate(a, b).high - win_rate(a, b).low)
+    lengths = rng.integers(5, 50, 60), rng.integers(5, 50, 60)
+    once = length_controlled_win_rate(a, b, *lengths)
+    again = length_controlled_win_rate(*twice, *(np.tile(each, 2) for each in lengths), groups=groups)
+    np.testing.assert_allclose(again, once, atol=1e-9)
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\) for 60 rows"):
+        win_rate(a, b, groups=np.arange(3))
+
+
+def test_interval_covers_the_truth_where_prompts_have_several_rows():
+    """Three rows of each of 80 prompts, alike within a prompt: as 240 prompts the interval would be far too short."""
+    rng = np.random.default_rng(6)
+    groups, trials, hits = np.repeat(np.arange(80), 3), 500, 0
+    for _ in range(trials):
+        chance = np.repeat(rng.beta(0.9, 0.6, 80), 3)  # a prompt is easy or hard; on average 0.6
+        a = (rng.random(240) < chance).astype(float)
+        got = win_rate(a, np.full(240, 0.5), groups=groups)
+        hits += got.low <= 0.6 <= got.high
+    assert 0.93 <= hits / trials <= 0.97
+    too_sure = win_rate(a, np.full(240, 0.5))
+    assert too_sure.high - too_sure.low < 0.8 * (got.high - got.low)

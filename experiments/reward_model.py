@@ -312,7 +312,10 @@ def score_each(
     names, items = _distinct_responses(network.tokenizer, rankings, config)
     if not items:
         return {}
-    longest = max(len(prompt) + len(response) for prompt, responses, _ in items for response in responses)
+    sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in items]
+    asked = [group[0][0] for group in names]
+    contexts.check(contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked))
+    longest = max(sizes)
     length = max(config.row_length, longest)
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)

@@ -156,6 +156,22 @@ def test_data_never_touches_a_device(path):
     assert not bad, f"{name_of(path)} imports {bad}"
 
 
+ENCODES = {"encode", "encode_batch", "encode_plus", "apply_chat_template", "tokenize", "__call__"}
+
+
+@pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=name_of)
+def test_one_place_says_how_text_becomes_ids(path):
+    """Elsewhere BOS would be forgotten, or come twice, or a user's control token would be one."""
+    if name_of(path) in ("rlhf_jax/data/chat.py", "rlhf_jax/data/special_ids.py"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            owner, _, method = called.rpartition(".")
+            asked = called if called.endswith("tokenizer") else owner if method in ENCODES else ""
+            assert asked.split(".")[-1] != "tokenizer", f"{name_of(path)}:{node.lineno} asks a tokenizer for ids"
+
+
 def test_the_path_from_samples_to_update_knows_no_tokenizer():
     """PITFALL 34: no text in between, so sampled ids cannot come back as others."""
     for path in MODULES:

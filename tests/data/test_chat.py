@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rlhf_jax.data import chat, text
 from rlhf_jax.data.schema import Message
@@ -372,6 +372,25 @@ def test_a_tokenizer_that_begins_texts_with_a_space_has_no_second_one():
     assert answer[-1] == 2
 
 
+@ALL
+def test_a_post_processors_bos_changes_no_conversation_that_a_template_writes(name: str):
+    """transformers and vLLM, too, add nothing to what a chat template writes; our plain form knows of no BOS."""
+    template, bos, eos, _ = TEMPLATES[name]
+    inner = tokenizers.Tokenizer.from_str(_BACKEND.to_str())
+    begin = (bos, SPECIAL.index(bos))
+    inner.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[begin])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=bos, eos_token=eos, chat_template=template
+    )
+    first = [] if template else [begin[1]]
+    before, mask = chat.encode_conversation(_MADE[name], TALK)
+    ids, after = chat.encode_conversation(tokenizer, TALK)
+    assert ids == [*first, *before]
+    assert after == [False] * len(first) + mask
+    assert text.encode_prompt(tokenizer, TALK[:3]) == ids[: len(text.encode_prompt(tokenizer, TALK[:3]))]
+    assert text.encode_prompt(tokenizer, "Who are you?")[0] == begin[1]
+
+
 def test_bos_is_the_templates():
     ids = text.encode_prompt(_MADE["llama3"], TALK[:1])
     assert ids.count(SPECIAL.index("<|begin|>")) == 1
@@ -445,7 +464,7 @@ def test_a_gguf_file_brings_its_template(tmp_path: Path):
     gguf = pytest.importorskip("gguf")
     from rlhf_jax.models.hf import _gguf_tokenizer
 
-    def tokenizer_of(template: str | None) -> transformers.PreTrainedTokenizerFast:
+    def tokenizer_of(template: str | None, **fields: int | bool) -> transformers.PreTrainedTokenizerFast:
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
         pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
         writer.add_tokenizer_model("gpt2")
@@ -454,6 +473,8 @@ def test_a_gguf_file_brings_its_template(tmp_path: Path):
         writer.add_token_types([3] * 3 + [1] * (len(pieces) - 3))
         writer.add_token_merges(["t h"])
         writer.add_eos_token_id(2)
+        for field, value in fields.items():
+            getattr(writer, f"add_{field}")(value)
         if template is not None:
             writer.add_chat_template(template)
         writer.write_header_to_file()
@@ -465,3 +486,9 @@ def test_a_gguf_file_brings_its_template(tmp_path: Path):
     assert tokenizer.decode(text.encode_prompt(tokenizer, TALK[:1])) == written(tokenizer, TALK[:1], True)
     assert tokenizer.chat_template == CHATML
     assert tokenizer_of(None).chat_template is None
+    # Whether BOS comes before a text, and what ends a turn besides EOS, are fields of the file as well.
+    assert text.encode_prompt(tokenizer_of(None, bos_token_id=1), "th")[0] != 1
+    assert text.encode_prompt(tokenizer_of(None, bos_token_id=1, add_bos_token=False), "th")[0] != 1
+    begins = tokenizer_of(None, bos_token_id=1, add_bos_token=True, eot_token_id=0)
+    assert text.encode_prompt(begins, "th") == [1, *text.encode_prompt(tokenizer_of(None), "th")]
+    assert text.stop_ids(begins, ["th"]) == (2, 0)

@@ -194,6 +194,9 @@ def test_exported_models_carry_the_template(ran):
     for prompt in ANSWERS:
         assert text.encode_prompt(exported, prompt) == text.encode_prompt(ran.tokenizer, prompt)
     assert text.stop_ids(exported, ANSWERS) == text.stop_ids(ran.tokenizer, ANSWERS)
+    ends = [ran.tokenizer.eos_token_id, ran.tokenizer.convert_tokens_to_ids(TURN)]
+    for folder in (ran.tuned["last"], ran.trained["last"]):  # other programs stop at the end of a turn too
+        assert json.loads((Path(folder) / "generation_config.json").read_text())["eos_token_id"] == ends
 
 
 def test_a_policy_and_a_reward_model_with_two_templates_are_refused(ran, tmp_path: Path, monkeypatch):

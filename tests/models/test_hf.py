@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import struct
@@ -14,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from rlhf_jax import sharding
+from rlhf_jax.data.text import encode_document, lm_rows, stop_ids
 from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, gpt2, hf, language_model, load_hf, load_llama2c, save_hf, scalar_model
 from rlhf_jax.models.decoder import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf, hf_config
+from rlhf_jax.scoring import lm_log_probs
 from rlhf_jax.types import PromptBatch
 from tests import margins
 
@@ -175,6 +179,63 @@ def test_exported_padding_is_never_the_end_of_text(tokenizer, pad, build, tmp_pa
     description = json.loads((tmp_path / "config.json").read_text())
     assert (description["pad_token_id"], description["eos_token_id"]) == (pad, tokenizer.eos_token_id)
     assert (tmp_path / "generation_config.json").is_file() == (build is language_model)
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.content + '<|turn|>' }}{% endfor %}{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
+)
+TURN = 9
+
+
+@pytest.mark.parametrize(
+    ("named", "template", "written"),
+    [
+        (None, None, 0),
+        (0, None, 0),
+        ([3, 0, 4], None, [3, 0, 4]),
+        ([4, 3], None, [4, 3, 0]),
+        (None, TURNS, [0, TURN]),
+        ([TURN, 4, 0], TURNS, [TURN, 4, 0]),
+        (4, TURNS, [4, 0, TURN]),
+    ],
+)
+def test_all_that_ends_a_response_is_read_and_written_again(named, template, written, tmp_path):
+    """Llama 3 Instruct names three ids, Qwen and Gemma two: other programs then stop where PPO did."""
+    tokenizer = _letters(template)
+    save_hf(tmp_path / "a", language_model(LLAMA), _random(language_model(LLAMA)), tokenizer)
+    if named is not None:
+        file = tmp_path / "a" / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": named}))
+    model, params, loaded = load_hf(tmp_path / "a")
+    save_hf(tmp_path / "b", model, params, loaded)
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == written
+    assert set(stop_ids(load_hf(tmp_path / "b")[2], ["ab"])) == set(np.atleast_1d(written).tolist())
+    transformers = pytest.importorskip("transformers")
+    assert transformers.GenerationConfig.from_pretrained(str(tmp_path / "b")).eos_token_id == written
+
+
+def test_an_end_that_the_model_has_no_id_for_is_refused(tmp_path):
+    save_hf(tmp_path, language_model(LLAMA), _random(language_model(LLAMA)), _letters(None))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 40]}')
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=\[0, 40\] holds '40'.*\(0 to 39\)"):
+        load_hf(tmp_path)
+
+
+def test_exported_padding_is_never_the_end_of_a_turn(tmp_path):
+    """A reward model's rows of messages end with it, and a classifier reads the last token that is no padding."""
+    tokenizer = _letters(TURNS)
+    tokenizer.pad_token = "<|turn|>"
+    save_hf(tmp_path, scalar_model(LLAMA), _random(scalar_model(LLAMA)), tokenizer)
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] not in (0, TURN)
+
+
+def _letters(template: str | None):
+    """Nine letters, of which the first is EOS, and a control token that ends a turn."""
+    transformers = pytest.importorskip("transformers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("_?!#%abcx")}, merges=[]))
+    inner.add_special_tokens(["<|turn|>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="_", chat_template=template)
 
 
 def test_the_model_card_says_how_the_score_is_read(tmp_path):
@@ -472,6 +533,23 @@ def test_real_tokenizer_encodes_as_golden_and_decodes_back(stories):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     text = "naïve \u2014 \u732b\n"
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+def test_real_model_reads_text_better_after_bos(stories):
+    """It was trained with BOS before each story: what the tokenizer puts there lowers the loss of the first tokens."""
+    folder, _, _, model, params, tokenizer = stories
+    with gzip.open(folder.parent / "tinystories_slice" / "stories.jsonl.gz", "rt", encoding="utf-8") as file:
+        said = [json.loads(next(file))["text"][:80] for _ in range(40)]
+    documents = [encode_document(tokenizer, each, eos_id=2) for each in said]
+    assert all(ids[0] == 1 and ids.count(1) == 1 for ids in documents)
+    losses = {}
+    for begins in (True, False):
+        rows = lm_rows([ids if begins else ids[1:] for ids in documents], length=64)
+        logp = lm_log_probs(model, params, jax.tree.map(jnp.asarray, rows))
+        # The first token of a text is a target only where BOS predicts it: the others are compared.
+        shared = rows.mask & (rows.positions > (1 if begins else 0))
+        losses[begins] = -float(np.asarray(logp)[shared].sum() / shared.sum())
+    assert losses[True] < losses[False] - 0.02  # measured: 1.790 and 1.825 nats a token
 
 
 def test_real_model_survives_save_and_load_with_its_tokenizer(stories, tmp_path):

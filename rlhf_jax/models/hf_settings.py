@@ -261,8 +261,9 @@ def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str,
 
 
 def _near(value: Any, plain: Any) -> bool:
-    numbers = type(value) in (int, float) and plain is not None
-    return numbers and abs(value - plain) <= 1e-5 * abs(plain)
+    if type(value) not in (int, float) or plain is None:
+        return False
+    return abs(value - plain) <= 1e-5 * abs(plain)
 
 
 def _short(value: Any) -> str:

@@ -199,6 +199,11 @@ def _is_scalar(description: Mapping[str, Any], tensors: _Tensors) -> bool:
                 f"architectures={classifier} in config.json speaks of a classifier, and {tensors.path} holds no tensor "
                 "'score.weight': a shard is missing, or the head has another name; rename it to score.weight"
             )
+        if description.get(_SCORE_BIAS):
+            raise ValueError(
+                f"{_SCORE_BIAS}={description[_SCORE_BIAS]} in config.json is of a reward model, and {tensors.path} "
+                "holds no tensor 'score.weight': a shard is missing, or it is another model's config.json"
+            )
         return False
     shape = tuple(tensors("score.weight").shape)
     labels = description.get("id2label") or {}
@@ -1223,7 +1228,10 @@ def _gguf_tokenizer(reader) -> Any:
             f"the tokenizer of the GGUF file has {len(pieces)} tokens, {len(set(pieces))} of them different, and "
             f"{len(kinds)} types: copy the file again, or put the model's tokenizer.json beside it"
         )
-    inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    try:
+        inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    except Exception as error:  # the Rust library raises a bare one where a merge makes a piece that is no token
+        raise ValueError(f"the tokenizer of the GGUF file cannot be read ({error}): copy the file again") from error
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

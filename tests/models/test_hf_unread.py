@@ -6,15 +6,17 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
-from rlhf_jax.models.hf import config_from_hf, hf_config
+from rlhf_jax.models.hf import _gguf_tokenizer, config_from_hf, hf_config
 
 LLAMA = DecoderConfig(40, 16, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False)
 TIED = dataclasses.replace(LLAMA, tied=True)
@@ -190,6 +192,9 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path):
     tensors["rewards.weight"] = tensors.pop("score.weight")[:1]
     _write(tmp_path, tensors)
     with pytest.raises(ValueError, match=r"speaks of a classifier, and .* holds no tensor 'score\.weight'"):
+        load_hf(tmp_path)
+    _set(tmp_path, architectures=None)
+    with pytest.raises(ValueError, match=r"rlhf_jax_score_bias=.* is of a reward model"):
         load_hf(tmp_path)
 
 
@@ -553,6 +558,40 @@ def test_a_gguf_file_is_read_whole(tmp_path: Path, capsys):
         _gguf(tmp_path / "m.gguf", {name: _ones(16)})
         with pytest.raises(ValueError, match=r"would be left out|scales its rotary frequencies"):
             load_hf(tmp_path / "m.gguf")
+
+
+def _gguf_tokens(path: Path, **fields) -> Any:
+    """The tokenizer of a GGUF file: bytes, two control tokens and one that somebody defined."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["<s>", "</s>", "<tool>", *letters, "ab", *fields.pop("more", ())])
+    writer.add_token_types([3, 3, 4, *[1] * (len(letters) + 1)])
+    writer.add_token_merges([fields.pop("merge", "a b")])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, value in fields.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return _gguf_tokenizer(gguf.GGUFReader(path))
+
+
+def test_the_tokenizer_of_a_gguf_file_does_as_its_flags_say(tmp_path: Path):
+    plain = _gguf_tokens(tmp_path / "m.gguf").encode("xy")
+    assert len(plain) == 2
+    for bos, eos in ((True, False), (True, True), (False, True)):
+        found = _gguf_tokens(tmp_path / "m.gguf", add_bos_token=bos, add_eos_token=eos)
+        assert found.encode("xy") == [0] * bos + plain + [1] * eos
+        assert found.encode("xy", add_special_tokens=False) == plain
+        assert found.encode("x<tool>y", add_special_tokens=False) == [plain[0], 2, plain[1]]
+    with pytest.raises(ValueError, match=r"261 tokens, 260 of them different, and 260 types"):
+        _gguf_tokens(tmp_path / "m.gguf", more=("<tool>",))
+    with pytest.raises(ValueError, match="cannot be read .*`ba` out of vocabulary"):
+        _gguf_tokens(tmp_path / "m.gguf", merge="b a")
 
 
 def _llama2c(path: Path, tables: np.ndarray, tail: bytes = b"") -> None:

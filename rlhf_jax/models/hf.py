@@ -30,7 +30,7 @@ from rlhf_jax import processes
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf_adapter import find_adapter
-from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings
+from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings, tell_unread
 from rlhf_jax.models.hf_tensors import (
     INDEX,
     check_index,
@@ -174,6 +174,7 @@ def load_hf(
     adapter = find_adapter(path, _tensors_of, full_name)
     description = _read_config(path)
     config = config_from_hf(description)
+    tell_unread(f"{path / 'config.json'} has settings", check_settings(description))
     tensors = _Tensors(path)
     names = _NAMES[description["model_type"]]
     scalar = _is_scalar(description, tensors)

@@ -178,6 +178,24 @@ def test_truncation_keeps_the_right_tokens_and_renormalises():
     assert seen == pytest.approx({0: 4 / 7, 1: 3 / 7}, abs=1e-6)
 
 
+def test_of_equal_tokens_no_more_stay_than_are_needed():
+    """The nucleus is the fewest tokens that reach p, and the k likeliest are k, however many logits are equal."""
+    flat = jnp.zeros((1, 8))
+    wave = jnp.log(jnp.asarray([[0.1, 0.3, 0.1, 0.3, 0.1, 0.1]]))
+    for logits, how, wanted in (
+        (flat, {"top_p": 0.3}, [0, 1, 2]),
+        (flat, {"top_k": 2}, [0, 1]),
+        (wave, {"top_p": 0.25}, [1]),
+        (wave, {"top_p": 0.55}, [1, 3]),
+        (wave, {"top_p": 0.65}, [0, 1, 3]),
+        (wave, {"top_k": 3}, [0, 1, 3]),
+        (wave, {"top_k": 4, "top_p": 0.8}, [0, 1, 3]),
+    ):
+        kept = truncate(logits, **({"top_k": 0, "top_p": 1.0} | how))[0]
+        assert np.flatnonzero(np.isfinite(kept)).tolist() == wanted, how
+        np.testing.assert_array_equal(kept[np.asarray(wanted)], logits[0, np.asarray(wanted)])
+
+
 def test_sampled_frequencies_match_the_softmax_at_the_temperature():
     probabilities = np.asarray([0.5, 0.25, 0.2, 0.05])
     keys = jax.random.split(jax.random.key(0), 20_000)

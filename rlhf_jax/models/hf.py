@@ -32,7 +32,7 @@ from rlhf_jax.data.text import end_of_turn_id, exported_end_ids
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf_adapter import find_adapter
-from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings
+from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings, tell_unread
 from rlhf_jax.models.hf_tensors import (
     INDEX,
     check_index,
@@ -180,6 +180,7 @@ def load_hf(
     adapter = find_adapter(path, _tensors_of, full_name)
     description = _read_config(path)
     config = config_from_hf(description)
+    tell_unread(f"{path / 'config.json'} has settings", check_settings(description))
     tensors = _Tensors(path)
     names = _NAMES[description["model_type"]]
     scalar = _is_scalar(description, tensors)
@@ -204,6 +205,11 @@ def _is_scalar(description: Mapping[str, Any], tensors: _Tensors) -> bool:
             raise ValueError(
                 f"architectures={classifier} in config.json speaks of a classifier, and {tensors.path} holds no tensor "
                 "'score.weight': a shard is missing, or the head has another name; rename it to score.weight"
+            )
+        if description.get(_SCORE_BIAS):
+            raise ValueError(
+                f"{_SCORE_BIAS}={description[_SCORE_BIAS]} in config.json is of a reward model, and {tensors.path} "
+                "holds no tensor 'score.weight': a shard is missing, or it is another model's config.json"
             )
         return False
     shape = tuple(tensors("score.weight").shape)
@@ -1240,7 +1246,10 @@ def _gguf_tokenizer(reader) -> Any:
             f"the tokenizer of the GGUF file has {len(pieces)} tokens, {len(set(pieces))} of them different, and "
             f"{len(kinds)} types: copy the file again, or put the model's tokenizer.json beside it"
         )
-    inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    try:
+        inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    except Exception as error:  # the Rust library raises a bare one where a merge makes a piece that is no token
+        raise ValueError(f"the tokenizer of the GGUF file cannot be read ({error}): copy the file again") from error
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

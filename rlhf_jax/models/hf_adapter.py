@@ -136,7 +136,8 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
                 "(merge_and_unload) and pass the merged model"
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    numbers = type(rank) is int and rank > 0 and isinstance(alpha, int | float) and type(alpha) is not bool
+    if not (numbers and isinstance(rank, int) and isinstance(alpha, int | float) and math.isfinite(alpha)):
         raise ValueError(f"r={rank!r} and lora_alpha={alpha!r} in {where} must be a positive integer and a number")
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), rank
 

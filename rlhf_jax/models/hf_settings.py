@@ -112,12 +112,14 @@ _COMPUTES = re.compile(
 """What is in the names of settings that change what a decoder computes."""
 
 
-def check_settings(description: Mapping[str, Any], *, tell: bool = True) -> None:
-    """Refuses a config.json with a setting that this decoder does not compute, and prints what nobody knows.
+def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuses a config.json with a setting that this decoder does not compute.
 
     Args:
       description: the content of config.json; its ``model_type`` is a family of `_READ`.
-      tell: whether to print.
+
+    Returns:
+      The settings that nobody here knows, to be printed (`tell_unread`).
 
     Raises:
       ValueError: naming the setting, its value, and what to do.
@@ -137,9 +139,19 @@ def check_settings(description: Mapping[str, Any], *, tell: bool = True) -> None
     tied = description.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         raise ValueError(f"tie_word_embeddings={_short(tied)} in config.json must be true or false")
-    if unknown and tell:
+    return unknown
+
+
+def tell_unread(what: str, unknown: Mapping[str, Any]) -> None:
+    """Prints the names and values of settings that are not read, if there are any.
+
+    Args:
+      what: the file and what it has, ``"config.json has settings"``.
+      unknown: name -> value.
+    """
+    if unknown:
         told = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
-        print(f"Note: config.json has settings that are not read: {told}", file=sys.stderr, flush=True)
+        print(f"Note: {what} that are not read: {told}", file=sys.stderr, flush=True)
 
 
 def _is_plain(name: str, value: Any, description: Mapping[str, Any]) -> bool:
@@ -255,14 +267,13 @@ def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str,
                 "a plain llama model in one file"
             )
         unknown[name] = value
-    if unknown:
-        told = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
-        print(f"Note: {path} has fields that are not read: {told}", file=sys.stderr, flush=True)
+    tell_unread(f"{path} has fields", unknown)
 
 
 def _near(value: Any, plain: Any) -> bool:
-    numbers = type(value) in (int, float) and plain is not None
-    return numbers and abs(value - plain) <= 1e-5 * abs(plain)
+    if type(value) not in (int, float) or plain is None:
+        return False
+    return abs(value - plain) <= 1e-5 * abs(plain)
 
 
 def _short(value: Any) -> str:

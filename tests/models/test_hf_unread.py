@@ -6,15 +6,18 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
-from rlhf_jax.models.hf import config_from_hf, hf_config
+from rlhf_jax.models.hf import _gguf_tokenizer, config_from_hf, hf_config
+from rlhf_jax.models.hf_settings import check_settings
 
 LLAMA = DecoderConfig(40, 16, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False)
 TIED = dataclasses.replace(LLAMA, tied=True)
@@ -190,6 +193,9 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path):
     tensors["rewards.weight"] = tensors.pop("score.weight")[:1]
     _write(tmp_path, tensors)
     with pytest.raises(ValueError, match=r"speaks of a classifier, and .* holds no tensor 'score\.weight'"):
+        load_hf(tmp_path)
+    _set(tmp_path, architectures=None)
+    with pytest.raises(ValueError, match=r"rlhf_jax_score_bias=.* is of a reward model"):
         load_hf(tmp_path)
 
 
@@ -471,15 +477,17 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), PLAIN, ids=lambda x: str(x)[:40])
-def test_a_setting_that_changes_nothing_is_read_over(kind: str, name: str, value, capsys):
-    assert config_from_hf(DESCRIPTIONS[kind] | {name: value}) == config_from_hf(DESCRIPTIONS[kind])
-    assert not capsys.readouterr().err
+def test_a_setting_that_changes_nothing_is_read_over(kind: str, name: str, value):
+    changed = DESCRIPTIONS[kind] | {name: value}
+    assert config_from_hf(changed) == config_from_hf(DESCRIPTIONS[kind])
+    assert not check_settings(changed)
 
 
-def test_a_setting_that_nobody_knows_is_told(capsys):
-    changed = DESCRIPTIONS["llama"] | {"favourite_colour": "green", "nothing_much": None, "empty": {}}
-    assert config_from_hf(changed) == config_from_hf(DESCRIPTIONS["llama"])
-    assert "not read: favourite_colour='green'\n" in capsys.readouterr().err
+def test_a_setting_that_nobody_knows_is_told(tmp_path: Path, capsys):
+    params = _saved(tmp_path)
+    _set(tmp_path, favourite_colour="green", nothing_much=None, empty={})
+    _same(load_hf(tmp_path)[1], params)
+    assert "config.json has settings that are not read: favourite_colour='green'\n" in capsys.readouterr().err
 
 
 def test_the_context_ends_with_a_window_that_is_used():
@@ -553,6 +561,40 @@ def test_a_gguf_file_is_read_whole(tmp_path: Path, capsys):
         _gguf(tmp_path / "m.gguf", {name: _ones(16)})
         with pytest.raises(ValueError, match=r"would be left out|scales its rotary frequencies"):
             load_hf(tmp_path / "m.gguf")
+
+
+def _gguf_tokens(path: Path, **fields) -> Any:
+    """The tokenizer of a GGUF file: bytes, two control tokens and one that somebody defined."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["<s>", "</s>", "<tool>", *letters, "ab", *fields.pop("more", ())])
+    writer.add_token_types([3, 3, 4, *[1] * (len(letters) + 1)])
+    writer.add_token_merges([fields.pop("merge", "a b")])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, value in fields.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return _gguf_tokenizer(gguf.GGUFReader(path))
+
+
+def test_the_tokenizer_of_a_gguf_file_does_as_its_flags_say(tmp_path: Path):
+    plain = _gguf_tokens(tmp_path / "m.gguf").encode("xy")
+    assert len(plain) == 2
+    for bos, eos in ((True, False), (True, True), (False, True)):
+        found = _gguf_tokens(tmp_path / "m.gguf", add_bos_token=bos, add_eos_token=eos)
+        assert found.encode("xy") == [0] * bos + plain + [1] * eos
+        assert found.encode("xy", add_special_tokens=False) == plain
+        assert found.encode("x<tool>y", add_special_tokens=False) == [plain[0], 2, plain[1]]
+    with pytest.raises(ValueError, match=r"261 tokens, 260 of them different, and 260 types"):
+        _gguf_tokens(tmp_path / "m.gguf", more=("<tool>",))
+    with pytest.raises(ValueError, match=r"cannot be read .*`ba` out of vocabulary"):
+        _gguf_tokens(tmp_path / "m.gguf", merge="b a")
 
 
 def _llama2c(path: Path, tables: np.ndarray, tail: bytes = b"") -> None:

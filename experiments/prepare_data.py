@@ -6,9 +6,12 @@ Run:
     python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data
     python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.demonstrations=FILE
     python experiments/prepare_data.py --model=smollm2
+    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
 
 ``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``, ``--data_dir`` and
-``--model`` for the keys of that name; ``--model`` alone fetches the model and asks it one question.
+``--model`` for the keys of that name; ``--model`` alone fetches the model and asks it one question. ``--preview`` shows
+five rows as the model sees them (``--preview=FILE.html`` writes a page), ``--look=FILE`` does that and the numbers of
+the report for a file of records, and prepares nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, look
 from rlhf_jax import config as config_lib
 from rlhf_jax.checkpoint import write_json
 from rlhf_jax.data import curation, schema, sources
@@ -69,7 +72,7 @@ def storyland(config: ConfigDict, folder: Path) -> dict:
     files = {name: list(records) for name, records in files.items()}
     counts = _write(folder, files)
     tokenizer = load_tokenizer(storyland_assets.assets())
-    _report(folder, [_tables(files, lambda text: len(encode_prompt(tokenizer, text)))])
+    _report(folder, [*look.lines(files, config), _tables(files, lambda text: len(encode_prompt(tokenizer, text)))])
     return counts
 
 
@@ -209,7 +212,7 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
     lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    _report(folder, [*lines, "", _tables(files, lengths.count, _identifier())])
+    _report(folder, [*lines, "", *look.lines(files, config, reports), _tables(files, lengths.count, _identifier())])
     return counts
 
 
@@ -435,7 +438,8 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
     lines = [report.summary() for report in reports if report.rows]
     lines += [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())] if lengths else []
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    _report(folder, [*lines, "", _tables(files, lengths.count if lengths else None, _identifier())])
+    tables = _tables(files, lengths.count if lengths else None, _identifier())
+    _report(folder, [*lines, "", *look.lines(files, config, reports), tables])
     return counts
 
 
@@ -586,7 +590,16 @@ SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
     "hh_rlhf": hh_rlhf,
     "jsonl": own_files,
     "pretrained": pretrained,
+    "look": lambda config, folder: {"records": look.look(config)},
 }
+
+
+def dry_run(config: ConfigDict) -> None:
+    """Looks at a file (``--look``); the other sources have no dry run."""
+    config_lib.require(
+        config.source == "look", "--dry_run", True, "only --look=FILE writes nothing: leave --dry_run out"
+    )
+    look.look(config)
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -599,16 +612,25 @@ def expand(argv: Sequence[str]) -> list[str]:
     ['--config=configs/data/hh_rlhf.py', '--config.data_dir=d']
     >>> expand(["--model=smollm2"])
     ['--config=configs/data/pretrained.py', '--workdir=runs/smollm2', '--config.model=smollm2']
+    >>> expand(["--look=rows.jsonl", "--preview"])
+    ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl', '--config.preview=terminal']
     """
     short = {
         "--source": "--config",
         "--out": "--workdir",
         "--data_dir": "--config.data_dir",
         "--model": "--config.model",
+        "--preview": "--config.preview",
+        "--look": "--config.data",
     }
     full, rest = [], list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
+        if flag == "--preview" and not equals:
+            equals, value = "=", look.TERMINAL
+        if flag == "--look":  # without a run folder, as a dry run is
+            full += ["--config=configs/data/look.py", "--dry_run"]
+            equals, value = "=", value if equals or not rest else rest.pop(0)
         if flag in short and not equals and rest:
             equals, value = "=", rest.pop(0)
         value = f"configs/data/{value}.py" if flag == "--source" else value
@@ -623,5 +645,5 @@ def expand(argv: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     config_lib.main(
         run, config="configs/data/storyland.py", workdir="runs/data", argv=expand(sys.argv[1:]),
-        one_process="Run it once; its files are then read by all processes.",
+        one_process="Run it once; its files are then read by all processes.", dry_run=dry_run,
     )  # fmt: skip

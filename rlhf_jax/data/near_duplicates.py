@@ -1,7 +1,8 @@
 """Texts that nearly repeat an earlier one, found in linear time.
 
-Two texts are near-duplicates when most of their pieces are shared: Jaccard similarity of the sets of pieces, a piece
-being the 16 bytes from the beginning of a word on. The similarity is read from MinHash signatures (the share of equal
+Two texts are near-duplicates when half of all their pieces are shared (Jaccard similarity of the sets of pieces), a
+piece being the 12 bytes from the beginning of a word on: two or three words. A template of a dozen words in which one
+word changes is just so. The similarity is read from MinHash signatures (the share of equal
 entries estimates it), and only texts that agree in a band of their signatures are compared, so that two hundred
 thousand prompts take some seconds.
 
@@ -13,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 BYTES = 1_024
 """Bytes of a text that are looked at: from longer ones the first and the last half of these."""
 PIECES = 5
 """Fewer pieces than this say little: such texts are never near-duplicates."""
-HASHES, BAND = 32, 4
-"""Entries of a signature, and of a band of it: of texts with similarity 0.75 or more 95% share a band."""
-ALIKE = 0.75
+HASHES, BAND = 32, 2
+"""Entries of a signature, and of a band of it: of texts with similarity 0.5 99% share a band."""
+ALIKE = 0.5
 """Share of equal entries from which texts are near-duplicates."""
 CHUNK = 10_000
 """Texts whose pieces are in memory at the same time."""
@@ -38,7 +39,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
     [False, False, True]
     """
     found: list[bool] = []
-    kept: list[Int[np.ndarray, " h"]] = []  # signatures of the texts that repeat none
+    kept: list[UInt32[np.ndarray, " h"]] = []  # signatures of the texts that repeat none
     buckets: list[dict[bytes, int]] = [{} for _ in range(HASHES // BAND)]
     for start in range(0, len(texts), CHUNK):
         for signature in _signatures(texts[start : start + CHUNK]):
@@ -56,7 +57,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
     return found
 
 
-def _signatures(texts: Sequence[str]) -> Iterable[Int[np.ndarray, " h"] | None]:
+def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | None]:
     """MinHash signatures; None for a text of fewer than `PIECES` pieces."""
     encoded = [_shortened(text.encode("utf-8", "replace")) for text in texts]
     # A byte between texts and at both ends keeps words apart; a piece that runs into the next text is its text's end.
@@ -88,10 +89,10 @@ def _shortened(data: bytes) -> bytes:
 
 def _hashed(
     data: np.ndarray, starts: Int[np.ndarray, " p"], ends: Int[np.ndarray, " p"]
-) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
-    """Two 32-bit hashes of the 16 bytes from each of `starts` on, bytes from its text's end on taken as 0."""
+) -> tuple[UInt32[np.ndarray, " p"], UInt32[np.ndarray, " p"]]:
+    """Two 32-bit hashes of the 12 bytes from each of `starts` on, bytes from its text's end on taken as 0."""
     words = np.lib.stride_tricks.as_strided(data[:8].view(np.uint64), (len(data) - 8,), (1,))
-    left = np.clip(ends - starts, 0, 16).astype(np.uint64)
+    left = np.clip(ends - starts, 0, 12).astype(np.uint64)
     low, high = words[starts], words[starts + 8]
     low &= _low_bytes(np.minimum(left, np.uint64(8)))
     high &= _low_bytes(np.maximum(left, np.uint64(8)) - np.uint64(8))

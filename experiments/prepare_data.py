@@ -8,10 +8,13 @@ Run:
     python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
     python experiments/prepare_data.py --data=FILE --columns prompt=question,system=system --out=runs/my_data
     python experiments/prepare_data.py --model=smollm2
+    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
 
 ``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``, ``--data_dir`` and
 ``--model`` for the keys of that name; ``--model`` alone fetches the model and asks it one question. With ``--data`` a
 file of another tool is converted, and ``--source`` is the name of its form (docs/data_sources.md), or left out.
+``--preview`` shows five rows as the model sees them (``--preview=FILE.html`` writes a page), ``--look=FILE`` does that
+and the numbers of the report for a file of records, and prepares nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, look
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import curation, schema, sources
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
@@ -90,7 +93,7 @@ def storyland(config: ConfigDict, folder: Path) -> dict:
     files = {name: list(records) for name, records in files.items()}
     counts = _write(folder, files)
     tokenizer = load_tokenizer(storyland_assets.assets())
-    _report(folder, [_tables(files, lambda text: len(encode_prompt(tokenizer, text)))])
+    _report(folder, [*look.lines(files, config), _tables(files, lambda text: len(encode_prompt(tokenizer, text)))])
     return counts
 
 
@@ -230,7 +233,7 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
     lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    _report(folder, [*lines, "", _tables(files, lengths.count, _identifier())])
+    _report(folder, [*lines, "", *look.lines(files, config, reports), _tables(files, lengths.count, _identifier())])
     return counts
 
 
@@ -475,7 +478,6 @@ def convert(config: ConfigDict, folder: Path) -> dict:
         raise ValueError(f"no record of {config.data} is left to train on: {reading.report.summary()}")
     counts = _write(folder, files)
     _report(folder, [*said[1:], *_lines(reports, lengths, files, counts)], before=said[:1])
-    # A look at the records (files: name -> records) belongs here.
     return counts
 
 
@@ -526,7 +528,8 @@ def _lines(
     lines = [report.summary() for report in reports if report.rows]
     lines += [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())] if lengths else []
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    return [*lines, "", _tables(dict(files), lengths.count if lengths else None, _identifier())]
+    tables = _tables(dict(files), lengths.count if lengths else None, _identifier())
+    return [*lines, "", *look.lines(files, config, reports), tables]
 
 
 def _with_ids(name: str, records: Iterable[Any]) -> list[Any]:
@@ -678,7 +681,16 @@ SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
     "jsonl": own_files,
     "convert": convert,
     "pretrained": pretrained,
+    "look": lambda config, folder: {"records": look.look(config)},
 }
+
+
+def dry_run(config: ConfigDict) -> None:
+    """Looks at a file (``--look``); the other sources have no dry run."""
+    config_lib.require(
+        config.source == "look", "--dry_run", True, "only --look=FILE writes nothing: leave --dry_run out"
+    )
+    look.look(config)
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -697,6 +709,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     ['--config=configs/data/pretrained.py', '--workdir=runs/smollm2', '--config.model=smollm2']
     >>> expand(["--source=alpaca", "--data=f.json", "--columns", "prompt=question"])[:2]
     ['--config=configs/data/convert.py', '--config.form=alpaca']
+    >>> expand(["--look=rows.jsonl", "--preview"])
+    ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl', '--config.preview=terminal']
     """
     short = {
         "--source": "--config",
@@ -705,11 +719,18 @@ def expand(argv: Sequence[str]) -> list[str]:
         "--model": "--config.model",
         "--data": "--config.data",
         "--columns": "--config.columns",
+        "--preview": "--config.preview",
+        "--look": "--config.data",
     }
     converts = any(flag.partition("=")[0] == "--data" for flag in argv)
     full, rest = [], list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
+        if flag == "--preview" and not equals:
+            equals, value = "=", look.TERMINAL
+        if flag == "--look":  # without a run folder, as a dry run is
+            full += ["--config=configs/data/look.py", "--dry_run"]
+            equals, value = "=", value if equals or not rest else rest.pop(0)
         if flag in short and not equals and rest:
             equals, value = "=", rest.pop(0)
         if flag == "--source" and _is_form(value, converts):
@@ -735,5 +756,5 @@ def _is_form(name: str, converts: bool) -> bool:
 if __name__ == "__main__":
     config_lib.main(
         run, config="configs/data/storyland.py", workdir="runs/data", argv=expand(sys.argv[1:]),
-        one_process="Run it once; its files are then read by all processes.",
+        one_process="Run it once; its files are then read by all processes.", dry_run=dry_run,
     )  # fmt: skip

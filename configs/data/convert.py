@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "response_length": 1024,
             "ranked_response_length": 1024,
             "ranking_length": 10_240,
+            "preview": "",  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
         }
     )
     return apply_arg(config, arg, smoke=_smoke)

@@ -13,7 +13,9 @@ from rlhf_jax.config import apply_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
-    return apply_arg(hh_rlhf.oasst_data(), arg, smoke=smoke)
+    config = hh_rlhf.oasst_data()
+    config.preview = ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    return apply_arg(config, arg, smoke=smoke)
 
 
 def smoke(config: ConfigDict) -> None:

@@ -11,4 +11,6 @@ from rlhf_jax.config import apply_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
-    return apply_arg(storyland.data(), arg, smoke=storyland.smoke_data)
+    config = storyland.data()
+    config.preview = ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    return apply_arg(config, arg, smoke=storyland.smoke_data)

@@ -508,6 +508,15 @@ def notes(record: Any) -> list[str]:
     return list(_notes(record, None, cut=False))
 
 
+def first_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file in order, to see what it is; it ends before the first line that is none."""
+    try:
+        for _, data in _lines(path):
+            yield _json_object(data)
+    except RowError:
+        return
+
+
 def read_rows(path: str | os.PathLike[str], parse: Callable[[dict[str, Any]], Any]) -> tuple[list[Any], DataReport]:
     r"""Apply `parse` to each JSON object of a file; a `RowError` drops the row and counts it by its reason.
 

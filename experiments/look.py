@@ -1,0 +1,109 @@
+r"""One look at data before training on them: the numbers of `rlhf_jax.data.overview`, some rows as the model sees them.
+
+Run:
+
+    python experiments/prepare_data.py --look=FILE.jsonl
+    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import common
+from rlhf_jax.config import require, require_range
+from rlhf_jax.data import overview, preview, preview_page, schema
+from rlhf_jax.data.text import encode_prompt, load_tokenizer
+from rlhf_jax.run import files
+
+TERMINAL = "terminal"
+"""The value of `config.preview` that shows the rows on the screen; another one is the name of a page."""
+
+
+def look(config: ConfigDict) -> None:
+    """Prints the numbers and some rows of `config.data`, a file of records; writes nothing but the page.
+
+    Raises:
+      ValueError: the file is missing, holds bad rows or no records.
+    """
+    require(bool(config.data), "data", config.data, "name a file of records: --look=FILE")
+    require_range("rows", config.rows, low=1)
+    records, report = read(config.data, max_bad_fraction=config.max_bad_fraction)
+    tokenizer = load_tokenizer(common.model_folder(config.model)) if config.model else None
+    print(report.summary() + "\n\n" + _table(records, tokenizer, {}) + "\n", flush=True)
+    _show(records, config.preview or TERMINAL, config.data, tokenizer, config.rows, config.assistant_turns)
+
+
+def lines(
+    record_files: Mapping[str, Iterable[Any]], config: ConfigDict, reports: Sequence[schema.DataReport] = ()
+) -> list[str]:
+    """The table for a data report, as its lines; shows rows where `config.preview` asks for it.
+
+    Args:
+      record_files: the records that are written, by file.
+      config: of `prepare_data`; its `model` (where it has one) counts tokens and encodes the preview.
+      reports: of the readers; the columns they left aside are told.
+    """
+    records = [record for each in record_files.values() for record in each]
+    name = config.get("model", "")
+    tokenizer = load_tokenizer(common.model_folder(name)) if name else None
+    aside: dict[str, int] = {}
+    for report in reports:
+        for column, rows in getattr(report, "aside", {}).items():
+            aside[column] = aside.get(column, 0) + rows
+    if config.get("preview", ""):
+        _show(records, config.preview, ", ".join(record_files), tokenizer)
+    return [*_table(records, tokenizer, aside).split("\n"), ""]
+
+
+def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any], schema.DataReport]:
+    """The records of a file whose kind its first row shows, and the report.
+
+    Raises:
+      ValueError: as of `schema.read_jsonl`; a first row that is no record of any kind names the ways to convert it.
+    """
+    first = next(iter(schema.first_rows(path)), {})
+    names = set(first)
+    last = first.get("messages")
+    answered = isinstance(last, list) and last and isinstance(last[-1], dict) and last[-1].get("role") == "assistant"
+    if "responses" in names or "ranks" in names:
+        kind: type = schema.Ranking
+    elif "text" in names:
+        kind = schema.PlainText
+    elif "response" in names or answered:
+        kind = schema.Demonstration
+    elif names & {"prompt", "messages"}:
+        kind = schema.Prompt
+    else:
+        raise ValueError(
+            f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and is no record of ours: "
+            "convert the file first with --source=FORM --data=FILE --out=FOLDER (docs/data.md lists the forms)"
+        )
+    return schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction, allow_empty_responses=True)
+
+
+def _table(records: Sequence[Any], tokenizer: Any, aside: Mapping[str, int]) -> str:
+    tokens = None if tokenizer is None else lambda text: len(encode_prompt(tokenizer, text))
+    return overview.summary(records, aside=aside, tokens=tokens, tokenizer=tokenizer)
+
+
+def _show(
+    records: Sequence[Any], where: str, title: str, tokenizer: Any, count: int = preview.ROWS, turns: str = "all"
+) -> None:
+    """The rows on the screen, or as a page at `where`."""
+    shown = preview.rows(records, tokenizer, count=count, assistant_turns=turns)
+    if where == TERMINAL:
+        ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
+        colour = preview.colours(sys.stdout)
+        print(preview.as_text(shown, tokens=tokenizer is not None, colour=colour, ascii_only=ascii_only), flush=True)
+        return
+    require(where.endswith((".html", ".htm")), "preview", where, "name a page that ends in .html, or nothing")
+    table = _table(records, tokenizer, {})
+    with files.written(where) as file:
+        file.write(preview_page.page(shown, title=title, tokens=tokenizer is not None, report=table))
+    print(f"{len(shown)} rows as the model sees them: {where}", flush=True)

@@ -1,4 +1,4 @@
-"""`prepare_data.py --data=FILE`: from another tool's file to the files of the stages, and a step of two stages on them."""
+"""`prepare_data.py --data=FILE`: from another tool's file to the stages' files, and a step of two stages on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_jax.data import schema, sources
 from rlhf_jax.data.schema import Demonstration, Prompt, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models import DecoderConfig, language_model, save_hf
+from rlhf_jax.models import gpt2, language_model, save_hf
 
 ROOT = Path(__file__).parents[2]
 CONVERT = f"{ROOT}/configs/data/convert.py"
@@ -60,11 +60,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A network of a few thousand numbers with storyland's tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = load_tokenizer(assets())
-    config = DecoderConfig.llama(
-        vocab_size=len(tokenizer), width=16, depth=1, heads=2, kv_heads=1, head_width=8, mlp_width=24, max_length=256
-    )
-    params = language_model(config).init(jax.random.key(0))
-    save_hf(params, config, folder, tokenizer=assets())
+    network = language_model(gpt2(len(tokenizer), 512, 1, 16, 2))
+    save_hf(folder, network, network.init(jax.random.key(0)), tokenizer)
     return str(folder)
 
 
@@ -118,15 +115,15 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     )
     ((ranking, *_), _) = schema.read_jsonl(tmp_path / "out" / "rankings.jsonl", Ranking)
     assert [turn.role for turn in ranking.prompt] == ["system", "user"]
-    assert main(f"--data={path}", f"--out={tmp_path / 'none'}") == 1
+    assert main(f"--data={path}", f"--out={tmp_path / 'none'}") == 2
     assert "name its column with --source=trl --columns prompt=question" in capsys.readouterr().err
-    assert main("--source=alpac", f"--data={path}", f"--out={tmp_path / 'none'}") == 1
+    assert main("--source=alpac", f"--data={path}", f"--out={tmp_path / 'none'}") == 2
     assert "'alpac' must be one of label_studio, argilla" in capsys.readouterr().err
-    assert main("--source=alpaca", f"--out={tmp_path / 'none'}") == 1
+    assert main("--source=alpaca", f"--out={tmp_path / 'none'}") == 2
     assert "name the file to convert: --data=FILE" in capsys.readouterr().err
-    assert main(f"--data={path}", "--columns=question", f"--out={tmp_path / 'none'}") == 1
+    assert main(f"--data={path}", "--columns=question", f"--out={tmp_path / 'none'}") == 2
     assert "write wanted=name,.." in capsys.readouterr().err
-    assert main("--data=nowhere.json", f"--out={tmp_path / 'none'}") == 1
+    assert main("--data=nowhere.json", f"--out={tmp_path / 'none'}") == 2
     assert "nowhere.json does not exist: check the path" in capsys.readouterr().err
     assert prepare_data.expand(["--source=oasst", "--data=t.jsonl.gz"])[:2] == [
         "--config=configs/data/convert.py", "--config.form=oasst",
@@ -147,19 +144,18 @@ def test_a_demonstration_form_and_a_ranking_form_take_a_step(tmp_path: Path, mod
     """From the file as its tool writes it to a model that was trained on it."""
     convert(put(tmp_path, alpaca(4), "alpaca.json"), tmp_path / "sft_data")
     few = {"model": model, "row_length": "256", "batch_size": "8", "epochs": "1"}
-    config = load_config(
-        f"{ROOT}/configs/sft/storyland.py:smoke",
-        {**few, "demonstrations": str(tmp_path / "sft_data" / "demonstrations.jsonl"), "validation": "",
-         "pretraining_fraction": "0.0"},
-    )  # fmt: skip
-    assert sft.prepare(config).rows.mask.sum() > 10
+    demonstrations = str(tmp_path / "sft_data" / "demonstrations.jsonl")
+    sft_config = f"{ROOT}/configs/sft/storyland.py:smoke"
+    data = {"demonstrations": demonstrations, "validation": demonstrations, "pretraining_fraction": "0.0"}
+    (tmp_path / "sft").mkdir()
+    assert sft.run(load_config(sft_config, {**few, **data}), str(tmp_path / "sft"))
     convert(put(tmp_path, pairs(4), "orca.jsonl"), tmp_path / "rm_data", columns="prompt=question")
-    config = load_config(
-        f"{ROOT}/configs/reward_model/storyland.py:smoke",
-        {**few, "rankings": str(tmp_path / "rm_data" / "rankings.jsonl"), "demonstrations": "",
-         "evaluation.validation_train": ""},
-    )  # fmt: skip
-    assert reward_model.prepare(config)
+    rankings = str(tmp_path / "rm_data" / "rankings.jsonl")
+    data = {"rankings": rankings, "demonstrations": demonstrations, "evaluation.validation_train": rankings}
+    (tmp_path / "rm").mkdir()
+    assert reward_model.run(
+        load_config(f"{ROOT}/configs/reward_model/storyland.py:smoke", {**few, **data}), str(tmp_path / "rm")
+    )
 
 
 def test_real_files(tmp_path: Path, data_dir: Path):
@@ -170,13 +166,14 @@ def test_real_files(tmp_path: Path, data_dir: Path):
     demonstrations = sources.read_form(folder / "instruction_data.jsonl.gz")
     assert (demonstrations.form, demonstrations.report.kept) == ("alpaca", 1100)
     rankings = sources.read_form(folder / "preference_data.jsonl.gz")
-    assert (rankings.form, rankings.report.kept, rankings.report.aside["output"]) == ("alpaca", 1100, 1100)
+    assert (rankings.form, rankings.report.dropped) == ("alpaca", {"identical responses": 6})
+    assert rankings.report.kept == rankings.report.aside["output"] == 1094
     pairs = sources.read_form(data_dir / "hh_rlhf" / "helpful-base.test.jsonl.gz", source="hh_rlhf/helpful-base")
     wanted, counts = sources.read_hh(data_dir, split="train", test_fraction=0.0, subsets=("helpful-base",))
     assert (pairs.form, pairs.records["rankings"], pairs.report.dropped) == ("hh", wanted, counts.dropped)
     trees = sources.read_form(next((data_dir / "oasst_en100").glob("*tree*.jsonl.gz")))
     replies, _ = sources.read_oasst(data_dir, split="train", test_fraction=0.0)
     assert {(r.prompt, r.responses) for r in trees.records["rankings"]} == {(r.prompt, r.responses) for r in replies}
-    assert len(trees.records["demonstrations"]) == 249
+    assert len(trees.records["demonstrations"]) == 247
     with pytest.raises(ValueError, match="--source=trl --columns prompt=question,completion=answer"):
         sources.read_form(data_dir / "gsm8k" / "test.jsonl.gz")

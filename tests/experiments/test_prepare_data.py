@@ -12,6 +12,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from experiments import common, instructgpt, ppo, prepare_data, pretrained
 from rlhf_jax import config as config_lib
 from rlhf_jax.config import leaf_keys, load_config, record_reads
 from rlhf_jax.data import schema, sources
+from rlhf_jax.data.sources import running_text
 from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer
 from rlhf_jax.evaluation.report import check_results
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
@@ -304,7 +306,7 @@ def test_shares_that_do_not_add_up_and_unknown_sources_are_refused(made, tmp_pat
 
 def test_no_network_is_one_clear_line(made, tmp_path, monkeypatch):
     """An empty data_dir means download; conftest forbids the network."""
-    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = small(Path(), made.model)
     config.data_dir = ""
     with pytest.raises(ValueError, match=r"cannot download .*check the network, or .* pass data_dir") as caught:
@@ -316,7 +318,7 @@ def test_wikitext_archive_gives_its_training_and_test_part(tmp_path, monkeypatch
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         for part in ("train", "valid", "test"):
             archive.writestr(f"wikitext-2-raw/wiki.{part}.raw", f" = {part} = \n text")
-    monkeypatch.setattr(sources, "_download", lambda repo, name: tmp_path / "w.zip")
+    monkeypatch.setattr(running_text, "download", lambda repo, name: tmp_path / "w.zip")
     documents, report = sources.read_english(None)
     assert [d.text.split()[1] for d in documents] == ["test", "train"]
     assert report.kept == 2

@@ -1,8 +1,8 @@
 """Alpaca and Dolly: an instruction, what it is about, and the answer, each in its column.
 
-Alpaca is ``{instruction, input, output}``; LLaMA-Factory adds `system`, `history` (pairs of texts: the turns before) and
-a preference, `chosen` and `rejected` in the place of `output`. Dolly is ``{instruction, context, response, category}``.
-The second text stands below the first, after a blank line.
+Alpaca is ``{instruction, input, output}``; LLaMA-Factory adds `system`, `history` (pairs of texts: the turns before)
+and a preference, `chosen` and `rejected` in the place of `output`. Dolly is ``{instruction, context, response,
+category}``. The second text stands below the first, after a blank line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the exports of annotation tools have in common: records, people, and one question whose answers are wanted.
 
-`argilla` and `label_studio` say what a record holds and what each person answered; here the question is chosen, once for
-the whole file, and its answers become rankings and demonstrations. Where two questions could be meant, none is taken.
+`argilla` and `label_studio` say what a record holds and what each person answered; here the question is chosen, once
+for the whole file, and its answers become rankings and demonstrations. Where two could be meant, none is taken.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def read_form(
     if form == "jsonl" and not columns and read.is_records():
         # Its own reader knows revisions, and every other rule of this package's files.
         kind = own.kind_of(read.example(form))
-        records, report = schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction)
-        return Reading(form, recognise.said(form, read.example(form)), {SETS[kind]: records}, report)
+        own_records, report = schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction)
+        return Reading(form, recognise.said(form, read.example(form)), {SETS[kind]: own_records}, report)
     said = recognise.said(form, read.example(form))
     mapped = {wanted: have for wanted, have in options.columns.items() if have}
     said += f" (with {', '.join(f'{have} as {wanted}' for wanted, have in mapped.items())})" if mapped else ""
@@ -118,9 +118,9 @@ def read_pairs(
     """Rows ``{prompt, chosen, rejected}`` (TRL's preference form) as rankings of K = 2.
 
     Each of the three is a text or a list of ``{role, content}``. Without `prompt` the two hold the whole conversation:
-    lists share all turns but the last; texts are transcripts, cut at the last "Assistant:" turn. Any other table without
-    a prompt is refused. A column `system` becomes the first turn. Answers that are whole texts beside their prompt are
-    cut. Pairs whose responses are identical or empty, or that share no prompt, are dropped and counted.
+    lists share all turns but the last; texts are transcripts, cut at the last "Assistant:" turn. Any other table
+    without a prompt is refused. A column `system` becomes the first turn. Answers that are whole texts beside their
+    prompt are cut. Pairs whose responses are identical or empty, or that share no prompt, are dropped and counted.
 
     Args:
       path: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` file, a folder of
@@ -350,9 +350,9 @@ class _Table:
             before = self.ranked.setdefault(key, row.place)
             if before != row.place or key in self._of_row(row):
                 raise RowError(
-                    "ranked twice", f"labeler {record.labeler[:40]!r} ranks the prompt and responses of {before} again: "
-                    "keep one",
-                )  # fmt: skip
+                    "ranked twice",
+                    f"labeler {record.labeler[:40]!r} ranks the prompt and responses of {before} again: keep one",
+                )
             self._of_row(row).add(key)
         return record
 

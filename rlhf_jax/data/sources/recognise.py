@@ -1,7 +1,7 @@
 """The forms of other people's data: how each is recognised, and what it gives. `FORMS` is the one table of them.
 
-A form is recognised by the columns of a row that hold something. It is said aloud which one was taken, and where no form
-fits, or a table has no prompt, the refusal names the columns that are there and the flag that maps them.
+A form is recognised by the columns of a row that hold something. It is said aloud which one was taken, and where no
+form fits, or a table has no prompt, the refusal names the columns that are there and the flag that maps them.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ FORMS: Mapping[str, Form] = {
         _each(alpaca.parse_alpaca),
     ),
     "dolly": Form(
-        "Dolly", "`instruction`, `response`", "instruction + context -> prompt, response -> response, category -> use_case",
+        "Dolly", "`instruction`, `response`",
+        "instruction + context -> prompt, response -> response, category -> use_case",
         lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"), _each(alpaca.parse_dolly),
     ),
     "rated": Form(
@@ -239,8 +240,9 @@ def refuse_unknown(row: Row) -> str:
         return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
     if row.has("prompt"):
         return (
-            f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with --source=trl "
-            "--columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
+            f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with "
+            "--source=trl --columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with "
+            "--source=jsonl"
         )
     asks = [name for name in trl.QUESTIONS if row.has(name)]
     answers = [name for name in ANSWERS if row.has(name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import decimal
+import itertools
 import json
 import math
 import re
@@ -290,7 +291,7 @@ def note_beginnings(row: Row, answers: list[str]) -> None:
     """Note where one response is the beginning of another."""
     distinct = sorted({answer for answer in answers if answer})
     # Sorted texts that share a beginning stand together.
-    if any(after.startswith(before) for before, after in zip(distinct, distinct[1:], strict=False)):
+    if any(after.startswith(before) for before, after in itertools.pairwise(distinct)):
         row.note("one response begins the other")
 
 

@@ -14,7 +14,7 @@ EXPECTED_DROPS = (
 
 FORM_RULES: Mapping[str, Rule] = {
     # no prompt is guessed
-    "no prompt": Rule("bad", "no `prompt`, no transcript with turn marks, no list of messages", "`--columns prompt=NAME`"),
+    "no prompt": Rule("bad", "no `prompt`, no transcript with turn marks, no messages", "`--columns prompt=NAME`"),
     "systems differ": Rule("bad", "a `system` column and a system turn, or two such columns, that differ", "keep one"),
     "prompt in one text": Rule(
         "bad", "a transcript as `prompt` that begins only one of the two texts", "write answers or whole texts in both"
@@ -25,7 +25,7 @@ FORM_RULES: Mapping[str, Rule] = {
     ),
     # what a role and a text cannot hold
     "tool call": Rule("bad", "`tool_calls`, `function_call`, `tools`, a role tool or function", "leave such rows out"),
-    "reasoning content": Rule("bad", "`reasoning_content`, `reasoning`, `thinking`", "leave it out or join it to the text"),
+    "reasoning content": Rule("bad", "`reasoning_content`, `reasoning`, `thinking`", "leave it out, or join it"),
     "not text": Rule("bad", "images, audio, video, files, a refusal", "leave such rows out"),
     "speaker name": Rule("bad", "a turn with a `name`", "write it into the text, or remove it"),
     "turn weight": Rule("bad", "a turn with `weight` or `train` other than 1", "cut the conversation there"),
@@ -47,13 +47,13 @@ FORM_RULES: Mapping[str, Rule] = {
     "line ends made LF": Rule("kept", "CR LF or CR in a text: it is LF in the record", "none needed"),
     "byte order mark removed": Rule("kept", "a byte order mark at the start of a text or name", "none needed"),
     "spaces at the seam removed": Rule("kept", "spaces after a text prompt, or around an answer", "none needed"),
-    "prompt cut from whole text": Rule("kept", "an answer given as the whole text: the prompt is taken off", "none needed"),
+    "prompt cut from whole text": Rule("kept", "an answer given as the whole text: its prompt is cut", "none needed"),
     "answer begins with the prompt": Rule("kept", "an answer begins with its prompt and is left so", "look at the row"),
-    "one response begins the other": Rule("kept", "a response that another one goes on from", "look whether one is cut"),
+    "one response begins the other": Rule("kept", "a response that another one goes on from", "see whether one is cut"),
     "system made a turn": Rule("kept", "a `system` column: it is the first turn of the prompt", "none needed"),
-    "prompt made a turn": Rule("kept", "no system here but in other rows: the prompt is a user's turn too", "none needed"),
+    "prompt made a turn": Rule("kept", "no system here but in other rows: it is a user's turn too", "none needed"),
     "text parts joined": Rule("kept", "a content of several parts, all of them text", "none needed"),
-    "missing value as text": Rule("kept", "a cell that says `nan`, `None` or the like where nothing is meant", "leave it empty"),
+    "missing value as text": Rule("kept", "a cell that says `nan`, `None` or the like", "leave it empty"),
     "chat template in text": Rule("kept", "a text with the marks of a chat template", "use the messages themselves"),
     "scores are equal": Rule("kept", "`score_chosen` = `score_rejected`", "leave the row out if it is a tie"),
     "scores say otherwise": Rule("kept", "`score_chosen` < `score_rejected`", "look at the row"),

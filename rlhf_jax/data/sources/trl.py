@@ -48,11 +48,11 @@ def survey(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
 
 
 def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
-    """Whether answers are whole texts that begin with their prompt.
+    r"""Whether answers are whole texts that begin with their prompt.
 
     "surely" and "one" (of two) are of a prompt that is a transcript, which no answer repeats by chance.
 
-    >>> repeats("Human: Hi\\n\\nAssistant:", ["Human: Hi\\n\\nAssistant: Hello."])
+    >>> repeats("Human: Hi\n\nAssistant:", ["Human: Hi\n\nAssistant: Hello."])
     'surely'
     >>> repeats("Name a bird.", ["Name a bird. A wren.", "Name a bird. A hat."])
     'likely'
@@ -112,8 +112,9 @@ def completion(row: Row, found: set[str] | None = None) -> Draft:
         return demonstration_of(row, prompt, answer)
     if row.values.get("label") is not None and row.has("completion"):
         raise RowError(
-            "unpaired", "field 'label' says whether one answer is good (TRL's unpaired preference): that is no ranking, "
-            "so use pairs or scores; good answers alone (filter them first) are demonstrations with --columns label=",
+            "unpaired", "field 'label' says whether one answer is good (TRL's unpaired preference): that is no "
+            "ranking, so use pairs or scores; good answers alone (filter them first) are demonstrations with "
+            "--columns label=",
         )  # fmt: skip
     prompt = turns(row, "prompt", row.take("prompt")) if row.has("prompt") else None
     said = turns(row, "completion", row.needed("completion"))

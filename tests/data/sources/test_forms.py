@@ -192,7 +192,7 @@ NESTED: dict[str, tuple[str, dict[str, Any], Any]] = {
     ),
     "alpaca history": (
         "alpaca",
-        {"instruction": "And the owl?", "input": "", "output": "In the oak.", "history": [["Where is the fox?", "Here."]]},
+        {"instruction": "And the owl?", "output": "In the oak.", "history": [["Where is the fox?", "Here."]]},
         Demonstration((USER, Message("assistant", "Here."), Message("user", "And the owl?")), "In the oak."),
     ),
     "trl messages": (
@@ -212,15 +212,16 @@ NESTED: dict[str, tuple[str, dict[str, Any], Any]] = {
             "instruction": "Where is the fox?",
             "models": ["a", "b"],
             "completions": [
-                {"model": "a", "response": "No.", "overall_score": 2.0, "fine-grained_score": 5, "principle": "honesty"},
-                {"model": "b", "response": "Here.", "overall_score": 8.5, "fine-grained_score": 1, "principle": "truth"},
+                {"model": "a", "response": "No.", "overall_score": 2.0, "fine-grained_score": 5, "principle": "x"},
+                {"model": "b", "response": "Here.", "overall_score": 8.5, "fine-grained_score": 1, "principle": "y"},
             ],
         },
         Ranking("Where is the fox?", ("No.", "Here."), (1, 0), source="flan", policies=("a", "b")),
     ),
     "distilabel": (
         "rated",
-        {"instruction": "Where?", "generations": ["No.", "Here."], "ratings": ["2", "4"], "generation_models": ["a", "b"]},
+        {"instruction": "Where?", "generations": ["No.", "Here."], "ratings": ["2", "4"],
+         "generation_models": ["a", "b"]},
         Ranking("Where?", ("No.", "Here."), (1, 0), policies=("a", "b")),
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What happens where a prompt and an answer meet, and where a file was made on another system: each rule of `FORM_RULES`."""
+"""What happens where a prompt and an answer meet, and to files of other systems: each rule of `FORM_RULES`."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def test_a_prompt_beside_unknown_columns_is_not_taken_alone(tmp_path: Path):
 # ----------------------------------------------------------------------------------------- whole texts, and echoes
 
 
+TALK = "Human: Deep?\n\nAssistant:"
 WHOLE = [
-    ("Human: Deep?\n\nAssistant:", ["Human: Deep?\n\nAssistant: Yes.", "Human: Deep?\n\nAssistant: No."], ("Yes.", "No.")),
+    (TALK, [f"{TALK} Yes.", f"{TALK} No."], ("Yes.", "No.")),
     ("How deep is the well?\r\n", ["How deep is the well?\nNine.", "How deep is the well?\r\nTwo."], ("Nine.", "Two.")),
     ("Q: How deep is it? A:", ["Q: How deep is it? A:Nine.", "Q: How deep is it? A:Two."], ("Nine.", "Two.")),
     ("How deep is the well?", ["It is deep.", "How deep is the well? Two."], None),
@@ -151,7 +152,8 @@ def test_equal_responses_and_ties_are_noted_as_for_json_lines(tmp_path: Path):
     ]
     _, report = sources.read_rated(put(tmp_path, *rows))
     assert report.noted == {"same response, different ranks": 1, "all responses tie": 1}
-    _, report = sources.read_pairs(put(tmp_path, pair("a", "b", score_chosen=1, score_rejected=4), pair("c", "d", score_chosen=1, score_rejected=1)))  # fmt: skip
+    rows = [pair("a", "b", score_chosen=1, score_rejected=4), pair("c", "d", score_chosen=1, score_rejected=1)]
+    _, report = sources.read_pairs(put(tmp_path, *rows))
     assert report.noted == {"scores say otherwise": 1, "scores are equal": 1}
     assert report.aside == {"score_chosen": 2, "score_rejected": 2}
 
@@ -202,7 +204,7 @@ MORE: list[tuple[str, list[dict[str, Any]]]] = [
     ("'tool'", [user("Deep?"), {"role": "tool", "content": "9"}, said("Nine.")]),
     ("reasoning_content", [user("Deep?"), said("Nine.", reasoning_content="I think")]),
     ("thinking", [user("Deep?"), said("Nine.", thinking="I think"), user("Sure?"), said("Yes.")]),
-    ("image_url", [user([{"type": "text", "text": "Deep?"}, {"type": "image_url", "image_url": {"url": "x"}}]), said("9")]),
+    ("image_url", [user([{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "x"}}]), said("9")]),
     ("'audio'", [user("Deep?"), said("Nine.", audio={"id": "a"})]),
     ("'name'", [user("Deep?", name="Ann"), said("Nine.")]),
     ("weight=0", [user("Deep?"), said("Nine.", weight=0)]),
@@ -223,14 +225,13 @@ def test_more_than_a_role_and_a_text_is_refused_by_name(tmp_path: Path, named: s
         with pytest.raises(ValueError, match="are bad") as error:
             sources.read_pairs(put(tmp_path, row))
         assert named in str(error.value)
-    sharegpt = [{"from": turn["role"], "value": turn["content"], **{k: v for k, v in turn.items() if k not in turn_keys}}
-                for turn in turns]  # fmt: skip
+    sharegpt = []
+    for turn in turns:
+        more = {key: value for key, value in turn.items() if key not in ("role", "content")}
+        sharegpt.append({"from": turn["role"], "value": turn["content"], **more})
     with pytest.raises(ValueError, match="are bad") as error:
         sources.read_form(put(tmp_path, {"conversations": sharegpt}))
     assert named in str(error.value)
-
-
-turn_keys = ("role", "content")
 
 
 @pytest.mark.parametrize(("column", "value"), [("tools", CALL), ("images", ["a.png"]), ("reasoning", "I think.")])

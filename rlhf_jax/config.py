@@ -848,7 +848,7 @@ def _say(text: str, status: int) -> int:
 
 def _remove_unused(path: Path) -> None:
     """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace."""
-    if {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
+    if path.is_dir() and {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
         for name in (CONFIG_FILE, LOCK_FILE):
             (path / name).unlink()
         path.rmdir()

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "run.secrets": set(),
     "run.config_file": set(),
     "run.console": set(),
+    "run.cache": set(),
     "run.__init__": set(),
     "config": {"run.files", "run.secrets", "run.config_file", "run.console", "processes"},
     "ops": {"types"},

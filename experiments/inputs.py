@@ -194,6 +194,7 @@ AT_LEAST: Mapping[str, float] = {
             "minibatches", "iterations", "save_every", "evaluate_every", "keep", "score_microbatches", "samples",
             "baseline_samples", "base_samples", "labels_each", "score_batch_size", "max_k", "held_out_row_length",
             "held_out_rows", "ptx_row_length", "held_out_batches", "candidates", "min_k", "max_skipped", "rank",
+            "held_out_documents",
         ),
         1,
     ),

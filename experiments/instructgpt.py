@@ -390,6 +390,6 @@ def headline(results: dict) -> str:
 
 if __name__ == "__main__":
     config_lib.main(
-        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt",
+        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", check=check_shapes,
         one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take --distributed.",
     )  # fmt: skip

@@ -676,23 +676,23 @@ def _main(
     secrets = [] if given is None else given
     try:
         if not argv:
-            raise ValueError(_usage(run, config_default, workdir_default))
+            if config_default:
+                _look_ahead(check, load_config(_shipped(run, config_default)), "")  # says what is missing
+            return _say(_usage(run, config_default, workdir_default), 2)
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
         _check_process_flags(flags, one_process)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
             sys.path.insert(0, os.getcwd())
         if flags.distributed:
             _start_processes(flags)
-        config = load_config(_shipped(run, flags.config, config_default), overrides)
+        config = load_config(_shipped(run, flags.config), overrides)
         secrets += secrets_in(config.to_dict())
         path = Path(flags.workdir)
         _agree_on_command(flags, config)
         if flags.dry_run:
             _run_dry(dry_run, config)
             return 0
-        if check is not None:
-            with _another_programs_config(flags.config):
-                check(config)
+        _look_ahead(check, config, flags.config)
         if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
@@ -727,13 +727,20 @@ def _usage(run: Run, config: str, workdir: str) -> str:
     )
 
 
-def _shipped(run: Run, given: str, default: str) -> str:
-    """The default config of a program that was started in another folder: it is beside the program's own."""
+def _shipped(run: Run, given: str) -> str:
+    """A config of this project, for a program that was started in another folder: it is beside the program's own."""
     path, _, arg = given.partition(":")
-    if given != default or Path(path).exists():
+    if not path.startswith("configs/") or Path(path).exists():
         return given
     beside = Path(inspect.getfile(inspect.unwrap(run))).resolve().parents[1] / path
     return f"{beside}{arg and ':'}{arg}" if beside.is_file() else given
+
+
+def _look_ahead(check: Callable[[ConfigDict], Any] | None, config: ConfigDict, path: str) -> None:
+    """Lets the program refuse its config before anything is made."""
+    if check is not None:
+        with _another_programs_config(path):
+            check(config)
 
 
 @contextlib.contextmanager

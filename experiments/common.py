@@ -38,7 +38,7 @@ from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.models.vocabulary import with_texts_only
-from rlhf_jax.run import files
+from rlhf_jax.run import cache, files
 from rlhf_jax.run import records as run_records
 from rlhf_jax.run.console import Progress
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
@@ -58,7 +58,11 @@ class Network(NamedTuple):
 def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
     """The device mesh of a stage, ``(-1, 1, 1)`` for data parallel over all devices.
 
-    Compiled programs are kept in a cache folder of the user, so that a second run starts at once.
+    Compiled programs are kept in a cache folder of the user, so that a second run starts at once; where none can be
+    written they are compiled each time.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or there are none of the platform that JAX is told to use.
     """
     if not gc.get_freeze_count():
         # Tracing makes so many objects that Python looks for garbage again and again, among all that was imported too.
@@ -67,13 +71,20 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
     if not has_accelerator():
         keep_freed_memory()
         compile_lightly()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    compiled = cache.folder("compiled")
+    if jax.config.values["jax_compilation_cache_dir"] is None and compiled is not None:
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     Compiling.listen()
     parsed.begin()
-    return sharding.make_mesh(tuple(mesh_shape))
+    try:
+        return sharding.make_mesh(tuple(mesh_shape))
+    except RuntimeError as error:
+        if "nable to initialize backend" not in str(error):
+            raise
+        platforms = jax.config.values["jax_platforms"]
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"JAX_PLATFORMS={platforms}: {reason}; unset it to use what this machine has") from error
 
 
 def agree_on_inputs(*paths: str) -> None:

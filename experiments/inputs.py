@@ -81,6 +81,8 @@ def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
     Raises:
       ValueError: it is forgotten, missing, no model folder, without a tokenizer, or of the other kind.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{field}={name!r} is no path: pass the folder of a {kind}")
     if not name:
         raise ValueError(f"{field} is empty: pass the folder of a {kind} with --config.{field}=FOLDER")
     known = name.startswith(common.SHIPPED) or name in pretrained.MODELS
@@ -191,22 +193,30 @@ AT_LEAST: Mapping[str, float] = {
             "batch_size", "row_length", "epochs", "microbatches", "max_new_tokens", "prompt_length", "episodes",
             "minibatches", "iterations", "save_every", "evaluate_every", "keep", "score_microbatches", "samples",
             "baseline_samples", "base_samples", "labels_each", "score_batch_size", "max_k", "held_out_row_length",
-            "held_out_rows", "ptx_row_length", "held_out_batches", "candidates",
+            "held_out_rows", "ptx_row_length", "held_out_batches", "candidates", "min_k", "max_skipped", "rank",
+            "held_out_documents",
         ),
         1,
     ),
     **dict.fromkeys(
         (
             "temperature", "learning_rate", "value_learning_rate", "dropout", "labelers", "warmup_iterations",
-            "value_warmup_iterations", "ptx_coef", "pretraining_fraction", "bias_demonstrations",
-            "ptx_rows_per_episode",
+            "value_warmup_iterations", "ptx_coef", "gamma", "lam", "ema_decay", "b1", "b2", "seed",
+            "pretraining_fraction", "bias_demonstrations", "ptx_rows_per_episode", "alpha",
         ),
         0,
     ),
 }  # fmt: skip
 """The smallest value of each number that a stage cannot run without; None is none."""
 
-BELOW = {"dropout": 1.0, "pretraining_fraction": 1.0}
+BELOW = {"dropout": 1.0, "pretraining_fraction": 1.0, "b1": 1.0, "b2": 1.0, "gamma": 1.0000001, "lam": 1.0000001}
+"""Numbers that stay below a limit."""
+
+OR_NONE = {
+    **dict.fromkeys(("pieces_per_row", "prompts_per_row", "limit", "ptx_microbatches"), 1),
+    **dict.fromkeys(("clip_norm", "ppo_clip_norm", "ptx_clip_norm", "value_clip_norm", "spike_std"), 1e-30),
+}
+"""The smallest value of each number that may be None."""
 
 
 def check_numbers(config: ConfigDict, group: str = "") -> None:
@@ -218,8 +228,9 @@ def check_numbers(config: ConfigDict, group: str = "") -> None:
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             check_numbers(value, f"{group}{key}.")
-        elif key in AT_LEAST:
-            least, limit = AT_LEAST[key], BELOW.get(key, float("inf"))
+        elif key in AT_LEAST or (key in OR_NONE and value is not None):
+            least, limit = AT_LEAST.get(key, OR_NONE.get(key, 0)), BELOW.get(key, float("inf"))
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < limit:
-                bounds = f"at least {least}" + (f" and below {limit:g}" if key in BELOW else "")
+                bounds = f"at least {least}" if least in (0, 1) else "more than 0"
+                bounds += f" and {'below' if limit <= 1 else 'at most'} 1" if key in BELOW else ""
                 raise ValueError(f"{group}{key}={value!r} must be a number of {bounds}: --config.{group}{key}=NUMBER")

@@ -298,6 +298,6 @@ STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "p
 
 if __name__ == "__main__":
     config_lib.main(
-        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run,
+        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run, check=check_shapes,
         one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take --distributed.",
     )  # fmt: skip

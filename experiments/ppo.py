@@ -131,8 +131,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 def check(config: ConfigDict) -> None:
     """Refuses numbers, functions, files and models that do not fit together, before anything is loaded or written."""
-    validate(config)
     inputs.check_numbers(config)
+    validate(config)
     require_reward(config)
     inputs.check_model("model", config.model)
     if config.reward_model:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, memory
+from experiments import common, contexts, inputs, memory
 from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import text
@@ -71,6 +71,11 @@ def prepare(config: ConfigDict) -> Setup:
     return Setup(mesh, tokenizer, rows, batches, held, model, compile_step(make_sft_step(model, tx)), state)
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses numbers that no run can have."""
+    inputs.check_numbers(config)
+
+
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
     """Compiles the step for the real rows and prints its memory."""
     setup = prepare(config)
@@ -85,6 +90,7 @@ def programs(setup: Setup) -> memory.Programs:
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
+    check(config)
     with memory.phase("set-up", lower=("config.documents", "config.row_length")):
         setup = prepare(config)
     model, rows, tokenizer = setup.model, setup.rows, setup.tokenizer
@@ -127,4 +133,6 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run)
+    config_lib.main(
+        run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run, check=check
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from rlhf_jax.models.hf import load_hf, save_hf
-from rlhf_jax.run import files
+from rlhf_jax.run import cache, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,15 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Where fetched files and converted models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax" / "models"
+    """Where fetched files and converted models are kept.
+
+    Raises:
+      ValueError: the user has no cache folder that can be written.
+    """
+    place = cache.folder("models")
+    if place is None:
+        raise ValueError("there is no cache folder to keep a model in: set XDG_CACHE_HOME to one that can be written")
+    return place
 
 
 def folder(name: str) -> Path:

@@ -710,14 +710,16 @@ def _main(
     secrets = [] if given is None else given
     try:
         if not argv:
-            raise ValueError(_usage(run, config_default, workdir_default))
+            if config_default:
+                _look_ahead(check, load_config(_shipped(run, config_default)), "")  # says what is missing
+            return _say(_usage(run, config_default, workdir_default), 2)
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
         _check_process_flags(flags, one_process)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
             sys.path.insert(0, os.getcwd())
         if flags.distributed:
             _start_processes(flags)
-        config = load_config(_shipped(run, flags.config, config_default), overrides)
+        config = load_config(_shipped(run, flags.config), overrides)
         refuse_addresses(config)
         secrets += secrets_in(config.to_dict())
         path = files.local_path("--workdir", flags.workdir)
@@ -725,9 +727,7 @@ def _main(
         if flags.dry_run:
             _run_dry(dry_run, config) if plan is None else _show_plan(plan, config, flags)
             return 0
-        if check is not None:
-            with _another_programs_config(flags.config):
-                check(config)
+        _look_ahead(check, config, flags.config)
         if processes.index() == 0:
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = _enter(path, config, flags, by_stages=plan is not None)
@@ -762,13 +762,20 @@ def _usage(run: Run, config: str, workdir: str) -> str:
     )
 
 
-def _shipped(run: Run, given: str, default: str) -> str:
-    """The default config of a program that was started in another folder: it is beside the program's own."""
+def _shipped(run: Run, given: str) -> str:
+    """A config of this project, for a program that was started in another folder: it is beside the program's own."""
     path, _, arg = given.partition(":")
-    if given != default or Path(path).exists():
+    if not path.startswith("configs/") or Path(path).exists():
         return given
     beside = Path(inspect.getfile(inspect.unwrap(run))).resolve().parents[1] / path
     return f"{beside}{arg and ':'}{arg}" if beside.is_file() else given
+
+
+def _look_ahead(check: Callable[[ConfigDict], Any] | None, config: ConfigDict, path: str) -> None:
+    """Lets the program refuse its config before anything is made."""
+    if check is not None:
+        with _another_programs_config(path):
+            check(config)
 
 
 @contextlib.contextmanager
@@ -910,7 +917,7 @@ def _say(text: str, status: int) -> int:
 
 def _remove_unused(path: Path) -> None:
     """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace."""
-    if {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
+    if path.is_dir() and {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
         for name in (CONFIG_FILE, LOCK_FILE):
             (path / name).unlink()
         path.rmdir()

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "run.config_file": set(),
     "run.output": set(),
     "run.console": {"processes"},
+    "run.cache": set(),
     "run.__init__": set(),
     "run.numerics": set(),
     "config": {

@@ -105,7 +105,7 @@ def told(path: Path) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         known = library_mistake(error)
         if known:
-            raise ValueError(f"{path}: {known}") from error
+            raise ValueError(f"{_place(error, path)}: {known}") from error
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         ours = Path(raised_in).is_relative_to(Path(__file__).resolve().parents[1])
         if isinstance(error, ValueError) and ours:

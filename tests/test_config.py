@@ -295,6 +295,47 @@ def test_keys_that_change_no_number_may_change_and_are_printed(tmp_path, capsys)
     assert "ppo.lr: 1.0 -> 2.0; ppo.save_every: 7 -> 9" in capsys.readouterr().out
 
 
+def test_another_config_goes_on_from_a_checkpoint_only(tmp_path, config_file, capsys):
+    """A program that has none would write its outputs over, one part of a run after the other with its own config."""
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.name=other", "--allow_config_change"]
+    C.prepare_workdir(tmp_path / "run", C.load_config(str(config_file)))
+    ran: list[str] = []
+    with pytest.raises(SystemExit) as ended:
+        C.main(lambda config, workdir: ran.append(config.name), argv=flags)
+    assert ended.value.code == 2
+    assert "no checkpoint to go on from: choose another workdir, or --overwrite" in capsys.readouterr().err
+    assert not ran
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] != "other"
+    (tmp_path / "run" / "checkpoints" / "manifests").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "manifests" / "30.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        C.main(lambda config, workdir: ran.append(config.name), argv=flags)
+    assert ended.value.code == 0
+    assert ran == ["other"]
+
+
+def test_a_pipeline_answers_a_changed_config_itself(tmp_path, config_file, capsys):
+    """With `plan` a changed config is not refused, and a dry run is handed the folder and leaves nothing behind."""
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.name=other"]
+    seen: list[tuple] = []
+    plan = lambda config, workdir, *, overwrite: seen.append((config.name, workdir, overwrite))  # noqa: E731
+    with pytest.raises(SystemExit):
+        C.main(lambda *a: None, argv=[*flags, "--dry_run", "--overwrite"], plan=plan)
+    assert seen == [("other", str(tmp_path / "run"), True)]
+    assert not (tmp_path / "run").exists()
+    C.prepare_workdir(tmp_path / "run", C.load_config(str(config_file)))
+    stored = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(SystemExit) as ended:
+        C.main(lambda *a: None, argv=flags, plan=plan)
+    assert ended.value.code == 0
+    assert (tmp_path / "run" / "config.json").read_text() == stored  # the pipeline writes it when it accepts it
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(SystemExit) as ended:
+        C.main(lambda *a: None, argv=[flags[0], f"--workdir={tmp_path / 'thesis'}", "--dry_run"], plan=plan)
+    assert ended.value.code == 2
+
+
 def test_a_kill_before_the_config_is_stored_leaves_a_folder_that_can_be_used(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.tmp").write_text('{"lr":')

@@ -26,6 +26,7 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.schema import Demonstration, PlainText, read_jsonl, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.run import records as run_records
 from rlhf_jax.types import Mean
 from tests.reliability import kill
 
@@ -265,6 +266,32 @@ def test_a_model_that_changes_while_it_is_loaded_is_refused(inputs, tmp_path):
     os.utime(weights, ns=(1, 1))
     with pytest.raises(ValueError, match=r"model: model\.safetensors of .* changed while this run loaded it"):
         sft.origin(config, network)
+
+
+def made_of(rate: float) -> dict:
+    empty = {"data": {}, "models": {}, "tokenizer": "t", "versions": {}}
+    return {"config": {"learning_rate": rate}, **empty}
+
+
+def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_go_on_with(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, bad_at(), stop_at=4, origin=made_of(1.0))
+    with pytest.raises(ValueError, match=r"learning_rate: 1\.0 -> 2\.0"):
+        train(tmp_path, bad_at(), origin=made_of(2.0))
+    with config_lib.allow_change():
+        train(tmp_path, bad_at(), origin=made_of(2.0))
+    told = [{"from_step": 4, "changes": ["learning_rate: 1.0 -> 2.0"]}]
+    assert (
+        json.loads((tmp_path / "checkpoints" / "manifests" / "8.json").read_text())["extra"]["config_changes"] == told
+    )
+    train(tmp_path, bad_at(), origin=made_of(2.0))  # all done: nothing to refuse
+    with config_lib.allow_change(), pytest.raises(ValueError, match="all 8 steps were done with something else"):
+        train(tmp_path, bad_at(), origin=made_of(3.0))
+    with config_lib.allow_change():
+        train(tmp_path, bad_at(), steps=10, origin=made_of(3.0))
+    extra = json.loads((tmp_path / "checkpoints" / "manifests" / "10.json").read_text())["extra"]
+    assert extra["config_changes"] == [*told, {"from_step": 8, "changes": ["learning_rate: 2.0 -> 3.0"]}]
+    assert run_records.config_changes(tmp_path) == extra["config_changes"]
 
 
 # --------------------------------------------------------------------------------------------------------- PPO

@@ -36,8 +36,10 @@ NOT_ALLOWED = 77
 """Exit status where nothing can be mounted; the one that test drivers take for "skipped"."""
 SIZE = {"pipeline": 2**30}
 """Bytes of the file system, 128 MiB if not said otherwise; the file is sparse."""
-MARKS = {"sft": 20, "reward_model": 24, "ppo": 20, "pipeline": 60}
+MARKS = {"sft": 20, "reward_model": 24, "ppo": 20, "pipeline": 50}
 """About how many seals, models and results a program writes, for cuts without a run that counts them."""
+SAMPLING = "sample"
+"""The log of this stage says how far it was when two threads reported; its samples are compared."""
 TIMES = ("seconds", "compile_seconds", "peak_memory_mb", "time")
 """Keys of results that are of no interest here."""
 ENOUGH = 1800.0
@@ -298,7 +300,8 @@ def outcome(run: Path) -> dict[str, Any]:
         if not path.is_file() or "checkpoints/" in name or path.name in ("done.json", "run.lock", "report.html"):
             continue
         if path.name == "metrics.jsonl":
-            found[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+            rows = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+            found[name] = [row for row in rows if not row["stage"].startswith(SAMPLING)]
         elif path.suffix == ".json":
             found[name] = without_times(json.loads(path.read_text()))
         else:

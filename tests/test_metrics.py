@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import types
 
@@ -213,3 +214,37 @@ def test_bytes_of_no_encoding_at_the_end_of_the_log_are_dropped(tmp_path):
     with M.StageLog(tmp_path, "sft", total=2, resume_step=1, stream=io.StringIO()) as log:
         log(2, {"loss": 1.0})
     assert [r["step"] for r in M.read(file)] == [1, 2]
+
+
+DAMAGED = [
+    b"\xff\xfe\x00rubbish", b'{"step": 4, "stage": "sft", "lo', b"[1, 2, 3]", b"7", b'"text"', b"null",
+    b'{"step": "four", "stage": "sft"}', b'{"step": null, "stage": "sft"}', b'{"step": [4], "stage": "sft"}',
+    b'{"step": true, "stage": "sft"}', b'{"step": 1e999, "stage": "sft"}',
+    b'{"step": 4, "stage": "sft", "loss": 1e999}',
+    b'{"step": ' + b"9" * 5000 + b"}", b'{"step": ' + b"9" * 400 + b"}", b"[" * 100_000, b'{"a": ' * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line[:24]))
+def test_a_damaged_line_of_the_log_is_left_out_and_told(tmp_path, capsys, line):
+    path = tmp_path / M.FILE
+    good = [M.to_line(step, "sft", 0.0, {"loss": step / 2}).encode() for step in (1, 2, 3)]
+    path.write_bytes(good[0] + line + b"\n" + good[1] + good[2])
+    assert [row["step"] for row in M.read(path, "sft")] == [1, 2, 3]
+    assert M.drop_after(path, "sft", 2) == 2
+    assert [row["loss"] for row in M.read(path)] == [0.5, 1.0]
+    assert path.read_bytes() == good[0] + good[1]
+    assert f"1 damaged lines of {path} are left out" in capsys.readouterr().err
+
+
+def test_a_torn_last_line_is_what_a_crash_leaves_and_not_told(tmp_path, capsys):
+    path = tmp_path / M.FILE
+    path.write_text(M.to_line(1, "sft", 0.0, {"loss": 1.0}) + '{"step": 2, "st')
+    assert M.drop_after(path, "sft", 5) == 1
+    assert not capsys.readouterr().err
+
+
+def test_a_log_that_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / M.FILE)
+    with pytest.raises(ValueError, match=r"metrics.jsonl is no regular file: move it away"):
+        M.StageLog(tmp_path, "sft", total=3)

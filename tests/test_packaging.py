@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -139,7 +140,8 @@ def installs(module, monkeypatch, tmp_path, *extras: str) -> list[list[str]]:
 
 def test_set_up_installs_again_only_when_something_changed(setup_env, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("ACCELERATOR", "cpu")
-    assert len(installs(setup_env, monkeypatch, tmp_path)) == 1
+    (call,) = installs(setup_env, monkeypatch, tmp_path)
+    assert any(part.endswith("[gguf]") for part in call)  # a command of the README reads a GGUF file
     assert "accelerator: cpu" in capsys.readouterr().out
     assert not installs(setup_env, monkeypatch, tmp_path)
     (call,) = installs(setup_env, monkeypatch, tmp_path, "dev")
@@ -150,6 +152,13 @@ def test_set_up_installs_again_only_when_something_changed(setup_env, monkeypatc
     assert any(part.endswith("[cuda,dev]") for part in call)
     monkeypatch.setattr(setup_env, "pyproject_hash", lambda: "changed")
     assert len(installs(setup_env, monkeypatch, tmp_path)) == 1
+
+
+def test_what_set_up_always_installs_is_in_the_developers_extra_too(setup_env):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (inner,) = [name for name in extras["dev"] if name.startswith("rlhf_jax[")]
+    assert set(inner.removeprefix("rlhf_jax[").removesuffix("]").split(",")) >= setup_env.ALWAYS
+    assert set(extras) >= setup_env.ALWAYS
 
 
 def test_colab_keeps_its_own_jax(setup_env, monkeypatch, tmp_path, capsys):

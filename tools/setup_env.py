@@ -34,6 +34,8 @@ RUNTIME = (
     "numpy",
 )
 GOOGLE_PCI = "0x1ae0"
+ALWAYS = {"gguf"}
+"""Extras that a command of the README needs (``prepare_data.py --model=smollm2`` reads GGUF); ``dev`` holds them too."""
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--extras", default="", help="comma separated extras of pyproject.toml, such as dev")
     extras = {name for name in parser.parse_args().extras.split(",") if name}
+    extras |= ALWAYS - (ALWAYS if "dev" in extras else set())
     accelerator, why = choose_accelerator()
     if in_colab():
         say(f"Colab: using the runtime's Python and its jax {version('jax')}, never upgraded here")
@@ -129,7 +132,8 @@ def is_current(stamp: Path, extras: set[str]) -> bool:
         done = json.loads(stamp.read_text())
     except (OSError, ValueError):
         return False
-    return done["pyproject"] == pyproject_hash() and extras <= set(done["extras"])
+    have = set(done["extras"]) | (ALWAYS if "dev" in done["extras"] else set())
+    return done["pyproject"] == pyproject_hash() and extras <= have
 
 
 def pyproject_hash() -> str:

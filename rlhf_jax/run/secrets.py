@@ -195,7 +195,8 @@ _ASSIGNED = re.compile(r"(?P<key>\b[\w.-]+)(?P<equals>=)" + _VALUE)
 _QUOTED = re.compile(
     r"""(?P<key>["'][\w.-]{1,100}["'])(?P<equals>\s{0,4}:\s{0,4})(?P<value>"[^"\n]*"|'[^'\n]*'|[\w.+/=-]+)"""
 )
-_FLAG = re.compile(r"(?P<key>(?<!\S)--?[A-Za-z][\w.-]*)(?P<equals>[ ]+)(?P<value>[^\s-]\S*)")
+_FLAG = re.compile(r"(?P<key>(?<!\S)--?[A-Za-z][\w.-]*)(?P<equals>[ ]+)(?P<value>(?![a-z]+(?:\s|$))[^\s-]\S*)")
+"""A word after a flag is a sentence's (``--config.hub_token needs a value``), not the flag's value."""
 
 _CONNECTION = re.compile(
     r"(?i)(?P<key>(?<=;)\s?(?:password|pwd|accountkey|sharedaccesskey))(?P<equals>=)(?P<value>[^;\n\"']+)"
@@ -236,7 +237,8 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _means_nothing(value: str) -> bool:
-    return value.lower() in ("none", "null", "true", "false")
+    """Whether a value is none, or the place of one in our own advice (``pass --config.hub_token=VALUE``)."""
+    return value.lower() in ("none", "null", "true", "false") or value in ("VALUE", "FILE", "FOLDER", "NUMBER")
 
 
 def _without(text: str, secret: str) -> str:

@@ -221,7 +221,7 @@ def test_each_data_file_of_a_program_is_looked_at_first(call, bad, name, key):
 @pytest.mark.parametrize(
     ("file", "told"),
     [
-        ("nowhere.jsonl", "does not exist: check the path"),
+        ("zzz.txt", "does not exist: check the path"),
         ("empt.jsonl", "does not exist: did you mean '"),
         ("no/such/folder/x.jsonl", "there is no folder"),
         ("empty.jsonl", "is empty, it has no byte"),

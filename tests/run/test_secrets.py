@@ -137,6 +137,7 @@ READABLE = [
     "token_id=5 is not below vocab_size=1200",
     "tokenizer=/models/gpt2 and author=Ada Lovelace",
     "password=None and api_key=null",
+    "--config.hub_token needs a value: --config.hub_token=VALUE",
 ]
 
 

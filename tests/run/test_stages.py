@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -388,6 +389,11 @@ def test_half_done_and_changed_is_refused_with_the_key_named(tmp_path):
     same.stages.run()
     assert same.ran == [2, 3]
     assert not (tmp_path / "run" / "bake" / "begun.json").exists()
+    failing = Oven(tmp_path / "copy", heat=300, allow=True)
+    failing.stages._stages["bake"] = dataclasses.replace(failing.stages._stages["bake"], work=lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.stages.run()
+    assert [step.action for step in Oven(tmp_path / "copy").stages.plan()] == ["resume"]  # nothing was changed yet
     allowed = Oven(tmp_path / "copy", heat=300, allow=True)
     allowed.stages.run()
     assert allowed.ran == [2, 3]

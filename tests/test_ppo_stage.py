@@ -30,9 +30,12 @@ PEAK, TARGET, HORIZON = 0.02, 0.05, 40
 
 
 def inputs(folder: Path) -> dict[str, str]:
-    """A random model, a reward model grown from it, one prompt many times over, and some text."""
+    """A random model, a reward model grown from it, one prompt many times over, and some text.
+
+    A tenth of its embedding has no token, as where a table is padded: those ids would be drawn as often as others.
+    """
     tokenizer = load_tokenizer(storyland_assets.assets())
-    model = language_model(gpt2(len(tokenizer), 64, 1, 16, 2))
+    model = language_model(gpt2(len(tokenizer) + 128, 64, 1, 16, 2))
     params = model.init(jax.random.key(0))
     save_hf(folder / "model", model, params, tokenizer)
     reward_params = scalar_from_language_model(params, jax.random.key(1))
@@ -137,6 +140,13 @@ def test_what_was_compiled_ahead_is_what_the_iterations_run(runs):
     phases = {"jit(_generate)", "jit(score_and_shape)", "jit(step)"}
     assert sorted(phases & set(runs.ahead)) == sorted(phases)
     assert not phases & set(runs.in_iterations)
+
+
+def test_a_rollout_has_no_id_without_a_text(runs):
+    """The check before the first update held the sampler's log-probs against those of the update."""
+    tokens = np.concatenate([rows.ravel() for rows in runs.sampled])
+    assert tokens.max() < len(load_tokenizer(storyland_assets.assets()))
+    assert (tokens > 0).sum() > 300
 
 
 def test_consecutive_rollouts_of_the_same_prompts_differ(runs):

@@ -58,14 +58,15 @@ _HARMLESS = {
         "initializer_range", "initializer_factor", "init_std", "attention_dropout", "attn_pdrop", "embd_pdrop",
         "resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_dropout",
         "embedding_dropout", "mlp_dropout", "dropout", "classifier_dropout", "summary_first_dropout",
-        "max_sequence_length", "z_loss", "problem_type",
+        "mlp_dropout_prob", "max_sequence_length", "z_loss", "problem_type", "neftune_noise_alpha",
     },
     "how somebody samples; ours has settings of its own": {
         "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature",
         "diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
         "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
         "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-        "suppress_tokens", "begin_suppress_tokens", "task_specific_params", "max_new_tokens", "max_window_layers",
+        "suppress_tokens", "begin_suppress_tokens", "num_logits_to_keep", "task_specific_params",
+        "max_new_tokens", "max_window_layers",
     },
     "ids, which the tokenizer has": {
         "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
@@ -105,7 +106,8 @@ _REFUSED = re.compile(
     r"|no_rope_layer\w*|mlp_only_layers|first_k_dense_replace)$"
 )
 _COMPUTES = re.compile(
-    r"scal|softcap|multiplier|norm|rope|rotary|bias|window|expert|moe|attn|attention|attend|alibi|parallel|clip|clamp"
+    r"scal|soft_?cap|logit|mlp|glu|(^|_)ffn|(^|_)gated?(_|$)|mamba|(^|_)ssm|multiplier|norm|rope|rotary|bias|window"
+    r"|expert|moe|attn|attention|attend|alibi|parallel|clip|clamp"
     r"|quant|compress|activation|hidden_act|residual|lora|router|mtp|nextn|layer|position|embed|head|causal|multimodal"
     r"|vision|audio|tie_|kv_"
 )
@@ -168,6 +170,7 @@ def _is_plain(name: str, value: Any, description: Mapping[str, Any]) -> bool:
         "max_position_embeddings": description.get("n_positions"),
         "rotary_dim": _head_dim(description),
         "query_pre_attn_scalar": _head_dim(description),
+        "position_embedding_type": "absolute" if description["model_type"] == "gpt2" else "rope",
         "hidden_activation": description.get("hidden_act"),
         "hidden_act": description.get("hidden_activation"),
     }

@@ -2,8 +2,8 @@
 
 Version 2 writes a list of ``{id, fields, metadata, suggestions, responses: {question: [{value, user_id}]}}``
 (`to_json`, `to_list`), or flat columns ``question.responses``, ``question.responses.users`` and
-``question.responses.status`` (`to_datasets`, `to_list(flatten=True)`). Version 1 has ``responses: [{user_id, status, values: {question: {value}}}]``,
-or flat columns ``question: [{user_id, value, status}]`` (`push_to_huggingface`).
+``question.responses.status`` (`to_datasets`, `to_list(flatten=True)`). Version 1 has ``responses: [{user_id, status,
+values: {question: {value}}}]``, or flat columns ``question: [{user_id, value, status}]`` (`push_to_huggingface`).
 
 A ranking is a list of names of fields, best first, or of ``{value, rank}``: the exports of version 2 have no ranks, and
 so no ties. A choice is the name of the best field. A number rates the one response of its record, and records with one

@@ -65,6 +65,8 @@ def parse(row: Row, score: str = "") -> Draft:
     row.refuse_more_than_text()
     prompt = _prompt(row)
     name = next((name for name in LISTS if row.has(name)), None)
+    if name is None and any(isinstance(row.values.get(name), list) for name in LISTS):
+        raise RowError("only one response", "the list of responses is empty: there is nothing to compare")
     if name is None:
         raise RowError(
             "missing field", "the row needs a list 'responses' (with 'scores') or 'completions': it has "
@@ -79,6 +81,8 @@ def parse(row: Row, score: str = "") -> Draft:
         scores, policies = _numbers(row), row.take("generation_models") if row.has("generation_models") else None
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise RowError("missing rank", "field 'scores' must be a list with a number for each response")
+    if len(answers) < 2:
+        raise RowError("only one response", "there is one response: nothing to compare with")
     return _ranking(row, prompt, answers, ranks_of(scores), policies)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf_jax.data import schema
 from rlhf_jax.data.schema import RowError
 from rlhf_jax.data.sources import (
     alpaca,
@@ -261,6 +262,7 @@ def advice(path: str | os.PathLike[str]) -> str:
     """The command that converts a file which is no file of this package; "" where it is one, or no form fits."""
     try:
         first = next(iter(tables.rows(Path(path))), None)
+        is_list = schema.json_list(path) is not None
     except ValueError:
         return ""
     if first is None or isinstance(first.values, RowError):
@@ -269,6 +271,11 @@ def advice(path: str | os.PathLike[str]) -> str:
     name, names = of_row(row), set(row.values)
     known = {field for kind in own.KINDS for field in own.names(kind)}
     has_core = bool(names & {"prompt", "messages", "text", "responses", "response"})
+    if names <= known and is_list:
+        return (
+            f"{path} is one JSON list and not an object a line: convert it with "
+            f"python experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file of DIR"
+        )
     if names <= known or (name in ("jsonl", "") and has_core and not any(row.has(column) for column in SYSTEMS)):
         return ""  # records of this package, whatever is wrong with them
     if not name:

@@ -269,6 +269,21 @@ def test_ids_are_texts_whatever_a_file_calls_them(tmp_path: Path):
     assert (prompt, report.aside) == (Prompt("a"), {"id": 1, "time": 1})
 
 
+def test_rated_rows_with_nothing_to_compare_are_dropped(tmp_path: Path):
+    rows = [{"instruction": "Why?", "completions": [{"response": r, "overall_score": 1} for r in words]}
+            for words in (["a", "b"], [], ["a"])]  # fmt: skip
+    reading = sources.read_form(put(tmp_path, *rows))
+    assert (reading.report.kept, reading.report.dropped) == (1, {"only one response": 2})
+    rows[0]["completions"][0] |= {"helpful": 5, "overall_score": 0}
+    rows[0]["completions"][1] |= {"helpful": 1, "overall_score": 9}
+    path = put(tmp_path, rows[0])
+    assert sources.read_form(path).records["rankings"][0].ranks == (1, 0)
+    reading = sources.read_form(path, columns={"score": "helpful"})
+    assert reading.records["rankings"][0].ranks == (0, 1)
+    assert reading.report.aside == {"completions[].overall_score": 1}
+    assert sources.read_rated(path, columns={"score": "helpful"})[0][0].ranks == (0, 1)
+
+
 def test_cells_of_csv_files(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b'\xef\xbb\xbf"prompt",completion,system\r\n"a, ""b""\r\nc", d,nan\r\n\r\n"e",f,\r\n')
@@ -347,6 +362,9 @@ def test_a_file_of_another_tool_is_answered_with_the_command_that_converts_it(
             schema.read_jsonl(path, kind)
         assert f"prepare_data.py --source={form} --data={path} --out=DIR" in reasons(error, path)
         assert "remove it" not in str(error.value)
+    path.write_text('[\n {"prompt": "a", "response": "b", "id": "x", "text": null}\n]')
+    with pytest.raises(ValueError, match=r"one JSON list and not an object a line: convert it with .*--source=jsonl"):
+        schema.read_jsonl(path, kind)
     (tmp_path / "t.csv").write_text("prompt,response\na,b\n")
     with pytest.raises(ValueError, match=r"prepare_data\.py --data=.*t\.csv --out=DIR"):
         schema.read_jsonl(tmp_path / "t.csv", kind)

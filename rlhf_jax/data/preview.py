@@ -12,7 +12,7 @@ import itertools
 import os
 import unicodedata
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_jax.data import text as text_lib
 from rlhf_jax.data.schema import ABSENT, Demonstration, PlainText, Prompt, Ranking
@@ -284,7 +284,7 @@ _COLOURS: dict[Role, str] = {
 NO_MODEL = "Texts only: --model=FOLDER shows the tokens, with the template, the ends and the loss mask."
 
 
-def colours(stream: IO[str]) -> bool:
+def colours(stream: Any) -> bool:
     """Whether `stream` is a terminal that shows colours, and its user wants them (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 

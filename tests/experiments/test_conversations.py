@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from experiments import common, evaluate, guards, ppo, reward_model, sample, sft
 from rlhf_jax import sharding
@@ -210,3 +210,42 @@ def test_a_policy_and_a_reward_model_with_two_templates_are_refused(ran, tmp_pat
     )
     with pytest.raises(ValueError, match="chat templates of policy and reward_model differ"):
         ppo.prepare(config, one_device(None))
+
+
+def test_every_stage_begins_a_text_with_the_tokenizers_bos_and_no_response(tmp_path: Path):
+    """Base models of Llama, Mistral and Gemma were trained so: rows, few-shot prompts, scores and documents alike."""
+    begins = tokenizer()
+    begins.add_special_tokens({"bos_token": "<bos>"})
+    bos = begins.bos_token_id
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<bos> $A {EOS}", special_tokens=[("<bos>", bos), (EOS, begins.eos_token_id)]
+    )
+    asked, said = "Who sang? <bos>", "A bird <bos>."
+    data = {"demonstrations": [{"prompt": asked, "response": said}], "text": [{"text": asked}, {"text": said}]}
+    files = {}
+    for name, rows in data.items():
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = load_config(f"{ROOT}/configs/evaluate/storyland.py:smoke", {
+        "few_shot.demonstrations": files["demonstrations"], "few_shot.examples": "1", "few_shot.candidates": "1",
+    })  # fmt: skip
+    network = common.Network(None, {}, begins)  # pyright: ignore[reportArgumentType]
+    (few_shot,) = evaluate.few_shot_asks(config)
+    training = load_config(f"{ROOT}/configs/sft/storyland.py:smoke", {"row_length": "96"})
+    whole = common.encode_prompts(begins, [asked], length=99, where="x")[0]
+    prompt, (response,), _ = reward_model.encode_ranking(begins, Ranking(asked, (said,), (0,)))
+    beginnings = [
+        whole,
+        prompt,
+        common.scoring_rows(network, [asked], [said])[0],
+        evaluate.bare_prompts(network, [Prompt(asked)])[0][0],
+        few_shot(network, [Prompt(asked)])[0][0],
+        sft.read_demonstrations(begins, files["demonstrations"], training)[1].tokens[0].tolist(),
+    ]
+    for ids in beginnings:
+        assert (ids[0], ids.count(bos)) == (bos, 1)
+    assert bos not in response
+    rows = common.lm_rows(begins, files["text"], length=48)
+    starts = (rows.positions == 0) & (rows.segments > 0)
+    assert (rows.tokens[starts] == bos).all()
+    assert (rows.tokens == bos).sum() == 2

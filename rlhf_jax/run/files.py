@@ -150,7 +150,12 @@ def sync(path: StrPath) -> None:
     folder = os.path.isdir(path)
     if folder and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if folder:  # it may be written to and not be read; then its entries cannot be waited for
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError:

@@ -92,7 +92,7 @@ class Pipeline:
         stages = [
             Stage(
                 name, work[name], parts[name], needs[name], lambda name=name: self.inputs(name),
-                {"base": config.base, "models.base": config.base}, version, costs[name],
+                dict.fromkeys(("base", "models.base"), plain["base"]), version, costs[name],
             )
             for name, version in reads.VERSIONS.items()
         ]  # fmt: skip

@@ -27,8 +27,9 @@ from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
 from rlhf_jax.run import files
 from rlhf_jax.run import pipeline as reads
+from rlhf_jax.run.plans import describe
 from rlhf_jax.run.results import history, log_rows, samples, versions
-from rlhf_jax.run.stages import Measure, Stage, Stages, describe
+from rlhf_jax.run.stages import Measure, Stage, Stages
 
 STAGES = tuple(reads.VERSIONS)
 SMOKE = "This is a smoke run: it shows that every stage runs, and its numbers mean nothing."
@@ -97,7 +98,7 @@ class Pipeline:
         stages = [
             Stage(
                 name, work[name], parts[name], needs[name], lambda name=name: self.inputs(name),
-                {"base": config.base, "models.base": config.base}, version, costs[name],
+                dict.fromkeys(("base", "models.base"), plain["base"]), version, costs[name],
             )
             for name, version in reads.VERSIONS.items()
         ]  # fmt: skip

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +313,19 @@ def config_changes(folder: Path) -> list[Any]:
         return list(files.read_json(folder / CHECKPOINTS / "manifests" / f"{step}.json")["extra"]["config_changes"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def without(config: Any, names: Iterable[str]) -> Any:
+    """Plain data without the keys of these names, at every depth.
+
+    >>> without({"ppo": {"keep": 2, "lr": 1e-5}}, ("keep",))
+    {'ppo': {'lr': 1e-05}}
+    """
+    if isinstance(config, dict):
+        return {key: without(value, names) for key, value in config.items() if key not in names}
+    return config
+
+
+def is_log(name: str) -> bool:
+    """Whether a file tells how a stage went, times included, and is no input of another."""
+    return name.rpartition("/")[2] in ("metrics.jsonl", "skipped.jsonl")

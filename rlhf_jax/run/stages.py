@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.config import diff
 from rlhf_jax.run import files, records
+from rlhf_jax.run.plans import Step, describe, told
 
 Inputs = Mapping[str, str]
 """Name of an input (a key of the config, say) -> path of a file or of a folder."""
@@ -45,17 +46,6 @@ class Stage:
     named: Mapping[str, str] = dataclasses.field(default_factory=dict)
     version: int = 1
     cost: float | None = None
-
-
-class Step(NamedTuple):
-    """What is to be done with a stage."""
-
-    stage: str
-    action: str
-    """``keep``, ``run`` (from its beginning), ``resume`` (from a checkpoint), or ``repair`` (some outputs)."""
-    why: tuple[str, ...] = ()
-    changed: bool = False
-    """Whether its config, inputs or version are others than before."""
 
 
 class Measure(NamedTuple):
@@ -171,10 +161,10 @@ class Stages:
         if stage.name not in self._intact:
             bad = records.damage(folder, record["outputs"])
             if bad:
-                return Step(stage.name, "repair", _told(bad))
+                return Step(stage.name, "repair", told(bad))
             strange = records.strangers(folder, record["outputs"])
             if strange:
-                return Step(stage.name, "repair", _told(dict.fromkeys(strange, "this stage did not write it")))
+                return Step(stage.name, "repair", told(dict.fromkeys(strange, "this stage did not write it")))
             self._intact.add(stage.name)
         if waiting:
             return Step(stage.name, "keep", (f"if {' and '.join(waiting)} come out as before",))
@@ -250,7 +240,7 @@ class Stages:
     # ------------------------------------------------------------------------------------------------------ the key
 
     def _config(self, stage: Stage) -> dict[str, Any]:
-        return without(json.loads(json.dumps(stage.config)), self._harmless)
+        return records.without(json.loads(json.dumps(stage.config)), self._harmless)
 
     def parts(self, stage: Stage) -> dict[str, Any]:
         """What the key of a stage is made of."""
@@ -413,7 +403,7 @@ class Stages:
         gone = dict.fromkeys([*(name.partition("/")[0] for name in bad), *strange])
         self._tell_moved(records.set_aside(self.folder, stage.name, list(gone)))
         newest = records.newest_step(folder)
-        if bad and newest is not None and not any(_is_log(name) for name in bad):
+        if bad and newest is not None and not any(records.is_log(name) for name in bad):
             self._say(f"stage {stage.name}: made again from its checkpoint of step {newest}")
             try:
                 stage.work(str(folder))
@@ -428,7 +418,7 @@ class Stages:
         self._tell_moved(records.set_aside(self.folder, stage.name))
         self._compute(stage, step._replace(action="run"))
         made = self.record(stage.name)["outputs"]
-        other = [n for n, e in record["outputs"].items() if made.get(n) != e and not _is_log(n)]
+        other = [n for n, e in record["outputs"].items() if made.get(n) != e and not records.is_log(n)]
         self._say(
             f"stage {stage.name}: {', '.join(other[:5])} came out differently; what reads it runs again"
             if other
@@ -478,47 +468,5 @@ class Stages:
         return stage.cost * sum(seconds for seconds, _ in known) / sum(cost for _, cost in known)
 
 
-def describe(steps: Sequence[Step], where: str) -> str:
-    """The plan for people: one line if every stage is to be done, or none; else a line for each stage.
-
-    >>> print(describe([Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))], "runs/x"))
-    Plan of 2 stages in runs/x (old outputs of those that run are set aside):
-      1 data          kept
-      2 sft           runs: config.sft.epochs 2 -> 3
-    """
-    actions = {step.action for step in steps}
-    if actions == {"keep"} and not any(step.why for step in steps):
-        return f"All {len(steps)} stages in {where} are done, and their outputs are what was written"
-    if all(step.why == ("not done yet",) for step in steps):
-        return f"{len(steps)} stages in {where}: {', '.join(step.stage for step in steps)}"
-    words = {"keep": "kept", "run": "runs", "resume": "resumed", "repair": "made again"}
-    lines = [f"Plan of {len(steps)} stages in {where} (old outputs of those that run are set aside):"]
-    for number, step in enumerate(steps, start=1):
-        reasons = f": {'; '.join(step.why)}" if step.why else ""
-        lines.append(f"{number:3} {step.stage:13} {words[step.action]}{reasons}")
-    return "\n".join(lines)
-
-
-def without(config: Any, names: Iterable[str]) -> Any:
-    """Plain data without the keys of these names, at every depth.
-
-    >>> without({"ppo": {"keep": 2, "lr": 1e-5}}, ("keep",))
-    {'ppo': {'lr': 1e-05}}
-    """
-    if isinstance(config, dict):
-        return {key: without(value, names) for key, value in config.items() if key not in names}
-    return config
-
-
 def _plain(result: Any) -> Any:
     return json.loads(json.dumps(result, default=float))
-
-
-def _is_log(name: str) -> bool:
-    """Whether a file tells how a stage went, times included, and is no input of another."""
-    return name.rpartition("/")[2] in ("metrics.jsonl", "skipped.jsonl")
-
-
-def _told(bad: Mapping[str, str]) -> tuple[str, ...]:
-    shown = [f"{name} is not what was written ({trouble})" for name, trouble in list(bad.items())[:3]]
-    return (*shown, f"and {len(bad) - 3} more") if len(bad) > 3 else tuple(shown)

@@ -127,7 +127,7 @@ def pipeline(folder: Path, table: runs.Table) -> None:
 def results(run: Path) -> dict:
     """``results.json`` without times, memory and the name of the folder."""
     found = json.loads((run / "results.json").read_text().replace(str(run), "RUN"))
-    return {key: value for key, value in found.items() if key not in ("seconds", "peak_memory_mb")}
+    return {key: value for key, value in found.items() if key not in ("seconds", "peak_memory_mb", "stages")}
 
 
 def stages(folder: Path, table: runs.Table) -> None:

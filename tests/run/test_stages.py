@@ -13,7 +13,9 @@ import pytest
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.run import files, records
-from rlhf_jax.run.stages import Stage, Stages, describe, without
+from rlhf_jax.run.plans import describe
+from rlhf_jax.run.records import without
+from rlhf_jax.run.stages import Stage, Stages
 
 
 class Kitchen:

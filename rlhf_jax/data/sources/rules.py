@@ -43,6 +43,9 @@ FORM_RULES: Mapping[str, Rule] = {
     "nothing annotated": Rule("dropped", "a record or task without an annotation to use", "none needed"),
     "language": Rule("dropped", "OpenAssistant trees in another language", "`--config.language=`"),
     # kept and noted
+    "order without ranks": Rule(
+        "kept", "a ranking of Argilla 2's client: names without ranks, so ties are lost", "compare rows with Argilla"
+    ),
     "some not submitted": Rule("kept", "other answers to it were cancelled, drafts or discarded", "none needed"),
     "line ends made LF": Rule("kept", "CR LF or CR in a text: it is LF in the record", "none needed"),
     "byte order mark removed": Rule("kept", "a byte order mark at the start of a text or name", "none needed"),

@@ -273,6 +273,7 @@ def test_argilla_2_rankings_ratings_and_choices(tmp_path: Path):
         Ranking(prompt, ("No.", "Here."), (0, 1), id="r1/bob", labeler="bob"),
     ]
     assert reading.report.dropped == {"nothing annotated": 1}
+    assert reading.report.noted["order without ranks"] == 1
     assert {"metadata", "suggestions", "_server_id"} <= set(reading.report.aside)
     assert any("why" in name for name in reading.report.aside)
     record["responses"] = {"best": [{"value": "response_2", "user_id": "ann"}, {"value": "tie", "user_id": "bob"}]}

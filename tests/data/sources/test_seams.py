@@ -379,7 +379,7 @@ def test_every_reason_of_the_forms_is_in_a_table():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and (called == "RowError" or called.endswith(".note")):
-                found |= {n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and n.value}
+                found |= {str(n.value) for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and n.value}
     readers_of_one_set = {"bad ranks", "bad prompt"}  # of HH-RLHF's and OpenAssistant's own files, docs/data_sources.md
     assert found - readers_of_one_set - set(schema.RULES) <= set(FORM_RULES)
     spare = {"tool call", "reasoning content", "not text", "only one response"}  # named by variables

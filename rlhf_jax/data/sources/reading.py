@@ -258,12 +258,16 @@ class _Table:
         """Give columns the names that are wanted.
 
         Raises:
-          ValueError: no row has such a column.
+          ValueError: no row has such a column, or one is to have two names.
         """
         present = {name for row in self.rows for name in row.values}
         # A number inside UltraFeedback's completions is no column: its reader looks for it there.
         inside = {key for row in self.rows[:1] for key in _inner_names(row)}
         columns = {wanted: have for wanted, have in columns.items() if have in present or have not in inside}
+        twice = next((have for have in columns.values() if have and list(columns.values()).count(have) > 1), None)
+        if twice is not None:
+            names = ", ".join(wanted for wanted, have in columns.items() if have == twice)
+            raise ValueError(f"--columns gives the column {twice!r} several names, {names}: give it one")
         for wanted, have in columns.items():
             if have and have not in present and self.rows:
                 raise ValueError(

@@ -75,6 +75,8 @@ def test_a_prompt_beside_unknown_columns_is_not_taken_alone(tmp_path: Path):
         sources.read_form(path)
     reading = sources.read_form(path, "jsonl")
     assert (reading.records, reading.report.aside) == ({"prompts": [Prompt("Why?")]}, {"best": 1, "worst": 1})
+    with pytest.raises(ValueError, match="gives the column 'best' several names, completion, response"):
+        sources.read_form(path, columns={"completion": "best", "response": "best"})
     path = put(tmp_path, {"question": "Why?", "answer": "Because."})
     with pytest.raises(ValueError, match="--source=trl --columns prompt=question,completion=answer"):
         sources.read_form(path)
@@ -290,6 +292,10 @@ def test_cells_of_csv_files(tmp_path: Path):
     reading = sources.read_form(path)
     assert reading.records["demonstrations"] == [Demonstration('a, "b"\nc', "d"), Demonstration("e", "f")]
     assert reading.report.noted["missing value as text"] == 1
+    path.write_text("prompt,completion\na,None\n")  # may be an answer
+    reading = sources.read_form(path)
+    assert reading.records["demonstrations"] == [Demonstration("a", "None")]
+    assert reading.report.noted == {"missing value as text": 1}
     path.write_text("prompt,completion\na,b\nc,d,e\n")
     with pytest.raises(ValueError, match=r"rows\.csv:3: 3 cells where the first line names 2 columns"):
         sources.read_form(path)

@@ -298,6 +298,11 @@ class _Table:
           ValueError: naming the row.
         """
         fitting = any(FORMS[form].fits(row) for row in self.rows)
+        if not fitting and not FORMS[form].renames:
+            raise ValueError(
+                f"{self.first().place}: no row is of {FORMS[form].title} ({FORMS[form].columns}): the columns are "
+                f"{', '.join(sorted(self.first().values))}; leave --source out to have the form recognised"
+            )
         for row in self.rows:
             if FORMS[form].fits(row):
                 continue

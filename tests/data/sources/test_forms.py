@@ -405,6 +405,14 @@ def test_label_studio_rankers_ratings_choices_and_texts(tmp_path: Path):
     assert shown == Demonstration("Where?", "Here.", id="1", labeler="4")
 
 
+def test_a_file_that_is_no_export_is_told_so(tmp_path: Path):
+    for form in ("argilla", "label_studio"):
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl:1: no row is of .* the columns are answer1, answer2, prompt"
+        ):
+            sources.read_form(put(tmp_path, [PAIR]), form)
+
+
 def test_label_studio_min_is_named(tmp_path: Path):
     row = {**PAIR, "id": 1, "pref": "left", "annotator": 1, "annotation_id": 3, "lead_time": 2.5}
     with pytest.raises(ValueError, match="export it as JSON"):

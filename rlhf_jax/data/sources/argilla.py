@@ -112,15 +112,17 @@ def _order(fields: Row, columns: Mapping[str, str], value: Any) -> list[tuple[An
         value = [{"value": name, "rank": rank} for name, rank in zip(value["value"], value["rank"], strict=False)]
     if not isinstance(value, list) or len(value) < 2:
         return None
-    entries = [entry if isinstance(entry, dict) else {"value": entry, "rank": k} for k, entry in enumerate(value, 1)]
+    entries = [entry if isinstance(entry, dict) else {"value": entry} for entry in value]
     if any(not set(entry) <= {"value", "rank"} for entry in entries):
         return None
     names = [field_of(fields, entry.get("value"), columns) for entry in entries]
     if None in names or len(set(names)) < len(names):
         return None
-    # Version 2's server keeps the ranks of a ranking that has some; where none has one, the order says it.
     ranks = [entry.get("rank") for entry in entries]
-    ranks = list(range(1, len(ranks) + 1)) if all(rank is None for rank in ranks) else ranks
+    if not isinstance(value[0], dict) or all(rank is None for rank in ranks):
+        # The client of version 2 writes the names alone. It reads such a list as a ranking too, best first.
+        fields.note("order without ranks")
+        ranks = list(range(1, len(ranks) + 1))
     order = sorted({rank for rank in ranks if rank is not None})
     dense = [None if rank is None else order.index(rank) + 1 for rank in ranks]
     return [(fields.take(str(name)), rank) for name, rank in zip(names, dense, strict=True)]

@@ -258,12 +258,16 @@ class _Table:
         """Give columns the names that are wanted.
 
         Raises:
-          ValueError: no row has such a column.
+          ValueError: no row has such a column, or one is to have two names.
         """
         present = {name for row in self.rows for name in row.values}
         # A number inside UltraFeedback's completions is no column: its reader looks for it there.
         inside = {key for row in self.rows[:1] for key in _inner_names(row)}
         columns = {wanted: have for wanted, have in columns.items() if have in present or have not in inside}
+        twice = next((have for have in columns.values() if have and list(columns.values()).count(have) > 1), None)
+        if twice is not None:
+            names = ", ".join(wanted for wanted, have in columns.items() if have == twice)
+            raise ValueError(f"--columns gives the column {twice!r} several names, {names}: give it one")
         for wanted, have in columns.items():
             if have and have not in present and self.rows:
                 raise ValueError(
@@ -294,6 +298,11 @@ class _Table:
           ValueError: naming the row.
         """
         fitting = any(FORMS[form].fits(row) for row in self.rows)
+        if not fitting and not FORMS[form].renames:
+            raise ValueError(
+                f"{self.first().place}: no row is of {FORMS[form].title} ({FORMS[form].columns}): the columns are "
+                f"{', '.join(sorted(self.first().values))}; leave --source out to have the form recognised"
+            )
         for row in self.rows:
             if FORMS[form].fits(row):
                 continue

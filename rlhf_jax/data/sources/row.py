@@ -88,7 +88,10 @@ class Row:
     def take(self, name: str) -> Any:
         """What a column holds, cleaned of line ends, marks and numbers that are no JSON; None where it is missing."""
         self._taken.add(name)
-        return self.clean(self.values.get(name))
+        value = self.values.get(name)
+        if self.cells and isinstance(value, str) and value.strip().lower() in _MISSING:
+            self.note("missing value as text")  # what pandas and others write for nothing, or a word somebody wrote
+        return self.clean(value)
 
     def raw(self, name: str) -> Any:
         """What a column holds, as it is."""
@@ -154,10 +157,7 @@ class Row:
             return ""
         if not isinstance(value, str):
             raise RowError("wrong type", f"field {name!r} must be a text, got {type(value).__name__}")
-        if self.cells and value.strip().lower() in _MISSING:
-            self.note("missing value as text")
-            return ""
-        return value
+        return "" if self.cells and value.strip().lower() in _MISSING else value
 
     def system(self) -> str:
         """The text of a system column, or ""."""

@@ -43,6 +43,9 @@ FORM_RULES: Mapping[str, Rule] = {
     "nothing annotated": Rule("dropped", "a record or task without an annotation to use", "none needed"),
     "language": Rule("dropped", "OpenAssistant trees in another language", "`--config.language=`"),
     # kept and noted
+    "order without ranks": Rule(
+        "kept", "a ranking of Argilla 2's client: names without ranks, so ties are lost", "compare rows with Argilla"
+    ),
     "some not submitted": Rule("kept", "other answers to it were cancelled, drafts or discarded", "none needed"),
     "line ends made LF": Rule("kept", "CR LF or CR in a text: it is LF in the record", "none needed"),
     "byte order mark removed": Rule("kept", "a byte order mark at the start of a text or name", "none needed"),
@@ -53,7 +56,10 @@ FORM_RULES: Mapping[str, Rule] = {
     "system made a turn": Rule("kept", "a `system` column: it is the first turn of the prompt", "none needed"),
     "prompt made a turn": Rule("kept", "no system here but in other rows: it is a user's turn too", "none needed"),
     "text parts joined": Rule("kept", "a content of several parts, all of them text", "none needed"),
-    "missing value as text": Rule("kept", "a cell that says `nan`, `None` or the like", "leave it empty"),
+    "missing value as text": Rule(
+        "kept", "a CSV cell that says `nan`, `None` or the like: nothing where it may be left out, else that text",
+        "leave it empty",
+    ),
     "chat template in text": Rule("kept", "a text with the marks of a chat template", "use the messages themselves"),
     "scores are equal": Rule("kept", "`score_chosen` = `score_rejected`", "leave the row out if it is a tie"),
     "scores say otherwise": Rule("kept", "`score_chosen` < `score_rejected`", "look at the row"),

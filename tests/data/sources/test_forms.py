@@ -273,6 +273,7 @@ def test_argilla_2_rankings_ratings_and_choices(tmp_path: Path):
         Ranking(prompt, ("No.", "Here."), (0, 1), id="r1/bob", labeler="bob"),
     ]
     assert reading.report.dropped == {"nothing annotated": 1}
+    assert reading.report.noted["order without ranks"] == 1
     assert {"metadata", "suggestions", "_server_id"} <= set(reading.report.aside)
     assert any("why" in name for name in reading.report.aside)
     record["responses"] = {"best": [{"value": "response_2", "user_id": "ann"}, {"value": "tie", "user_id": "bob"}]}
@@ -402,6 +403,14 @@ def test_label_studio_rankers_ratings_choices_and_texts(tmp_path: Path):
         "demonstrations"
     ]
     assert shown == Demonstration("Where?", "Here.", id="1", labeler="4")
+
+
+def test_a_file_that_is_no_export_is_told_so(tmp_path: Path):
+    for form in ("argilla", "label_studio"):
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl:1: no row is of .* the columns are answer1, answer2, prompt"
+        ):
+            sources.read_form(put(tmp_path, [PAIR]), form)
 
 
 def test_label_studio_min_is_named(tmp_path: Path):

@@ -75,6 +75,8 @@ def test_a_prompt_beside_unknown_columns_is_not_taken_alone(tmp_path: Path):
         sources.read_form(path)
     reading = sources.read_form(path, "jsonl")
     assert (reading.records, reading.report.aside) == ({"prompts": [Prompt("Why?")]}, {"best": 1, "worst": 1})
+    with pytest.raises(ValueError, match="gives the column 'best' several names, completion, response"):
+        sources.read_form(path, columns={"completion": "best", "response": "best"})
     path = put(tmp_path, {"question": "Why?", "answer": "Because."})
     with pytest.raises(ValueError, match="--source=trl --columns prompt=question,completion=answer"):
         sources.read_form(path)
@@ -290,6 +292,10 @@ def test_cells_of_csv_files(tmp_path: Path):
     reading = sources.read_form(path)
     assert reading.records["demonstrations"] == [Demonstration('a, "b"\nc', "d"), Demonstration("e", "f")]
     assert reading.report.noted["missing value as text"] == 1
+    path.write_text("prompt,completion\na,None\n")  # may be an answer
+    reading = sources.read_form(path)
+    assert reading.records["demonstrations"] == [Demonstration("a", "None")]
+    assert reading.report.noted == {"missing value as text": 1}
     path.write_text("prompt,completion\na,b\nc,d,e\n")
     with pytest.raises(ValueError, match=r"rows\.csv:3: 3 cells where the first line names 2 columns"):
         sources.read_form(path)
@@ -379,7 +385,7 @@ def test_every_reason_of_the_forms_is_in_a_table():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and (called == "RowError" or called.endswith(".note")):
-                found |= {n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and n.value}
+                found |= {str(n.value) for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and n.value}
     readers_of_one_set = {"bad ranks", "bad prompt"}  # of HH-RLHF's and OpenAssistant's own files, docs/data_sources.md
     assert found - readers_of_one_set - set(schema.RULES) <= set(FORM_RULES)
     spare = {"tool call", "reasoning content", "not text", "only one response"}  # named by variables

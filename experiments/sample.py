@@ -40,7 +40,7 @@ class Responses:
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
     mesh = common.start(config.mesh)
-    prompts = common.read_prompts(config.prompts, tokenizer=common.tokenizer_of(config.models[0]))
+    prompts = common.read_prompts(config.prompts, tokenizer=common.tokenizer_of("".join(config.models[:1])))
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
     # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
     drawn: list[dict[int, str]] = [{} for _ in prompts]

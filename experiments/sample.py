@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
     check(config)
     mesh = common.start(config.mesh)
-    prompts = common.read_prompts(config.prompts, tokenizer=common.tokenizer_of(config.models[0]))
+    prompts = common.read_prompts(config.prompts, tokenizer=common.tokenizer_of("".join(config.models[:1])))
     for name in config.models:
         check_context(name, prompts, config)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]

@@ -48,7 +48,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
                 continue
             bands = [signature[i : i + BAND].tobytes() for i in range(0, HASHES, BAND)]
             earlier = {buckets[i][band] for i, band in enumerate(bands) if band in buckets[i]}
-            near = any(np.mean(kept[other] == signature) >= ALIKE for other in earlier)
+            near = any(np.count_nonzero(kept[other] == signature) >= ALIKE * HASHES for other in earlier)
             found.append(near)
             if not near:  # texts of one template are compared with its first one alone
                 kept.append(signature)

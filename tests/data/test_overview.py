@@ -169,13 +169,13 @@ def test_near_duplicates_do_not_depend_on_neighbours_or_chunks(monkeypatch: pyte
 def test_prompts_of_one_template_are_compared_with_few_others():
     texts = [f"please write a short and friendly letter to my aunt in the town number {i}" for i in range(2_000)]
     compared = itertools.count()
-    mean = np.mean
+    count_nonzero = np.count_nonzero
 
     def counting(*arguments):
         next(compared)
-        return mean(*arguments)
+        return count_nonzero(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(near_duplicates.np, "mean", counting)
+        patch.setattr(near_duplicates.np, "count_nonzero", counting)
         assert sum(near_duplicates.repeats(texts)) > 1_900
     assert next(compared) < 20 * len(texts)  # all pairs would be a thousand times as many

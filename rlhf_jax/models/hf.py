@@ -156,6 +156,10 @@ def load_hf(
     score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one label) gives a scalar model. Compute
     is float32; for bfloat16 compute build the model again from ``replace(model.config, dtype=...)``.
 
+    Every tensor and every setting is read, or harmless, or refused by its name; a plain LoRA adapter of PEFT beside the
+    base is merged. What is read otherwise than config.json says is printed. Ids that the tokenizer has no token for are
+    in ``model.config.unused_ids`` and get no probability.
+
     Args:
       path: a folder with config.json, safetensors and (optional) tokenizer.json; or a .gguf file.
       dtype: of the parameters.
@@ -213,12 +217,10 @@ def _is_scalar(description: Mapping[str, Any], tensors: _Tensors) -> bool:
             )
         return False
     shape = tuple(tensors("score.weight").shape)
-    labels = description.get("id2label") or {}
-    count = shape[0] if len(shape) == 2 else description.get("num_labels", len(labels) or 1)
-    if count != 1:
+    if len(shape) == 2 and shape[0] != 1:
         raise ValueError(
-            f"tensor 'score.weight' of {tensors.path} has the shape {list(shape)}: a classifier of {count} labels "
-            f"({_short(list(labels.values()))}) is no reward model; choose one with num_labels=1"
+            f"tensor 'score.weight' of {tensors.path} has the shape {list(shape)}: a classifier of {shape[0]} labels "
+            f"(id2label={_short(description.get('id2label'))}) is no reward model; choose one with num_labels=1"
         )
     return True
 

@@ -111,7 +111,7 @@ def test_what_modelling_code_computes_itself_is_read_over(tmp_path: Path):
     _same(load_hf(tmp_path / "llama")[1], params)
     params = _saved(tmp_path / "gpt2", GPT2)
     masks = {f"transformer.h.{i}.attn.bias": np.tri(16, dtype=bool)[None, None] for i in range(2)}
-    _add(tmp_path / "gpt2", **masks, **{"transformer.h.0.attn.masked_bias": np.float32(-1e4)})
+    _add(tmp_path / "gpt2", **masks, **{"transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32)})
     _same(load_hf(tmp_path / "gpt2")[1], params)
     _add(tmp_path / "gpt2", **{"transformer.h.2.attn.bias": _ones(1, 1, 16, 16)})
     with pytest.raises(ValueError, match=r"transformer\.h\.2\.attn\.bias.*of layer 2"):
@@ -274,11 +274,8 @@ def _adapter(folder: Path, modules: dict[str, tuple[int, int]], **fields) -> dic
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_beside_its_base_is_merged(rslora: bool, tmp_path: Path, capsys):
     """``W + alpha / r * B A``, or ``alpha / sqrt(r)``: the matrices of one layer change, no other number does."""
-    modules = {
-        "model.layers.1.self_attn.k_proj": (8, 16),
-        "model.layers.0.mlp.down_proj": (16, 24),
-        "lm_head": (40, 16),
-    }
+    key, down = "model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"
+    modules = {key: (8, 16), down: (16, 24), "lm_head": (40, 16)}
     params = _saved(tmp_path)
     changes = _adapter(tmp_path, modules, use_rslora=rslora)
     model, loaded, _ = load_hf(tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from experiments import common, pretrained
 from rlhf_jax.data import schema
@@ -225,7 +225,9 @@ def check_numbers(config: ConfigDict, group: str = "") -> None:
     Raises:
       ValueError: a number is below its least value, not below its limit, or None.
     """
-    for key, value in config.items():
+    # References kept: this goes around __getitem__, for a number that was only looked at is not one that a run uses.
+    for key, value in config.items(preserve_field_references=True):
+        value = value.get() if isinstance(value, FieldReference) else value
         if isinstance(value, ConfigDict):
             check_numbers(value, f"{group}{key}.")
         elif key in AT_LEAST or (key in OR_NONE and value is not None):

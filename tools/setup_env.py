@@ -35,7 +35,7 @@ RUNTIME = (
 )
 GOOGLE_PCI = "0x1ae0"
 ALWAYS = {"gguf"}
-"""Extras that a command of the README needs (``prepare_data.py --model=smollm2`` reads GGUF); ``dev`` holds them too."""
+"""Extras that a command of the README needs (``prepare_data.py --model=smollm2`` reads GGUF); ``dev`` has them too."""
 
 
 def main() -> None:

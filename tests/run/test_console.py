@@ -146,7 +146,7 @@ def test_short_work_says_nothing_and_long_work_speaks_every_ten_seconds():
         assert bool(lines) == bool(most)
     assert lines[0] == "scoring 5/100  1.0 rows/s  ETA 1m35s"
     assert lines[-1] == "scoring 100/100  1.0 rows/s  took 1m40s"
-    assert 9 <= len(lines)
+    assert len(lines) >= 9
 
 
 def test_work_without_steps_says_that_it_goes_on():

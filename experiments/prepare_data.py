@@ -445,7 +445,7 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
     files, lengths = _cleaned(config, sets, fractions, reports)
     _require_records(files)
     counts = _write(folder, {name: records for name, records in files.items() if records})
-    _report(folder, _lines(reports, lengths, files, counts))
+    _report(folder, _lines(config, reports, lengths, files, counts))
     return counts
 
 
@@ -477,7 +477,7 @@ def convert(config: ConfigDict, folder: Path) -> dict:
     if not any(name in files for name in (*OWN_FILES, "prompts_ppo")):
         raise ValueError(f"no record of {config.data} is left to train on: {reading.report.summary()}")
     counts = _write(folder, files)
-    _report(folder, [*said[1:], *_lines(reports, lengths, files, counts)], before=said[:1])
+    _report(folder, [*said[1:], *_lines(config, reports, lengths, files, counts)], before=said[:1])
     return counts
 
 
@@ -522,8 +522,9 @@ def _cleaned(
 
 
 def _lines(
-    reports: Sequence[schema.DataReport], lengths: Lengths | None, files: Mapping[str, Any], counts: Mapping[str, int]
-) -> list[str]:
+    config: ConfigDict, reports: Sequence[schema.DataReport], lengths: Lengths | None, files: Mapping[str, Any],
+    counts: Mapping[str, int],
+) -> list[str]:  # fmt: skip
     """The report of a user's own data."""
     lines = [report.summary() for report in reports if report.rows]
     lines += [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())] if lengths else []

@@ -278,7 +278,7 @@ def _escaped(c: str) -> str:
     )
 
 
-_COLOURS: dict[Role, str] = {
+_COLOURS: dict[str, str] = {
     "read": "", "trained": "4;32", "special": "1;35", "special trained": "1;4;35", "note": "2",
 }  # fmt: skip
 NO_MODEL = "Texts only: --model=FOLDER shows the tokens, with the template, the ends and the loss mask."
@@ -299,7 +299,7 @@ def as_text(shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_o
       ascii_only: for a stream that writes nothing but ASCII.
     """
     names = ("newline", "open", "close", "special", "special end", "note", "score")
-    marks = dict(zip(names, ("\\n", "[[", "]]", "{", "}", "..", "<- score"), strict=True))
+    marks: dict[str, str] = dict(zip(names, ("\\n", "[[", "]]", "{", "}", "..", "<- score"), strict=True))
     if not ascii_only:
         letters = ("\u23ce", "\u27e6", "\u27e7", "\u2039", "\u203a", "\u2026", "\u25c2 score")
         marks = dict(zip(names, letters, strict=True))

@@ -102,6 +102,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 if not config.temperature:
                     results["kl_temperature"] = kl_temperature(config)
             log(done, answers[name].means())
+            log.flush()  # said when the model is done, and not with the next one
     results |= compare(answers, [str(p.prompt) for p in prompts])
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)

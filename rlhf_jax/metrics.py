@@ -98,7 +98,9 @@ class StageLog:
         self._pending: tuple[int, float, Values] | None = None
         # Until the first step is handed in nothing else would be said, and it may compile for minutes.
         self._first = contextlib.ExitStack()
-        self._first.enter_context(patiently(f"{stage}: the first step, which is compiled", stream=stream))
+        self._first.enter_context(
+            patiently(f"{stage}: the first {unit.removesuffix('s')} of {total}, which compiles", stream=stream)
+        )
 
     def __call__(self, step: int, metrics: Values) -> None:
         """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""

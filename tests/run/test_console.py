@@ -171,7 +171,7 @@ def test_a_stage_that_compiles_long_says_so(tmp_path, monkeypatch):
             time.sleep(0.01)
         log(1, {"loss": 1.0})
         log(2, {"loss": 1.0})
-    assert out.getvalue().startswith("sft: the first step, which is compiled: ")
+    assert out.getvalue().startswith("sft: the first step of 2, which compiles: ")
 
 
 def test_the_log_tells_the_time_left_to_whoever_asks(tmp_path):

@@ -83,7 +83,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     counts = {BASELINE: config.baseline_samples, "base": config.base_samples, "prompted_base": config.base_samples}
     jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
     shown = ("gold_score", "reward_score", "tokens")
-    with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models") as log:
+    with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True) as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
             network = common.load_network(paths["base" if prompted else name], mesh, config.decoder)

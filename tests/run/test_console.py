@@ -185,6 +185,18 @@ def test_the_log_tells_the_time_left_to_whoever_asks(tmp_path):
     assert "iteration" not in (tmp_path / metrics.FILE).read_text()
 
 
+def test_a_step_that_was_waited_for_is_timed_when_it_is_handed_in(tmp_path):
+    """Its line is written with the next one, or at the end: that moment says nothing of its time."""
+    clock, out = Clock(), io.StringIO()
+    with metrics.StageLog(
+        tmp_path, "sample", total=30, stream=out, clock=clock, unit="responses", show=(), every=0.0, waited=True
+    ) as log:
+        for done in (10, 20, 30):
+            clock.now += 5.0
+            log(done, {"responses": done})
+    assert out.getvalue().splitlines()[-1] == "sample 30/30  2.0 responses/s  took 15s"
+
+
 def test_programs_that_jax_compiles_are_counted():
     import jax
 

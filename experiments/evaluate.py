@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     counts = {BASELINE: config.baseline_samples, "base": config.base_samples, "prompted_base": config.base_samples}
     jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
     shown = ("gold_score", "reward_score", "tokens")
-    with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models") as log:
+    with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True) as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
             network = common.load_network(paths["base" if prompted else name], mesh, config.decoder)
@@ -111,6 +111,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             if answers[name].scored_in_part:
                 results.setdefault("scored_in_part", {})[name] = answers[name].scored_in_part
             log(done, answers[name].means())
+            log.flush()  # said when the model is done, and not with the next one
     results |= compare(answers, [str(p.prompt) for p in prompts])
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)

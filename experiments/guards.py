@@ -344,7 +344,7 @@ def check_read(made_of: Mapping[str, Any]) -> None:
     Raises:
       ValueError: a file changed in between; the message names it.
     """
-    for key, each in made_of["data"].items():
+    for key, each in made_of.get("data", {}).items():
         if parsed.of(each["path"]).sha256 != each["sha256"]:
             raise ValueError(
                 f"{key}: {each['path']} changed while this run trained: put back what it held and give the same "

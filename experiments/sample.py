@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
     drawn: list[dict[int, str]] = [{} for _ in prompts]
     share = [[len(range(which, k, len(config.models))) for k in ks] for which in range(len(config.models))]
-    with StageLog(workdir, "sample", total=sum(ks), show=(), unit="responses") as log:
+    with StageLog(workdir, "sample", total=sum(ks), show=(), unit="responses", waited=True) as log:
         for which, name in enumerate(config.models):
             network = common.load_network(name, mesh, config.decoder)
             asked = [p.prompt for p in prompts]

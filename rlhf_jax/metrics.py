@@ -70,6 +70,8 @@ class StageLog:
       stream: the console.
       clock: seconds, ever increasing.
       unit: what a step is, in the plural: ``iterations``, ``responses``.
+      waited: whether a step is over when it is handed in, as where a host loop waits for it; a training step is still
+        being computed then, and is timed when its numbers have arrived.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class StageLog:
         stream: Stream | None = None,
         clock: Callable[[], float] = time.monotonic,
         unit: str = "steps",
+        waited: bool = False,
     ):
         # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
         folder = files.local_path("workdir", workdir)
@@ -98,9 +101,12 @@ class StageLog:
             stage, total, resume_step, show=show, every=every, stream=stream, clock=clock, unit=unit
         )  # fmt: skip
         self._pending: tuple[int, float, Values] | None = None
+        self._clock, self._handed_in = clock if waited else None, 0.0
         # Until the first step is handed in nothing else would be said, and it may compile for minutes.
         self._first = contextlib.ExitStack()
-        self._first.enter_context(patiently(f"{stage}: the first step, which is compiled", stream=stream))
+        self._first.enter_context(
+            patiently(f"{stage}: the first {unit.removesuffix('s')} of {total}, which compiles", stream=stream)
+        )
 
     def __call__(self, step: int, metrics: Values) -> None:
         """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""
@@ -110,6 +116,7 @@ class StageLog:
             self._pending = (step, previous[1], {**previous[2], **metrics})
         elif previous:
             self._write(*previous)
+        self._handed_in = self._clock() if self._clock else 0.0
 
     def flush(self) -> None:
         """Writes what is pending to the disk, waiting for the device: before a checkpoint, and at the end."""
@@ -143,7 +150,7 @@ class StageLog:
         numbers = to_host(metrics)
         self._file.write(to_line(step, self._stage, when, numbers))
         self._file.flush()
-        self._console.update(step, numbers)
+        self._console.update(step, numbers, at=self._handed_in if self._clock else None)
         for writer in self._writers:
             writer(step, self._stage, numbers)
 

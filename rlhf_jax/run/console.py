@@ -132,9 +132,9 @@ class Console:
         self._last_line = -math.inf
         self._open_line = ""
 
-    def update(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Shows `step` when it is time to."""
-        now, compiled = self._clock(), self._compilations()
+    def update(self, step: int, numbers: Mapping[str, float], *, at: float | None = None) -> None:
+        """Shows `step`, which was done at the time `at` (now), when it is time to."""
+        now, compiled = self._clock() if at is None else at, self._compilations()
         self._rate.add(step, now, compiled=compiled > self._compiled)
         self._compiled, self._step = compiled, step
         if now - self._started < self._quiet:

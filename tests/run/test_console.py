@@ -171,7 +171,7 @@ def test_a_stage_that_compiles_long_says_so(tmp_path, monkeypatch):
             time.sleep(0.01)
         log(1, {"loss": 1.0})
         log(2, {"loss": 1.0})
-    assert out.getvalue().startswith("sft: the first step, which is compiled: ")
+    assert out.getvalue().startswith("sft: the first step of 2, which compiles: ")
 
 
 def test_the_log_tells_the_time_left_to_whoever_asks(tmp_path):
@@ -183,6 +183,18 @@ def test_the_log_tells_the_time_left_to_whoever_asks(tmp_path):
             log(step, {"loss": 1.0})
         assert log.seconds_left == 7.0 * (10 - 3)  # the fourth waits for the fifth
     assert "iteration" not in (tmp_path / metrics.FILE).read_text()
+
+
+def test_a_step_that_was_waited_for_is_timed_when_it_is_handed_in(tmp_path):
+    """Its line is written with the next one, or at the end: that moment says nothing of its time."""
+    clock, out = Clock(), io.StringIO()
+    with metrics.StageLog(
+        tmp_path, "sample", total=30, stream=out, clock=clock, unit="responses", show=(), every=0.0, waited=True
+    ) as log:
+        for done in (10, 20, 30):
+            clock.now += 5.0
+            log(done, {"responses": done})
+    assert out.getvalue().splitlines()[-1] == "sample 30/30  2.0 responses/s  took 15s"
 
 
 def test_programs_that_jax_compiles_are_counted():

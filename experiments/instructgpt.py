@@ -27,8 +27,8 @@ from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
 from rlhf_jax.run import files
 from rlhf_jax.run import pipeline as reads
-from rlhf_jax.run.plans import describe
-from rlhf_jax.run.results import history, log_rows, samples, versions
+from rlhf_jax.run.plans import Step, describe
+from rlhf_jax.run.results import history, log_rows, samples, stated, versions
 from rlhf_jax.run.stages import Measure, Stage, Stages
 
 STAGES = tuple(reads.VERSIONS)
@@ -39,9 +39,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Runs what is not done yet and returns the results."""
     common.Compiling.listen()
     pipeline = Pipeline(config, Path(workdir))
-    if not pipeline.is_done():
-        check_shapes(config)
-    steps = pipeline.stages.plan()
+    steps = pipeline.plan()
     with files.written(Path(workdir) / config_lib.CONFIG_FILE) as file:  # not before the plan: it may refuse the config
         file.write(config_lib.to_json(config) + "\n")
     if config.get("smoke", False):
@@ -56,13 +54,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 def dry_run(config: ConfigDict, workdir: str, *, overwrite: bool = False) -> None:
     """Prints which stages would run and why; computes nothing and writes nothing."""
-    if config.base not in pretrained.MODELS:  # those are fetched when they are needed
-        check_shapes(config)
     folder = Path(workdir)
     if overwrite and folder.exists():
         print(f"The earlier run in {workdir} would be moved aside first.", flush=True)
         folder = folder / "new"  # a folder that is not there, in which nothing is done
-    print(describe(Pipeline(config, folder).stages.plan(), workdir), flush=True)
+    print(describe(Pipeline(config, folder).plan(fetch=False), workdir), flush=True)
 
 
 def check_shapes(config: ConfigDict) -> None:
@@ -116,9 +112,19 @@ class Pipeline:
         """What a finished stage returned."""
         return self.stages.result(name)
 
-    def is_done(self) -> bool:
-        """Whether every stage has left a record; `Stages.plan` looks at what the records say."""
-        return all((self.folder / name / "done.json").is_file() for name in STAGES)
+    def plan(self, *, fetch: bool = True) -> list[Step]:
+        """What is to be done with each stage; models of other sizes than the config is for are refused.
+
+        A finished run needs its base model no more. Without `fetch` a model that is fetched by name is not looked at.
+        """
+        done = all((self.folder / name / "done.json").is_file() for name in STAGES)
+        checks = fetch or self.config.base not in pretrained.MODELS
+        if checks and not done:
+            check_shapes(self.config)
+        steps = self.stages.plan()
+        if checks and done and any(step.action != "keep" for step in steps):
+            check_shapes(self.config)
+        return steps
 
     def data(self, name: str) -> str:
         """A file of the data stage."""
@@ -263,7 +269,7 @@ class Pipeline:
             "peak_memory_mb": max(record["peak_memory_mb"] for record in records.values()),
             "config": json.loads(config_lib.to_json(self.config)),
             "versions": versions(),
-            "stages": {name: {key: record[key] for key in STATED if key in record} for name, record in records.items()},
+            "stages": stated(records),
         }
         files.write_json(self.folder / "results.json", results)
         files.write_lines(
@@ -291,10 +297,6 @@ class Pipeline:
             self._shown / "report.html", results, history(self.folder, ("ppo", "ppo_ptx"), results["sft"]["epochs"]),
             samples(self.folder / "evaluation" / "samples.jsonl"), departures(config),
         )  # fmt: skip
-
-
-STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "peak_memory_mb", "config_changes")
-"""What ``results.json`` says of each stage."""
 
 
 if __name__ == "__main__":

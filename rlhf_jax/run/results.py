@@ -66,6 +66,15 @@ def log_rows(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [{**row, "stage": stage} for row in metrics.read(file)] if file.is_file() else []
 
 
+STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "peak_memory_mb", "config_changes")
+"""What ``results.json`` says of each stage."""
+
+
+def stated(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each stage was run with and what it cost, from the records of all."""
+    return {name: {key: record[key] for key in STATED if key in record} for name, record in records.items()}
+
+
 def versions() -> dict[str, str]:
     """What ran: Python, libraries, device."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "rlhf_jax")

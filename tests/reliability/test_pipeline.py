@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from experiments import instructgpt
-from rlhf_jax.config import load_config
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models.decoder import gpt2
@@ -25,14 +23,14 @@ FEW = {
 }
 
 
-def config(model: Path, **overrides: str) -> ConfigDict:
-    """The smallest pipeline: one iteration of PPO, eight prompts."""
+def flags(model: Path, run: Path, *more: str) -> list[str]:
+    """The smallest pipeline: one iteration of PPO, eight prompts. Its own process has one device, not eight."""
     few = {f"data.{key}": value for key, value in FEW.items()}
     few |= {"base": str(model), "evaluate.baseline_samples": "1", "ppo.iterations": "1", "ppo.episodes": "8"}
     few |= {"sample.max_new_tokens": "8", "ppo.max_new_tokens": "8", "evaluate.max_new_tokens": "8"}
     few |= {"sample.max_k": "4", "evaluate.few_shot.examples": "1", "evaluate.few_shot.trial_prompts": "2"}
     few |= {"ppo.ptx_rows_per_episode": "0.25"}
-    return load_config(stages.CONFIG, few | overrides)
+    return stages.flags(run, *(f"--config.{key}={value}" for key, value in few.items()), *more)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +46,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that nothing happened to."""
     run = tmp_path_factory.mktemp("pipeline") / "whole"
-    instructgpt.run(config(model), str(run))
+    ended = stages.command(flags(model, run))
+    assert ended.status == 0, ended.err
     return run
 
 
-def test_a_damaged_copy_is_made_whole_from_its_own_files(whole, model, tmp_path, monkeypatch, capsys):
+def test_a_damaged_copy_is_made_whole_from_its_own_files(whole, model, tmp_path):
     expected = stages.outcome(whole)
     original, copy = tmp_path / "original", tmp_path / "far" / "copy"
     shutil.copytree(whole, original)
@@ -70,10 +69,9 @@ def test_a_damaged_copy_is_made_whole_from_its_own_files(whole, model, tmp_path,
             "ppo_ptx/ema": "deleted",
         },
     )
-    monkeypatch.chdir(copy.parent)
-    capsys.readouterr()
-    instructgpt.run(config(model), "copy")
-    said = capsys.readouterr().out
+    ended = stages.command(flags(model, Path("copy")), cwd=copy.parent)
+    assert ended.status == 0, ended.err
+    said = ended.out
     assert stages.ran(said) == ["sft", "ppo_init", "reward_model", "baseline", "ppo_ptx"]
     assert "stage sft: made again from its checkpoint of step" in said
     assert "stage ppo_init: runs again from its beginning" in said
@@ -81,11 +79,12 @@ def test_a_damaged_copy_is_made_whole_from_its_own_files(whole, model, tmp_path,
     assert str(tmp_path) not in (copy / "results.json").read_text()
 
 
-def test_after_a_change_only_what_follows_from_it_runs_and_the_report_says_with_what(whole, model, tmp_path, capsys):
+def test_after_a_change_only_what_follows_from_it_runs_and_the_report_says_with_what(whole, model, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
-    capsys.readouterr()
-    results = instructgpt.run(config(model, **{"ppo.ptx_coef": "0.3"}), str(run))
-    assert stages.ran(capsys.readouterr().out) == ["ppo_ptx", "evaluation"]
+    ended = stages.command(flags(model, run, "--config.ppo.ptx_coef=0.3"))
+    assert ended.status == 0, ended.err
+    assert stages.ran(ended.out) == ["ppo_ptx", "evaluation"]
+    results = json.loads((run / "results.json").read_text())
     assert results["stages"]["ppo_ptx"]["config"]["ppo"]["ptx_coef"] == 0.3
     assert "ptx_coef" not in results["stages"]["ppo"]["config"]["ppo"]
     report = (run / "report.html").read_text()

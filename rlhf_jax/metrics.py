@@ -94,7 +94,8 @@ class StageLog:
         self._path = folder / FILE if processes.index() == 0 else Path(os.devnull)
         if processes.index() > 0:
             writers, stream = (), io.StringIO()
-        drop_after(self._path, stage, resume_step)
+        if processes.index() == 0:
+            drop_after(self._path, stage, resume_step)
         self._file = files.appending(self._path)
         self._stage, self._writers = stage, tuple(writers)
         self._console = Console(

@@ -269,7 +269,7 @@ def test_a_model_that_changes_while_it_is_loaded_is_refused(inputs, tmp_path):
 
 
 def made_of(rate: float) -> dict:
-    empty = {"data": {}, "models": {}, "tokenizer": "t", "versions": {}}
+    empty = {"data": {}, "models": {}, "tokenizer": "t", "versions": {}, "numerics": {}, "rounding": {}}
     return {"config": {"learning_rate": rate}, **empty}
 
 

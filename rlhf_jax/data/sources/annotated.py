@@ -70,7 +70,10 @@ def table(
             found[id(row)] = extract(row, columns)
         except RowError as error:
             found[id(row)] = error
-    question, kind = _choose([record for record in found.values() if isinstance(record, Annotated)], columns)
+    try:
+        question, kind = _choose([record for record in found.values() if isinstance(record, Annotated)], columns)
+    except ValueError as error:
+        raise ValueError(f"{rows[0].place}: {error}") from None
 
     def record(row: Row) -> Annotated:
         one = found[id(row)]
@@ -85,10 +88,9 @@ def table(
         return rows, parse
     together: dict[Any, list[Row]] = {}
     for row in rows:
-        one = found[id(row)]
-        prompt = (
-            repr(one.fields.values.get(_prompt_field(one.fields, columns))) if isinstance(one, Annotated) else id(row)
-        )
+        one, prompt = found[id(row)], id(row)
+        if isinstance(one, Annotated):
+            prompt = (repr(one.fields.values.get(_prompt_field(one.fields, columns))), one.fields.system_key())
         together.setdefault(prompt, []).append(row)
     return [Row(group[0].place, {}, parts=group) for group in together.values()], parse
 

@@ -160,6 +160,9 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         node = {name: row.take(name) for name in row.values}
         rank = as_number(node.get("rank"), "rank", texts=row.cells)
+        for name in ("deleted", "synthetic"):
+            if row.cells:  # a cell holds the word
+                node[name] = str(node.get(name)).strip().lower() in ("true", "1", "1.0")
         nodes[str(node["message_id"])] = node | {"rank": None if rank is None else int(rank), "replies": []}
     parts: dict[str, list[Row]] = {}
     for row in rows:

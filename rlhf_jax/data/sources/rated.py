@@ -51,7 +51,9 @@ def table(
     together: dict[Any, list[Row]] = {}
     for row in rows:
         prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
-        together.setdefault((repr(prompt), repr([row.values.get(name) for name in ("system",)])), []).append(row)
+        # What stands over a prompt and who rated it keep rows apart: their numbers are not compared.
+        key = (repr(prompt), row.system_key(), repr(row.values.get("labeler")))
+        together.setdefault(key, []).append(row)
     groups = [Row(group[0].place, {}, parts=group) for group in together.values()]
     return groups, _parse_group
 
@@ -137,6 +139,20 @@ def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None],
 # ------------------------------------------------------------------------------------------- one response in a row
 
 
+def _single(row: Row) -> tuple[str, float | int | None]:
+    """The response of a row and its number."""
+    row.refuse_more_than_text()
+    if not row.has("score"):
+        numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]
+        raise RowError(
+            "missing field", "field 'score' is missing: say which number is meant with --columns score=NAME; the "
+            f"row has the numbers {', '.join(numbers) or '(none)'}",
+        )  # fmt: skip
+    for name in (*PROMPTS, "labeler", *row.systems()):  # the rows of a group have them in common
+        row.take(name)
+    return row.text("response"), as_number(row.take("score"), "score", texts=row.cells)
+
+
 def _parse_group(group: Row) -> Draft:
     """The ranking of the responses of several rows."""
     rows = group.parts
@@ -145,17 +161,14 @@ def _parse_group(group: Row) -> Draft:
     prompt = _prompt(first)
     answers, scores, ids = [], [], []
     for row in rows:
-        row.refuse_more_than_text()
-        if not row.has("score"):
-            numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]
-            raise RowError(
-                "missing field", "field 'score' is missing: say which number is meant with --columns score=NAME; the "
-                f"row has the numbers {', '.join(numbers) or '(none)'}",
-            )  # fmt: skip
-        for name in PROMPTS:
-            row.take(name)
-        answers.append(row.text("response"))
-        scores.append(as_number(row.take("score"), "score", texts=row.cells))
+        try:
+            answer, score = _single(row)
+        except RowError as error:
+            if row is first:
+                raise
+            raise RowError(error.reason, f"of the rows with this prompt, {row.place}: {error}") from None
+        answers.append(answer)
+        scores.append(score)
         ids.append(as_label(row.take("id")))
     if len(rows) < 2:
         raise RowError("only one response", "no other row has this prompt: there is nothing to compare with")

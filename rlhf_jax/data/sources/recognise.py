@@ -26,8 +26,7 @@ from rlhf_jax.data.sources import (
     tables,
     trl,
 )
-from rlhf_jax.data.sources.row import SYSTEMS, Draft, Row
-from rlhf_jax.data.sources.transcripts import ASSISTANT
+from rlhf_jax.data.sources.row import Draft, Row, holds_turns
 
 Parser = Callable[[Row], Draft | list[Draft]]
 
@@ -75,7 +74,7 @@ def _texts(row: Row, *names: str) -> bool:
 def _is_transcripts(row: Row) -> bool:
     if row.has("prompt") or not _texts(row, "chosen", "rejected"):
         return False
-    return all(ASSISTANT in "\n\n" + row.values[name].lstrip("\n") for name in ("chosen", "rejected"))
+    return all(trl.is_transcript(row.values[name]) for name in ("chosen", "rejected"))
 
 
 def _is_rated(row: Row) -> bool:
@@ -90,7 +89,7 @@ def _is_rated(row: Row) -> bool:
 def _is_pairs(row: Row) -> bool:
     if not (row.has("chosen") and row.has("rejected")) or row.has("instruction"):
         return False
-    return row.has("prompt") or any(isinstance(row.values[name], list) for name in ("chosen", "rejected"))
+    return row.has("prompt") or any(holds_turns(row, name) for name in ("chosen", "rejected"))
 
 
 def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Parser]:
@@ -124,7 +123,7 @@ FORMS: Mapping[str, Form] = {
     "openai": Form(
         "OpenAI messages", "`messages`; or `input`, `preferred_output`, `non_preferred_output`",
         "the last turn -> response, those before it -> prompt; preferred over non-preferred",
-        lambda row: (isinstance(row.values.get("messages"), list) and not (row.has("chosen") or row.has("response"))
+        lambda row: (holds_turns(row, "messages") and not (row.has("chosen") or row.has("response"))
         and not row.has("responses")) or row.has("preferred_output"),
         _each(lambda row: messages.preference(row) if "preferred_output" in row.values else messages.conversation(row)),
     ),
@@ -208,7 +207,7 @@ def said(name: str, row: Row) -> str:
     'read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response'
     """
     form, parts = FORMS[name], []
-    if any(row.has(column) for column in SYSTEMS):
+    if row.systems():
         parts.append("system -> system turn")
     gives = form.gives
     if name == "alpaca":
@@ -220,6 +219,12 @@ def said(name: str, row: Row) -> str:
         answers = "chosen over rejected" if row.has("chosen") else "completion -> response"
         shared = "prompt" if row.has("prompt") else "turns that both share"
         gives = f"{shared} -> prompt" + (f", {answers}" if row.has("chosen") or row.has("completion") else "")
+    elif name == "openai":
+        of_turns, of_pairs = gives.split("; ")
+        two = row.has("rejected_response")
+        gives = of_pairs if row.has("preferred_output") else of_turns + ", over rejected_response" * two
+    elif name == "sharegpt" and row.has("chosen"):
+        gives = "the turns -> prompt, chosen over rejected"
     elif name == "dolly":
         about = "instruction + context" if "context" in row.values else "instruction"
         gives = f"{about} -> prompt, response -> response" + ", category -> use_case" * row.has("category")
@@ -232,10 +237,21 @@ def refuse_unknown(row: Row) -> str:
     if {"annotation_id", "annotator"} & set(row.values):
         return f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export it as JSON"
     if row.has("chosen") and row.has("rejected"):
-        proposed = next((name for name in trl.QUESTIONS if row.has(name)), "NAME")
+        proposed = trl.proposed(row)
         return (
             f"the columns are {columns}, and no prompt is guessed: name its column with "
             f"--source=trl --columns prompt={proposed}"
+        )
+    renamed = {name.strip().lower(): name for name in row.columns()}
+    wanted = [name for name in MAPPED if name in renamed and not row.has(name)]
+    if wanted:  # Excel's users write Prompt, Chosen, Rejected
+        mapped = ",".join(f"{name}={renamed[name]}" for name in wanted)
+        return f"the columns are {columns}, which are compared by their exact names: --columns {mapped}"
+    if row.has("prompt") and row.has("response") and own.rating(row):
+        return (
+            f"the columns are {columns}: {own.rating(row)!r} rates the response, so rank the responses of each prompt "
+            f"with --source=rated --columns score={own.rating(row)}, or take all of them as demonstrations with "
+            "--source=jsonl"
         )
     if row.has("label") and (row.has("completion") or row.has("response")):
         return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
@@ -276,7 +292,9 @@ def advice(path: str | os.PathLike[str]) -> str:
             f"{path} is one JSON list and not an object a line: convert it with "
             f"python experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file of DIR"
         )
-    if names <= known or (name in ("jsonl", "") and has_core and not any(row.has(column) for column in SYSTEMS)):
+    if not name and row.has("prompt") and row.has("response") and own.rating(row):
+        pass  # rated responses, which are records only where the user says so
+    elif names <= known or (name in ("jsonl", "") and has_core and not row.systems()):
         return ""  # records of this package, whatever is wrong with them
     if not name:
         return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"

@@ -53,6 +53,16 @@ def trained(part: preview.Part) -> list[bool]:
     return ["trained" in piece.role for piece in part.pieces for _ in piece.ids]
 
 
+def test_texts_show_every_answer_that_is_trained_on():
+    record = Demonstration(TALK, "A tree.")
+    for turns, wanted in (("all", ["assistant", "response"]), ("last", ["response"])):
+        (row,) = preview.rows([record], assistant_turns=turns)
+        assert [p.name for p in row.parts if "trained on" in p.facts] == wanted
+        assert [p.name for p in row.parts if p.pieces[0].role == "trained"] == wanted
+    (row,) = preview.rows([Prompt(TALK)])
+    assert {piece.role for part in row.parts for piece in part.pieces} == {"read"}
+
+
 def test_demonstrations_show_the_ids_and_the_mask_that_sft_trains_on(tok):
     for turns in ("all", "last"):
         for record, row in zip(RECORDS[:2], preview.rows(RECORDS[:2], tok, assistant_turns=turns), strict=True):

@@ -6,6 +6,7 @@ form fits, or a table has no prompt, the refusal names the columns that are ther
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -274,6 +275,13 @@ def refuse_unknown(row: Row) -> str:
     )
 
 
+def _misspelt(names: set[str], known: set[str]) -> bool:
+    """Whether a name is one of a record's with a slip in it, such as `promt`."""
+    return any(
+        difflib.get_close_matches(name, ["prompt", "response", "messages"], cutoff=0.8) for name in names - known
+    )
+
+
 def advice(path: str | os.PathLike[str]) -> str:
     """The command that converts a file which is no file of this package; "" where it is one, or no form fits."""
     try:
@@ -292,8 +300,9 @@ def advice(path: str | os.PathLike[str]) -> str:
             f"{path} is one JSON list and not an object a line: convert it with "
             f"python experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file of DIR"
         )
-    if not name and row.has("prompt") and row.has("response") and own.rating(row):
-        pass  # rated responses, which are records only where the user says so
+    telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
+    if not name and names & telling and not _misspelt(names, known):
+        pass  # a table of another tool, whose columns have to be named
     elif names <= known or (name in ("jsonl", "") and has_core and not row.systems()):
         return ""  # records of this package, whatever is wrong with them
     if not name:

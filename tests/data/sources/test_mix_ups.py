@@ -205,3 +205,18 @@ def test_text_that_a_template_wrote_is_noted_in_messages_and_documents_too(tmp_p
     assert report.noted == {"chat template in text": 1}
     reading = sources.read_form(put(tmp_path, {"text": "[INST] Who? [/INST] I."}))
     assert reading.report.noted == {"special token in text": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "Who?", "answer": "I."}, "--columns completion=NAME"),
+        ({"query": "Who?", "response": "I."}, "--columns prompt=query,completion=response"),
+        ({"prompt": "Who?", "context": "A mill.", "answer": "I."}, "--columns completion=NAME"),
+        ({"promt": "Who?", "response": "I."}, "did you mean 'prompt'"),
+        ({"prompt": "Who?", "response": "I.", "lang": "en"}, "unknown field 'lang'"),
+    ],
+)
+def test_a_table_given_to_a_stage_is_told_what_to_name(tmp_path: Path, row: dict[str, Any], named: str):
+    with pytest.raises(ValueError, match=named):
+        schema.read_jsonl(put(tmp_path, row), Demonstration)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.data import schema
-from rlhf_jax.data.schema import RowError
+from rlhf_jax.data.schema import PlainText, RowError
 from rlhf_jax.data.sources import (
     alpaca,
     annotated,
@@ -257,9 +257,10 @@ def refuse_unknown(row: Row) -> str:
     if row.has("label") and (row.has("completion") or row.has("response")):
         return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
     if row.has("prompt"):
+        answers = [name for name in ANSWERS if row.has(name)]
         return (
             f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with "
-            "--source=trl --columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with "
+            f"--source=trl --columns completion={answers[0] if len(answers) == 1 else 'NAME'} (or chosen=NAME,rejected=NAME), or take the prompts alone with "
             "--source=jsonl"
         )
     asks = [name for name in trl.QUESTIONS if row.has(name)]
@@ -282,8 +283,13 @@ def _misspelt(names: set[str], known: set[str]) -> bool:
     )
 
 
-def advice(path: str | os.PathLike[str]) -> str:
-    """The command that converts a file which is no file of this package; "" where it is one, or no form fits."""
+def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
+    """The command that converts a file which is no file of this package; "" where it is one, or no form fits.
+
+    Args:
+      path: the file.
+      kind: the class of the records that are wanted of it.
+    """
     try:
         first = next(iter(tables.rows(Path(path))), None)
         is_list = schema.json_list(path) is not None
@@ -299,6 +305,15 @@ def advice(path: str | os.PathLike[str]) -> str:
         return (
             f"{path} is one JSON list and not an object a line: convert it with "
             f"python experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file of DIR"
+        )
+    if (
+        kind not in (None, PlainText)
+        and row.has("text")
+        and not names & {"prompt", "messages", "responses", "response"}
+    ):
+        return (
+            f"{path} holds finished texts (the field 'text'), which do not say where an answer begins: write prompt "
+            "and response, or messages, such as the columns that the texts were made of; a text is read as a corpus alone"
         )
     telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
     if not name and names & telling and not _misspelt(names, known):

@@ -210,9 +210,10 @@ def test_text_that_a_template_wrote_is_noted_in_messages_and_documents_too(tmp_p
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"prompt": "Who?", "answer": "I."}, "--columns completion=NAME"),
+        ({"prompt": "Who?", "answer": "I."}, "--columns completion=answer"),
         ({"query": "Who?", "response": "I."}, "--columns prompt=query,completion=response"),
-        ({"prompt": "Who?", "context": "A mill.", "answer": "I."}, "--columns completion=NAME"),
+        ({"prompt": "Who?", "context": "A mill.", "answer": "I."}, "--columns completion=answer"),
+        ({"text": "[INST] Who? [/INST] I.", "meta": "x"}, "do not say where an answer begins"),
         ({"promt": "Who?", "response": "I."}, "did you mean 'prompt'"),
         ({"prompt": "Who?", "response": "I.", "lang": "en"}, "unknown field 'lang'"),
     ],

@@ -173,6 +173,13 @@ def as_turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
+def last_text(prompt: Any) -> str:
+    """What an answer would repeat: a text prompt, or the last turn of a list of them; "" for anything else."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = prompt[-1].get("content", prompt[-1].get("value"))
+    return prompt if isinstance(prompt, str) else ""
+
+
 def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -> tuple[Any, str]:
     """The prompt and the text that answers it. `said` is that text, the turn, or the whole conversation.
 
@@ -235,6 +242,9 @@ def demonstration_of(row: Row, prompt: Any, answer: str, **labels: str) -> Draft
     prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(row, prompt)
     answer = tidy_answer(row, checked(answer, "response"))
+    repeated = last_text(prompt).strip()
+    if repeated and answer.startswith(repeated):
+        row.note("answer begins with the prompt")
     fields = {**row.labels(Demonstration), **labels, **asked(prompt), "response": answer}
     return Draft(Demonstration, fields, has_system)
 

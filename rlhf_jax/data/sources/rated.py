@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.schema import Ranking, RowError, check_text
-from rlhf_jax.data.sources.messages import turns, with_system
+from rlhf_jax.data.sources.messages import last_text, turns, with_system
 from rlhf_jax.data.sources.row import (
     Draft,
     Row,
@@ -27,6 +27,7 @@ from rlhf_jax.data.sources.row import (
     tidy_answer,
     tidy_prompt,
 )
+from rlhf_jax.data.sources.trl import repeats
 
 LISTS = ("responses", "completions", "generations")
 NUMBERS = ("scores", "ratings", "rating")
@@ -52,10 +53,16 @@ def table(
     for row in rows:
         prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
         # What stands over a prompt and who rated it keep rows apart: their numbers are not compared.
+        prompt = _plain_prompt(prompt)
         key = (repr(prompt), row.system_key(), repr(row.values.get("labeler")))
         together.setdefault(key, []).append(row)
     groups = [Row(group[0].place, {}, parts=group) for group in together.values()]
     return groups, _parse_group
+
+
+def _plain_prompt(prompt: Any) -> Any:
+    """A prompt as rows are compared by it: the line ends and the spaces around it are not kept anyway."""
+    return prompt.replace("\r\n", "\n").strip() if isinstance(prompt, str) else prompt
 
 
 def parse(row: Row, score: str = "") -> Draft:
@@ -127,13 +134,32 @@ def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None],
     for k, answer in enumerate(answers):
         said = turns(row, f"responses[{k}]", answer) if isinstance(answer, list) else answer
         text = said[-1].get("content") if isinstance(said, list) and len(said) == 1 else said
-        responses.append(tidy_answer(row, check_text(text, f"responses[{k}]", reason="empty response")))
+        responses.append(check_text(text, f"responses[{k}]", reason="empty response"))
+    responses = [tidy_answer(row, answer) for answer in _without_prompt(row, prompt, responses)]
+    if not all(responses):
+        raise RowError("empty response", "a response is its prompt alone, or empty")
     prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(row, prompt)
     note_beginnings(row, responses)
     names = policies if policies and all(isinstance(name, str) and name for name in policies) else None
     fields = {**row.labels(Ranking), **asked(prompt), "responses": responses, "ranks": ranks}
     return Draft(Ranking, fields | ({"policies": names} if names else {}), has_system)
+
+
+def _without_prompt(row: Row, prompt: Any, responses: list[str]) -> list[str]:
+    """The responses without the prompt where all of them are whole texts that begin with it."""
+    text = last_text(prompt)
+    kind = repeats(text, responses)
+    if kind == "one":
+        raise RowError(
+            "prompt in one text", "the prompt begins some of the responses only: write the answers alone in all of them"
+        )
+    if kind in ("surely", "likely"):
+        row.note("prompt cut from whole text")
+        return [response.lstrip()[len(text.strip()) :] for response in responses]
+    if kind == "maybe":
+        row.note("answer begins with the prompt")
+    return responses
 
 
 # ------------------------------------------------------------------------------------------- one response in a row

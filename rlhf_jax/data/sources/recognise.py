@@ -171,6 +171,11 @@ FORMS: Mapping[str, Form] = {
 
 ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "assistant", "best_answer")
 """Columns that the refusal of a table proposes as answers; none is taken for one."""
+PREFERENCES = (
+    "preference", "preferred", "overall_preference", "human_preference", "better", "better_response",
+    "better_response_id", "safer_response_id", "winner", "choice", "labels",
+)  # fmt: skip
+"""Columns that say which of several numbered answers is better: naming two of those answers alone would lose it."""
 MAPPED = (
     "prompt",
     "chosen",
@@ -254,14 +259,21 @@ def refuse_unknown(row: Row) -> str:
             f"with --source=rated --columns score={own.rating(row)}, or take all of them as demonstrations with "
             "--source=jsonl"
         )
+    choice = next((name for name in PREFERENCES if name in renamed), "")
+    if choice:
+        return (
+            f"the columns are {columns}, and {renamed[choice]!r} seems to say which answer is better, which no form "
+            "here reads from two numbered answers: write the better one to a column chosen, the other to rejected, "
+            "and their prompt to prompt"
+        )
     if row.has("label") and (row.has("completion") or row.has("response")):
         return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
     if row.has("prompt"):
         answers = [name for name in ANSWERS if row.has(name)]
         return (
             f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with "
-            f"--source=trl --columns completion={answers[0] if len(answers) == 1 else 'NAME'} (or chosen=NAME,rejected=NAME), or take the prompts alone with "
-            "--source=jsonl"
+            f"--source=trl --columns completion={answers[0] if len(answers) == 1 else 'NAME'} (or "
+            "chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
         )
     asks = [name for name in trl.QUESTIONS if row.has(name)]
     answers = [name for name in ANSWERS if row.has(name)]
@@ -313,7 +325,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
     ):
         return (
             f"{path} holds finished texts (the field 'text'), which do not say where an answer begins: write prompt "
-            "and response, or messages, such as the columns that the texts were made of; a text is read as a corpus alone"
+            "and response, or messages, such as the columns that the texts were made of; a text alone is read as a corpus"
         )
     telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
     if not name and names & telling and not _misspelt(names, known):

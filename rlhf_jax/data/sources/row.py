@@ -140,6 +140,10 @@ class Row:
           RowError: it is missing; the message names the columns that are there.
         """
         value = self.take(name)
+        if value is None and name in self.values:
+            raise RowError(
+                "missing field", f"field {name!r} is missing: it is null here, so fill it in or remove the row"
+            )
         if value is None:
             found = ", ".join(sorted(self.columns())) or "nothing"
             fix = f"name the column that holds it with --columns {name}=NAME"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rlhf_jax.data.schema import RowError
-from rlhf_jax.data.sources.messages import answer_to, as_turns, demonstration_of, pair_of, prompt_of, turns
+from rlhf_jax.data.sources.messages import answer_to, as_turns, demonstration_of, last_text, pair_of, prompt_of, turns
 from rlhf_jax.data.sources.row import Draft, Row, as_number
 from rlhf_jax.data.sources.transcripts import ASSISTANT, HUMAN, cut_transcripts, turns_of
 
@@ -52,7 +52,7 @@ def survey(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
     """How the answers of a table begin: which of `Repeats` its rows show."""
     found: set[str] = set()
     for row in rows:
-        prompt, answers = _last_text(row.values.get("prompt")), [row.values.get(name) for name in names]
+        prompt, answers = last_text(row.values.get("prompt")), [row.values.get(name) for name in names]
         if prompt and all(isinstance(answer, str) for answer in answers):
             found.add(repeats(prompt, [str(answer) for answer in answers]))
     return found
@@ -82,13 +82,6 @@ def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
     if not all(begin) or not ends_whole:
         return "never"
     return "likely" if len(prompt.split()) >= LIKELY_WORDS or len(prompt) >= LIKELY_CHARACTERS else "maybe"
-
-
-def _last_text(prompt: Any) -> str:
-    """What an answer would repeat: a text prompt, or the last turn of a list of them; "" for anything else."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        prompt = prompt[-1].get("content", prompt[-1].get("value"))
-    return prompt if isinstance(prompt, str) else ""
 
 
 def _plain(text: str) -> str:
@@ -174,7 +167,7 @@ def _without_prompt(
     row: Row, given: str | list[Any], answers: list[str], found: set[str] | None
 ) -> tuple[str | list[Any], list[str]]:
     """The prompt and the answers, without the prompt where they are whole texts that begin with it."""
-    prompt = _last_text(given)
+    prompt = last_text(given)
     opens = _plain(prompt).rstrip().endswith(ASSISTANT.strip())
     if isinstance(given, str) and all(map(_is_whole, answers)) and not opens:
         return _from_transcripts(row, prompt, answers)

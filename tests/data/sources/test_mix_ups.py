@@ -221,3 +221,36 @@ def test_text_that_a_template_wrote_is_noted_in_messages_and_documents_too(tmp_p
 def test_a_table_given_to_a_stage_is_told_what_to_name(tmp_path: Path, row: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):
         schema.read_jsonl(put(tmp_path, row), Demonstration)
+
+
+def test_rated_responses_that_repeat_their_prompt_are_cut(tmp_path: Path):
+    prompt = "\n\nHuman: Who?\n\nAssistant:"
+    row = {"prompt": prompt, "responses": [prompt + " I.", prompt + " You."], "scores": [1, 2]}
+    records, report = sources.read_rated(put(tmp_path, row))
+    assert records[0].responses == ("I.", "You.")
+    assert report.noted["prompt cut from whole text"] == 1
+    row["responses"] = [prompt + " I.", "You."]
+    with pytest.raises(ValueError, match="begins some of the responses only"):
+        sources.read_rated(put(tmp_path, row))
+    rows = [{"prompt": p, "response": t, "score": n} for p, t, n in (("Who? ", "I.", 1), ("Who?\r\n", "You.", 2))]
+    assert sources.read_rated(put(tmp_path, *rows))[0][0].responses == ("I.", "You.")  # one prompt
+
+
+def test_an_answer_that_begins_with_its_prompt_is_noted_in_every_form(tmp_path: Path):
+    row = {"instruction": "Name the mill.", "output": "Name the mill. It has none."}
+    assert sources.read_form(put(tmp_path, row)).report.noted == {"answer begins with the prompt": 1}
+    row = {"messages": talk("Name the mill.", "Name the mill. It has none.")}
+    assert sources.read_form(put(tmp_path, row)).report.noted == {"answer begins with the prompt": 1}
+
+
+@pytest.mark.parametrize("choice", [{"preference": 2}, {"better_response_id": 1}, {"Winner": "b"}])
+def test_a_column_that_says_which_answer_is_better_is_not_passed_over(tmp_path: Path, choice: dict[str, Any]):
+    path = put(tmp_path, {"prompt": "Who?", "response_1": "I.", "response_2": "You.", **choice})
+    with pytest.raises(ValueError, match=f"{next(iter(choice))!r} seems to say which answer is better"):
+        sources.read_form(path)
+
+
+def test_a_null_where_a_text_is_needed_is_told_from_a_missing_column(tmp_path: Path):
+    path = put(tmp_path, {"prompt": "Who?", "chosen": "I.", "rejected": "You."}, {"prompt": "Who?", "chosen": None})
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: field 'chosen' is missing: it is null here"):
+        sources.read_pairs(path)

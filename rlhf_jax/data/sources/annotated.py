@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf_jax.data.schema import Demonstration, Ranking, RowError, check_text
+from rlhf_jax.data.sources.hub import first_line
 from rlhf_jax.data.sources.messages import turns, with_system
 from rlhf_jax.data.sources.row import Draft, Row, asked, note_beginnings, ranks_of, tidy_answer, tidy_prompt
 
@@ -70,6 +71,9 @@ def table(
             found[id(row)] = extract(row, columns)
         except RowError as error:
             found[id(row)] = error
+        except (AttributeError, KeyError, TypeError) as error:  # an entry that is no object, or of another type
+            said = f"the record is not as the tool exports it ({first_line(error)}): export the file again"
+            found[id(row)] = RowError("wrong type", said)
     try:
         question, kind = _choose([record for record in found.values() if isinstance(record, Annotated)], columns)
     except ValueError as error:

@@ -134,7 +134,8 @@ def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: st
 
 def is_tree(row: Row) -> bool:
     """Whether a row is a tree of messages, or a message of the flat form."""
-    return isinstance(row.values.get("prompt"), dict) or is_message(row)
+    root = row.values.get("prompt")
+    return (isinstance(root, dict) and bool({"replies", "message_id"} & set(root))) or is_message(row)
 
 
 def is_message(row: Row) -> bool:
@@ -171,7 +172,9 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
             nodes[str(node["parent_id"])]["replies"].append(node)
     for row in rows:
         root, seen = str(row.values["message_id"]), set()
-        while str(nodes[root]["parent_id"]) in nodes and root not in seen:
+        while str(nodes[root]["parent_id"]) in nodes:
+            if root in seen:
+                raise ValueError(f"{row.place}: field 'parent_id' leads from the message back to it: remove the row")
             seen.add(root)
             root = str(nodes[root]["parent_id"])
         parts.setdefault(root, []).append(row)
@@ -191,6 +194,8 @@ def _drafts(row: Row, language: str) -> list[Draft]:
     for name in ("message_tree_id", "tree_state"):
         row.take(name)
     for node in _all(root):
+        if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
+            raise RowError("bad prompt", "field 'replies' must be a list of messages, each an object")
         if node.get("lang") != language:
             row.leave_aside(f"messages in {node.get('lang')!r}")
         if node.get("deleted"):

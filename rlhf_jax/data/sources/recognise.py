@@ -325,7 +325,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
     ):
         return (
             f"{path} holds finished texts (the field 'text'), which do not say where an answer begins: write prompt "
-            "and response, or messages, such as the columns that the texts were made of; a text alone is read as a corpus"
+            "and response, or messages, as the texts were made of; a text alone is read as a corpus"
         )
     telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
     if not name and names & telling and not _misspelt(names, known):

@@ -254,3 +254,31 @@ def test_a_null_where_a_text_is_needed_is_told_from_a_missing_column(tmp_path: P
     path = put(tmp_path, {"prompt": "Who?", "chosen": "I.", "rejected": "You."}, {"prompt": "Who?", "chosen": None})
     with pytest.raises(ValueError, match=r"rows.jsonl:2: field 'chosen' is missing: it is null here"):
         sources.read_pairs(path)
+
+
+TASK = {"id": 1, "data": {"prompt": "Who?", "left": "I.", "right": "You."}}
+ROOT = {"message_id": "a", "text": "Who?", "role": "prompter", "lang": "en"}
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({**TASK, "annotations": [None]}, "not as the tool exports it"),
+        ({**TASK, "annotations": [{"result": [{"type": "pairwise", "value": "left"}]}]}, "not as the tool exports it"),
+        ({"fields": {"prompt": "Who?"}, "responses": {"rank": ["x"]}}, "not as the tool exports it"),
+        ({"prompt": {**ROOT, "replies": ["x"]}}, "field 'replies' must be a list of messages"),
+        ({"prompt": {**ROOT, "replies": 3}}, "field 'replies' must be a list of messages"),
+        ({**ROOT, "parent_id": "a"}, "leads from the message back to it"),
+    ],
+)
+def test_a_damaged_export_is_refused_with_its_row(tmp_path: Path, row: dict[str, Any], named: str):
+    path = put(tmp_path, row)
+    with pytest.raises(ValueError, match=named) as error:
+        sources.read_form(path)
+    assert f"{path}:1: " in str(error.value)
+
+
+def test_one_turn_as_a_prompt_is_no_tree(tmp_path: Path):
+    row = {"prompt": {"role": "user", "content": "Who?"}, "completion": "I."}
+    records = sources.read_form(put(tmp_path, row)).records
+    assert records == {"demonstrations": [Demonstration((Message("user", "Who?"),), "I.")]}

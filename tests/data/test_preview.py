@@ -262,7 +262,7 @@ def test_look_sees_the_kind_of_a_file(record, kind: str, tmp_path, capsys):
 def test_look_refuses_what_it_cannot_read(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     for flags, part in (
-        ([f"--look={tmp_path}/x.jsonl"], "first row has the fields instruction, output"),
+        ([f"--look={tmp_path}/x.jsonl"], "looks like Alpaca (instruction, output)"),
         ([f"--look={tmp_path}/none.jsonl"], "does not exist"),
         (["--look"], "--look=FILE"),
         (["--config=configs/data/storyland.py", "--dry_run"], "--dry_run"),
@@ -281,3 +281,10 @@ def test_preparing_writes_the_numbers_into_the_report_and_a_page(tmp_path, capsy
     assert "One look" in (out / "data_report.txt").read_text()
     assert "trained on" in page.read_text()
     assert preview.NO_MODEL in page.read_text()
+
+
+def test_a_look_at_another_tools_file_names_the_command_that_converts_it(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text('[{"instruction": "Name a tree.", "input": "", "output": "An elm."}]')
+    with pytest.raises(ValueError, match=r"looks like Alpaca .*--source=alpaca --data="):
+        look.read(path)

@@ -298,7 +298,7 @@ class _Table:
         """
         for wanted, have in columns.items():
             holding = sum(row.has(wanted) for row in self.rows)
-            if have and holding and self.kept == self.count and self.aside.get(wanted, 0) == holding:
+            if have and holding and self.kept and not any(row.took(wanted) for row in self.rows):
                 raise ValueError(
                     f"{self.path}: --columns {wanted}={have} names a column that this form does not read: give it one "
                     f"of the names {', '.join(recognise.MAPPED)} or of a record's field, or leave the flag out"

@@ -96,6 +96,10 @@ class Row:
             self.note("missing value as text")  # what pandas and others write for nothing, or a word somebody wrote
         return self.clean(value)
 
+    def took(self, name: str) -> bool:
+        """Whether somebody read the column."""
+        return name in self._taken
+
     def raw(self, name: str) -> Any:
         """What a column holds, as it is."""
         self._taken.add(name)

@@ -174,7 +174,8 @@ def test_names_that_differ_in_case_are_proposed(tmp_path: Path):
 
 
 def test_a_column_that_a_flag_names_and_nobody_reads_is_an_error(tmp_path: Path):
-    path = put(tmp_path, {"prompt": "Who?", "chosen": "I.", "rejected": "You.", "persona": "A miller."})
+    pair = {"prompt": "Who?", "chosen": "I.", "rejected": "You.", "persona": "A miller."}
+    path = put(tmp_path, pair, {**pair, "rejected": "I."})  # one row is left out
     for read in (sources.read_form, sources.read_pairs):
         with pytest.raises(ValueError, match="--columns sytem=persona names a column that this form does not read"):
             read(path, columns={"sytem": "persona"})

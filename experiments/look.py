@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import common
 from rlhf_jax.config import require, require_range
-from rlhf_jax.data import overview, preview, preview_page, schema
+from rlhf_jax.data import overview, preview, preview_page, schema, sources
 from rlhf_jax.data.text import encode_prompt, load_tokenizer
 from rlhf_jax.run import files
 
@@ -81,8 +81,9 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
         kind = schema.Prompt
     else:
         raise ValueError(
-            f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and is no record of ours: "
-            "convert the file first with --source=FORM --data=FILE --out=FOLDER (docs/data.md lists the forms)"
+            sources.advice(path)
+            or f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and is no record of ours: "
+            "convert the file first with --source=FORM --data=FILE --out=FOLDER (docs/data_sources.md lists the forms)"
         )
     return schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction, allow_empty_responses=True)
 

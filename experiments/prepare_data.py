@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from experiments import common, look
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import curation, schema, sources
+from rlhf_jax.data import curation, schema, sources, templated
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_opening, encode_prompt, encode_response, load_tokenizer, prompt_batch, stop_ids
@@ -552,7 +552,9 @@ def _read_own(config: ConfigDict, reports: list[schema.DataReport]) -> dict[str,
     for name, kind in OWN_FILES.items():
         if not config[name]:
             continue
-        records, report = schema.read_jsonl(config[name], kind, max_bad_fraction=config.max_bad_fraction)
+        records, report = schema.read_jsonl(
+            config[name], kind, max_bad_fraction=config.max_bad_fraction, special_tokens=templated.pattern()
+        )
         reports.append(report)
         sets[name] = _with_ids(name, records)
     named = {

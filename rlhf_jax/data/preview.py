@@ -86,7 +86,7 @@ def rows(
       assistant_turns: as for `text.encode_demonstration`.
     """
     chosen = _chosen(records, count)
-    show = _Texts() if tokenizer is None else _Tokens(tokenizer, assistant_turns)
+    show = _Texts(assistant_turns) if tokenizer is None else _Tokens(tokenizer, assistant_turns)
     return [_row(show, place, records[place], len(records)) for place in chosen]
 
 
@@ -221,10 +221,14 @@ def _tokens(count: int) -> str:
 class _Texts:
     """Records to parts by their texts alone: what stands where, and where the seams are."""
 
+    def __init__(self, assistant_turns: str = "all"):
+        self.assistant_turns = assistant_turns
+
     def __call__(self, record: Any) -> list[Part]:
         if isinstance(record, PlainText):
             return [Part("document", _characters(record.text), self._pieces(record.text, "trained"))]
-        parts = self._turns(record.prompt)
+        trained = "assistant" if isinstance(record, Demonstration) and self.assistant_turns == "all" else ""
+        parts = self._turns(record.prompt, trained)
         if isinstance(record, Demonstration):
             facts = f"{_characters(record.response)}, trained on"
             parts.append(Part("response", facts, self._pieces(record.response, "trained")))
@@ -236,10 +240,16 @@ class _Texts:
                 parts.append(Part(f"response {k + 1}", facts, self._pieces(record.responses[k], "read")))
         return parts
 
-    def _turns(self, prompt: Any) -> list[Part]:
+    def _turns(self, prompt: Any, trained: str) -> list[Part]:
+        """The turns before the answer; those of the role `trained` are trained on too."""
         if isinstance(prompt, str):
             return [Part("prompt", f"{_characters(prompt)}, as a text", self._pieces(prompt, "read"))]
-        return [Part(turn.role, _characters(turn.content), self._pieces(turn.content, "read")) for turn in prompt]
+        parts = []
+        for turn in prompt:
+            role: Role = "trained" if turn.role == trained else "read"
+            facts = _characters(turn.content) + ", trained on" * (role == "trained")
+            parts.append(Part(turn.role, facts, self._pieces(turn.content, role)))
+        return parts
 
     def _pieces(self, text: str, role: Role) -> tuple[Piece, ...]:
         head, tail = HEAD * LETTERS, TAIL * LETTERS

@@ -411,10 +411,10 @@ def read_jsonl(
     try:
         _refuse_bad(report, max_bad_fraction, tolerated)
     except ValueError:
-        _refuse_foreign(path)
+        _refuse_foreign(path, kind)
         raise
     if not records:
-        _refuse_foreign(path)
+        _refuse_foreign(path, kind)
         raise ValueError(f"{path} holds no {kind.__name__} to use: write one JSON object a line; {report.summary()}")
     return records, report
 
@@ -431,11 +431,11 @@ def _refuse_other_table(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _refuse_foreign(path: str | os.PathLike[str]) -> None:
+def _refuse_foreign(path: str | os.PathLike[str], kind: type) -> None:
     """Raise the command that converts the file where it is in a form that another tool writes."""
     from rlhf_jax.data.sources import recognise  # it imports this module
 
-    advice = recognise.advice(path)
+    advice = recognise.advice(path, kind)
     if advice:
         raise ValueError(advice) from None
 
@@ -910,7 +910,10 @@ def _message(turn: Any, place: int, *, reason: str, allow_empty: bool = False) -
         raise _wrong_type(turn, field, "an object", 'write {"role": "user", "content": "..."}')
     more = next((name for name in turn if name in MORE_THAN_TEXT and turn[name] is not None), None)
     if more is not None:
-        fix = "a model of this package neither reads nor writes it, so leave such conversations out"
+        fix = (
+            "a model of this package neither reads nor writes it, so leave such conversations out "
+            "(python experiments/prepare_data.py --data=FILE tells which they are)"
+        )
         raise RowError("unknown field", f"unknown field {more!r} in {field}: {fix}")
     _check_names(turn, ("role", "content"), f" in {field}")
     role = check_text(turn.get("role"), f"{field}.role", reason="unknown role")

@@ -53,6 +53,16 @@ def trained(part: preview.Part) -> list[bool]:
     return ["trained" in piece.role for piece in part.pieces for _ in piece.ids]
 
 
+def test_texts_show_every_answer_that_is_trained_on():
+    record = Demonstration(TALK, "A tree.")
+    for turns, wanted in (("all", ["assistant", "response"]), ("last", ["response"])):
+        (row,) = preview.rows([record], assistant_turns=turns)
+        assert [p.name for p in row.parts if "trained on" in p.facts] == wanted
+        assert [p.name for p in row.parts if p.pieces[0].role == "trained"] == wanted
+    (row,) = preview.rows([Prompt(TALK)])
+    assert {piece.role for part in row.parts for piece in part.pieces} == {"read"}
+
+
 def test_demonstrations_show_the_ids_and_the_mask_that_sft_trains_on(tok):
     for turns in ("all", "last"):
         for record, row in zip(RECORDS[:2], preview.rows(RECORDS[:2], tok, assistant_turns=turns), strict=True):
@@ -252,7 +262,7 @@ def test_look_sees_the_kind_of_a_file(record, kind: str, tmp_path, capsys):
 def test_look_refuses_what_it_cannot_read(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     for flags, part in (
-        ([f"--look={tmp_path}/x.jsonl"], "first row has the fields instruction, output"),
+        ([f"--look={tmp_path}/x.jsonl"], "looks like Alpaca (instruction, output)"),
         ([f"--look={tmp_path}/none.jsonl"], "does not exist"),
         (["--look"], "--look=FILE"),
         (["--config=configs/data/storyland.py", "--dry_run"], "--dry_run"),
@@ -271,3 +281,10 @@ def test_preparing_writes_the_numbers_into_the_report_and_a_page(tmp_path, capsy
     assert "One look" in (out / "data_report.txt").read_text()
     assert "trained on" in page.read_text()
     assert preview.NO_MODEL in page.read_text()
+
+
+def test_a_look_at_another_tools_file_names_the_command_that_converts_it(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text('[{"instruction": "Name a tree.", "input": "", "output": "An elm."}]')
+    with pytest.raises(ValueError, match=r"looks like Alpaca .*--source=alpaca --data="):
+        look.read(path)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf_jax.data.schema import Demonstration, Ranking, RowError, check_text
+from rlhf_jax.data.sources.hub import first_line
 from rlhf_jax.data.sources.messages import turns, with_system
 from rlhf_jax.data.sources.row import Draft, Row, asked, note_beginnings, ranks_of, tidy_answer, tidy_prompt
 
@@ -70,7 +71,13 @@ def table(
             found[id(row)] = extract(row, columns)
         except RowError as error:
             found[id(row)] = error
-    question, kind = _choose([record for record in found.values() if isinstance(record, Annotated)], columns)
+        except (AttributeError, KeyError, TypeError) as error:  # an entry that is no object, or of another type
+            said = f"the record is not as the tool exports it ({first_line(error)}): export the file again"
+            found[id(row)] = RowError("wrong type", said)
+    try:
+        question, kind = _choose([record for record in found.values() if isinstance(record, Annotated)], columns)
+    except ValueError as error:
+        raise ValueError(f"{rows[0].place}: {error}") from None
 
     def record(row: Row) -> Annotated:
         one = found[id(row)]
@@ -85,10 +92,9 @@ def table(
         return rows, parse
     together: dict[Any, list[Row]] = {}
     for row in rows:
-        one = found[id(row)]
-        prompt = (
-            repr(one.fields.values.get(_prompt_field(one.fields, columns))) if isinstance(one, Annotated) else id(row)
-        )
+        one, prompt = found[id(row)], id(row)
+        if isinstance(one, Annotated):
+            prompt = (repr(one.fields.values.get(_prompt_field(one.fields, columns))), one.fields.system_key())
         together.setdefault(prompt, []).append(row)
     return [Row(group[0].place, {}, parts=group) for group in together.values()], parse
 

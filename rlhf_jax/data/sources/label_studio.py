@@ -53,7 +53,7 @@ def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
         if not results and not submitted:
             given.append(Given("", "other", None, person, False))
     if given and all(not answer.submitted for answer in given):
-        raise RowError("not submitted", "every annotation of the task is cancelled")
+        raise RowError("not submitted", "every annotation of the task is cancelled or chooses none")
     row.take("id")
     return Annotated(data, as_label(row.values.get("id")), tuple(_without_empty(given)))
 

@@ -70,7 +70,7 @@ def turn(row: Row, value: Any, where: str) -> Any:
                                     "conversations with tool calls out")  # fmt: skip
     for name, inner in given.items():
         if name not in ("role", "from", "content", "value"):
-            _refuse_or_leave(row, name, inner, where)
+            _refuse_or_leave(row, name, inner, where, _ROLES.get(str(role).strip().lower(), ""))
     found: dict[str, Any] = {}
     if role is not None:
         found["role"] = _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
@@ -85,7 +85,7 @@ def _either(given: dict[str, Any], name: str, other: str, where: str) -> Any:
     return given.get(name, given.get(other))
 
 
-def _refuse_or_leave(row: Row, name: str, value: Any, where: str) -> None:
+def _refuse_or_leave(row: Row, name: str, value: Any, where: str, role: str) -> None:
     if is_empty_json(value):
         return
     for reason, names in (("tool call", _TOOL_FIELDS), ("reasoning content", _REASONING), ("not text", _OTHER_MEDIA)):
@@ -96,11 +96,13 @@ def _refuse_or_leave(row: Row, name: str, value: Any, where: str) -> None:
             "speaker name", f"'{where}' has a 'name', {str(value)[:30]!r}: write it into the text or remove it"
         )
     if name in _WEIGHTS:
-        if value not in (1, True):
+        # The user's turns are never trained on, so that 0 says nothing new about one.
+        if value not in ((1, True) if role == "assistant" else (0, False, 1, True)):
             raise RowError(
                 "turn weight",
                 f"'{where}' has {name}={value!r}: every answer of a conversation counts the same here, so leave such "
-                "conversations out, or cut them after the turn that counts (and train with --config.turns=last)",
+                "conversations out, or cut them after the turn that counts and train with "
+                "--config.assistant_turns=last",
             )
         return
     if name not in _ABOUT or isinstance(value, dict | list):
@@ -171,6 +173,13 @@ def as_turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
+def last_text(prompt: Any) -> str:
+    """What an answer would repeat: a text prompt, or the last turn of a list of them; "" for anything else."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = prompt[-1].get("content", prompt[-1].get("value"))
+    return prompt if isinstance(prompt, str) else ""
+
+
 def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -> tuple[Any, str]:
     """The prompt and the text that answers it. `said` is that text, the turn, or the whole conversation.
 
@@ -191,7 +200,11 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
     if prompt is None or (before and _same(before[-len(given) :], given)):
         prompt = before
     elif before:
-        raise RowError("more than one turn", f"{len(said)} messages answer the prompt: only the last may")
+        raise RowError(
+            "more than one turn",
+            f"{len(said)} messages answer the prompt: only the last may; if they are the whole conversation, leave the "
+            "prompt's column aside with --columns prompt= (in Python columns={'prompt': ''})",
+        )
     return prompt, check_text(last.get("content"), "content", allow_empty=True)
 
 
@@ -229,6 +242,9 @@ def demonstration_of(row: Row, prompt: Any, answer: str, **labels: str) -> Draft
     prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(row, prompt)
     answer = tidy_answer(row, checked(answer, "response"))
+    repeated = last_text(prompt).strip()
+    if repeated and answer.startswith(repeated):
+        row.note("answer begins with the prompt")
     fields = {**row.labels(Demonstration), **labels, **asked(prompt), "response": answer}
     return Draft(Demonstration, fields, has_system)
 

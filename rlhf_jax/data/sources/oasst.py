@@ -134,7 +134,8 @@ def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: st
 
 def is_tree(row: Row) -> bool:
     """Whether a row is a tree of messages, or a message of the flat form."""
-    return isinstance(row.values.get("prompt"), dict) or is_message(row)
+    root = row.values.get("prompt")
+    return (isinstance(root, dict) and bool({"replies", "message_id"} & set(root))) or is_message(row)
 
 
 def is_message(row: Row) -> bool:
@@ -160,6 +161,9 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         node = {name: row.take(name) for name in row.values}
         rank = as_number(node.get("rank"), "rank", texts=row.cells)
+        for name in ("deleted", "synthetic"):
+            if row.cells:  # a cell holds the word
+                node[name] = str(node.get(name)).strip().lower() in ("true", "1", "1.0")
         nodes[str(node["message_id"])] = node | {"rank": None if rank is None else int(rank), "replies": []}
     parts: dict[str, list[Row]] = {}
     for row in rows:
@@ -168,7 +172,9 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
             nodes[str(node["parent_id"])]["replies"].append(node)
     for row in rows:
         root, seen = str(row.values["message_id"]), set()
-        while str(nodes[root]["parent_id"]) in nodes and root not in seen:
+        while str(nodes[root]["parent_id"]) in nodes:
+            if root in seen:
+                raise ValueError(f"{row.place}: field 'parent_id' leads from the message back to it: remove the row")
             seen.add(root)
             root = str(nodes[root]["parent_id"])
         parts.setdefault(root, []).append(row)
@@ -188,6 +194,8 @@ def _drafts(row: Row, language: str) -> list[Draft]:
     for name in ("message_tree_id", "tree_state"):
         row.take(name)
     for node in _all(root):
+        if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
+            raise RowError("bad prompt", "field 'replies' must be a list of messages, each an object")
         if node.get("lang") != language:
             row.leave_aside(f"messages in {node.get('lang')!r}")
         if node.get("deleted"):

@@ -7,9 +7,13 @@ from typing import Any
 
 from rlhf_jax.data.schema import Demonstration, PlainText, Prompt, Ranking
 from rlhf_jax.data.sources.messages import with_system
-from rlhf_jax.data.sources.row import SYSTEMS, Draft, Row, asked, listed
+from rlhf_jax.data.sources.row import Draft, Row, asked, listed
 
 KINDS = (Ranking, Demonstration, PlainText, Prompt)
+RATINGS = (
+    "helpfulness", "correctness", "honesty", "quality", "rating", "overall_rating", "overall_score", "reward",
+)  # fmt: skip
+"""Numbers by which people or models say how good a response is, as HelpSteer has them."""
 
 
 def names(kind: type) -> tuple[str, ...]:
@@ -26,8 +30,15 @@ def fits(row: Row) -> bool:
     if any(row.has(name) for name in ("chosen", "rejected", "completion", "completions", "label")):
         return False
     # A prompt beside columns that nobody knows may have its answer there.
-    alone = found <= {*names(Prompt), *SYSTEMS}
+    alone = found <= {*names(Prompt), *row.systems()}
+    if rating(row) and row.has("response"):
+        return False  # a response that somebody rated as bad is no demonstration, unless the user says so
     return (prompt and (row.has("response") or alone)) or (row.has("text") and found <= set(names(PlainText)))
+
+
+def rating(row: Row) -> str:
+    """The first column of `RATINGS` that holds something; "" where none does."""
+    return next((name for name in RATINGS if row.has(name)), "")
 
 
 def parse(row: Row) -> Draft:

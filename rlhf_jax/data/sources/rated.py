@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.schema import Ranking, RowError, check_text
-from rlhf_jax.data.sources.messages import turns, with_system
+from rlhf_jax.data.sources.messages import last_text, turns, with_system
 from rlhf_jax.data.sources.row import (
     Draft,
     Row,
@@ -27,6 +27,7 @@ from rlhf_jax.data.sources.row import (
     tidy_answer,
     tidy_prompt,
 )
+from rlhf_jax.data.sources.trl import repeats
 
 LISTS = ("responses", "completions", "generations")
 NUMBERS = ("scores", "ratings", "rating")
@@ -51,9 +52,17 @@ def table(
     together: dict[Any, list[Row]] = {}
     for row in rows:
         prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
-        together.setdefault((repr(prompt), repr([row.values.get(name) for name in ("system",)])), []).append(row)
+        # What stands over a prompt and who rated it keep rows apart: their numbers are not compared.
+        prompt = _plain_prompt(prompt)
+        key = (repr(prompt), row.system_key(), repr(row.values.get("labeler")))
+        together.setdefault(key, []).append(row)
     groups = [Row(group[0].place, {}, parts=group) for group in together.values()]
     return groups, _parse_group
+
+
+def _plain_prompt(prompt: Any) -> Any:
+    """A prompt as rows are compared by it: the line ends and the spaces around it are not kept anyway."""
+    return prompt.replace("\r\n", "\n").strip() if isinstance(prompt, str) else prompt
 
 
 def parse(row: Row, score: str = "") -> Draft:
@@ -125,7 +134,10 @@ def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None],
     for k, answer in enumerate(answers):
         said = turns(row, f"responses[{k}]", answer) if isinstance(answer, list) else answer
         text = said[-1].get("content") if isinstance(said, list) and len(said) == 1 else said
-        responses.append(tidy_answer(row, check_text(text, f"responses[{k}]", reason="empty response")))
+        responses.append(check_text(text, f"responses[{k}]", reason="empty response"))
+    responses = [tidy_answer(row, answer) for answer in _without_prompt(row, prompt, responses)]
+    if not all(responses):
+        raise RowError("empty response", "a response is its prompt alone, or empty")
     prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(row, prompt)
     note_beginnings(row, responses)
@@ -134,7 +146,37 @@ def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None],
     return Draft(Ranking, fields | ({"policies": names} if names else {}), has_system)
 
 
+def _without_prompt(row: Row, prompt: Any, responses: list[str]) -> list[str]:
+    """The responses without the prompt where all of them are whole texts that begin with it."""
+    text = last_text(prompt)
+    kind = repeats(text, responses)
+    if kind == "one":
+        raise RowError(
+            "prompt in one text", "the prompt begins some of the responses only: write the answers alone in all of them"
+        )
+    if kind in ("surely", "likely"):
+        row.note("prompt cut from whole text")
+        return [response.lstrip()[len(text.strip()) :] for response in responses]
+    if kind == "maybe":
+        row.note("answer begins with the prompt")
+    return responses
+
+
 # ------------------------------------------------------------------------------------------- one response in a row
+
+
+def _single(row: Row) -> tuple[str, float | int | None]:
+    """The response of a row and its number."""
+    row.refuse_more_than_text()
+    if not row.has("score"):
+        numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]
+        raise RowError(
+            "missing field", "field 'score' is missing: say which number is meant with --columns score=NAME; the "
+            f"row has the numbers {', '.join(numbers) or '(none)'}",
+        )  # fmt: skip
+    for name in (*PROMPTS, "labeler", *row.systems()):  # the rows of a group have them in common
+        row.take(name)
+    return row.text("response"), as_number(row.take("score"), "score", texts=row.cells)
 
 
 def _parse_group(group: Row) -> Draft:
@@ -145,17 +187,14 @@ def _parse_group(group: Row) -> Draft:
     prompt = _prompt(first)
     answers, scores, ids = [], [], []
     for row in rows:
-        row.refuse_more_than_text()
-        if not row.has("score"):
-            numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]
-            raise RowError(
-                "missing field", "field 'score' is missing: say which number is meant with --columns score=NAME; the "
-                f"row has the numbers {', '.join(numbers) or '(none)'}",
-            )  # fmt: skip
-        for name in PROMPTS:
-            row.take(name)
-        answers.append(row.text("response"))
-        scores.append(as_number(row.take("score"), "score", texts=row.cells))
+        try:
+            answer, score = _single(row)
+        except RowError as error:
+            if row is first:
+                raise
+            raise RowError(error.reason, f"of the rows with this prompt, {row.place}: {error}") from None
+        answers.append(answer)
+        scores.append(score)
         ids.append(as_label(row.take("id")))
     if len(rows) < 2:
         raise RowError("only one response", "no other row has this prompt: there is nothing to compare with")

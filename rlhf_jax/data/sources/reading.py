@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import schema
+from rlhf_jax.data import schema, templated
 from rlhf_jax.data.schema import (
     PLACES,
     DataReport,
@@ -31,6 +31,8 @@ SETS: Mapping[type, str] = {
 
 LOOKED_AT = 100
 """Rows that are looked at for the form: in the first ones a column may be empty."""
+
+_MARKERS = templated.pattern()
 
 Plan = Callable[[Sequence[Row]], tuple[Sequence[Row], Parser]]
 
@@ -95,12 +97,14 @@ def read_form(
     if form == "jsonl" and not columns and read.is_records():
         # Its own reader knows revisions, and every other rule of this package's files.
         kind = own.kind_of(read.example(form))
-        own_records, report = schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction)
+        own_records, report = schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction, special_tokens=_MARKERS)
         return Reading(form, recognise.said(form, read.example(form)), {SETS[kind]: own_records}, report)
     said = recognise.said(form, read.example(form))
     mapped = {wanted: have for wanted, have in options.columns.items() if have}
     said += f" (with {', '.join(f'{have} as {wanted}' for wanted, have in mapped.items())})" if mapped else ""
     found = read.records(lambda rows: FORMS[form].plan(rows, options), source, one_kind=form != "oasst")
+    if FORMS[form].renames:
+        read.refuse_unread(options.columns)
     records: dict[str, list[Any]] = {}
     for record in found:
         records.setdefault(SETS[type(record)], []).append(record)
@@ -201,6 +205,7 @@ def _read(
     table = _Table(path, split, max_bad_fraction)
     table.rename(columns or {})
     records = table.records(plan, source, one_kind=True)
+    table.refuse_unread(columns or {})
     return records, table.report(kind.__name__)
 
 
@@ -285,6 +290,20 @@ class _Table:
             }
             row.values = {**given, **kept, **replaced}
 
+    def refuse_unread(self, columns: Mapping[str, str]) -> None:
+        """Raise where a column was given a name that nothing reads: a slip of the pen would go unseen.
+
+        Raises:
+          ValueError: naming the flag.
+        """
+        for wanted, have in columns.items():
+            holding = sum(row.has(wanted) for row in self.rows)
+            if have and holding and self.kept and not any(row.took(wanted) for row in self.rows):
+                raise ValueError(
+                    f"{self.path}: --columns {wanted}={have} names a column that this form does not read: give it one "
+                    f"of the names {', '.join(recognise.MAPPED)} or of a record's field, or leave the flag out"
+                )
+
     def is_records(self) -> bool:
         """Whether the file is JSON lines that have no columns but those of this package's records."""
         known = {field for kind in own.KINDS for field in own.names(kind)}
@@ -350,6 +369,8 @@ class _Table:
             row.note("prompt made a turn")
             fields = {**fields, "messages": [{"role": "user", "content": fields["prompt"]}], "prompt": None}
         record = schema.parse_row(fields, draft.kind)
+        if any(map(_MARKERS.search, schema.record_texts(record))):
+            row.note("chat template in text")
         if record.id is not None:
             before = ids.setdefault((draft.kind, record.id), row.place)
             if before != row.place:

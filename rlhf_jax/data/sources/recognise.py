@@ -6,13 +6,14 @@ form fits, or a table has no prompt, the refusal names the columns that are ther
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.data import schema
-from rlhf_jax.data.schema import RowError
+from rlhf_jax.data.schema import PlainText, RowError
 from rlhf_jax.data.sources import (
     alpaca,
     annotated,
@@ -26,8 +27,7 @@ from rlhf_jax.data.sources import (
     tables,
     trl,
 )
-from rlhf_jax.data.sources.row import SYSTEMS, Draft, Row
-from rlhf_jax.data.sources.transcripts import ASSISTANT
+from rlhf_jax.data.sources.row import Draft, Row, holds_turns
 
 Parser = Callable[[Row], Draft | list[Draft]]
 
@@ -75,7 +75,7 @@ def _texts(row: Row, *names: str) -> bool:
 def _is_transcripts(row: Row) -> bool:
     if row.has("prompt") or not _texts(row, "chosen", "rejected"):
         return False
-    return all(ASSISTANT in "\n\n" + row.values[name].lstrip("\n") for name in ("chosen", "rejected"))
+    return all(trl.is_transcript(row.values[name]) for name in ("chosen", "rejected"))
 
 
 def _is_rated(row: Row) -> bool:
@@ -90,7 +90,7 @@ def _is_rated(row: Row) -> bool:
 def _is_pairs(row: Row) -> bool:
     if not (row.has("chosen") and row.has("rejected")) or row.has("instruction"):
         return False
-    return row.has("prompt") or any(isinstance(row.values[name], list) for name in ("chosen", "rejected"))
+    return row.has("prompt") or any(holds_turns(row, name) for name in ("chosen", "rejected"))
 
 
 def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Parser]:
@@ -124,7 +124,7 @@ FORMS: Mapping[str, Form] = {
     "openai": Form(
         "OpenAI messages", "`messages`; or `input`, `preferred_output`, `non_preferred_output`",
         "the last turn -> response, those before it -> prompt; preferred over non-preferred",
-        lambda row: (isinstance(row.values.get("messages"), list) and not (row.has("chosen") or row.has("response"))
+        lambda row: (holds_turns(row, "messages") and not (row.has("chosen") or row.has("response"))
         and not row.has("responses")) or row.has("preferred_output"),
         _each(lambda row: messages.preference(row) if "preferred_output" in row.values else messages.conversation(row)),
     ),
@@ -171,6 +171,11 @@ FORMS: Mapping[str, Form] = {
 
 ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "assistant", "best_answer")
 """Columns that the refusal of a table proposes as answers; none is taken for one."""
+PREFERENCES = (
+    "preference", "preferred", "overall_preference", "human_preference", "better", "better_response",
+    "better_response_id", "safer_response_id", "winner", "choice", "labels",
+)  # fmt: skip
+"""Columns that say which of several numbered answers is better: naming two of those answers alone would lose it."""
 MAPPED = (
     "prompt",
     "chosen",
@@ -208,7 +213,7 @@ def said(name: str, row: Row) -> str:
     'read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response'
     """
     form, parts = FORMS[name], []
-    if any(row.has(column) for column in SYSTEMS):
+    if row.systems():
         parts.append("system -> system turn")
     gives = form.gives
     if name == "alpaca":
@@ -220,6 +225,12 @@ def said(name: str, row: Row) -> str:
         answers = "chosen over rejected" if row.has("chosen") else "completion -> response"
         shared = "prompt" if row.has("prompt") else "turns that both share"
         gives = f"{shared} -> prompt" + (f", {answers}" if row.has("chosen") or row.has("completion") else "")
+    elif name == "openai":
+        of_turns, of_pairs = gives.split("; ")
+        two = row.has("rejected_response")
+        gives = of_pairs if row.has("preferred_output") else of_turns + ", over rejected_response" * two
+    elif name == "sharegpt" and row.has("chosen"):
+        gives = "the turns -> prompt, chosen over rejected"
     elif name == "dolly":
         about = "instruction + context" if "context" in row.values else "instruction"
         gives = f"{about} -> prompt, response -> response" + ", category -> use_case" * row.has("category")
@@ -232,18 +243,37 @@ def refuse_unknown(row: Row) -> str:
     if {"annotation_id", "annotator"} & set(row.values):
         return f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export it as JSON"
     if row.has("chosen") and row.has("rejected"):
-        proposed = next((name for name in trl.QUESTIONS if row.has(name)), "NAME")
+        proposed = trl.proposed(row)
         return (
             f"the columns are {columns}, and no prompt is guessed: name its column with "
             f"--source=trl --columns prompt={proposed}"
         )
+    renamed = {name.strip().lower(): name for name in row.columns()}
+    wanted = [name for name in MAPPED if name in renamed and not row.has(name)]
+    if wanted:  # Excel's users write Prompt, Chosen, Rejected
+        mapped = ",".join(f"{name}={renamed[name]}" for name in wanted)
+        return f"the columns are {columns}, which are compared by their exact names: --columns {mapped}"
+    if row.has("prompt") and row.has("response") and own.rating(row):
+        return (
+            f"the columns are {columns}: {own.rating(row)!r} rates the response, so rank the responses of each prompt "
+            f"with --source=rated --columns score={own.rating(row)}, or take all of them as demonstrations with "
+            "--source=jsonl"
+        )
+    choice = next((name for name in PREFERENCES if name in renamed), "")
+    if choice:
+        return (
+            f"the columns are {columns}, and {renamed[choice]!r} seems to say which answer is better, which no form "
+            "here reads from two numbered answers: write the better one to a column chosen, the other to rejected, "
+            "and their prompt to prompt"
+        )
     if row.has("label") and (row.has("completion") or row.has("response")):
         return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
     if row.has("prompt"):
+        answers = [name for name in ANSWERS if row.has(name)]
         return (
             f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with "
-            "--source=trl --columns completion=NAME (or chosen=NAME,rejected=NAME), or take the prompts alone with "
-            "--source=jsonl"
+            f"--source=trl --columns completion={answers[0] if len(answers) == 1 else 'NAME'} (or "
+            "chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
         )
     asks = [name for name in trl.QUESTIONS if row.has(name)]
     answers = [name for name in ANSWERS if row.has(name)]
@@ -258,8 +288,20 @@ def refuse_unknown(row: Row) -> str:
     )
 
 
-def advice(path: str | os.PathLike[str]) -> str:
-    """The command that converts a file which is no file of this package; "" where it is one, or no form fits."""
+def _misspelt(names: set[str], known: set[str]) -> bool:
+    """Whether a name is one of a record's with a slip in it, such as `promt`."""
+    return any(
+        difflib.get_close_matches(name, ["prompt", "response", "messages"], cutoff=0.8) for name in names - known
+    )
+
+
+def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
+    """The command that converts a file which is no file of this package; "" where it is one, or no form fits.
+
+    Args:
+      path: the file.
+      kind: the class of the records that are wanted of it.
+    """
     try:
         first = next(iter(tables.rows(Path(path))), None)
         is_list = schema.json_list(path) is not None
@@ -276,7 +318,19 @@ def advice(path: str | os.PathLike[str]) -> str:
             f"{path} is one JSON list and not an object a line: convert it with "
             f"python experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file of DIR"
         )
-    if names <= known or (name in ("jsonl", "") and has_core and not any(row.has(column) for column in SYSTEMS)):
+    if (
+        kind not in (None, PlainText)
+        and row.has("text")
+        and not names & {"prompt", "messages", "responses", "response"}
+    ):
+        return (
+            f"{path} holds finished texts (the field 'text'), which do not say where an answer begins: write prompt "
+            "and response, or messages, as the texts were made of; a text alone is read as a corpus"
+        )
+    telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
+    if not name and names & telling and not _misspelt(names, known):
+        pass  # a table of another tool, whose columns have to be named
+    elif names <= known or (name in ("jsonl", "") and has_core and not row.systems()):
         return ""  # records of this package, whatever is wrong with them
     if not name:
         return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"

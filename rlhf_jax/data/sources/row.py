@@ -15,14 +15,17 @@ from typing import Any
 from rlhf_jax.data import schema
 from rlhf_jax.data.schema import Ranking, RowError
 
-_TEMPLATE = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|assistant|system)\|>")
 _MISSING = {"nan", "none", "null", "nat", "<na>", "n/a"}
 _NOT_RECORDS = {
     "tool call": ("tools", "functions", "tool_calls", "function_call"),
     "reasoning content": ("reasoning_content", "reasoning", "thinking"),
     "not text": ("images", "image", "videos", "video", "audios", "audio"),
 }
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = (
+    "system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt",
+)  # fmt: skip
+"""Columns that hold a system prompt. Case and the signs between words do not matter: `System Prompt` is one too."""
+_PLAIN_SYSTEMS = {name.replace("_", "") for name in SYSTEMS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,10 @@ class Row:
             self.note("missing value as text")  # what pandas and others write for nothing, or a word somebody wrote
         return self.clean(value)
 
+    def took(self, name: str) -> bool:
+        """Whether somebody read the column."""
+        return name in self._taken
+
     def raw(self, name: str) -> Any:
         """What a column holds, as it is."""
         self._taken.add(name)
@@ -137,6 +144,10 @@ class Row:
           RowError: it is missing; the message names the columns that are there.
         """
         value = self.take(name)
+        if value is None and name in self.values:
+            raise RowError(
+                "missing field", f"field {name!r} is missing: it is null here, so fill it in or remove the row"
+            )
         if value is None:
             found = ", ".join(sorted(self.columns())) or "nothing"
             fix = f"name the column that holds it with --columns {name}=NAME"
@@ -159,13 +170,21 @@ class Row:
             raise RowError("wrong type", f"field {name!r} must be a text, got {type(value).__name__}")
         return "" if self.cells and value.strip().lower() in _MISSING else value
 
+    def systems(self) -> list[str]:
+        """The names of the system columns that hold something."""
+        return [name for name in self.columns() if re.sub(r"[\W_]+", "", name).lower() in _PLAIN_SYSTEMS]
+
     def system(self) -> str:
         """The text of a system column, or ""."""
-        found = {name: self.optional_text(name) for name in SYSTEMS if self.has(name)}
+        found = {name: self.optional_text(name) for name in self.systems()}
         texts = {text.strip() for text in found.values() if text}
         if len(texts) > 1:
             raise RowError("systems differ", f"the columns {', '.join(found)} differ: keep one")
         return next((text for text in found.values() if text), "")
+
+    def system_key(self) -> str:
+        """Equal for rows that stand under one system prompt."""
+        return repr([self.values[name] for name in self.systems()])
 
     def refuse_more_than_text(self) -> None:
         """Raise where a column says something that a role and a text cannot hold."""
@@ -242,12 +261,19 @@ def as_number(value: Any, name: str, *, texts: bool = False) -> float | int | No
         try:
             value = float(value)
         except ValueError:
-            raise RowError("wrong type", f"field {name!r} must be a number or null, got str") from None
+            raise _no_number(name, value) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError("wrong type", f"field {name!r} must be a number or null, got {type(value).__name__}")
+        raise _no_number(name, value)
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else _refuse_infinite(name)
     return value
+
+
+def _no_number(name: str, value: Any) -> RowError:
+    shown = f"{type(value).__name__} {str(value)[:30]!r}"
+    return RowError(
+        "wrong type", f"field {name!r} must be a number or null, got {shown}: write it as 1 or 1.5, without quotes"
+    )
 
 
 def _refuse_infinite(name: str) -> None:
@@ -273,8 +299,6 @@ def tidy_prompt(row: Row, prompt: str) -> str:
     tidy = prompt.rstrip().lstrip("\n")
     if tidy != prompt:
         row.note("spaces at the seam removed")
-    if _TEMPLATE.search(prompt):
-        row.note("chat template in text")
     return tidy
 
 
@@ -282,8 +306,6 @@ def tidy_answer(row: Row, answer: str) -> str:
     """An answer without the spaces around it; noted where there were some."""
     if answer != answer.strip():
         row.note("spaces at the seam removed")
-    if _TEMPLATE.search(answer):
-        row.note("chat template in text")
     return answer.strip()
 
 
@@ -304,9 +326,12 @@ def listed(row: Row, name: str, value: Any, *, opening: str = "[{") -> Any:
     if not row.cells or not isinstance(value, str) or not value.lstrip().startswith(opening):
         return value
     try:
-        return json.loads(value)
+        decoded = json.loads(value)
     except ValueError:
         pass
+    else:
+        # Where a text may stand too, a list of objects that are no turns is one: an answer that is itself JSON.
+        return decoded if opening != "[{" or is_turns(decoded) else value
     if re.match(r"\s*\[\{'(?:role|content|from|value)'", value):
         raise RowError(
             "wrong type",
@@ -314,6 +339,19 @@ def listed(row: Row, name: str, value: Any, *, opening: str = "[{") -> Any:
             "column with json.dumps",
         )
     return value
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value is a list of objects that each name a speaker."""
+    return isinstance(value, list) and all(isinstance(item, dict) and {"role", "from"} & set(item) for item in value)
+
+
+def holds_turns(row: Row, name: str) -> bool:
+    """Whether a column holds a list, in a cell of CSV written as JSON."""
+    value = row.values.get(name)
+    if not row.cells or not isinstance(value, str):
+        return isinstance(value, list)
+    return re.match(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']", value) is not None
 
 
 def asked(prompt: Any) -> dict[str, Any]:

@@ -19,6 +19,9 @@ FORM_RULES: Mapping[str, Rule] = {
     "prompt in one text": Rule(
         "bad", "a transcript as `prompt` that begins only one of the two texts", "write answers or whole texts in both"
     ),
+    "transcript of another prompt": Rule(
+        "bad", "whole transcripts beside a `prompt` that is none of their human turns", "`--columns prompt=`"
+    ),
     "prompt before both": Rule(
         "bad", "a prompt of one or two words before both answers, and no other row tells whether it is repeated there",
         "remove it from the answers, or add rows",
@@ -28,7 +31,9 @@ FORM_RULES: Mapping[str, Rule] = {
     "reasoning content": Rule("bad", "`reasoning_content`, `reasoning`, `thinking`", "leave it out, or join it"),
     "not text": Rule("bad", "images, audio, video, files, a refusal", "leave such rows out"),
     "speaker name": Rule("bad", "a turn with a `name`", "write it into the text, or remove it"),
-    "turn weight": Rule("bad", "a turn with `weight` or `train` other than 1", "cut the conversation there"),
+    "turn weight": Rule(
+        "bad", "an assistant's turn with `weight` or `train` other than 1", "cut the conversation there"
+    ),
     "unknown turn field": Rule("bad", "a turn with another field that is not known", "rename or remove it"),
     "unpaired": Rule("bad", "`label` beside one answer (TRL's unpaired preference)", "no ranking: use pairs or scores"),
     "more than one turn": Rule("bad", "several messages that answer one prompt", "one answer, the last turn"),

@@ -100,7 +100,7 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
         header = _header(file, next(reader, []), separator)
         start = reader.line_num + 1
         for cells in reader:
-            if cells:
+            if any(cell.strip() for cell in cells):  # a spreadsheet writes empty rows as separators alone
                 yield Located(f"{file}:{start}", _record(header, cells), True)
             start = reader.line_num + 1
     except csv.Error as error:
@@ -113,6 +113,8 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
 
 def _header(file: Path, names: list[str], separator: str) -> list[str]:
     names = [name.strip().lstrip("\ufeff") for name in names]
+    while names.count("") > 1 and not names[-1]:  # empty columns of a spreadsheet, after the last that has a name
+        names.pop()
     other = next((sign for sign in (";", "\t", ",") if sign != separator and sign in "".join(names)), None)
     if len(names) == 1 and other:
         raise ValueError(f"{file}:1: the columns are separated by {other!r} and not by {separator!r}: save it again")
@@ -124,6 +126,8 @@ def _header(file: Path, names: list[str], separator: str) -> list[str]:
 
 
 def _record(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+    if not any(cell.strip() for cell in cells[len(header) :]):
+        cells = cells[: len(header)]
     if len(cells) != len(header):
         return RowError(
             "uneven row", f"{len(cells)} cells where the first line names {len(header)} columns: quote cells that hold "

@@ -8,12 +8,12 @@ prompt is a property of the table, and one short row cannot tell.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_jax.data.schema import RowError
-from rlhf_jax.data.sources.messages import answer_to, demonstration_of, pair_of, prompt_of, turns
+from rlhf_jax.data.sources.messages import answer_to, as_turns, demonstration_of, last_text, pair_of, prompt_of, turns
 from rlhf_jax.data.sources.row import Draft, Row, as_number
-from rlhf_jax.data.sources.transcripts import ASSISTANT, cut_transcripts
+from rlhf_jax.data.sources.transcripts import ASSISTANT, HUMAN, cut_transcripts, turns_of
 
 Repeats = Literal["never", "maybe", "likely", "surely", "one"]
 LIKELY_WORDS = 3
@@ -23,6 +23,17 @@ LIKELY_CHARACTERS = 16
 
 QUESTIONS = ("question", "instruction", "query", "input", "problem", "context", "user", "human", "text")
 """Columns that the refusal of a table without a prompt proposes; none is taken for it."""
+
+
+def proposed(row: Row) -> str:
+    """The column that the refusal of a row without a prompt names; "NAME" where none is named like one."""
+    found = {name.strip().lower(): name for name in row.columns()}
+    return next((found[name] for name in ("prompt", *QUESTIONS) if name in found), "NAME")
+
+
+def is_transcript(text: str) -> bool:
+    """Whether a text has a turn of the assistant's as HH-RLHF marks it, whatever its line ends are."""
+    return ASSISTANT in "\n\n" + _plain(text).lstrip("\n")
 
 
 def pairs(rows: Sequence[Row]) -> Callable[[Row], Draft]:
@@ -41,8 +52,8 @@ def survey(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
     """How the answers of a table begin: which of `Repeats` its rows show."""
     found: set[str] = set()
     for row in rows:
-        prompt, answers = row.values.get("prompt"), [row.values.get(name) for name in names]
-        if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
+        prompt, answers = last_text(row.values.get("prompt")), [row.values.get(name) for name in names]
+        if prompt and all(isinstance(answer, str) for answer in answers):
             found.add(repeats(prompt, [str(answer) for answer in answers]))
     return found
 
@@ -89,12 +100,14 @@ def pair(row: Row, found: set[str] | None = None) -> Draft:
         row.take("prompt")
     chosen, rejected = (turns(row, name, row.needed(name)) for name in ("chosen", "rejected"))
     _note_scores(row)
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = _without_prompt(row, prompt, [chosen, rejected], found)
+    if prompt is not None and isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, (chosen, rejected) = _without_prompt(row, prompt, [chosen, rejected], found)
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = _cut(row, chosen, rejected)
         return pair_of(row, prompt, chosen, rejected)
     (first, chosen), (second, rejected) = (answer_to(row, prompt, said) for said in (chosen, rejected))
+    if isinstance(first, list) != isinstance(second, list):  # one answer is a text, the other a conversation
+        first, second = (as_turns(one) if isinstance(one, str) else one for one in (first, second))
     if first != second:
         raise RowError("prompts differ", "the two conversations differ before the last turn")
     return pair_of(row, first, chosen, rejected)
@@ -118,8 +131,8 @@ def completion(row: Row, found: set[str] | None = None) -> Draft:
         )  # fmt: skip
     prompt = turns(row, "prompt", row.take("prompt")) if row.has("prompt") else None
     said = turns(row, "completion", row.needed("completion"))
-    if isinstance(prompt, str) and isinstance(said, str):
-        (said,) = _without_prompt(row, prompt, [said], found)
+    if prompt is not None and isinstance(said, str):
+        prompt, (said,) = _without_prompt(row, prompt, [said], found)
     prompt, answer = answer_to(row, prompt, said)
     return demonstration_of(row, prompt, answer)
 
@@ -136,23 +149,56 @@ def prompt_only(row: Row) -> Draft:
 
 def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     """The prompt of two transcripts, and their answers."""
-    marked = [ASSISTANT in "\n\n" + text.lstrip("\n") for text in (chosen, rejected)]
+    marked = [is_transcript(text) for text in (chosen, rejected)]
     if all(marked):
         return cut_transcripts(chosen, rejected)
     if any(marked):
         raise RowError("prompts differ", 'one of the two texts is a transcript with "Assistant:", the other is not')
     if row.values.get("prompt") == "":
         raise RowError("empty prompt", "field 'prompt' is empty: fill it in or remove the row")
-    proposed = next((name for name in QUESTIONS if row.has(name)), "NAME")
     raise RowError(
         "no prompt",
         f"no column 'prompt' and no transcript: the row has {', '.join(sorted(row.columns()))}; name the column that "
-        f"holds the prompt with --columns prompt={proposed} (in Python columns={{'prompt': {proposed!r}}})",
+        f"holds the prompt with --columns prompt={proposed(row)} (in Python columns={{'prompt': {proposed(row)!r}}})",
     )
 
 
-def _without_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | None) -> list[str]:
-    """The answers without the prompt where they are whole texts that begin with it."""
+def _without_prompt(
+    row: Row, given: str | list[Any], answers: list[str], found: set[str] | None
+) -> tuple[str | list[Any], list[str]]:
+    """The prompt and the answers, without the prompt where they are whole texts that begin with it."""
+    prompt = last_text(given)
+    opens = _plain(prompt).rstrip().endswith(ASSISTANT.strip())
+    if isinstance(given, str) and all(map(_is_whole, answers)) and not opens:
+        return _from_transcripts(row, prompt, answers)
+    return given, _cut_prompt(row, prompt, answers, found)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text is a transcript from its first turn on."""
+    return ("\n\n" + text.lstrip("\n")).startswith(HUMAN) and is_transcript(text)
+
+
+def _from_transcripts(row: Row, prompt: str, answers: list[str]) -> tuple[str, list[str]]:
+    """The prompt of whole transcripts beside a column that repeats one of their human turns.
+
+    Raises:
+      RowError: no human turn is the prompt beside them, or the transcripts differ.
+    """
+    context, first, last = cut_transcripts(answers[0], answers[-1])
+    humans = [turn["content"] for turn in turns_of(context) if turn["role"] == "user"]
+    if prompt.strip() not in (*humans, context.removesuffix(ASSISTANT).strip()):
+        raise RowError(
+            "transcript of another prompt",
+            f"the answers are whole transcripts, and none of their human turns is the prompt {prompt[:30]!r}: leave "
+            "its column aside with --columns prompt= (in Python columns={'prompt': ''}), or write the answers alone",
+        )
+    row.note("prompt cut from whole text")
+    return context, [first, last][: len(answers)]
+
+
+def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | None) -> list[str]:
+    """The answers without a prompt that they begin with, where it is certain that it is repeated there."""
     kind = repeats(prompt, answers)
     found = {kind} if found is None else found
     if kind == "one" and len(answers) > 1:

@@ -297,7 +297,7 @@ def save_hf(
     is not ``pad_token_id``, so the id written there is never that of EOS.
 
     Args:
-      path: the folder; weights of an earlier save in it are removed.
+      path: the folder; weights and, with a tokenizer, chat templates of an earlier save in it are removed.
       model: as from `language_model` or `scalar_model`.
       params: its parameters, on any devices. Where they lie on those of several processes all call this together;
         process 0 writes, and no process holds more than a layer of what the others have.
@@ -330,6 +330,8 @@ def save_hf(
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
         _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
+    elif special:  # a reward model says nothing, and what a language model left here would be read with it
+        (path / "generation_config.json").unlink(missing_ok=True)
     with written(path / "README.md") as file:
         file.write(_card(description))
     _write_shards(path, tensors, max_shard_size)
@@ -339,6 +341,9 @@ def save_hf(
 
 
 def _save_tokenizer(path: Path, tokenizer: Any) -> None:
+    # Its own writer leaves the templates of an earlier save there, and loading would take them for this tokenizer's.
+    for old in (*path.glob("chat_template.jinja"), *path.glob("additional_chat_templates/*.jinja")):
+        old.unlink()
     try:
         tokenizer.save_pretrained(path)
     except Exception as error:

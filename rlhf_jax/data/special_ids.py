@@ -122,7 +122,8 @@ def _follow_add_bos(tokenizer: Tokenizer, file: Path) -> None:
     bos = tokenizer.bos_token_id
     if wanted and bos is None:
         raise ValueError(f"{file}: add_bos_token is true and no bos_token is named: name it, or write false")
-    if wanted == (bos is not None and bos in begin_ids(tokenizer)):
+    begins = begin_ids(tokenizer)
+    if wanted == (bool(begins) if bos is None else bos in begins):
         return
     from tokenizers import processors  # only a tokenizer that is loaded anyway needs it
 

@@ -31,7 +31,7 @@ from rlhf_jax.data.special_ids import follow_folder, set_folder_end_ids
 from rlhf_jax.data.text import end_of_turn_id, exported_end_ids
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
-from rlhf_jax.models.hf_adapter import find_adapter
+from rlhf_jax.models.hf_adapter import find_adapter, refuse_to_save_beside
 from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings, tell_unread
 from rlhf_jax.models.hf_tensors import (
     INDEX,
@@ -297,7 +297,7 @@ def save_hf(
     is not ``pad_token_id``, so the id written there is never that of EOS.
 
     Args:
-      path: the folder; weights of an earlier save in it are removed.
+      path: the folder; weights and, with a tokenizer, chat templates of an earlier save in it are removed.
       model: as from `language_model` or `scalar_model`.
       params: its parameters, on any devices. Where they lie on those of several processes all call this together;
         process 0 writes, and no process holds more than a layer of what the others have.
@@ -305,12 +305,14 @@ def save_hf(
       max_shard_size: bytes of tensors in one file; above it there are several and an index.
 
     Raises:
-      ValueError: the model has no config, or its mixture of parts is no known family.
+      ValueError: the model has no config, its mixture of parts is no known family, or the folder holds a base
+        with an adapter.
       OSError: a file could not be written.
     """
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
     path = local_path("the folder to write", path)
+    refuse_to_save_beside(path)
     for name in _template_names(tokenizer):
         check_template_name(name, "the tokenizer")
     description = hf_config(model.config, score="score" in params)
@@ -328,6 +330,8 @@ def save_hf(
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
         _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
+    elif special:  # a reward model says nothing, and what a language model left here would be read with it
+        (path / "generation_config.json").unlink(missing_ok=True)
     with written(path / "README.md") as file:
         file.write(_card(description))
     _write_shards(path, tensors, max_shard_size)
@@ -337,6 +341,9 @@ def save_hf(
 
 
 def _save_tokenizer(path: Path, tokenizer: Any) -> None:
+    # Its own writer leaves the templates of an earlier save there, and loading would take them for this tokenizer's.
+    for old in (*path.glob("chat_template.jinja"), *path.glob("additional_chat_templates/*.jinja")):
+        old.unlink()
     try:
         tokenizer.save_pretrained(path)
     except Exception as error:
@@ -530,9 +537,14 @@ def _context_within_window(d: Mapping[str, Any]) -> int:
     used = d.get("use_sliding_window", d["model_type"] not in ("qwen2", "qwen3"))
     if _LOCAL in types and not d.get("sliding_window"):
         raise ValueError(f"layer_types in config.json has {_LOCAL!r}, and there is no sliding_window: copy it again")
-    if d.get("sliding_window") and (used or _LOCAL in types):
-        return min(context, d["sliding_window"])
+    # Mistral's own config class has a window of 4096 where config.json does not speak of one.
+    window = d.get("sliding_window", _MISTRAL_WINDOW if d["model_type"] == "mistral" else None)
+    if window and (used or _LOCAL in types):
+        return min(context, window)
     return context
+
+
+_MISTRAL_WINDOW = 4096
 
 
 def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:

@@ -123,6 +123,23 @@ def find_adapter(folder: Path, tensors_of: Callable[[Path], Iterable[Any]], full
     return Adapter(folder, pairs, scale)
 
 
+def refuse_to_save_beside(folder: Path) -> None:
+    """Refuses to write a model over the base of an adapter: what was loaded there has the adapter in it already.
+
+    Args:
+      folder: that is to be written; it need not be there. An adapter alone in it waits for its base.
+
+    Raises:
+      ValueError: it holds a base and its adapter; nothing was written.
+    """
+    adapter = next((name for name in (ADAPTER, ADAPTER_CONFIG) if (folder / name).exists()), None)
+    if adapter and any(file.name != ADAPTER for file in folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds a model with {adapter}, which would be merged again into what is to be saved there: "
+            "choose another folder, or move the adapter away"
+        )
+
+
 def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
     """The weight of B A, and the rank, of a plain LoRA adapter."""
     if config.get("peft_type") != "LORA":

@@ -19,7 +19,14 @@ _OTHER_COPIES = re.compile(r"consolidated([.-].*)?\.safetensors")
 """Mistral's and Meta's own layout of the same weights, beside that of Hugging Face."""
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_PICKLED_PARTS = ("adapter_model.bin", "value_head.bin", "non_lora_trainables.bin", "lm_head.bin", "score.bin")
+_PICKLED_PARTS = (
+    "adapter_model.bin",
+    "value_head.bin",
+    "v_head.bin",
+    "non_lora_trainables.bin",
+    "lm_head.bin",
+    "score.bin",
+)
 """Pickles that people keep beside a model as a part of it; ``pytorch_model.bin`` is a copy of the whole."""
 
 

@@ -162,6 +162,13 @@ def test_add_bos_token_decides_and_survives_saving(post: str | None, wanted: boo
     assert text.tokenizer_fingerprint(again) == text.tokenizer_fingerprint(loaded)
 
 
+def test_no_bos_token_and_none_to_be_added_is_no_bos_whatever_the_post_processor_puts(tmp_path: Path):
+    said = {"add_bos_token": False, "bos_token": None}
+    loaded = text.load_tokenizer(a_folder(tmp_path, a_tokenizer(around("<doc> $A")), tokenizer_config=said))
+    assert text.begin_ids(loaded) == ()
+    assert BOS not in text.encode_prompt(loaded, "whale")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

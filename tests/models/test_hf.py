@@ -215,6 +215,18 @@ def test_all_that_ends_a_response_is_read_and_written_again(named, template, wri
     assert transformers.GenerationConfig.from_pretrained(str(tmp_path / "b")).eos_token_id == written
 
 
+@pytest.mark.parametrize("build", [language_model, scalar_model])
+@pytest.mark.parametrize("old", [TURNS, {"default": TURNS, "with_tools": TURNS + " "}], ids=["one", "several"])
+def test_what_an_earlier_save_said_of_turns_and_ends_is_gone(old, build, tmp_path):
+    """A folder that is saved anew is the new model's alone: no template and no ends of the one before."""
+    save_hf(tmp_path, language_model(LLAMA), _random(language_model(LLAMA)), _letters(old))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 0]}')
+    save_hf(tmp_path, build(LLAMA), _random(build(LLAMA)), _letters(None))
+    tokenizer = load_hf(tmp_path)[2]
+    assert tokenizer.chat_template is None
+    assert stop_ids(tokenizer, ["ab"]) == (0,)
+
+
 def test_an_end_that_the_model_has_no_id_for_is_refused(tmp_path):
     save_hf(tmp_path, language_model(LLAMA), _random(language_model(LLAMA)), _letters(None))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 40]}')

@@ -243,7 +243,7 @@ def test_a_tensor_that_the_index_does_not_name_is_accounted_for_too(tmp_path: Pa
         load_hf(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "value_head.bin", "non_lora_trainables.bin"])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "value_head.bin", "v_head.bin", "non_lora_trainables.bin"])
 def test_a_part_of_the_model_in_a_pickle_is_named(name: str, tmp_path: Path):
     _saved(tmp_path)
     (tmp_path / name).write_bytes(b"\x80\x02")
@@ -291,6 +291,23 @@ def test_an_adapter_beside_its_base_is_merged(rslora: bool, tmp_path: Path, caps
     )
     save_hf(tmp_path / "merged", model, loaded)
     _same(load_hf(tmp_path / "merged")[1], loaded)
+
+
+def test_a_model_is_not_saved_beside_an_adapter(tmp_path: Path):
+    """The adapter is in the loaded numbers already: saved over their base, they would get it a second time."""
+    _saved(tmp_path)
+    _adapter(tmp_path, {"model.layers.1.self_attn.k_proj": (8, 16)})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model, merged, _ = load_hf(tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        with pytest.raises(
+            ValueError, match=f"holds a model with {name}, which would be merged again.*choose another folder"
+        ):
+            save_hf(tmp_path, model, merged)
+        assert all((tmp_path / file).read_bytes() == before[file] for file in before if (tmp_path / file).exists())
+        (tmp_path / name).unlink()
+    save_hf(tmp_path, model, merged)
+    _same(load_hf(tmp_path)[1], merged)
 
 
 def test_an_adapter_of_gpt2_is_turned_as_its_matrices_are(tmp_path: Path):
@@ -497,6 +514,10 @@ def test_the_context_ends_with_a_window_that_is_used():
     layers = ["sliding_attention", "full_attention"]
     assert context("mistral", sliding_window=4) == 4
     assert context("mistral", sliding_window=None) == 16
+    long = {"max_position_embeddings": 32_768}
+    assert "sliding_window" not in DESCRIPTIONS["mistral"]  # transformers' default for Mistral alone
+    assert (context("mistral", **long), context("mistral", **long, sliding_window=None)) == (4096, 32_768)
+    assert (context("llama", **long), context("qwen3", **long)) == (32_768, 32_768)
     assert context("qwen2", sliding_window=4, use_sliding_window=False) == 16
     assert context("qwen2", sliding_window=4, use_sliding_window=True) == 4
     assert context("qwen3", sliding_window=4, layer_types=layers) == 4

@@ -803,7 +803,7 @@ def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stag
 
 def _show_plan(plan: Callable[..., Any], config: ConfigDict, flags: argparse.Namespace) -> None:
     _refuse_foreign(Path(flags.workdir))
-    with allow_change(flags.allow_config_change):
+    with allow_change(flags.allow_config_change), _another_programs_config(flags.config):
         plan(config, flags.workdir, overwrite=flags.overwrite)
 
 

@@ -189,7 +189,7 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
     folder = run / stage
     if os.path.lexists(folder):
         written = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
-        if any(path.is_symlink() or path.name != BEGUN and path.stat().st_size for path in written):
+        if any(path.is_symlink() or (path.name != BEGUN and path.stat().st_size) for path in written):
             return False
         shutil.rmtree(folder)
     place.rename(folder)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.config import diff
 from rlhf_jax.run import files, records
-from rlhf_jax.run.plans import Step, describe, told
+from rlhf_jax.run.plans import STRANGE, Step, describe, told
 
 Inputs = Mapping[str, str]
 """Name of an input (a key of the config, say) -> path of a file or of a folder."""
@@ -164,7 +164,7 @@ class Stages:
                 return Step(stage.name, "repair", told(bad))
             strange = records.strangers(folder, record["outputs"])
             if strange:
-                return Step(stage.name, "repair", told(dict.fromkeys(strange, "this stage did not write it")))
+                return Step(stage.name, "repair", told(dict.fromkeys(strange, STRANGE)))
             self._intact.add(stage.name)
         if waiting:
             return Step(stage.name, "keep", (f"if {' and '.join(waiting)} come out as before",))

@@ -190,6 +190,7 @@ def test_a_strange_file_in_a_stages_folder_is_set_aside(kitchen):
     """In a model folder it would be read."""
     run = kitchen().run()
     (run.folder / "dough" / "ball" / "weights-2").write_text("more")
+    assert "dough         kept, others' files set aside: ball/weights-2" in describe(kitchen().stages.plan(), "x")
     again = kitchen().run()
     assert again.ran == []
     assert [p.name for p in (run.folder / "aside").rglob("weights-2")] == ["weights-2"]

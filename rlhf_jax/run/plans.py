@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-
 STRANGE = "this stage did not write it"
 """What is wrong with a file that is set aside, while everything that the stage wrote is as it was."""
 

@@ -64,6 +64,7 @@ def dry_run(config: ConfigDict, workdir: str, *, overwrite: bool = False) -> Non
 def check_shapes(config: ConfigDict) -> None:
     """Refuses models of other sizes than the config is for, before anything is computed."""
     inputs.check_numbers(config)
+    config_lib.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
     inputs.check_model("base", config.base)
     common.check_shape("base", config.base, config.shapes.policy)
     if config.reward_model.model:
@@ -79,6 +80,8 @@ class Pipeline:
 
     def __init__(self, config: ConfigDict, folder: Path):
         self.config, self.folder, self._shown = config, Path(folder).absolute(), Path(folder)
+        for key in ("base", "seed", *reads.GROUPS.values()):
+            config[key]  # the config of another program is told as one
         plain = json.loads(config_lib.to_json(config), parse_constant=str)
         work = {
             "data": self.prepare, "sft": self.sft, "ppo_init": self.ppo_init, "samples": self.samples,

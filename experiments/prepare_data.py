@@ -714,6 +714,9 @@ def expand(argv: Sequence[str]) -> list[str]:
     ['--config=configs/data/convert.py', '--config.form=alpaca']
     >>> expand(["--look=rows.jsonl", "--preview"])
     ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl', '--config.preview=terminal']
+
+    Raises:
+      ValueError: ``--source`` names none, or one that there is not.
     """
     short = {
         "--source": "--config",
@@ -736,6 +739,8 @@ def expand(argv: Sequence[str]) -> list[str]:
             equals, value = "=", value if equals or not rest else rest.pop(0)
         if flag in short and not equals and rest:
             equals, value = "=", rest.pop(0)
+        if flag == "--source":
+            _check_source(value, converts)
         if flag == "--source" and _is_form(value, converts):
             full += ["--config=configs/data/convert.py", f"--config.form={FORM_NAMES.get(value, value)}"]
             continue
@@ -751,13 +756,33 @@ def expand(argv: Sequence[str]) -> list[str]:
     return full
 
 
+def main(argv: Sequence[str]) -> None:
+    """The command line; a source that there is not is refused as any other mistake is."""
+    try:
+        full = expand(argv)
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    config_lib.main(
+        run, config="configs/data/storyland.py", workdir="runs/data", argv=full,
+        one_process="Run it once; its files are then read by all processes.", dry_run=dry_run,
+    )  # fmt: skip
+
+
+def _check_source(name: str, converts: bool) -> None:
+    """Refuses a source that is neither a form nor a config of its own; an argument may follow it (``NAME:ARG``)."""
+    own = Path(__file__).resolve().parents[1] / "configs" / "data"
+    config = f"{name.partition(':')[0]}.py"
+    if converts or name in sources.FORMS or Path("configs/data", config).is_file() or (own / config).is_file():
+        return
+    known = sorted({*sources.FORMS, *(path.stem for path in own.glob("[a-z]*.py"))} - {"convert", "look"})
+    config_lib.require_one_of("--source", name, known)
+
+
 def _is_form(name: str, converts: bool) -> bool:
     """Whether ``--source=NAME`` names a form of a file, and not a config of its own."""
     return converts or (name in sources.FORMS and not Path(f"configs/data/{name}.py").is_file())
 
 
 if __name__ == "__main__":
-    config_lib.main(
-        run, config="configs/data/storyland.py", workdir="runs/data", argv=expand(sys.argv[1:]),
-        one_process="Run it once; its files are then read by all processes.", dry_run=dry_run,
-    )  # fmt: skip
+    main(sys.argv[1:])

@@ -706,7 +706,7 @@ def _main(
     check: Callable[[ConfigDict], Any] | None = None,
     plan: Callable[..., Any] | None = None,
 ) -> int:  # fmt: skip
-    fresh, path, lock = False, None, None
+    fresh, path, lock, above = False, None, None, []
     secrets = [] if given is None else given
     try:
         if not argv:
@@ -729,6 +729,7 @@ def _main(
             return 0
         _look_ahead(check, config, flags.config)
         if processes.index() == 0:
+            above = [parent for parent in path.parents if not parent.exists()]
             lock = claim_workdir(path, overwrite=flags.overwrite)
             fresh = _enter(path, config, flags, by_stages=plan is not None)
         _share_workdir(path, fresh)
@@ -737,7 +738,7 @@ def _main(
         processes.finish()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if fresh and path is not None:
-            _remove_unused(path)
+            _remove_unused(path, above)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
         text = redact(f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets)
@@ -803,7 +804,7 @@ def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stag
 
 def _show_plan(plan: Callable[..., Any], config: ConfigDict, flags: argparse.Namespace) -> None:
     _refuse_foreign(Path(flags.workdir))
-    with allow_change(flags.allow_config_change):
+    with allow_change(flags.allow_config_change), _another_programs_config(flags.config):
         plan(config, flags.workdir, overwrite=flags.overwrite)
 
 
@@ -915,12 +916,20 @@ def _say(text: str, status: int) -> int:
     return status
 
 
-def _remove_unused(path: Path) -> None:
-    """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace."""
+def _remove_unused(path: Path, above: Sequence[Path] = ()) -> None:
+    """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace.
+
+    Args:
+      path: the run folder.
+      above: folders that were made for it, the innermost first; those that are empty go too.
+    """
     if path.is_dir() and {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
         for name in (CONFIG_FILE, LOCK_FILE):
             (path / name).unlink()
         path.rmdir()
+        with contextlib.suppress(OSError):  # something else lies there by now
+            for folder in above:
+                folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------ several processes

@@ -35,7 +35,7 @@ def check(path: Path) -> Path:
         there = f": pass a file, such as {', '.join(found)}" if found else f": {FORMS[0]}"
         raise ValueError(f"config {path} is a folder{there}")
     if not path.exists():
-        raise ValueError(f"no config file {path}{_near(path)}")
+        raise ValueError(f"no config file {path}{_near(path) or f': pass --config=FILE[:ARG]; {FORMS[0]}'}")
     if not path.is_file():
         raise ValueError(f"config {path} is not a regular file but a pipe or a device: save it to a file first")
     if path.suffix not in (".py", ".json"):

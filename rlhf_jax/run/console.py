@@ -128,7 +128,7 @@ class Console:
         self._clock, self._unit, self._quiet = clock, unit, quiet
         self._compilations = compilations or Compilations.count
         self._compiled = self._compilations()
-        self._step, self._started, self._rate = resume_step, clock(), Rate()
+        self._step, self._begun, self._started, self._rate = resume_step, resume_step, clock(), Rate()
         self._last_line = -math.inf
         self._open_line = ""
 
@@ -142,7 +142,7 @@ class Console:
         if self._live:
             self._open_line = self._line(now, numbers, shutil.get_terminal_size((WIDTH, 24)).columns - 1)
             self._stream.write(f"\r{self._open_line}\x1b[K")
-        elif step >= self._total or now - self._last_line >= self._every:
+        elif step >= self._total or (step > self._begun and now - self._last_line >= self._every):
             self._last_line = now
             self._stream.write(self._line(now, numbers, WIDTH) + "\n")
         self._stream.flush()

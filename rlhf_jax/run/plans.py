@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+STRANGE = "this stage did not write it"
+"""What is wrong with a file that is set aside, while everything that the stage wrote is as it was."""
+
 
 class Step(NamedTuple):
     """What is to be done with a stage."""
@@ -34,7 +37,9 @@ def describe(steps: Sequence[Step], where: str) -> str:
     lines = [f"Plan of {len(steps)} stages in {where} (old outputs of those that run are set aside):"]
     for number, step in enumerate(steps, start=1):
         reasons = f": {'; '.join(step.why)}" if step.why else ""
-        lines.append(f"{number:3} {step.stage:13} {words[step.action]}{reasons}")
+        tidied = step.action == "repair" and STRANGE in reasons
+        word = "kept, others' files set aside" if tidied else words[step.action]
+        lines.append(f"{number:3} {step.stage:13} {word}{reasons}")
     return "\n".join(lines)
 
 

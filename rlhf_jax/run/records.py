@@ -7,10 +7,12 @@ and copied: a path is made again from where the record is read.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -173,6 +175,31 @@ def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path 
     return place
 
 
+def put_back(run: Path, stage: str, place: Path) -> bool:
+    """Undoes `set_aside` of a whole stage, if nothing was written in its stead.
+
+    Args:
+      run: the run folder.
+      stage: the stage's name.
+      place: where its folder was moved to.
+
+    Returns:
+      Whether it is back; where the stage has written anything, both stay where they are.
+    """
+    folder = run / stage
+    if os.path.lexists(folder):
+        written = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+        if any(path.is_symlink() or (path.name != BEGUN and path.stat().st_size) for path in written):
+            return False
+        shutil.rmtree(folder)
+    place.rename(folder)
+    files.sync(run)
+    for empty in (place.parent, place.parent.parent):
+        with contextlib.suppress(OSError):  # other outputs of before lie there
+            empty.rmdir()
+    return True
+
+
 def _free(place: Path, stage: str) -> Path:
     """A folder for `stage` below `place` that is not there yet; two moves may come within one second."""
     attempt, number = place / stage, 1
@@ -287,7 +314,9 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str]:
         # A link that leads nowhere is there and is no record.
         return None, "is a link that leads nowhere" if os.path.islink(path) else ""
     except (ValueError, OSError, RecursionError) as error:
-        return None, f"is damaged ({str(error)[:120]})"
+        # The reader names the file and advises to copy it again; this one is made again.
+        said = str(error).removeprefix(f"{path} ").partition("): copy it again")
+        return None, f"is damaged ({(said[0] + ')' if said[1] else said[0])[:120]})"
     if stored is None and "outputs" not in record and "key" not in record:
         return None, "is of an earlier version, which did not note what it had written"
     if stored != files.json_digest(record):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.config import diff
 from rlhf_jax.run import files, records
-from rlhf_jax.run.plans import Step, describe, told
+from rlhf_jax.run.plans import STRANGE, Step, describe, told
 
 Inputs = Mapping[str, str]
 """Name of an input (a key of the config, say) -> path of a file or of a folder."""
@@ -164,7 +164,7 @@ class Stages:
                 return Step(stage.name, "repair", told(bad))
             strange = records.strangers(folder, record["outputs"])
             if strange:
-                return Step(stage.name, "repair", told(dict.fromkeys(strange, "this stage did not write it")))
+                return Step(stage.name, "repair", told(dict.fromkeys(strange, STRANGE)))
             self._intact.add(stage.name)
         if waiting:
             return Step(stage.name, "keep", (f"if {' and '.join(waiting)} come out as before",))
@@ -217,7 +217,13 @@ class Stages:
             if name not in now or name not in before:
                 changes.append(f"{name} is {'new' if name in now else 'not read any more'}")
                 continue
-            content = self._digest(now[name], missing=before[name]["sha256"])
+            same_place = self._place_of(stage, name, now[name]) == before[name]["path"]
+            try:
+                content = self._digest(now[name], missing=before[name]["sha256"] if same_place else None)
+            except (
+                ValueError
+            ) as error:  # another path than before that leads nowhere is a slip, not a file that is gone
+                raise ValueError(f"{name} of stage {stage.name}: {error}") from None
             if content != before[name]["sha256"]:
                 owner = self._owner(now[name])
                 which = f"{owner} wrote another {name}" if owner else f"the content of {name} ({now[name]}) has changed"
@@ -246,10 +252,7 @@ class Stages:
         """What the key of a stage is made of."""
         paths = stage.inputs()
         inputs = {
-            name: {
-                "path": stage.named.get(name) or records.relative(path, self.folder)[0],
-                "sha256": self._digest(path),
-            }
+            name: {"path": self._place_of(stage, name, path), "sha256": self._digest(path)}
             for name, path in sorted(paths.items())
         }
         return {
@@ -258,6 +261,10 @@ class Stages:
             "functions": records.functions(stage.config),
             "version": stage.version,
         }
+
+    def _place_of(self, stage: Stage, name: str, path: str) -> str:
+        """Where an input lies, as a record says it: what the user calls it, or a path, in the run folder relative."""
+        return stage.named.get(name) or records.relative(path, self.folder)[0]
 
     def _digest(self, path: str, *, missing: Any = None) -> Any:
         """The content of an input: of a stage's output what its record says, of other files what is in them.
@@ -333,15 +340,22 @@ class Stages:
         return self.result(name)
 
     def _compute(self, stage: Stage, step: Step) -> None:
-        folder = self.folder / stage.name
+        folder, moved = self.folder / stage.name, None
         parts = self.parts(stage)
         if step.action == "run":
             begun, _ = records.read(folder / records.BEGUN)
             same = begun is not None and begun["key"] == self._key(parts) and not (folder / records.DONE).exists()
             if not same:
-                self._tell_moved(records.set_aside(self.folder, stage.name))
+                moved = records.set_aside(self.folder, stage.name)
+                self._tell_moved(moved)
         begin, before = time.monotonic(), self._measure()
-        result, places = records.relative(_plain(self._begun(stage, parts)), self.folder)
+        try:
+            result, places = records.relative(_plain(self._begun(stage, parts)), self.folder)
+        except BaseException:
+            # A config that the stage refuses, or a stop at once, must not cost what was done before.
+            if moved is not None and records.put_back(self.folder, stage.name, moved):
+                self._say(f"stage {stage.name} has written nothing: what was there before is back in its place")
+            raise
         self._require_unchanged(stage, parts)
         after = self._measure()
         files.sync_tree(folder)

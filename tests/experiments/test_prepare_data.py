@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import types
@@ -754,3 +755,27 @@ def test_every_source_prints_the_tables_of_its_data(made, tmp_path):
     for line in ("is in a training file: 0\n", "Use cases: share of each kind", "Labelers, and records of each"):
         assert line in report
     assert max(map(len, report.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("flags", [["--source"], ["--source="], ["--source=storylnd"], ["--source", "--out=w"]])
+def test_a_source_that_there_is_not_is_refused_with_the_ones_there_are(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.main(flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("Error: --source=")
+    assert "must be one of" in said
+    assert "storyland" in said
+    assert said.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_refused_file_leaves_no_folder_and_a_pipe_is_called_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("rows")
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.main(["--source=alpaca", "--data=rows", "--out=new/folders/here"])
+    assert stop.value.code == 2
+    assert "rows is a pipe or a device: save it to a file first" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -204,3 +204,14 @@ def test_programs_that_jax_compiles_are_counted():
     number = float(os.getpid())
     jax.jit(lambda x: x * number)(1.0)
     assert C.Compilations.count() > before
+
+
+def test_a_count_of_nothing_is_no_line_and_the_time_still_counts_from_it():
+    """Sampling says 0 of 212 when it begins, which tells nobody anything."""
+    clock, out = Clock(), io.StringIO()
+    console = C.Console("sample", 212, show=(), every=0.0, stream=out, clock=clock, unit="responses")
+    for done, took in ((0, 1.0), (106, 2.0), (212, 2.0)):
+        clock.now += took
+        console.update(done, {})
+    assert [line.split()[:2] for line in out.getvalue().splitlines()] == [["sample", "106/212"], ["sample", "212/212"]]
+    assert "53.0 responses/s" in out.getvalue()

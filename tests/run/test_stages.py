@@ -190,6 +190,7 @@ def test_a_strange_file_in_a_stages_folder_is_set_aside(kitchen):
     """In a model folder it would be read."""
     run = kitchen().run()
     (run.folder / "dough" / "ball" / "weights-2").write_text("more")
+    assert "dough         kept, others' files set aside: ball/weights-2" in describe(kitchen().stages.plan(), "x")
     again = kitchen().run()
     assert again.ran == []
     assert [p.name for p in (run.folder / "aside").rglob("weights-2")] == ["weights-2"]
@@ -440,3 +441,55 @@ def test_nothing_is_written_by_a_plan(tmp_path, flour):
 
 def test_harmless_keys_are_left_out_at_every_depth():
     assert without({"a": {"keep": 1, "b": {"keep": 2, "c": 3}}}, ("keep",)) == {"a": {"b": {"c": 3}}}
+
+
+# ------------------------------------------------------------------------------------------- a refusal costs nothing
+
+
+class Refusing(Kitchen):
+    """A kitchen that takes no heat above 250."""
+
+    def bread(self, folder: str) -> dict:
+        if self.config["bread"]["heat"] > 250:
+            (Path(folder) / "metrics.jsonl").touch()  # opened and not yet written
+            raise ValueError("config.bread.heat=900 burns it")
+        return super().bread(folder)
+
+
+def test_a_config_that_a_stage_refuses_costs_nothing_of_what_was_done(tmp_path, flour):
+    Refusing(tmp_path / "run", flour).run()
+    before = contents(tmp_path / "run")
+    mistaken = Refusing(tmp_path / "run", flour, {"bread": {"heat": 900}})
+    with pytest.raises(ValueError, match="burns it"):
+        mistaken.run()
+    assert "back in its place" in mistaken.said[-1]
+    assert contents(tmp_path / "run") == before
+    assert not (tmp_path / "run" / "aside").exists()
+    corrected = Refusing(tmp_path / "run", flour).run()
+    assert corrected.ran == []
+
+
+def test_what_a_failed_stage_has_written_is_not_taken_for_nothing(tmp_path, flour):
+    Kitchen(tmp_path / "run", flour).run()
+    failing = Kitchen(tmp_path / "run", flour, {"bread": {"heat": 210}})
+    whole = failing.bread
+
+    def burnt(folder: str) -> dict:
+        whole(folder)
+        raise OSError("no power")
+
+    failing.bread = burnt
+    failing.stages = Stages(failing.folder, failing._stages(), say=failing.said.append)
+    with pytest.raises(OSError, match="no power"):
+        failing.run()
+    assert len([*(tmp_path / "run" / "aside").rglob("loaf")]) == 1
+    assert (tmp_path / "run" / "bread" / "loaf").is_file()
+
+
+def test_another_path_that_leads_nowhere_is_a_slip_and_not_a_file_that_is_gone(kitchen, flour):
+    kitchen().run()
+    mistyped = kitchen()
+    mistyped.flour = flour.with_name("fluor.txt")
+    with pytest.raises(ValueError, match=r"flour of stage dough: .*fluor\.txt is not there.* correct the path"):
+        mistyped.run()
+    assert kitchen().plan() == KEPT

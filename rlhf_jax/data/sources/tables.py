@@ -161,6 +161,8 @@ def table_files(path: Path, split: str | None) -> list[Path]:
         if split is not None:
             raise ValueError(f"{path} is one file: leave split={split!r} out, or pass its folder")
         return [path]
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device: save it to a file first and pass that")
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: check the path")
     if (path / "dataset_dict.json").is_file():

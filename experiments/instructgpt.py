@@ -191,7 +191,6 @@ class Pipeline:
         sample.run(held, str(Path(folder) / "validation_train"))
         records = sample.read_samples(Path(folder) / "validation_train" / "samples.jsonl")
         rankings = sample.rank(records, group="heldout", count=config.labelers, labels_each=2)
-        (Path(folder) / "validation_heldout").mkdir(exist_ok=True)
         schema.write_jsonl(Path(folder) / "validation_heldout" / "rankings.jsonl", rankings)
         return counts
 

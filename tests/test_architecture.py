@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "run.config_file": set(),
     "run.output": set(),
     "run.console": {"processes"},
-    "run.cache": set(),
+    "run.cache": {"run.files"},
     "run.__init__": set(),
     "run.numerics": set(),
     "config": {

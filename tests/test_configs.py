@@ -539,6 +539,7 @@ def test_base_model_of_another_size_is_refused(tmp_path):
         for shape in config.shapes.values():
             shape.update(layers=1, width=16, heads=2, context_length=512)
             shape.vocab_size = len(load_tokenizer(storyland_assets.assets()))
+        config.ppo.update(prompt_length=256, max_new_tokens=256)
     instructgpt.check_shapes(config)
     assert {k for k in leaf_keys(config) if k.startswith("shapes.")} <= reads
 

@@ -1240,17 +1240,20 @@ _GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
 
 def _gguf_tokenizer(reader) -> Any:
     """The byte-level BPE tokenizer that a GGUF file describes; None where it describes another kind."""
-    import tokenizers
-    import transformers  # slow to import, and only this needs it
-    from tokenizers import decoders, models, pre_tokenizers
 
     def field(name: str) -> Any:
         entry = reader.get_field(f"tokenizer.ggml.{name}")
         return None if entry is None else entry.contents()
 
+    if field("model") != "gpt2":
+        return None
+    import tokenizers
+    import transformers  # slow to import and 60 MB large, and only this needs it
+    from tokenizers import decoders, models, pre_tokenizers
+
     # How the text is cut before the merges: as GPT-2 does, and for SmolLM each digit by itself first.
     cuts = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
-    if field("model") != "gpt2" or field("pre") not in cuts:
+    if field("pre") not in cuts:
         return None
     pieces, kinds, merges = field("tokens"), field("token_type"), field("merges")
     merges = [tuple(merge.split(" ")) for merge in merges or ()]

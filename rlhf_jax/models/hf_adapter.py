@@ -159,7 +159,7 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), rank
 
 
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+_PART = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
 
 def _pairs(file: Path, tensors_of: Callable, full_name: Callable, rank: int) -> dict[str, tuple[Any, Any]]:

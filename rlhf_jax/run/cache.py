@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from rlhf_jax.run.files import make_folder
+
 
 def folder(*names: str) -> Path | None:
     """``~/.cache/rlhf_jax/NAMES`` (or below ``XDG_CACHE_HOME``), made where it is missing.
@@ -23,7 +25,7 @@ def folder(*names: str) -> Path | None:
         return None
     place = base.joinpath("rlhf_jax", *names)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
     except OSError:
         return None
     return place if os.access(place, os.W_OK | os.X_OK) else None

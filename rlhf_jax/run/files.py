@@ -218,7 +218,7 @@ def remove_unfinished(folder: StrPath) -> None:
             remove(path)
 
 
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+_UNFINISHED = re.compile(r"^\..+\.[a-z0-9_]{8}\.tmp")
 """What `written` calls a file until it is whole: ``.sft.json.k3xw_9ab.tmp``."""
 
 
@@ -230,7 +230,7 @@ def _umask() -> int:
 
 # --------------------------------------------------------------------------------------------------------------- paths
 
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
+_ADDRESS = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
 """``gs://bucket/run``, and ``gs:/bucket/run``, which `Path` makes of it. A drive (``C:/runs``) has one letter."""
 
 

@@ -169,9 +169,7 @@ def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path 
         source, target = (folder, place) if name is None else (folder / name, place / name)
         if os.path.lexists(source):
             files.make_folder(target.parent)
-            source.rename(target)
-            files.sync(target.parent)
-            files.sync(source.parent)
+            files.rename(source, target)
     return place
 
 
@@ -192,8 +190,7 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
         if any(path.is_symlink() or (path.name != BEGUN and path.stat().st_size) for path in written):
             return False
         shutil.rmtree(folder)
-    place.rename(folder)
-    files.sync(run)
+    files.rename(place, folder)
     for empty in (place.parent, place.parent.parent):
         with contextlib.suppress(OSError):  # other outputs of before lie there
             empty.rmdir()
@@ -211,7 +208,7 @@ def _free(place: Path, stage: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------ inputs
 
-_NO_INPUT = re.compile(r"readme.*|license.*|licence.*|notice.*|.*\.md", re.IGNORECASE)
+_NO_INPUT = re.compile(r"^(readme.*|license.*|licence.*|notice.*|.*\.md)$", re.IGNORECASE)
 """Files of a folder that say something to people and nothing to a program."""
 
 
@@ -249,7 +246,7 @@ def is_input(name: str) -> bool:
     return not any(part.startswith(".") for part in parts) and not _NO_INPUT.fullmatch(parts[-1])
 
 
-_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def functions(config: Any, known: Sequence[str] = ("rlhf_jax", "experiments", "configs")) -> dict[str, str]:

@@ -191,7 +191,8 @@ _BASIC = re.compile(r"(?<=[Bb]asic )(?=[^\s]*[a-z][^\s]*[A-Z]|[^\s]*[\d=])[A-Za-
 _COOKIE = re.compile(r"(?i)(?P<head>\b(?:set-)?cookie[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[\w.$-]+=[^\n\"']*")
 _SIGNED_URL = re.compile(r"(?i)(?<=[?&])(?P<key>sig|signature|key|x-amz-signature|x-goog-signature)=[^\s&\"']+")
 _VALUE = r"""(?P<value>"[^"\n]*"|'[^'\n]*'|\{[^{}\n]*\}|[^\s&;,)"']+)"""
-_ASSIGNED = re.compile(r"(?P<key>\b[\w.-]+)(?P<equals>=)" + _VALUE)
+# The key begins where its letters begin, or a long word without "=" would be read again from each of its letters.
+_ASSIGNED = re.compile(r"(?<![\w.-])(?P<key>[\w.-]++)(?P<equals>=)" + _VALUE)
 _QUOTED = re.compile(
     r"""(?P<key>["'][\w.-]{1,100}["'])(?P<equals>\s{0,4}:\s{0,4})(?P<value>"[^"\n]*"|'[^'\n]*'|[\w.+/=-]+)"""
 )

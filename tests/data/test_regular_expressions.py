@@ -23,6 +23,7 @@ import rlhf_jax
 from rlhf_jax import config
 from rlhf_jax.data import curation, schema
 from rlhf_jax.data.storyland import grammar
+from rlhf_jax.run import secrets
 
 LENGTH = 20_000
 SECONDS = 0.5
@@ -130,7 +131,7 @@ def test_the_guarded_patterns_find_what_the_plain_ones_did():
         assert all(any(a <= start and end <= b for a, b in ours) for start, end in found), text
         masked += len(found)
         text = "".join(noise.choice(words) for _ in range(noise.randrange(2, 12)))
-        assert [m.span() for m in assigned.finditer(text)] == [m.span() for m in config._ASSIGNED.finditer(text)]
+        assert [m.span() for m in assigned.finditer(text)] == [m.span() for m in secrets._ASSIGNED.finditer(text)]
     assert masked > 1_000
 
 

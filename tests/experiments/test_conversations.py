@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from experiments import common, evaluate, guards, ppo, reward_model, sample, sft
+from experiments import common, evaluate, guards, inputs, ppo, reward_model, sample, sft
 from rlhf_jax import sharding
 from rlhf_jax.config import load_config
 from rlhf_jax.data import chat, schema, text
@@ -84,6 +84,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     base, draw = str(folder / "base"), ppo.sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "read_jsonl", records)
+        patch.setattr(inputs, "check_file", lambda *_, **__: None)  # nor is there one to look at
         patch.setattr(guards, "origin", lambda config, **_: {})  # the records lie in no file
         patch.setattr(common, "start", one_device)
         patch.setattr(ppo, "sample", sample_and_keep)

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from experiments import common, evaluate, reward_model
 from rlhf_jax import scoring
 from rlhf_jax.data.schema import Ranking
+from rlhf_jax.data.storyland import tokenizer as storyland_assets
+from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model
@@ -39,7 +41,8 @@ def test_kl_is_a_number_for_greedy_samples_too(temperature, monkeypatch):
     prompts = PromptBatch(jnp.ones((3, 4), jnp.int32), jnp.array([2, 3, 4]), jnp.arange(3))
     drawn = generate(MODEL, policy, prompts, jax.random.key(2), max_new_tokens=6, temperature=temperature)
     samples = jax.tree.map(np.asarray, drawn)
-    networks = [common.Network(MODEL, params, None) for params in (policy, other)]
+    tokenizer = load_tokenizer(storyland_assets.assets())  # both have it; nothing is encoded here
+    networks = [common.Network(MODEL, params, tokenizer) for params in (policy, other)]
     monkeypatch.setattr(common, "load_network", lambda *_: networks[1])
     config = ConfigDict({"reference": "reference", "temperature": temperature, "batch_size": 2, "decoder": {}})
     answers = evaluate.Answers([], None, [], np.zeros(3), np.zeros(3), samples)

@@ -152,7 +152,7 @@ def with_system(row: Row, prompt: Any) -> tuple[Any, bool]:
     Raises:
       RowError: the prompt has a system turn that differs from it.
     """
-    system = row.system()
+    system = row.system_text()
     if not system:
         return prompt, False
     if isinstance(prompt, str):

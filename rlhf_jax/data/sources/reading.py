@@ -89,7 +89,7 @@ def read_form(
         recognise.check_form(form)
     inside = FORMS.get(form or read.form())
     if inside is None or inside.renames:
-        read.rename(options.columns)
+        read.map_columns(options.columns)
     form = form or read.form()
     if not form:
         raise ValueError(f"{read.first().place}: {recognise.refuse_unknown(read.first())}")
@@ -203,7 +203,7 @@ def _read(
     columns: Mapping[str, str] | None,
 ) -> tuple[list[Record], DataReport]:
     table = _Table(path, split, max_bad_fraction)
-    table.rename(columns or {})
+    table.map_columns(columns or {})
     records = table.records(plan, source, one_kind=True)
     table.refuse_unread(columns or {})
     return records, table.report(kind.__name__)
@@ -259,7 +259,7 @@ class _Table:
         """The first row of a form, or of the file."""
         return next((row for row in self.rows if FORMS[form].fits(row)), self.first())
 
-    def rename(self, columns: Mapping[str, str]) -> None:
+    def map_columns(self, columns: Mapping[str, str]) -> None:
         """Give columns the names that are wanted.
 
         Raises:

@@ -174,7 +174,7 @@ class Row:
         """The names of the system columns that hold something."""
         return [name for name in self.columns() if re.sub(r"[\W_]+", "", name).lower() in _PLAIN_SYSTEMS]
 
-    def system(self) -> str:
+    def system_text(self) -> str:
         """The text of a system column, or ""."""
         found = {name: self.optional_text(name) for name in self.systems()}
         texts = {text.strip() for text in found.values() if text}

@@ -44,8 +44,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONGEST = (
     "test_processes", "test_lora", "test_configs", "test_prepare_data", "test_generate", "test_guards", "test_mesh",
-    "test_notebooks", "test_loader", "test_ppo_stage", "test_reliability", "test_power", "test_steps", "test_plan",
-    "test_memory",
+    "test_notebooks", "test_loader", "test_ppo_stage", "test_reliability", "test_power", "test_pipeline", "test_steps",
+    "test_instructgpt", "test_plan", "test_memory", "test_conversations", "test_mistakes", "test_regular_expressions",
 )  # fmt: skip
 """Files of half a minute and more, longest first: begun last, one of them would keep a worker busy alone at the end."""
 

@@ -8,6 +8,7 @@ Run:
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,10 +53,9 @@ def lines(
     records = [record for each in record_files.values() for record in each]
     name = config.get("model", "")
     tokenizer = load_tokenizer(common.model_folder(name)) if name else None
-    aside: dict[str, int] = {}
+    aside: collections.Counter[str] = collections.Counter()
     for report in reports:
-        for column, rows in getattr(report, "aside", {}).items():
-            aside[column] = aside.get(column, 0) + rows
+        aside.update(report.aside)
     if config.get("preview", ""):
         _show(records, config.preview, ", ".join(record_files), tokenizer)
     return [*_table(records, tokenizer, aside).split("\n"), ""]

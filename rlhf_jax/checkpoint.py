@@ -31,7 +31,7 @@ from rlhf_jax import processes
 from rlhf_jax.run import files
 from rlhf_jax.run.files import json_digest, read_json, sha256, write_json
 
-__all__ = ["FORMAT", "Checkpoints", "json_digest", "refuse_non_finite", "stop_requests", "write_json"]
+__all__ = ["FORMAT", "Checkpoints", "json_digest", "refuse_non_finite", "sealed_steps", "stop_requests", "write_json"]
 
 FORMAT = 1
 _PATIENCE = 30.0
@@ -183,8 +183,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The sealed steps, oldest first; their files were not checked (`newest_good` does)."""
-        names = self.root.glob("manifests/*.json")
-        return sorted(int(p.stem) for p in names if _is_step(p.stem) and (self.root / p.stem).is_dir())
+        return sealed_steps(self.root)
 
     def newest_good(self) -> int | None:
         """The newest step whose files are what was sealed; bad and unfinished steps above it are put in quarantine.
@@ -351,6 +350,12 @@ def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 # ------------------------------------------------------------------------------------------------------------ files
+
+
+def sealed_steps(root: Path) -> list[int]:
+    """The steps in a folder of checkpoints that have a seal, oldest first; their files were not checked."""
+    names = root.glob("manifests/*.json")
+    return sorted(int(p.stem) for p in names if _is_step(p.stem) and (root / p.stem).is_dir())
 
 
 def _is_step(name: str) -> bool:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
         "run.output",
         "processes",
     },
-    "run.records": {"run.files"},
+    "run.records": {"run.files", "checkpoint"},
     "run.results": {"metrics"},
     "run.pipeline": set(),
     "run.plans": set(),

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.checkpoint import sealed_steps
 from rlhf_jax.run import files
 
 DONE = "done.json"
@@ -325,9 +326,7 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 def newest_step(folder: Path) -> int | None:
     """The newest sealed checkpoint of a stage, None where there is none; its files are checked when it is read."""
-    root = folder / CHECKPOINTS
-    steps = [int(p.stem) for p in root.glob("manifests/*.json") if p.stem.isdigit() and (root / p.stem).is_dir()]
-    return max(steps, default=None)
+    return max(sealed_steps(folder / CHECKPOINTS), default=None)
 
 
 def config_changes(folder: Path) -> list[Any]:

@@ -157,8 +157,9 @@ def read_completions(
 
     Of `messages` the last turn is the response, and must be the assistant's.
     """
-    plan = lambda rows: (rows, trl.completions(rows))  # noqa: E731
-    return _read(path, Demonstration, plan, split, source, max_bad_fraction, columns)
+    return _read(
+        path, Demonstration, lambda rows: (rows, trl.completions(rows)), split, source, max_bad_fraction, columns
+    )
 
 
 def read_prompts(
@@ -189,8 +190,7 @@ def read_rated(
 
     Source: Cui et al. 2023, arXiv 2310.01377 (UltraFeedback).
     """
-    plan = lambda rows: rated.table(rows, columns or {})  # noqa: E731
-    return _read(path, Ranking, plan, split, source, max_bad_fraction, columns)
+    return _read(path, Ranking, lambda rows: rated.table(rows, columns or {}), split, source, max_bad_fraction, columns)
 
 
 def _read(

@@ -47,6 +47,16 @@ SHIPPED = "storyland:"
 """Prefix of a model that comes with the package: ``storyland:base_large``."""
 
 
+TRAIN = ("all", "lora", "head")
+"""What `trained` knows."""
+
+OPTIMIZERS = ("adam", "tf_adam", "adam_bf16", "adafactor")
+"""What `optimizer` knows."""
+
+SCHEDULES = ("cosine", "linear", "constant")
+"""What `schedule` knows."""
+
+
 class Network(NamedTuple):
     """A model with its parameters and tokenizer, as it lies on disk."""
 
@@ -281,7 +291,7 @@ def trained(params: Params, config: ConfigDict) -> Trained:
     Raises:
       ValueError: another word, ``head`` for a language model, or adapters that do not fit the model.
     """
-    config_lib.require_one_of("train", config.train, ("all", "lora", "head"))
+    config_lib.require_one_of("train", config.train, TRAIN)
     rank, alpha, targets, layers = (config.lora[name] for name in ("rank", "alpha", "targets", "layers"))
     if config.train == "all":
         return Trained(params, {}, alpha)
@@ -330,7 +340,7 @@ def optimizer(
         "tf_adam": optim.tf_adam,
         "adam_bf16": functools.partial(optim.adam, first_moment_dtype="bfloat16"),
     }
-    config_lib.require_one_of("optimizer", config.optimizer, (*adams, "adafactor"))
+    config_lib.require_one_of("optimizer", config.optimizer, OPTIMIZERS)
     if config.optimizer == "adafactor":
         return optim.adafactor(learning_rate, clip_norm=clip_norm)
     make = adams[config.optimizer]
@@ -345,7 +355,7 @@ def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Sc
     Raises:
       ValueError: an unknown name, or a warmup that leaves no steps.
     """
-    config_lib.require_one_of("schedule", name, ("cosine", "linear", "constant"))
+    config_lib.require_one_of("schedule", name, SCHEDULES)
     if name == "constant":
         return optim.warmup_then_constant(peak, warmup)
     config_lib.require(warmup < steps, "warmup", warmup, f"of {steps} steps leaves none for schedule={name}: lower it")

@@ -147,7 +147,7 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
 
 def check(config: ConfigDict) -> None:
     """Refuses what cannot be compared or judged, before anything is loaded, sampled or written."""
-    inputs.check_numbers(config)
+    inputs.check_settings(config)
     if not config.models.get(BASELINE):
         raise ValueError(
             f"models.{BASELINE} is empty: win rates are against it, "

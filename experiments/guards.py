@@ -184,7 +184,7 @@ class Skips:
         step = self._run[-1].step if self._run else 0
         raise FloatingPointError(
             f"{self._stage} stopped at {step}: {what} left out, {reasons or 'not finite'}; "
-            f"{named(records, self._path)} (all are in {self._file}). The last checkpoint is intact. Look at these "
+            f"{named(records, self._path)} (all are in {self._file}). What was saved before is intact. Look at these "
             f"records, or lower learning_rate (guard.max_skipped={self._limit})"
         )
 

@@ -16,9 +16,12 @@ import safetensors
 from ml_collections import ConfigDict, FieldReference
 
 from experiments import common, pretrained
+from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import task_of
+from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.run import files
+from rlhf_jax.sharding import rules_from_data
 
 LANGUAGE, REWARD = "language model", "reward model"
 
@@ -217,6 +220,56 @@ OR_NONE = {
     **dict.fromkeys(("clip_norm", "ppo_clip_norm", "ptx_clip_norm", "value_clip_norm", "spike_std"), 1e-30),
 }
 """The smallest value of each number that may be None."""
+
+
+ONE_OF: Mapping[str, tuple[str, ...]] = {
+    "optimizer": common.OPTIMIZERS,
+    "schedule": common.SCHEDULES,
+    "train": common.TRAIN,
+    "too_long": ("error", "drop"),
+    "assistant_turns": ("all", "last"),
+}
+"""The words that a setting may be."""
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Refuses numbers and words that no run can have, in every group.
+
+    Raises:
+      ValueError: a number as `check_numbers` refuses it; another word than those of `ONE_OF`; a decoder that
+        `DecoderConfig` refuses; sharding rules that are none.
+    """
+    check_numbers(config)
+    _check_words(config, "")
+
+
+def _check_words(config: ConfigDict, group: str) -> None:
+    for key, value in config.items(preserve_field_references=True):
+        value = value.get() if isinstance(value, FieldReference) else value
+        if key in ONE_OF and isinstance(value, str):
+            config_lib.require_one_of(f"{group}{key}", value, ONE_OF[key])
+        elif key == "decoder" and isinstance(value, ConfigDict):
+            _check_decoder(value, f"{group}{key}")
+        elif key == "sharding":
+            _check_sharding(value, f"{group}{key}")
+        elif isinstance(value, ConfigDict):
+            _check_words(value, f"{group}{key}.")
+
+
+def _check_decoder(settings: ConfigDict, field: str) -> None:
+    """A small decoder with these settings has to be one: the sizes come from the model's folder later."""
+    try:
+        DecoderConfig(vocab_size=8, context_length=8, width=8, heads=1, layers=1, **settings.to_dict())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def _check_sharding(rules: Any, field: str) -> None:
+    if not isinstance(rules, ConfigDict):
+        rules_from_data(rules, field=field)
+        return
+    for network, own in rules.items():
+        rules_from_data(own, field=f"{field}.{network}")
 
 
 def check_numbers(config: ConfigDict, group: str = "") -> None:

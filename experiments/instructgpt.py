@@ -30,6 +30,7 @@ from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run.plans import Step, describe
 from rlhf_jax.run.results import history, log_rows, samples, stated, versions
 from rlhf_jax.run.stages import Measure, Stage, Stages
+from rlhf_jax.steps import RANKING_ARGUMENTS
 
 STAGES = tuple(reads.VERSIONS)
 SMOKE = "This is a smoke run: it shows that every stage runs, and its numbers mean nothing."
@@ -62,8 +63,15 @@ def dry_run(config: ConfigDict, workdir: str, *, overwrite: bool = False) -> Non
 
 
 def check_shapes(config: ConfigDict) -> None:
-    """Refuses models of other sizes than the config is for, before anything is computed."""
-    inputs.check_numbers(config)
+    """Refuses settings that no stage can use, and models of other sizes than the config is for.
+
+    Before anything is computed: the last stages come hours later.
+    """
+    inputs.check_settings(config)
+    ignored = reads.set_in_vain(json.loads(config_lib.to_json(config), parse_constant=str))
+    if ignored:
+        raise ValueError("; ".join(ignored))
+    check_stages(config)
     config_lib.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
     inputs.check_model("base", config.base)
     common.check_shape("base", config.base, config.shapes.policy)
@@ -73,6 +81,18 @@ def check_shapes(config: ConfigDict) -> None:
     later = common.config_dict(config.ppo)
     later.update(model=config.base, reward_model=config.reward_model.model)
     ppo.check_contexts(later)
+
+
+def check_stages(config: ConfigDict) -> None:
+    """Refuses what a stage would refuse when its turn comes, as far as it can be told without the earlier stages."""
+    config_lib.resolve(config.reward_model.loss, available=RANKING_ARGUMENTS)
+    sample.draw_k(config.seed, 0, config.sample.min_k, config.sample.max_k)
+    try:
+        ppo.validate(config.ppo)
+    except ValueError as error:
+        raise ValueError(f"ppo.{error}") from None
+    for name in (config.ppo.gold, config.ppo.text_reward, config.evaluate.gold):
+        ppo.judge(name)
 
 
 class Pipeline:

@@ -162,7 +162,7 @@ def phase(
         raise OutOfMemory(
             f"out of memory in the phase {name} ({listed}). {_compiled_needs(name, programs)}{_devices()}"
             f"Lower or change {', '.join(lower)}; --dry_run tells each phase's memory before any work. "
-            f"The last checkpoint is intact. ({_first_line(error)})"
+            f"What was saved before is intact. ({_first_line(error)})"
         ) from error
 
 

@@ -131,7 +131,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 def check(config: ConfigDict) -> None:
     """Refuses numbers, functions, files and models that do not fit together, before anything is loaded or written."""
-    inputs.check_numbers(config)
+    inputs.check_settings(config)
     validate(config)
     require_reward(config)
     inputs.check_model("model", config.model)
@@ -140,8 +140,6 @@ def check(config: ConfigDict) -> None:
     inputs.check_file("prompts", config.prompts)
     inputs.check_file("pretraining_text", config.pretraining_text, required=config.ptx_coef > 0)
     inputs.check_file("held_out_text", config.held_out_text, required=False)
-    config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS)
-    config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS)
     prompts = common.read_prompts(config.prompts)
     for field in ("gold", "text_reward"):
         judge(config[field])
@@ -157,9 +155,13 @@ def require_reward(config: ConfigDict) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuses numbers that do not fit together, before anything is loaded."""
+    """Refuses numbers that do not fit together and losses that are none, before anything is loaded."""
+    config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS)
+    config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS)
     config_lib.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
     config_lib.require_divides("score_microbatches", config.score_microbatches, config.episodes, "the rollout batch")
+    if config.ptx_coef:
+        check_ptx_rows(config)
     config_lib.require_one_of("kl.controller", config.kl.controller, ("fixed", "adaptive"))
     config_lib.require_range("kl.coef", config.kl.coef, low=0.0)
     config_lib.require_range("temperature", config.temperature, low=1e-3)
@@ -400,13 +402,18 @@ def pretraining_stream(
     if not config.ptx_coef:
         return None
     rows = ptx_rows(tokenizer, config.pretraining_text, config, context)
+    return common.batches(rows, mesh, batch_size=check_ptx_rows(config), seed=config.seed)
+
+
+def check_ptx_rows(config: ConfigDict) -> int:
+    """Rows of pretraining text per iteration; refused unless every optimizer step gets the same number."""
     count = round(config.ptx_rows_per_episode * config.episodes)
     steps = config.epochs * config.minibatches
     config_lib.require(
         count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
         f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
     )  # fmt: skip
-    return common.batches(rows, mesh, batch_size=count, seed=config.seed)
+    return count
 
 
 def held_out_rows(
@@ -619,7 +626,7 @@ def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
          f"{config.value_error_ceiling}: lower value_learning_rate or set value_clip_norm"),
     ):  # fmt: skip
         if not fine:  # NaN is not fine
-            raise FloatingPointError(f"iteration {iteration + 1}: {what}; the last checkpoint is intact")
+            raise FloatingPointError(f"iteration {iteration + 1}: {what}; what was saved before is intact")
 
 
 def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import language_model
+from rlhf_jax.run.console import Progress
 from rlhf_jax.steps import compile_step, make_sft_step, train_state
 from rlhf_jax.types import LMBatch, Model, StepFn, TrainState
 
@@ -53,7 +54,12 @@ def prepare(config: ConfigDict) -> Setup:
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
     encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
-    rows = text.lm_rows([encode(d) for d in documents(0, config.documents)], length=config.row_length)
+    with Progress("writing documents", config.documents, unit="documents") as progress:
+        written = []
+        for done, document in enumerate(documents(0, config.documents), start=1):
+            written.append(encode(document))
+            progress(done)
+    rows = text.lm_rows(written, length=config.row_length)
     held_out = text.lm_rows(
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
     )
@@ -73,7 +79,7 @@ def prepare(config: ConfigDict) -> Setup:
 
 def check(config: ConfigDict) -> None:
     """Refuses numbers that no run can have."""
-    inputs.check_numbers(config)
+    inputs.check_settings(config)
 
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:

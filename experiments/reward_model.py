@@ -26,7 +26,7 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.run.console import Progress
-from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
+from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
 LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size", "config.mesh")
@@ -84,13 +84,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 def check(config: ConfigDict) -> None:
     """Refuses numbers, files and models that no run can have, before anything is loaded or written."""
-    inputs.check_numbers(config)
+    inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("rankings", config.rankings)
     inputs.check_file("demonstrations", config.demonstrations)
     for name, path in config.evaluation.items():
         inputs.check_file(f"evaluation.{name}", path, required=False)
-    config_lib.resolve(config.loss, available=("rewards", "ranks"))
+    config_lib.resolve(config.loss, available=RANKING_ARGUMENTS)
 
 
 def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def prepare(config: ConfigDict) -> Setup:
     batches = common.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
     rate = common.schedule(config.schedule, config.learning_rate, batches.steps(config.epochs))
     tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
-    loss = config_lib.resolve(config.loss, available=("rewards", "ranks"))
+    loss = config_lib.resolve(config.loss, available=RANKING_ARGUMENTS)
 
     def make_step(frozen: Params) -> StepFn:
         return make_reward_step(

@@ -99,7 +99,7 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
 
 def check(config: ConfigDict) -> None:
     """Refuses what cannot be sampled or ranked, before anything is loaded or written."""
-    inputs.check_numbers(config)
+    inputs.check_settings(config)
     draw_k(config.seed, 0, config.min_k, config.max_k)
     models = config.models
     config_lib.require(

@@ -79,7 +79,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 def check(config: ConfigDict) -> None:
     """Refuses numbers, files and models that no run can have, before anything is loaded or written."""
-    inputs.check_numbers(config)
+    inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("demonstrations", config.demonstrations)
     inputs.check_file("validation", config.validation)

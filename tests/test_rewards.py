@@ -160,7 +160,7 @@ def test_an_error_in_the_function_names_its_line_and_the_prompt(name, response, 
     assert judge is not None
     with pytest.raises(functions.FunctionFailed, match=told) as failed:
         judge("p/3", response)
-    assert "the last checkpoint is intact" in str(failed.value)
+    assert "what was saved before is intact" in str(failed.value)
     assert failed.value.exit_status == 1
 
 

@@ -8,6 +8,7 @@ that this file runs in any peer's environment. Source: our own; each script name
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -15,6 +16,16 @@ import resource
 import statistics
 import sys
 from collections.abc import Sequence
+
+
+def require(*packages: str) -> None:
+    """Ends the script with one line when the environment lacks a package that it times or needs."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"Error: {', '.join(missing)} not installed here: experiments/benchmark.py --peer=NAME makes an "
+            "environment with all of it and runs this script there"
+        )
 
 
 def parser(description: str, suites: Sequence[str]) -> argparse.ArgumentParser:

@@ -42,8 +42,11 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import accelerate
 import timing
+
+timing.require("torch", "trl", "transformers", "accelerate", "datasets")
+
+import accelerate
 import tokenizers
 import torch
 import transformers

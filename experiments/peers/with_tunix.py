@@ -37,11 +37,14 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import timing
+
+timing.require("jax", "flax", "optax", "tunix")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import timing
 from flax import nnx
 from tunix.generate import sampler as sampler_lib
 from tunix.models.llama3 import model as llama_lib

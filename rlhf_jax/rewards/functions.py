@@ -76,7 +76,7 @@ class Judge:
             found = self.function(*in_place, **by_name)
         except Exception as error:
             raise FunctionFailed(
-                f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; the last checkpoint is intact, "
+                f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; what was saved before is intact, "
                 "mend the function and give the same command again"
             ) from error
         try:

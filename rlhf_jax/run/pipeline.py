@@ -66,6 +66,16 @@ FILLED: Mapping[str, frozenset[str]] = {
 Files and models among them count by their content, as inputs of the stage.
 """
 
+_OWN = {"sft": frozenset({"pretraining_text"}), "reward_model": frozenset({"model"})}
+"""Keys of `FILLED` that the pipeline takes from the config all the same."""
+
+FILLED_FROM = {
+    "seed": "it is --config.seed for every stage",
+    "model": "it starts from --config.base, or from the model that an earlier stage wrote",
+    "models": "the pipeline's own models have these names; give another model another name",
+}
+"""What to set in the place of a key that is filled in; of others the data stage makes the value."""
+
 DATA_PATHS = ("data", "data_dir", "demonstrations", "rankings", "prompts", "corpus", "model")
 """Keys of the data group that may name a file or a folder; storyland has numbers under some of them."""
 
@@ -113,6 +123,38 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
     measured["few_shot"] = _left(config["evaluate"]["few_shot"], {"demonstrations"})
     measured["models"] = sorted({*config["evaluate"]["models"]} - {*COMPARED})
     return found
+
+
+def set_in_vain(config: Plain) -> list[str]:
+    """Keys that the pipeline fills in itself, although the config sets them: each with its value and what to set.
+
+    What a program that runs alone starts with (``""``, seed 0, the base model) counts as not set.
+
+    Args:
+      config: of the whole pipeline.
+    """
+    found = []
+    for stage in ("sft", "ppo_init", "samples", "reward_model", "ppo_ptx", "evaluation"):
+        group = GROUPS[stage]
+        for key in sorted(FILLED[stage] - _OWN.get(stage, frozenset()) - {"name"}):
+            for name, value in _set_values(f"{group}.{key}", config[group][key]):
+                if value not in ("", 0, config["base"], config["seed"]):
+                    fix = FILLED_FROM.get(key, "it is a file or a model that an earlier stage writes")
+                    found.append(f"{name}={value!r} would be ignored, the pipeline fills it in: {fix}")
+    return found
+
+
+def _set_values(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A setting, or those of its entries that the pipeline fills in."""
+    if name == "evaluate.models":
+        return [(f"{name}.{model}", value.get(model, "")) for model in COMPARED]
+    if name == "evaluate.few_shot":
+        return [(f"{name}.demonstrations", value["demonstrations"])]
+    if isinstance(value, Mapping):
+        return [(f"{name}.{entry}", path) for entry, path in value.items()]
+    if isinstance(value, tuple | list):
+        return [(f"{name}[{place}]", path) for place, path in enumerate(value)]
+    return [(name, value)]
 
 
 def _left(group: Plain, names: Collection[str]) -> dict[str, Any]:
@@ -302,7 +344,10 @@ def _tokens(config: Plain) -> dict[str, float]:
     ranked = (sample["min_k"] + sample["max_k"]) / 2
     rollout = ppo["iterations"] * ppo["episodes"] * slots["ppo"]
     text = ppo["iterations"] * ppo["episodes"] * ppo["ptx_rows_per_episode"] * ppo["ptx_row_length"] * 3
-    answers = evaluation["baseline_samples"] + evaluation["samples"] * (models - 1)
+    answers = test * (evaluation["baseline_samples"] + evaluation["samples"] * (models - 1))
+    shots = evaluation["few_shot"]
+    trials = shots["candidates"] * shots["trial_prompts"] if shots["candidates"] > 1 else 0
+    shown = evaluation["base_samples"] * (test + trials) * (shots["examples"] + 1)  # rows that begin with examples
     return {
         "data": 0.0,
         "sft": _supervised(config["sft"], demonstrations),
@@ -312,7 +357,7 @@ def _tokens(config: Plain) -> dict[str, float]:
         "baseline": 2.0 * config["sft"]["epochs"] * validation * config["validation_samples"] * slots["evaluate"],
         "ppo": rollout * (4.0 + 6.0 * ppo["epochs"]),
         "ppo_ptx": rollout * (4.0 + 6.0 * ppo["epochs"]) + text * (ppo["ptx_coef"] != 0),
-        "evaluation": 2.0 * test * answers * slots["evaluate"],
+        "evaluation": 2.0 * (answers + shown) * slots["evaluate"],
     }
 
 

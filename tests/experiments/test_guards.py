@@ -314,7 +314,7 @@ def seen(**changes: float) -> dict[str, float]:
 def test_an_alarm_stops_ppo_and_says_what_to_do(changes, message):
     config = ConfigDict({"kl_ceiling": 60.0, "entropy_floor": 0.2, "value_error_ceiling": 10.0})
     ppo.alarm(seen(), 4, config)
-    with pytest.raises(FloatingPointError, match=f"iteration 5: .*{message}.*the last checkpoint is intact"):
+    with pytest.raises(FloatingPointError, match=f"iteration 5: .*{message}.*what was saved before is intact"):
         ppo.alarm(seen(**changes), 4, config)
 
 

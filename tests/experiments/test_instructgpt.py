@@ -7,6 +7,7 @@ key is written by hand, and what a stage reads is held against what it is handed
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -221,6 +222,59 @@ def test_the_plan_names_the_key_and_computes_and_writes_nothing(finished, tmp_pa
         )  # fmt: skip
     assert capsys.readouterr().out == f"9 stages in {tmp_path / 'fresh'}: {', '.join(STAGES)}\n"
     assert not (tmp_path / "fresh").exists()
+
+
+FILLED_IN = (
+    ("sft.seed", "5"), ("sft.model", "runs/mine"), ("sft.demonstrations", "mine.jsonl"),
+    ("ppo_init.pretraining_text", "mine.txt"), ("sample.models", "('runs/mine',)"), ("sample.prompts", "mine.jsonl"),
+    ("reward_model.rankings", "mine.jsonl"), ("reward_model.evaluation.validation_train", "mine.jsonl"),
+    ("ppo.seed", "5"), ("ppo.reward_model", "runs/mine"), ("evaluate.models.sft", "runs/mine"),
+    ("evaluate.reference", "runs/mine"), ("evaluate.few_shot.demonstrations", "mine.jsonl"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), FILLED_IN)
+def test_a_value_that_the_pipeline_would_not_read_is_refused(key, value):
+    with pytest.raises(ValueError, match=re.escape(key) + r".*would be ignored, the pipeline fills it in"):
+        instructgpt.check_shapes(load(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(ROOT.glob("configs/instructgpt/*.py")) if path.name != "__init__.py"],
+    ids=lambda path: path.stem,
+)
+def test_no_config_of_the_project_sets_what_is_filled_in(path):
+    for arg in ("", ":smoke"):
+        assert reads.set_in_vain(json.loads(config_lib.to_json(config_lib.load_config(f"{path}{arg}")))) == []
+
+
+def test_another_seed_for_the_whole_is_not_one_that_is_ignored():
+    instructgpt.check_shapes(load(seed="3"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("sft.optimizer", "adamx", "sft.optimizer='adamx'"),
+        ("ppo_init.schedule", "cosin", "ppo_init.schedule='cosin'"),
+        ("reward_model.train", "heads", "reward_model.train='heads'"),
+        ("reward_model.too_long", "cut", "reward_model.too_long='cut'"),
+        ("sft.assistant_turns", "first", "sft.assistant_turns='first'"),
+        ("ppo.decoder.dtype", "float31", "ppo.decoder: dtype"),
+        ("ppo.sharding.policy", "(('mlp', ('rows',)),)", "ppo.sharding.policy: .*'rows'"),
+        ("sample.min_k", "12", "min_k"),
+        ("ppo.kl.controller", "fix", "ppo.kl.controller='fix'"),
+        ("ppo.minibatches", "3", "ppo.minibatches=3"),
+        ("ppo.ptx_rows_per_episode", "0.3", "ppo.ptx_rows_per_episode=0.3"),
+        ("ppo.policy_loss.fn", "rlhf_jax.losses.policy:none_such", "none_such"),
+        ("reward_model.loss.fn", "rlhf_jax.losses.ranking:none_such", "none_such"),
+        ("evaluate.gold", "no.module:gold_of", "no.module"),
+    ],
+)
+def test_what_the_last_stage_would_refuse_is_refused_first(key, value, said):
+    with pytest.raises(ValueError, match=said):
+        instructgpt.check_shapes(load(**{key: value}))
 
 
 # -------------------------------------------------------------------------------- what is handed, and what counts

@@ -43,9 +43,17 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.generate import generate, generate_many, lower_generate
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
-from rlhf_jax.rollout import make_score_and_shape
+from rlhf_jax.rollout import Shaping, make_score_and_shape
 from rlhf_jax.run.files import write_lines
-from rlhf_jax.steps import compile_step, make_ppo_step, make_reward_step, make_sft_step, train_state
+from rlhf_jax.steps import (
+    PPO,
+    Optimizers,
+    compile_step,
+    make_ppo_step,
+    make_reward_step,
+    make_sft_step,
+    train_state,
+)
 from rlhf_jax.types import KLState, LMBatch, Model, PPOState, PromptBatch, Samples
 
 PEERS = {
@@ -243,9 +251,9 @@ def ppo(a: argparse.Namespace) -> Work:
     config = decoder(a, length)
     policy, scalar = language_model(config), scalar_model(config)
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
-    shape = make_score_and_shape(policy, scalar, scalar, max_new_tokens=a.new_tokens)
-    how = {"epochs": a.epochs, "minibatches": a.minibatches, "max_new_tokens": a.new_tokens}
-    step_fn = compile_step(make_ppo_step(policy, scalar, tx, tx, ptx_coef=0.0, **how))
+    shape = make_score_and_shape(policy, scalar, scalar, Shaping(max_new_tokens=a.new_tokens))
+    settings = PPO(ptx_coef=0.0, epochs=a.epochs, minibatches=a.minibatches, max_new_tokens=a.new_tokens)
+    step_fn = compile_step(make_ppo_step(policy, scalar, Optimizers(tx, tx), settings))
     reference, critic = (jax.jit(m.init)(jax.random.key(a.seed)) for m in (policy, scalar))
     held = [PPOState(train_state(reference, tx), train_state(critic, tx), KLState(jnp.float32(0.05)), jnp.int32(0))]
 

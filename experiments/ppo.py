@@ -34,10 +34,13 @@ from rlhf_jax.generate import generate, lower_generate
 from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rewards import functions
-from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
+from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
 from rlhf_jax.steps import (
     POLICY_ARGUMENTS,
+    PPO,
     VALUE_ARGUMENTS,
+    Losses,
+    Optimizers,
     compile_frozen_step,
     make_ppo_step,
     minibatch_order,
@@ -156,8 +159,8 @@ def require_reward(config: ConfigDict) -> None:
 
 def validate(config: ConfigDict) -> None:
     """Refuses numbers that do not fit together and losses that are none, before anything is loaded."""
-    config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS)
-    config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS)
+    losses(config)
+    update_settings(config)
     config_lib.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
     config_lib.require_divides("score_microbatches", config.score_microbatches, config.episodes, "the rollout batch")
     if config.ptx_coef:
@@ -332,17 +335,9 @@ def compiled_pieces(
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
     """The two compiled pieces after sampling, compiled when first called; the state stays `where` it is."""
-    policy_tx, value_tx = optimizers(config)
     make_step = partial(
-        make_ppo_step, policy_tx=policy_tx, value_tx=value_tx,
-        policy_loss=config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS),
-        value_loss=config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS),
-        ptx_coef=config.ptx_coef, whiten_advantages=config.whiten_advantages, ema_decay=config.ema_decay,
-        epochs=config.epochs, minibatches=config.minibatches, microbatches=config.microbatches,
-        ptx_microbatches=config.ptx_microbatches, temperature=config.temperature, ppo_clip_norm=config.ppo_clip_norm,
-        ptx_clip_norm=config.ptx_clip_norm, spike_std=config.guard.spike_std,
+        make_ppo_step, optimizers=optimizers(config), ppo=update_settings(config), losses=losses(config),
         batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
-        max_new_tokens=config.max_new_tokens,
     )  # fmt: skip
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
@@ -351,9 +346,7 @@ def compiled_pieces(
 
     score_and_shape = make_score_and_shape(
         rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
-        gamma=config.gamma, lam=config.lam, temperature=config.temperature,
-        missing_eos_score=config.missing_eos_score, truncation=config.truncation, whiten_rewards=config.whiten_rewards,
-        microbatches=config.score_microbatches, max_new_tokens=config.max_new_tokens,
+        config_lib.filled_from(Shaping, config, microbatches=config.score_microbatches),
     )  # fmt: skip
     frozen = trained[0].frozen, trained[1].frozen
     return Pieces(score_and_shape, compile_frozen_step(step, frozen, state_sharding=where))
@@ -373,7 +366,18 @@ def reward_and_value(
     return (None if config.text_reward else network), network
 
 
-def optimizers(config: ConfigDict) -> tuple[Any, Any]:
+def update_settings(config: ConfigDict) -> PPO:
+    """The numbers of the update."""
+    return config_lib.filled_from(PPO, config, spike_std=config.guard.spike_std)
+
+
+def losses(config: ConfigDict) -> Losses:
+    """The losses that the config names."""
+    policy = config_lib.resolve(config.policy_loss, available=POLICY_ARGUMENTS)
+    return Losses(policy, config_lib.resolve(config.value_loss, available=VALUE_ARGUMENTS))
+
+
+def optimizers(config: ConfigDict) -> Optimizers:
     """Adam for the policy and for the value network; the schedule counts epochs x minibatches steps an iteration."""
     per_iteration = config.epochs * config.minibatches
     policy, value = (
@@ -383,7 +387,9 @@ def optimizers(config: ConfigDict) -> tuple[Any, Any]:
             (config.value_learning_rate, config.value_warmup_iterations),
         )
     )
-    return common.optimizer(config, policy), common.optimizer(config, value, clip_norm=config.value_clip_norm)
+    return Optimizers(
+        common.optimizer(config, policy), common.optimizer(config, value, clip_norm=config.value_clip_norm)
+    )  # fmt: skip
 
 
 def kl_controller(config: ConfigDict) -> kl_control.KLController:
@@ -527,9 +533,11 @@ def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: Con
     reward = setup.reward
     step_zero_checks(
         setup.policy.model, setup.value, reward.model if reward else None,
-        setup.trained_policy.full(state.policy.params), setup.policy.params,
-        setup.trained_value.full(state.value.params), reward.params if reward else None, samples,
-        temperature=config.temperature,
+        InitialParams(
+            policy=setup.trained_policy.full(state.policy.params), reference=setup.policy.params,
+            value=setup.trained_value.full(state.value.params), reward=reward.params if reward else None,
+        ),
+        samples, temperature=config.temperature,
     )  # fmt: skip
 
 

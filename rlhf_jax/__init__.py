@@ -30,8 +30,11 @@ from rlhf_jax.ops import (
     token_log_probs,
     whiten,
 )
-from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
+from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
 from rlhf_jax.steps import (
+    PPO,
+    Losses,
+    Optimizers,
     accumulate_grads,
     compile_step,
     make_ppo_step,
@@ -59,14 +62,18 @@ from rlhf_jax.types import (
 )
 
 __all__ = [
+    "PPO",
     "Cache",
     "DecoderConfig",
+    "InitialParams",
     "KLState",
     "LMBatch",
+    "Losses",
     "Max",
     "Mean",
     "Metrics",
     "Model",
+    "Optimizers",
     "Output",
     "PPOState",
     "Params",
@@ -74,6 +81,7 @@ __all__ = [
     "RankingBatch",
     "Rollout",
     "Samples",
+    "Shaping",
     "StepFn",
     "TrainState",
     "accumulate_grads",

@@ -12,6 +12,7 @@ import ast
 import atexit
 import contextlib
 import contextvars
+import dataclasses
 import difflib
 import errno
 import functools
@@ -29,7 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 try:
     import fcntl
@@ -46,6 +47,9 @@ from rlhf_jax.run.secrets import REDACTED, is_secret, known_secrets, redact, sec
 Run = Callable[[ConfigDict, str], Any]
 
 # ------------------------------------------------------------------------------------------- functions by name
+
+
+T = TypeVar("T")
 
 
 def fn_spec(fn: str, **overrides: Any) -> ConfigDict:
@@ -103,6 +107,21 @@ def resolve(spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str]
     if available is not None:
         _check_arguments(name, fn, tuple(available))
     return functools.partial(fn, **fields)
+
+
+def filled_from(kind: Callable[..., T], config: ConfigDict, **others: Any) -> T:
+    """A frozen dataclass of settings (`steps.PPO`, `rollout.Shaping`) from the keys of a config that are its fields.
+
+    Args:
+      kind: the dataclass; it checks its own numbers.
+      config: a group; keys that are no fields are left to others.
+      **others: fields that have another name in the config, or none.
+
+    Raises:
+      ValueError: as `kind` does.
+    """
+    names = {field.name for field in dataclasses.fields(kind)} - {*others}  # pyright: ignore[reportArgumentType]
+    return kind(**{name: config[name] for name in sorted(names & {*config})}, **others)
 
 
 def import_fn(name: str) -> Callable[..., Any]:

@@ -154,34 +154,89 @@ def make_reward_step(
     return step
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPO:
+    """How one rollout becomes optimizer steps: the numbers of the update, checked when it is made.
+
+    Raises:
+      ValueError: a number that no update can have; the message names the field.
+
+    Source of the defaults: Ouyang et al. 2022, appendix C.4.
+    """
+
+    epochs: int = 1
+    """Passes over the rollout, each in a new random order."""
+    minibatches: int = 8
+    """Optimizer steps per pass; must divide the rows of the rollout."""
+    microbatches: int = 1
+    """Pieces of a minibatch that go through the networks one after the other."""
+    whiten_advantages: bool = True
+    """Scale them to mean 0 and variance 1 once, over the response tokens of the whole rollout."""
+    temperature: float | int = 1.0
+    """The sampler's."""
+    ppo_clip_norm: float | int | None = None
+    """Largest norm of the PPO term's gradient alone; None for no clipping."""
+    ptx_coef: float | int = 27.8
+    """gamma of eq. 2; 0 is plain PPO, bit for bit."""
+    ptx_microbatches: int | None = None
+    """`microbatches` for the pretraining rows; None for the same number."""
+    ptx_clip_norm: float | int | None = None
+    """Largest norm of ``ptx_coef * grad L_ptx / n_ptx_tokens`` alone. One clip over the sum (in the policy's optimizer)
+    would let a large pretraining term shrink the PPO term."""
+    ema_decay: float | int = 0.992
+    """Of the policy's average, updated every optimizer step where the state keeps one."""
+    spike_limit: float | int | None = None
+    """Skip a minibatch when the gradient norm of a network is above it; None for no fixed limit."""
+    spike_std: float | int | None = None
+    """As in `make_sft_step`, for both networks; of the value network the largest reward of a minibatch counts too."""
+    max_new_tokens: int | None = None
+    """Of the sampler: the last block of each network then computes responses alone. None where that is not known; a row
+    with a longer response gives a loss that is not finite."""
+
+    def __post_init__(self):
+        for name in ("epochs", "minibatches", "microbatches", "ptx_microbatches", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("ppo_clip_norm", "ptx_clip_norm", "spike_limit", "spike_std", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be more than 0")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1")
+
+
+class Losses(NamedTuple):
+    """The three losses of PPO-ptx, each called with the arguments that it names."""
+
+    policy: Loss = ppo_policy_loss
+    """Of `POLICY_ARGUMENTS`; `advantages` are whitened when `PPO.whiten_advantages`."""
+    value: Loss = ppo_value_loss
+    """Of `VALUE_ARGUMENTS`."""
+    ptx: Loss = sft_loss
+    """Of `LM_ARGUMENTS`."""
+
+
+class Optimizers(NamedTuple):
+    """One optimizer per network; their schedules count optimizer steps, ``epochs * minibatches`` per rollout."""
+
+    policy: optax.GradientTransformation
+    value: optax.GradientTransformation
+
+
 def make_ppo_step(
     policy: Model,
     value: Model,
-    policy_tx: optax.GradientTransformation,
-    value_tx: optax.GradientTransformation,
+    optimizers: Optimizers,
+    ppo: PPO = PPO(),
     *,
-    policy_loss: Loss = ppo_policy_loss,
-    value_loss: Loss = ppo_value_loss,
-    ptx_loss: Loss = sft_loss,
-    ptx_coef: float | int = 27.8,
-    whiten_advantages: bool = True,
-    ema_decay: float | int = 0.992,
-    epochs: int = 1,
-    minibatches: int = 8,
-    microbatches: int = 1,
-    ptx_microbatches: int | None = None,
-    temperature: float | int = 1.0,
-    ppo_clip_norm: float | int | None = None,
-    ptx_clip_norm: float | int | None = None,
-    spike_limit: float | int | None = None,
-    spike_std: float | int | None = None,
+    losses: Losses = Losses(),  # noqa: B008
     batch_sharding: jax.sharding.Sharding | None = None,
     rollout_model: Callable[[Model], Model] = lambda model: model,
-    max_new_tokens: int | None = None,
 ) -> StepFn:
     """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix of PPO-ptx.
 
-    ``grad = grad L_policy / n_tokens + ptx_coef * grad L_ptx / n_ptx_tokens``, then one optimizer step a minibatch.
+    ``grad = grad L_policy / n_tokens + ptx_coef * grad L_ptx / n_ptx_tokens``, then one optimizer step per minibatch.
 
     The value network has its own loss and optimizer, and no pretraining term. Both networks step together: a minibatch
     with a non-finite number or a spike in either leaves both as they were.
@@ -189,29 +244,11 @@ def make_ppo_step(
     Args:
       policy: a language model.
       value: a scalar model, its own network.
-      policy_tx: optimizer of the policy; its schedule counts optimizer steps, ``epochs * minibatches`` a rollout.
-      value_tx: optimizer of the value network.
-      policy_loss: arguments by name from `POLICY_ARGUMENTS`; `advantages` are whitened when `whiten_advantages`.
-      value_loss: arguments by name from `VALUE_ARGUMENTS`.
-      ptx_loss: arguments by name from `LM_ARGUMENTS`.
-      ptx_coef: gamma of eq. 2; 0 is plain PPO, bit for bit.
-      whiten_advantages: scale them to mean 0 and variance 1 once, over the response tokens of the whole rollout.
-      ema_decay: of the policy's average, updated every optimizer step where the state keeps one.
-      epochs: passes over the rollout, each in a new random order.
-      minibatches: optimizer steps a pass; must divide the rows of the rollout.
-      microbatches: pieces of a minibatch that go through the networks one after the other.
-      ptx_microbatches: the same for the pretraining rows; None for `microbatches`.
-      temperature: the sampler's.
-      ppo_clip_norm: largest norm of the PPO term alone; None for no clipping.
-      ptx_clip_norm: largest norm of ``ptx_coef * grad L_ptx / n_ptx_tokens`` alone. One clip over the sum (in
-        `policy_tx`) would let a large pretraining term shrink the PPO term.
-      spike_limit: skip a minibatch when a network's gradient norm is above it.
-      spike_std: as in `make_sft_step`, for both networks; of the value network the largest reward of a minibatch counts
-        too.
+      optimizers: of the policy and of the value network.
+      ppo: the numbers of the update.
+      losses: of the policy, of the value network and of the pretraining rows.
       batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the compiler choose.
       rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows` computes two to a row.
-      max_new_tokens: of the sampler: the last block of each network then computes responses alone. None where that is
-        not known; a row with a longer response gives a loss that is not finite.
 
     Returns:
       ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch` are spread over the
@@ -223,36 +260,43 @@ def make_ppo_step(
 
     Source: Ouyang et al. 2022, eq. 2 and appendix C.4; Schulman et al. 2017.
     """
-    policy_loss = bind_arguments(policy_loss, POLICY_ARGUMENTS, name="policy_loss")
-    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, temperature, max_new_tokens)
-    value_loss = bind_arguments(value_loss, VALUE_ARGUMENTS, name="value_loss")
-    value_fn = _value_loss_fn(rollout_model(value), value_loss, max_new_tokens)
-    ptx_fn = _lm_loss_fn(policy, bind_arguments(ptx_loss, LM_ARGUMENTS, name="ptx_loss"))
-    ptx_microbatches = microbatches if ptx_microbatches is None else ptx_microbatches
+    optimizers = Optimizers(*optimizers)
+    bound = Losses(
+        bind_arguments(losses.policy, POLICY_ARGUMENTS, name="policy_loss"),
+        bind_arguments(losses.value, VALUE_ARGUMENTS, name="value_loss"),
+        bind_arguments(losses.ptx, LM_ARGUMENTS, name="ptx_loss"),
+    )
+    policy_fn = _policy_loss_fn(rollout_model(policy), bound.policy, ppo.temperature, ppo.max_new_tokens)
+    value_fn = _value_loss_fn(rollout_model(value), bound.value, ppo.max_new_tokens)
+    ptx_fn = _lm_loss_fn(policy, bound.ptx)
 
     def policy_gradient(params: Params, rows: Rollout, lm_rows: LMBatch | None) -> _Gradient:
-        ppo = _Gradient.of(*accumulate_grads(policy_fn, params, rows, microbatches), name="policy")
+        grads = accumulate_grads(policy_fn, params, rows, ppo.microbatches)
+        gradient = _Gradient.of(*grads, name="policy").clipped(ppo.ppo_clip_norm)
         if lm_rows is None:
-            return ppo.clipped(ppo_clip_norm)
-        ptx = _Gradient.of(*accumulate_grads(ptx_fn, params, (lm_rows, None), ptx_microbatches), name="ptx")
-        return ppo.clipped(ppo_clip_norm).plus(ptx, coef=ptx_coef, clip_norm=ptx_clip_norm)
+            return gradient
+        pieces = ppo.ptx_microbatches or ppo.microbatches
+        ptx = _Gradient.of(*accumulate_grads(ptx_fn, params, (lm_rows, None), pieces), name="ptx")
+        return gradient.plus(ptx, coef=ppo.ptx_coef, clip_norm=ppo.ptx_clip_norm)
+
+    def value_gradient(params: Params, rows: Rollout) -> _Gradient:
+        gradient = _Gradient.of(*accumulate_grads(value_fn, params, rows, ppo.microbatches), name="value")
+        return gradient._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
 
     def optimizer_step(rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]):
         rows, lm_rows = _constrain((_minibatch(rollout, index[0]), index[1]), batch_sharding)
-        policy_grad = policy_gradient(states[0].params, rows, lm_rows)
-        value_grad = _Gradient.of(*accumulate_grads(value_fn, states[1].params, rows, microbatches), name="value")
-        value_grad = value_grad._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
-        txs, limits = (policy_tx, value_tx), (spike_limit, spike_std)
-        return _update_both(states, txs, (policy_grad, value_grad), ema_decay=ema_decay, limits=limits)
+        gradients = policy_gradient(states[0].params, rows, lm_rows), value_gradient(states[1].params, rows)
+        limits = ppo.spike_limit, ppo.spike_std
+        return _update_both(states, optimizers, gradients, ema_decay=ppo.ema_decay, limits=limits)
 
     def step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]
     ) -> tuple[PPOState, Metrics]:
-        if whiten_advantages:
+        if ppo.whiten_advantages:
             rollout = dataclasses.replace(rollout, advantages=ops.whiten(rollout.advantages, rollout.mask))
-        order = minibatch_order(key, rollout.tokens.shape[0], epochs=epochs, minibatches=minibatches)
-        lm_rows = lm_batch if ptx_coef != 0 else None
-        lm_rows = ops.split_rows(lm_rows, epochs * minibatches, "epochs * minibatches", "pretraining batch")
+        order = minibatch_order(key, rollout.tokens.shape[0], epochs=ppo.epochs, minibatches=ppo.minibatches)
+        lm_rows = lm_batch if ppo.ptx_coef != 0 else None
+        lm_rows = ops.split_rows(lm_rows, ppo.epochs * ppo.minibatches, "epochs * minibatches", "pretraining batch")
         states, metrics = lax.scan(partial(optimizer_step, rollout), (state.policy, state.value), (order, lm_rows))
         state = dataclasses.replace(state, policy=states[0], value=states[1], iteration=state.iteration + 1)
         return state, _add_up(metrics)
@@ -605,7 +649,7 @@ def _advance(
 
 def _update_both(
     states: tuple[TrainState, TrainState],
-    txs: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    txs: Optimizers,
     gradients: tuple[_Gradient, _Gradient],
     *,
     ema_decay: float | int,

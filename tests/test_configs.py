@@ -27,8 +27,8 @@ from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
 from rlhf_jax.steps import (
-    POLICY_ARGUMENTS,
-    VALUE_ARGUMENTS,
+    PPO,
+    Optimizers,
     make_ppo_step,
     make_reward_step,
     make_sft_step,
@@ -396,13 +396,11 @@ def test_preset_takes_an_abstract_step_of_each_kind_at_its_real_size(name):
 def ppo_step(config: ConfigDict, policy, value, weights, key):
     ppo.validate(config)
     policy_tx, value_tx = ppo.optimizers(config)
-    step = make_ppo_step(
-        policy, value, policy_tx, value_tx,
-        policy_loss=resolve(config.policy_loss, available=POLICY_ARGUMENTS),
-        value_loss=resolve(config.value_loss, available=VALUE_ARGUMENTS),
+    settings = PPO(
         ptx_coef=config.ptx_coef, epochs=config.epochs, minibatches=config.minibatches,
         microbatches=config.microbatches, temperature=config.temperature,
     )  # fmt: skip
+    step = make_ppo_step(policy, value, Optimizers(policy_tx, value_tx), settings, losses=ppo.losses(config))
     b, t = config.episodes, config.prompt_length + config.max_new_tokens
     rollout = Rollout(
         tokens=ints(b, t), mask=bools(b, t), old_logp=floats(b, t), ref_logp=floats(b, t), old_values=floats(b, t),

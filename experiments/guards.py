@@ -1,6 +1,6 @@
 """What watches over a run (docs/guards.md): skipped steps are counted and named, and a resumed run is the same run.
 
-The guard inside the compiled step (`optim.is_spike`) decides; here its decisions are told, and too many in a row stop
+The guard inside the compiled step (`guard.is_spike`) decides; here its decisions are told, and too many in a row stop
 the run. `origin` is what a checkpoint says of the run beside its arrays, and `check_origin` compares it on resume.
 """
 

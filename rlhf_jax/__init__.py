@@ -35,7 +35,6 @@ from rlhf_jax.steps import (
     PPO,
     Losses,
     Optimizers,
-    accumulate_grads,
     compile_step,
     make_ppo_step,
     make_reward_step,
@@ -60,6 +59,7 @@ from rlhf_jax.types import (
     StepFn,
     TrainState,
 )
+from rlhf_jax.update import accumulate_grads
 
 __all__ = [
     "PPO",

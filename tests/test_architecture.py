@@ -54,7 +54,9 @@ MAY_IMPORT = {
     "checkpoint": {"types", "run.files", "processes"},
     "metrics": {"types", "run.files", "run.console", "processes"},
     "kl_control": {"types"},
-    "steps": {"types", "ops", "advantages", "losses", "scoring", "optim", "sharding"},
+    "guard": {"types"},
+    "update": {"types", "ops", "optim", "guard"},
+    "steps": {"types", "ops", "losses", "scoring", "guard", "update"},
     # `data`: an exported model says what ends its responses, which its tokenizer and chat template know.
     "models": {"types", "ops", "run.files", "processes", "data"},
     "generate": {"types", "ops", "models"},

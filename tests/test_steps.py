@@ -15,7 +15,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import ops, optim, scoring, sharding, steps
+from rlhf_jax import guard as guards
+from rlhf_jax import ops, optim, scoring, sharding, steps, update
+from rlhf_jax.losses.binding import bind_arguments
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
@@ -119,8 +121,8 @@ def test_batches_that_do_not_divide_are_refused_with_the_choices(options, messag
 
 def test_microbatches_give_the_gradient_of_the_whole_ragged_batch():
     params, batch = tiny.LANGUAGE.init(KEY), tiny.lm_batch(8)
-    loss_fn = steps._lm_loss_fn(tiny.LANGUAGE, steps.bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
-    accumulate = jax.jit(partial(steps.accumulate_grads, loss_fn), static_argnums=2)
+    loss_fn = steps._lm_loss_fn(tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
+    accumulate = jax.jit(partial(update.accumulate_grads, loss_fn), static_argnums=2)
     whole, loss, _ = accumulate(params, (batch, None), 1)
     for microbatches in (2, 8):
         grads, split_loss, _ = accumulate(params, (batch, None), microbatches)
@@ -318,11 +320,11 @@ def test_compiled_step_donates_its_state():
 def _gradients(state, rollout, lm_batch):
     whitened = dataclasses.replace(rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask))
     policy_fn = steps._policy_loss_fn(
-        tiny.LANGUAGE, steps.bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"), 1.0
+        tiny.LANGUAGE, bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"), 1.0
     )
-    lm_fn = steps._lm_loss_fn(tiny.LANGUAGE, steps.bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
-    ppo = steps.accumulate_grads(policy_fn, state.policy.params, whitened)[0]
-    return ppo, steps.accumulate_grads(lm_fn, state.policy.params, (lm_batch, None))[0]
+    lm_fn = steps._lm_loss_fn(tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
+    ppo = update.accumulate_grads(policy_fn, state.policy.params, whitened)[0]
+    return ppo, update.accumulate_grads(lm_fn, state.policy.params, (lm_batch, None))[0]
 
 
 def test_ptx_and_ppo_gradients_add_up_in_one_optimizer_step():
@@ -530,7 +532,7 @@ def test_ppo_tells_which_minibatch_was_left_out_and_watches_rewards():
     tx = optim.adam(1e-3)
     state, rollout = start(tx, tx)
     window = jnp.tile(jnp.array([[1e3, 1e3, 1.0]]), (128, 1)) * jnp.linspace(0.9, 1.1, 128)[:, None]
-    guard = dataclasses.replace(optim.guard_state(), window=window, count=jnp.int32(128))
+    guard = dataclasses.replace(guards.guard_state(), window=window, count=jnp.int32(128))
     state = dataclasses.replace(
         state, policy=dataclasses.replace(state.policy, guard=guard),
         value=dataclasses.replace(state.value, guard=guard),

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
 from rlhf_jax.models.hf.families import ARCHITECTURES, NAMES, family_of
-from rlhf_jax.models.hf.settings import SCORE_BIAS, check_rope, check_settings, shown
+from rlhf_jax.models.hf.settings import SCORE_BIAS, check_rope, check_settings, clipped
 
 
 def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
@@ -18,7 +18,7 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
     """
     kind = description.get("model_type")
     if not isinstance(kind, str) or kind not in NAMES:
-        raise ValueError(f"model_type={shown(kind)} is not supported: choose a model of {', '.join(NAMES)}")
+        raise ValueError(f"model_type={clipped(kind)} is not supported: choose a model of {', '.join(NAMES)}")
     if description.get("quantization_config"):
         raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
     for name, value in description.items():
@@ -66,11 +66,11 @@ def check_number(name: str, value: Any, where: str) -> None:
       ValueError: it is.
     """
     if name in _COUNTS and value is not None and not (type(value) is int and 0 <= value <= _COUNTS[name]):
-        raise ValueError(f"{where} has {name}={shown(value)}: it must be an integer from 0 to {_COUNTS[name]:,}")
+        raise ValueError(f"{where} has {name}={clipped(value)}: it must be an integer from 0 to {_COUNTS[name]:,}")
     if name in _REALS and value is not None and not (type(value) in (int, float) and 0 < value <= _REALS[name]):
-        raise ValueError(f"{where} has {name}={shown(value)}: it must be a number above 0, at most {_REALS[name]:g}")
+        raise ValueError(f"{where} has {name}={clipped(value)}: it must be a number above 0, at most {_REALS[name]:g}")
     if name == SCORE_BIAS and not (isinstance(value, int | float) and -1e6 <= value <= 1e6):
-        raise ValueError(f"{where} has {name}={shown(value)}: it must be a number from -1e6 to 1e6")
+        raise ValueError(f"{where} has {name}={clipped(value)}: it must be a number from -1e6 to 1e6")
 
 
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -132,7 +132,9 @@ def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     new, old = (d.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if new and old and {**new, "rope_theta": 0, "type": 0} != {**new, **old, "rope_theta": 0, "type": 0}:
-        raise ValueError(f"rope_parameters={shown(new)} and rope_scaling={shown(old)} in config.json differ: keep one")
+        raise ValueError(
+            f"rope_parameters={clipped(new)} and rope_scaling={clipped(old)} in config.json differ: keep one"
+        )
     rope = new or old
     theta, other = rope.get("rope_theta"), d.get("rope_theta")
     if theta is not None and other is not None and theta != other:
@@ -152,7 +154,7 @@ def _context_within_window(d: Mapping[str, Any]) -> int:
     context, types = d["max_position_embeddings"], d.get("layer_types") or []
     if set(types) - {_LOCAL, _GLOBAL} or (types and len(types) != d["num_hidden_layers"]):
         raise ValueError(
-            f"layer_types={shown(types)} in config.json is not supported: one of {_LOCAL!r} and "
+            f"layer_types={clipped(types)} in config.json is not supported: one of {_LOCAL!r} and "
             f"{_GLOBAL!r} for each of {d['num_hidden_layers']} layers is"
         )
     used = d.get("use_sliding_window", d["model_type"] not in ("qwen2", "qwen3"))
@@ -176,7 +178,7 @@ def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
     rope = d.get("rope_parameters") or {}
     if set(rope) - {_GLOBAL, _LOCAL}:
         raise ValueError(
-            f"rope_parameters={shown(rope)} in config.json is not supported: Gemma 3 has those of "
+            f"rope_parameters={clipped(rope)} in config.json is not supported: Gemma 3 has those of "
             f"{_GLOBAL!r} and of {_LOCAL!r}"
         )
     far = _rope({**d, "rope_parameters": rope.get(_GLOBAL)})

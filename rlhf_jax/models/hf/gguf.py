@@ -16,7 +16,7 @@ from rlhf_jax.models.hf.config_json import check_number
 from rlhf_jax.models.hf.families import GGUF
 from rlhf_jax.models.hf.gguf_tokenizer import gguf_tokenizer
 from rlhf_jax.models.hf.parameters import Shardings, assemble
-from rlhf_jax.models.hf.settings import check_gguf_fields, shown
+from rlhf_jax.models.hf.settings import check_gguf_fields, clipped
 from rlhf_jax.models.hf.stored import Read, Stored, Window, unpermuted
 from rlhf_jax.models.hf.tensors import refuse_unread
 from rlhf_jax.models.hf.tokenizer import model_tokenizer
@@ -139,7 +139,7 @@ def _config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:
 
     kind = field("general.architecture")
     if kind != "llama":
-        raise ValueError(f"general.architecture={shown(kind)} is not supported: choose a llama GGUF file")
+        raise ValueError(f"general.architecture={clipped(kind)} is not supported: choose a llama GGUF file")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     for name, key in _FIELDS.items():
         check_number(name, field(key, 1), str(path))

@@ -28,7 +28,7 @@ from rlhf_jax.models.hf.config_json import config_from_hf
 from rlhf_jax.models.hf.families import GPT2, NAMES
 from rlhf_jax.models.hf.gguf import load_gguf
 from rlhf_jax.models.hf.parameters import Shardings, assemble, over_fsdp
-from rlhf_jax.models.hf.settings import SCORE_BIAS, check_settings, shown, tell_unread
+from rlhf_jax.models.hf.settings import SCORE_BIAS, check_settings, clipped, tell_unread
 from rlhf_jax.models.hf.stored import blocks, checked, split_c_attn, whole
 from rlhf_jax.models.hf.tensors import FolderTensors, is_buffer, refuse_unread, same_values
 from rlhf_jax.models.hf.tokenizer import model_tokenizer
@@ -63,8 +63,8 @@ def load_hf(
       dtype: of the parameters.
       mesh: where to put them: each array is split over the ``fsdp`` axis; None = the default
         device.
-      shardings: where to put them instead, as in training: ``partial(sharding.tree_shardings,
-        mesh=mesh)``.
+      shardings: where to put them instead, as in training:
+        ``partial(sharding.tree_shardings, mesh=mesh)``.
 
     Returns:
       The model, its parameters, and the tokenizer (None where the folder holds no tokenizer.json; a
@@ -132,7 +132,7 @@ def _is_scalar(description: Mapping[str, Any], tensors: FolderTensors) -> bool:
     if len(shape) == 2 and shape[0] != 1:
         raise ValueError(
             f"tensor 'score.weight' of {tensors.path} has the shape {list(shape)}: a classifier of "
-            f"{shape[0]} labels (id2label={shown(description.get('id2label'))}) is no reward "
+            f"{shape[0]} labels (id2label={clipped(description.get('id2label'))}) is no reward "
             "model; choose one with num_labels=1"
         )
     return True

@@ -137,7 +137,7 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in _NEUTRAL or _REFUSED.search(name) or (_COMPUTES.search(name) and name != "auto_map"):
             raise ValueError(
-                f"{name}={shown(value)} in config.json is not supported for model_type={kind!r}: "
+                f"{name}={clipped(value)} in config.json is not supported for model_type={kind!r}: "
                 "this decoder would compute other numbers; choose a model without it, or take the "
                 "field out if it changes nothing"
             )
@@ -145,7 +145,7 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
     _check_architecture(kind, description.get("architectures"))
     tied = description.get("tie_word_embeddings", False)
     if type(tied) is not bool:
-        raise ValueError(f"tie_word_embeddings={shown(tied)} in config.json must be true or false")
+        raise ValueError(f"tie_word_embeddings={clipped(tied)} in config.json must be true or false")
     return unknown
 
 
@@ -157,7 +157,7 @@ def tell_unread(what: str, unknown: Mapping[str, Any]) -> None:
       unknown: name -> value.
     """
     if unknown:
-        told = ", ".join(f"{name}={shown(value)}" for name, value in unknown.items())
+        told = ", ".join(f"{name}={clipped(value)}" for name, value in unknown.items())
         print(f"Note: {what} that are not read: {told}", file=sys.stderr, flush=True)
 
 
@@ -207,7 +207,7 @@ def _check_architecture(kind: str, names: Any) -> None:
     if names is None or names == []:
         return
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"architectures={shown(names)} in config.json must be a list of names")
+        raise ValueError(f"architectures={clipped(names)} in config.json must be a list of names")
     for name in names:
         if not _CLASSES.fullmatch(name.lower()):
             raise ValueError(
@@ -231,7 +231,7 @@ def check_rope(rope: Mapping[str, Any], names: tuple[str, ...], where: str) -> N
     for name, value in rope.items():
         if name not in (*names, "rope_type", "type", "rope_theta") and not _is_plain(name, value, {"model_type": ""}):
             raise ValueError(
-                f"{name}={shown(value)} in {where} of config.json is not supported: choose a model "
+                f"{name}={clipped(value)} in {where} of config.json is not supported: choose a model "
                 "with plain or llama3 rotary positions"
             )
 
@@ -275,7 +275,7 @@ def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str,
             continue
         if name in _GGUF_PLAIN or name.startswith(("llama.", "adapter.")):
             raise ValueError(
-                f"{name}={shown(value)} in {path} is not supported: this decoder would compute "
+                f"{name}={clipped(value)} in {path} is not supported: this decoder would compute "
                 "other numbers; choose a plain llama model in one file"
             )
         unknown[name] = value
@@ -288,7 +288,7 @@ def _near(value: Any, plain: Any) -> bool:
     return abs(value - plain) <= 1e-5 * abs(plain)
 
 
-def shown(value: Any) -> str:
+def clipped(value: Any) -> str:
     """A value as an error may quote it: on one line of at most 60 characters."""
     try:
         text = repr(value)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.models.hf.safetensors_file import FLOATS, InFile, tensors_of
-from rlhf_jax.models.hf.settings import shown
+from rlhf_jax.models.hf.settings import clipped
 from rlhf_jax.models.hf.stored import Stored
 from rlhf_jax.run.files import PLAIN_NAME, read_json
 
@@ -73,7 +73,7 @@ class FolderTensors:
         for shard in weight_map.values():
             if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
                 raise ValueError(
-                    f"{self.path / INDEX} names the shard {shown(shard)}, which is no file of this "
+                    f"{self.path / INDEX} names the shard {clipped(shard)}, which is no file of this "
                     "folder: an index holds plain file names; copy the model again from a source "
                     "you trust"
                 )

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from msgspec import structs
 
 from experiments import common, look
 from rlhf_jax import config as config_lib
@@ -192,7 +193,7 @@ class Lengths:
             return None
         # People's ranks may have gaps, where a reply was deleted or is left out here.
         order = sorted(set(ranks))
-        return dataclasses.replace(
+        return structs.replace(
             record, responses=tuple(record.responses[k] for k in kept), ranks=tuple(order.index(r) for r in ranks)
         )
 
@@ -340,7 +341,7 @@ def _shuffled(seed: int, *parts: str | None) -> bytes:
 
 def _named(records: Sequence[Any]) -> list[Any]:
     """The records with ids that are not given twice: the source and the place in it."""
-    return [dataclasses.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
+    return [structs.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
 
 
 def _distinct(records: Iterable[Any]) -> list[Any]:
@@ -355,7 +356,7 @@ def _unique_ids(records: Sequence[Any]) -> list[Any]:
     for record in records:
         seen[record.id] += 1
         count = seen[record.id]
-        result.append(record if count == 1 else dataclasses.replace(record, id=f"{record.id}/{count}"))
+        result.append(record if count == 1 else structs.replace(record, id=f"{record.id}/{count}"))
     return result
 
 
@@ -535,7 +536,7 @@ def _lines(
 
 def _with_ids(name: str, records: Iterable[Any]) -> list[Any]:
     """The records, those without an id named by their place."""
-    return [r if r.id else dataclasses.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
+    return [r if r.id else structs.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
 
 
 def _check_cleaning(config: ConfigDict) -> None:
@@ -626,7 +627,7 @@ def _stage_files(parts: dict[str, dict[str, list[Any]]], ranking_share: float, s
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
         records = [record for part in of if part for record in part[split]]
         return _unique_ids(
-            _distinct(schema.Prompt(**{f.name: getattr(r, f.name) for f in dataclasses.fields(schema.Prompt)})
+            _distinct(schema.Prompt(**{name: getattr(r, name) for name in schema.Prompt.__struct_fields__})
             for r in records)
         )  # fmt: skip
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from msgspec import structs
 
 from experiments import common, evaluate, reward_model
 from rlhf_jax import scoring
@@ -102,7 +101,7 @@ def test_two_labelers_of_a_prompt_are_one_prompt_of_the_reward_models_interval()
     rng = np.random.default_rng(1)
     scores = {(p, answer): float(rng.normal()) for p in prompts for answer in ("a", "b")}
     rankings = [Ranking(p, ("a", "b"), (0, 1), id=f"{i}/x") for i, p in enumerate(prompts)]
-    second = [dataclasses.replace(r, id=f"{i}/y") for i, r in enumerate(rankings)]
+    second = [structs.replace(r, id=f"{i}/y") for i, r in enumerate(rankings)]
     alone, both = reward_model.evaluate(rankings, scores), reward_model.evaluate(rankings + second, scores)
     for key in ("accuracy", "length_only"):
         assert both[key]["n"] == 2 * alone[key]["n"]

@@ -563,7 +563,7 @@ def test_the_pairs_alone_hold_out_a_thousand_to_measure_a_reward_model_on(data_d
 
 # ---------------------------------------------------------------------------------------------------- one's own files
 
-HAS_USERS = "user" in {field.name for field in dataclasses.fields(schema.Prompt)}
+HAS_USERS = "user" in schema.Prompt.__struct_fields__
 OWN = f"{ROOT}/configs/data/jsonl.py:smoke"
 
 

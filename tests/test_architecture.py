@@ -62,15 +62,18 @@ MAY_IMPORT = {
     "generate": {"types", "ops", "models"},
     "scoring": {"types", "ops", "models"},
     "rollout": {"types", "ops", "advantages", "models", "generate", "scoring", "kl_control"},
-    "data": {"types", "run.files"},
-    "evaluation": {"types", "ops", "generate", "scoring", "data", "run.files"},
+    # The frame of HTML pages: the data have a preview as a page, evaluation the report of a run.
+    "pages": set(),
+    "data": {"types", "run.files", "pages"},
+    "evaluation": {"types", "ops", "generate", "scoring", "data", "run.files", "pages"},
     "rewards": {"config"},
-    "labeling": {"types", "data"},
+    "labeling": {"types", "data", "pages"},
 }
 """The first part of a module's name after ``rlhf_jax.`` -> the parts it may import (DESIGN: who may import whom)."""
 
 ONLY_IN = {
     "flax.nnx": "models",
+    "jinja2": "pages",
     "orbax": "checkpoint",
     "tensorflow_datasets": "data",
     "grain": "data",

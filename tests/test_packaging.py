@@ -38,12 +38,11 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.split("/")[0].endswith(".dist-info")}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "rlhf_jax").rglob("*.py")}
     assets = {p.relative_to(ROOT).as_posix() for p in ASSETS.rglob("*") if p.is_file()}
-    pages = {
-        p.relative_to(ROOT).as_posix()
-        for p in (ROOT / "rlhf_jax").rglob("page/**/*")
-        if p.is_file() and "__pycache__" not in str(p)
+    templates = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "rlhf_jax").rglob("*") if p.suffix in {".jinja", ".css"}
     }
-    assert modules | assets | pages <= names
+    assert "rlhf_jax/pages/page.html.jinja" in templates
+    assert modules | assets | templates <= names
     assert not {n for n in names if not n.startswith("rlhf_jax/")}
     assert not {n for n in names if "__pycache__" in n or n.endswith(".pyc")}
 
@@ -71,6 +70,8 @@ for size in ("base_small", "base_large"):
         with safe_open(path, "numpy") as weights:
             assert len(list(weights.keys())) > 3
         json.loads((folder / "config.json").read_text())
+from rlhf_jax.evaluation.report import render_report
+assert "<title>rlhf_jax: report of a run</title>" in render_report({})
 print("ok", rlhf_jax.__version__)
 """
 

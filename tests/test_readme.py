@@ -60,12 +60,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_its_examples():
     kinds = [(block.language, bool(block.file)) for block in blocks(README)]
-    assert kinds == [("python", True), ("bash", False), ("python", False)]
+    assert kinds == [("python", False), ("python", True), ("bash", False), ("python", False)]
     assert "<!-- results -->" in README
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(README) if not b.file], ids=lambda b: b.language)
-def test_readme_swapping_the_policy_loss_works_from_command_line_and_python(block: Block, folder: Path):
+def test_examples_of_the_readme_run(block: Block, folder: Path):
     env = os.environ | {"XLA_FLAGS": "", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     argv = ["bash", "-euc", block.text] if block.language == "bash" else [sys.executable, "-c", block.text]
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -75,8 +75,12 @@ def test_readme_swapping_the_policy_loss_works_from_command_line_and_python(bloc
         assert "floor=2.0" in done.stdout
         assert '"floor": 2.0' in (folder / "runs" / "dual_clip" / "config.json").read_text()
         assert (folder / "runs" / "dual_clip" / "ema" / "model.safetensors").is_file()
-    else:
+    elif "make_ppo_step" in block.text:
         assert "policy loss" in done.stdout
+    else:
+        losses = [float(loss) for loss in re.findall(r"^loss (\S+) nats", done.stdout, flags=re.MULTILINE)]
+        assert len(losses) == 10
+        assert losses[-1] < losses[0]
 
 
 def test_every_command_of_the_readme_names_real_files_and_keys():
@@ -93,5 +97,7 @@ def test_every_command_of_the_readme_names_real_files_and_keys():
 
 
 def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r' src(?:set)?="([^"]+)"', README)
+    for target in targets:
         assert (ROOT / target).exists(), target
+    assert all((ROOT / target).stat().st_size < 200_000 for target in targets if target.endswith(".png"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.evaluation import charts
 from rlhf_jax.evaluation.report import check_results, render_report, write_report
+from rlhf_jax.pages import charts
 from tests.evaluation import sample_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}

@@ -26,7 +26,6 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from rlhf_jax import processes
 from rlhf_jax.data.special_ids import follow_folder, set_folder_end_ids
 from rlhf_jax.data.text import end_of_turn_id, exported_end_ids
 from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
@@ -43,6 +42,7 @@ from rlhf_jax.models.hf_tensors import (
     weight_files,
 )
 from rlhf_jax.models.vocabulary import check_ids, unused_ids
+from rlhf_jax.run import processes
 from rlhf_jax.run.files import (
     PLAIN_NAME,
     check_file,

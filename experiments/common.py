@@ -26,21 +26,19 @@ import optax
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from experiments import contexts, guards, pretrained
-from rlhf_jax import checkpoint, optim, processes, scoring, sharding
-from rlhf_jax import config as config_lib
+from rlhf_jax import optim, scoring, sharding
 from rlhf_jax.data import chat, parsed, schema, templated, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.generate import generate_many
-from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.models.vocabulary import with_texts_only
-from rlhf_jax.run import cache, files
+from rlhf_jax.run import cache, checkpoint, checks, contexts, files, guards, pretrained, processes, signals
 from rlhf_jax.run import records as run_records
 from rlhf_jax.run.console import Progress
+from rlhf_jax.run.metrics import StageLog
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"
@@ -223,7 +221,7 @@ def ask_xla(flag: str, value: str) -> None:
 def model_folder(name: str) -> Path:
     """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by name (``smollm2``)."""
     if name.startswith(SHIPPED):
-        return storyland_assets.assets() / config_lib.require_name("model", name.removeprefix(SHIPPED))
+        return storyland_assets.assets() / checks.require_name("model", name.removeprefix(SHIPPED))
     return pretrained.folder(name) if name in pretrained.MODELS else files.local_path("model", name)
 
 
@@ -291,7 +289,7 @@ def trained(params: Params, config: ConfigDict) -> Trained:
     Raises:
       ValueError: another word, ``head`` for a language model, or adapters that do not fit the model.
     """
-    config_lib.require_one_of("train", config.train, TRAIN)
+    checks.require_one_of("train", config.train, TRAIN)
     rank, alpha, targets, layers = (config.lora[name] for name in ("rank", "alpha", "targets", "layers"))
     if config.train == "all":
         return Trained(params, {}, alpha)
@@ -301,7 +299,7 @@ def trained(params: Params, config: ConfigDict) -> Trained:
         own |= init_lora(frozen, jax.random.key(config.seed), rank=rank, targets=targets, layers=layers)
     else:
         own = jax.tree.map(jnp.zeros_like, own)
-    config_lib.require(bool(own), "train", config.train, "needs a reward model; for a language model use lora or all")
+    checks.require(bool(own), "train", config.train, "needs a reward model; for a language model use lora or all")
     return Trained(own, frozen, alpha)
 
 
@@ -340,7 +338,7 @@ def optimizer(
         "tf_adam": optim.tf_adam,
         "adam_bf16": functools.partial(optim.adam, first_moment_dtype="bfloat16"),
     }
-    config_lib.require_one_of("optimizer", config.optimizer, OPTIMIZERS)
+    checks.require_one_of("optimizer", config.optimizer, OPTIMIZERS)
     if config.optimizer == "adafactor":
         return optim.adafactor(learning_rate, clip_norm=clip_norm)
     make = adams[config.optimizer]
@@ -355,10 +353,10 @@ def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Sc
     Raises:
       ValueError: an unknown name, or a warmup that leaves no steps.
     """
-    config_lib.require_one_of("schedule", name, SCHEDULES)
+    checks.require_one_of("schedule", name, SCHEDULES)
     if name == "constant":
         return optim.warmup_then_constant(peak, warmup)
-    config_lib.require(warmup < steps, "warmup", warmup, f"of {steps} steps leaves none for schedule={name}: lower it")
+    checks.require(warmup < steps, "warmup", warmup, f"of {steps} steps leaves none for schedule={name}: lower it")
     after = optim.cosine_to if name == "cosine" else optim.linear_to_zero
     return optim.with_warmup(after(peak, steps - warmup), warmup)
 
@@ -426,7 +424,7 @@ def train_resumable(
     records, origin = records or guards.Records("the data", []), dict(origin or {})
     with (
         checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep=keep) as saved,
-        checkpoint.stop_requests() as stop,
+        signals.stop_requests() as stop,
     ):
         done, kept = saved.newest_good() or 0, {}
         if done:

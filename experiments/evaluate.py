@@ -22,17 +22,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, inputs
-from rlhf_jax import config as config_lib
+from experiments import common, inputs
 from rlhf_jax import scoring
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
 from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
-from rlhf_jax.metrics import StageLog
 from rlhf_jax.rewards import functions
+from rlhf_jax.run import cli, contexts
 from rlhf_jax.run.console import Progress, patiently
 from rlhf_jax.run.files import write_json
+from rlhf_jax.run.metrics import StageLog
 from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 BASELINE = "sft"
@@ -438,7 +438,7 @@ def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[st
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
         one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.", check=check,
     )  # fmt: skip

@@ -15,12 +15,11 @@ from typing import Any
 import safetensors
 from ml_collections import ConfigDict, FieldReference
 
-from experiments import common, pretrained
-from rlhf_jax import config as config_lib
+from experiments import common
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import task_of
 from rlhf_jax.models.decoder import DecoderConfig
-from rlhf_jax.run import files
+from rlhf_jax.run import checks, files, pretrained
 from rlhf_jax.sharding import rules_from_data
 
 LANGUAGE, REWARD = "language model", "reward model"
@@ -247,7 +246,7 @@ def _check_words(config: ConfigDict, group: str) -> None:
     for key, value in config.items(preserve_field_references=True):
         value = value.get() if isinstance(value, FieldReference) else value
         if key in ONE_OF and isinstance(value, str):
-            config_lib.require_one_of(f"{group}{key}", value, ONE_OF[key])
+            checks.require_one_of(f"{group}{key}", value, ONE_OF[key])
         elif key == "decoder" and isinstance(value, ConfigDict):
             _check_decoder(value, f"{group}{key}")
         elif key == "sharding":

@@ -19,17 +19,18 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, evaluate, inputs, ppo, prepare_data, pretrained, reward_model, sample, sft
-from rlhf_jax import config as config_lib
+from experiments import common, evaluate, inputs, ppo, prepare_data, reward_model, sample, sft
 from rlhf_jax.data import schema
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
-from rlhf_jax.run import files
+from rlhf_jax.run import checks, cli, files, pretrained
+from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run.plans import Step, describe
 from rlhf_jax.run.results import history, log_rows, samples, stated, versions
 from rlhf_jax.run.stages import Measure, Stage, Stages
+from rlhf_jax.run.workdir import CONFIG_FILE, HARMLESS, change_allowed
 from rlhf_jax.steps import RANKING_ARGUMENTS
 
 STAGES = tuple(reads.VERSIONS)
@@ -41,7 +42,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     common.Compiling.listen()
     pipeline = Pipeline(config, Path(workdir))
     steps = pipeline.plan()
-    with files.written(Path(workdir) / config_lib.CONFIG_FILE) as file:  # not before the plan: it may refuse the config
+    with files.written(Path(workdir) / CONFIG_FILE) as file:  # not before the plan: it may refuse the config
         file.write(config_lib.to_json(config) + "\n")
     if config.get("smoke", False):
         print(SMOKE, flush=True)
@@ -72,7 +73,7 @@ def check_shapes(config: ConfigDict) -> None:
     if ignored:
         raise ValueError("; ".join(ignored))
     check_stages(config)
-    config_lib.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
+    checks.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
     inputs.check_model("base", config.base)
     common.check_shape("base", config.base, config.shapes.policy)
     if config.reward_model.model:
@@ -122,7 +123,7 @@ class Pipeline:
             for name, version in reads.VERSIONS.items()
         ]  # fmt: skip
         self.stages = Stages(
-            folder, stages, harmless=config_lib.HARMLESS, allow_change=config_lib.change_allowed(),
+            folder, stages, harmless=HARMLESS, allow_change=change_allowed(),
             measure=lambda: Measure(common.Compiling.seconds, common.peak_memory_mb()),
             after=common.release_freed_memory,
         )  # fmt: skip
@@ -322,7 +323,7 @@ class Pipeline:
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run, check=check_shapes,
         one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take --distributed.",
     )  # fmt: skip

@@ -17,10 +17,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import common
-from rlhf_jax.config import require, require_range
 from rlhf_jax.data import overview, preview, preview_page, schema, sources
 from rlhf_jax.data.text import encode_prompt, load_tokenizer
 from rlhf_jax.run import files
+from rlhf_jax.run.checks import require, require_range
 
 TERMINAL = "terminal"
 """The value of `config.preview` that shows the rows on the screen; another one is the name of a page."""

@@ -27,13 +27,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from experiments import common, memory, ppo
-from rlhf_jax import config as config_lib
+from experiments import common, ppo
 from rlhf_jax import ops, sharding
 from rlhf_jax.models import decoder
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf
+from rlhf_jax.run import checks, memory
+from rlhf_jax.run import config as config_lib
 from rlhf_jax.steps import train_state
 from rlhf_jax.types import KLState, Model, Params, PPOState
 
@@ -124,7 +125,7 @@ def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
     def decoder_of(role: str, folder: str) -> DecoderConfig:
         if shapes.get(role):
             return gpt2(**shapes[role], **config.decoder, mesh=mesh)
-        config_lib.require(bool(folder), role, folder, "the config has no shapes: pass the folder of a model")
+        checks.require(bool(folder), role, folder, "the config has no shapes: pass the folder of a model")
         found = config_from_hf(common.read_json(common.model_folder(folder) / "config.json"))
         return dataclasses.replace(found, **config.decoder, mesh=mesh)
 
@@ -265,7 +266,7 @@ def check_rows(config: ConfigDict, shards: int) -> None:
         pieces["ptx_rows_per_episode"] = ptx
         pieces["ptx_microbatches"] = ptx // (config.ptx_microbatches or config.microbatches)
     for key, count in pieces.items():
-        config_lib.require(
+        checks.require(
             count % shards == 0 and count > 0, key, config[key],
             f"leaves {count} rows for data x fsdp = {shards} devices: choose a mesh or a {key} that divides",
         )  # fmt: skip
@@ -404,8 +405,8 @@ def run(
     Raises:
       ValueError: an unknown chip, or a mesh that does not divide.
     """
-    config_lib.require_one_of("chip", chip, tuple(CHIPS))
-    config_lib.require_range("utilization", utilization, low=0.01, high=1.0)
+    checks.require_one_of("chip", chip, tuple(CHIPS))
+    checks.require_range("utilization", utilization, low=0.01, high=1.0)
     config, devices = ppo_config(config), math.prod(shape)
     plan = plan_by_rule(config, abstract_mesh(shape))
     room = CHIPS[chip].memory * USABLE
@@ -549,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag)
         unknown = [flag for flag in rest if not (flag.startswith("--config.") and "=" in flag)]
-        config_lib.require(not unknown, "flag", " ".join(unknown), "is unknown; keys of the config: --config.KEY=VALUE")
+        checks.require(not unknown, "flag", " ".join(unknown), "is unknown; keys of the config: --config.KEY=VALUE")
         config = config_lib.load_config(flags.config, overrides)
         shape = mesh_shape(flags.mesh, ppo_config(config))
         if not flags.no_compile:
@@ -578,7 +579,7 @@ def mesh_shape(text: str, config: ConfigDict) -> tuple[int, ...]:
         shape = tuple(int(part) for part in parts)
     except ValueError:
         shape = ()
-    config_lib.require(
+    checks.require(
         len(shape) == 3 and min(shape, default=0) >= 1, "mesh", text or tuple(config.mesh),
         "give three numbers of devices, --mesh=DATA,FSDP,TENSOR",
     )  # fmt: skip

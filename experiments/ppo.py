@@ -23,18 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, inputs, memory
-from rlhf_jax import config as config_lib
-from rlhf_jax import kl_control, processes, scoring, sharding
-from rlhf_jax.checkpoint import Checkpoints, stop_requests
+from experiments import common, inputs
+from rlhf_jax import kl_control, scoring, sharding
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.generate import generate, lower_generate
-from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rewards import functions
 from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
+from rlhf_jax.run import checks, cli, contexts, guards, memory, processes, signals
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run.metrics import StageLog, to_host
 from rlhf_jax.steps import (
     POLICY_ARGUMENTS,
     PPO,
@@ -92,7 +93,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         setup = prepare(config, mesh)
     folder = Path(workdir)
     made_of, kept = origin(config, setup), {}
-    with Checkpoints(folder / "checkpoints", keep=config.keep) as saved, stop_requests() as stop:
+    with Checkpoints(folder / "checkpoints", keep=config.keep) as saved, signals.stop_requests() as stop:
         state, done = setup.state, saved.newest_good() or 0
         if done:
             state, kept = saved.restore(done, state)
@@ -151,7 +152,7 @@ def check(config: ConfigDict) -> None:
 
 def require_reward(config: ConfigDict) -> None:
     """Refuses a config in which nothing rewards."""
-    config_lib.require(
+    checks.require(
         bool(config.reward_model) or bool(config.text_reward), "reward_model", config.reward_model,
         "pass the folder of a reward model, or text_reward=module:function",
     )  # fmt: skip
@@ -161,19 +162,19 @@ def validate(config: ConfigDict) -> None:
     """Refuses numbers that do not fit together and losses that are none, before anything is loaded."""
     losses(config)
     update_settings(config)
-    config_lib.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
-    config_lib.require_divides("score_microbatches", config.score_microbatches, config.episodes, "the rollout batch")
+    checks.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
+    checks.require_divides("score_microbatches", config.score_microbatches, config.episodes, "the rollout batch")
     if config.ptx_coef:
         check_ptx_rows(config)
-    config_lib.require_one_of("kl.controller", config.kl.controller, ("fixed", "adaptive"))
-    config_lib.require_range("kl.coef", config.kl.coef, low=0.0)
-    config_lib.require_range("temperature", config.temperature, low=1e-3)
-    config_lib.require_range("ema_decay", config.ema_decay, low=0.0, high=1.0)
-    config_lib.require_range("iterations", config.iterations, low=1)
-    config_lib.require_range("entropy_floor", config.entropy_floor, low=0.0)
-    config_lib.require_range("value_error_ceiling", config.value_error_ceiling, low=0.0)
+    checks.require_one_of("kl.controller", config.kl.controller, ("fixed", "adaptive"))
+    checks.require_range("kl.coef", config.kl.coef, low=0.0)
+    checks.require_range("temperature", config.temperature, low=1e-3)
+    checks.require_range("ema_decay", config.ema_decay, low=0.0, high=1.0)
+    checks.require_range("iterations", config.iterations, low=1)
+    checks.require_range("entropy_floor", config.entropy_floor, low=0.0)
+    checks.require_range("value_error_ceiling", config.value_error_ceiling, low=0.0)
     for name in ("warmup_iterations", "value_warmup_iterations"):
-        config_lib.require(
+        checks.require(
             config.schedule == "constant" or config[name] < config.iterations, name, config[name],
             f"leaves none of iterations={config.iterations} for schedule={config.schedule}: lower it",
         )  # fmt: skip
@@ -415,7 +416,7 @@ def check_ptx_rows(config: ConfigDict) -> int:
     """Rows of pretraining text per iteration; refused unless every optimizer step gets the same number."""
     count = round(config.ptx_rows_per_episode * config.episodes)
     steps = config.epochs * config.minibatches
-    config_lib.require(
+    checks.require(
         count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
         f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
     )  # fmt: skip
@@ -651,4 +652,4 @@ def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, con
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run, check=check)
+    cli.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run, check=check)

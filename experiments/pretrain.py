@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, inputs, memory
-from rlhf_jax import config as config_lib
+from experiments import common, inputs
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import language_model
+from rlhf_jax.run import cli, contexts, memory
 from rlhf_jax.run.console import Progress
+from rlhf_jax.run.metrics import StageLog, read
 from rlhf_jax.steps import compile_step, make_sft_step, train_state
 from rlhf_jax.types import LMBatch, Model, StepFn, TrainState
 
@@ -139,6 +139,6 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run, check=check
     )  # fmt: skip

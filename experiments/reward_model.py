@@ -18,13 +18,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, inputs, memory
-from rlhf_jax import config as config_lib
-from rlhf_jax import processes, scoring, sharding
+from experiments import common, inputs
+from rlhf_jax import scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.run import checks, cli, contexts, guards, memory, processes
+from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.console import Progress
 from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
@@ -185,7 +186,7 @@ def fitting(
     Raises:
       ValueError: one does not fit and `config.too_long` is "error", or none does.
     """
-    config_lib.require_one_of("too_long", config.too_long, ("error", "drop"))
+    checks.require_one_of("too_long", config.too_long, ("error", "drop"))
     whole = [tokens([ranking])["tokens"] for ranking in encoded]
     text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
     pairs = enumerate(zip(whole, text_lengths, strict=True))
@@ -289,7 +290,7 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
             flush=True,
         )
     records = fitting_records[: config.bias_demonstrations]
-    config_lib.require(
+    checks.require(
         bool(records), "demonstrations", config.demonstrations,
         f"none fits the model's context of {context} tokens: give shorter ones, or a model of a longer context",
     )  # fmt: skip
@@ -402,6 +403,4 @@ def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.n
 
 
 if __name__ == "__main__":
-    config_lib.main(
-        run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run, check=check
-    )
+    cli.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run, check=check)

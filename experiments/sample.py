@@ -19,11 +19,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, inputs
-from rlhf_jax import config as config_lib
+from experiments import common, inputs
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland import labelers, task_of
-from rlhf_jax.metrics import StageLog
+from rlhf_jax.run import checks, cli, contexts
+from rlhf_jax.run.metrics import StageLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check(config: ConfigDict) -> None:
     inputs.check_settings(config)
     draw_k(config.seed, 0, config.min_k, config.max_k)
     models = config.models
-    config_lib.require(
+    checks.require(
         isinstance(models, tuple) and len(models) > 0, "models", models, "pass folders, --config.models=\"('FOLDER',)\""
     )
     for place, name in enumerate(models):
@@ -163,7 +163,7 @@ def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: i
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/sample/storyland.py", workdir="runs/samples",
         one_process="It reads the model folder that sft.py wrote: run it on one host.", check=check,
     )  # fmt: skip

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, inputs, memory
-from rlhf_jax import config as config_lib
-from rlhf_jax import processes, sharding
+from experiments import common, inputs
+from rlhf_jax import sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.metrics import StageLog, read
+from rlhf_jax.run import checks, cli, contexts, guards, memory, processes
+from rlhf_jax.run.metrics import StageLog, read
 from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
 from rlhf_jax.types import LMBatch, Params, StepFn, TrainState
 
@@ -89,7 +89,7 @@ def check(config: ConfigDict) -> None:
 def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
     """Losses of the epochs and the folders of the two that matter, from the log."""
     epochs = [row for row in read(folder / "metrics.jsonl", "sft") if {"validation_loss", "epoch"} <= set(row)]
-    config_lib.require(
+    checks.require(
         bool(epochs), "metrics.jsonl", str(folder / "metrics.jsonl"),
         "holds no validation loss of this run, somebody changed it: start afresh with --overwrite",
     )  # fmt: skip
@@ -175,7 +175,7 @@ def read_demonstrations(
     records = common.read_records(path, schema.Demonstration, tokenizer)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
-    config_lib.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
+    checks.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
     pieces = [
         text.encode_demonstration(tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns)
         for r in records
@@ -205,4 +205,4 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contex
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check)
+    cli.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check)

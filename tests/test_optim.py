@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import checkpoint, optim, scoring, sharding, steps
 from rlhf_jax import guard as guards
+from rlhf_jax import optim, scoring, sharding, steps
 from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.run import checkpoint
 from rlhf_jax.types import LMBatch
 
 

@@ -14,14 +14,14 @@ import pytest
 
 from experiments import common, ppo
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
 from rlhf_jax.data.schema import PlainText, Prompt, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.metrics import to_host
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
 from rlhf_jax.models.hf import load_hf, save_hf
+from rlhf_jax.run.config import load_config
+from rlhf_jax.run.metrics import to_host
 from tests import margins
 
 ROOT = Path(__file__).parents[1]

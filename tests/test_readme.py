@@ -85,7 +85,7 @@ def test_examples_of_the_readme_run(block: Block, folder: Path):
 
 def test_every_command_of_the_readme_names_real_files_and_keys():
     """The stage-by-stage commands are too long to run here: their scripts, configs and keys must exist."""
-    from rlhf_jax.config import load_config
+    from rlhf_jax.run.config import load_config
 
     commands = re.findall(r"^python (experiments/\w+\.py) --config=(\S+)((?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
     assert len(commands) >= 8

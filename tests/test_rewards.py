@@ -11,11 +11,12 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import ppo
-from rlhf_jax import config as C
 from rlhf_jax.data.storyland import task
 from rlhf_jax.rewards import functions
+from rlhf_jax.run import config as config_lib
 
 SOURCE = """
 import json
@@ -72,15 +73,15 @@ def test_a_function_that_wants_no_prompt_is_called_as_before():
 
 
 def test_keyword_only_arguments_are_hyperparameters():
-    judge = functions.judge(C.fn_spec("my_judges:scaled", each=2.0, most=5.0))
+    judge = functions.judge(config_lib.fn_spec("my_judges:scaled", each=2.0, most=5.0))
     assert [judge("", text) for text in ("a", "ab", "abc")] == [2.0, 4.0, 5.0]
-    config = C.ConfigDict({"text_reward": "my_judges:scaled", "other": "my_judges:scaled"}).lock()
-    C.override(config, {"text_reward.each": "3"})
+    config = ConfigDict({"text_reward": "my_judges:scaled", "other": "my_judges:scaled"}).lock()
+    config_lib.override(config, {"text_reward.each": "3"})
     assert functions.judge(config.text_reward)("", "ab") == 6.0
     with pytest.raises(ValueError, match="is a value, not a group"):
-        C.override(config, {"other.each": "3"})
+        config_lib.override(config, {"other.each": "3"})
     with pytest.raises(ValueError, match="no key 'eahc'; did you mean 'each'"):
-        C.override(config, {"text_reward.eahc": "3"})
+        config_lib.override(config, {"text_reward.eahc": "3"})
 
 
 @pytest.mark.parametrize(

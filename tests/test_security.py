@@ -19,12 +19,12 @@ import safetensors.numpy
 import transformers
 
 from experiments import common
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, load_llama2c, save_hf
 from rlhf_jax.run import files
+from rlhf_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [
@@ -105,9 +105,9 @@ def dangers(tree: ast.AST) -> set[str]:
 
 
 ALLOWED = {
-    "rlhf_jax/config.py": {"importlib.import_module"},  # the user's own functions
+    "rlhf_jax/run/config.py": {"importlib.import_module"},  # the user's own functions
     "rlhf_jax/run/config_file.py": {"exec_module"},  # the user's own config file
-    "rlhf_jax/metrics.py": {"importlib.import_module"},  # tensorboardX, wandb: two names in the source
+    "rlhf_jax/run/metrics.py": {"importlib.import_module"},  # tensorboardX, wandb: two names in the source
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import metrics
+from rlhf_jax.run import metrics
 
 PPO_CURVES = {
     "rollout/score": "score",

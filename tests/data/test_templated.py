@@ -11,10 +11,10 @@ import transformers
 from tokenizers import models, pre_tokenizers
 
 from experiments import common, reward_model, sft
-from rlhf_jax.config import load_config
 from rlhf_jax.data import schema, templated, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
+from rlhf_jax.run.config import load_config
 
 WRITTEN = {
     "ChatML": "<|im_start|>user\nWhere do owls sleep?<|im_end|>\n<|im_start|>assistant\n",

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, contexts, evaluate, instructgpt, ppo, pretrain, reward_model, sample, sft
+from experiments import common, evaluate, instructgpt, ppo, pretrain, reward_model, sample, sft
 from rlhf_jax import load_config, scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
+from rlhf_jax.run import contexts
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = text.load_tokenizer(assets())

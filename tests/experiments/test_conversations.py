@@ -13,12 +13,13 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from experiments import common, evaluate, guards, inputs, ppo, reward_model, sample, sft
+from experiments import common, evaluate, inputs, ppo, reward_model, sample, sft
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.schema import Demonstration, Message, Prompt, Ranking
 from rlhf_jax.models import DecoderConfig, language_model, save_hf
+from rlhf_jax.run import guards
+from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[2]
 EOS, START, END, TURN = "<|end_of_text|>", "<|start|>", "<|end_header|>", "<|turn_end|>"

@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import common, guards, ppo, reward_model, sft
-from rlhf_jax import checkpoint, sharding
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import load_config
+from experiments import common, ppo, reward_model, sft
+from rlhf_jax import sharding
 from rlhf_jax.data import parsed
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.schema import Demonstration, PlainText, read_jsonl, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.run import checkpoint, guards, signals
 from rlhf_jax.run import records as run_records
+from rlhf_jax.run.config import load_config
+from rlhf_jax.run.workdir import allow_change
 from rlhf_jax.types import Mean
 from tests.reliability import kill
 
@@ -75,7 +76,7 @@ def train(folder: Path, step_fn, *, steps: int = 8, limit: int = 3, save_every: 
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         if stop_at:
-            patch.setattr(checkpoint, "stop_requests", lambda: contextlib.nullcontext(lambda step: step == stop_at))
+            patch.setattr(signals, "stop_requests", lambda: contextlib.nullcontext(lambda step: step == stop_at))
         common.train_resumable(
             step_fn, {"calls": jnp.int32(0)}, batches, mesh, workdir=folder, stage="toy", steps=steps,
             save_every=save_every, seed=0, show=("loss",), max_skipped=limit,
@@ -172,7 +173,7 @@ def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(input
         guards.check_origin(begun, now)
     assert f"model: the content of {tmp_path / 'model'} has changed (model.safetensors)" in str(told.value)
     assert "keep" not in str(told.value)
-    with config_lib.allow_change():
+    with allow_change():
         guards.check_origin(begun, now)
     assert "learning_rate" in capsys.readouterr().out
 
@@ -207,7 +208,7 @@ def test_another_generator_type_or_precision_is_refused_by_the_name_of_its_flag(
         jax.config.update(flag, was)
     with pytest.raises(ValueError, match=rf"begun with something else \({flag}: .* -> {value}\).*allow_config_change"):
         guards.check_origin(begun, now)
-    with config_lib.allow_change():
+    with allow_change():
         guards.check_origin(begun, now)
     assert f"{flag}: " in capsys.readouterr().out
 
@@ -278,16 +279,16 @@ def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_
         train(tmp_path, bad_at(), stop_at=4, origin=made_of(1.0))
     with pytest.raises(ValueError, match=r"learning_rate: 1\.0 -> 2\.0"):
         train(tmp_path, bad_at(), origin=made_of(2.0))
-    with config_lib.allow_change():
+    with allow_change():
         train(tmp_path, bad_at(), origin=made_of(2.0))
     told = [{"from_step": 4, "changes": ["learning_rate: 1.0 -> 2.0"]}]
     assert (
         json.loads((tmp_path / "checkpoints" / "manifests" / "8.json").read_text())["extra"]["config_changes"] == told
     )
     train(tmp_path, bad_at(), origin=made_of(2.0))  # all done: nothing to refuse
-    with config_lib.allow_change(), pytest.raises(ValueError, match="all 8 steps were done with something else"):
+    with allow_change(), pytest.raises(ValueError, match="all 8 steps were done with something else"):
         train(tmp_path, bad_at(), origin=made_of(3.0))
-    with config_lib.allow_change():
+    with allow_change():
         train(tmp_path, bad_at(), steps=10, origin=made_of(3.0))
     extra = json.loads((tmp_path / "checkpoints" / "manifests" / "10.json").read_text())["extra"]
     assert extra["config_changes"] == [*told, {"from_step": 8, "changes": ["learning_rate: 2.0 -> 3.0"]}]
@@ -415,7 +416,7 @@ def test_a_stage_stopped_at_every_step_boundary_ends_bit_for_bit_like_a_whole_on
     run(config, str(tmp_path / "whole"))
     steps, starts = len(kill.history(tmp_path / "whole")), 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "stop_requests", lambda: contextlib.nullcontext(lambda step: True))
+        patch.setattr(signals, "stop_requests", lambda: contextlib.nullcontext(lambda step: True))
         for _ in range(steps):
             with pytest.raises(KeyboardInterrupt, match=f"at step {starts} of {steps}"):
                 run(config, str(tmp_path / "cut"))

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import common, memory, ppo, pretrain, reward_model, sft
-from rlhf_jax import config as config_lib
+from experiments import common, ppo, pretrain, reward_model, sft
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
 from rlhf_jax.data.schema import Demonstration, Ranking, write_jsonl
+from rlhf_jax.run import cli, memory
+from rlhf_jax.run.config import load_config
 from tests.test_ppo_stage import inputs
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def run_main(name: str, given: dict[str, str], workdir: Path, *more: str) -> int
     module = PROGRAMS[name]
     arguments = [*stage(name, given), f"--workdir={workdir}", *more]
     with pytest.raises(SystemExit) as left:
-        config_lib.main(module.run, argv=arguments, dry_run=module.dry_run)
+        cli.main(module.run, argv=arguments, dry_run=module.dry_run)
     return left.value.code
 
 
@@ -174,8 +174,7 @@ def test_training_that_runs_out_is_named_with_its_compiled_numbers(name, given, 
 CHILD = """
 import resource, sys
 import jax, jax.numpy as jnp
-from experiments import memory
-from rlhf_jax import config as config_lib
+from rlhf_jax.run import cli, memory
 
 def run(config, workdir):
     program = jax.jit(lambda x: jnp.sort((x[:, None] * x[None, :]).ravel())[5])
@@ -185,7 +184,7 @@ def run(config, workdir):
     with memory.phase("update", lower=("config.microbatches",), rows=60_000):
         jax.block_until_ready(program(jnp.ones(60_000)))
 
-config_lib.main(run)
+cli.main(run)
 """
 
 

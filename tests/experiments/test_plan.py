@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, memory, plan, ppo
+from experiments import common, plan, ppo
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
+from rlhf_jax.run import memory
+from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[2]
 PRESETS = {"1_3b": (1.3157, 8), "6b": (6.6582, 32), "175b": (174.6, 256)}

@@ -21,14 +21,14 @@ import tokenizers
 import transformers
 from ml_collections import ConfigDict
 
-from experiments import common, instructgpt, ppo, prepare_data, pretrained
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import leaf_keys, load_config, record_reads
+from experiments import common, instructgpt, ppo, prepare_data
 from rlhf_jax.data import schema, sources
 from rlhf_jax.data.sources import running_text
 from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer
 from rlhf_jax.evaluation.report import check_results
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
+from rlhf_jax.run import cli, pretrained
+from rlhf_jax.run.config import leaf_keys, load_config, record_reads
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/data/hh_rlhf.py"
@@ -359,7 +359,7 @@ def test_the_command_of_the_issue_writes_the_files(made, tmp_path, monkeypatch):
     sizes = {k: v for k, v in made.config.items() if isinstance(v, int)}
     flags += [f"--config.{key}={value}" for key, value in sizes.items()]
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
     assert ended.value.code == 0
     assert (tmp_path / "out" / "rankings.jsonl").read_bytes() == (made.out / "rankings.jsonl").read_bytes()
 
@@ -718,7 +718,7 @@ def test_own_files_from_the_command_line(tmp_path, monkeypatch, capsys):
     flags += ["--config.fractions.test=0.2", "--config.fractions.validation=0.2"]
     flags += [f"--config.{key}={value}" for key, value in files.items()]
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
     assert (ended.value.code, capsys.readouterr().err) == (0, "")
     assert len(read_out(tmp_path / "out", "rankings")) > 10
 

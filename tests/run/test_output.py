@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 from pathlib import Path
 import time
-from rlhf_jax.config import main
-from rlhf_jax.metrics import StageLog
+from rlhf_jax.run.cli import main
+from rlhf_jax.run.metrics import StageLog
 
 def run(config, workdir):
     with StageLog(workdir, "toy", total=config.steps, show=("loss",), every=0.0) as log:

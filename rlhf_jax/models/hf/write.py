@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rlhf_jax import processes
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.hf.adapter import refuse_to_save_beside
 from rlhf_jax.models.hf.config_json import hf_config
@@ -25,6 +24,7 @@ from rlhf_jax.models.hf.safetensors_file import Outgoing, file_order, write_file
 from rlhf_jax.models.hf.settings import SCORE_BIAS
 from rlhf_jax.models.hf.tensors import INDEX
 from rlhf_jax.models.hf.tokenizer import save_tokenizer, special_ids, template_names
+from rlhf_jax.run import processes
 from rlhf_jax.run.files import check_template_name, local_path, make_folder, sync_tree, written
 from rlhf_jax.types import Model, Params
 

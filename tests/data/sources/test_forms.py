@@ -16,10 +16,10 @@ import pytest
 from msgspec import structs
 
 from experiments import reward_model, sft
-from rlhf_jax.config import load_config
 from rlhf_jax.data import schema, sources, text
 from rlhf_jax.data.schema import Demonstration, Message, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
+from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[3]
 

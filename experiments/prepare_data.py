@@ -32,13 +32,13 @@ import jax
 from ml_collections import ConfigDict
 from msgspec import structs
 
-from experiments import common, look
+from experiments import look
 from rlhf_jax.data import curation, schema, sources, templated
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_opening, encode_prompt, encode_response, load_tokenizer, prompt_batch, stop_ids
 from rlhf_jax.generate import generate
-from rlhf_jax.run import checks, cli
+from rlhf_jax.run import checks, cli, devices, networks
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.files import write_json, written
 from rlhf_jax.run.signals import told_when_slow
@@ -142,7 +142,7 @@ class Lengths:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.tokenizer: Any = load_tokenizer(common.model_folder(config.model))
+        self.tokenizer: Any = load_tokenizer(networks.model_folder(config.model))
         self.left_out: collections.Counter[str] = collections.Counter()
 
     def _fits(self, what: str, tokens: int, limit: int) -> bool:
@@ -663,8 +663,8 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
     Raises:
       ValueError: the model is not known, cannot be fetched, or its greedy answer does not hold `config.answer`.
     """
-    path = common.model_folder(config.model)
-    network = common.load_network(config.model, common.start((1, -1, 1)), {"unroll": 1})
+    path = networks.model_folder(config.model)
+    network = networks.load_network(config.model, devices.start((1, -1, 1)), {"unroll": 1})
     ids = encode_opening(network.tokenizer, config.question)
     prompt = prompt_batch([ids], length=len(ids))
     said = generate(

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import common, sft
+from experiments import sft
 from rlhf_jax import sharding
 from rlhf_jax.models.hf import load_hf
-from rlhf_jax.run import cli, processes
+from rlhf_jax.run import cli, files, processes
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.checkpoint import Checkpoints
 from tests import together
@@ -214,10 +214,10 @@ def test_each_process_reads_the_rows_of_its_devices(owners, shares):
 
 def test_the_digest_of_inputs_sees_every_byte_of_small_files(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 100)
-    before = common.contents_digest(tmp_path)
+    before = files.digest(tmp_path)
     (tmp_path / "a").write_bytes(b"x" * 99 + b"y")
-    assert common.contents_digest(tmp_path) != before
-    assert common.contents_digest(tmp_path / "none") == "no such file"
+    assert files.digest(tmp_path) != before
+    assert files.digest(tmp_path / "none") == "no such file"
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

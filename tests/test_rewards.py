@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import ppo
 from rlhf_jax.data.storyland import task
 from rlhf_jax.rewards import functions
 from rlhf_jax.run import config as config_lib
+from rlhf_jax.run.ppo import settings
 
 SOURCE = """
 import json
@@ -61,13 +61,13 @@ def lab(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_arguments_are_bound_by_name(name, score):
-    judge = ppo.judge(f"my_judges:{name}")
+    judge = settings.judge(f"my_judges:{name}")
     assert judge is not None
     assert judge("id", "abc", "12345") == score
 
 
 def test_a_function_that_wants_no_prompt_is_called_as_before():
-    judge = ppo.judge("my_judges:legacy")
+    judge = settings.judge("my_judges:legacy")
     assert judge is not None
     assert judge("id", "abc") == 23
 
@@ -97,7 +97,7 @@ def test_keyword_only_arguments_are_hyperparameters():
 )
 def test_a_function_that_cannot_be_served_is_refused_at_the_start(name, message):
     with pytest.raises(ValueError, match=message):
-        ppo.judge(f"my_judges:{name}")
+        settings.judge(f"my_judges:{name}")
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ def test_an_async_function_is_told():
     ],
 )
 def test_an_error_in_the_function_names_its_line_and_the_prompt(name, response, told):
-    judge = ppo.judge(f"my_judges:{name}")
+    judge = settings.judge(f"my_judges:{name}")
     assert judge is not None
     with pytest.raises(functions.FunctionFailed, match=told) as failed:
         judge("p/3", response)

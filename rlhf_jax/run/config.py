@@ -337,6 +337,11 @@ def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
     )
 
 
+def unlocked_copy(config: ConfigDict) -> ConfigDict:
+    """A copy that may be changed: a pipeline fills in the paths of its stages."""
+    return ConfigDict(config.to_dict()).unlock()
+
+
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import parsed, text
+from rlhf_jax.data.loader import Batches
 from rlhf_jax.run import checks, cli, metrics, numerics, processes
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import files as run_files
@@ -67,6 +68,11 @@ class Records:
             packed = text.best_fit(self._sizes, capacity=self._capacity, max_items=self._max_items)
             items = [item for row in wanted if row < len(packed) for item in packed[row]]
         return [(int(self._places[i]), self._ids[i]) for i in items if i < len(self._ids)]
+
+    def of_step(self, batches: Batches, step: int) -> tuple[list[int], list[tuple[int, str | None]]]:
+        """The rows of a step and the records in them."""
+        rows = batches.indices(step).tolist()
+        return rows, self.of(rows)
 
 
 class Event(NamedTuple):

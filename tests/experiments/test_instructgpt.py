@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import common, evaluate, instructgpt, ppo, prepare_data, reward_model, sample, sft
-from rlhf_jax.run import cli, pretrained, records
+from experiments import evaluate, instructgpt, ppo, prepare_data, reward_model, sample, sft
+from rlhf_jax.run import cli, datasets, networks, pretrained, records
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run.config import leaf_keys, load_config, record_reads
@@ -318,8 +318,8 @@ def test_choosing_the_baseline_reads_nothing_that_its_key_does_not_count(finishe
 
     given: list[ConfigDict] = []
     monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr(common, "load_network", lambda *a, **kw: None)
-    monkeypatch.setattr(common, "read_prompts", lambda path: [])
+    monkeypatch.setattr(networks, "load_network", lambda *a, **kw: None)
+    monkeypatch.setattr(datasets, "read_prompts", lambda path: [])
     pipeline.baseline("baseline")
     counted = reads.parts(json.loads(config_lib.to_json(load())))["baseline"]
     assert {key for key in seen if not key.startswith("evaluate.")} <= {"sft.mesh", "validation_samples"}

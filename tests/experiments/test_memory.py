@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import common, ppo, pretrain, reward_model, sft
+from experiments import ppo, pretrain, reward_model, sft
 from rlhf_jax import sharding
 from rlhf_jax.data.schema import Demonstration, Ranking, write_jsonl
 from rlhf_jax.run import cli, memory
 from rlhf_jax.run.config import load_config
+from rlhf_jax.run.loop import Loop
+from rlhf_jax.run.ppo import programs
 from tests.test_ppo_stage import inputs
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +155,7 @@ def test_ppo_names_the_phase_that_ran_out_and_exits_with_1(phase, given, tmp_pat
     assert run_main("ppo", given, tmp_path / "run") == 1
     told = capsys.readouterr().err
     assert f"Error: out of memory in the phase {phase} (rows=8, slots=24, minibatches=2" in told
-    assert ppo.LOWER[phase][0].split()[0] in told
+    assert programs.LOWER[phase][0].split()[0] in told
     assert "Traceback" not in told
 
 
@@ -162,7 +164,7 @@ def test_training_that_runs_out_is_named_with_its_compiled_numbers(name, given, 
     def fail(*_, **__):
         raise ERRORS["malloc"]
 
-    monkeypatch.setattr(common, "train_resumable", fail)
+    monkeypatch.setattr(Loop, "__iter__", fail)
     assert run_main(name, given, tmp_path / "run") == 1
     told = capsys.readouterr().err
     assert "out of memory in the phase train (rows=8, slots=64, microbatches=1, parameters=" in told

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import evaluate, inputs, instructgpt, ppo, pretrain, reward_model, sample, sft
+from experiments import evaluate, instructgpt, ppo, pretrain, reward_model, sample, sft
 from rlhf_jax.data.schema import Message, Prompt, read_jsonl, write_jsonl
 from rlhf_jax.data.storyland import task
-from rlhf_jax.run import cli
+from rlhf_jax.run import cli, inputs
 from rlhf_jax.run.secrets import REDACTED
 from rlhf_jax.run.workdir import prepare_workdir
 from tests.reliability import kill

@@ -13,13 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common as common_config
-from experiments import common, sft
+from experiments import sft
 from rlhf_jax.data import schema, sources
 from rlhf_jax.evaluation.report import write_report
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf import load_hf, save_hf
-from rlhf_jax.run import cli, files, guards
+from rlhf_jax.run import cli, devices, files, guards, networks, results
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.checkpoint import Checkpoints
 from rlhf_jax.run.metrics import StageLog
@@ -139,9 +139,9 @@ def _writers() -> dict[str, Callable[[str], object]]:
         "StageLog": lambda path: StageLog(path, "sft", total=1),
         "Checkpoints": Checkpoints,
         "Skips": lambda path: guards.Skips(path, "sft", "x", limit=1).tell(guards.Event(1, "step", "", [], [])),
-        "save_network": lambda path: common.save_network(path, common.Network(model, params, None)),
+        "save_network": lambda path: networks.save_network(path, networks.Network(model, params, None)),
         "save_hf": lambda path: save_hf(path, model, params),
-        "write_result": lambda path: common.write_result(f"{path}/sft.json", dict),
+        "write_result": lambda path: results.write_result(f"{path}/sft.json", dict),
         "write_jsonl": lambda path: schema.write_jsonl(f"{path}/x.jsonl.gz", [schema.Prompt("x")]),
         "write_report": lambda path: write_report(f"{path}/report.html", {}),
         "append_line": lambda path: files.append_line(f"{path}/x", 1),
@@ -157,8 +157,8 @@ READERS: dict[str, Callable[[str], object]] = {
     "read_hh": lambda path: sources.read_hh(path, split="train"),
     "read_oasst": lambda path: sources.read_oasst(path, split="train"),
     "load_hf": load_hf,
-    "model_folder": common.model_folder,
-    "agree_on_inputs": lambda path: common.agree_on_inputs("", path),
+    "model_folder": networks.model_folder,
+    "agree_on_inputs": lambda path: devices.agree_on_inputs("", path),
     "load_config": config_lib.load_config,
 }
 

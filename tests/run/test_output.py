@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import common
-from rlhf_jax.run import cache
+from rlhf_jax.run import cache, devices
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -113,4 +112,4 @@ def test_no_cache_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(Path, "home", nowhere)
     assert cache.folder("compiled") is None
-    assert common.start((-1, 1, 1)).size >= 1
+    assert devices.start((-1, 1, 1)).size >= 1

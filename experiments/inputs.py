@@ -19,7 +19,7 @@ from experiments import common, pretrained
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import task_of
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.run import files
 from rlhf_jax.sharding import rules_from_data
 

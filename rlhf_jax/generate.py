@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlhf_jax.backends import on_host
 from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
 
 
@@ -552,7 +553,7 @@ class _Queue:
 
     def samples(self) -> Samples:
         """Everything, prompt by prompt, on the host."""
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with on_host():
             prompts, ended = jax.tree.map(
                 jnp.asarray, (jax.tree.map(lambda x: x[self.owner], self.prompts), self.ended)
             )

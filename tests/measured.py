@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from experiments import common, memory, plan
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
+from rlhf_jax.backends import planned_for_accelerators
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"layers": 4, "width": 256, "heads": 8, "vocab_size": 2_000, "context_length": 256}
@@ -53,7 +54,9 @@ def main() -> None:
     policy, value = plan.models(config)
     ruled = plan.plan_by_rule(config, mesh)
     setup = plan.abstract_setup(config, mesh, policy, value)
-    for name, compiled in plan.ppo.programs(setup, config, mesh):
+    with planned_for_accelerators():
+        programs = list(plan.ppo.programs(setup, config, mesh))
+    for name, compiled in programs:
         told = memory.needs(compiled)
         given = arguments(compiled)
         common.release_freed_memory()

@@ -46,22 +46,24 @@ MAY_IMPORT = {
     "run.pipeline": set(),
     "run.plans": set(),
     "run.stages": {"run.files", "run.records", "run.plans", "config"},
+    "backends": {"types"},
     "ops": {"types"},
+    "log_probs": {"types", "ops", "backends"},
     "advantages": {"types", "ops"},
     "losses": {"types", "ops", "advantages"},
-    "optim": {"types"},
+    "optim": {"types", "backends"},
     "sharding": {"types", "processes"},
     "checkpoint": {"types", "run.files", "processes"},
     "metrics": {"types", "run.files", "run.console", "processes"},
     "kl_control": {"types"},
-    "steps": {"types", "ops", "advantages", "losses", "scoring", "optim", "sharding"},
+    "steps": {"types", "ops", "advantages", "losses", "scoring", "optim", "sharding", "backends", "log_probs"},
     # `data`: an exported model says what ends its responses, which its tokenizer and chat template know.
-    "models": {"types", "ops", "run.files", "processes", "data"},
-    "generate": {"types", "ops", "models"},
-    "scoring": {"types", "ops", "models"},
-    "rollout": {"types", "ops", "advantages", "models", "generate", "scoring", "kl_control"},
+    "models": {"types", "ops", "backends", "run.files", "processes", "data"},
+    "generate": {"types", "ops", "backends", "models"},
+    "scoring": {"types", "ops", "log_probs", "models"},
+    "rollout": {"types", "ops", "backends", "advantages", "models", "generate", "scoring", "kl_control"},
     "data": {"types", "run.files"},
-    "evaluation": {"types", "ops", "generate", "scoring", "data", "run.files"},
+    "evaluation": {"types", "ops", "log_probs", "generate", "scoring", "data", "run.files"},
     "rewards": {"config"},
     "labeling": {"types", "data"},
 }
@@ -177,7 +179,7 @@ def test_one_place_says_how_text_becomes_ids(path):
 def test_the_path_from_samples_to_update_knows_no_tokenizer():
     """PITFALL 34: no text in between, so sampled ids cannot come back as others."""
     for path in MODULES:
-        if part(path) in {"generate", "rollout", "scoring", "steps", "advantages", "losses", "ops"}:
+        if part(path) in {"generate", "rollout", "scoring", "steps", "advantages", "losses", "ops", "log_probs"}:
             foreign = {n for n in imports(path) if n.split(".")[0] in ("transformers", "tokenizers") or ".data" in n}
             assert not foreign, f"{name_of(path)} imports {foreign}"
             called = {n.func.attr for n in ast.walk(ast.parse(path.read_text())) if is_method_call(n)}

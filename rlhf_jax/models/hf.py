@@ -29,7 +29,7 @@ from flax import traverse_util
 from rlhf_jax import processes
 from rlhf_jax.data.special_ids import follow_folder, set_folder_end_ids
 from rlhf_jax.data.text import end_of_turn_id, exported_end_ids
-from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
+from rlhf_jax.models.config import DecoderConfig, RotaryScaling
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf_adapter import find_adapter, refuse_to_save_beside
 from rlhf_jax.models.hf_settings import check_gguf_fields, check_rope, check_settings, tell_unread

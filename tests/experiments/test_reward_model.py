@@ -14,7 +14,7 @@ from rlhf_jax.data import text
 from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import scalar_model
 
 FIRST = Ranking("Say a word.", ("a", "a dog ran", "the cat", "a"), (2, 0, 1, 2), labeler="one")

@@ -15,7 +15,7 @@ import safetensors.numpy
 from rlhf_jax import scoring
 from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
-from rlhf_jax.models.decoder import RotaryScaling
+from rlhf_jax.models.config import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf
 from rlhf_jax.types import PromptBatch
 

@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 
 from experiments import common
-from rlhf_jax import ops, sharding
+from rlhf_jax import log_probs, sharding
 from rlhf_jax.generate import generate_many, sample_token
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, lora_model, save_hf, scalar_model
 from rlhf_jax.models.vocabulary import unused_ids, with_texts_only
@@ -97,7 +97,7 @@ def test_sampler_update_and_entropy_speak_of_the_same_distribution():
     tokens = jnp.concatenate([jnp.zeros((4, 1), jnp.int32), drawn.reshape(4, 6)[:, :-1]], axis=1)
 
     def read(params):
-        return ops.token_log_probs_and_entropy(hidden, partial(model.head, params), tokens, temperature=0.7)
+        return log_probs.token_log_probs_and_entropy(hidden, partial(model.head, params), tokens, temperature=0.7)
 
     def loss(params):
         logp, entropy = read(params)

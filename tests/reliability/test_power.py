@@ -22,7 +22,7 @@ from rlhf_jax import metrics
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.run import files
 from tests.reliability import kill, power, recorded

@@ -32,7 +32,6 @@ from rlhf_jax import config as config_lib
 from rlhf_jax.data import chat, parsed, schema, templated, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
-from rlhf_jax.generate import generate_many
 from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf, load_hf, save_hf
@@ -41,6 +40,7 @@ from rlhf_jax.models.vocabulary import with_texts_only
 from rlhf_jax.run import cache, files
 from rlhf_jax.run import records as run_records
 from rlhf_jax.run.console import Progress
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.types import LMBatch, Model, Params, PromptBatch, Samples, StepFn
 
 SHIPPED = "storyland:"

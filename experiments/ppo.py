@@ -30,11 +30,11 @@ from rlhf_jax.checkpoint import Checkpoints, stop_requests
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.generate import generate, lower_generate
 from rlhf_jax.metrics import StageLog, to_host
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.rewards import functions
 from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
+from rlhf_jax.sampling.generate import generate, lower_generate
 from rlhf_jax.steps import (
     POLICY_ARGUMENTS,
     VALUE_ARGUMENTS,

@@ -59,11 +59,11 @@ MAY_IMPORT = {
     "steps": {"types", "ops", "advantages", "losses", "scoring", "optim", "sharding", "backends", "log_probs"},
     # `data`: an exported model says what ends its responses, which its tokenizer and chat template know.
     "models": {"types", "ops", "backends", "run.files", "processes", "data"},
-    "generate": {"types", "ops", "backends", "models"},
+    "sampling": {"types", "ops", "backends", "models"},
     "scoring": {"types", "ops", "log_probs", "models"},
-    "rollout": {"types", "ops", "backends", "advantages", "models", "generate", "scoring", "kl_control"},
+    "rollout": {"types", "ops", "backends", "advantages", "models", "sampling", "scoring", "kl_control"},
     "data": {"types", "run.files"},
-    "evaluation": {"types", "ops", "log_probs", "generate", "scoring", "data", "run.files"},
+    "evaluation": {"types", "ops", "log_probs", "sampling", "scoring", "data", "run.files"},
     "rewards": {"config"},
     "labeling": {"types", "data"},
 }
@@ -179,7 +179,7 @@ def test_one_place_says_how_text_becomes_ids(path):
 def test_the_path_from_samples_to_update_knows_no_tokenizer():
     """PITFALL 34: no text in between, so sampled ids cannot come back as others."""
     for path in MODULES:
-        if part(path) in {"generate", "rollout", "scoring", "steps", "advantages", "losses", "ops", "log_probs"}:
+        if part(path) in {"sampling", "rollout", "scoring", "steps", "advantages", "losses", "ops", "log_probs"}:
             foreign = {n for n in imports(path) if n.split(".")[0] in ("transformers", "tokenizers") or ".data" in n}
             assert not foreign, f"{name_of(path)} imports {foreign}"
             called = {n.func.attr for n in ast.walk(ast.parse(path.read_text())) if is_method_call(n)}

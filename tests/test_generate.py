@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import log_probs, sharding
-from rlhf_jax.generate import _generate, _refill_and_decode, draws, generate, generate_many, sample_token, truncate
 from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.sampling.generate import _generate, draws, generate, sample_token, truncate
+from rlhf_jax.sampling.refill import _refill_and_decode, generate_many
 from rlhf_jax.types import PromptBatch
 from tests import margins
 

@@ -17,9 +17,9 @@ import pytest
 
 from rlhf_jax import rollout as rollouts
 from rlhf_jax import scoring, steps
-from rlhf_jax.generate import generate
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import KLState, Model, Output, PPOState, PromptBatch, Samples
 from tests import tiny
 

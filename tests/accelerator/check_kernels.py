@@ -21,10 +21,11 @@ import numpy as np
 from rlhf_jax import scoring
 from rlhf_jax.backends import PLAIN, View, backend_for, nvidia
 from rlhf_jax.data import text
-from rlhf_jax.generate import generate, generate_many
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import visible
 from rlhf_jax.models.heads import language_model
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.refill import generate_many
 
 ROWS, SLOTS = 4, 512
 CONFIG = DecoderConfig(

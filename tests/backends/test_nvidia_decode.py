@@ -15,10 +15,10 @@ from rlhf_jax import scoring
 from rlhf_jax.backends import nvidia
 from rlhf_jax.backends import nvidia_decode as fused
 from rlhf_jax.data import text
-from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder
 from rlhf_jax.models.decoding import decoding_params, init_cache
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import Cache
 
 ROWS, SLOTS = 5, 150  # more slots than are looked at together, and no multiple of them

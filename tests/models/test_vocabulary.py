@@ -16,9 +16,10 @@ import transformers
 
 from experiments import common
 from rlhf_jax import log_probs, sharding
-from rlhf_jax.generate import generate_many, sample_token
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, lora_model, save_hf, scalar_model
 from rlhf_jax.models.vocabulary import unused_ids, with_texts_only
+from rlhf_jax.sampling.generate import sample_token
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.types import PromptBatch
 
 CONFIG = DecoderConfig(24, 32, 1, 16, 2)

@@ -19,7 +19,7 @@ import pytest
 
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.run import compiling, files, metrics, networks
 from rlhf_jax.run.checkpoint import Checkpoints

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
+from rlhf_jax.models.config import DecoderConfig, RotaryScaling
 from rlhf_jax.models.hf.families import ARCHITECTURES, NAMES, family_of
 from rlhf_jax.models.hf.settings import SCORE_BIAS, check_rope, check_settings, clipped
 

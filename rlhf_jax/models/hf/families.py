@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 
 # Our module -> the module's name in a Hugging Face file; {} is the layer.
 _LLAMA = {

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf.config_json import check_number
 from rlhf_jax.models.hf.families import GGUF

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf.adapter import Adapter, find_adapter
 from rlhf_jax.models.hf.config_json import config_from_hf

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 
 BLOCK = 2**22
 """Bytes that are read or written at once."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.hf.adapter import refuse_to_save_beside
 from rlhf_jax.models.hf.config_json import hf_config
 from rlhf_jax.models.hf.families import NAMES, is_flipped, tensor_name

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import near_duplicates, overview
+from rlhf_jax.data.overview import sentences
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking
 
 TALK = (Message("system", "Be kind."), Message("user", "Where do herons fish at night?"))

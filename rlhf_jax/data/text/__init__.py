@@ -13,6 +13,7 @@ Row functions never cut or drop anything: what does not fit is an error, and `dr
 counted way out.
 """
 
+from rlhf_jax.data.special_ids import begin_ids
 from rlhf_jax.data.text.encoding import (
     PROMPT_END,
     Ids,
@@ -38,6 +39,7 @@ __all__ = [
     "Ids",
     "MaskedIds",
     "RankedIds",
+    "begin_ids",
     "best_fit",
     "check_same_tokenizer",
     "decode_answer",

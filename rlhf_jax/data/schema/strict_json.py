@@ -6,21 +6,19 @@ memory; UTF-8 throughout. What Python's parser accepts beyond JSON is an error h
 
 from __future__ import annotations
 
-import collections
 import gzip
 import io
-import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import parsed
 from rlhf_jax.data.schema.rules import NESTING, RowError, shown
-from rlhf_jax.run.files import local_path
+from rlhf_jax.run.files import is_nested_deeper, local_path, repeated_key
 
 LINE_LIMIT = 2**24
 """Most bytes of a line; a record of a hundred thousand words has a million."""
@@ -176,12 +174,8 @@ def _refuse_constants(value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise RowError("not a number", f"{value} is not JSON: use a finite number or null")
     if isinstance(value, dict | list):
-        for inner in _inside(value):
+        for inner in value.values() if isinstance(value, dict) else value:
             _refuse_constants(inner)
-
-
-def _inside(box: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return box.values() if isinstance(box, dict) else box
 
 
 def _unpacked(data: bytes, path: str | os.PathLike[str]) -> bytes:
@@ -202,11 +196,7 @@ def _too_deep() -> RowError:
 
 def _is_deep(value: Any) -> bool:
     """Whether more than `NESTING` lists and objects are nested, whatever the parser's own limit."""
-    level = [value]
-    for _ in range(NESTING):
-        inner = itertools.chain.from_iterable(map(_inside, level))
-        level = [item for item in inner if isinstance(item, dict | list)]
-    return bool(level)
+    return is_nested_deeper(value, NESTING - 1)
 
 
 def _reject_constant(name: str) -> Any:
@@ -216,8 +206,8 @@ def _reject_constant(name: str) -> Any:
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = next(k for k, n in collections.Counter(k for k, _ in pairs).items() if n > 1)
-        raise RowError("duplicate key", f"field {shown(twice)} is given twice: keep one")
+        twice = shown(repeated_key(pairs))
+        raise RowError("duplicate key", f"field {twice} is given twice: keep one")
     return row
 
 

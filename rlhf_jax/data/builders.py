@@ -33,7 +33,11 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def build(
-    name: str, out_dir: str | os.PathLike[str], *, data_dir: str | os.PathLike[str] | None = None, **options: Any
+    name: str,
+    out_dir: str | os.PathLike[str],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> tuple[dict[str, int], DataReport]:
     """Build a data set into ``out_dir/name/1.0.0`` and read it back.
 
@@ -56,15 +60,23 @@ def build(
     """
     builder = _class(name)(source=data_dir, data_dir=os.fspath(out_dir), **options)
     splits, report = builder.read_source()
-    if builder.is_prepared() and dict(builder.info.metadata or {}).get("sha256") != digests_of(splits):
+    if builder.is_prepared() and dict(builder.info.metadata or {}).get("sha256") != digests_of(
+        splits
+    ):
         raise ValueError(
-            f"{builder.data_path} was built from other records: remove that folder, or pass another than {out_dir}"
+            f"{builder.data_path} was built from other records: remove that folder, or pass "
+            f"another than {out_dir}"
         )
-    with tempfile.TemporaryDirectory() as unused:  # TFDS makes its folder of downloads, needed or not
+    with (
+        tempfile.TemporaryDirectory() as unused
+    ):  # TFDS makes its folder of downloads, needed or not
         builder.download_and_prepare(download_dir=unused)
     for split, wanted in digests_of(splits).items():
         if digest_of(read(name, out_dir, split)) != wanted:
-            raise ValueError(f"{builder.data_path}: split {split} reads back differently: remove it and build again")
+            raise ValueError(
+                f"{builder.data_path}: split {split} reads back differently: remove it and build "
+                "again"
+            )
     return {split: len(records) for split, records in splits.items()}, report
 
 
@@ -81,7 +93,9 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
     """
     kind, folder = _class(name).kind, Path(out_dir) / name / str(_class(name).VERSION)
     if not (folder / "dataset_info.json").is_file():
-        raise ValueError(f"no {name} in {out_dir}: build it first, with build({name!r}, {os.fspath(out_dir)!r})")
+        raise ValueError(
+            f"no {name} in {out_dir}: build it first, with build({name!r}, {os.fspath(out_dir)!r})"
+        )
     try:
         builder: Any = tfds.builder_from_directory(folder)
         splits = list(builder.info.splits)
@@ -93,7 +107,9 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
         source = builder.as_data_source(split)
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"split={split!r} of {folder} cannot be opened ({why}): build it again") from None
+        raise ValueError(
+            f"split={split!r} of {folder} cannot be opened ({why}): build it again"
+        ) from None
     return Records(source, kind)
 
 
@@ -111,7 +127,11 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     code_path: ClassVar[None] = None
 
     def __init__(
-        self, *, source: str | os.PathLike[str] | None = None, file_format: str = "array_record", **kwargs: Any
+        self,
+        *,
+        source: str | os.PathLike[str] | None = None,
+        file_format: str = "array_record",
+        **kwargs: Any,
     ):
         self.source = source
         self._metadata = tfds.core.MetadataDict()
@@ -144,7 +164,12 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # the hub's client has its own cache
         splits, report = self.read_source()
-        counts = {"rows": report.rows, "kept": report.kept, "dropped": report.dropped, "noted": report.noted}
+        counts = {
+            "rows": report.rows,
+            "kept": report.kept,
+            "dropped": report.dropped,
+            "noted": report.noted,
+        }
         self._metadata.update(sha256=digests_of(splits), report=counts)
         return {name: self._generate_examples(records) for name, records in splits.items()}
 
@@ -177,7 +202,10 @@ class _JsonLines(_Builder, skip_registration=True):
         **kwargs: Any,
     ):
         self.files = files
-        self.reading = {"max_bad_fraction": max_bad_fraction, "allow_empty_responses": allow_empty_responses}
+        self.reading = {
+            "max_bad_fraction": max_bad_fraction,
+            "allow_empty_responses": allow_empty_responses,
+        }
         super().__init__(**kwargs)
 
     def _read_source(self) -> tuple[dict[str, list[Any]], DataReport]:
@@ -204,18 +232,31 @@ class _JsonLines(_Builder, skip_registration=True):
             raise ValueError(f"data_dir={root} is no folder: check the path")
         found = _paths_by_split(root, self.base)
         if not found:
-            raise ValueError(f"no {self.base}*.jsonl and no train.jsonl in {root}: name them so, or pass files=")
+            raise ValueError(
+                f"no {self.base}*.jsonl and no train.jsonl in {root}: name them so, or pass files="
+            )
         return found
 
 
-def _given_paths(files: Mapping[str, Paths], root: str | os.PathLike[str] | None) -> dict[str, list[Path]]:
+def _given_paths(
+    files: Mapping[str, Paths], root: str | os.PathLike[str] | None
+) -> dict[str, list[Path]]:
     if not files:
         raise ValueError('files is empty: name the files of each split, like {"train": "a.jsonl"}')
-    listed = {split: [paths] if isinstance(paths, str | os.PathLike) else paths for split, paths in files.items()}
+    listed = {
+        split: [paths] if isinstance(paths, str | os.PathLike) else paths
+        for split, paths in files.items()
+    }
     return {split: [Path(root or "") / path for path in paths] for split, paths in listed.items()}
 
 
-_SPLIT_NAMES = {"": "train", "ppo": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+_SPLIT_NAMES = {
+    "": "train",
+    "ppo": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
 
 
 _PLAIN_NAMES = ("train", "validation", "valid", "val", "dev", "test")
@@ -236,7 +277,9 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
         found.setdefault(_SPLIT_NAMES.get(suffix, re.sub(r"\W", "_", suffix)), []).append(file)
     twice = [files for files in found.values() if len(files) > 1]
     if twice:
-        raise ValueError(f"{', '.join(map(str, twice[0]))} are all one split: keep one, or pass files=")
+        raise ValueError(
+            f"{', '.join(map(str, twice[0]))} are all one split: keep one, or pass files="
+        )
     return found
 
 
@@ -317,7 +360,11 @@ class _Conversations(_Builder, skip_registration=True):
         records, report = self._rankings()
         splits: dict[str, list[Any]] = {"train": [], "test": []}
         for item in records:
-            splits["test" if sources.in_test_split(item.prompt, fraction=self.test_fraction) else "train"].append(item)
+            splits[
+                "test"
+                if sources.in_test_split(item.prompt, fraction=self.test_fraction)
+                else "train"
+            ].append(item)
         noted = {f"records in the {split} split": len(items) for split, items in splits.items()}
         return splits, dataclasses.replace(report, noted=noted)
 
@@ -360,7 +407,9 @@ class OasstRankings(_Conversations, skip_registration=True):
         super().__init__(**kwargs)
 
     def _rankings(self) -> tuple[list[schema.Ranking], DataReport]:
-        return sources.read_oasst(self.source, split="train", test_fraction=0.0, language=self.language)
+        return sources.read_oasst(
+            self.source, split="train", test_fraction=0.0, language=self.language
+        )
 
 
 class PlainText(_Builder, skip_registration=True):
@@ -384,7 +433,13 @@ class PlainText(_Builder, skip_registration=True):
         "citation": "WikiText-2: Stephen Merity et al. Pointer Sentinel Mixture Models. 2016. arXiv:1609.07843",
     }
 
-    def __init__(self, *, files: Mapping[str, Paths] | None = None, separator: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        files: Mapping[str, Paths] | None = None,
+        separator: str | None = None,
+        **kwargs: Any,
+    ):
         self.files = files
         self.separator = separator
         super().__init__(**kwargs)

@@ -89,7 +89,9 @@ def features(kind: type) -> tfds.features.FeaturesDict:
             tuple[str, ...]: tfds.features.Sequence(text),
             tuple[int, ...]: tfds.features.Sequence(np.int32),
             # Plain float features are stored with 32 bits; as bytes a float keeps all 64.
-            tuple[float, ...]: tfds.features.Tensor(shape=(None,), dtype=np.float64, encoding="bytes"),
+            tuple[float, ...]: tfds.features.Tensor(
+                shape=(None,), dtype=np.float64, encoding="bytes"
+            ),
         }[base]
     return tfds.features.FeaturesDict(columns)
 
@@ -101,7 +103,9 @@ def record(row: Mapping[str, Any], kind: type) -> Any:
     if len(turns):
         contents = row["messages"]["content"]
         pairs = zip(turns, contents, strict=True)
-        values["prompt"] = tuple(schema.Message(role.decode(), content.decode()) for role, content in pairs)
+        values["prompt"] = tuple(
+            schema.Message(role.decode(), content.decode()) for role, content in pairs
+        )
     return kind(**values)
 
 
@@ -159,6 +163,8 @@ def digest_of(records: Iterable[Any]) -> str:
     """
     total = hashlib.sha256()
     for item in records:
-        values = {name: value for name, value in msgspec.to_builtins(item).items() if value is not None}
+        values = {
+            name: value for name, value in msgspec.to_builtins(item).items() if value is not None
+        }
         total.update(json.dumps(values, sort_keys=True).encode() + b"\n")
     return total.hexdigest()

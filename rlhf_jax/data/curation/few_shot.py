@@ -14,7 +14,11 @@ FEW_SHOT = "{query}\n{response}"
 
 
 def few_shot_examples(
-    instruction: str, pairs: Sequence[tuple[str, str]], *, template: str = FEW_SHOT, **labels: str | None
+    instruction: str,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    template: str = FEW_SHOT,
+    **labels: str | None,
 ) -> list[Demonstration]:
     r"""K query/response pairs of one instruction as K demonstrations.
 
@@ -61,16 +65,23 @@ def few_shot_subsets(
     possible = k * math.comb(k - 1, shots) if 0 <= shots < k else 0
     if not 0 <= count <= possible:
         raise ValueError(
-            f"count={count} with shots={shots}: {k} pairs give {possible} different examples; lower count or shots"
+            f"count={count} with shots={shots}: {k} pairs give {possible} different examples; "
+            "lower count or shots"
         )
     noise, chosen = random.Random(seed), dict[tuple[int, ...], None]()
     if 2 * count > possible:  # few are left over: draw from the list of all
-        every = [(t, *s) for t in range(k) for s in itertools.combinations([j for j in range(k) if j != t], shots)]
+        every = [
+            (t, *s)
+            for t in range(k)
+            for s in itertools.combinations([j for j in range(k) if j != t], shots)
+        ]
         chosen.update(dict.fromkeys(noise.sample(every, count)))
     while len(chosen) < count:
         target = noise.randrange(k)
         chosen[target, *sorted(noise.sample([j for j in range(k) if j != target], shots))] = None
-    return _few_shot(instruction, pairs, [(target, list(rest)) for target, *rest in chosen], template, labels)
+    return _few_shot(
+        instruction, pairs, [(target, list(rest)) for target, *rest in chosen], template, labels
+    )
 
 
 def _few_shot(
@@ -88,5 +99,7 @@ def _few_shot(
         shown = [head.replace("{query}", pairs[j][0]) + pairs[j][1] for j in context]
         asked = head.replace("{query}", pairs[target][0]).rstrip()
         fields = {**labels, "id": None if name is None else f"{name}/{place}"}
-        examples.append(Demonstration("\n\n".join([instruction, *shown, asked]), pairs[target][1], **fields))
+        examples.append(
+            Demonstration("\n\n".join([instruction, *shown, asked]), pairs[target][1], **fields)
+        )
     return examples

@@ -6,7 +6,9 @@ import collections
 from collections.abc import Callable, Iterable
 
 
-def language_share(texts: Iterable[str], identify: Callable[[str], str] | None = None) -> dict[str, float]:
+def language_share(
+    texts: Iterable[str], identify: Callable[[str], str] | None = None
+) -> dict[str, float]:
     """Share of the texts in each language, the most frequent first; equal ones by name.
 
     Args:
@@ -23,7 +25,10 @@ def language_share(texts: Iterable[str], identify: Callable[[str], str] | None =
     """
     identify = identify or default_identifier()
     counts = collections.Counter(map(identify, texts))
-    return {name: n / counts.total() for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+    return {
+        name: n / counts.total()
+        for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    }
 
 
 def default_identifier() -> Callable[[str], str]:
@@ -36,6 +41,7 @@ def default_identifier() -> Callable[[str], str]:
         import py3langid
     except ImportError:
         raise ValueError(
-            "languages are told apart by py3langid, which is not installed: pip install 'rlhf_jax[languages]'"
+            "languages are told apart by py3langid, which is not installed: pip install "
+            "'rlhf_jax[languages]'"
         ) from None
     return lambda text: py3langid.classify(text)[0]

@@ -29,7 +29,10 @@ class Leak:
 
     def __str__(self) -> str:
         pairs = zip(self.places, self.ids, strict=True)
-        names = [f"{split}[{place}]" + (f" (id {name})" if name else "") for (split, place), name in pairs]
+        names = [
+            f"{split}[{place}]" + (f" (id {name})" if name else "")
+            for (split, place), name in pairs
+        ]
         return f"the same {self.kind} is in {' and '.join(names)}: {self.text}"
 
 
@@ -51,10 +54,15 @@ def leakage(splits: Mapping[str, Sequence[Any]]) -> list[Leak]:
     for name, records in splits.items():
         here: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
         for place, record in enumerate(records):
-            whole, turn = (digest(normalise(text)) for text in (prompt_text(record), first_turn(record)))
+            whole, turn = (
+                digest(normalise(text)) for text in (prompt_text(record), first_turn(record))
+            )
             here[0].setdefault(whole, place)
             here[1].setdefault(turn, place)
-            for kind, value, earlier in (("prompt", whole, prompts), ("first human turn", turn, turns)):
+            for kind, value, earlier in (
+                ("prompt", whole, prompts),
+                ("first human turn", turn, turns),
+            ):
                 other = next((split for split, known in earlier.items() if value in known), None)
                 if other is not None:
                     text = prompt_text(record) if kind == "prompt" else first_turn(record)
@@ -74,17 +82,25 @@ def check_leakage(splits: Mapping[str, Sequence[Any]]) -> None:
         raise ValueError(f"{len(leaks)} records share a prompt with another split:\n  {shown}")
 
 
-def without_leaks(records: Iterable[Item], held_out: Iterable[Any]) -> tuple[list[Item], DataReport]:
+def without_leaks(
+    records: Iterable[Item], held_out: Iterable[Any]
+) -> tuple[list[Item], DataReport]:
     """The records whose prompt and first human turn are in none of `held_out`, and the counts.
 
     This mends a leak.
     """
     texts = [(normalise(prompt_text(other)), normalise(first_turn(other))) for other in held_out]
-    prompts, turns = ({digest(text) for text in column} for column in (zip(*texts, strict=True) if texts else ((), ())))
+    prompts, turns = (
+        {digest(text) for text in column}
+        for column in (zip(*texts, strict=True) if texts else ((), ()))
+    )
     kept, rows = [], 0
     for record in records:
         rows += 1
-        if digest(normalise(prompt_text(record))) in prompts or digest(normalise(first_turn(record))) in turns:
+        if (
+            digest(normalise(prompt_text(record))) in prompts
+            or digest(normalise(first_turn(record))) in turns
+        ):
             continue
         kept.append(record)
     dropped = {"also held out": rows - len(kept)} if rows > len(kept) else {}

@@ -17,7 +17,10 @@ Hook = Callable[[str], str | None]
 
 
 def scrub(
-    records: Iterable[Item], hook: Hook, *, on_row: Callable[[int, Any], None] = lambda place, record: None
+    records: Iterable[Item],
+    hook: Hook,
+    *,
+    on_row: Callable[[int, Any], None] = lambda place, record: None,
 ) -> tuple[list[Item], DataReport]:
     """Applies a hook to every prompt, response and document of records.
 
@@ -82,13 +85,18 @@ def _scrubbed(record: Any, hook: Hook) -> Any:
             return "left out by the hook"
         wrong = next((type(new).__name__ for new in clean if not isinstance(new, str)), "")
         if wrong:
-            raise ValueError(f"the hook gave a {wrong} for field {name!r}: return a text, or None to drop a record")
+            raise ValueError(
+                f"the hook gave a {wrong} for field {name!r}: return a text, or None to drop a "
+                "record"
+            )
         if any(old.strip() and not str(new).strip() for old, new in zip(texts, clean, strict=True)):
             return "nothing left of a text"
         if isinstance(value, str):
             changes[name] = clean[0]
         elif name == "prompt":
-            changes[name] = tuple(structs.replace(m, content=c) for m, c in zip(value, clean, strict=True))
+            changes[name] = tuple(
+                structs.replace(m, content=c) for m, c in zip(value, clean, strict=True)
+            )
         else:
             changes[name] = tuple(clean)
     return structs.replace(record, **changes)
@@ -97,7 +105,9 @@ def _scrubbed(record: Any, hook: Hook) -> Any:
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 
 
-_IPV4 = re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w]|\.\d)")
+_IPV4 = re.compile(
+    r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w]|\.\d)"
+)
 
 
 _IPV6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])")
@@ -130,7 +140,9 @@ def mask_identifiers(text: str) -> str:
     text = _EMAIL.sub("[EMAIL]", text)
     text = _IPV6.sub("[IP]", _IPV4.sub("[IP]", text))
     text = _CARD.sub(lambda found: "[CARD]" if _luhn(found[0]) else found[0], text)
-    return _PHONE.sub(lambda found: "[PHONE]" if sum(map(str.isdigit, found[0])) >= 8 else found[0], text)
+    return _PHONE.sub(
+        lambda found: "[PHONE]" if sum(map(str.isdigit, found[0])) >= 8 else found[0], text
+    )
 
 
 def _luhn(number: str) -> bool:

@@ -10,7 +10,9 @@ from rlhf_jax.data.curation.texts import Item, Key, digest, group_of, normalise,
 from rlhf_jax.data.schema import DataReport
 
 
-def drop_long_common_prefix(prompts: Iterable[Item], *, prefix_length: int) -> tuple[list[Item], DataReport]:
+def drop_long_common_prefix(
+    prompts: Iterable[Item], *, prefix_length: int
+) -> tuple[list[Item], DataReport]:
     """Leaves out prompts that begin as an earlier one does.
 
     They are variations of one template, typed again and again.
@@ -47,11 +49,15 @@ def drop_long_common_prefix(prompts: Iterable[Item], *, prefix_length: int) -> t
         reason = "same prompt" if other == whole else "long common prefix"
         dropped[reason] += 1
         # Places and no texts: the report is kept, and a prompt may hold personal data.
-        examples.setdefault(reason, f"{reason}: the first is prompt {place}, which begins as prompt {first} does")
+        examples.setdefault(
+            reason, f"{reason}: the first is prompt {place}, which begins as prompt {first} does"
+        )
     return kept, DataReport("de-duplication", rows, len(kept), dict(dropped), examples=examples)
 
 
-def cap_per_user(records: Iterable[Item], limit: int = 200, *, key: Key = "user") -> tuple[list[Item], DataReport]:
+def cap_per_user(
+    records: Iterable[Item], limit: int = 200, *, key: Key = "user"
+) -> tuple[list[Item], DataReport]:
     """At most `limit` records of each user: the first ones.
 
     Records that name none are all kept, and counted.
@@ -73,7 +79,9 @@ def cap_per_user(records: Iterable[Item], limit: int = 200, *, key: Key = "user"
             kept.append(record)
     name = key if isinstance(key, str) else "group"
     dropped = {f"more than {limit} of one {name}": rows - len(kept)} if rows > len(kept) else {}
-    return kept, DataReport("cap", rows, len(kept), dropped, {f"names no {name}": unnamed} if unnamed else {})
+    return kept, DataReport(
+        "cap", rows, len(kept), dropped, {f"names no {name}": unnamed} if unnamed else {}
+    )
 
 
 def split_by(
@@ -104,15 +112,27 @@ def split_by(
     """
     total = sum(fractions.values())
     if abs(total - 1) > 1e-6 or any(share < 0 for share in fractions.values()):
-        raise ValueError(f"fractions={dict(fractions)} must be 0 or more and add up to 1, not {total:g}")
+        raise ValueError(
+            f"fractions={dict(fractions)} must be 0 or more and add up to 1, not {total:g}"
+        )
     parts: dict[str, list[Item]] = {name: [] for name in fractions}
     ends = list(itertools.accumulate(fractions.values()))
     for record in records:
         group = group_of(record, key)
-        named = ("conversation", str(group_of(record, "conversation"))) if group is None else ("group", group)
+        named = (
+            ("conversation", str(group_of(record, "conversation")))
+            if group is None
+            else ("group", group)
+        )
         place = int.from_bytes(digest(str(seed), *named)[:6], "big") / 2**48
         # Sums of floats may end a little below 1; the last part that has a share takes what is
         # left.
-        choices = [name for name, end in zip(fractions, ends, strict=True) if place < end and fractions[name]]
-        parts[choices[0] if choices else [name for name in fractions if fractions[name]][-1]].append(record)
+        choices = [
+            name
+            for name, end in zip(fractions, ends, strict=True)
+            if place < end and fractions[name]
+        ]
+        parts[
+            choices[0] if choices else [name for name in fractions if fractions[name]][-1]
+        ].append(record)
     return parts

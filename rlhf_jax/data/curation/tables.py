@@ -24,7 +24,12 @@ WIDTH = 120
 """Columns of a table at most."""
 
 
-KINDS = {Demonstration: "demonstrations", Ranking: "rankings", Prompt: "prompts", PlainText: "documents"}
+KINDS = {
+    Demonstration: "demonstrations",
+    Ranking: "rankings",
+    Prompt: "prompts",
+    PlainText: "documents",
+}
 
 
 MOST_ROWS = 14
@@ -66,9 +71,13 @@ def data_tables(
         _sizes(splits),
         _use_cases(prompted),
         *(_per_group(splits, key) for key in ("user", "organization")),
-        _lengths(f"Prompts: {unit} by kind and split", _by_split(splits), lambda r: count(prompt_text(r))),
+        _lengths(
+            f"Prompts: {unit} by kind and split", _by_split(splits), lambda r: count(prompt_text(r))
+        ),
         *_lengths_by(prompted, f"Prompts: {unit}", lambda r: count(prompt_text(r))),
-        *_lengths_by(_of_kind(records, Demonstration), f"Demonstrations: {unit}", lambda r: count(r.response)),
+        *_lengths_by(
+            _of_kind(records, Demonstration), f"Demonstrations: {unit}", lambda r: count(r.response)
+        ),
         _ranked(_of_kind(records, Ranking)),
         _labelers(prompted),
         _languages(prompted, identify),
@@ -119,7 +128,9 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     lines = []
     for row in cells:
         first = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 2] + ".."
-        numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        numbers = "".join(
+            f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)
+        )
         lines.append((first.ljust(widths[0]) + numbers)[:WIDTH].rstrip())
     return "\n".join([title[:WIDTH], *lines])
 
@@ -144,7 +155,9 @@ def _sizes(splits: Mapping[str, Sequence[Any]]) -> str:
 def _use_cases(records: Sequence[Any]) -> str:
     if not any(record.use_case for record in records):
         return "Use cases: no record names one"
-    kinds = {word: _of_kind(records, kind) for kind, word in KINDS.items() if _of_kind(records, kind)}
+    kinds = {
+        word: _of_kind(records, kind) for kind, word in KINDS.items() if _of_kind(records, kind)
+    }
     rows = []
     for use_case, group in _most(_by(records, lambda r: r.use_case or "(none)")).items():
         members = set(map(id, group))
@@ -161,15 +174,23 @@ def _per_group(splits: Mapping[str, Sequence[Any]], key: str) -> str:
         if counts:
             numbers = sorted(counts.values())
             mean = f"{statistics.mean(numbers):.2f}"
-            rows.append([name, len(numbers), mean, f"{statistics.median(numbers):g}", numbers[-1], unnamed])
+            rows.append(
+                [name, len(numbers), mean, f"{statistics.median(numbers):g}", numbers[-1], unnamed]
+            )
     if not rows:
         return f"Records per {key}: no record names one"
-    return _table(f"Records per {key}", ["", f"{key}s", "mean", "median", "most", f"without {key}"], rows)
+    return _table(
+        f"Records per {key}", ["", f"{key}s", "mean", "median", "most", f"without {key}"], rows
+    )
 
 
 def _lengths(title: str, groups: Mapping[str, Sequence[Any]], length: Callable[[Any], int]) -> str:
     header = ["", "n", "mean", "std", "min", "25%", "50%", "75%", "max"]
-    return _table(title, header, [[name, *_quantiles(list(map(length, g)))] for name, g in groups.items() if g])
+    return _table(
+        title,
+        header,
+        [[name, *_quantiles(list(map(length, g)))] for name, g in groups.items() if g],
+    )
 
 
 def _lengths_by(records: Sequence[Any], what: str, length: Callable[[Any], int]) -> list[str]:
@@ -179,7 +200,12 @@ def _lengths_by(records: Sequence[Any], what: str, length: Callable[[Any], int])
     """
     tables = []
     for field, word in (("source", "source"), ("use_case", "use case")):
-        groups = _most(_by(records, lambda r, field=field: getattr(r, field) or f"(no {field.replace('_', ' ')})"))
+        groups = _most(
+            _by(
+                records,
+                lambda r, field=field: getattr(r, field) or f"(no {field.replace('_', ' ')})",
+            )
+        )
         if len(groups) > 1 or (records and field == "source"):
             tables.append(_lengths(f"{what} by {word}", groups, length))
     return tables
@@ -199,7 +225,14 @@ def _quantiles(lengths: list[int]) -> list[Any]:
 
     spread = statistics.stdev(order) if len(order) > 1 else 0.0
     middle = [f"{at(share):.0f}" for share in (0.25, 0.5, 0.75)]
-    return [len(order), f"{statistics.mean(order):.0f}", f"{spread:.0f}", order[0], *middle, order[-1]]
+    return [
+        len(order),
+        f"{statistics.mean(order):.0f}",
+        f"{spread:.0f}",
+        order[0],
+        *middle,
+        order[-1],
+    ]
 
 
 def _ranked(rankings: Sequence[Ranking]) -> str:
@@ -211,8 +244,14 @@ def _ranked(rankings: Sequence[Ranking]) -> str:
         pairs = sum(strict_pairs(r.ranks) for r in group)
         tied = len(group) * math.comb(int(k), 2) - pairs
         rows.append([f"K = {k}", len(group), f"{len(group) / len(rankings):.1%}", pairs, tied])
-    rows.append(["all", len(rankings), "100.0%", sum(row[3] for row in rows), sum(row[4] for row in rows)])
-    return _table("Rankings: responses ranked, and their pairs", ["", "prompts", "share", "pairs", "tied"], rows)
+    rows.append(
+        ["all", len(rankings), "100.0%", sum(row[3] for row in rows), sum(row[4] for row in rows)]
+    )
+    return _table(
+        "Rankings: responses ranked, and their pairs",
+        ["", "prompts", "share", "pairs", "tied"],
+        rows,
+    )
 
 
 def _labelers(records: Sequence[Any]) -> str:
@@ -225,8 +264,16 @@ def _labelers(records: Sequence[Any]) -> str:
             middle = f"{statistics.median(numbers):g}"
             rows.append([KINDS[kind], len(numbers), numbers[0], middle, numbers[-1], unnamed])
     if not rows:
-        return "Labelers: no record names one" if any(hasattr(record, "labeler") for record in records) else ""
-    return _table("Labelers, and records of each", ["", "labelers", "least", "median", "most", "unnamed"], rows)
+        return (
+            "Labelers: no record names one"
+            if any(hasattr(record, "labeler") for record in records)
+            else ""
+        )
+    return _table(
+        "Labelers, and records of each",
+        ["", "labelers", "least", "median", "most", "unnamed"],
+        rows,
+    )
 
 
 def _languages(records: Sequence[Any], identify: Callable[[str], str] | None) -> str:

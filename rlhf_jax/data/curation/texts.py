@@ -33,7 +33,9 @@ def prompt_text(item: Any) -> str:
     'user: Hi\n\nassistant: Hello.'
     """
     prompt = conversation_of(item)
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{m.role}: {m.content}" for m in prompt)
+    return (
+        prompt if isinstance(prompt, str) else "\n\n".join(f"{m.role}: {m.content}" for m in prompt)
+    )
 
 
 def first_turn(item: Any) -> str:

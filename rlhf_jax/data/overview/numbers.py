@@ -159,7 +159,9 @@ def look(
     by_kind: dict[type, list[Any]] = {kind: [] for kind in KINDS}
     for record in records:
         by_kind[type(record)].append(record)
-    return {KINDS[kind]: _look(kind, rows, tokens, tokenizer) for kind, rows in by_kind.items() if rows}
+    return {
+        KINDS[kind]: _look(kind, rows, tokens, tokenizer) for kind, rows in by_kind.items() if rows
+    }
 
 
 def _look(kind: type, rows: list[Any], tokens: Callable[[str], int] | None, tokenizer: Any) -> Look:
@@ -191,12 +193,16 @@ def prompt_numbers(
         different=len(different),
         near=sum(near_duplicates.repeats(different)),
         characters=Spread.of(sum(map(len, _turns(record.prompt))) for record in records),
-        turns=Spread.of(len(_turns(record.prompt)) - _has_system(record.prompt) for record in records),
+        turns=Spread.of(
+            len(_turns(record.prompt)) - _has_system(record.prompt) for record in records
+        ),
         system=sum(_has_system(record.prompt) for record in records),
     )
 
 
-def answer_numbers(records: Sequence[Demonstration | Ranking], *, known: dict[str, str] | None = None) -> Answers:
+def answer_numbers(
+    records: Sequence[Demonstration | Ranking], *, known: dict[str, str] | None = None
+) -> Answers:
     """What the answers of records are like; answers that were not ranked do not count.
 
     Args:
@@ -222,12 +228,18 @@ def answer_numbers(records: Sequence[Demonstration | Ranking], *, known: dict[st
             count["leading"] += answer[:1].isspace()
             count["trailing"] += answer[-1:].isspace()
     text, times = said.most_common(1)[0] if said else ("", 0)
-    kept = {name: count[name] for name in ("empty", "short", "begin", "contain", "echo", "leading", "trailing")}
+    kept = {
+        name: count[name]
+        for name in ("empty", "short", "begin", "contain", "echo", "leading", "trailing")
+    }
     return Answers(len(lengths), characters=Spread.of(lengths), commonest=(times, text), **kept)
 
 
 def pair_numbers(
-    records: Sequence[Ranking], tokens: Callable[[str], int] | None = None, *, known: dict[str, str] | None = None
+    records: Sequence[Ranking],
+    tokens: Callable[[str], int] | None = None,
+    *,
+    known: dict[str, str] | None = None,
 ) -> Pairs:
     """What the pairs of ranked answers are like.
 
@@ -244,7 +256,9 @@ def pair_numbers(
         prompt = hash(_key(record.prompt, known))
         texts = [_plain(text, known) for text in record.responses]
         in_tokens = tokens is not None and place % every == 0
-        sizes = [tokens(text) for text in record.responses] if tokens is not None and in_tokens else []
+        sizes = (
+            [tokens(text) for text in record.responses] if tokens is not None and in_tokens else []
+        )
         ranked = [k for k, rank in enumerate(record.ranks) if rank != ABSENT]
         count["rankings_with_equal"] += len({texts[k] for k in ranked}) < len(ranked)
         for a, b in itertools.combinations(ranked, 2):
@@ -257,11 +271,15 @@ def pair_numbers(
             if in_tokens:
                 count["counted"] += 1
                 count["longer_tokens"] += sizes[best] > sizes[other]
-            key, reverse = (hash((prompt, texts[i], texts[j])) for i, j in ((best, other), (other, best)))
+            key, reverse = (
+                hash((prompt, texts[i], texts[j])) for i, j in ((best, other), (other, best))
+            )
             count["repeated"] += key in seen
             count["contradicted"] += reverse in seen and key != reverse
             seen.add(key)
-    ends: dict[str, Any] = {name: (count[f"{name} best"], count[f"{name} other"]) for name in ("trailing", "leading")}
+    ends: dict[str, Any] = {
+        name: (count[f"{name} best"], count[f"{name} other"]) for name in ("trailing", "leading")
+    }
     names = [field.name for field in dataclasses.fields(Pairs) if field.name not in ends]
     return Pairs(**{name: count[name] for name in names}, **ends)
 
@@ -291,7 +309,9 @@ def _key(prompt: Any, known: dict[str, str] | None) -> str:
 def _answers(record: Demonstration | Ranking) -> list[str]:
     if isinstance(record, Demonstration):
         return [record.response]
-    return [text for text, rank in zip(record.responses, record.ranks, strict=True) if rank != ABSENT]
+    return [
+        text for text, rank in zip(record.responses, record.ranks, strict=True) if rank != ABSENT
+    ]
 
 
 def _short_number(n: int) -> str:

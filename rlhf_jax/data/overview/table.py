@@ -33,10 +33,16 @@ def summary(
       tokens: as for `look`.
       tokenizer: as for `look`.
     """
-    looks = dict(records) if isinstance(records, Mapping) else look(records, tokens=tokens, tokenizer=tokenizer)
+    looks = (
+        dict(records)
+        if isinstance(records, Mapping)
+        else look(records, tokens=tokens, tokenizer=tokenizer)
+    )
     table = _table([["One look", *looks], *_rows(list(looks.values()))])
     if aside:
-        names = [f"{name} ({rows:,})" for name, rows in sorted(aside.items(), key=lambda item: -item[1])]
+        names = [
+            f"{name} ({rows:,})" for name, rows in sorted(aside.items(), key=lambda item: -item[1])
+        ]
         table.append(_cut("columns left aside: " + ", ".join(names)))
     lines = [line for text in judgements(looks, aside) for line in _wrapped(text)]
     if len(table) + 1 + len(lines) > LINES:  # the headline counts all of them
@@ -105,7 +111,9 @@ def _rows(looks: Sequence[Look]) -> list[list[str]]:
 
 def _longer(pairs: Pairs) -> str:
     said = percent(pairs.longer, pairs.strict)
-    return f"{said} (tokens {percent(pairs.longer_tokens, pairs.counted)})" if pairs.counted else said
+    return (
+        f"{said} (tokens {percent(pairs.longer_tokens, pairs.counted)})" if pairs.counted else said
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -113,7 +121,9 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths[0] = max(len(row[0]) for row in rows[:-1])
     lines = []
     for row in rows:
-        cells = "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=False))
+        cells = "".join(
+            f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=False)
+        )
         lines.append(_cut((row[0].ljust(widths[0]) + cells).rstrip()))
     return lines
 

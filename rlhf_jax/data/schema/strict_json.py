@@ -58,16 +58,22 @@ def json_list(path: str | os.PathLike[str]) -> list[dict[str, Any] | RowError] |
     try:
         rows = _ROW_BY_ROW.decode(data.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
     except RecursionError:
-        raise ValueError(f"{path}: the JSON is nested too deep: write a flat object a row") from None
+        raise ValueError(
+            f"{path}: the JSON is nested too deep: write a flat object a row"
+        ) from None
     except RowError as error:
         raise ValueError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # The file has lines, each of which is a list.
             return None
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: the JSON list is damaged at {where} ({error.msg}): export it again") from None
+        raise ValueError(
+            f"{path}: the JSON list is damaged at {where} ({error.msg}): export it again"
+        ) from None
     return [_checked_row(row) for row in rows]
 
 
@@ -78,7 +84,9 @@ def json_value(path: str | os.PathLike[str]) -> Any:
       ValueError: it is none.
     """
     try:
-        return _DECODER.decode(read_bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip())
+        return _DECODER.decode(
+            read_bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
+        )
     except RecursionError:
         raise ValueError(f"{path}: the JSON is nested too deep") from None
 
@@ -105,7 +113,11 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if not os.path.isfile(path) and os.path.exists(path):
         # A pipe can be read once only and may never end; a run reads its data again when it goes
         # on.
-        what = "a folder: pass one file" if os.path.isdir(path) else "no regular file: save it to a file first"
+        what = (
+            "a folder: pass one file"
+            if os.path.isdir(path)
+            else "no regular file: save it to a file first"
+        )
         raise ValueError(f"{path} is {what}")
     try:
         data = Path(path).read_bytes()
@@ -127,7 +139,8 @@ def lines_of(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if len(line) > LINE_LIMIT:
             raise ValueError(
-                f"{path}:{number}: the line has {len(line):,} bytes, the limit is {LINE_LIMIT:,}: write a record a line"
+                f"{path}:{number}: the line has {len(line):,} bytes, the limit is {LINE_LIMIT:,}: "
+                "write a record a line"
             )
         if line.strip():
             yield number, line
@@ -144,7 +157,9 @@ def json_object(data: bytes) -> dict[str, Any]:
     except RowError:
         raise
     except UnicodeDecodeError as error:
-        raise RowError("not UTF-8", f"byte {error.start} is not UTF-8: save the file as UTF-8") from None
+        raise RowError(
+            "not UTF-8", f"byte {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
@@ -156,13 +171,17 @@ def json_object(data: bytes) -> dict[str, Any]:
     if data.count(b"[") + data.count(b"{") > NESTING and _is_deep(row):
         raise _too_deep()
     if not isinstance(row, dict):
-        raise RowError("not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}")
+        raise RowError(
+            "not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}"
+        )
     return row
 
 
 def _checked_row(row: Any) -> dict[str, Any] | RowError:
     if not isinstance(row, dict):
-        return RowError("not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}")
+        return RowError(
+            "not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}"
+        )
     try:
         _refuse_constants(row)
     except RowError as error:

@@ -31,8 +31,21 @@ from rlhf_jax.data.text.encoding import (
     stop_ids,
 )
 from rlhf_jax.data.text.packing import best_fit, drop_too_long, padding_share
-from rlhf_jax.data.text.rows import RankedIds, lm_rows, masked_rows, prompt_batch, ranking_batch, ranking_rows, sft_rows
-from rlhf_jax.data.text.tokenizer import check_same_tokenizer, load_tokenizer, open_tokenizer, tokenizer_fingerprint
+from rlhf_jax.data.text.rows import (
+    RankedIds,
+    lm_rows,
+    masked_rows,
+    prompt_batch,
+    ranking_batch,
+    ranking_rows,
+    sft_rows,
+)
+from rlhf_jax.data.text.tokenizer import (
+    check_same_tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    tokenizer_fingerprint,
+)
 
 __all__ = [
     "PROMPT_END",

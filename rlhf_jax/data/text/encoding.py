@@ -26,7 +26,10 @@ MaskedIds = tuple[Ids, Sequence[bool]]
 
 
 def encode_prompt(
-    tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, *, bos_id: int | None = None
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    prompt: Conversation,
+    *,
+    bos_id: int | None = None,
 ) -> list[int]:
     """Token ids of a prompt, up to where the response begins.
 
@@ -48,7 +51,10 @@ def encode_prompt(
         ids = chat.encode_text(tokenizer, prompt + PROMPT_END)
         return [*(begin_ids(tokenizer) if bos_id is None else [bos_id]), *ids]
     if bos_id is not None:
-        raise ValueError(f"bos_id={bos_id} does not go with messages: a chat template writes BOS itself; leave it out")
+        raise ValueError(
+            f"bos_id={bos_id} does not go with messages: a chat template writes BOS itself; leave "
+            "it out"
+        )
     return chat.encode_messages(tokenizer, prompt)[0]
 
 
@@ -60,12 +66,16 @@ def encode_opening(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -
     return [*begin_ids(tokenizer), *chat.encode_text(tokenizer, text)]
 
 
-def encode_response(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int) -> list[int]:
+def encode_response(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int
+) -> list[int]:
     """Token ids of a whole response to a text, EOS last."""
     return [*chat.encode_text(tokenizer, text), eos_id]
 
 
-def encode_answer(tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, response: str) -> list[int]:
+def encode_answer(
+    tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, response: str
+) -> list[int]:
     """Token ids of a whole response to `prompt`.
 
     EOS is the last one after a text, the template's end of turn after messages.
@@ -92,12 +102,16 @@ def encode_demonstration(
         response alone. A text has one.
     """
     if not isinstance(prompt, str):
-        return chat.encode_conversation(tokenizer, [*prompt, Message("assistant", response)], turns=assistant_turns)
+        return chat.encode_conversation(
+            tokenizer, [*prompt, Message("assistant", response)], turns=assistant_turns
+        )
     asked, said = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, prompt, response)
     return [*asked, *said], [False] * len(asked) + [True] * len(said)
 
 
-def encode_document(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int) -> list[int]:
+def encode_document(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int
+) -> list[int]:
     """Token ids of a document of the pretraining mix.
 
     They are what the tokenizer puts before a text, the text, and EOS.
@@ -105,7 +119,9 @@ def encode_document(tokenizer: transformers.PreTrainedTokenizerFast, text: str, 
     return [*encode_opening(tokenizer, text), eos_id]
 
 
-def stop_ids(tokenizer: transformers.PreTrainedTokenizerFast, prompts: Iterable[Conversation]) -> tuple[int, ...]:
+def stop_ids(
+    tokenizer: transformers.PreTrainedTokenizerFast, prompts: Iterable[Conversation]
+) -> tuple[int, ...]:
     """The ids that end a response to any of `prompts`.
 
     They are EOS, the other ids that the model's generation_config.json names, and what the chat
@@ -137,13 +153,18 @@ def end_of_turn_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int | Non
     if not getattr(tokenizer, "chat_template", None):
         return None
     asked = Message("user", "x")
-    for messages in ((asked,), (Message("system", "x"), asked)):  # some templates want a system turn first
+    for messages in (
+        (asked,),
+        (Message("system", "x"), asked),
+    ):  # some templates want a system turn first
         with contextlib.suppress(ValueError):
             return chat.next_turn(tokenizer, messages).end_id
     return None
 
 
-def decode_response(tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int | Sequence[int]) -> str:
+def decode_response(
+    tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int | Sequence[int]
+) -> str:
     """The text before the first of the `eos_id` (all of it when there is none).
 
     For people and scorers; never encode it again.
@@ -151,11 +172,17 @@ def decode_response(tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     ids = [int(i) for i in ids]
     end = next((place for place, i in enumerate(ids) if i in ends), len(ids))
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def decode_answer(
-    tokenizer: transformers.PreTrainedTokenizerFast, prompt: Conversation, ids: Ids, *, stop_ids: Sequence[int]
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    prompt: Conversation,
+    ids: Ids,
+    *,
+    stop_ids: Sequence[int],
 ) -> str:
     """The text of a response to `prompt`, without the spaces that a chat template adds."""
     said = decode_response(tokenizer, ids, eos_id=stop_ids)

@@ -13,7 +13,9 @@ from rlhf_jax.types import LMBatch, RankingBatch
 Item = TypeVar("Item")
 
 
-def best_fit(sizes: Sequence[int], *, capacity: int, max_items: int | None = None) -> list[list[int]]:
+def best_fit(
+    sizes: Sequence[int], *, capacity: int, max_items: int | None = None
+) -> list[list[int]]:
     """Indices of items, grouped into rows.
 
     The largest item goes first, each into the fullest row that still has room.

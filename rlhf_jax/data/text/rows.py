@@ -16,7 +16,9 @@ RankedIds = tuple[Ids, Sequence[Ids], Sequence[int]]
 """Ids of a prompt, of its K responses (with EOS), and K ranks: 0 best, ties equal, -1 absent."""
 
 
-def prompt_batch(prompts: Sequence[Ids], *, length: int, ids: Sequence[int] | None = None) -> PromptBatch:
+def prompt_batch(
+    prompts: Sequence[Ids], *, length: int, ids: Sequence[int] | None = None
+) -> PromptBatch:
     """Prompts as right-padded rows.
 
     Args:
@@ -44,7 +46,11 @@ def prompt_batch(prompts: Sequence[Ids], *, length: int, ids: Sequence[int] | No
 
 
 def sft_rows(
-    pairs: Sequence[tuple[Ids, Ids]], *, length: int, mask_prompt: bool = True, max_pieces: int | None = None
+    pairs: Sequence[tuple[Ids, Ids]],
+    *,
+    length: int,
+    mask_prompt: bool = True,
+    max_pieces: int | None = None,
 ) -> LMBatch:
     """Demonstrations, several to a row (best fit), each a segment of its own with positions from 0.
 
@@ -63,15 +69,22 @@ def sft_rows(
     """
     for i, (prompt, response) in enumerate(pairs):
         if not len(prompt) or not len(response):
-            raise ValueError(f"pair {i} has {len(prompt)} prompt and {len(response)} response tokens: both need one")
+            raise ValueError(
+                f"pair {i} has {len(prompt)} prompt and {len(response)} response tokens: both need "
+                "one"
+            )
     context = [len(prompt) if mask_prompt else 1 for prompt, _ in pairs]
     pieces = [[*prompt, *response] for prompt, response in pairs]
     return masked_rows(
-        [(p, _after(c, len(p))) for p, c in zip(pieces, context, strict=True)], length=length, max_pieces=max_pieces
+        [(p, _after(c, len(p))) for p, c in zip(pieces, context, strict=True)],
+        length=length,
+        max_pieces=max_pieces,
     )
 
 
-def masked_rows(pieces: Sequence[MaskedIds], *, length: int, max_pieces: int | None = None) -> LMBatch:
+def masked_rows(
+    pieces: Sequence[MaskedIds], *, length: int, max_pieces: int | None = None
+) -> LMBatch:
     """Pieces with targets of their own, several to a row (best fit).
 
     Each is a segment with positions from 0.
@@ -88,9 +101,13 @@ def masked_rows(pieces: Sequence[MaskedIds], *, length: int, max_pieces: int | N
     """
     for i, (ids, mask) in enumerate(pieces):
         if len(ids) != len(mask):
-            raise ValueError(f"piece {i} has {len(ids)} ids and a mask of {len(mask)}: give one entry each")
+            raise ValueError(
+                f"piece {i} has {len(ids)} ids and a mask of {len(mask)}: give one entry each"
+            )
         if not any(mask) or mask[0]:
-            raise ValueError(f"piece {i} needs a target, and not at its first id, which nothing predicts")
+            raise ValueError(
+                f"piece {i} needs a target, and not at its first id, which nothing predicts"
+            )
     return _lm_rows(pieces, length, max_pieces)
 
 
@@ -141,7 +158,9 @@ def ranking_rows(
     return _ranking_batch([[rankings[i] for i in row] for row in rows], length, n, max_k)
 
 
-def ranking_batch(samples: Samples, ranks: Int[np.ndarray, "B K"], *, length: int | None = None) -> RankingBatch:
+def ranking_batch(
+    samples: Samples, ranks: Int[np.ndarray, "B K"], *, length: int | None = None
+) -> RankingBatch:
     """Sampled and ranked responses as shared-prefix rows, one prompt a row.
 
     This is the way from sampling to reward training.
@@ -158,21 +177,30 @@ def ranking_batch(samples: Samples, ranks: Int[np.ndarray, "B K"], *, length: in
       ValueError: the samples are not K rows a prompt, or a row does not fit.
     """
     prompts, k = ranks.shape
-    tokens, starts, ends = (np.asarray(x) for x in (samples.tokens, samples.prompt_lengths, samples.lengths))
+    tokens, starts, ends = (
+        np.asarray(x) for x in (samples.tokens, samples.prompt_lengths, samples.lengths)
+    )
     if len(tokens) != prompts * k:
-        raise ValueError(f"samples has {len(tokens)} rows but ranks has shape {ranks.shape}: K samples a prompt")
+        raise ValueError(
+            f"samples has {len(tokens)} rows but ranks has shape {ranks.shape}: K samples a prompt"
+        )
     rankings = []
     for b in range(prompts):
         rows = range(b * k, b * k + k)
         prompt = tokens[b * k, : starts[b * k]].tolist()
         if any(tokens[i, : starts[i]].tolist() != prompt for i in rows):
-            raise ValueError(f"samples rows {b * k} to {b * k + k - 1} have different prompts: row b*K + k is sample k")
+            raise ValueError(
+                f"samples rows {b * k} to {b * k + k - 1} have different prompts: row b*K + k is "
+                "sample k"
+            )
         responses = [tokens[i, starts[i] : ends[i]].tolist() for i in rows]
         rankings.append((prompt, responses, ranks[b].tolist()))
         _check_ranking(b, rankings[-1], k)
     needed = max([slots_of(r) for r in rankings], default=0)
     if length is not None and needed > length:
-        raise ValueError(f"a prompt and its {k} samples need {needed} tokens but length={length}: raise length")
+        raise ValueError(
+            f"a prompt and its {k} samples need {needed} tokens but length={length}: raise length"
+        )
     return _ranking_batch([[r] for r in rankings], needed if length is None else length, 1, k)
 
 
@@ -187,11 +215,19 @@ def _zeros(count: int, *shape: int) -> list[Any]:
 def _check_ranking(i: int, ranking: RankedIds, max_k: int) -> None:
     prompt, responses, ranks = ranking
     if len(responses) != len(ranks):
-        raise ValueError(f"ranking {i} has {len(responses)} responses and {len(ranks)} ranks: give one rank each")
+        raise ValueError(
+            f"ranking {i} has {len(responses)} responses and {len(ranks)} ranks: give one rank each"
+        )
     if len(responses) > max_k:
-        raise ValueError(f"ranking {i} has {len(responses)} responses but max_k={max_k}: raise max_k")
-    if not len(prompt) or any(not len(r) for r, rank in zip(responses, ranks, strict=True) if rank >= 0):
-        raise ValueError(f"ranking {i} has an empty prompt or response: a response holds at least its EOS")
+        raise ValueError(
+            f"ranking {i} has {len(responses)} responses but max_k={max_k}: raise max_k"
+        )
+    if not len(prompt) or any(
+        not len(r) for r, rank in zip(responses, ranks, strict=True) if rank >= 0
+    ):
+        raise ValueError(
+            f"ranking {i} has an empty prompt or response: a response holds at least its EOS"
+        )
 
 
 def _after(context: int, count: int) -> list[bool]:

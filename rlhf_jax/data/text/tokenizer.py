@@ -30,15 +30,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
     try:
         file = check_tokenizer(path)
     except FileNotFoundError:
-        raise ValueError(f"no tokenizer.json in {path}: pass the folder that holds the model's tokenizer") from None
+        raise ValueError(
+            f"no tokenizer.json in {path}: pass the folder that holds the model's tokenizer"
+        ) from None
     tokenizer = open_tokenizer(path, file)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {path} names no EOS token: set eos_token in tokenizer_config.json")
+        raise ValueError(
+            f"the tokenizer in {path} names no EOS token: set eos_token in tokenizer_config.json"
+        )
     follow_folder(tokenizer, path)
     return tokenizer
 
 
-def open_tokenizer(folder: str | os.PathLike[str], file: Path) -> transformers.PreTrainedTokenizerFast:
+def open_tokenizer(
+    folder: str | os.PathLike[str], file: Path
+) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer as transformers reads it; `load_tokenizer` also obeys the folder's other files.
 
     Args:
@@ -55,7 +61,9 @@ def open_tokenizer(folder: str | os.PathLike[str], file: Path) -> transformers.P
             str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
         )
     except Exception as error:  # The Rust parser raises bare Exception.
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy or save it again") from error
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({error}): copy or save it again"
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:

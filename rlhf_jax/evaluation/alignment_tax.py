@@ -30,7 +30,7 @@ def lm_loss(model: Model, params: Params, batches: Iterable[LMBatch]) -> float:
       ValueError: the batches contain no target token.
 
     Source: Ouyang et al. 2022, section 4.2 and appendix E.6 (regressions on public NLP sets and on
-      pretraining loss).
+    pretraining loss).
     """
     sums = None
     for batch in batches:

@@ -82,12 +82,14 @@ def pairwise_accuracy(
 ) -> Accuracy:
     """Share of strict pairs whose preferred response scores higher; equal scores count half.
 
-    Args: scores: reward of each response; entries of absent responses are never read. ranks: the
-      labeler's ranking, 0 best, ties equal, -1 absent. resamples: number of bootstrap samples; each
-      draws prompts with replacement, with all their pairs. seed: of the bootstrap; the same inputs
-      always give the same interval. groups: the prompt of each row, where several rows (such as two
-      labelers' rankings) belong to one prompt; None
-        means that each row is a prompt of its own.
+    Args:
+      scores: reward of each response; entries of absent responses are never read.
+      ranks: the labeler's ranking, 0 best, ties equal, -1 absent.
+      resamples: number of bootstrap samples; each draws prompts with replacement, with all their
+        pairs.
+      seed: of the bootstrap; the same inputs always give the same interval.
+      groups: the prompt of each row, where several rows (such as two labelers' rankings) belong to
+        one prompt; None means that each row is a prompt of its own.
 
     Returns:
       Accuracy over all pairs with its 95% percentile interval.
@@ -199,7 +201,7 @@ def labeler_agreement(
       ValueError: no pair is strict in both.
 
     Source: Ouyang et al. 2022, section 3.4 (72.6% among training labelers, 77.3% among held-out
-      ones).
+    ones).
     """
     prompt, a, b = _relations(ranks_a, ranks_b)
     strict = (a != 0) & (b != 0)

@@ -36,15 +36,18 @@ class WinRate(NamedTuple):
 def outcomes(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: float = 0.0) -> Float[np.ndarray, " N"]:
     """Mean outcome of A against B on each prompt: 1 for a win, 1/2 for a tie, 0 for a loss.
 
-    Args: a: scores of A, one or several samples per prompt. b: scores of B on the same prompts.
+    Args:
+      a: scores of A, one or several samples per prompt.
+      b: scores of B on the same prompts.
       tie: largest difference that counts as a tie, in units of the score; scores that differ by
-      rounding always tie.
+        rounding always tie.
 
     Returns:
       One number in 0..1 per prompt: the mean over all pairs of a sample of A and a sample of B.
 
-    Raises: ValueError: no prompts, different prompt counts, a non-finite score or a negative tie
-      threshold.
+    Raises:
+      ValueError: no prompts, different prompt counts, a non-finite score or a negative tie
+        threshold.
 
     >>> outcomes(np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])).tolist()
     [1.0, 0.0, 0.5]
@@ -63,14 +66,18 @@ def win_rate(
     """Win rate of A against B with ties counted half and a 95% score interval over prompts.
 
     The interval is Wilson's with ``n`` replaced by the effective ``n / D``. ``D`` is the variance
-    of the per-prompt outcomes over that of wins and losses of the same mean, ``D = s^2 / (p (1 -
-    p))``, both with one extra win and one extra loss added. Without ties and with one sample per
-    prompt ``D = 1``, which is exactly Wilson's interval. Ties and several samples per prompt lower
-    the variance and shorten it. It stays within 0..1 and does not collapse at 0 or 1.
+    of the per-prompt outcomes over that of wins and losses of the same mean,
+    ``D = s^2 / (p (1 - p))``, both with one extra win and one extra loss added. Without ties and
+    with one sample per prompt ``D = 1``, which is exactly Wilson's interval. Ties and several
+    samples per prompt lower the variance and shorten it. It stays within 0..1 and does not collapse
+    at 0 or 1.
 
-    Args: a: scores of A, ``[N]`` or ``[N, S]``. b: scores of B on the same prompts. tie: as in
-      `outcomes`. groups: the prompt of each row, where several rows belong to one prompt; these are
-      averaged first.
+    Args:
+      a: scores of A, ``[N]`` or ``[N, S]``.
+      b: scores of B on the same prompts.
+      tie: as in `outcomes`.
+      groups: the prompt of each row, where several rows belong to one prompt; these are averaged
+        first.
 
     Returns:
       The mean outcome, its 95% interval and the number of prompts.

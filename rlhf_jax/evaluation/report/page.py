@@ -30,10 +30,11 @@ def write_report(
 ) -> Path:
     """Writes the report as one HTML file, whole or not at all.
 
-    Args: path: where to write, for example ``runs/instructgpt/report.html``. results: the numbers
-      of `results.json`; the page names what is missing. history: metric rows by stage, ``{"ppo":
-      [{"iteration": 0, "score": 0.1, "kl": 0.0}, ...]}``, or one list of rows
-        that each name their ``stage``.
+    Args:
+      path: where to write, for example ``runs/instructgpt/report.html``.
+      results: the numbers of `results.json`; the page names what is missing.
+      history: metric rows by stage, ``{"ppo": [{"iteration": 0, "score": 0.1}, ...]}``, or one list
+        of rows that each name their ``stage``.
       samples: ``{"prompt": str, "responses": {model: {"text": str, "gold_score": float}}}``, the
         best examples first.
       departures: ``{"name", "paper", "source", "run", "why"}``, one row for each departure from the

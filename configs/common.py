@@ -5,7 +5,7 @@ Every value that the paper gives stands here as it gives it. A key that is empty
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import fn_spec
+from rlhf_jax.run.config import fn_spec
 from rlhf_jax.sharding import DECODER_RULES, rules_as_data
 
 ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}

@@ -36,16 +36,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.generate import generate, generate_many, lower_generate
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
-from rlhf_jax.rollout import make_score_and_shape
+from rlhf_jax.rollout import Shaping, make_score_and_shape
+from rlhf_jax.run import compiling, devices, memory, networks, responses
 from rlhf_jax.run.files import write_lines
-from rlhf_jax.steps import compile_step, make_ppo_step, make_reward_step, make_sft_step, train_state
+from rlhf_jax.steps import (
+    PPO,
+    Optimizers,
+    compile_step,
+    make_ppo_step,
+    make_reward_step,
+    make_sft_step,
+    train_state,
+)
 from rlhf_jax.types import KLState, LMBatch, Model, PPOState, PromptBatch, Samples
 
 PEERS = {
@@ -147,7 +155,7 @@ def read_ids(a: argparse.Namespace) -> list[list[int]]:
         if "input_ids" in first:
             lines.seek(0)
             return [json.loads(line)["input_ids"] for line in lines]
-    tokenizer = text.load_tokenizer(common.model_folder(a.model))
+    tokenizer = text.load_tokenizer(networks.model_folder(a.model))
     records, _ = schema.read_jsonl(a.data, schema.Demonstration)
     ids = [
         [*text.encode_prompt(tokenizer, r.prompt), *text.encode_answer(tokenizer, r.prompt, r.response)]
@@ -215,7 +223,7 @@ def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> f
     middle = a.prompt_len + a.new_tokens / 2
     cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
     size = jnp.dtype(a.dtype).itemsize
-    read = (common.size(params) + cache) * size / bandwidth()
+    read = (networks.size(params) + cache) * size / bandwidth()
     seen = forward_flops(config, [1] * a.batch, targets=a.batch, seen=a.batch * middle)
     return max(read, seen / matrix_rate(a.dtype))
 
@@ -243,9 +251,9 @@ def ppo(a: argparse.Namespace) -> Work:
     config = decoder(a, length)
     policy, scalar = language_model(config), scalar_model(config)
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
-    shape = make_score_and_shape(policy, scalar, scalar, max_new_tokens=a.new_tokens)
-    how = {"epochs": a.epochs, "minibatches": a.minibatches, "max_new_tokens": a.new_tokens}
-    step_fn = compile_step(make_ppo_step(policy, scalar, tx, tx, ptx_coef=0.0, **how))
+    shape = make_score_and_shape(policy, scalar, scalar, Shaping(max_new_tokens=a.new_tokens))
+    settings = PPO(ptx_coef=0.0, epochs=a.epochs, minibatches=a.minibatches, max_new_tokens=a.new_tokens)
+    step_fn = compile_step(make_ppo_step(policy, scalar, Optimizers(tx, tx), settings))
     reference, critic = (jax.jit(m.init)(jax.random.key(a.seed)) for m in (policy, scalar))
     held = [PPOState(train_state(reference, tx), train_state(critic, tx), KLState(jnp.float32(0.05)), jnp.int32(0))]
 
@@ -266,11 +274,11 @@ def ppo(a: argparse.Namespace) -> Work:
         samples = jax.eval_shape(lambda: sample(0))
         rollout = jax.eval_shape(score, samples)[0]
         weights, key = held[0].policy.params, jax.random.key(0)
-        yield common.lower(step_fn, held[0], rollout, None, key)
+        yield compiling.lower(step_fn, held[0], rollout, None, key)
         yield lower_generate(policy, weights, prompts_of(a, 0), key, max_new_tokens=a.new_tokens)
         yield shape.lower(*to_score(samples))
 
-    compile_ahead = functools.cache(lambda: common.compile_together(programs()))  # as `ppo.run` does
+    compile_ahead = functools.cache(lambda: compiling.compile_together(programs()))  # as `ppo.run` does
 
     def step(i: int) -> Any:
         compile_ahead()
@@ -320,7 +328,7 @@ def slots(a: argparse.Namespace) -> Work:
         one, many = refilled(0), static(0)
         same = np.array_equal(one.tokens, np.concatenate([part.tokens for part in many]))
         assert same or a.dtype != "float32", "refilled rows and static batches drew different tokens"
-        streams = common.sampling_streams(sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1]))
+        streams = responses.sampling_streams(sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1]))
         refilled(0, streams)
         runs = {"static_s": static, "refilled_s": refilled, "refilled_streams_s": partial(refilled, streams=streams)}
         found = {name: statistics.median(times) for name, times in _in_turn(runs, a.steps).items()}
@@ -394,7 +402,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     _timed(work.step, range(1, a.warmup))
     seconds = _timed(work.step, range(a.warmup, a.warmup + a.steps))
     middle = statistics.median(seconds)
-    peak = common.peak_memory_mb()  # before the probes below, which hold large matrices
+    peak = memory.peak_memory_mb()  # before the probes below, which hold large matrices
     rate = matrix_rate(a.dtype)
     found = {
         "library": "rlhf_jax", "suite": a.suite,
@@ -598,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             jax.config.update("jax_compilation_cache_dir", a.cache or folder)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            common.start((-1, 1, 1))
+            devices.start((-1, 1, 1))
             found = measure(a)
         print(show(found), flush=True)
     if a.json:

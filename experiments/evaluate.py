@@ -22,17 +22,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, inputs
-from rlhf_jax import config as config_lib
 from rlhf_jax import scoring
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
 from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
-from rlhf_jax.metrics import StageLog
 from rlhf_jax.rewards import functions
+from rlhf_jax.run import cli, contexts, datasets, devices, inputs, networks, responses
 from rlhf_jax.run.console import Progress, patiently
 from rlhf_jax.run.files import write_json
+from rlhf_jax.run.metrics import StageLog
 from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 BASELINE = "sft"
@@ -75,10 +74,10 @@ class Line:
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
     check(config)
-    mesh = common.start(config.mesh)
-    prompts = common.read_prompts(config.prompts, config.limit, tokenizer=common.tokenizer_of(config.reward_model))
+    mesh = devices.start(config.mesh)
+    prompts = datasets.read_prompts(config.prompts, config.limit, tokenizer=networks.tokenizer_of(config.reward_model))
     check_contexts(prompts, config)
-    reward = common.load_network(config.reward_model, mesh, config.decoder)
+    reward = networks.load_network(config.reward_model, mesh, config.decoder)
     judge = functions.judge(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
     results: dict[str, Any] = {"prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed}
@@ -90,13 +89,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True) as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
-            network = common.load_network(paths["base" if prompted else name], mesh, config.decoder)
+            network = networks.load_network(paths["base" if prompted else name], mesh, config.decoder)
             count = counts.get(name, config.samples)
             ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
             answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh, name=name)
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
-                context = contexts.of_network(network, common.model_folder(paths[name]))
+                context = contexts.of_network(network, networks.model_folder(paths[name]))
                 held_out[kind] = held_out.get(kind) or held_out_batches(
                     network.tokenizer, config, mesh, context=context
                 )  # fmt: skip
@@ -132,11 +131,11 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
     if "base" in paths and config.few_shot.demonstrations:
         asks[paths["base"]] = [bare_prompts, *few_shot_asks(config)]
     for path, each in asks.items():
-        folder = common.model_folder(path)
+        folder = networks.model_folder(path)
         context = contexts.of_folder(folder)
         if context.length is None or not (folder / "tokenizer.json").exists():
             continue  # told where the model is loaded
-        known: Any = common.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
+        known: Any = networks.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
         for ask in each:
             what = config.prompts if ask is bare_prompts else f"{config.prompts} after few_shot.examples"
             name = contexts.prompt_of(what, [p.prompt for p in prompts])
@@ -164,24 +163,24 @@ def check(config: ConfigDict) -> None:
     inputs.check_file("few_shot.demonstrations", config.few_shot.demonstrations, required=False)
     if config.gold:
         functions.judge(config.gold)
-        prompts = common.read_prompts(config.prompts, config.limit)
+        prompts = datasets.read_prompts(config.prompts, config.limit)
         inputs.check_gold("gold", config.gold, prompts, config.prompts)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
 
-Ask = Callable[[common.Network, Sequence[schema.Prompt]], tuple[list[list[int]], int]]
+Ask = Callable[[networks.Network, Sequence[schema.Prompt]], tuple[list[list[int]], int]]
 """Prompts to token ids, and the slots of a prompt row."""
 
 
-def bare_prompts(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
+def bare_prompts(network: networks.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
     """The instruction itself, as the policy sees it in training."""
     ids = [text.encode_prompt(network.tokenizer, p.prompt) for p in prompts]
     return ids, -(-max(map(len, ids)) // 16) * 16  # few lengths, few compiled programs
 
 
 def few_shot_prompts(
-    network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt],
+    network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt],
     config: ConfigDict, mesh: jax.sharding.Mesh,
 ) -> Ask:  # fmt: skip
     """Instructions after a few worked examples, the prefix with the highest reward-model score of several.
@@ -203,7 +202,7 @@ def few_shot_prompts(
 def few_shot_asks(config: ConfigDict) -> list[Ask]:
     """Prefixes of worked examples drawn from the demonstrations, `few_shot.candidates` of them."""
     shots = config.few_shot
-    records = common.read_records(shots.demonstrations, schema.Demonstration)
+    records = datasets.read_records(shots.demonstrations, schema.Demonstration)
     rng = np.random.default_rng(config.seed)
     asks: list[Ask] = []
     for _ in range(shots.candidates):
@@ -217,7 +216,7 @@ def _in_slots(ask: Ask, slots: int) -> Ask:
 
 
 def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
-    def ask(network: common.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
+    def ask(network: networks.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
         shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
         texts = [shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip() for p in prompts]
         ids = [text.encode_opening(network.tokenizer, t) for t in texts]
@@ -227,7 +226,7 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
 
 
 def answer(
-    network: common.Network, reward: common.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
+    network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
     count: int, config: ConfigDict, mesh: jax.sharding.Mesh, *, name: str = "samples",
 ) -> Answers:  # fmt: skip
     """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for the console.
@@ -243,15 +242,15 @@ def answer(
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
     with Progress(f"{name}: sampling", count * len(prompts), unit="responses") as progress:
-        texts, samples = common.sample_responses(
+        texts, samples = responses.sample_responses(
             network, ids, mesh, asked=() if prompted else [p.prompt for p in prompts], counts=count,
             prompt_length=slots, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             seed=config.seed, batch_size=config.batch_size, stop_ids=stop, progress=lambda done, _: progress(done),
         )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
-    rows, cut = common.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
-    rewards = common.score_rows(reward, rows, mesh, batch_size=config.batch_size)
+    rows, cut = responses.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
+    rewards = responses.score_rows(reward, rows, mesh, batch_size=config.batch_size)
     judged = [known(judge, p, t) for p, t in zip(asked, texts, strict=True)] if judge else []
     shape = (len(prompts), count)
     tokens = np.asarray(samples.lengths - samples.prompt_lengths)
@@ -296,26 +295,26 @@ def held_out_batches(
 ) -> list[LMBatch]:
     """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment tax."""
     rows = read_held_out(tokenizer, config, context=context)
-    return common.held_out_batches(rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches)
+    return datasets.held_out_batches(rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches)
 
 
 def read_held_out(tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None) -> LMBatch:
     """Packed rows of the held-out text, no piece of it longer than the model's context."""
     length = config.held_out_row_length
-    return common.lm_rows(tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length")
+    return datasets.lm_rows(tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length")
 
 
-def kl_to_reference(network: common.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+def kl_to_reference(network: networks.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence.
 
     Both are the distributions at `kl_temperature`. Greedy samples are not drawn from any: there the number is the mean
     log-ratio of the most likely response, and no estimate of a KL divergence.
     """
-    reference = common.load_network(config.reference, mesh, config.decoder)
+    reference = networks.load_network(config.reference, mesh, config.decoder)
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
     gaps = np.zeros(len(said.samples.lengths))
     most = contexts.of_network(reference).length
-    for index, slots in common.by_length(said.samples.lengths, config.batch_size, most=most):
+    for index, slots in responses.by_length(said.samples.lengths, config.batch_size, most=most):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
         temperature = kl_temperature(config)
@@ -438,7 +437,7 @@ def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[st
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
         one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.", check=check,
     )  # fmt: skip

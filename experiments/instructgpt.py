@@ -19,17 +19,21 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, evaluate, inputs, ppo, prepare_data, pretrained, reward_model, sample, sft
-from rlhf_jax import config as config_lib
+from experiments import evaluate, ppo, prepare_data, reward_model, sample, sft
+from rlhf_jax.backends import cpu_process
 from rlhf_jax.data import schema
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
-from rlhf_jax.run import files
+from rlhf_jax.run import checks, cli, compiling, datasets, devices, files, memory, networks, pretrained
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import inputs as inputs_lib
 from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run.plans import Step, describe
+from rlhf_jax.run.ppo import settings
 from rlhf_jax.run.results import history, log_rows, samples, stated, versions
 from rlhf_jax.run.stages import Measure, Stage, Stages
+from rlhf_jax.run.workdir import CONFIG_FILE, HARMLESS, change_allowed
 from rlhf_jax.steps import RANKING_ARGUMENTS
 
 STAGES = tuple(reads.VERSIONS)
@@ -38,10 +42,10 @@ SMOKE = "This is a smoke run: it shows that every stage runs, and its numbers me
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Runs what is not done yet and returns the results."""
-    common.Compiling.listen()
+    compiling.Compiling.listen()
     pipeline = Pipeline(config, Path(workdir))
     steps = pipeline.plan()
-    with files.written(Path(workdir) / config_lib.CONFIG_FILE) as file:  # not before the plan: it may refuse the config
+    with files.written(Path(workdir) / CONFIG_FILE) as file:  # not before the plan: it may refuse the config
         file.write(config_lib.to_json(config) + "\n")
     if config.get("smoke", False):
         print(SMOKE, flush=True)
@@ -67,20 +71,20 @@ def check_shapes(config: ConfigDict) -> None:
 
     Before anything is computed: the last stages come hours later.
     """
-    inputs.check_settings(config)
+    inputs_lib.check_settings(config)
     ignored = reads.set_in_vain(json.loads(config_lib.to_json(config), parse_constant=str))
     if ignored:
         raise ValueError("; ".join(ignored))
     check_stages(config)
-    config_lib.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
-    inputs.check_model("base", config.base)
-    common.check_shape("base", config.base, config.shapes.policy)
+    checks.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
+    inputs_lib.check_model("base", config.base)
+    networks.check_shape("base", config.base, config.shapes.policy)
     if config.reward_model.model:
-        common.check_shape("reward_model.model", config.reward_model.model, config.shapes.reward_model)
+        networks.check_shape("reward_model.model", config.reward_model.model, config.shapes.reward_model)
     # PPO comes hours later, from a model of the base's context.
-    later = common.config_dict(config.ppo)
+    later = config_lib.unlocked_copy(config.ppo)
     later.update(model=config.base, reward_model=config.reward_model.model)
-    ppo.check_contexts(later)
+    settings.check_contexts(later)
 
 
 def check_stages(config: ConfigDict) -> None:
@@ -88,11 +92,11 @@ def check_stages(config: ConfigDict) -> None:
     config_lib.resolve(config.reward_model.loss, available=RANKING_ARGUMENTS)
     sample.draw_k(config.seed, 0, config.sample.min_k, config.sample.max_k)
     try:
-        ppo.validate(config.ppo)
+        settings.validate(config.ppo)
     except ValueError as error:
         raise ValueError(f"ppo.{error}") from None
     for name in (config.ppo.gold, config.ppo.text_reward, config.evaluate.gold):
-        ppo.judge(name)
+        settings.judge(name)
 
 
 class Pipeline:
@@ -122,9 +126,9 @@ class Pipeline:
             for name, version in reads.VERSIONS.items()
         ]  # fmt: skip
         self.stages = Stages(
-            folder, stages, harmless=config_lib.HARMLESS, allow_change=config_lib.change_allowed(),
-            measure=lambda: Measure(common.Compiling.seconds, common.peak_memory_mb()),
-            after=common.release_freed_memory,
+            folder, stages, harmless=HARMLESS, allow_change=change_allowed(),
+            measure=lambda: Measure(compiling.Compiling.seconds, memory.peak_memory_mb()),
+            after=cpu_process.release_freed_memory,
         )  # fmt: skip
 
     def stage(self, name: str, work: Callable[[str], dict] | None = None) -> dict:
@@ -156,7 +160,7 @@ class Pipeline:
     def inputs(self, stage: str) -> dict[str, str]:
         """The files and models that a stage reads; a model that is fetched by name is known by that name."""
         found = self.paths.inputs(stage).items()
-        return {name: str(common.model_folder(path)) for name, path in found if path not in pretrained.MODELS}
+        return {name: str(networks.model_folder(path)) for name, path in found if path not in pretrained.MODELS}
 
     def _own_data(self) -> dict[str, str]:
         """Files and folders of the user's that the data stage reads, by their keys in the data group."""
@@ -172,7 +176,7 @@ class Pipeline:
         """The config that a stage is handed: its group, with what the pipeline fills in."""
         unknown = {*filled} - reads.FILLED[stage]
         assert not unknown, f"the key of stage {stage} counts {unknown}, which are filled in: add them to FILLED"
-        config = common.config_dict(self.config[reads.GROUPS[stage]])
+        config = config_lib.unlocked_copy(self.config[reads.GROUPS[stage]])
         config.update(filled)
         return config
 
@@ -206,7 +210,7 @@ class Pipeline:
             "samples", models=self.paths.sampled(), prompts=self.data("prompts_ranking"), seed=self.config.seed
         )
         counts = sample.run(config, folder)
-        held = common.config_dict(config)
+        held = config_lib.unlocked_copy(config)
         held.update(prompts=self.data("prompts_validation"), labels_each=2)
         sample.run(held, str(Path(folder) / "validation_train"))
         records = sample.read_samples(Path(folder) / "validation_train" / "samples.jsonl")
@@ -233,16 +237,16 @@ class Pipeline:
     def baseline(self, folder: str) -> dict:
         """The SFT baseline: the epoch with the best reward-model score on validation prompts, not the lowest loss."""
         del folder
-        mesh = common.start(self.config.sft.mesh)
+        mesh = devices.start(self.config.sft.mesh)
         config = self._settings("baseline")
         for name in reads.NOT_FOR_BASELINE & {*config}:
             del config[name]
-        prompts = common.read_prompts(self.data("prompts_validation"))
-        reward = common.load_network(self.paths.reward_model(), mesh, config.decoder)
+        prompts = datasets.read_prompts(self.data("prompts_validation"))
+        reward = networks.load_network(self.paths.reward_model(), mesh, config.decoder)
         judge = config_lib.resolve(config.gold) if config.gold else None
         epochs = []
         for row in self.done("sft")["epochs"]:
-            network = common.load_network(self.paths.epoch(row), mesh, config.decoder)
+            network = networks.load_network(self.paths.epoch(row), mesh, config.decoder)
             count = self.config.validation_samples
             said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, count, config, mesh)
             epochs.append({**row, "path": self.paths.epoch(row), **said.means()})
@@ -322,7 +326,7 @@ class Pipeline:
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run, check=check_shapes,
         one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take --distributed.",
     )  # fmt: skip

@@ -16,11 +16,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import common
-from rlhf_jax.config import require, require_range
 from rlhf_jax.data import overview, preview, preview_page, schema, sources
 from rlhf_jax.data.text import encode_prompt, load_tokenizer
-from rlhf_jax.run import files
+from rlhf_jax.run import files, networks
+from rlhf_jax.run.checks import require, require_range
 
 TERMINAL = "terminal"
 """The value of `config.preview` that shows the rows on the screen; another one is the name of a page."""
@@ -35,7 +34,7 @@ def look(config: ConfigDict) -> None:
     require(bool(config.data), "data", config.data, "name a file of records: --look=FILE")
     require_range("rows", config.rows, low=1)
     records, report = read(config.data, max_bad_fraction=config.max_bad_fraction)
-    tokenizer = load_tokenizer(common.model_folder(config.model)) if config.model else None
+    tokenizer = load_tokenizer(networks.model_folder(config.model)) if config.model else None
     print(report.summary() + "\n\n" + _table(records, tokenizer, {}) + "\n", flush=True)
     _show(records, config.preview or TERMINAL, config.data, tokenizer, config.rows, config.assistant_turns)
 
@@ -52,7 +51,7 @@ def lines(
     """
     records = [record for each in record_files.values() for record in each]
     name = config.get("model", "")
-    tokenizer = load_tokenizer(common.model_folder(name)) if name else None
+    tokenizer = load_tokenizer(networks.model_folder(name)) if name else None
     aside: collections.Counter[str] = collections.Counter()
     for report in reports:
         aside.update(report.aside)

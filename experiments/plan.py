@@ -27,13 +27,19 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from experiments import common, memory, ppo
-from rlhf_jax import config as config_lib
+from experiments import ppo
 from rlhf_jax import ops, sharding
+from rlhf_jax.backends import cpu_process
 from rlhf_jax.models import decoder
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf
+from rlhf_jax.run import checks, memory, results
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import networks as networks_lib
+from rlhf_jax.run.ppo import programs
+from rlhf_jax.run.ppo import settings as ppo_settings
+from rlhf_jax.run.ppo import setup as setup_lib
 from rlhf_jax.steps import train_state
 from rlhf_jax.types import KLState, Model, Params, PPOState
 
@@ -112,7 +118,7 @@ def ppo_config(config: ConfigDict) -> ConfigDict:
     """The PPO group of a pipeline's config with the shapes beside it; a PPO config as it is."""
     if "ppo" not in config:
         return config
-    stage = common.config_dict(config.ppo)
+    stage = config_lib.unlocked_copy(config.ppo)
     stage.shapes = ConfigDict(config.shapes.to_dict())
     return stage
 
@@ -124,8 +130,8 @@ def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
     def decoder_of(role: str, folder: str) -> DecoderConfig:
         if shapes.get(role):
             return gpt2(**shapes[role], **config.decoder, mesh=mesh)
-        config_lib.require(bool(folder), role, folder, "the config has no shapes: pass the folder of a model")
-        found = config_from_hf(common.read_json(common.model_folder(folder) / "config.json"))
+        checks.require(bool(folder), role, folder, "the config has no shapes: pass the folder of a model")
+        found = config_from_hf(results.read_json(networks_lib.model_folder(folder) / "config.json"))
         return dataclasses.replace(found, **config.decoder, mesh=mesh)
 
     policy = decoder_of("policy", config.model)
@@ -133,9 +139,9 @@ def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
     return language_model(policy), scalar_model(value)
 
 
-def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -> ppo.Setup:
+def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -> setup_lib.Setup:
     """What `ppo.prepare` makes, with shapes and shardings in the place of arrays, and without text."""
-    rules = ppo.sharding_rules(config)
+    rules = setup_lib.sharding_rules(config)
 
     def placed(make: Any, *arguments: Any, role: str) -> Any:
         tree = jax.eval_shape(make, *arguments)
@@ -145,15 +151,17 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
     reference = placed(policy.init, key, role="reference")
     reward = placed(value.init, key, role="reward_model")
 
-    def trained(params: Params, role: str) -> common.Trained:
+    def trained(params: Params, role: str) -> networks_lib.TrainableParams:
         alpha = config.lora.alpha
         if config.train == "all":
-            return common.Trained(params, {}, alpha)
-        own = placed(lambda p: common.trained(p, config).params, params, role=role)
-        return common.Trained(own, {name: part for name, part in params.items() if name != "score"}, alpha)
+            return networks_lib.TrainableParams(params, {}, alpha)
+        own = placed(lambda p: networks_lib.trainable(p, config).params, params, role=role)
+        return networks_lib.TrainableParams(
+            own, {name: part for name, part in params.items() if name != "score"}, alpha
+        )
 
     parts = trained(reference, "policy"), trained(reward, "value")
-    policy_tx, value_tx = ppo.optimizers(config)
+    policy_tx, value_tx = setup_lib.optimizers(config)
     whole = sharding.replicated(mesh)
     coefficient: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     iteration: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -163,13 +171,16 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
         KLState(coefficient),
         iteration,
     )
-    networks = common.Network(policy, reference, None), common.Network(value, reward, None)
+    networks = networks_lib.Network(policy, reference, None), networks_lib.Network(value, reward, None)
     judged = None if config.text_reward else networks[1]
     pieces: Any = None
     if isinstance(mesh, Mesh):
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         pieces = ppo.compiled_pieces(config, mesh, networks[0], networks[1], judged, parts, where)
-    return ppo.Setup(networks[0], judged, value, *parts, [], [], None, None, [], None, pieces, None, state, None, None)  # pyright: ignore[reportArgumentType]
+    none: Any = None  # a plan has no prompts and no controller
+    return setup_lib.Setup(
+        networks[0], judged, value, *parts, [], [], none, None, [], none, pieces, None, state, None, None
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ by rule
@@ -189,7 +200,7 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     Raises:
       ValueError: the mesh does not divide the batch or an array.
     """
-    ppo.validate(config)
+    ppo_settings.validate(config)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     check_rows(config, rows)
     policy, value = models(config)
@@ -241,13 +252,13 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     average_cache = cache * (config.prompt_length + config.max_new_tokens / 2) / slots
     fsdp = mesh.shape["fsdp"]
     return Plan(
-        networks, {"policy": common.size(setup.policy.params), "value": _count(value)}, batch, decoding, phases,
+        networks, {"policy": networks_lib.size(setup.policy.params), "value": _count(value)}, batch, decoding, phases,
         flops(config, policy, value, ptx_rows), weights + average_cache, weights * (1 - 1 / fsdp),
     )  # fmt: skip
 
 
 def _count(model: Model) -> int:
-    return common.size(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
+    return networks_lib.size(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
 
 
 def check_rows(config: ConfigDict, shards: int) -> None:
@@ -265,7 +276,7 @@ def check_rows(config: ConfigDict, shards: int) -> None:
         pieces["ptx_rows_per_episode"] = ptx
         pieces["ptx_microbatches"] = ptx // (config.ptx_microbatches or config.microbatches)
     for key, count in pieces.items():
-        config_lib.require(
+        checks.require(
             count % shards == 0 and count > 0, key, config[key],
             f"leaves {count} rows for data x fsdp = {shards} devices: choose a mesh or a {key} that divides",
         )  # fmt: skip
@@ -314,7 +325,7 @@ def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dic
     def forward(model: Model, length: int, head: bool) -> float:
         shape: DecoderConfig = model.config
         params = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
-        weights = common.size(params["blocks"]) + head * shape.width * shape.vocab_size
+        weights = networks_lib.size(params["blocks"]) + head * shape.width * shape.vocab_size
         return 2.0 * weights + 4.0 * shape.layers * length * shape.heads * shape.head_dim
 
     passes = 4 if config.decoder.remat == "block" else 3
@@ -372,7 +383,7 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
 
 
 def _programs(config: ConfigDict, mesh: Mesh, policy: Model, value: Model, names: Sequence[str]) -> memory.Programs:
-    return ppo.programs(abstract_setup(config, mesh, policy, value), config, mesh, names)
+    return programs.programs(abstract_setup(config, mesh, policy, value), config, mesh, names)
 
 
 def as_accelerator() -> None:
@@ -381,7 +392,7 @@ def as_accelerator() -> None:
     Call it before devices are found, which is when XLA reads its flags.
     """
     # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no accelerator has.
-    common.ask_xla("xla_cpu_experimental_ynn_fusion_type", "")
+    cpu_process.ask_xla("xla_cpu_experimental_ynn_fusion_type", "")
     ops.CHUNK_LOGITS["cpu"] = ops.CHUNK_LOGITS["gpu"]
     decoder.TILES = 2**30  # divides nothing, so that kernels stay matrices
 
@@ -404,8 +415,8 @@ def run(
     Raises:
       ValueError: an unknown chip, or a mesh that does not divide.
     """
-    config_lib.require_one_of("chip", chip, tuple(CHIPS))
-    config_lib.require_range("utilization", utilization, low=0.01, high=1.0)
+    checks.require_one_of("chip", chip, tuple(CHIPS))
+    checks.require_range("utilization", utilization, low=0.01, high=1.0)
     config, devices = ppo_config(config), math.prod(shape)
     plan = plan_by_rule(config, abstract_mesh(shape))
     room = CHIPS[chip].memory * USABLE
@@ -522,7 +533,7 @@ def smallest_mesh(
                 "microbatches": rows // shape[1], "ptx_microbatches": max(1, ptx // shape[1]),
                 "score_microbatches": config.episodes // shape[1],
             }  # fmt: skip
-            tried = common.config_dict(config)
+            tried = config_lib.unlocked_copy(config)
             tried.update(micro)
             try:
                 if plan_by_rule(tried, abstract_mesh(shape)).peak <= room:
@@ -549,7 +560,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag)
         unknown = [flag for flag in rest if not (flag.startswith("--config.") and "=" in flag)]
-        config_lib.require(not unknown, "flag", " ".join(unknown), "is unknown; keys of the config: --config.KEY=VALUE")
+        checks.require(not unknown, "flag", " ".join(unknown), "is unknown; keys of the config: --config.KEY=VALUE")
         config = config_lib.load_config(flags.config, overrides)
         shape = mesh_shape(flags.mesh, ppo_config(config))
         if not flags.no_compile:
@@ -578,7 +589,7 @@ def mesh_shape(text: str, config: ConfigDict) -> tuple[int, ...]:
         shape = tuple(int(part) for part in parts)
     except ValueError:
         shape = ()
-    config_lib.require(
+    checks.require(
         len(shape) == 3 and min(shape, default=0) >= 1, "mesh", text or tuple(config.mesh),
         "give three numbers of devices, --mesh=DATA,FSDP,TENSOR",
     )  # fmt: skip

@@ -30,16 +30,18 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from msgspec import structs
 
-from experiments import common, look
-from rlhf_jax import config as config_lib
+from experiments import look
 from rlhf_jax.data import curation, schema, sources, templated
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_opening, encode_prompt, encode_response, load_tokenizer, prompt_batch, stop_ids
 from rlhf_jax.generate import generate
+from rlhf_jax.run import checks, cli, devices, networks
+from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.files import write_json, written
-from rlhf_jax.run.slow import told_when_slow
+from rlhf_jax.run.signals import told_when_slow
 
 FIRST_INDEX = {"demonstrations": 0, "ranking": 1_000_000, "ppo": 2_000_000}
 """Where each training set begins in the endless stream of training instructions, so that no two share a prompt."""
@@ -58,7 +60,7 @@ def run(config: ConfigDict, workdir: str, *, show: bool = True) -> dict:
 
     The tables go to ``data_report.txt``; with `show` to the screen too.
     """
-    config_lib.require_one_of("source", config.source, tuple(SOURCES))
+    checks.require_one_of("source", config.source, tuple(SOURCES))
     shown = _SHOW.set(show)
     try:
         return SOURCES[config.source](config, Path(workdir))
@@ -140,7 +142,7 @@ class Lengths:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.tokenizer: Any = load_tokenizer(common.model_folder(config.model))
+        self.tokenizer: Any = load_tokenizer(networks.model_folder(config.model))
         self.left_out: collections.Counter[str] = collections.Counter()
 
     def _fits(self, what: str, tokens: int, limit: int) -> bool:
@@ -192,7 +194,7 @@ class Lengths:
             return None
         # People's ranks may have gaps, where a reply was deleted or is left out here.
         order = sorted(set(ranks))
-        return dataclasses.replace(
+        return structs.replace(
             record, responses=tuple(record.responses[k] for k in kept), ranks=tuple(order.index(r) for r in ranks)
         )
 
@@ -297,7 +299,7 @@ class _Parts:
     def __init__(self, config: ConfigDict):
         self.seed, shares = config.seed, config.shares
         total = sum(shares.values())
-        config_lib.require(abs(total - 1) < 1e-6, "shares", shares.to_dict(), f"add up to {total:g}: make it 1")
+        checks.require(abs(total - 1) < 1e-6, "shares", shares.to_dict(), f"add up to {total:g}: make it 1")
         self.ranges, start = {}, 0.0
         for name, share in shares.items():
             self.ranges[name] = (start, start + share)
@@ -340,7 +342,7 @@ def _shuffled(seed: int, *parts: str | None) -> bytes:
 
 def _named(records: Sequence[Any]) -> list[Any]:
     """The records with ids that are not given twice: the source and the place in it."""
-    return [dataclasses.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
+    return [structs.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
 
 
 def _distinct(records: Iterable[Any]) -> list[Any]:
@@ -355,7 +357,7 @@ def _unique_ids(records: Sequence[Any]) -> list[Any]:
     for record in records:
         seen[record.id] += 1
         count = seen[record.id]
-        result.append(record if count == 1 else dataclasses.replace(record, id=f"{record.id}/{count}"))
+        result.append(record if count == 1 else structs.replace(record, id=f"{record.id}/{count}"))
     return result
 
 
@@ -435,7 +437,7 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
     what is too long left out.
     """
     _check_cleaning(config)
-    config_lib.require(
+    checks.require(
         bool(config.demonstrations or config.rankings or config.prompts), "prompts", config.prompts,
         "name a file, or one of demonstrations or rankings: --config.prompts=FILE",
     )  # fmt: skip
@@ -455,7 +457,7 @@ def convert(config: ConfigDict, folder: Path) -> dict:
     What was read as what is said first. A file of a few conversations is not split: nothing is held out then.
     """
     _check_cleaning(config)
-    config_lib.require(bool(config.data), "data", config.data, "name the file to convert: --data=FILE")
+    checks.require(bool(config.data), "data", config.data, "name the file to convert: --data=FILE")
     reading = sources.read_form(
         config.data, config.form, columns=_columns(config.columns), split=config.split or None,
         max_bad_fraction=config.max_bad_fraction, language=config.language,
@@ -489,7 +491,7 @@ def _columns(text: str) -> dict[str, str]:
     """
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     bad = next((wanted for wanted, equals, _ in pairs if not equals or not wanted.strip()), None)
-    config_lib.require(bad is None, "columns", text, "write wanted=name,..: --columns prompt=question,system=system")
+    checks.require(bad is None, "columns", text, "write wanted=name,..: --columns prompt=question,system=system")
     return {wanted.strip(): have.strip() for wanted, _, have in pairs}
 
 
@@ -535,15 +537,15 @@ def _lines(
 
 def _with_ids(name: str, records: Iterable[Any]) -> list[Any]:
     """The records, those without an id named by their place."""
-    return [r if r.id else dataclasses.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
+    return [r if r.id else structs.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)]
 
 
 def _check_cleaning(config: ConfigDict) -> None:
-    config_lib.require_one_of("key", config.key, ("user", "organization", "conversation"))
-    config_lib.require_one_of("leaks", config.leaks, ("error", "drop"))
-    config_lib.require_range("prefix_length", config.prefix_length, low=0)
-    config_lib.require_range("per_user", config.per_user, low=0)
-    config_lib.require_range("ranking_share", config.ranking_share, low=0.0, high=1.0)
+    checks.require_one_of("key", config.key, ("user", "organization", "conversation"))
+    checks.require_one_of("leaks", config.leaks, ("error", "drop"))
+    checks.require_range("prefix_length", config.prefix_length, low=0)
+    checks.require_range("per_user", config.per_user, low=0)
+    checks.require_range("ranking_share", config.ranking_share, low=0.0, high=1.0)
 
 
 def _read_own(config: ConfigDict, reports: list[schema.DataReport]) -> dict[str, list[Any]]:
@@ -626,7 +628,7 @@ def _stage_files(parts: dict[str, dict[str, list[Any]]], ranking_share: float, s
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
         records = [record for part in of if part for record in part[split]]
         return _unique_ids(
-            _distinct(schema.Prompt(**{f.name: getattr(r, f.name) for f in dataclasses.fields(schema.Prompt)})
+            _distinct(schema.Prompt(**{name: getattr(r, name) for name in schema.Prompt.__struct_fields__})
             for r in records)
         )  # fmt: skip
 
@@ -661,8 +663,8 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
     Raises:
       ValueError: the model is not known, cannot be fetched, or its greedy answer does not hold `config.answer`.
     """
-    path = common.model_folder(config.model)
-    network = common.load_network(config.model, common.start((1, -1, 1)), {"unroll": 1})
+    path = networks.model_folder(config.model)
+    network = networks.load_network(config.model, devices.start((1, -1, 1)), {"unroll": 1})
     ids = encode_opening(network.tokenizer, config.question)
     prompt = prompt_batch([ids], length=len(ids))
     said = generate(
@@ -690,9 +692,7 @@ SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
 
 def dry_run(config: ConfigDict) -> None:
     """Looks at a file (``--look``); the other sources have no dry run."""
-    config_lib.require(
-        config.source == "look", "--dry_run", True, "only --look=FILE writes nothing: leave --dry_run out"
-    )
+    checks.require(config.source == "look", "--dry_run", True, "only --look=FILE writes nothing: leave --dry_run out")
     look.look(config)
 
 
@@ -763,7 +763,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    config_lib.main(
+    cli.main(
         run, config="configs/data/storyland.py", workdir="runs/data", argv=full,
         one_process="Run it once; its files are then read by all processes.", dry_run=dry_run,
     )  # fmt: skip
@@ -776,7 +776,7 @@ def _check_source(name: str, converts: bool) -> None:
     if converts or name in sources.FORMS or Path("configs/data", config).is_file() or (own / config).is_file():
         return
     known = sorted({*sources.FORMS, *(path.stem for path in own.glob("[a-z]*.py"))} - {"convert", "look"})
-    config_lib.require_one_of("--source", name, known)
+    checks.require_one_of("--source", name, known)
 
 
 def _is_form(name: str, converts: bool) -> bool:

@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, inputs, memory
-from rlhf_jax import config as config_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.metrics import StageLog, read
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import language_model
+from rlhf_jax.run import cli, compiling, contexts, datasets, devices, inputs, memory, networks, results
 from rlhf_jax.run.console import Progress
+from rlhf_jax.run.loop import Loop, Settings
+from rlhf_jax.run.metrics import StageLog, read
 from rlhf_jax.steps import compile_step, make_sft_step, train_state
 from rlhf_jax.types import LMBatch, Model, StepFn, TrainState
 
@@ -50,7 +50,7 @@ class Setup(NamedTuple):
 
 def prepare(config: ConfigDict) -> Setup:
     """Writes the corpus as rows, builds the model, the step and the state."""
-    mesh = common.start(config.mesh)
+    mesh = devices.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
     encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
@@ -66,11 +66,11 @@ def prepare(config: ConfigDict) -> Setup:
     context = contexts.Context(config.model.context_length, "config.model")
     for each in (rows, held_out):
         contexts.check_rows(context, each, f"a document in rows of row_length={config.row_length}")
-    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    batches = datasets.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
     rate = optim.cosine_to(config.learning_rate, batches.steps(config.epochs))
     tx = optim.adam(rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
-    held = common.held_out_batches(
+    held = datasets.held_out_batches(
         held_out, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches
     )  # fmt: skip
     state = sharding.place_state(train_state(model.init(jax.random.key(config.seed)), tx), mesh)
@@ -91,7 +91,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 def programs(setup: Setup) -> memory.Programs:
     """The step, compiled for the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
-    yield "train", common.lower(setup.step, setup.state, batch, None).compile()
+    yield "train", compiling.lower(setup.step, setup.state, batch, None).compile()
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -107,31 +107,35 @@ def run(config: ConfigDict, workdir: str) -> dict:
         log(step, {"held_out_loss": lm_loss(model, state.params, setup.held_out)})
         # bfloat16 is half the size, and `load_hf` reads it back as float32
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
-        common.save_network(folder / "model", common.Network(model, half, tokenizer))
+        networks.save_network(folder / "model", networks.Network(model, half, tokenizer))
 
     begin = time.monotonic()
-    with memory.phase(
-        "train", lower=("config.batch_size", "config.row_length", "config.mesh (more devices)"),
-        programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
-        parameters=common.size(setup.state.params),
+    settings = Settings(workdir, "pretrain", steps, config.evaluate_every, show=("sft/loss", "held_out_loss"))
+    with (
+        memory.phase(
+            "train", lower=("config.batch_size", "config.row_length", "config.mesh (more devices)"),
+            programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
+            parameters=networks.size(setup.state.params),
+        ),
+        Loop(settings, setup.state, on_save=on_save) as loop,
     ):  # fmt: skip
-        state = common.train_resumable(
-            setup.step, setup.state, setup.batches, setup.mesh, workdir=workdir, stage="pretrain", steps=steps,
-            save_every=config.evaluate_every, seed=config.seed, show=("sft/loss", "held_out_loss"), on_save=on_save,
-        )  # fmt: skip
+        for step, state in loop:
+            state, metrics = setup.step(state, sharding.place_batch(setup.batches.at(step), setup.mesh), None)
+            loop.log(metrics)
+            loop.done(state)
 
     def held_out_loss() -> float:
         rows = read(folder / "metrics.jsonl", "pretrain")
         return [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1]
 
-    return common.write_result(folder / "pretrain.json", lambda: {
+    return results.write_result(folder / "pretrain.json", lambda: {
         "held_out_loss": held_out_loss(),
         "seconds": round(time.monotonic() - begin),
         "steps": steps,
         "tokens": int((rows.segments > 0).sum()),
         "padding_share": text.padding_share(rows),
         "command": f"python experiments/pretrain.py --config=configs/pretrain/storyland.py:{config.name}",
-        "parameters": common.size(state.params),
+        "parameters": networks.size(loop.state.params),
         "seed": config.seed,
         "corpus_sha256": storyland_assets.corpus_fingerprint(),
         "tokenizer_sha256": text.tokenizer_fingerprint(tokenizer),
@@ -139,6 +143,6 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run, check=check
     )  # fmt: skip

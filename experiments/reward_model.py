@@ -18,14 +18,30 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, inputs, memory
-from rlhf_jax import config as config_lib
-from rlhf_jax import processes, scoring, sharding
+from rlhf_jax import scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.run import (
+    checks,
+    cli,
+    compiling,
+    contexts,
+    datasets,
+    devices,
+    guards,
+    inputs,
+    memory,
+    networks,
+    optimizers,
+    processes,
+    results,
+)
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.console import Progress
+from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
@@ -35,9 +51,9 @@ LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=blo
 class Setup(NamedTuple):
     """A stage before its first step."""
 
-    base: common.Network
+    base: networks.Network
     model: Model
-    trained: common.Trained
+    trained: networks.TrainableParams
     rankings: list[schema.Ranking]
     encoded: list[text.RankedIds]
     places: Sequence[int]
@@ -57,19 +73,25 @@ def run(config: ConfigDict, workdir: str) -> dict:
     rankings, encoded, rows = setup.rankings, setup.encoded, setup.rows
     steps = setup.batches.steps(config.epochs)
     made_of = origin(config, base)
-    with memory.phase(
-        "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
-        microbatches=config.microbatches, parameters=common.size(base.params),
+    records = where(config, rankings, encoded, setup.places)
+    settings = Settings(
+        workdir, "reward_model", steps, config.save_every, keep=config.keep, max_skipped=config.guard.max_skipped,
+        show=("reward/loss", "reward/accuracy"),
+    )  # fmt: skip
+    with (
+        memory.phase(
+            "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
+            microbatches=config.microbatches, parameters=networks.size(base.params),
+        ),
+        Loop(settings, setup.state, origin=made_of, data=config.rankings) as loop,
     ):  # fmt: skip
-        state = common.train_resumable(
-            setup.step, setup.state, setup.batches, mesh, workdir=workdir, stage="reward_model", steps=steps,
-            save_every=config.save_every, seed=config.seed, show=("reward/loss", "reward/accuracy"), keep=config.keep,
-            max_skipped=config.guard.max_skipped, origin=made_of,
-            records=where(config, rankings, encoded, setup.places),
-        )  # fmt: skip
-    network = center(common.Network(model, trained.merged(state.params), base.tokenizer), config, mesh)
+        for step, state in loop:
+            state, metrics = setup.step(state, sharding.place_batch(setup.batches.at(step), mesh), None)
+            loop.log(metrics, rows=partial(records.of_step, setup.batches, step))
+            loop.done(state)
+    network = center(networks.Network(model, trained.merged(loop.state.params), base.tokenizer), config, mesh)
     guards.check_read(made_of)
-    common.save_network(Path(workdir) / "model", network)
+    networks.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
     result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}
     result["left_out_too_long"] = len(rankings) - len(encoded)
@@ -79,7 +101,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
     for name, (rankings, too_long) in sets.items():
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
-    return common.write_result(Path(workdir) / "reward_model.json", lambda: result)
+    return results.write_result(Path(workdir) / "reward_model.json", lambda: result)
 
 
 def check(config: ConfigDict) -> None:
@@ -93,11 +115,11 @@ def check(config: ConfigDict) -> None:
     config_lib.resolve(config.loss, available=RANKING_ARGUMENTS)
 
 
-def origin(config: ConfigDict, base: common.Network) -> dict[str, Any]:
+def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
     """What the stage is made of, for its checkpoints."""
     files = {key: config[key] for key in ("rankings", "demonstrations")}
     files |= {f"evaluation.{name}": path for name, path in config.evaluation.items()}
-    models = {"model": common.model_folder(config.model)}
+    models = {"model": networks.model_folder(config.model)}
     return guards.origin(config, files=files, models=models, tokenizer=base.tokenizer)
 
 
@@ -123,15 +145,15 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 def programs(setup: Setup) -> memory.Programs:
     """The step, compiled for the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
-    yield "train", common.lower(setup.step, setup.state, batch, None).compile()
+    yield "train", compiling.lower(setup.step, setup.state, batch, None).compile()
 
 
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the rankings, builds the step and the state."""
-    mesh = common.start(config.mesh)
-    common.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
+    mesh = devices.start(config.mesh)
+    devices.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
     rules = sharding.rules_from_data(config.sharding)
-    base = common.load_network(config.model, mesh, config.decoder, rules=rules)
+    base = networks.load_network(config.model, mesh, config.decoder, rules=rules)
     rankings = read_rankings(config.rankings, base.tokenizer)
     encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
     encoded, places = fitting(encoded, config, base.model.config.context_length)
@@ -140,11 +162,11 @@ def prepare(config: ConfigDict) -> Setup:
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
     model = scalar_model(base.model.config)
-    trained = common.trained(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
+    trained = networks.trainable(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
     read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
-    batches = common.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
-    rate = common.schedule(config.schedule, config.learning_rate, batches.steps(config.epochs))
-    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
+    batches = datasets.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
+    rate = optimizers.schedule(config.schedule, config.learning_rate, batches.steps(config.epochs))
+    tx = optimizers.optimizer(config, rate, clip_norm=config.clip_norm)
     loss = config_lib.resolve(config.loss, available=RANKING_ARGUMENTS)
 
     def make_step(frozen: Params) -> StepFn:
@@ -165,7 +187,7 @@ def read_rankings(path: str, tokenizer: Any = None) -> list[schema.Ranking]:
     Raises:
       ValueError: there is none.
     """
-    rankings = common.read_records(path, schema.Ranking, tokenizer, allow_empty_responses=True)
+    rankings = datasets.read_records(path, schema.Ranking, tokenizer, allow_empty_responses=True)
     if not rankings:
         raise ValueError(f"{path} holds no rankings: check how it was made")
     return rankings
@@ -185,7 +207,7 @@ def fitting(
     Raises:
       ValueError: one does not fit and `config.too_long` is "error", or none does.
     """
-    config_lib.require_one_of("too_long", config.too_long, ("error", "drop"))
+    checks.require_one_of("too_long", config.too_long, ("error", "drop"))
     whole = [tokens([ranking])["tokens"] for ranking in encoded]
     text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
     pairs = enumerate(zip(whole, text_lengths, strict=True))
@@ -199,7 +221,7 @@ def fitting(
     return [encoded[i] for i in places], places
 
 
-def held_out(network: common.Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
+def held_out(network: networks.Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
     """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many do not."""
     rankings = read_rankings(path)
     if config.too_long == "error":
@@ -209,7 +231,7 @@ def held_out(network: common.Network, path: str, config: ConfigDict) -> tuple[li
     return [rankings[i] for i in places], len(rankings) - len(places)
 
 
-def check_evaluation(base: common.Network, config: ConfigDict) -> None:
+def check_evaluation(base: networks.Network, config: ConfigDict) -> None:
     """Refuses evaluation rankings beyond the model's context before training; with ``too_long="drop"`` none are.
 
     Raises:
@@ -217,7 +239,7 @@ def check_evaluation(base: common.Network, config: ConfigDict) -> None:
     """
     if config.too_long != "error":
         return
-    context = contexts.of_network(base, common.model_folder(config.model))
+    context = contexts.of_network(base, networks.model_folder(config.model))
     for path in filter(None, dict(config.evaluation).values()):
         rankings = read_rankings(path)
         encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
@@ -269,12 +291,12 @@ def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
     }
 
 
-def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> common.Network:
+def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> networks.Network:
     """The reward model with its bias set so that the labelers' demonstrations score 0 on average.
 
     Source: Ouyang et al. 2022, section 3.5.
     """
-    records = common.read_records(config.demonstrations, schema.Demonstration, network.tokenizer)
+    records = datasets.read_records(config.demonstrations, schema.Demonstration, network.tokenizer)
     context = network.model.config.context_length
 
     def fits(record: schema.Demonstration) -> bool:
@@ -289,11 +311,11 @@ def center(network: common.Network, config: ConfigDict, mesh: jax.sharding.Mesh)
             flush=True,
         )
     records = fitting_records[: config.bias_demonstrations]
-    config_lib.require(
+    checks.require(
         bool(records), "demonstrations", config.demonstrations,
         f"none fits the model's context of {context} tokens: give shorter ones, or a model of a longer context",
     )  # fmt: skip
-    scores = common.score_responses(
+    scores = responses_lib.score_responses(
         network, [r.prompt for r in records], [r.response for r in records], mesh, batch_size=config.score_batch_size
     )
     head = network.params["score"]
@@ -306,7 +328,7 @@ Scores = dict[tuple[schema.Conversation, str], float]
 
 
 def score_each(
-    network: common.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
+    network: networks.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> Scores:
     """The score of each response, once, however many labelers ranked it; responses to a prompt share its row."""
     names, items = _distinct_responses(network.tokenizer, rankings, config)
@@ -402,6 +424,4 @@ def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.n
 
 
 if __name__ == "__main__":
-    config_lib.main(
-        run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run, check=check
-    )
+    cli.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run, check=check)

@@ -19,11 +19,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, inputs
-from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland import labelers, task_of
-from rlhf_jax.metrics import StageLog
+from rlhf_jax.run import checks, cli, contexts, datasets, devices, inputs, networks
+from rlhf_jax.run import responses as responses_lib
+from rlhf_jax.run.metrics import StageLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Responses:
 def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
     check(config)
-    mesh = common.start(config.mesh)
-    prompts = common.read_prompts(config.prompts, tokenizer=common.tokenizer_of("".join(config.models[:1])))
+    mesh = devices.start(config.mesh)
+    prompts = datasets.read_prompts(config.prompts, tokenizer=networks.tokenizer_of("".join(config.models[:1])))
     for name in config.models:
         check_context(name, prompts, config)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
@@ -50,11 +50,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
     share = [[len(range(which, k, len(config.models))) for k in ks] for which in range(len(config.models))]
     with StageLog(workdir, "sample", total=sum(ks), show=(), unit="responses", waited=True) as log:
         for which, name in enumerate(config.models):
-            network = common.load_network(name, mesh, config.decoder)
+            network = networks.load_network(name, mesh, config.decoder)
             asked = [p.prompt for p in prompts]
-            ids = common.encode_prompts(network.tokenizer, asked, length=config.prompt_length, where=config.prompts)
+            ids = datasets.encode_prompts(network.tokenizer, asked, length=config.prompt_length, where=config.prompts)
             before = sum(sum(counts) for counts in share[:which])
-            responses, _ = common.sample_responses(
+            responses, _ = responses_lib.sample_responses(
                 network, ids, mesh, asked=asked, counts=share[which], prompt_length=config.prompt_length,
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 seed=config.seed * len(config.models) + which, batch_size=config.batch_size,
@@ -84,12 +84,12 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
     Raises:
       ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the model's context.
     """
-    folder = common.model_folder(name)
+    folder = networks.model_folder(name)
     context = contexts.of_folder(folder)
     if context.length is None or not (folder / "tokenizer.json").exists():
         return  # told where the model is loaded
     asked = [p.prompt for p in prompts]
-    ids = common.encode_prompts(
+    ids = datasets.encode_prompts(
         text.load_tokenizer(folder), asked, length=config.prompt_length, where=config.prompts
     )  # fmt: skip
     contexts.check(
@@ -102,7 +102,7 @@ def check(config: ConfigDict) -> None:
     inputs.check_settings(config)
     draw_k(config.seed, 0, config.min_k, config.max_k)
     models = config.models
-    config_lib.require(
+    checks.require(
         isinstance(models, tuple) and len(models) > 0, "models", models, "pass folders, --config.models=\"('FOLDER',)\""
     )
     for place, name in enumerate(models):
@@ -111,7 +111,7 @@ def check(config: ConfigDict) -> None:
         except ValueError as error:
             raise ValueError(f"{error}; the models are given as --config.models=\"('FOLDER',)\"") from None
     inputs.check_file("prompts", config.prompts)
-    prompts = common.read_prompts(config.prompts)
+    prompts = datasets.read_prompts(config.prompts)
     if config.labelers:
         people = f"labelers={config.labelers} (simulated people)"
         inputs.check_known(people, "--config.labelers=0", prompts, config.prompts)
@@ -163,7 +163,7 @@ def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: i
 
 
 if __name__ == "__main__":
-    config_lib.main(
+    cli.main(
         run, config="configs/sample/storyland.py", workdir="runs/samples",
         one_process="It reads the model folder that sft.py wrote: run it on one host.", check=check,
     )  # fmt: skip

@@ -18,13 +18,27 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import common, contexts, guards, inputs, memory
-from rlhf_jax import config as config_lib
-from rlhf_jax import processes, sharding
+from rlhf_jax import sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.metrics import StageLog, read
+from rlhf_jax.run import (
+    checks,
+    cli,
+    compiling,
+    contexts,
+    datasets,
+    devices,
+    guards,
+    inputs,
+    memory,
+    networks,
+    optimizers,
+    processes,
+    results,
+)
+from rlhf_jax.run.loop import Loop, Settings
+from rlhf_jax.run.metrics import StageLog, read
 from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
 from rlhf_jax.types import LMBatch, Params, StepFn, TrainState
 
@@ -34,8 +48,8 @@ LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=blo
 class Setup(NamedTuple):
     """A stage before its first step."""
 
-    network: common.Network
-    trained: common.Trained
+    network: networks.Network
+    trained: networks.TrainableParams
     records: guards.Records
     rows: LMBatch
     batches: Batches
@@ -55,26 +69,34 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         epoch = math.ceil(step / epoch_steps)
-        common.save_network(folder / f"epoch-{epoch}", network._replace(params=trained.merged(state.params)))
-        loss = lm_loss(network.model, trained.full(state.params), held)
+        networks.save_network(folder / f"epoch-{epoch}", network._replace(params=trained.merged(state.params)))
+        loss = lm_loss(network.model, trained.whole(state.params), held)
         log(step, {"epoch": epoch, "validation_loss": loss})
 
-    with memory.phase(
-        "train", lower=LOWER, programs=partial(programs, setup, config), rows=config.batch_size,
-        slots=config.row_length, microbatches=config.microbatches, parameters=common.size(network.params),
+    settings = Settings(
+        workdir, "sft", steps=epoch_steps * config.epochs, save_every=epoch_steps, keep=config.keep,
+        max_skipped=config.guard.max_skipped, show=("sft/loss", "validation_loss"),
+    )  # fmt: skip
+    with (
+        memory.phase(
+            "train", lower=LOWER, programs=partial(programs, setup, config), rows=config.batch_size,
+            slots=config.row_length, microbatches=config.microbatches, parameters=networks.size(network.params),
+        ),
+        Loop(
+            settings, setup.state, origin=origin(config, network), data=setup.records.path, on_save=on_save
+        ) as loop,
     ):  # fmt: skip
-        state = common.train_resumable(
-            setup.step, setup.state, setup.batches, setup.mesh, workdir=workdir, stage="sft",
-            steps=epoch_steps * config.epochs, save_every=epoch_steps, seed=config.seed,
-            show=("sft/loss", "validation_loss"), dropout=config.dropout > 0, keep=config.keep,
-            max_skipped=config.guard.max_skipped, origin=origin(config, network), records=setup.records,
-            on_save=on_save,
-        )  # fmt: skip
+        for step, state in loop:
+            batch = sharding.place_batch(setup.batches.at(step), setup.mesh)
+            key = jax.random.fold_in(jax.random.key(config.seed), step) if config.dropout > 0 else None
+            state, metrics = setup.step(state, batch, key)
+            loop.log(metrics, rows=partial(setup.records.of_step, setup.batches, step))
+            loop.done(state)
     last = folder / f"epoch-{config.epochs}"
     # Where it was lost after all was done, the last checkpoint holds it too; all processes have to agree on that.
     if processes.on_first("last epoch", lambda: not last.exists()):
-        common.save_network(last, network._replace(params=trained.merged(state.params)))
-    return common.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
+        networks.save_network(last, network._replace(params=trained.merged(loop.state.params)))
+    return results.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
 
 
 def check(config: ConfigDict) -> None:
@@ -89,7 +111,7 @@ def check(config: ConfigDict) -> None:
 def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
     """Losses of the epochs and the folders of the two that matter, from the log."""
     epochs = [row for row in read(folder / "metrics.jsonl", "sft") if {"validation_loss", "epoch"} <= set(row)]
-    config_lib.require(
+    checks.require(
         bool(epochs), "metrics.jsonl", str(folder / "metrics.jsonl"),
         "holds no validation loss of this run, somebody changed it: start afresh with --overwrite",
     )  # fmt: skip
@@ -104,12 +126,12 @@ def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
     }
 
 
-def origin(config: ConfigDict, network: common.Network) -> dict[str, Any]:
+def origin(config: ConfigDict, network: networks.Network) -> dict[str, Any]:
     """What the stage is made of, for its checkpoints."""
     files = {key: config[key] for key in ("demonstrations", "validation")}
     if config.pretraining_fraction:
         files["pretraining_text"] = config.pretraining_text
-    models = {"model": common.model_folder(config.model)}
+    models = {"model": networks.model_folder(config.model)}
     return guards.origin(config, files=files, models=models, tokenizer=network.tokenizer)
 
 
@@ -125,25 +147,25 @@ def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
     """The step, compiled for the first batch."""
     key = jax.random.key(config.seed) if config.dropout > 0 else None
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
-    yield "train", common.lower(setup.step, setup.state, batch, key).compile()
+    yield "train", compiling.lower(setup.step, setup.state, batch, key).compile()
 
 
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the demonstrations, builds the step and the state."""
-    mesh = common.start(config.mesh)
-    common.agree_on_inputs(config.model, config.demonstrations, config.validation, config.pretraining_text)
+    mesh = devices.start(config.mesh)
+    devices.agree_on_inputs(config.model, config.demonstrations, config.validation, config.pretraining_text)
     rules = sharding.rules_from_data(config.sharding)
-    network = common.load_network(config.model, mesh, config.decoder, dropout=config.dropout, rules=rules)
-    context = contexts.of_network(network, common.model_folder(config.model))
+    network = networks.load_network(config.model, mesh, config.decoder, dropout=config.dropout, rules=rules)
+    context = contexts.of_network(network, networks.model_folder(config.model))
     records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config, context=context)
     _, held_out = read_demonstrations(network.tokenizer, config.validation, config, context=context)
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config, context=context)
-    batches = common.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
-    held = common.held_out_batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
-    rate = common.schedule(config.schedule, config.learning_rate, batches.steps(1) * config.epochs)
-    tx = common.optimizer(config, rate, clip_norm=config.clip_norm)
-    trained = common.trained(network.params, config)
+    batches = datasets.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
+    held = datasets.held_out_batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
+    rate = optimizers.schedule(config.schedule, config.learning_rate, batches.steps(1) * config.epochs)
+    tx = optimizers.optimizer(config, rate, clip_norm=config.clip_norm)
+    trained = networks.trainable(network.params, config)
 
     def make_step(frozen: Params) -> StepFn:
         return make_sft_step(
@@ -172,10 +194,10 @@ def read_demonstrations(
     Raises:
       ValueError: the file is empty, or a demonstration is longer than a row or than the model's `context`.
     """
-    records = common.read_records(path, schema.Demonstration, tokenizer)
+    records = datasets.read_records(path, schema.Demonstration, tokenizer)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
-    config_lib.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
+    checks.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
     pieces = [
         text.encode_demonstration(tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns)
         for r in records
@@ -194,7 +216,7 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contex
     """
     fraction = config.pretraining_fraction
     wanted = round(len(rows.tokens) * fraction / (1 - fraction))
-    pool = common.lm_rows(tokenizer, config.pretraining_text, length=config.row_length, context=context)
+    pool = datasets.lm_rows(tokenizer, config.pretraining_text, length=config.row_length, context=context)
     if len(pool.tokens) < wanted:
         raise ValueError(
             f"pretraining_text={config.pretraining_text} gives {len(pool.tokens)} rows and "
@@ -205,4 +227,4 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contex
 
 
 if __name__ == "__main__":
-    config_lib.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check)
+    cli.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check)

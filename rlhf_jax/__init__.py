@@ -7,7 +7,6 @@ docs/conventions.md.
 __version__ = "0.1.0"
 
 from rlhf_jax.advantages import gae, group_relative, leave_one_out, reward_to_go
-from rlhf_jax.config import fn_spec, load_config, resolve
 from rlhf_jax.generate import generate, generate_many
 from rlhf_jax.kl_control import adaptive_kl, fixed_kl
 from rlhf_jax.losses import best_of_loss, dpo_loss, ppo_policy_loss, ppo_value_loss, ranking_loss, sft_loss
@@ -30,9 +29,12 @@ from rlhf_jax.ops import (
     token_log_probs,
     whiten,
 )
-from rlhf_jax.rollout import make_score_and_shape, step_zero_checks
+from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
+from rlhf_jax.run.config import fn_spec, load_config, resolve
 from rlhf_jax.steps import (
-    accumulate_grads,
+    PPO,
+    Losses,
+    Optimizers,
     compile_step,
     make_ppo_step,
     make_reward_step,
@@ -57,16 +59,21 @@ from rlhf_jax.types import (
     StepFn,
     TrainState,
 )
+from rlhf_jax.update import accumulate_grads
 
 __all__ = [
+    "PPO",
     "Cache",
     "DecoderConfig",
+    "InitialParams",
     "KLState",
     "LMBatch",
+    "Losses",
     "Max",
     "Mean",
     "Metrics",
     "Model",
+    "Optimizers",
     "Output",
     "PPOState",
     "Params",
@@ -74,6 +81,7 @@ __all__ = [
     "RankingBatch",
     "Rollout",
     "Samples",
+    "Shaping",
     "StepFn",
     "TrainState",
     "accumulate_grads",

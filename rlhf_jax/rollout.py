@@ -6,9 +6,10 @@ are. A reward that is a function of texts runs on the host between the two and c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +41,50 @@ def score_samples(model: Model, params: Params, samples: Samples) -> Float[Array
     return scoring.sequence_scores(model, params, samples.tokens, samples.lengths)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """How scores become rewards and advantages, checked when it is made.
+
+    Raises:
+      ValueError: an unknown `truncation`, or a number that no rollout can have; the message names the field.
+    """
+
+    gamma: float | int = 1.0
+    """Discount per token; InstructGPT uses 1."""
+    lam: float | int = 0.95
+    """Of GAE; the paper does not say, its parents use 0.95."""
+    temperature: float | int = 1.0
+    """The sampler's; applied to the reference too, so that KL is 0 while the policies are equal."""
+    missing_eos_score: float | int | None = None
+    """Replaces the score of a response that the length limit cut; None to keep what the model says."""
+    truncation: str = "terminal"
+    """``"terminal"`` treats a cut response as ended (value 0 after it, as the parent code does); ``"bootstrap"``
+    continues it with ``V(tokens[:lengths])``."""
+    score_scale: float | int = 1.0
+    """Fixed gain, for a reward model normalised as in Ziegler et al. 2019."""
+    score_shift: float | int = 0.0
+    """Fixed shift."""
+    whiten_rewards: bool = False
+    """Scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept, before the
+    advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et al. 2019."""
+    microbatches: int = 1
+    """Pieces of the rollout that go through the three networks one after the other; 1 is fastest where memory allows
+    it."""
+    max_new_tokens: int | None = None
+    """Of the sampler: the last blocks then compute responses alone. None where that is not known."""
+
+    def __post_init__(self):
+        if self.truncation not in ("terminal", "bootstrap"):
+            raise ValueError(f"truncation={self.truncation!r} is unknown: choose 'terminal' or 'bootstrap'")
+        if self.microbatches < 1:
+            raise ValueError(f"microbatches={self.microbatches} must be at least 1")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+
+
 def make_score_and_shape(
-    policy: Model,
-    value: Model,
-    reward: Model | None = None,
-    *,
-    gamma: float | int = 1.0,
-    lam: float | int = 0.95,
-    temperature: float | int = 1.0,
-    missing_eos_score: float | int | None = None,
-    truncation: str = "terminal",
-    score_scale: float | int = 1.0,
-    score_shift: float | int = 0.0,
-    whiten_rewards: bool = False,
-    microbatches: int = 1,
-    max_new_tokens: int | None = None,
+    policy: Model, value: Model, reward: Model | None = None, shaping: Shaping = Shaping()
 ) -> ScoreAndShape:
     """The compiled piece between sampling and the update.
 
@@ -68,19 +98,7 @@ def make_score_and_shape(
       policy: the policy's architecture, with which the reference is run.
       value: the value network's.
       reward: the reward model's; None when scores come from the host.
-      gamma: discount a token; InstructGPT uses 1.
-      lam: of GAE; the paper does not say, its parents use 0.95.
-      temperature: the sampler's; applied to the reference too, so that KL is 0 while the policies are equal.
-      missing_eos_score: replaces the score of a response that the length limit cut; None to keep what the model says.
-      truncation: ``"terminal"`` treats a cut response as ended (value 0 after it, as the parent code does);
-        ``"bootstrap"`` continues it with ``V(tokens[:lengths])``.
-      score_scale: fixed gain, for a reward model normalised as in Ziegler et al. 2019.
-      score_shift: fixed shift.
-      whiten_rewards: scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept, before
-        the advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et al. 2019.
-      microbatches: pieces of the rollout that go through the three networks one after the other; 1 is fastest where
-        memory allows it.
-      max_new_tokens: of the sampler: the last blocks then compute responses alone. None where that is not known.
+      shaping: from scores to advantages.
 
     Returns:
       ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``, compiled.
@@ -88,15 +106,11 @@ def make_score_and_shape(
       in the stream, one a row; `scores` are raw scores from the host, and then `reward_params` may be None.
 
     Raises:
-      ValueError: if `truncation` is unknown; when called, if there is neither a reward model nor scores, or if
-        `microbatches` does not divide the rows.
+      ValueError: when called, if there is neither a reward model nor scores, or if `microbatches` does not divide the
+        rows.
 
     Source: Ouyang et al. 2022, section 3.5, eq. 2; Ziegler et al. 2019, released code (missing EOS, scale).
     """
-    if truncation not in ("terminal", "bootstrap"):
-        raise ValueError(f"truncation={truncation!r} is unknown: choose 'terminal' or 'bootstrap'")
-
-    shape = partial(used_score, scale=score_scale, shift=score_shift, missing_eos_score=missing_eos_score)
 
     @jax.jit
     def score_and_shape(
@@ -109,15 +123,19 @@ def make_score_and_shape(
         scores: Float[Array, " B"] | None = None,
     ) -> tuple[Rollout, Metrics]:
         params = ref_params, value_params, reward_params
-        read = partial(_read_networks, policy, value, reward, params, temperature=temperature, targets=max_new_tokens)
-        raw, ref_logp, values, last_value = _in_pieces(read, microbatches, samples, scores)
-        score, mask = _without_bad_rows(raw, shape(raw, samples.finished), samples)
+        read = partial(_read_networks, (policy, value, reward), params, shaping)
+        raw, ref_logp, values, last_value = _in_pieces(read, shaping.microbatches, samples, scores)
+        used = used_score(
+            raw, samples.finished, scale=shaping.score_scale, shift=shaping.score_shift,
+            missing_eos_score=shaping.missing_eos_score,
+        )  # fmt: skip
+        score, mask = _without_bad_rows(raw, used, samples)
         old_logp, ref_logp, values = (jnp.where(mask, x, 0) for x in (samples.logp, ref_logp, values))
         rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
-        if whiten_rewards:
+        if shaping.whiten_rewards:
             rewards = ops.whiten(rewards, mask, shift_mean=False)
-        bootstrap = None if truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
-        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+        bootstrap = None if shaping.truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
+        advantages, returns = gae(rewards, values, mask, gamma=shaping.gamma, lam=shaping.lam, bootstrap=bootstrap)
         rollout = Rollout(
             tokens=samples.tokens,
             mask=mask,
@@ -139,13 +157,18 @@ def make_score_and_shape(
 
 
 def _read_networks(
-    policy: Model, value: Model, reward: Model | None, params: tuple[Params, Params, Params | None],
-    samples: Samples, scores: Float[Array, " B"] | None, *, temperature: float | int, targets: int | None,
-) -> tuple[Float[Array, " B"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:  # fmt: skip
+    models: tuple[Model, Model, Model | None],
+    params: tuple[Params, Params, Params | None],
+    shaping: Shaping,
+    samples: Samples,
+    scores: Float[Array, " B"] | None,
+) -> tuple[Float[Array, " B"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:
     """Raw scores, the reference's log-probs of the responses, values before each token and after the last."""
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     rows = (samples.tokens, samples.lengths, mask)
-    ref_logp = scoring.sequence_log_probs(policy, params[0], *rows, temperature=temperature, targets=targets)
+    policy, value, reward = models
+    targets = shaping.max_new_tokens
+    ref_logp = scoring.sequence_log_probs(policy, params[0], *rows, temperature=shaping.temperature, targets=targets)
     values, last_value = scoring.sequence_values(value, params[1], *rows, targets=targets)
     return _raw_scores(reward, params[2], samples, scores), ref_logp, values, last_value
 
@@ -258,14 +281,22 @@ def log_prob_limit(model: Model) -> float:
     return 1e-4 if exact_products and jnp.dtype(dtype) == jnp.float32 else 2e-2
 
 
+class InitialParams(NamedTuple):
+    """The parameters of the four networks before the first update."""
+
+    policy: Params
+    reference: Params
+    """Frozen."""
+    value: Params
+    reward: Params | None = None
+    """The bias that sets demonstrations to 0 included; None when scores come from the host."""
+
+
 def step_zero_checks(
     policy: Model,
     value: Model,
     reward: Model | None,
-    policy_params: Params,
-    ref_params: Params,
-    value_params: Params,
-    reward_params: Params | None,
+    params: InitialParams,
     samples: Samples,
     *,
     temperature: Real[ArrayLike, ""] = 1.0,
@@ -281,10 +312,7 @@ def step_zero_checks(
       policy: a language model.
       value: a scalar model.
       reward: a scalar model; None leaves the check of the value network out (scores from the host).
-      policy_params: initial policy.
-      ref_params: frozen reference.
-      value_params: initial value network.
-      reward_params: the reward model, its bias included.
+      params: of all four networks.
       samples: some rows sampled from the initial policy; a micro-batch is enough.
       temperature: the sampler's.
       clip_ratio: of the policy loss.
@@ -314,20 +342,20 @@ def step_zero_checks(
         return logp + 0 * sum(jnp.nan_to_num(g).ravel()[0] for g in jax.tree.leaves(grads))
 
     scoring_program = jax.jit(score)
-    logp = scoring_program(policy_params, *rows)
-    update_logp = jax.jit(with_backward_pass)(policy_params, *rows)
+    logp = scoring_program(params.policy, *rows)
+    update_logp = jax.jit(with_backward_pass)(params.policy, *rows)
     ratio = jnp.exp(jnp.where(mask, update_logp - samples.logp, 0))
     clipped = ops.masked_mean((jnp.abs(ratio - 1) > clip_ratio).astype(jnp.float32), mask)
     measured = {
-        "reference_gap": _largest(logp - scoring_program(ref_params, *rows), mask),
+        "reference_gap": _largest(logp - scoring_program(params.reference, *rows), mask),
         "sampler_gap": _largest(logp - samples.logp, mask),
         "update_gap": _largest(logp - update_logp, mask),
         "clip_fraction": float(clipped),
     }
     limits = {"reference_gap": 0.0, "sampler_gap": limit, "update_gap": limit, "clip_fraction": 0.0}
-    if reward is not None and reward_params is not None:
-        started = jax.jit(partial(score_samples, value))(value_params, samples)
-        target = jax.jit(partial(score_samples, reward))(reward_params, samples)
+    if reward is not None and params.reward is not None:
+        started = jax.jit(partial(score_samples, value))(params.value, samples)
+        target = jax.jit(partial(score_samples, reward))(params.reward, samples)
         measured["value_gap"] = _largest(started - target, jnp.ones(target.shape, bool))
         limits["value_gap"] = limit
     _require_within(measured, limits)

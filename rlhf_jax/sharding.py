@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from rlhf_jax import processes
+from rlhf_jax.run import processes
 
 AXES = ("data", "fsdp", "tensor")
 """Rows of a batch go over data and fsdp; parameters over fsdp and tensor."""

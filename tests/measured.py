@@ -14,9 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import common, memory, plan
-from rlhf_jax import config as config_lib
+from experiments import plan
 from rlhf_jax import sharding
+from rlhf_jax.backends import cpu_process
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import devices, memory
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"layers": 4, "width": 256, "heads": 8, "vocab_size": 2_000, "context_length": 256}
@@ -41,14 +43,14 @@ def arguments(compiled: jax.stages.Compiled):
 def main() -> None:
     """Compiles and runs the three phases."""
     config = config_lib.load_config(f"{ROOT}/configs/ppo/storyland.py")
-    config = common.config_dict(config)
+    config = config_lib.unlocked_copy(config)
     config.update(
         episodes=64, minibatches=2, prompt_length=64, max_new_tokens=64, ptx_row_length=128, ptx_rows_per_episode=1.0,
         shapes={"policy": SIZES, "reward_model": SIZES}, **json.loads(sys.argv[1]),
     )  # fmt: skip
     plan.as_accelerator()
-    common.start((1, 1, 1))
-    common.keep_freed_memory(False)  # freed pieces leave, so that resident memory is what is in use
+    devices.start((1, 1, 1))
+    cpu_process.keep_freed_memory(False)  # freed pieces leave, so that resident memory is what is in use
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     policy, value = plan.models(config)
     ruled = plan.plan_by_rule(config, mesh)
@@ -56,7 +58,7 @@ def main() -> None:
     for name, compiled in plan.ppo.programs(setup, config, mesh):
         told = memory.needs(compiled)
         given = arguments(compiled)
-        common.release_freed_memory()
+        cpu_process.release_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
         result = jax.block_until_ready(compiled(*given))

@@ -125,7 +125,11 @@ def ppo_steps(mesh, policy, value, params, place):
     )
     step = steps.compile_step(
         steps.make_ppo_step(
-            policy, value, TX, TX, minibatches=2, ptx_coef=1.0, batch_sharding=sharding.batch_sharding(mesh)
+            policy,
+            value,
+            steps.Optimizers(TX, TX),
+            steps.PPO(minibatches=2, ptx_coef=1.0),
+            batch_sharding=sharding.batch_sharding(mesh),
         ),
         state_sharding=where,
     )

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from rlhf_jax.config import main
+from rlhf_jax.run.cli import main
 
 if __name__ == "__main__":
     commands, *flags = sys.argv[1:]

@@ -19,7 +19,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.checkpoint import Checkpoints, refuse_non_finite, stop_requests
+from rlhf_jax.run.checkpoint import Checkpoints, refuse_non_finite
+from rlhf_jax.run.signals import stop_requests
 from rlhf_jax.types import KLState, PPOState, TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -309,7 +310,7 @@ def test_a_full_disk_is_said_clearly_and_harms_nothing(tmp_path):
         """
         import resource, signal, sys
         import jax, jax.numpy as jnp
-        from rlhf_jax.checkpoint import Checkpoints
+        from rlhf_jax.run.checkpoint import Checkpoints
         w = jax.random.normal(jax.random.key(0), (512, 512))
         with Checkpoints(sys.argv[1]) as checkpoints:
             checkpoints.save(1, {"w": w})
@@ -357,7 +358,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_no_fresh_start(tmp_path):
 def test_kill_9_at_any_moment_leaves_a_good_newest_step(tmp_path):
     code = """
         import sys, jax, jax.numpy as jnp
-        from rlhf_jax.checkpoint import Checkpoints
+        from rlhf_jax.run.checkpoint import Checkpoints
         with Checkpoints(sys.argv[1]) as checkpoints:
             start = checkpoints.newest_good() or 0
             for step in range(start + 1, start + 10_000):
@@ -387,7 +388,8 @@ def test_kill_9_at_any_moment_leaves_a_good_newest_step(tmp_path):
 def test_a_signal_saves_at_the_step_boundary_and_the_run_goes_on_from_there(tmp_path, number):
     code = """
         import os, sys, jax.numpy as jnp
-        from rlhf_jax.checkpoint import Checkpoints, stop_requests
+        from rlhf_jax.run.checkpoint import Checkpoints
+        from rlhf_jax.run.signals import stop_requests
         with Checkpoints(sys.argv[1]) as checkpoints, stop_requests() as stop:
             for step in range(1, 1000):
                 if step == 7: os.kill(os.getpid(), int(sys.argv[2]))

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax import config as C
+from rlhf_jax.run import checks, cli
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run.secrets import REDACTED
+from rlhf_jax.run.workdir import allow_change, change_allowed, claim_workdir, prepare_workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +48,9 @@ def lab(tmp_path, monkeypatch):
 
 
 CONFIG = """
-from rlhf_jax.config import ConfigDict, apply_arg, fn_spec
+from ml_collections import ConfigDict
+
+from rlhf_jax.run.config import apply_arg, fn_spec
 
 def get_config(arg=""):
     config = ConfigDict()
@@ -72,20 +77,20 @@ def config_file(tmp_path, lab):
 
 
 def test_fn_spec_fields_are_the_keyword_only_defaults(lab):
-    spec = C.fn_spec(f"{lab}:plain", a=7)
+    spec = config_lib.fn_spec(f"{lab}:plain", a=7)
     assert spec.to_dict() == {"fn": f"{lab}:plain", "a": 7, "b": 0.5}  # f=len is not data
-    assert C.resolve(spec)(1) == (1, 7, 0.5)
+    assert config_lib.resolve(spec)(1) == (1, 7, 0.5)
 
 
 def test_fn_spec_refuses_unknown_and_missing_arguments(lab):
     with pytest.raises(ValueError, match="did you mean 'dual'"):
-        C.fn_spec(f"{lab}:dual_clip", duall=1)
+        config_lib.fn_spec(f"{lab}:dual_clip", duall=1)
     (Path(sys.path[0]) / "needy_losses.py").write_text("def needs(logp, *, coef):\n    return logp * coef\n")
     with pytest.raises(ValueError, match="needs a value for coef"):
-        C.fn_spec("needy_losses:needs")
-    assert C.resolve(C.fn_spec("needy_losses:needs", coef=3))(2) == 6
+        config_lib.fn_spec("needy_losses:needs")
+    assert config_lib.resolve(config_lib.fn_spec("needy_losses:needs", coef=3))(2) == 6
     with pytest.raises(ValueError, match="needs a value for coef"):
-        C.resolve("needy_losses:needs")
+        config_lib.resolve("needy_losses:needs")
 
 
 @pytest.mark.parametrize(
@@ -100,27 +105,27 @@ def test_fn_spec_refuses_unknown_and_missing_arguments(lab):
 )
 def test_a_function_name_that_leads_nowhere_says_which_half_is_wrong(lab, name, message):
     with pytest.raises(ValueError, match=message):
-        C.fn_spec(name)
+        config_lib.fn_spec(name)
 
 
 def test_an_import_error_inside_the_users_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "breaks.py").write_text("import not_installed_here\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
-        C.import_fn("breaks:f")
+        config_lib.import_fn("breaks:f")
 
 
 def test_resolve_checks_arguments_against_what_is_available(lab):
     available = ("logp", "old_logp", "advantages", "rewards")
-    assert C.resolve(C.fn_spec(f"{lab}:dual_clip"), available)(1, 2, 3) == 1
+    assert config_lib.resolve(config_lib.fn_spec(f"{lab}:dual_clip"), available)(1, 2, 3) == 1
     with pytest.raises(ValueError, match=r"'rewrads'.*did you mean 'rewards'.*Available: logp, old_logp"):
-        C.resolve(f"{lab}:wrong", available)
+        config_lib.resolve(f"{lab}:wrong", available)
     with pytest.raises(ValueError, match="no keyword-only argument 'clip'"):
-        C.resolve(ConfigDict({"fn": f"{lab}:dual_clip", "clip": 1.0}), available)
+        config_lib.resolve(ConfigDict({"fn": f"{lab}:dual_clip", "clip": 1.0}), available)
 
 
 def test_overrides_take_the_type_of_the_key(config_file):
-    config = C.load_config(
+    config = config_lib.load_config(
         config_file,
         {
             "lr": "3", "seed": "7", "betas": "(0.8, 0.9)", "clip_value": "None", "name": "12", "nothing": "0.5",
@@ -130,7 +135,7 @@ def test_overrides_take_the_type_of_the_key(config_file):
     assert (config.lr, config.seed, config.betas, config.clip_value) == (3.0, 7, (0.8, 0.9), None)
     assert isinstance(config.lr, float)
     assert (config.name, config.nothing, config.ptx, config.ppo.minibatches) == ("12", 0.5, False, 4)
-    assert C.resolve(config.policy_loss)(0) == (0, 1, 0.1)
+    assert config_lib.resolve(config.policy_loss)(0) == (0, 1, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -149,28 +154,28 @@ def test_overrides_take_the_type_of_the_key(config_file):
 )
 def test_a_wrong_override_is_refused_with_the_nearest_name(config_file, overrides, message):
     with pytest.raises(ValueError, match=message):
-        C.load_config(config_file, overrides)
+        config_lib.load_config(config_file, overrides)
 
 
 def test_variants_and_swaps_in_the_argument_of_a_config_file(config_file):
-    assert C.load_config(config_file).ppo.minibatches == 8
-    config = C.load_config(
+    assert config_lib.load_config(config_file).ppo.minibatches == 8
+    config = config_lib.load_config(
         f"{config_file}:smoke,seed=3,policy_loss=my_lab_losses:dual_clip", {"policy_loss.dual": "2.5"}
     )
     assert (config.ppo.minibatches, config.seed) == (2, 3)
     assert config.policy_loss.to_dict() == {"fn": "my_lab_losses:dual_clip", "clip_ratio": 0.2, "dual": 2.5}
     with pytest.raises(ValueError, match="did you mean 'smoke'"):
-        C.load_config(f"{config_file}:smok")
+        config_lib.load_config(f"{config_file}:smok")
 
 
 @pytest.mark.parametrize(("arg", "message"), [("typo", "did you mean 'minibatches'"), ("wrong_type", "minibatches")])
 def test_a_misspelt_key_set_in_python_is_a_users_error(config_file, arg, message):
     with pytest.raises(ValueError, match=message):
-        C.load_config(f"{config_file}:{arg}")
+        config_lib.load_config(f"{config_file}:{arg}")
 
 
 def test_the_loaded_config_is_locked_in_every_group(config_file):
-    config = C.load_config(config_file, {"policy_loss": "my_lab_losses:dual_clip"})
+    config = config_lib.load_config(config_file, {"policy_loss": "my_lab_losses:dual_clip"})
     for group in (config, config.ppo, config.policy_loss):
         with pytest.raises(AttributeError):
             group.new_key = 1
@@ -178,46 +183,46 @@ def test_the_loaded_config_is_locked_in_every_group(config_file):
 
 def test_a_missing_config_file_names_the_nearest(config_file):
     with pytest.raises(ValueError, match=r"no config file .*y\.py"):
-        C.load_config(config_file.replace("x.py", "y.py"))
+        config_lib.load_config(config_file.replace("x.py", "y.py"))
 
 
 def test_every_file_that_is_no_config_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="no function get_config"):
-        C.load_config(str(tmp_path / "empty.py"))
+        config_lib.load_config(str(tmp_path / "empty.py"))
 
 
 def test_validation_names_field_value_and_fix():
     with pytest.raises(
         ValueError, match=r"^minibatches=6 must divide the rollout batch of 16: choose 1, 2, 4, 8 or 16$"
     ):
-        C.require_divides("minibatches", 6, 16, "the rollout batch")
+        checks.require_divides("minibatches", 6, 16, "the rollout batch")
     with pytest.raises(ValueError, match="choose"):
-        C.require_divides("minibatches", 0, 16, "the rollout batch")
+        checks.require_divides("minibatches", 0, 16, "the rollout batch")
     with pytest.raises(ValueError, match=r"choose 7, 8, 9, 10, 12 or 14$"):
-        C.require_divides("minibatches", 11, 5040, "the rollout batch")
+        checks.require_divides("minibatches", 11, 5040, "the rollout batch")
     with pytest.raises(ValueError, match=r"dtype='bf16' must be one of float32, bfloat16; did you mean 'bfloat16'"):
-        C.require_one_of("dtype", "bf16", ("float32", "bfloat16"))
+        checks.require_one_of("dtype", "bf16", ("float32", "bfloat16"))
     for bad in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"gamma=.* must be >= 0.0 and <= 1.0"):
-            C.require_range("gamma", bad, low=0.0, high=1.0)
-    C.require_range("gamma", 1.0, low=0.0, high=1.0)
+            checks.require_range("gamma", bad, low=0.0, high=1.0)
+    checks.require_range("gamma", 1.0, low=0.0, high=1.0)
     with pytest.raises(ValueError, match="k=3: K must be even"):
-        C.require(False, "k", 3, "K must be even")
+        checks.require(False, "k", 3, "K must be even")
 
 
 def test_json_round_trip_keeps_everything_but_secrets():
     config = ConfigDict(
         {"a": {"lr": 0.1 + 0.2, "betas": (0.9, (1, 2)), "n": None}, "flag": True, "eos_token": "<|eos|>"}
     )
-    assert C.from_json(C.to_json(config)) == config
+    assert config_lib.from_json(config_lib.to_json(config)) == config
     secret = "canary-4711"
     for key in (
         "hf_token", "token", "API_KEY", "wandb-api-key", "client_secret", "db_password", "auth_token", "apiKey",
         "hubToken", "authorization", "credentials", "aws_secret_access_key", "private_key", "passphrase", "HF_TOKEN",
     ):  # fmt: skip
-        assert secret not in C.to_json(ConfigDict({"nested": {key: secret}})), key
-        assert secret not in C.to_json(ConfigDict({key: {"inner": (1, ("a", (secret,)))}})), key
+        assert secret not in config_lib.to_json(ConfigDict({"nested": {key: secret}})), key
+        assert secret not in config_lib.to_json(ConfigDict({key: {"inner": (1, ("a", (secret,)))}})), key
     for key in (
         "tokenizer",
         "max_new_tokens",
@@ -228,52 +233,58 @@ def test_json_round_trip_keeps_everything_but_secrets():
         "author",
         "tokens_per_row",
     ):
-        assert secret in C.to_json(ConfigDict({key: secret})), key
+        assert secret in config_lib.to_json(ConfigDict({key: secret})), key
     for url in (f"https://user:{secret}@example.org/x", f"s3://{secret}@b/x", f"https://x.org/a?b=1&token={secret}",
                 f"https://user:p@{secret}@example.org/x"):  # fmt: skip
-        assert secret not in C.to_json(ConfigDict({"url": url, "more": ((url,),)})), url
+        assert secret not in config_lib.to_json(ConfigDict({"url": url, "more": ((url,),)})), url
     plain = "https://example.org/x@y?mail=a@b.org"
-    assert json.loads(C.to_json(ConfigDict({"url": plain}))) == {"url": plain}
-    assert json.loads(C.to_json(ConfigDict({"password": 1234, "token_id": 5}))) == {
-        "password": C.REDACTED,
+    assert json.loads(config_lib.to_json(ConfigDict({"url": plain}))) == {"url": plain}
+    assert json.loads(config_lib.to_json(ConfigDict({"password": 1234, "token_id": 5}))) == {
+        "password": REDACTED,
         "token_id": 5,
     }
 
 
 def test_json_refuses_what_it_cannot_store():
     with pytest.raises(ValueError, match=r"config.fn holds a builtin_function"):
-        C.to_json(ConfigDict({"fn": len}))
+        config_lib.to_json(ConfigDict({"fn": len}))
 
 
 def test_record_reads_sees_each_way_of_reading_and_not_the_storing():
     source = ConfigDict(
-        {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": 4, "g": 5, "spec": C.fn_spec("rlhf_jax.config:require_range")}
+        {
+            "a": 1,
+            "b": {"c": 2, "d": {"e": 3}},
+            "f": 4,
+            "g": 5,
+            "spec": config_lib.fn_spec("rlhf_jax.run.checks:require_range"),
+        }
     )
-    config, reads = C.record_reads(source)
-    C.to_json(config)
+    config, reads = config_lib.record_reads(source)
+    config_lib.to_json(config)
     assert not reads
-    assert C.leaf_keys(config) == {"a", "b.c", "b.d.e", "f", "g", "spec.fn", "spec.low", "spec.high"}
+    assert config_lib.leaf_keys(config) == {"a", "b.c", "b.d.e", "f", "g", "spec.fn", "spec.low", "spec.high"}
     assert config.a == 1
     assert config.b["c"] == 2
     assert config.get("f") == 4
     assert reads == {"a", "b.c", "f"}
     assert {**config.b.d} == {"e": 3}
-    C.resolve(config.spec)
-    assert C.leaf_keys(config) - reads == {"g"}
+    config_lib.resolve(config.spec)
+    assert config_lib.leaf_keys(config) - reads == {"g"}
 
 
 def test_a_run_folder_is_made_resumed_and_set_aside(tmp_path):
     run, config = tmp_path / "run", ConfigDict({"lr": 1.0})
-    assert C.prepare_workdir(run, config)
+    assert prepare_workdir(run, config)
     (run / "metrics.jsonl").write_text("precious")
-    assert not C.prepare_workdir(run, config)
+    assert not prepare_workdir(run, config)
     changed = ConfigDict({"lr": 2.0})
     with pytest.raises(ValueError, match=r"lr: 1\.0 -> 2\.0"):
-        C.prepare_workdir(run, changed)
+        prepare_workdir(run, changed)
     assert json.loads((run / "config.json").read_text()) == {"lr": 1.0}
-    assert not C.prepare_workdir(run, changed, allow_config_change=True)
+    assert not prepare_workdir(run, changed, allow_config_change=True)
     assert json.loads((run / "config.json").read_text()) == {"lr": 2.0}
-    assert C.prepare_workdir(run, config, overwrite=True)
+    assert prepare_workdir(run, config, overwrite=True)
     (aside,) = tmp_path.glob("run.old-*")
     assert (aside / "metrics.jsonl").read_text() == "precious"
 
@@ -281,27 +292,27 @@ def test_a_run_folder_is_made_resumed_and_set_aside(tmp_path):
 def test_keys_that_change_no_number_may_change_and_are_printed(tmp_path, capsys):
     run = tmp_path / "run"
     config = ConfigDict({"ppo": {"lr": 1.0, "save_every": 5, "kl_ceiling": 9.0}, "guard": {"max_skipped": 5}})
-    C.prepare_workdir(run, config)
+    prepare_workdir(run, config)
     config.ppo.update(save_every=7, kl_ceiling=8.0)
     config.guard.max_skipped = 6
-    assert not C.prepare_workdir(run, config)
+    assert not prepare_workdir(run, config)
     told = "guard.max_skipped: 5 -> 6; ppo.kl_ceiling: 9.0 -> 8.0; ppo.save_every: 5 -> 7"
     assert told in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["ppo"]["save_every"] == 7
     config.ppo.update(save_every=9, lr=2.0)
     with pytest.raises(ValueError, match=r"another config \(ppo.lr: 1.0 -> 2.0\)"):
-        C.prepare_workdir(run, config)
-    assert not C.prepare_workdir(run, config, allow_config_change=True)
+        prepare_workdir(run, config)
+    assert not prepare_workdir(run, config, allow_config_change=True)
     assert "ppo.lr: 1.0 -> 2.0; ppo.save_every: 7 -> 9" in capsys.readouterr().out
 
 
 def test_another_config_goes_on_from_a_checkpoint_only(tmp_path, config_file, capsys):
     """A program that has none would write its outputs over, one part of a run after the other with its own config."""
     flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.name=other", "--allow_config_change"]
-    C.prepare_workdir(tmp_path / "run", C.load_config(str(config_file)))
+    prepare_workdir(tmp_path / "run", config_lib.load_config(str(config_file)))
     ran: list[str] = []
     with pytest.raises(SystemExit) as ended:
-        C.main(lambda config, workdir: ran.append(config.name), argv=flags)
+        cli.main(lambda config, workdir: ran.append(config.name), argv=flags)
     assert ended.value.code == 2
     assert "no checkpoint to go on from: choose another workdir, or --overwrite" in capsys.readouterr().err
     assert not ran
@@ -309,7 +320,7 @@ def test_another_config_goes_on_from_a_checkpoint_only(tmp_path, config_file, ca
     (tmp_path / "run" / "checkpoints" / "manifests").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "manifests" / "30.json").write_text("{}")
     with pytest.raises(SystemExit) as ended:
-        C.main(lambda config, workdir: ran.append(config.name), argv=flags)
+        cli.main(lambda config, workdir: ran.append(config.name), argv=flags)
     assert ended.value.code == 0
     assert ran == ["other"]
 
@@ -320,47 +331,47 @@ def test_a_pipeline_answers_a_changed_config_itself(tmp_path, config_file, capsy
     seen: list[tuple] = []
     plan = lambda config, workdir, *, overwrite: seen.append((config.name, workdir, overwrite))  # noqa: E731
     with pytest.raises(SystemExit):
-        C.main(lambda *a: None, argv=[*flags, "--dry_run", "--overwrite"], plan=plan)
+        cli.main(lambda *a: None, argv=[*flags, "--dry_run", "--overwrite"], plan=plan)
     assert seen == [("other", str(tmp_path / "run"), True)]
     assert not (tmp_path / "run").exists()
-    C.prepare_workdir(tmp_path / "run", C.load_config(str(config_file)))
+    prepare_workdir(tmp_path / "run", config_lib.load_config(str(config_file)))
     stored = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(SystemExit) as ended:
-        C.main(lambda *a: None, argv=flags, plan=plan)
+        cli.main(lambda *a: None, argv=flags, plan=plan)
     assert ended.value.code == 0
     assert (tmp_path / "run" / "config.json").read_text() == stored  # the pipeline writes it when it accepts it
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     with pytest.raises(SystemExit) as ended:
-        C.main(lambda *a: None, argv=[flags[0], f"--workdir={tmp_path / 'thesis'}", "--dry_run"], plan=plan)
+        cli.main(lambda *a: None, argv=[flags[0], f"--workdir={tmp_path / 'thesis'}", "--dry_run"], plan=plan)
     assert ended.value.code == 2
 
 
 def test_a_kill_before_the_config_is_stored_leaves_a_folder_that_can_be_used(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.tmp").write_text('{"lr":')
-    assert C.prepare_workdir(tmp_path / "run", ConfigDict({"lr": 1.0}))
+    assert prepare_workdir(tmp_path / "run", ConfigDict({"lr": 1.0}))
 
 
 def test_what_the_command_line_allows_holds_for_the_run_alone():
-    assert not C.change_allowed()
-    with C.allow_change():
-        assert C.change_allowed()
-    assert not C.change_allowed()
+    assert not change_allowed()
+    with allow_change():
+        assert change_allowed()
+    assert not change_allowed()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="not a run of this program"):
-        C.prepare_workdir(tmp_path, ConfigDict(), overwrite=overwrite)
+        prepare_workdir(tmp_path, ConfigDict(), overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_model_folder_has_a_config_and_is_no_run(tmp_path, overwrite):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for claim in (C.claim_workdir, lambda path, overwrite: C.prepare_workdir(path, ConfigDict(), overwrite=overwrite)):
+    for claim in (claim_workdir, lambda path, overwrite: prepare_workdir(path, ConfigDict(), overwrite=overwrite)):
         with pytest.raises(ValueError, match="not a run of this program"):
             claim(tmp_path, overwrite=overwrite)
     assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
@@ -368,16 +379,16 @@ def test_a_model_folder_has_a_config_and_is_no_run(tmp_path, overwrite):
 
 
 def test_links_in_the_place_of_a_run_or_out_of_it_are_refused(tmp_path):
-    C.prepare_workdir(tmp_path / "run", ConfigDict())
+    prepare_workdir(tmp_path / "run", ConfigDict())
     (tmp_path / "link").symlink_to(tmp_path / "run")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("link", "dangling"):
         with pytest.raises(ValueError, match="is a symbolic link: pass the folder it leads to"):
-            C.claim_workdir(tmp_path / name)
+            claim_workdir(tmp_path / name)
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "precious")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is a symbolic link out of the run folder"):
-        C.claim_workdir(tmp_path / "run")
+        claim_workdir(tmp_path / "run")
     assert not (tmp_path / "nowhere").exists()
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -385,7 +396,7 @@ def test_links_in_the_place_of_a_run_or_out_of_it_are_refused(tmp_path):
 def test_a_run_in_use_is_refused_with_the_process_and_a_kill_frees_it(tmp_path):
     code = f"""
         import time
-        from rlhf_jax.config import claim_workdir
+        from rlhf_jax.run.workdir import claim_workdir
         lock = claim_workdir({str(tmp_path / "run")!r})
         print("locked", flush=True)
         time.sleep(600)
@@ -397,19 +408,20 @@ def test_a_run_in_use_is_refused_with_the_process_and_a_kill_frees_it(tmp_path):
             holder.stdout.readline()
             for overwrite in (False, True):
                 with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on "):
-                    C.claim_workdir(tmp_path / "run", overwrite=overwrite)
+                    claim_workdir(tmp_path / "run", overwrite=overwrite)
         finally:
             holder.kill()
-    with C.claim_workdir(tmp_path / "run"):
+    with claim_workdir(tmp_path / "run"):
         assert f"process {os.getpid()} on" in (tmp_path / "run" / "run.lock").read_text()
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
-            C.claim_workdir(tmp_path / "run")
-    C.claim_workdir(tmp_path / "run").close()
+            claim_workdir(tmp_path / "run")
+    claim_workdir(tmp_path / "run").close()
 
 
 PROGRAM = """
 import hashlib, os, signal, sys, time
-from rlhf_jax.config import main, require_divides
+from rlhf_jax.run.checks import require_divides
+from rlhf_jax.run.cli import main
 
 def run(config, workdir):
     require_divides("ppo.minibatches", config.ppo.minibatches, 16, "the rollout batch")

@@ -18,17 +18,19 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common as values
-from experiments import common, evaluate, instructgpt, ppo, prepare_data, pretrain, reward_model, sample, sft
-from rlhf_jax.config import leaf_keys, load_config, record_reads, resolve
+from experiments import evaluate, instructgpt, ppo, prepare_data, pretrain, reward_model, sample, sft
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
+from rlhf_jax.run import optimizers
+from rlhf_jax.run.config import leaf_keys, load_config, record_reads, resolve
+from rlhf_jax.run.ppo import settings
+from rlhf_jax.run.ppo import setup as setup_lib
 from rlhf_jax.steps import (
-    POLICY_ARGUMENTS,
-    VALUE_ARGUMENTS,
+    PPO,
     make_ppo_step,
     make_reward_step,
     make_sft_step,
@@ -308,25 +310,25 @@ def test_supervised_steps_of_the_paper():
 
 def test_learning_rates_over_the_run():
     """[IG C.1, C.2]: cosine to 10%, no warmup. [IG C.4]: a tenth, up to the peak over 10 iterations. [Z19]: to zero."""
-    cosine = common.schedule("cosine", 9.65e-6, 6_363)
+    cosine = optimizers.schedule("cosine", 9.65e-6, 6_363)
     np.testing.assert_allclose([cosine(0), cosine(6_363)], [9.65e-6, 9.65e-7], rtol=1e-5)
-    warmup = common.schedule("constant", 1.0, 4_000, warmup=80)
+    warmup = optimizers.schedule("constant", 1.0, 4_000, warmup=80)
     np.testing.assert_allclose([warmup(0), warmup(80), warmup(3_999)], [0.1, 1.0, 1.0], rtol=1e-5)
-    linear = common.schedule("linear", 1.0, 10)
+    linear = optimizers.schedule("linear", 1.0, 10)
     np.testing.assert_allclose([linear(0), linear(9), linear(10)], [1.0, 0.1, 0.0], atol=1e-6)
-    later = common.schedule("linear", 1.0, 14, warmup=4)
+    later = optimizers.schedule("linear", 1.0, 14, warmup=4)
     np.testing.assert_allclose([later(0), later(4), later(13), later(14)], [0.1, 1.0, 0.1, 0.0], atol=1e-6)
     with pytest.raises(ValueError, match="leaves none for schedule=linear"):
-        common.schedule("linear", 1.0, 10, warmup=10)
+        optimizers.schedule("linear", 1.0, 10, warmup=10)
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
-        common.schedule("cosin", 1.0, 10)
+        optimizers.schedule("cosin", 1.0, 10)
 
 
 def test_ppo_optimizers_take_their_rates_from_the_config():
     """Warmup is counted in optimizer steps: 10 iterations of 8; both networks, each to its own peak."""
     config = preset("instructgpt_1_3b").ppo
     params = {"w": jnp.ones(3)}
-    for tx, peak in zip(ppo.optimizers(config), (8.05e-6, 9e-6), strict=True):
+    for tx, peak in zip(setup_lib.optimizers(config), (8.05e-6, 9e-6), strict=True):
         state, moved = tx.init(params), []
         for _ in range(81):
             update, state = tx.update({"w": jnp.ones(3)}, state, params)
@@ -373,7 +375,7 @@ def test_preset_takes_an_abstract_step_of_each_kind_at_its_real_size(name):
     key = jax.eval_shape(lambda: jax.random.key(0))
     weights = [jax.eval_shape(model.init, key) for model in (policy, value)]
 
-    tx = common.optimizer(config.sft, 1e-5)
+    tx = optimizers.optimizer(config.sft, 1e-5)
     state = jax.eval_shape(lambda p: train_state(p, tx), weights[0])
     batch = lm_batch(config.sft.batch_size, config.sft.row_length)
     after, metrics = jax.eval_shape(make_sft_step(policy, tx, microbatches=config.sft.microbatches), state, batch, None)
@@ -394,15 +396,13 @@ def test_preset_takes_an_abstract_step_of_each_kind_at_its_real_size(name):
 
 
 def ppo_step(config: ConfigDict, policy, value, weights, key):
-    ppo.validate(config)
-    policy_tx, value_tx = ppo.optimizers(config)
-    step = make_ppo_step(
-        policy, value, policy_tx, value_tx,
-        policy_loss=resolve(config.policy_loss, available=POLICY_ARGUMENTS),
-        value_loss=resolve(config.value_loss, available=VALUE_ARGUMENTS),
+    settings.validate(config)
+    numbers = PPO(
         ptx_coef=config.ptx_coef, epochs=config.epochs, minibatches=config.minibatches,
         microbatches=config.microbatches, temperature=config.temperature,
     )  # fmt: skip
+    policy_tx, value_tx = txs = setup_lib.optimizers(config)
+    step = make_ppo_step(policy, value, txs, numbers, losses=settings.losses(config))
     b, t = config.episodes, config.prompt_length + config.max_new_tokens
     rollout = Rollout(
         tokens=ints(b, t), mask=bools(b, t), old_logp=floats(b, t), ref_logp=floats(b, t), old_values=floats(b, t),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import metrics as M
+from rlhf_jax.run import metrics
 from rlhf_jax.types import Max, Mean
 
 
@@ -44,19 +44,19 @@ def test_to_host_divides_totals_with_one_fetch(monkeypatch):
         "lr": 0.25,
         "n": jnp.int32(7),
     }
-    assert M.to_host(metrics) == {"loss": 1.5, "empty": 0.0, "norm": 3.0, "lr": 0.25, "n": 7.0}
+    assert metrics.to_host(metrics) == {"loss": 1.5, "empty": 0.0, "norm": 3.0, "lr": 0.25, "n": 7.0}
     assert len(fetches) == 1
 
 
 def log_steps(tmp_path, steps, *, stage="sft", resume_step=0, total=10, **kw):
-    with M.StageLog(tmp_path, stage, total=total, resume_step=resume_step, stream=io.StringIO(), **kw) as log:
+    with metrics.StageLog(tmp_path, stage, total=total, resume_step=resume_step, stream=io.StringIO(), **kw) as log:
         for step in steps:
             log(step, {"loss": Mean(jnp.float32(step), jnp.float32(2))})
 
 
 def test_one_line_a_step_with_step_stage_time_and_values(tmp_path):
     log_steps(tmp_path, [1, 2])
-    lines = [json.loads(line) for line in (tmp_path / M.FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
     assert [(r["step"], r["stage"], r["loss"]) for r in lines] == [(1, "sft", 0.5), (2, "sft", 1.0)]
     assert all(r["time"] > 1.7e9 for r in lines)
 
@@ -64,64 +64,64 @@ def test_one_line_a_step_with_step_stage_time_and_values(tmp_path):
 def test_resume_drops_the_lines_after_the_checkpoint_so_each_step_appears_once(tmp_path):
     log_steps(tmp_path, [1, 2, 3], stage="sft")
     log_steps(tmp_path, [1, 2, 3, 4, 5], stage="ppo")
-    with (tmp_path / M.FILE).open("a") as f:
+    with (tmp_path / metrics.FILE).open("a") as f:
         f.write('{"step": 6, "stage": "ppo", "lo')  # killed while it wrote
     log_steps(tmp_path, [4, 5, 6], stage="ppo", resume_step=3)
-    records = M.read(tmp_path / M.FILE)
+    records = metrics.read(tmp_path / metrics.FILE)
     assert [r["step"] for r in records if r["stage"] == "ppo"] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in M.read(tmp_path / M.FILE, "sft")] == [1, 2, 3]
+    assert [r["step"] for r in metrics.read(tmp_path / metrics.FILE, "sft")] == [1, 2, 3]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_line_that_lost_only_its_end_is_kept_and_closed(tmp_path):
-    path = tmp_path / M.FILE
+    path = tmp_path / metrics.FILE
     path.write_text('{"step": 1, "stage": "sft"}')
     log_steps(tmp_path, [2], resume_step=1)
-    assert [r["step"] for r in M.read(path)] == [1, 2]
+    assert [r["step"] for r in metrics.read(path)] == [1, 2]
 
 
 def test_a_fresh_start_of_a_stage_drops_its_old_lines(tmp_path):
     log_steps(tmp_path, [1, 2, 3])
     log_steps(tmp_path, [1])
-    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1]
+    assert [r["step"] for r in metrics.read(tmp_path / metrics.FILE)] == [1]
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path):
-    with M.StageLog(tmp_path, "ppo", total=1, stream=io.StringIO()) as log:
+    with metrics.StageLog(tmp_path, "ppo", total=1, stream=io.StringIO()) as log:
         log(1, {"loss": float("nan"), "norm": jnp.float32(math.inf), "kl": 0.1})
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    record = json.loads((tmp_path / M.FILE).read_text(), parse_constant=refuse)
+    record = json.loads((tmp_path / metrics.FILE).read_text(), parse_constant=refuse)
     assert (record["loss"], record["norm"], record["kl"]) == (None, None, 0.1)
 
 
 def test_a_step_is_fetched_only_when_the_next_one_is_handed_in(tmp_path):
-    log = M.StageLog(tmp_path, "sft", total=3, stream=io.StringIO())
+    log = metrics.StageLog(tmp_path, "sft", total=3, stream=io.StringIO())
     log(1, {"loss": 1.0})
-    assert (tmp_path / M.FILE).read_text() == ""
+    assert (tmp_path / metrics.FILE).read_text() == ""
     log(2, {"loss": 2.0})
-    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1]
+    assert [r["step"] for r in metrics.read(tmp_path / metrics.FILE)] == [1]
     log.flush()
-    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1, 2]
+    assert [r["step"] for r in metrics.read(tmp_path / metrics.FILE)] == [1, 2]
     log.close()
 
 
 def test_the_last_step_is_written_when_the_loop_is_interrupted(tmp_path):
     def interrupted():
-        with M.StageLog(tmp_path, "sft", total=3, stream=io.StringIO()) as log:
+        with metrics.StageLog(tmp_path, "sft", total=3, stream=io.StringIO()) as log:
             log(1, {"loss": 1.0})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert [r["step"] for r in M.read(tmp_path / M.FILE)] == [1]
+    assert [r["step"] for r in metrics.read(tmp_path / metrics.FILE)] == [1]
 
 
 def test_plain_console_prints_now_and_then_and_at_the_end():
     out = io.StringIO()
-    console = M.Console("reward_model", 100, show=("loss", "accuracy"), every=10.0, stream=out, clock=Clock(2.0))
+    console = metrics.Console("reward_model", 100, show=("loss", "accuracy"), every=10.0, stream=out, clock=Clock(2.0))
     for step in range(1, 101):
         console.update(step, {"loss": 0.5, "accuracy": 0.75, "hidden": 1.0})
     console.close()
@@ -135,7 +135,7 @@ def test_plain_console_prints_now_and_then_and_at_the_end():
 
 def test_terminal_console_redraws_one_line():
     out = Terminal()
-    console = M.Console("ppo", 4, show=("kl",), stream=out, clock=Clock(0.25))
+    console = metrics.Console("ppo", 4, show=("kl",), stream=out, clock=Clock(0.25))
     for step in range(1, 5):
         console.update(step, {"kl": 1.25})
     console.close()
@@ -149,7 +149,7 @@ def test_terminal_console_redraws_one_line():
 
 def test_eta_after_a_resume_counts_only_the_steps_of_this_process():
     out = io.StringIO()
-    console = M.Console("ppo", 1000, 900, every=0.0, stream=out, clock=Clock(1.0))
+    console = metrics.Console("ppo", 1000, 900, every=0.0, stream=out, clock=Clock(1.0))
     for step in (901, 902, 903):
         console.update(step, {})
     assert out.getvalue().splitlines()[-1] == "ppo 903/1000  1.0 steps/s  ETA 1m37s"
@@ -164,15 +164,15 @@ def test_writers_get_floats(tmp_path):
 @pytest.mark.parametrize(
     ("make", "module", "extra"),
     [
-        (lambda: M.tensorboard_writer("logs"), "tensorboardX", "tensorboard"),
-        (lambda: M.wandb_writer(project="p"), "wandb", "wandb"),
+        (lambda: metrics.tensorboard_writer("logs"), "tensorboardX", "tensorboard"),
+        (lambda: metrics.wandb_writer(project="p"), "wandb", "wandb"),
     ],
 )
 def test_a_missing_extra_is_named(monkeypatch, make, module, extra):
     def absent(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(M.importlib, "import_module", absent)
+    monkeypatch.setattr(metrics.importlib, "import_module", absent)
     with pytest.raises(ValueError, match=rf'{module}: pip install "rlhf_jax\[{extra}\]"'):
         make()
 
@@ -191,17 +191,17 @@ def test_tensorboard_writer_names_scalars_by_stage(monkeypatch, tmp_path):
             pass
 
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    log_steps(tmp_path, [1], writers=[M.tensorboard_writer(tmp_path)])
+    log_steps(tmp_path, [1], writers=[metrics.tensorboard_writer(tmp_path)])
     assert scalars == [("sft/loss", 0.5, 1)]
 
 
 def test_two_records_of_a_step_are_one_line(tmp_path):
     """Training and validation of a step, so that the log holds each step once."""
-    with M.StageLog(tmp_path, "sft", total=2, stream=io.StringIO()) as log:
+    with metrics.StageLog(tmp_path, "sft", total=2, stream=io.StringIO()) as log:
         log(1, {"loss": 2.0})
         log(2, {"loss": 1.0})
         log(2, {"validation_loss": 3.0})
-    records = [{k: v for k, v in r.items() if k != "time"} for r in M.read(tmp_path / "metrics.jsonl")]
+    records = [{k: v for k, v in r.items() if k != "time"} for r in metrics.read(tmp_path / "metrics.jsonl")]
     assert records == [
         {"step": 1, "stage": "sft", "loss": 2.0},
         {"step": 2, "stage": "sft", "loss": 1.0, "validation_loss": 3.0},
@@ -211,9 +211,9 @@ def test_two_records_of_a_step_are_one_line(tmp_path):
 def test_bytes_of_no_encoding_at_the_end_of_the_log_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1, "stage": "sft"}\n{"step": 2, "st\xff\xfe\x00')
-    with M.StageLog(tmp_path, "sft", total=2, resume_step=1, stream=io.StringIO()) as log:
+    with metrics.StageLog(tmp_path, "sft", total=2, resume_step=1, stream=io.StringIO()) as log:
         log(2, {"loss": 1.0})
-    assert [r["step"] for r in M.read(file)] == [1, 2]
+    assert [r["step"] for r in metrics.read(file)] == [1, 2]
 
 
 DAMAGED = [
@@ -227,24 +227,24 @@ DAMAGED = [
 
 @pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line[:24]))
 def test_a_damaged_line_of_the_log_is_left_out_and_told(tmp_path, capsys, line):
-    path = tmp_path / M.FILE
-    good = [M.to_line(step, "sft", 0.0, {"loss": step / 2}).encode() for step in (1, 2, 3)]
+    path = tmp_path / metrics.FILE
+    good = [metrics.to_line(step, "sft", 0.0, {"loss": step / 2}).encode() for step in (1, 2, 3)]
     path.write_bytes(good[0] + line + b"\n" + good[1] + good[2])
-    assert [row["step"] for row in M.read(path, "sft")] == [1, 2, 3]
-    assert M.drop_after(path, "sft", 2) == 2
-    assert [row["loss"] for row in M.read(path)] == [0.5, 1.0]
+    assert [row["step"] for row in metrics.read(path, "sft")] == [1, 2, 3]
+    assert metrics.drop_after(path, "sft", 2) == 2
+    assert [row["loss"] for row in metrics.read(path)] == [0.5, 1.0]
     assert path.read_bytes() == good[0] + good[1]
     assert f"1 damaged lines of {path} are left out" in capsys.readouterr().err
 
 
 def test_a_torn_last_line_is_what_a_crash_leaves_and_not_told(tmp_path, capsys):
-    path = tmp_path / M.FILE
-    path.write_text(M.to_line(1, "sft", 0.0, {"loss": 1.0}) + '{"step": 2, "st')
-    assert M.drop_after(path, "sft", 5) == 1
+    path = tmp_path / metrics.FILE
+    path.write_text(metrics.to_line(1, "sft", 0.0, {"loss": 1.0}) + '{"step": 2, "st')
+    assert metrics.drop_after(path, "sft", 5) == 1
     assert not capsys.readouterr().err
 
 
 def test_a_log_that_is_no_file_is_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / M.FILE)
+    os.mkfifo(tmp_path / metrics.FILE)
     with pytest.raises(ValueError, match=r"metrics.jsonl is no regular file: move it away"):
-        M.StageLog(tmp_path, "sft", total=3)
+        metrics.StageLog(tmp_path, "sft", total=3)

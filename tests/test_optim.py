@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import checkpoint, optim, scoring, sharding, steps
+from rlhf_jax import guard as guards
+from rlhf_jax import optim, scoring, sharding, steps
 from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.run import checkpoint
 from rlhf_jax.types import LMBatch
 
 
@@ -132,7 +134,7 @@ def test_guard_never_gives_in_to_bad_steps(bad):
     for _ in range(5):  # optax.apply_if_finite(..., 3) would apply the fourth
         updates, state = tx.update({"w": jnp.float32(bad)}, old[1], old[0])
         new = (optax.apply_updates(old[0], updates), state)
-        sound = optim.is_sound(jnp.float32(0.0), norm=jnp.abs(jnp.float32(bad)))
+        sound = guards.is_sound(jnp.float32(0.0), norm=jnp.abs(jnp.float32(bad)))
         old = optim.keep_unless(sound, new, old)
     assert float(old[0]["w"]) == 1.0
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(old[1]))
@@ -195,10 +197,10 @@ def test_clipping_by_one_factor_is_clipping_by_global_norm(limit):
 
 def test_guard_looks_at_losses_and_at_the_limit():
     one = jnp.float32(1.0)
-    assert bool(optim.is_sound(one, one, norm=one))
-    assert not bool(optim.is_sound(one, jnp.float32(jnp.nan), norm=one))
-    assert bool(optim.is_sound(one, norm=jnp.float32(2.0), limit=2))
-    assert not bool(optim.is_sound(one, norm=jnp.float32(2.1), limit=2))
+    assert bool(guards.is_sound(one, one, norm=one))
+    assert not bool(guards.is_sound(one, jnp.float32(jnp.nan), norm=one))
+    assert bool(guards.is_sound(one, norm=jnp.float32(2.0), limit=2))
+    assert not bool(guards.is_sound(one, norm=jnp.float32(2.1), limit=2))
 
 
 # --------------------------------------------------------------------------------- lean optimizers and precision
@@ -342,14 +344,14 @@ def test_float16_is_refused_with_the_alternative():
 
 
 def _window(values, size=128):
-    guard = optim.guard_state(size)
+    guard = guards.guard_state(size)
     for value in values:
-        guard = optim.remember(guard, jnp.array([value, 1.0, 0.0]))
+        guard = guards.remember(guard, jnp.array([value, 1.0, 0.0]))
     return guard
 
 
 def _spikes(guard, *watched, std=6.0):
-    return bool(optim.is_spike(guard, jnp.array(watched, jnp.float32), std=std))
+    return bool(guards.is_spike(guard, jnp.array(watched, jnp.float32), std=std))
 
 
 def test_a_spike_is_measured_against_the_mean_and_spread_of_the_last_sound_steps():

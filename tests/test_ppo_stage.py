@@ -12,16 +12,20 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, ppo
+from experiments import ppo
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
+from rlhf_jax.backends import cpu_process
 from rlhf_jax.data.schema import PlainText, Prompt, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.metrics import to_host
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
 from rlhf_jax.models.hf import load_hf, save_hf
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import devices
+from rlhf_jax.run.config import load_config
+from rlhf_jax.run.metrics import to_host
+from rlhf_jax.run.ppo import programs, settings, watch
 from tests import margins
 
 ROOT = Path(__file__).parents[1]
@@ -85,12 +89,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, compiled: list[str]) -> Simpl
             raise KeyboardInterrupt
         return iterate(setup, state, iteration, *rest)
 
-    compile_ahead, ahead = ppo.compile_ahead, []
+    compile_ahead, ahead = programs.compile_ahead, []
 
     def compile_and_tell(*arguments):
         compiled.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "has_accelerator", lambda: True)  # on a CPU nothing is compiled ahead
+            patch.setattr(cpu_process, "has_accelerator", lambda: True)  # on a CPU nothing is compiled ahead
             compile_ahead(*arguments)
         ahead.extend(compiled)
         compiled.clear()
@@ -98,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, compiled: list[str]) -> Simpl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "prepare", prepare_once)
         patch.setattr(ppo, "sample", sample_and_keep)
-        patch.setattr(ppo, "compile_ahead", compile_and_tell)
+        patch.setattr(programs, "compile_ahead", compile_and_tell)
         result = ppo.run(config, str(folder / "whole"))
         in_iterations = list(compiled)
         patch.setattr(ppo, "check_step_zero", lambda *_: None)  # passed a moment ago, and compiles five programs
@@ -184,12 +188,12 @@ def test_a_warmup_as_long_as_the_run_is_refused_by_its_name(name):
     from configs.ppo.storyland import get_config
 
     config = get_config(f"iterations=5,{name}=4")
-    ppo.validate(config)
+    settings.validate(config)
     config[name] = 5
     with pytest.raises(ValueError, match=f"^{name}=5: leaves none of iterations=5 for schedule=cosine"):
-        ppo.validate(config)
+        settings.validate(config)
     config.schedule = "constant"
-    ppo.validate(config)
+    settings.validate(config)
 
 
 def test_the_overoptimised_variant_is_storylands_ppo_off_its_leash():
@@ -225,7 +229,7 @@ def test_policy_and_reference_reward_model_and_value_network_share_their_base(lo
     for network, trained in ((setup.policy, setup.trained_policy), (setup.reward, setup.trained_value)):
         kernel = network.params["blocks"]["mlp"]["up"]["kernel"]
         assert trained.frozen["blocks"]["mlp"]["up"]["kernel"] is kernel
-        assert trained.full(trained.params)["blocks"]["mlp"]["up"]["kernel"] is kernel
+        assert trained.whole(trained.params)["blocks"]["mlp"]["up"]["kernel"] is kernel
         assert not kernel.is_deleted()  # the step donates its state and nothing else
     sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (setup.state.policy, setup.policy.params)]
     assert sizes[0] < sizes[1]  # weights, moments and average of the adapters, beside one copy of the network
@@ -244,11 +248,11 @@ def test_adapters_are_trained_and_what_is_saved_is_merged(lora_run):
 
 def test_the_stage_itself_gives_the_same_on_a_mesh_with_all_axes(runs, monkeypatch):
     """Two iterations on (2, 2, 2), networks cut or whole as their rules say, against the (8, 1, 1) of `runs`."""
-    config = common.config_dict(runs.config)
+    config = config_lib.unlocked_copy(runs.config)
     config.mesh = (2, 2, 2)
     config.sharding.value = config.sharding.reward_model = ()
     monkeypatch.setattr(ppo, "check_step_zero", lambda *_: None)
-    mesh = common.start(config.mesh)
+    mesh = devices.start(config.mesh)
     setup = ppo.prepare(config, mesh)
     shards = lambda params: {x.addressable_shards[0].data.size / x.size for x in kernels(params)}  # noqa: E731
     assert shards(setup.policy.params) == {0.25}
@@ -276,7 +280,7 @@ def drawn(setup, state, iteration: int, config, mesh, params) -> jax.Array:
     state = dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=params))
     places = np.arange(iteration * EPISODES, (iteration + 1) * EPISODES, dtype=np.int32)
     prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
-    return ppo.sample(setup, state, prompts, ppo.iteration_keys(config, iteration)[0], config).tokens
+    return ppo.sample(setup, state, prompts, watch.iteration_keys(config, iteration)[0], config).tokens
 
 
 def kernels(params) -> list[jax.Array]:

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import common, sft
-from rlhf_jax import config, processes, sharding
-from rlhf_jax.checkpoint import Checkpoints
+from experiments import sft
+from rlhf_jax import sharding
 from rlhf_jax.models.hf import load_hf
+from rlhf_jax.run import cli, files, processes
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run.checkpoint import Checkpoints
 from tests import together
 from tests.together import ROOT, Together, command, history
 
@@ -173,7 +175,7 @@ def test_flags_that_say_too_little_are_a_mistake_of_the_user(flags, message, tmp
 
     monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
     with pytest.raises(SystemExit) as ended:
-        config.main(sft.run, config="configs/sft/storyland.py", argv=[*flags, f"--workdir={tmp_path / 'run'}"])
+        cli.main(sft.run, config="configs/sft/storyland.py", argv=[*flags, f"--workdir={tmp_path / 'run'}"])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -181,7 +183,7 @@ def test_flags_that_say_too_little_are_a_mistake_of_the_user(flags, message, tmp
 
 def test_programs_of_one_process_say_what_to_do_instead(capsys):
     with pytest.raises(SystemExit):
-        config.main(sft.run, config="x.py", workdir="x", argv=["--distributed"], one_process="Run the stages.")
+        cli.main(sft.run, config="x.py", workdir="x", argv=["--distributed"], one_process="Run the stages.")
     assert "runs as one process, on all devices of its host. Run the stages." in capsys.readouterr().err
 
 
@@ -212,10 +214,10 @@ def test_each_process_reads_the_rows_of_its_devices(owners, shares):
 
 def test_the_digest_of_inputs_sees_every_byte_of_small_files(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 100)
-    before = common.contents_digest(tmp_path)
+    before = files.digest(tmp_path)
     (tmp_path / "a").write_bytes(b"x" * 99 + b"y")
-    assert common.contents_digest(tmp_path) != before
-    assert common.contents_digest(tmp_path / "none") == "no such file"
+    assert files.digest(tmp_path) != before
+    assert files.digest(tmp_path / "none") == "no such file"
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
@@ -239,9 +241,9 @@ def test_recipes_use_flags_and_keys_that_exist(path):
     for stage, named in re.findall(r"experiments/(\w+)\.py[\s-]+--config=(configs/\S+)", text):
         argv = [f"--{flag}" for flag in flags if "..." not in flag]
         module = getattr(__import__(f"experiments.{stage}"), stage)
-        parsed, overrides = config._parse_flags(module.run, "", "", [arg.replace("'", "") for arg in argv])
+        parsed, overrides = cli._parse_flags(module.run, "", "", [arg.replace("'", "") for arg in argv])
         assert parsed.config == named
-        config.load_config(str(ROOT / named), overrides)
+        config_lib.load_config(str(ROOT / named), overrides)
     assert "experiments/ppo.py" in text
 
 

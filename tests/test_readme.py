@@ -13,10 +13,11 @@ import jax
 import pytest
 
 from configs import storyland as sizes
-from experiments import common, prepare_data
+from experiments import prepare_data
 from rlhf_jax.data import text
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.models import DecoderConfig, language_model, scalar_model
+from rlhf_jax.run import networks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in (("ppo_init/epoch-2", language_model), ("reward_model/model", scalar_model)):
         model = make(config)
         (run / name).parent.mkdir()
-        common.save_network(run / name, common.Network(model, model.init(jax.random.key(0)), tokenizer))
+        networks.save_network(run / name, networks.Network(model, model.init(jax.random.key(0)), tokenizer))
     return folder
 
 
@@ -85,7 +86,7 @@ def test_examples_of_the_readme_run(block: Block, folder: Path):
 
 def test_every_command_of_the_readme_names_real_files_and_keys():
     """The stage-by-stage commands are too long to run here: their scripts, configs and keys must exist."""
-    from rlhf_jax.config import load_config
+    from rlhf_jax.run.config import load_config
 
     commands = re.findall(r"^python (experiments/\w+\.py) --config=(\S+)((?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
     assert len(commands) >= 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.config import load_config
+from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "docs" / "recipe.md"

@@ -11,11 +11,12 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from experiments import ppo
-from rlhf_jax import config as C
 from rlhf_jax.data.storyland import task
 from rlhf_jax.rewards import functions
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run.ppo import settings
 
 SOURCE = """
 import json
@@ -60,27 +61,27 @@ def lab(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_arguments_are_bound_by_name(name, score):
-    judge = ppo.judge(f"my_judges:{name}")
+    judge = settings.judge(f"my_judges:{name}")
     assert judge is not None
     assert judge("id", "abc", "12345") == score
 
 
 def test_a_function_that_wants_no_prompt_is_called_as_before():
-    judge = ppo.judge("my_judges:legacy")
+    judge = settings.judge("my_judges:legacy")
     assert judge is not None
     assert judge("id", "abc") == 23
 
 
 def test_keyword_only_arguments_are_hyperparameters():
-    judge = functions.judge(C.fn_spec("my_judges:scaled", each=2.0, most=5.0))
+    judge = functions.judge(config_lib.fn_spec("my_judges:scaled", each=2.0, most=5.0))
     assert [judge("", text) for text in ("a", "ab", "abc")] == [2.0, 4.0, 5.0]
-    config = C.ConfigDict({"text_reward": "my_judges:scaled", "other": "my_judges:scaled"}).lock()
-    C.override(config, {"text_reward.each": "3"})
+    config = ConfigDict({"text_reward": "my_judges:scaled", "other": "my_judges:scaled"}).lock()
+    config_lib.override(config, {"text_reward.each": "3"})
     assert functions.judge(config.text_reward)("", "ab") == 6.0
     with pytest.raises(ValueError, match="is a value, not a group"):
-        C.override(config, {"other.each": "3"})
+        config_lib.override(config, {"other.each": "3"})
     with pytest.raises(ValueError, match="no key 'eahc'; did you mean 'each'"):
-        C.override(config, {"text_reward.eahc": "3"})
+        config_lib.override(config, {"text_reward.eahc": "3"})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_keyword_only_arguments_are_hyperparameters():
 )
 def test_a_function_that_cannot_be_served_is_refused_at_the_start(name, message):
     with pytest.raises(ValueError, match=message):
-        ppo.judge(f"my_judges:{name}")
+        settings.judge(f"my_judges:{name}")
 
 
 @dataclasses.dataclass
@@ -156,7 +157,7 @@ def test_an_async_function_is_told():
     ],
 )
 def test_an_error_in_the_function_names_its_line_and_the_prompt(name, response, told):
-    judge = ppo.judge(f"my_judges:{name}")
+    judge = settings.judge(f"my_judges:{name}")
     assert judge is not None
     with pytest.raises(functions.FunctionFailed, match=told) as failed:
         judge("p/3", response)

@@ -20,6 +20,7 @@ from rlhf_jax import scoring, steps
 from rlhf_jax.generate import generate
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.rollout import InitialParams, Shaping
 from rlhf_jax.types import KLState, Model, Output, PPOState, PromptBatch, Samples
 from tests import tiny
 
@@ -63,7 +64,7 @@ def samples(logp_noise: float = 0.0) -> Samples:
 
 @lru_cache  # tests with the same settings share one compiled program
 def score_and_shape(**options):
-    return rollouts.make_score_and_shape(tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, **options)
+    return rollouts.make_score_and_shape(tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, Shaping(**options))
 
 
 def shape(rows: Samples, *, scores=None, kl_coef=0.0, **options):
@@ -208,10 +209,10 @@ def test_kl_to_an_equal_reference_is_zero_at_any_temperature():
     drawn = generate(model, params, prompts, KEY, max_new_tokens=6, temperature=0.7, stop_ids=(0,))
     scalar = scalar_model(model.config)
     scalar_params = scalar.init(KEY)
-    fn = rollouts.make_score_and_shape(model, scalar, scalar, temperature=0.7)
+    fn = rollouts.make_score_and_shape(model, scalar, scalar, Shaping(temperature=0.7))
     _, metrics = fn(params, scalar_params, scalar_params, drawn, jnp.float32(1.0), prompts.ids)
     assert abs(float(metrics["rollout/kl_nats_per_sequence"].value)) < 1e-4
-    wrong = rollouts.make_score_and_shape(model, scalar, scalar, temperature=1.0)
+    wrong = rollouts.make_score_and_shape(model, scalar, scalar, Shaping(temperature=1.0))
     _, metrics = wrong(params, scalar_params, scalar_params, drawn, jnp.float32(1.0), prompts.ids)
     assert abs(float(metrics["rollout/kl_nats_per_sequence"].value)) > 1e-3
 
@@ -294,7 +295,7 @@ def test_an_outlier_in_a_suppressed_row_changes_nothing_else():
 def test_a_cut_response_is_an_end_or_is_bootstrapped_as_asked():
     """PITFALL 15: at lambda 1 the return of the first token is the reward to go, plus V(tokens[:lengths]) if cut."""
     fn = {
-        t: rollouts.make_score_and_shape(tiny.LANGUAGE, POSITION, lam=1.0, truncation=t)
+        t: rollouts.make_score_and_shape(tiny.LANGUAGE, POSITION, shaping=Shaping(lam=1.0, truncation=t))
         for t in ("terminal", "bootstrap")
     }
     rows, scores = samples(), jnp.array([1.0, 1.0, 1.0])
@@ -304,7 +305,7 @@ def test_a_cut_response_is_an_end_or_is_bootstrapped_as_asked():
     np.testing.assert_allclose(terminal[first], [1, 1, 1], rtol=1e-5)
     np.testing.assert_allclose(bootstrap[first], [1, 1 + 9, 1], rtol=1e-5)  # row 1: last position 9
     with pytest.raises(ValueError, match="truncation='never' is unknown"):
-        rollouts.make_score_and_shape(tiny.LANGUAGE, POSITION, truncation="never")
+        rollouts.make_score_and_shape(tiny.LANGUAGE, POSITION, shaping=Shaping(truncation="never"))
 
 
 def test_rows_with_a_non_finite_score_are_masked_out_and_counted():
@@ -384,7 +385,9 @@ def test_the_kl_penalty_lowers_the_exact_kl():
         kl=KLState(jnp.float32(1.0)),
         iteration=jnp.zeros((), jnp.int32),
     )
-    state, _ = jax.jit(steps.make_ppo_step(BIGRAM, zero, tx, tx, minibatches=1))(state, rollout, None, KEY)
+    state, _ = jax.jit(steps.make_ppo_step(BIGRAM, zero, steps.Optimizers(tx, tx), steps.PPO(minibatches=1)))(
+        state, rollout, None, KEY
+    )
     assert exact_kl(state.policy.params["table"]) < 0.95 * before
 
 
@@ -394,7 +397,7 @@ def test_the_kl_penalty_lowers_the_exact_kl():
 def check(rows=None, *, policy=LM_PARAMS, ref=LM_PARAMS, value=SCALAR_PARAMS, reward=SCALAR_PARAMS, **options):
     rows = samples() if rows is None else rows
     return rollouts.step_zero_checks(
-        tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, policy, ref, value, reward, rows, **options
+        tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, InitialParams(policy, ref, value, reward), rows, **options
     )
 
 
@@ -430,9 +433,9 @@ def test_step_zero_refuses_samples_of_a_truncated_distribution():
     """PITFALL 7: top-k samples have log-probs under what is left, and the update has those of the full softmax."""
     model = language_model(DecoderConfig(11, 16, 1, 8, 2))
     params = model.init(KEY)
-    scalar = (None, params, params, {}, None)
+    start = InitialParams(params, params, {})
     with pytest.raises(ValueError, match=r"sampler_gap=.*top_k, top_p"):
-        rollouts.step_zero_checks(model, POSITION, *scalar, _generated(model, params, top_k=3))
+        rollouts.step_zero_checks(model, POSITION, None, start, _generated(model, params, top_k=3))
 
 
 def test_step_zero_checks_pass_in_bfloat16_and_equal_models_have_kl_zero():
@@ -441,7 +444,12 @@ def test_step_zero_checks_pass_in_bfloat16_and_equal_models_have_kl_zero():
     params = jax.tree.map(lambda x: 4 * x, model.init(KEY))
     other = jax.tree.map(jnp.copy, params)
     measured = rollouts.step_zero_checks(
-        model, POSITION, None, params, other, {}, None, _generated(model, params, temperature=0.7), temperature=0.7
+        model,
+        POSITION,
+        None,
+        InitialParams(params, other, {}),
+        _generated(model, params, temperature=0.7),
+        temperature=0.7,
     )
     assert measured["reference_gap"] == measured["clip_fraction"] == 0
     assert max(measured["sampler_gap"], measured["update_gap"]) < 2e-2
@@ -464,3 +472,11 @@ def test_step_zero_limit_follows_the_compute_dtype():
     config = DecoderConfig(11, 16, 1, 8, 2)
     assert rollouts.log_prob_limit(language_model(config)) == 1e-4
     assert rollouts.log_prob_limit(language_model(dataclasses.replace(config, dtype="bfloat16"))) == 2e-2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("gamma", 1.1), ("lam", -0.1), ("microbatches", 0), ("lam", float("nan"))]
+)
+def test_numbers_that_no_rollout_can_have_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value} must be"):
+        Shaping(**{field: value})

@@ -18,13 +18,12 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from experiments import common
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, load_llama2c, save_hf
-from rlhf_jax.run import files
+from rlhf_jax.run import files, networks
+from rlhf_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [
@@ -105,9 +104,9 @@ def dangers(tree: ast.AST) -> set[str]:
 
 
 ALLOWED = {
-    "rlhf_jax/config.py": {"importlib.import_module"},  # the user's own functions
+    "rlhf_jax/run/config.py": {"importlib.import_module"},  # the user's own functions
     "rlhf_jax/run/config_file.py": {"exec_module"},  # the user's own config file
-    "rlhf_jax/metrics.py": {"importlib.import_module"},  # tensorboardX, wandb: two names in the source
+    "rlhf_jax/run/metrics.py": {"importlib.import_module"},  # tensorboardX, wandb: two names in the source
 }
 
 
@@ -427,8 +426,8 @@ def test_a_link_planted_where_a_model_is_saved_is_replaced_not_followed(tmp_path
     for name in (*FILES, "README.md"):
         (planted / name).symlink_to(victim)
     built = language_model(LLAMA)
-    network = common.Network(built, built.init(jax.random.key(0)), tokenizer)
-    common.save_network(tmp_path / "run" / "model", network)
+    network = networks.Network(built, built.init(jax.random.key(0)), tokenizer)
+    networks.save_network(tmp_path / "run" / "model", network)
     assert victim.read_text() == "precious"
     assert load_hf(tmp_path / "run" / "model")[2] is not None
     assert not planted.exists()
@@ -447,10 +446,10 @@ def test_names_of_checkpoint_leaves_never_become_paths(tmp_path: Path):
 
 
 def test_a_shipped_model_has_a_plain_name():
-    assert common.model_folder("storyland:base_small").is_dir()
+    assert networks.model_folder("storyland:base_small").is_dir()
     for name in ("../../../tests", "/etc", "", "a/b", ".."):
         with pytest.raises(ValueError, match=r"model='.*': a name is 1 to 128 letters"):
-            common.model_folder(f"storyland:{name}")
+            networks.model_folder(f"storyland:{name}")
 
 
 # ------------------------------------------------------------------------------------------------------------ GGUF

@@ -15,7 +15,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import ops, optim, scoring, sharding, steps
+from rlhf_jax import guard as guards
+from rlhf_jax import ops, optim, scoring, sharding, steps, update
+from rlhf_jax.losses.binding import bind_arguments
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
@@ -26,11 +28,16 @@ from tests import tiny
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)
+BOTH = steps.Optimizers(SGD, SGD)
 
 
 @lru_cache  # tests with the same settings share one compiled program
 def ppo_step(policy_tx=SGD, value_tx=SGD, **options):
-    return jax.jit(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, policy_tx, value_tx, **options))
+    losses = {name: options.pop(f"{name}_loss") for name in ("policy", "value", "ptx") if f"{name}_loss" in options}
+    txs = steps.Optimizers(policy_tx, value_tx)
+    return jax.jit(
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, txs, steps.PPO(**options), losses=steps.Losses(**losses))
+    )
 
 
 def start(policy_tx=SGD, value_tx=SGD, **options):
@@ -88,7 +95,7 @@ def test_one_minibatch_takes_all_rows_as_they_are_and_their_order_does_not_matte
 
 def test_one_compilation_for_many_iterations():
     state, rollout = start()
-    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, SGD, SGD, minibatches=2))
+    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)))
     for iteration in range(3):
         state, _ = step(state, rollout, tiny.lm_batch(8, iteration), jax.random.fold_in(KEY, iteration))
     assert step._cache_size() == 1
@@ -114,8 +121,8 @@ def test_batches_that_do_not_divide_are_refused_with_the_choices(options, messag
 
 def test_microbatches_give_the_gradient_of_the_whole_ragged_batch():
     params, batch = tiny.LANGUAGE.init(KEY), tiny.lm_batch(8)
-    loss_fn = steps._lm_loss_fn(tiny.LANGUAGE, steps.bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
-    accumulate = jax.jit(partial(steps.accumulate_grads, loss_fn), static_argnums=2)
+    loss_fn = steps._lm_loss_fn(tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
+    accumulate = jax.jit(partial(update.accumulate_grads, loss_fn), static_argnums=2)
     whole, loss, _ = accumulate(params, (batch, None), 1)
     for microbatches in (2, 8):
         grads, split_loss, _ = accumulate(params, (batch, None), microbatches)
@@ -227,7 +234,7 @@ def test_ratio_is_one_with_dropout_in_the_model():
     old = score(params, rollout.tokens, rollout.lengths, rollout.mask)
     tiny.assert_bit_equal(old, score(params, rollout.tokens, rollout.lengths, rollout.mask))
     state = dataclasses.replace(tiny.ppo_state(SGD, SGD), policy=steps.train_state(params, SGD))
-    step = jax.jit(steps.make_ppo_step(model, tiny.SCALAR, SGD, SGD, minibatches=1))
+    step = jax.jit(steps.make_ppo_step(model, tiny.SCALAR, BOTH, steps.PPO(minibatches=1)))
     _, metrics = step(state, dataclasses.replace(rollout, old_logp=old), None, KEY)
     assert value_of(metrics, "policy/log_ratio_max") < 1e-5
 
@@ -284,7 +291,9 @@ def test_reference_is_neither_moved_nor_donated():
     where = (rollout.tokens, rollout.lengths, rollout.mask)
     score = jax.jit(partial(scoring.sequence_log_probs, tiny.LANGUAGE))
     tiny.assert_bit_equal(score(state.policy.params, *where), score(reference, *where))
-    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, tx, tx, minibatches=4))
+    step = steps.compile_step(
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, steps.Optimizers(tx, tx), steps.PPO(minibatches=4))
+    )
     for iteration in range(3):
         state, _ = step(state, rollout, None, jax.random.fold_in(KEY, iteration))
     tiny.assert_bit_equal(reference, kept)
@@ -293,11 +302,13 @@ def test_reference_is_neither_moved_nor_donated():
 
 def test_compiled_step_donates_its_state():
     state, rollout = start()
-    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, SGD, SGD, minibatches=2))
+    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)))
     step(state, rollout, None, KEY)
     assert state.policy.params["embed"].is_deleted()
     state, rollout = start()
-    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, SGD, SGD, minibatches=2), donate=False)
+    step = steps.compile_step(
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)), donate=False
+    )
     step(state, rollout, None, KEY)
     assert not state.policy.params["embed"].is_deleted()
 
@@ -309,11 +320,11 @@ def test_compiled_step_donates_its_state():
 def _gradients(state, rollout, lm_batch):
     whitened = dataclasses.replace(rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask))
     policy_fn = steps._policy_loss_fn(
-        tiny.LANGUAGE, steps.bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"), 1.0
+        tiny.LANGUAGE, bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"), 1.0
     )
-    lm_fn = steps._lm_loss_fn(tiny.LANGUAGE, steps.bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
-    ppo = steps.accumulate_grads(policy_fn, state.policy.params, whitened)[0]
-    return ppo, steps.accumulate_grads(lm_fn, state.policy.params, (lm_batch, None))[0]
+    lm_fn = steps._lm_loss_fn(tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
+    ppo = update.accumulate_grads(policy_fn, state.policy.params, whitened)[0]
+    return ppo, update.accumulate_grads(lm_fn, state.policy.params, (lm_batch, None))[0]
 
 
 def test_ptx_and_ppo_gradients_add_up_in_one_optimizer_step():
@@ -521,7 +532,7 @@ def test_ppo_tells_which_minibatch_was_left_out_and_watches_rewards():
     tx = optim.adam(1e-3)
     state, rollout = start(tx, tx)
     window = jnp.tile(jnp.array([[1e3, 1e3, 1.0]]), (128, 1)) * jnp.linspace(0.9, 1.1, 128)[:, None]
-    guard = dataclasses.replace(optim.guard_state(), window=window, count=jnp.int32(128))
+    guard = dataclasses.replace(guards.guard_state(), window=window, count=jnp.int32(128))
     state = dataclasses.replace(
         state, policy=dataclasses.replace(state.policy, guard=guard),
         value=dataclasses.replace(state.value, guard=guard),
@@ -704,3 +715,15 @@ def test_resume_is_bit_exact_with_keys_from_the_step_number():
     half = jax.tree.map(np.asarray, run(tiny.ppo_state(tx, tx), range(2)))
     tiny.assert_bit_equal(run(jax.tree.map(jnp.asarray, half), range(2, 4)), whole)
     assert int(whole.iteration) == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0), ("minibatches", 0), ("microbatches", -1), ("ptx_microbatches", 0), ("ema_decay", 1.5),
+        ("temperature", 0.0), ("ppo_clip_norm", 0.0), ("spike_std", -1.0), ("max_new_tokens", 0),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_update_can_have_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value} must be"):
+        steps.PPO(**{field: value})

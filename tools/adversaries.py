@@ -15,8 +15,8 @@ import argparse
 
 import numpy as np
 
-from experiments import common
 from rlhf_jax.data.storyland import gold, task
+from rlhf_jax.run import datasets, devices, networks, responses
 
 PROMPTS, BEST_OF, SLOTS = 20, 256, 48
 
@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model folder, or storyland:base_large")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    mesh = common.start((-1, 1, 1))
-    network = common.load_network(args.model, mesh)
+    mesh = devices.start((-1, 1, 1))
+    network = networks.load_network(args.model, mesh)
     tasks = [task("test", index) for index in range(PROMPTS)]
-    ids = common.encode_prompts(network.tokenizer, [t.prompt for t in tasks], length=SLOTS, where="test prompts")
+    ids = datasets.encode_prompts(network.tokenizer, [t.prompt for t in tasks], length=SLOTS, where="test prompts")
     count = BEST_OF if args.how == "best_of" else 1
-    texts, _ = common.sample_responses(
+    texts, _ = responses.sample_responses(
         network, ids, mesh, counts=count, prompt_length=SLOTS, max_new_tokens=SLOTS, temperature=1.0, seed=args.seed,
         batch_size=256,
     )  # fmt: skip

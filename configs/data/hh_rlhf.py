@@ -8,7 +8,7 @@ python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh
 from ml_collections import ConfigDict
 
 from configs import hh_rlhf
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -5,7 +5,7 @@ python experiments/prepare_data.py --look=FILE.jsonl --model=storyland:base_larg
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

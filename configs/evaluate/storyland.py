@@ -6,7 +6,7 @@ python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=
 from ml_collections import ConfigDict
 
 from configs import storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

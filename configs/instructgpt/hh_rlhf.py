@@ -23,7 +23,7 @@ What is different from storyland:
 from ml_collections import ConfigDict
 
 from configs import hh_rlhf
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -13,7 +13,7 @@ swept two learning rates of PPO at this size, 2.55e-6 and 3.74e-6, and does not 
 from ml_collections import ConfigDict
 
 from configs import common, storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

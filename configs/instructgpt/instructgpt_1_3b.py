@@ -26,7 +26,7 @@ Where it departs from the paper, for this preset and those of 6B and 175B:
 from ml_collections import ConfigDict
 
 from configs import common, storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

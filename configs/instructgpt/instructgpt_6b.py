@@ -12,7 +12,7 @@ Only the learning rate of the init model is another than at 1.3B. It departs fro
 from ml_collections import ConfigDict
 
 from configs import common, storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -27,7 +27,7 @@ Where it departs from the paper:
 from ml_collections import ConfigDict
 
 from configs import common, storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 POST, SUMMARY = 512, 48
 

@@ -9,7 +9,7 @@ values.
 from ml_collections import ConfigDict
 
 from configs import common, storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

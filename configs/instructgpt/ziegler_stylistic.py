@@ -28,7 +28,7 @@ Where it departs from the paper and its code:
 from ml_collections import ConfigDict
 
 from configs import common, storyland
-from rlhf_jax.config import apply_arg, fn_spec
+from rlhf_jax.run.config import apply_arg, fn_spec
 
 QUERY, RESPONSE = 64, 24
 LABELS = 4_992

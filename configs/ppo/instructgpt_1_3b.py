@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import storyland
 from configs.instructgpt import instructgpt_1_3b as pipeline
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -8,7 +8,7 @@ python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
 from ml_collections import ConfigDict
 
 from configs import storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -6,7 +6,7 @@
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "large") -> ConfigDict:

@@ -13,7 +13,7 @@ Pairs of more than `row_length` tokens are left out, in training and in measurin
 from ml_collections import ConfigDict
 
 from configs import hh_rlhf
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

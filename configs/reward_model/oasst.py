@@ -10,7 +10,7 @@ A prompt and its K replies share a row; ``reward_model.json`` tells the tokens b
 from ml_collections import ConfigDict
 
 from configs import hh_rlhf
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -6,7 +6,7 @@ python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs
 from ml_collections import ConfigDict
 
 from configs import storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

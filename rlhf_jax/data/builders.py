@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
+import msgspec
 import numpy as np
 
 from rlhf_jax.data import schema, sources
@@ -179,7 +180,7 @@ def _row(item: Any) -> dict[str, Any]:
         value = getattr(item, name)
         if name == "prompt":
             turns = () if isinstance(value, str) else value
-            row["messages"] = [dataclasses.asdict(turn) for turn in turns]
+            row["messages"] = [msgspec.structs.asdict(turn) for turn in turns]
             value = "" if turns else value
         absent = -1 if base is int else "" if base is str else ()
         value = absent if value is None else value
@@ -203,10 +204,11 @@ def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
     """Each field's type without None, and whether it may be None. A `Conversation` counts as its text."""
     hints = typing.get_type_hints(kind)
     fields = {}
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        fields[field.name] = (options[0], types.NoneType in options)
+    for name in kind.__struct_fields__:
+        hint = hints[name]
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        options = typing.get_args(hint) if is_union else (hint,)
+        fields[name] = (options[0], types.NoneType in options)
     return fields
 
 
@@ -218,7 +220,7 @@ def _digest(records: Iterable[Any]) -> str:
     """sha256 of records in their order; fields that are None do not count, so that a new field changes nothing."""
     total = hashlib.sha256()
     for item in records:
-        values = {name: value for name, value in dataclasses.asdict(item).items() if value is not None}
+        values = {name: value for name, value in msgspec.to_builtins(item).items() if value is not None}
         total.update(json.dumps(values, sort_keys=True).encode() + b"\n")
     return total.hexdigest()
 

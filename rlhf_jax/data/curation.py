@@ -23,6 +23,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from rlhf_jax.data.schema import (
     ABSENT,
     Conversation,
@@ -361,10 +363,10 @@ def _scrubbed(record: Any, hook: Hook) -> Any:
         if isinstance(value, str):
             changes[name] = clean[0]
         elif name == "prompt":
-            changes[name] = tuple(dataclasses.replace(m, content=c) for m, c in zip(value, clean, strict=True))
+            changes[name] = tuple(structs.replace(m, content=c) for m, c in zip(value, clean, strict=True))
         else:
             changes[name] = tuple(clean)
-    return dataclasses.replace(record, **changes)
+    return structs.replace(record, **changes)
 
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -57,22 +58,35 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
       ValueError: there is no tokenizer, it cannot be read, or it names no EOS token; or the folder says of its special
         ids what cannot be.
     """
-    import transformers  # slow to import, and only this needs it
-
     try:
         file = check_tokenizer(path)
     except FileNotFoundError:
         raise ValueError(f"no tokenizer.json in {path}: pass the folder that holds the model's tokenizer") from None
-    try:  # the file is named, so that tokenizer_config.json cannot name another
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
-        )
-    except Exception as error:  # the Rust parser raises bare Exception
-        raise ValueError(f"the tokenizer in {path} cannot be read ({error}): copy or save it again") from error
+    tokenizer = open_tokenizer(path, file)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} names no EOS token: set eos_token in tokenizer_config.json")
     follow_folder(tokenizer, path)
     return tokenizer
+
+
+def open_tokenizer(folder: str | os.PathLike[str], file: Path) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer as transformers reads it; `load_tokenizer` also obeys the folder's other files.
+
+    Args:
+      folder: that holds it.
+      file: its tokenizer.json, checked (`rlhf_jax.run.files.check_tokenizer`).
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    import transformers  # slow to import, and only this needs it
+
+    try:  # The file is named, so that tokenizer_config.json cannot name another.
+        return transformers.PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
+        )
+    except Exception as error:  # The Rust parser raises bare Exception.
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy or save it again") from error
 
 
 def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:

@@ -1,8 +1,9 @@
 """Which rows of an embedding stand for a text: what a tokenizer and a model must agree on.
 
-A model may have more rows than its tokenizer has tokens: Qwen's table is padded to a multiple of 128. Such an id has no
-text, so it must never be sampled. And a tokenizer may name more tokens than there are rows, as Gemma 3 does for images;
-that is sound only as long as no text can contain one of them.
+A model may have more rows than its tokenizer has tokens: Qwen's table is padded to a multiple of
+128. Such an id has no text, so it must never be sampled. And a tokenizer may name more tokens than
+there are rows, as Gemma 3 does for images; that is sound only as long as no text can contain one of
+them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def unused_ids(tokenizer: Any, vocab_size: int) -> Ranges:
-    """The ids below `vocab_size` that no token of the tokenizer has: the end of a padded table, and any holes.
+    """The ids below `vocab_size` that no token of the tokenizer has.
+
+    They are the end of a padded table, and any gaps.
 
     Args:
-      tokenizer: anything with the `get_vocab` of transformers; without one nothing is known, and no id counts as
-        unused.
+      tokenizer: anything with the `get_vocab` of transformers; without one nothing is known, and no
+        id counts as unused.
       vocab_size: rows of the embedding.
     """
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
@@ -40,7 +43,9 @@ def unused_ids(tokenizer: Any, vocab_size: int) -> Ranges:
 
 
 def with_texts_only(model: Model, tokenizer: Any) -> Model:
-    """The language model that gives the ids without a text no probability; `model` itself where there are none.
+    """The language model that gives the ids without a text no probability.
+
+    It is `model` itself where there are none.
 
     Args:
       model: a language model.
@@ -54,8 +59,8 @@ def with_texts_only(model: Model, tokenizer: Any) -> Model:
 def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
     """Refuses a tokenizer that could hand the model an id for which it has no embedding.
 
-    Special tokens beyond the table are fine while nothing writes them: text is encoded so that the name of a special
-    token in it stays ordinary text.
+    Special tokens beyond the table are fine while nothing writes them: text is encoded so that the
+    name of a special token in it stays ordinary text.
 
     Args:
       tokenizer: of transformers.
@@ -63,7 +68,8 @@ def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
       where: its folder or file, for the message.
 
     Raises:
-      ValueError: an ordinary token, or a special one that something writes, has an id of `vocab_size` or more.
+      ValueError: an ordinary token, or a special one that something writes, has an id of
+        `vocab_size` or more.
     """
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not beyond:
@@ -72,22 +78,22 @@ def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
     ordinary = [t for t in beyond if t not in added or not added[t].special or _from_text(tokenizer, t)]
     if ordinary:
         raise ValueError(
-            f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's vocab_size={vocab_size}: "
-            f"its last ids have no embedding ({ordinary[0]!r} has the id {beyond[ordinary[0]]}); use the tokenizer it "
-            "was trained with"
+            f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's "
+            f"vocab_size={vocab_size}: its last ids have no embedding ({ordinary[0]!r} has the id "
+            f"{beyond[ordinary[0]]}); use the tokenizer it was trained with"
         )
     for token, i in beyond.items():
         writer = next(_writers(tokenizer, token, i), None)
         if writer is not None:
             raise ValueError(
-                f"the tokenizer in {where} gives {token!r} the id {i}, which has no embedding in a model of "
-                f"vocab_size={vocab_size}, and {writer} writes it: use the tokenizer it was trained with, or enlarge "
-                "the embedding and train it"
+                f"the tokenizer in {where} gives {token!r} the id {i}, which has no embedding in a "
+                f"model of vocab_size={vocab_size}, and {writer} writes it: use the tokenizer it "
+                "was trained with, or enlarge the embedding and train it"
             )
 
 
 def _from_text(tokenizer: Any, token: str) -> bool:
-    """Whether the merges of the tokenizer's own vocabulary can make this token out of ordinary text."""
+    """Whether the tokenizer's own merges can make this token out of ordinary text."""
     if token not in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False):
         return False
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -111,7 +117,10 @@ def _writers(tokenizer: Any, token: str, i: int) -> Iterator[str]:
 
 
 def _ids_in(processor: Any) -> set[int]:
-    """The ids that a post-processor adds: ``"ids": [1]`` of a template, ``["[SEP]", 102]`` of the older kinds."""
+    """The ids that a post-processor adds.
+
+    ``"ids": [1]`` of a template, ``["[SEP]", 102]`` of the older kinds.
+    """
     if isinstance(processor, dict):
         return set().union(*map(_ids_in, processor.values()))
     if not isinstance(processor, list):

@@ -1,7 +1,7 @@
 """Functions that judge a text: their arguments bound by name, their results checked, their mistakes told.
 
 ``config.text_reward`` and ``config.gold`` name a function, ``package.module:function``. It names what it wants to
-see, as a loss does: any of `ARGUMENTS`. Keyword-only arguments are hyperparameters (`rlhf_jax.config.fn_spec`)::
+see, as a loss does: any of `ARGUMENTS`. Keyword-only arguments are hyperparameters (`rlhf_jax.run.config.fn_spec`)::
 
     def score(prompt, response, *, longest=200):
         return float("because" in response) - len(response) / longest
@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_jax import config as config_lib
+from rlhf_jax.run import config as config_lib
 
 ARGUMENTS = ("prompt", "response", "prompt_id")
 """What a function may name: the prompt as the data hold it (text, or messages), the response, the prompt's id."""
@@ -92,7 +92,7 @@ def judge(spec: Any) -> Judge:
     """The function that `spec` names, ready to judge.
 
     Args:
-      spec: ``"module:function"``, a `rlhf_jax.config.fn_spec`, a function, or a `Judge`, which is returned.
+      spec: ``"module:function"``, a `rlhf_jax.run.config.fn_spec`, a function, or a `Judge`, which is returned.
 
     Raises:
       ValueError: there is no such function, it lacks a hyperparameter, or it wants an argument that is not there.

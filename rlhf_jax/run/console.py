@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 
-from rlhf_jax import processes
+from rlhf_jax.run import processes
 
 WIDTH = 100
 """Most columns of a line where the console is no terminal."""

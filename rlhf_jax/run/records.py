@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.checkpoint import sealed_steps
 from rlhf_jax.run import files
+from rlhf_jax.run.checkpoint import sealed_steps
 
 DONE = "done.json"
 BEGUN = "begun.json"

@@ -1,17 +1,18 @@
-"""What the run folder of a finished pipeline gives for ``results.json`` and the report: curves, samples, versions."""
+"""Results of stages: written and read as JSON, and gathered for ``results.json`` and the report."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from rlhf_jax import metrics
+from rlhf_jax.run import files, metrics, processes, records
 
 PPO_CURVES = {
     "rollout/score": "score",
@@ -70,9 +71,9 @@ STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "p
 """What ``results.json`` says of each stage."""
 
 
-def stated(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def stated(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What each stage was run with and what it cost, from the records of all."""
-    return {name: {key: record[key] for key in STATED if key in record} for name, record in records.items()}
+    return {name: {key: record[key] for key in STATED if key in record} for name, record in recorded.items()}
 
 
 def versions() -> dict[str, str]:
@@ -86,3 +87,32 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"python": platform.python_version(), **found, "device": device, "machine": platform.machine()}
+
+
+# ---------------------------------------------------------------------------------------------------- of one stage
+
+
+def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
+    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes get it."""
+
+    def made() -> Any:
+        result = make()
+        # Paths in the folder are written as names in it, so that it can be moved and copied.
+        files.write_json(path, records.relative(result, Path(path).parent)[0])
+        return result
+
+    return processes.on_first("result", made)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads what `write_result` wrote.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    try:
+        return files.read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: run the stage that makes it first") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): run the stage that makes it again") from None

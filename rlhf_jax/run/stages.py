@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.config import diff
 from rlhf_jax.run import files, records
+from rlhf_jax.run.config import diff
 from rlhf_jax.run.plans import STRANGE, Step, describe, told
 
 Inputs = Mapping[str, str]

@@ -425,13 +425,13 @@ def test_an_exported_tokenizer_writes_conversations_alike(name: str, tmp_path: P
 def smollm2() -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of SmolLM2-135M-Instruct from the GGUF file in the user's cache."""
     gguf = pytest.importorskip("gguf")
-    from rlhf_jax.models.hf import _gguf_tokenizer
+    from rlhf_jax.models.hf.gguf_tokenizer import gguf_tokenizer
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax" / "models"
     files = sorted(cache.glob("SmolLM2-135M-Instruct*.gguf"))
     if not files:
         pytest.skip("SmolLM2 is not in the user's cache: the data stage of configs/data/pretrained.py fetches it")
-    return _gguf_tokenizer(gguf.GGUFReader(files[0]))
+    return gguf_tokenizer(gguf.GGUFReader(files[0]))
 
 
 def test_real_template_of_smollm2(smollm2: transformers.PreTrainedTokenizerFast):
@@ -462,7 +462,7 @@ def test_real_conversations_have_the_ids_of_the_whole_text(
 
 def test_a_gguf_file_brings_its_template(tmp_path: Path):
     gguf = pytest.importorskip("gguf")
-    from rlhf_jax.models.hf import _gguf_tokenizer
+    from rlhf_jax.models.hf.gguf_tokenizer import gguf_tokenizer
 
     def tokenizer_of(template: str | None, **fields: int | bool) -> transformers.PreTrainedTokenizerFast:
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
@@ -480,7 +480,7 @@ def test_a_gguf_file_brings_its_template(tmp_path: Path):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        return _gguf_tokenizer(gguf.GGUFReader(tmp_path / "m.gguf"))
+        return gguf_tokenizer(gguf.GGUFReader(tmp_path / "m.gguf"))
 
     tokenizer = tokenizer_of(CHATML)
     assert tokenizer.decode(text.encode_prompt(tokenizer, TALK[:1])) == written(tokenizer, TALK[:1], True)

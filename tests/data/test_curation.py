@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import sys
 
@@ -16,16 +15,14 @@ from rlhf_jax.data.curation import mask_identifiers
 from rlhf_jax.data.schema import Conversation, Demonstration, Message, PlainText, Prompt, Ranking
 
 
-@dataclasses.dataclass(frozen=True)
-class Typed(Prompt):
+class Typed(Prompt, frozen=True):
     """A prompt that says who typed it."""
 
     user: str | None = None
     organization: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Talk(Prompt):
+class Talk(Prompt, frozen=True):
     """A prompt of several turns."""
 
     prompt: Conversation  # pyright: ignore[reportIncompatibleVariableOverride]

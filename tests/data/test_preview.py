@@ -12,9 +12,10 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from experiments import look, prepare_data, reward_model
-from rlhf_jax.config import load_config
 from rlhf_jax.data import preview, preview_page, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking, write_jsonl
+from rlhf_jax.run.cli import main
+from rlhf_jax.run.config import load_config
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|go|>' + m['role'] + '\n' + m['content'] + '<|stop|>\n' }}{% endfor %}"
@@ -224,7 +225,6 @@ def test_the_page_is_well_formed_loads_nothing_and_holds_the_data_as_text(tok):
 
 
 def run(*flags: str) -> None:
-    from rlhf_jax.config import main
 
     with pytest.raises(SystemExit) as done:
         main(prepare_data.run, config="configs/data/storyland.py", workdir="runs/data",

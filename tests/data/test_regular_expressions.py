@@ -20,10 +20,9 @@ from pathlib import Path
 import pytest
 
 import rlhf_jax
-from rlhf_jax import config
 from rlhf_jax.data import curation, schema
 from rlhf_jax.data.storyland import grammar
-from rlhf_jax.run import secrets
+from rlhf_jax.run.secrets import is_secret, known_secrets, redact
 
 LENGTH = 20_000
 SECONDS = 0.5
@@ -58,9 +57,9 @@ def compiled() -> dict[str, re.Pattern[str]]:
 
 PATTERNS = compiled()
 FUNCTIONS: dict[str, Callable[[str], object]] = {
-    "redact": config.redact,
-    "is_secret": config.is_secret,
-    "known_secrets": lambda text: config.known_secrets([text, f"--{text}", f"--config.{text}=x"]),
+    "redact": redact,
+    "is_secret": is_secret,
+    "known_secrets": lambda text: known_secrets([text, f"--{text}", f"--config.{text}=x"]),
     "mask_identifiers": curation.mask_identifiers,
     "normalise": curation.normalise,
     "first_turn": curation.first_turn,
@@ -151,7 +150,7 @@ def test_a_hook_that_fails_names_the_record_and_does_not_show_its_text():
 RUNS_AWAY = """
 import re, signal
 from rlhf_jax.data import curation, schema
-from rlhf_jax.run.slow import told_when_slow
+from rlhf_jax.run.signals import told_when_slow
 
 # Stops itself by an error from the timer's own signal after the second word of the watcher.
 records = [schema.Prompt("fine", id="a"), schema.Prompt("a" * 60 + "!", id="b")]

@@ -559,9 +559,10 @@ def test_the_corpus_holds_a_row_for_each_rule(corpus: Path):
 
 
 def test_every_reason_in_the_code_is_in_the_table():
-    """Reasons are the first argument of a RowError, the `reason=` of a check, or what `_notes` yields."""
+    """Reasons are the first argument of a RowError, the `reason=` of a check, or what `notes_of` yields."""
     given: list[ast.expr | None] = []
-    for node in ast.walk(ast.parse(Path(schema.__file__).read_text())):
+    files = Path(schema.__file__).parent.glob("*.py")
+    for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text())) for file in files):
         if isinstance(node, ast.Call):
             given += node.args[:1] * (ast.unparse(node.func) == "RowError")
             given += [k.value for k in node.keywords if k.arg == "reason"]
@@ -678,9 +679,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
     max_leaves=8,
 )
-NAMES = sorted(
-    {f.name for kind in (Ranking, Demonstration, PlainText) for f in dataclasses.fields(kind)} | {"messages"}
-)
+NAMES = sorted({name for kind in (Ranking, Demonstration, PlainText) for name in schema.field_names(kind)})
 
 
 @settings(deadline=None)
@@ -694,7 +693,7 @@ def test_any_file_gives_records_or_an_error_and_reasons_of_the_table(
     tmp_path_factory: pytest.TempPathFactory, kind: type, lines: list[bytes]
 ):
     good = {"prompt": "p", "response": "r", "responses": ["a", "b"], "ranks": [1, 2], "text": "t"}
-    row = {name: good[name] for name in good if name in {f.name for f in dataclasses.fields(kind)}}
+    row = {name: good[name] for name in good if name in schema.field_names(kind)}
     path = write(tmp_path_factory.mktemp("any") / "x.jsonl", row, *lines)
     records, report = read_jsonl(path, kind, max_bad_fraction=0.99, special_tokens=["p"])
     assert report.kept == len(records) == report.rows - sum(report.dropped.values())

@@ -10,11 +10,12 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
-from experiments import common, reward_model, sft
-from rlhf_jax.config import load_config
+from experiments import reward_model, sft
 from rlhf_jax.data import schema, templated, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
+from rlhf_jax.run import datasets, networks
+from rlhf_jax.run.config import load_config
 
 WRITTEN = {
     "ChatML": "<|im_start|>user\nWhere do owls sleep?<|im_end|>\n<|im_start|>assistant\n",
@@ -109,9 +110,9 @@ def test_every_stage_tells_once_as_it_reads(tmp_path, capsys):
     for read, path in (
         (lambda: sft.read_demonstrations(tok, demonstrations, config), demonstrations),
         (lambda: reward_model.read_rankings(rankings), rankings),
-        (lambda: common.read_prompts(prompts), prompts),
-        (lambda: common.read_prompts(prompts, tokenizer=tok), prompts),
-        (lambda: common.lm_rows(tok, documents, length=64), documents),
+        (lambda: datasets.read_prompts(prompts), prompts),
+        (lambda: datasets.read_prompts(prompts, tokenizer=tok), prompts),
+        (lambda: datasets.lm_rows(tok, documents, length=64), documents),
     ):
         read()
         out = capsys.readouterr().out
@@ -122,13 +123,13 @@ def test_every_stage_tells_once_as_it_reads(tmp_path, capsys):
 
 def test_a_stage_says_nothing_of_ordinary_rows(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", *({"prompt": said, "id": str(i)} for i, said in enumerate(ORDINARY)))
-    assert len(common.read_prompts(path, tokenizer=text.load_tokenizer(assets()))) == len(ORDINARY)
+    assert len(datasets.read_prompts(path, tokenizer=text.load_tokenizer(assets()))) == len(ORDINARY)
     assert capsys.readouterr().out == ""
 
 
 def test_a_tokenizer_that_is_not_there_is_left_to_loading_the_model(tmp_path):
-    assert common.tokenizer_of(str(tmp_path / "none")) is None
-    assert common.tokenizer_of("storyland:base_small").eos_token == "<|endoftext|>"
+    assert networks.tokenizer_of(str(tmp_path / "none")) is None
+    assert networks.tokenizer_of("storyland:base_small").eos_token == "<|endoftext|>"
 
 
 @pytest.mark.parametrize(

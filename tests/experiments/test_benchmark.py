@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
+from rlhf_jax.backends import cpu_process
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 
 TINY = (
@@ -20,7 +21,7 @@ TINY = (
 def run(capsys, monkeypatch):
     """The last line of a run's output, as an object, and all lines."""
     # Settings for a process of its own, which the tests are not.
-    monkeypatch.setattr(benchmark.common, "start", lambda shape: None)
+    monkeypatch.setattr(benchmark.devices, "start", lambda shape: None)
     monkeypatch.setattr(benchmark.jax.config, "update", lambda *_: None)
     monkeypatch.setattr(benchmark, "bandwidth", lambda: 1e10)
 
@@ -56,15 +57,15 @@ def test_a_ppo_iteration_tells_its_pieces(run):
 
 
 def test_ppo_compiles_each_program_once_and_ahead(run, compiled, monkeypatch):
-    together, ahead = benchmark.common.compile_together, []
+    together, ahead = benchmark.compiling.compile_together, []
 
     def compile_and_tell(programs):
         compiled.clear()
         together(programs)
         ahead.extend(compiled)
 
-    monkeypatch.setattr(benchmark.common, "has_accelerator", lambda: True)
-    monkeypatch.setattr(benchmark.common, "compile_together", compile_and_tell)
+    monkeypatch.setattr(cpu_process, "has_accelerator", lambda: True)
+    monkeypatch.setattr(benchmark.compiling, "compile_together", compile_and_tell)
     run("ppo", *TINY, "--width=24")
     phases = ["jit(_generate)", "jit(score_and_shape)", "jit(step)"]
     for names in (ahead, compiled):  # which of them ends first is chance

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, contexts, evaluate, instructgpt, ppo, pretrain, reward_model, sample, sft
+from experiments import evaluate, instructgpt, ppo, pretrain, reward_model, sample, sft
 from rlhf_jax import load_config, scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.models.decoder import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
+from rlhf_jax.run import contexts, devices, networks, responses
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = text.load_tokenizer(assets())
@@ -37,9 +38,9 @@ def sized(tokens: int, *, answer: str | None = None) -> str:
     raise AssertionError(tokens)
 
 
-def network(form: Any, sizes: DecoderConfig) -> common.Network:
+def network(form: Any, sizes: DecoderConfig) -> networks.Network:
     model = form(sizes)
-    return common.Network(model, model.init(jax.random.key(1)), TOKENIZER)
+    return networks.Network(model, model.init(jax.random.key(1)), TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def mesh() -> jax.sharding.Mesh:
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch, mesh: jax.sharding.Mesh) -> None:
-    monkeypatch.setattr(common, "start", lambda shape: mesh)
+    monkeypatch.setattr(devices, "start", lambda shape: mesh)
 
 
 @pytest.fixture(scope="module")
@@ -86,38 +87,38 @@ LEARNED, ROTARY = gpt2(1152, 44, 1, 16, 2), DecoderConfig(1152, 44, 1, 16, 2)
 def test_a_text_that_fits_the_context_has_the_score_of_an_unpadded_row(sizes: DecoderConfig, tokens: int, mesh):
     judge = network(scalar_model, sizes)
     prompt = sized(tokens, answer="It did.")
-    (row,) = common.scoring_rows(judge, [prompt], ["It did."])
+    (row,) = responses.scoring_rows(judge, [prompt], ["It did."])
     assert len(row) == tokens
     alone = scoring.sequence_scores(judge.model, judge.params, jnp.array([row]), jnp.array([tokens]))
-    scored = common.score_responses(judge, [prompt, "Why?"], ["It did.", "So."], mesh, batch_size=2)
+    scored = responses.score_responses(judge, [prompt, "Why?"], ["It did.", "So."], mesh, batch_size=2)
     np.testing.assert_allclose(scored[0], float(alone[0]), atol=1e-5)
     assert np.isfinite(scored).all()
 
 
 def test_a_text_beyond_the_context_is_refused_before_a_score(mesh, monkeypatch: pytest.MonkeyPatch):
     judge = network(scalar_model, gpt2(1152, 44, 1, 16, 2))
-    monkeypatch.setattr(common, "_scores", never)
+    monkeypatch.setattr(responses, "_scores", never)
     with pytest.raises(ValueError, match=r"'It did.'.* has 45 tokens and the context of the model is 44 tokens"):
-        common.score_responses(judge, ["Why?", sized(45, answer="It did.")], ["So.", "It did."], mesh, batch_size=1)
+        responses.score_responses(judge, ["Why?", sized(45, answer="It did.")], ["So.", "It did."], mesh, batch_size=1)
 
 
 def test_a_sampled_text_that_grows_is_scored_as_far_as_it_fits_and_counted(mesh):
     judge = network(scalar_model, gpt2(1152, 44, 1, 16, 2))
     prompt, said = sized(30), "\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd"  # three bytes each, whoever sampled one of them
-    rows, cut = common.fitting_scoring_rows(judge, [prompt, "Why?"], [said, "So."])
+    rows, cut = responses.fitting_scoring_rows(judge, [prompt, "Why?"], [said, "So."])
     whole = [*text.encode_prompt(TOKENIZER, prompt), *text.encode_answer(TOKENIZER, prompt, said)]
     assert (cut, rows[0], len(rows[0])) == (1, whole[:44], 44)
-    assert rows[1] == common.scoring_rows(judge, ["Why?"], ["So."])[0]
-    assert np.isfinite(common.score_rows(judge, rows, mesh, batch_size=2)).all()
+    assert rows[1] == responses.scoring_rows(judge, ["Why?"], ["So."])[0]
+    assert np.isfinite(responses.score_rows(judge, rows, mesh, batch_size=2)).all()
     with pytest.raises(
         ValueError, match="has 44 tokens and the context of the model is 44 tokens, which leaves nothing"
     ):
-        common.fitting_scoring_rows(judge, [sized(44)], ["So."])
+        responses.fitting_scoring_rows(judge, [sized(44)], ["So."])
 
 
 def test_slots_are_never_more_than_the_context():
-    assert [slots for _, slots in common.by_length([3, 40], 1, most=40)] == [32, 40]
-    assert [slots for _, slots in common.by_length([3, 40], 1)] == [32, 64]
+    assert [slots for _, slots in responses.by_length([3, 40], 1, most=40)] == [32, 40]
+    assert [slots for _, slots in responses.by_length([3, 40], 1)] == [32, 64]
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -139,7 +140,7 @@ def test_prompts_and_answers_that_fill_the_context_exactly(mesh):
         evaluate.answer(policy, judge, None, asked, evaluate.bare_prompts, 1, settings, mesh)
     ids = [text.encode_prompt(TOKENIZER, p.prompt) for p in asked]
     with pytest.raises(ValueError, match="prompt 1 has 34 tokens and max_new_tokens=19"):
-        common.sample_responses(
+        responses.sample_responses(
             policy, ids, mesh, prompt_length=64, max_new_tokens=19, temperature=0.0, seed=0, batch_size=2
         )
 
@@ -152,12 +153,12 @@ def test_slots_of_prompts_are_clipped_where_the_context_ends(context: int, slots
     def seen(model, params, prompts, *_, **__):
         raise Seen(prompts.tokens.shape)
 
-    monkeypatch.setattr(common, "generate_many", seen)
+    monkeypatch.setattr(responses, "generate_many", seen)
     policy = network(language_model, DecoderConfig(1152, context, 1, 16, 2))
     ids = [text.encode_prompt(TOKENIZER, sized(20)), text.encode_prompt(TOKENIZER, "Why?")]
     settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "batch_size": 2}
     with pytest.raises(Seen, match=rf"\(2, {slots}\)"):
-        common.sample_responses(policy, ids, mesh, prompt_length=32, **settings)
+        responses.sample_responses(policy, ids, mesh, prompt_length=32, **settings)
 
 
 # ------------------------------------------------------------------------------------------- stages, from their files
@@ -211,7 +212,7 @@ def test_evaluation_rankings_are_measured_before_the_reward_model_is_trained(mod
 
 @pytest.mark.parametrize(("model", "reward"), [("rotary", "wide"), ("wide", "learned")])
 def test_ppo_measures_policy_and_reward_model_before_it_loads_one(model, reward, models: Path, monkeypatch, mesh):
-    monkeypatch.setattr(common, "load_network", never)
+    monkeypatch.setattr(networks, "load_network", never)
     settings = config("ppo", model=str(models / model), reward_model=str(models / f"{reward}_reward"),
                       prompt_length="40", max_new_tokens="9")  # fmt: skip
     short = model if model != "wide" else reward
@@ -242,7 +243,7 @@ def test_the_pipeline_measures_ppo_before_its_first_stage(models: Path):
 
 
 def test_sampling_measures_every_model_before_the_first_is_asked(models: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(common, "load_network", never)
+    monkeypatch.setattr(networks, "load_network", never)
     prompts = lines(tmp_path / "p.jsonl", [{"prompt": "Why?"}, {"prompt": sized(30)}])
     names = f"({str(models / 'wide')!r}, {str(models / 'learned')!r})"
     settings = config("sample", models=names, prompts=prompts, prompt_length="64", max_new_tokens="4", labelers="0")
@@ -252,7 +253,7 @@ def test_sampling_measures_every_model_before_the_first_is_asked(models: Path, t
 
 @pytest.mark.parametrize("wrong", ["models.ppo", "reward_model", "reference", "few_shot", "held_out_text"])
 def test_evaluation_measures_all_models_before_it_loads_one(wrong: str, models: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(common, "load_network", never)
+    monkeypatch.setattr(networks, "load_network", never)
     prompts = lines(tmp_path / "p.jsonl", [{"prompt": sized(30)}])
     shown = lines(tmp_path / "d.jsonl", [{"prompt": sized(100), "response": "So."}] * 3)
     documents = lines(tmp_path / "t.jsonl", [{"text": sized(300)}] * 40)

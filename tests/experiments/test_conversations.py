@@ -13,12 +13,14 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from experiments import common, evaluate, guards, inputs, ppo, reward_model, sample, sft
+from experiments import evaluate, ppo, reward_model, sample, sft
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.schema import Demonstration, Message, Prompt, Ranking
 from rlhf_jax.models import DecoderConfig, language_model, save_hf
+from rlhf_jax.run import datasets, devices, guards, inputs, networks
+from rlhf_jax.run import responses as responses_lib
+from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[2]
 EOS, START, END, TURN = "<|end_of_text|>", "<|start|>", "<|end_header|>", "<|turn_end|>"
@@ -86,7 +88,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         patch.setattr(schema, "read_jsonl", records)
         patch.setattr(inputs, "check_file", lambda *_, **__: None)  # nor is there one to look at
         patch.setattr(guards, "origin", lambda config, **_: {})  # the records lie in no file
-        patch.setattr(common, "start", one_device)
+        patch.setattr(devices, "start", one_device)
         patch.setattr(ppo, "sample", sample_and_keep)
         patch.setattr(ppo, "check_step_zero", lambda *_: None)  # tested elsewhere, and compiles five programs
         tuned = sft.run(
@@ -172,10 +174,11 @@ def test_reward_model_scores_what_ppo_samples(ran, monkeypatch: pytest.MonkeyPat
     seen: list[list[int]] = []
     monkeypatch.setattr(text, "prompt_batch", lambda rows, **_: seen.extend(map(list, rows)))
     for name in ("place_batch", "own_rows"):
-        monkeypatch.setattr(common.sharding, name, lambda *_: None)
-    monkeypatch.setattr(common, "_scores", lambda *_: np.zeros(1))
-    network = SimpleNamespace(tokenizer=ran.tokenizer, model=None, params=None)
-    common.score_responses(network, [LONG], ["yes"], one_device(None), batch_size=1)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(responses_lib.sharding, name, lambda *_: None)
+    monkeypatch.setattr(responses_lib, "_scores", lambda *_: np.zeros(1))
+    nothing: Any = lambda *_, **__: None  # noqa: E731
+    network = Network(Model(nothing, nothing, nothing), {}, ran.tokenizer)
+    responses_lib.score_responses(network, [LONG], ["yes"], one_device(None), batch_size=1)
     assert seen == [[*prompt, *responses[0]]]
     assert ran.rewards["validation_train"]["prompts"] == 8
 
@@ -202,9 +205,9 @@ def test_exported_models_carry_the_template(ran):
 
 def test_a_policy_and_a_reward_model_with_two_templates_are_refused(ran, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(schema, "read_jsonl", lambda *_, **__: (RECORDS["prompts"], None))
-    network = common.load_network(ran.rewards["model"], one_device(None))
+    network = networks.load_network(ran.rewards["model"], one_device(None))
     network.tokenizer.chat_template = None
-    common.save_network(tmp_path / "other", network)
+    networks.save_network(tmp_path / "other", network)
     config = load_config(
         f"{ROOT}/configs/ppo/storyland.py:smoke",
         {"model": ran.tuned["last"], "reward_model": str(tmp_path / "other"), "prompts": "prompts"},
@@ -230,15 +233,15 @@ def test_every_stage_begins_a_text_with_the_tokenizers_bos_and_no_response(tmp_p
     config = load_config(f"{ROOT}/configs/evaluate/storyland.py:smoke", {
         "few_shot.demonstrations": files["demonstrations"], "few_shot.examples": "1", "few_shot.candidates": "1",
     })  # fmt: skip
-    network = common.Network(None, {}, begins)  # pyright: ignore[reportArgumentType]
+    network = networks.Network(None, {}, begins)  # pyright: ignore[reportArgumentType]
     (few_shot,) = evaluate.few_shot_asks(config)
     training = load_config(f"{ROOT}/configs/sft/storyland.py:smoke", {"row_length": "96"})
-    whole = common.encode_prompts(begins, [asked], length=99, where="x")[0]
+    whole = datasets.encode_prompts(begins, [asked], length=99, where="x")[0]
     prompt, (response,), _ = reward_model.encode_ranking(begins, Ranking(asked, (said,), (0,)))
     beginnings = [
         whole,
         prompt,
-        common.scoring_rows(network, [asked], [said])[0],
+        responses_lib.scoring_rows(network, [asked], [said])[0],
         evaluate.bare_prompts(network, [Prompt(asked)])[0][0],
         few_shot(network, [Prompt(asked)])[0][0],
         sft.read_demonstrations(begins, files["demonstrations"], training)[1].tokens[0].tolist(),
@@ -246,7 +249,7 @@ def test_every_stage_begins_a_text_with_the_tokenizers_bos_and_no_response(tmp_p
     for ids in beginnings:
         assert (ids[0], ids.count(bos)) == (bos, 1)
     assert bos not in response
-    rows = common.lm_rows(begins, files["text"], length=48)
+    rows = datasets.lm_rows(begins, files["text"], length=48)
     starts = (rows.positions == 0) & (rows.segments > 0)
     assert all(i == bos for i in rows.tokens[starts].tolist())
     assert sum(row.count(bos) for row in rows.tokens.tolist()) == 2

@@ -11,13 +11,13 @@ import jax
 import pytest
 
 from experiments import prepare_data, reward_model, sft
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import leaf_keys, load_config, record_reads
 from rlhf_jax.data import schema, sources
 from rlhf_jax.data.schema import Demonstration, Prompt, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models import gpt2, language_model, save_hf
+from rlhf_jax.run import cli
+from rlhf_jax.run.config import leaf_keys, load_config, record_reads
 
 ROOT = Path(__file__).parents[2]
 CONVERT = f"{ROOT}/configs/data/convert.py"
@@ -51,7 +51,7 @@ def convert(path: Path, out: Path, **keys: str) -> dict[str, int]:
 
 def main(*flags: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
     return int(ended.value.code or 0)
 
 

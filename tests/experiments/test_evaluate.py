@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from msgspec import structs
 
-from experiments import common, evaluate, reward_model
+from experiments import evaluate, reward_model
 from rlhf_jax import scoring
 from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
@@ -18,6 +17,8 @@ from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.run import datasets
+from rlhf_jax.run import networks as networks_lib
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import PromptBatch
 from tests import tiny
@@ -42,8 +43,8 @@ def test_kl_is_a_number_for_greedy_samples_too(temperature, monkeypatch):
     drawn = generate(MODEL, policy, prompts, jax.random.key(2), max_new_tokens=6, temperature=temperature)
     samples = jax.tree.map(np.asarray, drawn)
     tokenizer = load_tokenizer(storyland_assets.assets())  # both have it; nothing is encoded here
-    networks = [common.Network(MODEL, params, tokenizer) for params in (policy, other)]
-    monkeypatch.setattr(common, "load_network", lambda *_: networks[1])
+    networks = [networks_lib.Network(MODEL, params, tokenizer) for params in (policy, other)]
+    monkeypatch.setattr(networks_lib, "load_network", lambda *_: networks[1])
     config = ConfigDict({"reference": "reference", "temperature": temperature, "batch_size": 2, "decoder": {}})
     answers = evaluate.Answers([], None, [], np.zeros(3), np.zeros(3), samples)
     found = evaluate.kl_to_reference(networks[0], answers, config, one_device())
@@ -64,13 +65,13 @@ def test_each_validation_row_counts_once_whatever_the_batch():
     rows = jax.tree.map(np.asarray, tiny.lm_batch(5, seed=1))
     params = tiny.LANGUAGE.init(jax.random.key(0))
     losses = [
-        lm_loss(tiny.LANGUAGE, params, common.held_out_batches(rows, one_device(), batch_size=size, seed=0))
+        lm_loss(tiny.LANGUAGE, params, datasets.held_out_batches(rows, one_device(), batch_size=size, seed=0))
         for size in (1, 4, 5, 8)
     ]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
-    batches = common.held_out_batches(rows, one_device(), batch_size=4, seed=0)
+    batches = datasets.held_out_batches(rows, one_device(), batch_size=4, seed=0)
     assert sum(int(batch.mask.sum()) for batch in batches) == int(rows.mask.sum())
-    assert len(common.held_out_batches(rows, one_device(), batch_size=4, seed=0, most=1)) == 1
+    assert len(datasets.held_out_batches(rows, one_device(), batch_size=4, seed=0, most=1)) == 1
 
 
 def test_the_same_answer_of_two_models_is_a_tie_although_it_was_scored_twice():
@@ -102,7 +103,7 @@ def test_two_labelers_of_a_prompt_are_one_prompt_of_the_reward_models_interval()
     rng = np.random.default_rng(1)
     scores = {(p, answer): float(rng.normal()) for p in prompts for answer in ("a", "b")}
     rankings = [Ranking(p, ("a", "b"), (0, 1), id=f"{i}/x") for i, p in enumerate(prompts)]
-    second = [dataclasses.replace(r, id=f"{i}/y") for i, r in enumerate(rankings)]
+    second = [structs.replace(r, id=f"{i}/y") for i, r in enumerate(rankings)]
     alone, both = reward_model.evaluate(rankings, scores), reward_model.evaluate(rankings + second, scores)
     for key in ("accuracy", "length_only"):
         assert both[key]["n"] == 2 * alone[key]["n"]

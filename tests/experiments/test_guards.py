@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,16 +18,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import common, guards, ppo, reward_model, sft
-from rlhf_jax import checkpoint, sharding
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import load_config
+from experiments import ppo, reward_model, sft
+from rlhf_jax import sharding
 from rlhf_jax.data import parsed
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.schema import Demonstration, PlainText, read_jsonl, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.run import checkpoint, devices, guards, networks, signals
 from rlhf_jax.run import records as run_records
+from rlhf_jax.run.config import load_config
+from rlhf_jax.run.loop import Loop, Settings
+from rlhf_jax.run.ppo import watch as ppo_watch
+from rlhf_jax.run.workdir import allow_change
 from rlhf_jax.types import Mean
 from tests.reliability import kill
 
@@ -73,14 +77,16 @@ def train(folder: Path, step_fn, *, steps: int = 8, limit: int = 3, save_every: 
     """The real loop over twelve records in batches of two."""
     batches = Batches({"x": np.arange(12)}, batch_size=2, seed=0)
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
+    records = guards.Records("toy.jsonl", [f"id{i}" for i in range(12)])
     with pytest.MonkeyPatch.context() as patch:
         if stop_at:
-            patch.setattr(checkpoint, "stop_requests", lambda: contextlib.nullcontext(lambda step: step == stop_at))
-        common.train_resumable(
-            step_fn, {"calls": jnp.int32(0)}, batches, mesh, workdir=folder, stage="toy", steps=steps,
-            save_every=save_every, seed=0, show=("loss",), max_skipped=limit,
-            records=guards.Records("toy.jsonl", [f"id{i}" for i in range(12)]), **options,
-        )  # fmt: skip
+            patch.setattr(signals, "stop_requests", lambda: contextlib.nullcontext(lambda step: step == stop_at))
+        settings = Settings(folder, "toy", steps, save_every, max_skipped=limit)
+        with Loop(settings, {"calls": jnp.int32(0)}, data=records.path, **options) as loop:
+            for step, state in loop:
+                state, metrics = step_fn(state, sharding.place_batch(batches.at(step), mesh), None)
+                loop.log(metrics, rows=functools.partial(records.of_step, batches, step))
+                loop.done(state)
     return batches
 
 
@@ -152,7 +158,9 @@ def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(input
     paths = {"model": tmp_path / "model"}
     paths |= {key: tmp_path / f"{key}.jsonl" for key in ("demonstrations", "validation")}
     config = config_of("sft", inputs, **paths)
-    network = SimpleNamespace(tokenizer=common.load_network(str(inputs / "model"), common.start((-1, 1, 1))).tokenizer)
+    network = SimpleNamespace(
+        tokenizer=networks.load_network(str(inputs / "model"), devices.start((-1, 1, 1))).tokenizer
+    )
     begun = json.loads(json.dumps(sft.origin(config, network)))
     assert begun["data"]["demonstrations"]["lines"] == 64
     assert begun["config"]["learning_rate"] == config.learning_rate
@@ -172,7 +180,7 @@ def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(input
         guards.check_origin(begun, now)
     assert f"model: the content of {tmp_path / 'model'} has changed (model.safetensors)" in str(told.value)
     assert "keep" not in str(told.value)
-    with config_lib.allow_change():
+    with allow_change():
         guards.check_origin(begun, now)
     assert "learning_rate" in capsys.readouterr().out
 
@@ -207,7 +215,7 @@ def test_another_generator_type_or_precision_is_refused_by_the_name_of_its_flag(
         jax.config.update(flag, was)
     with pytest.raises(ValueError, match=rf"begun with something else \({flag}: .* -> {value}\).*allow_config_change"):
         guards.check_origin(begun, now)
-    with config_lib.allow_change():
+    with allow_change():
         guards.check_origin(begun, now)
     assert f"{flag}: " in capsys.readouterr().out
 
@@ -230,13 +238,13 @@ def test_the_fingerprint_is_of_the_bytes_that_were_parsed(inputs, tmp_path, monk
     file = tmp_path / "demonstrations.jsonl"
     shutil.copy(inputs / "demonstrations.jsonl", file)
     before, config = file.read_bytes(), config_of("sft", inputs, demonstrations=file)
-    load = common.load_network
-    network = load(config.model, common.start(config.mesh))
+    load = networks.load_network
+    network = load(config.model, devices.start(config.mesh))
     sft.read_demonstrations(network.tokenizer, str(file), config)
     file.write_bytes(before + before.splitlines(keepends=True)[0].replace(b'"id": "', b'"id": "again-'))
     begun = sft.origin(config, network)
     assert begun["data"]["demonstrations"]["sha256"] == hashlib.sha256(before).hexdigest()
-    common.start(config.mesh)  # the next process
+    devices.start(config.mesh)  # the next process
     sft.read_demonstrations(network.tokenizer, str(file), config)
     with pytest.raises(ValueError, match=r"demonstrations: the content of .* has changed"):
         guards.check_origin(begun, sft.origin(config, network))
@@ -260,7 +268,7 @@ def test_a_file_read_after_training_is_the_one_of_the_fingerprint(tmp_path):
 def test_a_model_that_changes_while_it_is_loaded_is_refused(inputs, tmp_path):
     shutil.copytree(inputs / "model", tmp_path / "model")
     config = config_of("sft", inputs, model=tmp_path / "model")
-    network = common.load_network(config.model, common.start(config.mesh))
+    network = networks.load_network(config.model, devices.start(config.mesh))
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     os.utime(weights, ns=(1, 1))
@@ -278,16 +286,16 @@ def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_
         train(tmp_path, bad_at(), stop_at=4, origin=made_of(1.0))
     with pytest.raises(ValueError, match=r"learning_rate: 1\.0 -> 2\.0"):
         train(tmp_path, bad_at(), origin=made_of(2.0))
-    with config_lib.allow_change():
+    with allow_change():
         train(tmp_path, bad_at(), origin=made_of(2.0))
     told = [{"from_step": 4, "changes": ["learning_rate: 1.0 -> 2.0"]}]
     assert (
         json.loads((tmp_path / "checkpoints" / "manifests" / "8.json").read_text())["extra"]["config_changes"] == told
     )
     train(tmp_path, bad_at(), origin=made_of(2.0))  # all done: nothing to refuse
-    with config_lib.allow_change(), pytest.raises(ValueError, match="all 8 steps were done with something else"):
+    with allow_change(), pytest.raises(ValueError, match="all 8 steps were done with something else"):
         train(tmp_path, bad_at(), origin=made_of(3.0))
-    with config_lib.allow_change():
+    with allow_change():
         train(tmp_path, bad_at(), steps=10, origin=made_of(3.0))
     extra = json.loads((tmp_path / "checkpoints" / "manifests" / "10.json").read_text())["extra"]
     assert extra["config_changes"] == [*told, {"from_step": 8, "changes": ["learning_rate: 2.0 -> 3.0"]}]
@@ -313,9 +321,9 @@ def seen(**changes: float) -> dict[str, float]:
 )
 def test_an_alarm_stops_ppo_and_says_what_to_do(changes, message):
     config = ConfigDict({"kl_ceiling": 60.0, "entropy_floor": 0.2, "value_error_ceiling": 10.0})
-    ppo.alarm(seen(), 4, config)
+    ppo_watch.alarm(seen(), 4, config)
     with pytest.raises(FloatingPointError, match=f"iteration 5: .*{message}.*what was saved before is intact"):
-        ppo.alarm(seen(**changes), 4, config)
+        ppo_watch.alarm(seen(**changes), 4, config)
 
 
 REWARD = """
@@ -381,7 +389,7 @@ def test_skipped_minibatches_are_named_and_counted_over_iterations(inputs, tmp_p
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ppo, "to_host", lambda m: {k: float(getattr(v, "value", v)) for k, v in m.items()
                                                      if k != "skipped_steps"})  # fmt: skip
-            ppo.watch(setup, skips, metrics, iteration, config)
+            ppo_watch.watch(setup, skips, metrics, iteration, config)
 
     watch(told(0, 0, 1, 1), 0)
     with pytest.raises(FloatingPointError, match="3 steps in a row were left out"):
@@ -408,14 +416,14 @@ def test_a_stage_stopped_at_every_step_boundary_ends_bit_for_bit_like_a_whole_on
     config, run = config_of(stage, inputs, epochs=2, batch_size=32), module.run
     # Five starts of one config: the later ones use the network and the step of the first.
     once: dict[str, object] = {}
-    for place, name in ((common, "load_network"), (module, "compile_frozen_step")):
+    for place, name in ((networks, "load_network"), (module, "compile_frozen_step")):
         make = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, name=name, make=make, **kw: once.get(name) or once.setdefault(
             name, make(*a, **kw)))  # fmt: skip
     run(config, str(tmp_path / "whole"))
     steps, starts = len(kill.history(tmp_path / "whole")), 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "stop_requests", lambda: contextlib.nullcontext(lambda step: True))
+        patch.setattr(signals, "stop_requests", lambda: contextlib.nullcontext(lambda step: True))
         for _ in range(steps):
             with pytest.raises(KeyboardInterrupt, match=f"at step {starts} of {steps}"):
                 run(config, str(tmp_path / "cut"))

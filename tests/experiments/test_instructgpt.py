@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import common, evaluate, instructgpt, ppo, prepare_data, pretrained, reward_model, sample, sft
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import HARMLESS, leaf_keys, load_config, record_reads
+from experiments import evaluate, instructgpt, ppo, prepare_data, reward_model, sample, sft
+from rlhf_jax.run import cli, datasets, networks, pretrained, records
+from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import pipeline as reads
-from rlhf_jax.run import records
+from rlhf_jax.run.config import leaf_keys, load_config, record_reads
 from rlhf_jax.run.stages import Stages
+from rlhf_jax.run.workdir import HARMLESS, allow_change
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/instructgpt/storyland.py:smoke"
@@ -203,7 +204,7 @@ def test_the_plan_names_the_key_and_computes_and_writes_nothing(finished, tmp_pa
         monkeypatch.setattr(module, "run", None)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(
+        cli.main(
             instructgpt.run, plan=instructgpt.dry_run,
             argv=[f"--config={CONFIG}", f"--workdir={run}", "--dry_run", "--config.ppo.learning_rate=2e-4"],
         )  # fmt: skip
@@ -216,7 +217,7 @@ def test_the_plan_names_the_key_and_computes_and_writes_nothing(finished, tmp_pa
     assert "evaluation    runs: reads ppo; reads ppo_ptx" in said[9]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     with pytest.raises(SystemExit):
-        config_lib.main(
+        cli.main(
             instructgpt.run, plan=instructgpt.dry_run,
             argv=[f"--config={CONFIG}", f"--workdir={tmp_path / 'fresh'}", "--dry_run"],
         )  # fmt: skip
@@ -317,8 +318,8 @@ def test_choosing_the_baseline_reads_nothing_that_its_key_does_not_count(finishe
 
     given: list[ConfigDict] = []
     monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr(common, "load_network", lambda *a, **kw: None)
-    monkeypatch.setattr(common, "read_prompts", lambda path: [])
+    monkeypatch.setattr(networks, "load_network", lambda *a, **kw: None)
+    monkeypatch.setattr(datasets, "read_prompts", lambda path: [])
     pipeline.baseline("baseline")
     counted = reads.parts(json.loads(config_lib.to_json(load())))["baseline"]
     assert {key for key in seen if not key.startswith("evaluate.")} <= {"sft.mesh", "validation_samples"}
@@ -392,7 +393,7 @@ def test_half_done_and_changed_is_refused_before_anything_is_computed(finished, 
     for key, value in {"reward_model.learning_rate": "9e-4", "data.demonstrations": "65", "sft.epochs": "1"}.items():
         with pytest.raises(ValueError, match=r"stage reward_model is half done \(checkpoint of step 30\)"):
             Invented(load(**{key: value}), run).stages.plan()
-    with config_lib.allow_change():
+    with allow_change():
         allowed = {s.stage: s for s in Invented(load(**{"reward_model.learning_rate": "9e-4"}), run).stages.plan()}
     assert allowed["reward_model"].action == "resume"
     assert "config.reward_model.learning_rate 0.0004 -> 0.0009" in allowed["reward_model"].why[1]

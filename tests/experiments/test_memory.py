@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import common, memory, ppo, pretrain, reward_model, sft
-from rlhf_jax import config as config_lib
+from experiments import ppo, pretrain, reward_model, sft
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
 from rlhf_jax.data.schema import Demonstration, Ranking, write_jsonl
+from rlhf_jax.run import cli, memory
+from rlhf_jax.run.config import load_config
+from rlhf_jax.run.loop import Loop
+from rlhf_jax.run.ppo import programs
 from tests.test_ppo_stage import inputs
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +62,7 @@ def run_main(name: str, given: dict[str, str], workdir: Path, *more: str) -> int
     module = PROGRAMS[name]
     arguments = [*stage(name, given), f"--workdir={workdir}", *more]
     with pytest.raises(SystemExit) as left:
-        config_lib.main(module.run, argv=arguments, dry_run=module.dry_run)
+        cli.main(module.run, argv=arguments, dry_run=module.dry_run)
     return left.value.code
 
 
@@ -153,7 +155,7 @@ def test_ppo_names_the_phase_that_ran_out_and_exits_with_1(phase, given, tmp_pat
     assert run_main("ppo", given, tmp_path / "run") == 1
     told = capsys.readouterr().err
     assert f"Error: out of memory in the phase {phase} (rows=8, slots=24, minibatches=2" in told
-    assert ppo.LOWER[phase][0].split()[0] in told
+    assert programs.LOWER[phase][0].split()[0] in told
     assert "Traceback" not in told
 
 
@@ -162,7 +164,7 @@ def test_training_that_runs_out_is_named_with_its_compiled_numbers(name, given, 
     def fail(*_, **__):
         raise ERRORS["malloc"]
 
-    monkeypatch.setattr(common, "train_resumable", fail)
+    monkeypatch.setattr(Loop, "__iter__", fail)
     assert run_main(name, given, tmp_path / "run") == 1
     told = capsys.readouterr().err
     assert "out of memory in the phase train (rows=8, slots=64, microbatches=1, parameters=" in told
@@ -174,8 +176,7 @@ def test_training_that_runs_out_is_named_with_its_compiled_numbers(name, given, 
 CHILD = """
 import resource, sys
 import jax, jax.numpy as jnp
-from experiments import memory
-from rlhf_jax import config as config_lib
+from rlhf_jax.run import cli, memory
 
 def run(config, workdir):
     program = jax.jit(lambda x: jnp.sort((x[:, None] * x[None, :]).ravel())[5])
@@ -185,7 +186,7 @@ def run(config, workdir):
     with memory.phase("update", lower=("config.microbatches",), rows=60_000):
         jax.block_until_ready(program(jnp.ones(60_000)))
 
-config_lib.main(run)
+cli.main(run)
 """
 
 

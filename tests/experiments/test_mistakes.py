@@ -17,11 +17,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
-from experiments import evaluate, inputs, instructgpt, ppo, pretrain, reward_model, sample, sft
-from rlhf_jax import config as C
+from experiments import evaluate, instructgpt, ppo, pretrain, reward_model, sample, sft
 from rlhf_jax.data.schema import Message, Prompt, read_jsonl, write_jsonl
 from rlhf_jax.data.storyland import task
+from rlhf_jax.run import cli, inputs
+from rlhf_jax.run.secrets import REDACTED
+from rlhf_jax.run.workdir import prepare_workdir
 from tests.reliability import kill
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +111,7 @@ def call(data, tmp_path, monkeypatch, capfd):
 
         argv = [*flags_of(name, data, tmp_path / "run"), *flags]
         with pytest.raises(SystemExit) as ended:
-            C.main(run, argv=argv, check=module.check_shapes if name == "instructgpt" else module.check)
+            cli.main(run, argv=argv, check=module.check_shapes if name == "instructgpt" else module.check)
         said = capfd.readouterr().err
         status = int(ended.value.code or 0)
         assert bool(reached) == (status == 0), said
@@ -185,7 +188,7 @@ def test_the_stored_config_of_a_run_is_a_config(call, tmp_path):
     assert call("sft", f"--config={stored}") == (0, "")
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == written
     shutil.rmtree(tmp_path / "run")
-    stored.write_text(json.dumps(written | {"hub_token": C.REDACTED}))
+    stored.write_text(json.dumps(written | {"hub_token": REDACTED}))
     said = refused(call, "sft", f"--config={stored}")
     assert "was stored without the secret hub_token: pass --config.hub_token=VALUE" in said
     assert call("sft", f"--config={stored}", "--config.hub_token=mine")[0] == 0
@@ -416,7 +419,7 @@ def test_a_damaged_config_of_a_run_is_told(call, tmp_path, content):
     with pytest.raises(AssertionError, match="leaves no run folder"):
         call("sft")
     with pytest.raises(ValueError, match=r"config.json is damaged: restore it, or start afresh with --overwrite"):
-        C.prepare_workdir(tmp_path / "run", C.ConfigDict({"seed": 1}))
+        prepare_workdir(tmp_path / "run", ConfigDict({"seed": 1}))
 
 
 def test_each_program_has_a_check_before_its_run_folder_is_made():
@@ -451,7 +454,7 @@ def test_what_is_missing_is_said_when_nothing_is_given(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     module = PROGRAMS[name]
     with pytest.raises(SystemExit) as ended:
-        C.main(module.run, config=f"configs/{name}/storyland.py", workdir="runs/x", argv=[], check=module.check)
+        cli.main(module.run, config=f"configs/{name}/storyland.py", workdir="runs/x", argv=[], check=module.check)
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert len(said.splitlines()) == 1

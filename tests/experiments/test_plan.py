@@ -13,9 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, memory, plan, ppo
+from experiments import plan
 from rlhf_jax import sharding
-from rlhf_jax.config import load_config
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import memory
+from rlhf_jax.run.config import load_config
+from rlhf_jax.run.ppo import setup as setup_lib
 
 ROOT = Path(__file__).parents[2]
 PRESETS = {"1_3b": (1.3157, 8), "6b": (6.6582, 32), "175b": (174.6, 256)}
@@ -58,14 +61,14 @@ def test_a_plan_that_does_not_fit_says_what_to_change_and_that_then_fits(capsys)
 
 def test_bytes_by_rule_are_those_of_the_placed_state():
     """Weights, moments and average of a small PPO run, built for real on (2, 2, 2)."""
-    config = common.config_dict(load_config(f"{ROOT}/configs/ppo/storyland.py"))
+    config = config_lib.unlocked_copy(load_config(f"{ROOT}/configs/ppo/storyland.py"))
     sizes = {"layers": 2, "width": 16, "heads": 4, "vocab_size": 51, "context_length": 128}
     config.update(shapes={"policy": sizes, "reward_model": sizes}, ptx_rows_per_episode=1.0)
     mesh = sharding.make_mesh((2, 2, 2))
     found = plan.plan_by_rule(config, mesh)
     policy, value = plan.models(config)
     params = [sharding.place_state(m.init(jax.random.key(0)), mesh) for m in (policy, value)]
-    state, _ = ppo.initial_state(config, mesh, *params)
+    state, _ = setup_lib.initial_state(config, mesh, *params)
     device = jax.devices()[3]
     states = [dataclasses.replace(s, guard=None) for s in (state.policy, state.value)]  # its window is a few numbers
     held = sum(s.data.nbytes for x in jax.tree.leaves((states, params)) for s in x.addressable_shards

@@ -21,14 +21,16 @@ import tokenizers
 import transformers
 from ml_collections import ConfigDict
 
-from experiments import common, instructgpt, ppo, prepare_data, pretrained
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import leaf_keys, load_config, record_reads
+from experiments import instructgpt, prepare_data
 from rlhf_jax.data import schema, sources
 from rlhf_jax.data.sources import running_text
 from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer
 from rlhf_jax.evaluation.report import check_results
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
+from rlhf_jax.run import cli, devices, networks, pretrained
+from rlhf_jax.run.config import leaf_keys, load_config, record_reads
+from rlhf_jax.run.ppo import settings
+from rlhf_jax.run.ppo import setup as setup_lib
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/data/hh_rlhf.py"
@@ -332,10 +334,10 @@ def test_another_tokenizer_is_refused_before_ppo(made, tmp_path):
     """PITFALLS: token ids pass from the policy to the reward model unchanged."""
     other = make_model(tmp_path / "other", eos="<end>")
     config = load_config(f"{ROOT}/configs/ppo/storyland.py:smoke", {"reward_model": other})
-    mesh = common.start((-1, 1, 1))
-    policy = common.load_network(made.model, mesh)
+    mesh = devices.start((-1, 1, 1))
+    policy = networks.load_network(made.model, mesh)
     with pytest.raises(ValueError, match=r"the tokenizers of policy .* and reward_model .* differ"):
-        ppo.reward_and_value(policy, config, mesh)
+        setup_lib.reward_and_value(policy, config, mesh)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -359,7 +361,7 @@ def test_the_command_of_the_issue_writes_the_files(made, tmp_path, monkeypatch):
     sizes = {k: v for k, v in made.config.items() if isinstance(v, int)}
     flags += [f"--config.{key}={value}" for key, value in sizes.items()]
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
     assert ended.value.code == 0
     assert (tmp_path / "out" / "rankings.jsonl").read_bytes() == (made.out / "rankings.jsonl").read_bytes()
 
@@ -437,7 +439,7 @@ def package(tmp_path, monkeypatch) -> types.SimpleNamespace:
 
 
 def test_a_model_is_fetched_once_converted_and_loads_by_its_name(package, tmp_path):
-    network = common.load_network("tiny", common.start((-1, 1, 1)))
+    network = networks.load_network("tiny", devices.start((-1, 1, 1)))
     model, params, tokenizer = load_hf(tmp_path / "made.gguf")
     assert dataclasses.replace(network.model.config, mesh=None) == model.config
     jax.tree.map(np.testing.assert_array_equal, network.params, params)
@@ -526,7 +528,7 @@ def test_cpu_variant_fits_together():
             assert data.prompt_length + data.response_length <= stage.row_length
         assert data.prompt_length <= config.ppo.prompt_length
         assert config.ppo.max_new_tokens == config.evaluate.max_new_tokens
-        ppo.validate(config.ppo)
+        settings.validate(config.ppo)
         count = config.ppo.ptx_rows_per_episode * config.ppo.episodes
         assert count % (config.ppo.epochs * config.ppo.minibatches) == 0
         assert config.ppo.gold == config.evaluate.gold == ""
@@ -563,7 +565,7 @@ def test_the_pairs_alone_hold_out_a_thousand_to_measure_a_reward_model_on(data_d
 
 # ---------------------------------------------------------------------------------------------------- one's own files
 
-HAS_USERS = "user" in {field.name for field in dataclasses.fields(schema.Prompt)}
+HAS_USERS = "user" in schema.Prompt.__struct_fields__
 OWN = f"{ROOT}/configs/data/jsonl.py:smoke"
 
 
@@ -718,7 +720,7 @@ def test_own_files_from_the_command_line(tmp_path, monkeypatch, capsys):
     flags += ["--config.fractions.test=0.2", "--config.fractions.validation=0.2"]
     flags += [f"--config.{key}={value}" for key, value in files.items()]
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
     assert (ended.value.code, capsys.readouterr().err) == (0, "")
     assert len(read_out(tmp_path / "out", "rankings")) > 10
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import common, reward_model
+from experiments import reward_model
 from rlhf_jax import scoring, sharding
 from rlhf_jax.data import text
 from rlhf_jax.data.schema import Ranking
@@ -16,6 +16,8 @@ from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.heads import scalar_model
+from rlhf_jax.run import networks
+from rlhf_jax.run import responses as responses_lib
 
 FIRST = Ranking("Say a word.", ("a", "a dog ran", "the cat", "a"), (2, 0, 1, 2), labeler="one")
 SECOND = Ranking("Say a word.", ("a", "a dog ran", "the cat", "a"), (0, 2, 1, 0), labeler="two")
@@ -26,7 +28,7 @@ OTHER_PROMPT = Ranking("Another prompt, longer than the first.", ("a", "the cat 
 def network():
     tokenizer = load_tokenizer(storyland_assets.assets())
     model = scalar_model(DecoderConfig(len(tokenizer), 128, 2, 16, 2))
-    return common.Network(model, model.init(jax.random.key(0)), tokenizer)
+    return networks.Network(model, model.init(jax.random.key(0)), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def scores(network, mesh):
 def test_scores_in_shared_rows_are_those_of_one_text_a_row(network, mesh, scores, options):
     found = scores([FIRST, SECOND, OTHER_PROMPT], **options)
     prompts, responses = zip(*found, strict=True)
-    alone = common.score_responses(network, prompts, responses, mesh, batch_size=8)
+    alone = responses_lib.score_responses(network, prompts, responses, mesh, batch_size=8)
     np.testing.assert_allclose(list(found.values()), alone, atol=1e-5)
     assert np.std(alone) > 1e-2
 
@@ -102,7 +104,7 @@ def test_tokens_of_shared_rows_and_of_separate_ones():
 @pytest.mark.parametrize("train", ["lora", "head"])
 def test_only_what_train_names_is_trained(network, train):
     config = ConfigDict({"seed": 0, "train": train, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)})
-    trained = common.trained(network.params, config)
+    trained = networks.trainable(network.params, config)
     assert ("blocks" in trained.params) == (train == "lora")
     assert trained.frozen["embed"] is network.params["embed"]
     merged = trained.merged(trained.params)
@@ -131,7 +133,7 @@ def test_a_word_that_train_does_not_know_is_refused(network):
         asked = config()
         asked.train = train
         with pytest.raises(ValueError, match=message):
-            common.trained(params, asked)
+            networks.trainable(params, asked)
 
 
 def test_texts_longer_than_the_models_context_are_refused_or_dropped():

@@ -20,9 +20,9 @@ import tokenizers
 from rlhf_jax import sharding
 from rlhf_jax.data.text import encode_document, lm_rows, stop_ids
 from rlhf_jax.generate import generate
-from rlhf_jax.models import DecoderConfig, gpt2, hf, language_model, load_hf, load_llama2c, save_hf, scalar_model
+from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
 from rlhf_jax.models.decoder import RotaryScaling
-from rlhf_jax.models.hf import config_from_hf, hf_config
+from rlhf_jax.models.hf import config_from_hf, hf_config, stored
 from rlhf_jax.scoring import lm_log_probs
 from rlhf_jax.types import PromptBatch
 from tests import margins
@@ -75,7 +75,7 @@ def test_save_then_load_is_bit_exact_with_the_score_bias(config, build, tmp_path
 @FAMILIES
 def test_blocks_of_rows_and_pieces_of_devices_add_up_to_the_tensors(config, tmp_path, monkeypatch):
     """Rows that do not divide by the block; each device reads its own part, as it trains."""
-    monkeypatch.setattr(hf, "_BLOCK", 7 * 16 * 4)
+    monkeypatch.setattr(stored, "BLOCK", 7 * 16 * 4)
     model = language_model(config)
     params = _random(model)
     save_hf(tmp_path, model, params)

@@ -16,8 +16,9 @@ import safetensors.numpy
 import tokenizers
 
 from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
-from rlhf_jax.models.hf import _gguf_tokenizer, config_from_hf, hf_config
-from rlhf_jax.models.hf_settings import check_settings
+from rlhf_jax.models.hf import config_from_hf, hf_config
+from rlhf_jax.models.hf.gguf_tokenizer import gguf_tokenizer
+from rlhf_jax.models.hf.settings import check_settings
 
 LLAMA = DecoderConfig(40, 16, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False)
 TIED = dataclasses.replace(LLAMA, tied=True)
@@ -601,7 +602,7 @@ def _gguf_tokens(path: Path, **fields) -> Any:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return _gguf_tokenizer(gguf.GGUFReader(path))
+    return gguf_tokenizer(gguf.GGUFReader(path))
 
 
 def test_the_tokenizer_of_a_gguf_file_does_as_its_flags_say(tmp_path: Path):

@@ -14,11 +14,11 @@ import pytest
 import tokenizers
 import transformers
 
-from experiments import common
 from rlhf_jax import ops, sharding
 from rlhf_jax.generate import generate_many, sample_token
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, lora_model, save_hf, scalar_model
 from rlhf_jax.models.vocabulary import unused_ids, with_texts_only
+from rlhf_jax.run import networks, responses
 from rlhf_jax.types import PromptBatch
 
 CONFIG = DecoderConfig(24, 32, 1, 16, 2)
@@ -118,8 +118,8 @@ def test_a_model_put_together_by_hand_is_sampled_without_its_padding():
     model, params = padded()
     tokenizer = tokenizer_of({word: i for i, word in enumerate(WORDS)})
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
-    network = common.Network(model, params, tokenizer)
-    _, samples = common.sample_responses(
+    network = networks.Network(model, params, tokenizer)
+    _, samples = responses.sample_responses(
         network, [[3, 4]] * 8, mesh, prompt_length=4, max_new_tokens=8, temperature=1.0, seed=0, batch_size=8
     )
     assert samples.tokens.max() < 18

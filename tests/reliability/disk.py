@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.run.checkpoint import Checkpoints
 from tests.reliability import runs
 
 SIZES = ("0k", "40k", "120k", "180k", "240k", "600k", "900k", "1200k")

@@ -201,7 +201,7 @@ def arrays(workdir: Path) -> dict[str, Any]:
     """Every array of the newest checkpoint, by name: weights, moments, averages, KL coefficient, guard, counters."""
     import jax
 
-    from rlhf_jax.checkpoint import Checkpoints
+    from rlhf_jax.run.checkpoint import Checkpoints
 
     with Checkpoints(workdir / "checkpoints") as saved:
         step = saved.newest_good()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.run.checkpoint import Checkpoints
 from tests import together
 from tests.together import Together, command, history
 

@@ -93,11 +93,11 @@ def run(name: str, inputs: Path, workdir: Path) -> int:
     """The program as a user starts it, in this process; its exit status."""
     import importlib
 
-    from rlhf_jax import config as config_lib
+    from rlhf_jax.run import cli
 
     program = importlib.import_module(f"experiments.{name}").run
     try:
-        config_lib.main(program, argv=kill.command(name, inputs, workdir, **FEWER[name])[2:])
+        cli.main(program, argv=kill.command(name, inputs, workdir, **FEWER[name])[2:])
     except SystemExit as ended:
         return int(str(ended.code))
     return 0

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.run.checkpoint import Checkpoints
 from tests.reliability import runs
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.instructgpt import STAGES, Pipeline
-from rlhf_jax.config import load_config
 from rlhf_jax.run import records
+from rlhf_jax.run.config import load_config
 from tests.reliability import damage, runs
 
 CONFIG = f"{runs.ROOT}/configs/instructgpt/storyland.py:smoke"

@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common
-from rlhf_jax import metrics
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model
-from rlhf_jax.run import files
+from rlhf_jax.run import compiling, files, metrics, networks
+from rlhf_jax.run.checkpoint import Checkpoints
 from tests.reliability import kill, power, recorded
 from tests.reliability.recorder import Recorder, tree
 
@@ -148,7 +146,7 @@ def test_a_model_folder_is_whole_or_the_one_of_before(recorder, tmp_path, shape)
     folder, wholes = recorder.root / "model", []
     for seed in range(1 if shape == "new" else 2):
         begun = len(recorder.events)
-        common.save_network(folder, common.Network(model, model.init(common.jax.random.key(seed)), tokenizer))
+        networks.save_network(folder, networks.Network(model, model.init(compiling.jax.random.key(seed)), tokenizer))
         wholes.append(tree(folder))
     for moment in range(begun, len(recorder.events) + 1):
         cut = recorder.build(moment, tmp_path / f"cut-{moment}")

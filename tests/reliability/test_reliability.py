@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import sft
-from rlhf_jax import config as config_lib
-from rlhf_jax.config import REDACTED
 from rlhf_jax.evaluation.report import write_report
+from rlhf_jax.run import cli
+from rlhf_jax.run.secrets import REDACTED
 from tests.evaluation import sample_run
 from tests.reliability import damage, disk, runs
 
@@ -38,7 +38,7 @@ def here(ran: SimpleNamespace, run: Path, capfd) -> runs.Ended:
     """The command in this process, which saves the time of its imports."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(sft.run, argv=runs.sft_flags(ran.source, run))
+        cli.main(sft.run, argv=runs.sft_flags(ran.source, run))
     return runs.Ended(int(str(ended.value.code)), *capfd.readouterr())
 
 
@@ -111,7 +111,7 @@ def test_a_disk_that_turned_read_only_is_one_clear_line(ran, tmp_path, capfd):
 CANARY = "canary-4711-Qx"
 CONFIG = """
 from configs import storyland
-from rlhf_jax.config import apply_arg
+from rlhf_jax.run.config import apply_arg
 
 def get_config(arg=""):
     config = storyland.sft()
@@ -193,7 +193,7 @@ def test_no_error_message_holds_a_secret(secret_run, tmp_path, capfd, monkeypatc
         shutil.copytree(secret_run.run, run)
         flag = f"{flag} --config.seed=1"
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(sft.run, argv=[*secret_run.flags, f"--workdir={run}", *flag.split()])
+        cli.main(sft.run, argv=[*secret_run.flags, f"--workdir={run}", *flag.split()])
     said = capfd.readouterr()
     assert ended.value.code == 2
     assert said.err.startswith("Error: ")
@@ -203,7 +203,7 @@ def test_no_error_message_holds_a_secret(secret_run, tmp_path, capfd, monkeypatc
 
 def test_the_traceback_of_a_bug_holds_no_secret(tmp_path):
     (tmp_path / "bug.py").write_text(
-        "from rlhf_jax.config import main\n"
+        "from rlhf_jax.run.cli import main\n"
         "def run(config, workdir):\n"
         "    raise RuntimeError(f'{config.hub_token} of https://me:pw@example.org, {config.__class__}')\n"
         "main(run)\n"

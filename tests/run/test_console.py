@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from rlhf_jax import metrics
 from rlhf_jax.run import console as C
+from rlhf_jax.run import metrics
 
 
 class Terminal(io.StringIO):

@@ -13,16 +13,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common as common_config
-from experiments import common, guards, sft
-from rlhf_jax import config as config_lib
-from rlhf_jax.checkpoint import Checkpoints
+from experiments import sft
 from rlhf_jax.data import schema, sources
 from rlhf_jax.evaluation.report import write_report
-from rlhf_jax.metrics import StageLog
 from rlhf_jax.models.decoder import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf import load_hf, save_hf
-from rlhf_jax.run import files
+from rlhf_jax.run import cli, devices, files, guards, networks, results
+from rlhf_jax.run import config as config_lib
+from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run.metrics import StageLog
+from rlhf_jax.run.workdir import claim_workdir, prepare_workdir
 
 
 def test_an_error_in_the_block_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -132,15 +133,15 @@ def _writers() -> dict[str, Callable[[str], object]]:
     model = language_model(gpt2(8, 8, 1, 4, 1))
     params = model.init(jax.random.key(0))
     return {
-        "claim_workdir": config_lib.claim_workdir,
-        "claim_workdir, afresh": lambda path: config_lib.claim_workdir(path, overwrite=True),
-        "prepare_workdir": lambda path: config_lib.prepare_workdir(path, config),
+        "claim_workdir": claim_workdir,
+        "claim_workdir, afresh": lambda path: claim_workdir(path, overwrite=True),
+        "prepare_workdir": lambda path: prepare_workdir(path, config),
         "StageLog": lambda path: StageLog(path, "sft", total=1),
         "Checkpoints": Checkpoints,
         "Skips": lambda path: guards.Skips(path, "sft", "x", limit=1).tell(guards.Event(1, "step", "", [], [])),
-        "save_network": lambda path: common.save_network(path, common.Network(model, params, None)),
+        "save_network": lambda path: networks.save_network(path, networks.Network(model, params, None)),
         "save_hf": lambda path: save_hf(path, model, params),
-        "write_result": lambda path: common.write_result(f"{path}/sft.json", dict),
+        "write_result": lambda path: results.write_result(f"{path}/sft.json", dict),
         "write_jsonl": lambda path: schema.write_jsonl(f"{path}/x.jsonl.gz", [schema.Prompt("x")]),
         "write_report": lambda path: write_report(f"{path}/report.html", {}),
         "append_line": lambda path: files.append_line(f"{path}/x", 1),
@@ -156,8 +157,8 @@ READERS: dict[str, Callable[[str], object]] = {
     "read_hh": lambda path: sources.read_hh(path, split="train"),
     "read_oasst": lambda path: sources.read_oasst(path, split="train"),
     "load_hf": load_hf,
-    "model_folder": common.model_folder,
-    "agree_on_inputs": lambda path: common.agree_on_inputs("", path),
+    "model_folder": networks.model_folder,
+    "agree_on_inputs": lambda path: devices.agree_on_inputs("", path),
     "load_config": config_lib.load_config,
 }
 
@@ -185,7 +186,7 @@ def test_a_program_refuses_an_address_at_its_start(program, flags, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     config = Path(__file__).parents[2] / "configs" / "sft" / "storyland.py"
     with pytest.raises(SystemExit) as ended:
-        config_lib.main(program, config=str(config), argv=flags)
+        cli.main(program, config=str(config), argv=flags)
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith(
@@ -244,30 +245,30 @@ def test_links_out_of_a_folder_are_found_at_every_depth(tmp_path):
 @pytest.mark.parametrize("name", ["checkpoints/7/d/file", "quarantine/7-1/x", "epoch-1/model.safetensors", "a/b/c/d/e"])
 def test_a_run_with_a_deep_link_out_of_it_is_refused_before_anything_is_written(name, tmp_path):
     run, precious = tmp_path / "run", tmp_path / "precious"
-    config_lib.prepare_workdir(run, ConfigDict({"seed": 1}))
+    prepare_workdir(run, ConfigDict({"seed": 1}))
     precious.write_text("precious")
     (run / name).parent.mkdir(parents=True)
     (run / name).symlink_to(precious)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     for overwrite in (False, True):
-        for claim in (config_lib.claim_workdir, _prepare):
+        for claim in (claim_workdir, _prepare):
             with pytest.raises(ValueError, match=rf"{name} is a symbolic link out of the run folder, to .*precious"):
                 claim(run, overwrite=overwrite)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
     assert precious.read_text() == "precious"
     (run / name).unlink()
-    config_lib.claim_workdir(run).close()
+    claim_workdir(run).close()
 
 
 def _prepare(path: Path, *, overwrite: bool) -> bool:
-    return config_lib.prepare_workdir(path, ConfigDict({"seed": 1}), overwrite=overwrite)
+    return prepare_workdir(path, ConfigDict({"seed": 1}), overwrite=overwrite)
 
 
 def test_what_a_kill_left_of_an_unfinished_file_goes_at_the_next_start(tmp_path):
-    config_lib.prepare_workdir(tmp_path, ConfigDict())
+    prepare_workdir(tmp_path, ConfigDict())
     for name in (".sft.json.ab_12xyz.tmp", ".notes.tmp", "results.tmp"):
         (tmp_path / name).write_text("half")
-    config_lib.claim_workdir(tmp_path).close()
+    claim_workdir(tmp_path).close()
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "run.lock", ".notes.tmp", "results.tmp"}
 
 
@@ -280,7 +281,7 @@ BY_HAND = ("write_text", "write_bytes", "replace", "rename", "renames", "touch",
 """Calls that write, rename or hash a file or make a folder (whose own entry must be synced too), by hand."""
 ALLOWED = {
     # The lock must be opened without emptying it: another process may hold it and have its name in it.
-    ("rlhf_jax/config.py", "open"): 1,
+    ("rlhf_jax/run/workdir.py", "open"): 1,
     # The stream that stands in for a console that is closed.
     ("rlhf_jax/run/output.py", "open"): 1,
     # A sign to another process that is being measured, in a temporary folder.

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import common
-from rlhf_jax.run import cache
+from rlhf_jax.run import cache, devices
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 from pathlib import Path
 import time
-from rlhf_jax.config import main
-from rlhf_jax.metrics import StageLog
+from rlhf_jax.run.cli import main
+from rlhf_jax.run.metrics import StageLog
 
 def run(config, workdir):
     with StageLog(workdir, "toy", total=config.steps, show=("loss",), every=0.0) as log:
@@ -113,4 +112,4 @@ def test_no_cache_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(Path, "home", nowhere)
     assert cache.folder("compiled") is None
-    assert common.start((-1, 1, 1)).size >= 1
+    assert devices.start((-1, 1, 1)).size >= 1

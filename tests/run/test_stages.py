@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.run import files, records
+from rlhf_jax.run.checkpoint import Checkpoints
 from rlhf_jax.run.plans import describe
 from rlhf_jax.run.records import without
 from rlhf_jax.run.stages import Stage, Stages

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from rlhf_jax.data.schema import Demonstration, PlainText, Prompt, Ranking
+from rlhf_jax.data.schema import Demonstration, PlainText, Prompt, Ranking, field_names
 from rlhf_jax.data.sources.messages import with_system
 from rlhf_jax.data.sources.row import Draft, Row, asked, listed
 
@@ -16,12 +15,6 @@ RATINGS = (
 """Numbers by which people or models say how good a response is, as HelpSteer has them."""
 
 
-def names(kind: type) -> tuple[str, ...]:
-    """The fields of a record as its JSON form has them."""
-    found = [field.name for field in dataclasses.fields(kind)]
-    return tuple(["prompt", "messages", *found[1:]] if found[0] == "prompt" else found)
-
-
 def fits(row: Row) -> bool:
     """Whether a row has what a record needs, under the names of this package."""
     prompt, found = row.has("prompt") or row.has("messages"), set(row.columns())
@@ -30,10 +23,10 @@ def fits(row: Row) -> bool:
     if any(row.has(name) for name in ("chosen", "rejected", "completion", "completions", "label")):
         return False
     # A prompt beside columns that nobody knows may have its answer there.
-    alone = found <= {*names(Prompt), *row.systems()}
+    alone = found <= {*field_names(Prompt), *row.systems()}
     if rating(row) and row.has("response"):
         return False  # a response that somebody rated as bad is no demonstration, unless the user says so
-    return (prompt and (row.has("response") or alone)) or (row.has("text") and found <= set(names(PlainText)))
+    return (prompt and (row.has("response") or alone)) or (row.has("text") and found <= set(field_names(PlainText)))
 
 
 def rating(row: Row) -> str:

@@ -306,7 +306,7 @@ class _Table:
 
     def is_records(self) -> bool:
         """Whether the file is JSON lines that have no columns but those of this package's records."""
-        known = {field for kind in own.KINDS for field in own.names(kind)}
+        known = {field for kind in own.KINDS for field in schema.field_names(kind)}
         lines = str(self.path).removesuffix(".gz").endswith((".jsonl", ".ndjson"))
         return lines and Path(self.path).is_file() and all(set(row.values) <= known for row in self.rows)
 

@@ -311,7 +311,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
         return ""
     row = Row(first.place, first.values, cells=first.cells)
     name, names = of_row(row), set(row.values)
-    known = {field for kind in own.KINDS for field in own.names(kind)}
+    known = {field for kind in own.KINDS for field in schema.field_names(kind)}
     has_core = bool(names & {"prompt", "messages", "text", "responses", "response"})
     if names <= known and is_list:
         return (

@@ -200,12 +200,12 @@ class Row:
     def labels(self, kind: type) -> dict[str, Any]:
         """The optional fields of a record that columns of the same name hold."""
         labels: dict[str, Any] = {}
-        for field in dataclasses.fields(kind):
-            if field.type == "str | None" and self.has(field.name):
-                label = as_label(self.clean(self.values[field.name]))
-                if label is not None and (field.name != "time" or is_time(label)):
-                    labels[field.name] = label
-                    self._taken.add(field.name)
+        for name in schema.field_names(kind):
+            if name in (*schema.LABELS, "time") and self.has(name):
+                label = as_label(self.clean(self.values[name]))
+                if label is not None and (name != "time" or is_time(label)):
+                    labels[name] = label
+                    self._taken.add(name)
         if kind is Ranking:
             for name in ("policies", "temperatures", "revision"):
                 if self.has(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import gzip
 import io
 import json
@@ -14,12 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec import structs
 
 from experiments import reward_model, sft
-from rlhf_jax.config import load_config
 from rlhf_jax.data import schema, sources, text
 from rlhf_jax.data.schema import Demonstration, Message, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
+from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -476,7 +476,7 @@ def test_every_form_is_encoded_as_the_stages_do(tmp_path: Path, name: str):
     ((kind, records),) = reading.records.items()
     schema.write_jsonl(tmp_path / "stage.jsonl", records)
     assert sources.read_form(tmp_path / "stage.jsonl").records[kind] == [
-        record if record.id else dataclasses.replace(record) for record in records
+        record if record.id else structs.replace(record) for record in records
     ]
     tokenizer = text.load_tokenizer(assets())
     if kind == "demonstrations":

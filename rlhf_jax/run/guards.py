@@ -1,6 +1,6 @@
 """What watches over a run (docs/guards.md): skipped steps are counted and named, and a resumed run is the same run.
 
-The guard inside the compiled step (`optim.is_spike`) decides; here its decisions are told, and too many in a row stop
+The guard inside the compiled step (`guard.is_spike`) decides; here its decisions are told, and too many in a row stop
 the run. `origin` is what a checkpoint says of the run beside its arrays, and `check_origin` compares it on resume.
 """
 
@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import config as config_lib
-from rlhf_jax import metrics, processes
 from rlhf_jax.data import parsed, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.run import checks, cli, metrics, numerics, processes
+from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import files as run_files
-from rlhf_jax.run import numerics
 from rlhf_jax.run.files import append_line, json_digest
+from rlhf_jax.run.workdir import change_allowed, changing_numbers
 
 FILE = "skipped.jsonl"
 """One line for each step or score that was left out, with the records it holds."""
@@ -68,6 +69,11 @@ class Records:
             items = [item for row in wanted if row < len(packed) for item in packed[row]]
         return [(int(self._places[i]), self._ids[i]) for i in items if i < len(self._ids)]
 
+    def of_step(self, batches: Batches, step: int) -> tuple[list[int], list[tuple[int, str | None]]]:
+        """The rows of a step and the records in them."""
+        rows = batches.indices(step).tolist()
+        return rows, self.of(rows)
+
 
 class Event(NamedTuple):
     """Something that was left out of training."""
@@ -107,7 +113,7 @@ class Skips:
         resume_step: int = 0,
         counts: Mapping[str, int] | None = None,
     ):
-        config_lib.require_range("guard.max_skipped", limit, low=1)
+        checks.require_range("guard.max_skipped", limit, low=1)
         self._file, self._stage, self._path, self._limit = Path(workdir) / FILE, stage, path, limit
         kept = counts or {}
         self._total, self._in_a_row, self._taken = (int(kept.get(k, 0)) for k in ("skipped", "in_a_row", "taken"))
@@ -247,7 +253,7 @@ def origin(
         "seed": config.seed,
         "numerics": flags,
         "rounding": numerics.rounding() | numerics.surroundings(),
-        "versions": {name: metadata.version(name) for name in config_lib.PACKAGES},
+        "versions": {name: metadata.version(name) for name in cli.PACKAGES},
     }
 
 
@@ -271,13 +277,13 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
     changes = [
         line for line in config_lib.diff(stored["config"], current["config"]) if line.partition(":")[0] not in moved
     ]
-    changes = config_lib.changing_numbers(changes)
+    changes = changing_numbers(changes)
     for group in ("data", "models"):
         changes += _changed_files(stored[group], current[group])
     if stored["tokenizer"] != current["tokenizer"]:
         changes.append("tokenizer: another one encodes the texts")
     changes += numerics.differences(stored.get("numerics", current["numerics"]), current["numerics"])
-    if changes and not config_lib.change_allowed():
+    if changes and not change_allowed():
         raise ValueError(
             f"this run was begun with something else ({'; '.join(changes)}): put it back, choose another workdir, "
             "or --allow_config_change to go on all the same"

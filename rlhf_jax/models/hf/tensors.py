@@ -1,7 +1,7 @@
-"""No tensor of a model folder is left out without a word: which files are the model's, and what else they may hold.
+"""The tensors of a model folder: which files hold them, and an error for each that is not read.
 
-Everything here reads headers only; the one exception is a tied head that a file holds a second time, which is compared
-with the embedding (`same_values`).
+Everything here reads headers only. The one exception is a tied head that a file holds a second
+time, which is compared with the embedding (`same_values`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rlhf_jax.models.hf.safetensors_file import FLOATS, InFile, tensors_of
+from rlhf_jax.models.hf.settings import clipped
+from rlhf_jax.models.hf.stored import Stored
+from rlhf_jax.run.files import PLAIN_NAME, read_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -27,7 +32,93 @@ _PICKLED_PARTS = (
     "lm_head.bin",
     "score.bin",
 )
-"""Pickles that people keep beside a model as a part of it; ``pytorch_model.bin`` is a copy of the whole."""
+"""Pickles that people keep beside a model as a part of it; ``pytorch_model.bin`` is a copy of the
+whole."""
+
+
+class FolderTensors:
+    """The tensors of a model folder by their full names, and which of them have been read.
+
+    Calling it gives a tensor and counts it as read; `peek` gives it without counting.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.read: set[str] = set()
+        self._tensors: dict[str, InFile] = {}
+        for file in weight_files(path):
+            for tensor in tensors_of(file):
+                name = full_name(tensor.name)
+                if name in self._tensors:
+                    twice = f"{self._tensors[name].file.name} and {file.name} in {path}"
+                    raise ValueError(f"tensor {name!r} is in both {twice}: delete the file of the other model")
+                self._tensors[name] = tensor
+        self._check_index()
+
+    def _check_index(self) -> None:
+        """Compares the folder with its index, which is used only to find out what is missing."""
+        if not (self.path / INDEX).exists():
+            return
+        index = read_json(self.path / INDEX)
+        try:
+            weight_map = index["weight_map"]
+            missing = {str(shard): name for name, shard in weight_map.items() if full_name(name) not in self}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path / INDEX} is corrupt ({error!r}): copy it again") from error
+        if missing:
+            shard, name = min(missing.items())
+            raise ValueError(
+                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self.path}: copy that file again"
+            )
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
+                raise ValueError(
+                    f"{self.path / INDEX} names the shard {clipped(shard)}, which is no file of this "
+                    "folder: an index holds plain file names; copy the model again from a source "
+                    "you trust"
+                )
+        check_index(self.path, weight_map, self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __call__(self, name: str) -> Stored:
+        """The tensor, counted as read."""
+        tensor = self.peek(name)
+        self.read.add(name)
+        return tensor
+
+    def peek(self, name: str) -> InFile:
+        """The tensor, without counting it as read.
+
+        Raises:
+          ValueError: the folder holds none of that name, or its numbers are quantised.
+        """
+        if name not in self._tensors:
+            raise ValueError(
+                f"{self.path} holds no tensor {name!r}: a shard is missing, or config.json is "
+                f"another's{self._hint(name)}"
+            )
+        tensor = self._tensors[name]
+        if tensor.kind not in FLOATS:
+            raise ValueError(
+                f"tensor {tensor.name!r} of {tensor.file} is of the type {tensor.kind}: choose "
+                "weights that are not quantised"
+            )
+        return tensor
+
+    def _hint(self, name: str) -> str:
+        if name == "lm_head.weight":
+            return "; if the unembedding is the embedding, write tie_word_embeddings=true there"
+        unread = [other for other in self._tensors if other not in self.read]
+        if not unread:
+            return ""
+        return f"; among what it holds beside is {unread[0]!r} {list(self._tensors[unread[0]].shape)}"
+
+    @property
+    def unread(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that have not been read."""
+        return {name: tensor.shape for name, tensor in self._tensors.items() if name not in self.read}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -40,29 +131,31 @@ def weight_files(folder: Path) -> list[Path]:
     for name in _PICKLED_PARTS:
         if (folder / name).exists():
             raise ValueError(
-                f"{folder / name} is a part of the model in a pickle, which is never read: save it as safetensors and "
-                "merge it into the model, or move the file away if the model is meant without it"
+                f"{folder / name} is a part of the model in a pickle, which is never read: save it "
+                "as safetensors and merge it into the model, or move the file away if the model "
+                "is meant without it"
             )
     found = [file for file in sorted(folder.glob("*.safetensors")) if file.name != ADAPTER]
     files = [file for file in found if not _OTHER_COPIES.fullmatch(file.name)]
     if found and not files:
         raise FileNotFoundError(
-            f"{folder} holds {found[0].name} alone, the weights under other names: get model.safetensors, or the "
-            "model-00001-of-... shards, of the same model"
+            f"{folder} holds {found[0].name} alone, the weights under other names: get "
+            "model.safetensors, or the model-00001-of-... shards, of the same model"
         )
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {folder}: convert the weights to safetensors first")
     return files
 
 
-def check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Any], full_name: Any) -> None:
-    """Index and files speak of one model: no tensor in another file than the index says, no file beside it.
+def check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, InFile]) -> None:
+    """Checks that index and files describe one model.
+
+    No tensor is in another file than the index says, and no file is missing from the index.
 
     Args:
       folder: of the model.
       weight_map: of the index, name -> file.
-      tensors: those found, by full name, each with its `file`.
-      full_name: name in a file -> full name.
+      tensors: those found in the folder, by full name.
 
     Raises:
       ValueError: they differ.
@@ -71,15 +164,17 @@ def check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[st
         found = tensors[full_name(name)].file.name
         if found != shard:
             raise ValueError(
-                f"{folder / INDEX} says that tensor {name!r} is in {shard!r}, and it is in {found!r}: index and shards "
-                "are of different models or versions; copy the whole folder again"
+                f"{folder / INDEX} says that tensor {name!r} is in {shard!r}, and it is in "
+                f"{found!r}: index and shards are of different models or versions; copy the whole "
+                "folder again"
             )
     named = set(weight_map.values())
     for name, tensor in tensors.items():
         if tensor.file.name not in named:
             raise ValueError(
-                f"{tensor.file.name} in {folder} is not in {INDEX} (it holds {name!r} {list(tensor.shape)}): move the "
-                "file away if it is another model's, or copy the index again"
+                f"{tensor.file.name} in {folder} is not in {INDEX} (it holds {name!r} "
+                f"{list(tensor.shape)}): move the file away if it is another model's, or copy the "
+                "index again"
             )
 
 
@@ -87,7 +182,8 @@ _WRAPPERS = re.compile(r"^((_orig_mod|module|_fsdp_wrapped_module|base_model\.mo
 """What torch.compile, data parallelism and PEFT put before every name."""
 _BARE = {"wte": "transformer", "wpe": "transformer", "h": "transformer", "ln_f": "transformer",
          "embed_tokens": "model", "layers": "model", "norm": "model"}  # fmt: skip
-"""First part of a name of a model that was saved without its head -> the part that goes before it."""
+"""First part of a name of a model that was saved without its head -> the part that goes before
+it."""
 
 
 def full_name(name: str) -> str:
@@ -108,7 +204,9 @@ _BUFFERS = re.compile(
 
 
 def is_buffer(name: str, layers: int) -> bool:
-    """Whether a tensor is one that the modelling code computes by itself: a causal mask, or rotary frequencies.
+    """Whether a tensor is one that the modelling code computes by itself.
+
+    Those are causal masks and rotary frequencies.
 
     >>> is_buffer("transformer.h.0.attn.bias", 2), is_buffer("transformer.h.2.attn.bias", 2)
     (True, False)
@@ -129,7 +227,8 @@ _KINDS = (
      r"|weight_packed|_zero_point|nested_",
      "of quantised weights: choose the model's weights that are not quantised"),
     (r"(^|\.)(mtp|nextn|eagle|medusa)|\.(eh_proj|enorm|hnorm|shared_head)\b",
-     "of layers that predict several tokens, which this decoder has not: choose a model without them"),
+     "of layers that predict several tokens, which this decoder has not: choose a model without "
+     "them"),
     (r"visual|vision|image|multi_modal|multimodal|mm_projector|audio|speech",
      "of a model that reads images or sound: pass its text model alone"),
     (r"experts|\.router|block_sparse_moe|\.mlp\.gate\.weight|shared_expert",
@@ -156,8 +255,8 @@ def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int)
     name = next(iter(unread))
     more = f" and {len(unread) - 1} more such as {list(unread)[-1][:100]!r}" if len(unread) > 1 else ""
     raise ValueError(
-        f"{where} holds tensor {name[:100]!r} of shape {list(unread[name])}{more}, which would be left out: it is "
-        f"{_kind(name, layers)}"
+        f"{where} holds tensor {name[:100]!r} of shape {list(unread[name])}{more}, which would be "
+        f"left out: it is {_kind(name, layers)}"
     )
 
 

@@ -14,11 +14,9 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import processes
-from rlhf_jax.run import files
+from rlhf_jax.run import files, processes
 from rlhf_jax.run.files import json_digest, read_json, sha256, write_json
 
-__all__ = ["FORMAT", "Checkpoints", "json_digest", "refuse_non_finite", "sealed_steps", "stop_requests", "write_json"]
+__all__ = ["FORMAT", "Checkpoints", "json_digest", "refuse_non_finite", "sealed_steps", "write_json"]
 
 FORMAT = 1
 _PATIENCE = 30.0
@@ -358,6 +355,11 @@ def sealed_steps(root: Path) -> list[int]:
     return sorted(int(p.stem) for p in names if _is_step(p.stem) and (root / p.stem).is_dir())
 
 
+def was_saved(root: Path) -> bool:
+    """Whether a folder of checkpoints holds a seal; the files of its step were not looked for."""
+    return next(root.glob("manifests/*.json"), None) is not None
+
+
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
@@ -377,83 +379,3 @@ def _not_told_twice(record: logging.LogRecord) -> bool:
 
 def _warn(text: str) -> None:
     print(f"Warning: {text}", file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------- being told
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two steps.
-
-    In the block ``stop(step)`` is true once somebody asked: save and leave. A second signal interrupts at once. A
-    KeyboardInterrupt that leaves the block carries the signal's number as `signal_number`, for the exit status. A
-    signal that came after the last question is handed on when the block ends, so none is lost. With several processes
-    all get the same answer at the same step, from JAX's own handler (ours would replace it).
-
-    >>> with stop_requests() as stop:
-    ...     stop(0)
-    False
-    """
-    if processes.count() > 1:
-        with _ctrl_c_as_preemption():
-            yield processes.stop_point
-        return
-    asked: list[tuple[int, float]] = []
-    heard = threading.Event()
-
-    def ask(number: int, _: object) -> None:
-        again, now = bool(asked), time.monotonic()
-        # A SIGTERM within a second of another is the same one, sent twice.
-        if again and number == asked[0][0] == signal.SIGTERM and now - asked[0][1] < 1:
-            return
-        asked.append((number, now))
-        if again:
-            raise KeyboardInterrupt
-        _warn("stopping after this step (Ctrl-C again: at once)")
-
-    def stop(step: int) -> bool:
-        if asked:
-            heard.set()
-        return bool(asked)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield lambda step: False
-        return
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    except KeyboardInterrupt as interrupt:
-        interrupt.signal_number = asked[-1][0] if asked else signal.SIGINT  # pyright: ignore[reportAttributeAccessIssue]
-        heard.set()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked and not heard.is_set():
-        number = signal.Signals(asked[0][0])
-        handler = before[number]
-        if callable(handler):  # called, not raised anew: it would count as a second signal
-            handler(number, None)
-        else:
-            signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def _ctrl_c_as_preemption() -> Iterator[None]:
-    """The first Ctrl-C becomes a SIGTERM to this process, which all processes then hear of; the second interrupts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupt = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, _: object) -> None:
-        signal.signal(signal.SIGINT, interrupt)
-        _warn("all processes stop after a step (Ctrl-C again: at once)")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, interrupt)

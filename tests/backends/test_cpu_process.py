@@ -1,4 +1,4 @@
-"""What every stage does before it touches a device."""
+"""What a process on a CPU asks of malloc and of XLA before it touches a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common
+from rlhf_jax.backends import cpu_process
+from rlhf_jax.run import responses
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +24,8 @@ libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 if sys.argv[1] == "keep":
-    from experiments import common
-    common.keep_freed_memory()
+    from rlhf_jax.backends import cpu_process
+    cpu_process.keep_freed_memory()
 def use(size=64 * 2**20):
     place = libc.malloc(size)
     libc.memset(place, 1, size)
@@ -39,10 +40,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 COUNT_RELEASED = """
 import ctypes, sys
-from experiments import common
-common.keep_freed_memory()
+from rlhf_jax.backends import cpu_process
+cpu_process.keep_freed_memory()
 if sys.argv[1] == "large model":
-    common.keep_freed_memory(False)
+    cpu_process.keep_freed_memory(False)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
@@ -56,7 +57,7 @@ before = resident()
 libc.free(place)
 if sys.argv[1] == "end of stage":
     before = resident()
-    common.release_freed_memory()
+    cpu_process.release_freed_memory()
 print(before - resident())
 """
 
@@ -87,30 +88,30 @@ def test_freed_memory_goes_back_at_the_end_of_a_stage_and_at_once_under_a_large_
 
 def test_light_compiling_is_asked_for_unless_the_user_chose_a_level(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    common.compile_lightly()
-    common.compile_lightly()
+    cpu_process.compile_lightly()
+    cpu_process.compile_lightly()
     asked = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
     assert os.environ["XLA_FLAGS"] == asked
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
-    common.compile_lightly()
+    cpu_process.compile_lightly()
     assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=3"
 
 
 def test_an_accelerator_is_seen_by_its_plugin_and_can_be_ruled_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(common.metadata, "entry_points", lambda group: ["cuda"] if group == "jax_plugins" else [])
+    monkeypatch.setattr(cpu_process.metadata, "entry_points", lambda group: ["cuda"] if group == "jax_plugins" else [])
     ruled_out = jax.config.values["jax_platforms"]
     try:
         jax.config.update("jax_platforms", None)
-        assert common.has_accelerator()
+        assert cpu_process.has_accelerator()
         jax.config.update("jax_platforms", "cpu")
-        assert not common.has_accelerator()
+        assert not cpu_process.has_accelerator()
     finally:
         jax.config.update("jax_platforms", ruled_out)
 
 
 def test_batches_by_length_hold_every_row_once_and_waste_little():
     lengths = [40, 3, 64, 30, 90]
-    batches = list(common.by_length(lengths, 2))
+    batches = list(responses.by_length(lengths, 2))
     assert [slots for _, slots in batches] == [32, 64, 96]
     assert [index.tolist() for index, _ in batches] == [[1, 3], [0, 2], [4, 4]]
 
@@ -119,4 +120,4 @@ def test_batches_by_length_hold_every_row_once_and_waste_little():
 def test_one_cpu_device_samples_in_two_streams_if_it_has_two_cores(monkeypatch, cores, devices, streams):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1, 1), ("data", "fsdp", "model"))
-    assert common.sampling_streams(mesh) == streams
+    assert responses.sampling_streams(mesh) == streams

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import processes
-from rlhf_jax.run import files
+from rlhf_jax.run import files, processes
 from rlhf_jax.run.console import Console as Console
 from rlhf_jax.run.console import Stream as Stream
 from rlhf_jax.run.console import duration as duration

@@ -1,13 +1,13 @@
-"""Every setting of a config.json is read, known to change no number, or spoken of.
+"""Every setting of a config.json is read, known to change no number, refused or reported.
 
-A decoder that leaves a setting out still gives plausible logits, so nothing here is passed over in silence:
+A decoder that ignores a setting still gives plausible logits, so none is skipped in silence:
 
-* what `hf.config_from_hf` reads is listed for each family (`_READ`);
-* what changes no number of ours, or only training and sampling, which have settings of their own, is listed by the
-  reason (`_HARMLESS`);
-* what would change a number is refused by its name and value, unless the value is the one that leaves everything as it
-  is (`_NEUTRAL`);
-* a name that nobody here has heard of is refused when it sounds like the forward pass (`_COMPUTES`), and otherwise
+* what `config_json.config_from_hf` reads is listed for each family (`_READ`);
+* what changes no number, or only training and sampling (which have settings of their own here), is
+  listed by the reason (`_HARMLESS`);
+* what would change a number is refused by its name and value, unless the value is the one that
+  leaves everything as it is (`_NEUTRAL`);
+* an unknown name is refused when it sounds like the forward pass (`_COMPUTES`), and otherwise
   printed: a new harmless field of some library must not make a model unreadable.
 """
 
@@ -18,6 +18,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+SCORE_BIAS = "rlhf_jax_score_bias"
+"""The setting of our own: the bias of a score head, for which the layout has no tensor."""
 
 _SHARED = {"model_type", "vocab_size", "tie_word_embeddings", "architectures", "num_labels", "_num_labels", "id2label"}
 _ROTARY = {
@@ -39,7 +42,7 @@ _READ = {
         "rope_local_base_freq",
     },
 }  # fmt: skip
-"""Family -> the settings that `hf.config_from_hf` reads."""
+"""model_type -> the settings that `config_json.config_from_hf` reads."""
 
 _HARMLESS = {
     "where the model comes from and how it is stored": {
@@ -78,7 +81,7 @@ _HARMLESS = {
         "summary_use_proj", "is_decoder", "return_dict", "output_attentions", "output_hidden_states", "output_scores",
         "return_dict_in_generate", "tie_encoder_decoder", "tf_legacy_loss", "trust_remote_code", "is_llama_config",
     },
-    "our own": {"rlhf_jax_score_bias"},
+    "our own": {SCORE_BIAS},
 }  # fmt: skip
 """Why a setting changes no number of ours -> the settings."""
 _KNOWN_HARMLESS = frozenset().union(*_HARMLESS.values())
@@ -99,7 +102,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (None, True, False),
     "n_ctx": (None,),
 }  # fmt: skip
-"""Settings of other decoders -> the values with which they are plain. Anything else that sounds so: `_OFF`."""
+"""Settings of other decoders -> the values with which they are plain. Anything else that sounds so:
+`_OFF`."""
 _REFUSED = re.compile(
     r"^(scale_attn_\w+|add_cross_attention|cross_attention_hidden_size|is_encoder_decoder|pruned_heads|text_config"
     r"|vision_config|audio_config|clip_qkv|alibi|dim_model_base|scale_depth|mup_\w+|depth_scale\w*"
@@ -121,7 +125,7 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
       description: the content of config.json; its ``model_type`` is a family of `_READ`.
 
     Returns:
-      The settings that nobody here knows, to be printed (`tell_unread`).
+      The settings that are unknown here, to be printed (`tell_unread`).
 
     Raises:
       ValueError: naming the setting, its value, and what to do.
@@ -133,14 +137,15 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in _NEUTRAL or _REFUSED.search(name) or (_COMPUTES.search(name) and name != "auto_map"):
             raise ValueError(
-                f"{name}={_short(value)} in config.json is not supported for model_type={kind!r}: this decoder would "
-                "compute other numbers; choose a model without it, or take the field out if it changes nothing"
+                f"{name}={clipped(value)} in config.json is not supported for model_type={kind!r}: "
+                "this decoder would compute other numbers; choose a model without it, or take the "
+                "field out if it changes nothing"
             )
         unknown[name] = value
     _check_architecture(kind, description.get("architectures"))
     tied = description.get("tie_word_embeddings", False)
     if type(tied) is not bool:
-        raise ValueError(f"tie_word_embeddings={_short(tied)} in config.json must be true or false")
+        raise ValueError(f"tie_word_embeddings={clipped(tied)} in config.json must be true or false")
     return unknown
 
 
@@ -152,7 +157,7 @@ def tell_unread(what: str, unknown: Mapping[str, Any]) -> None:
       unknown: name -> value.
     """
     if unknown:
-        told = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
+        told = ", ".join(f"{name}={clipped(value)}" for name, value in unknown.items())
         print(f"Note: {what} that are not read: {told}", file=sys.stderr, flush=True)
 
 
@@ -202,12 +207,13 @@ def _check_architecture(kind: str, names: Any) -> None:
     if names is None or names == []:
         return
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"architectures={_short(names)} in config.json must be a list of names")
+        raise ValueError(f"architectures={clipped(names)} in config.json must be a list of names")
     for name in names:
         if not _CLASSES.fullmatch(name.lower()):
             raise ValueError(
-                f"architectures={names} in config.json: {name!r} is no plain language model or sequence classifier of "
-                f"model_type={kind!r}, so its numbers may be others; if they are not, write the plain class there"
+                f"architectures={names} in config.json: {name!r} is no plain language model or "
+                f"sequence classifier of model_type={kind!r}, so its numbers may be others; if "
+                "they are not, write the plain class there"
             )
 
 
@@ -225,8 +231,8 @@ def check_rope(rope: Mapping[str, Any], names: tuple[str, ...], where: str) -> N
     for name, value in rope.items():
         if name not in (*names, "rope_type", "type", "rope_theta") and not _is_plain(name, value, {"model_type": ""}):
             raise ValueError(
-                f"{name}={_short(value)} in {where} of config.json is not supported: choose a model with plain or "
-                "llama3 rotary positions"
+                f"{name}={clipped(value)} in {where} of config.json is not supported: choose a model "
+                "with plain or llama3 rotary positions"
             )
 
 
@@ -246,11 +252,14 @@ _GGUF_PLAIN: dict[str, tuple[Any, ...]] = {
         (1, 1.0),
     ),
 }  # fmt: skip
-"""Fields of a GGUF file -> the values with which the model is plain; of other fields of its family: `_OFF`."""
+"""Fields of a GGUF file -> the values with which the model is plain; of other fields of its family:
+`_OFF`."""
 
 
 def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
-    """Refuses a GGUF file with a field that changes numbers and that nothing reads, and prints what nobody knows.
+    """Refuses a GGUF file with a field that changes numbers and that nothing reads.
+
+    Fields that are unknown here are printed.
 
     Args:
       path: of the file.
@@ -266,8 +275,8 @@ def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str,
             continue
         if name in _GGUF_PLAIN or name.startswith(("llama.", "adapter.")):
             raise ValueError(
-                f"{name}={_short(value)} in {path} is not supported: this decoder would compute other numbers; choose "
-                "a plain llama model in one file"
+                f"{name}={clipped(value)} in {path} is not supported: this decoder would compute "
+                "other numbers; choose a plain llama model in one file"
             )
         unknown[name] = value
     tell_unread(f"{path} has fields", unknown)
@@ -279,7 +288,8 @@ def _near(value: Any, plain: Any) -> bool:
     return abs(value - plain) <= 1e-5 * abs(plain)
 
 
-def _short(value: Any) -> str:
+def clipped(value: Any) -> str:
+    """A value as an error may quote it: on one line of at most 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python writes

@@ -1,9 +1,11 @@
 """A LoRA adapter of PEFT beside its base model: merged into the weights while they are read.
 
-transformers applies an adapter that it finds beside the base, so leaving it out would load another model. Plain LoRA on
-the projections is merged, ``W + alpha / r * B A``; everything else that PEFT has is refused by its name.
+transformers applies an adapter that it finds beside the base, so leaving it out would load another
+model. Plain LoRA on the projections is merged, ``W + alpha / r * B A``; everything else that PEFT
+has is refused by its name.
 
-Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for ``alpha / sqrt(r)``.
+Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for ``alpha /
+  sqrt(r)``.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.models.hf_tensors import ADAPTER, ADAPTER_CONFIG
+from rlhf_jax.models.hf.safetensors_file import tensors_of
+from rlhf_jax.models.hf.stored import Read, Stored, Window, whole
+from rlhf_jax.models.hf.tensors import ADAPTER, ADAPTER_CONFIG, full_name
 from rlhf_jax.run.files import read_json
 
 _HARMLESS = {
@@ -26,7 +30,8 @@ _HARMLESS = {
     "loftq_config", "lora_ga_config", "megatron_core", "arrow_config", "qalora_group_size", "runtime_config",
     "ensure_weight_tying", "fan_in_fan_out",
 }  # fmt: skip
-"""Fields of adapter_config.json that change no merged weight: training alone, or what the tensors show themselves."""
+"""Fields of adapter_config.json that change no merged weight: training alone, or what the tensors
+show themselves."""
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base as it was; PiSSA and its kind change it."""
@@ -37,13 +42,19 @@ _OUT_IN = ("lm_head.weight", "score.weight")
 
 
 class Adapter(NamedTuple):
-    """The adapter of a folder: module (``model.layers.0.mlp.up_proj``) -> its A ``[r, in]`` and B ``[out, r]``."""
+    """The adapter of a folder.
+
+    Attributes:
+      folder: of the model.
+      pairs: module (``model.layers.0.mlp.up_proj``) -> its A ``[r, in]`` and B ``[out, r]``.
+      scale: what ``B A`` is multiplied by.
+    """
 
     folder: Path
-    pairs: Mapping[str, tuple[Any, Any]]
+    pairs: Mapping[str, tuple[Stored, Stored]]
     scale: float
 
-    def applied(self, read: Callable[[str], Any], *, transposed: bool) -> Callable[[str], Any]:
+    def applied(self, read: Read, *, transposed: bool) -> Read:
         """A reader of tensors that adds the adapter to those it was trained on.
 
         Args:
@@ -51,16 +62,17 @@ class Adapter(NamedTuple):
           transposed: whether files keep matrices as (out, in); GPT-2's do not.
         """
 
-        def merged(name: str) -> Any:
+        def merged(name: str) -> Stored:
             tensor, pair = read(name), self.pairs.get(name.removesuffix(".weight"))
             if pair is None or not name.endswith(".weight"):
                 return tensor
-            a, b = (np.asarray(_whole(part), np.float32) for part in pair)
+            a, b = (np.asarray(whole(part), np.float32) for part in pair)
             left, right = (b, a) if transposed or name in _OUT_IN else (a.T, b.T)
             if tuple(tensor.shape) != (len(left), right.shape[1]):
                 raise ValueError(
                     f"the adapter in {self.folder} changes {name!r} by a matrix of shape "
-                    f"{(len(left), right.shape[1])}, and the model has {tuple(tensor.shape)}: it is of another base"
+                    f"{(len(left), right.shape[1])}, and the model has {tuple(tensor.shape)}: it "
+                    "is of another base"
                 )
             return _Merged(tensor, left, right, self.scale)
 
@@ -71,7 +83,7 @@ class Adapter(NamedTuple):
 class _Merged:
     """A tensor with ``scale * left @ right`` added, in float32, window by window."""
 
-    base: Any
+    base: Stored
     left: np.ndarray
     right: np.ndarray
     scale: float
@@ -80,22 +92,18 @@ class _Merged:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.base.shape)
 
-    def __getitem__(self, window: tuple[slice, ...], /) -> np.ndarray:
+    def __getitem__(self, window: Window, /) -> np.ndarray:
         rows, columns = window
         change = self.left[rows] @ self.right[:, columns]
         return self.base[window].astype(np.float32) + np.float32(self.scale) * change
 
 
-def find_adapter(folder: Path, tensors_of: Callable[[Path], Iterable[Any]], full_name: Callable[[str], str]) -> Any:
+def find_adapter(folder: Path) -> Adapter | None:
     """The adapter in a model folder, or None; the base has to be there too.
 
-    Args:
-      folder: of the model.
-      tensors_of: file -> its tensors, each with `name` and `shape`.
-      full_name: a tensor's name in a file -> its whole name.
-
     Raises:
-      ValueError: it stands alone, is incomplete, or is more than plain LoRA; the message names what.
+      ValueError: it stands alone, is incomplete, or is more than plain LoRA; the message names
+        what.
     """
     description, weights = folder / ADAPTER_CONFIG, folder / ADAPTER
     if not description.exists() and not weights.exists():
@@ -108,26 +116,30 @@ def find_adapter(folder: Path, tensors_of: Callable[[Path], Iterable[Any]], full
     if not any(file.name != ADAPTER for file in folder.glob("*.safetensors")):
         base = config.get("base_model_name_or_path")
         raise ValueError(
-            f"{folder} holds an adapter alone; its base is {str(base)[:200]!r}: copy the files of the base "
-            "(config.json, *.safetensors, tokenizer.json) into this folder, where the adapter is merged on loading, or "
-            "merge it with PEFT (merge_and_unload) and pass the merged model"
+            f"{folder} holds an adapter alone; its base is {str(base)[:200]!r}: copy the files of "
+            "the base (config.json, *.safetensors, tokenizer.json) into this folder, where the "
+            "adapter is merged on loading, or merge it with PEFT (merge_and_unload) and pass the "
+            "merged model"
         )
     if not weights.exists():
         raise ValueError(
-            f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER}: copy the adapter there as safetensors, or move "
-            f"{ADAPTER_CONFIG} away if the base is meant without it"
+            f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER}: copy the adapter there as "
+            f"safetensors, or move {ADAPTER_CONFIG} away if the base is meant without it"
         )
     scale, rank = _scale(config, description)
-    pairs = _pairs(weights, tensors_of, full_name, rank)
+    pairs = _pairs(weights, rank)
     _check_targets(config.get("target_modules"), pairs, description)
     return Adapter(folder, pairs, scale)
 
 
 def refuse_to_save_beside(folder: Path) -> None:
-    """Refuses to write a model over the base of an adapter: what was loaded there has the adapter in it already.
+    """Refuses to write a model over the base of an adapter.
+
+    What was loaded there has the adapter in it already.
 
     Args:
-      folder: that is to be written; it need not be there. An adapter alone in it waits for its base.
+      folder: that is to be written; it need not be there. An adapter alone in it waits for its
+        base.
 
     Raises:
       ValueError: it holds a base and its adapter; nothing was written.
@@ -135,8 +147,8 @@ def refuse_to_save_beside(folder: Path) -> None:
     adapter = next((name for name in (ADAPTER, ADAPTER_CONFIG) if (folder / name).exists()), None)
     if adapter and any(file.name != ADAPTER for file in folder.glob("*.safetensors")):
         raise ValueError(
-            f"{folder} holds a model with {adapter}, which would be merged again into what is to be saved there: "
-            "choose another folder, or move the adapter away"
+            f"{folder} holds a model with {adapter}, which would be merged again into what is to "
+            "be saved there: choose another folder, or move the adapter away"
         )
 
 
@@ -149,8 +161,8 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
         refused = value not in plain[name] if name in plain else name not in _READ | _HARMLESS and bool(value)
         if refused:
             raise ValueError(
-                f"{name}={str(value)[:80]} in {where} is more than plain LoRA: merge the adapter with PEFT "
-                "(merge_and_unload) and pass the merged model"
+                f"{name}={str(value)[:80]} in {where} is more than plain LoRA: merge the adapter "
+                "with PEFT (merge_and_unload) and pass the merged model"
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     numbers = type(rank) is int and rank > 0 and isinstance(alpha, int | float) and type(alpha) is not bool
@@ -162,15 +174,15 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
 _PART = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
 
-def _pairs(file: Path, tensors_of: Callable, full_name: Callable, rank: int) -> dict[str, tuple[Any, Any]]:
-    halves: dict[str, dict[str, Any]] = {}
+def _pairs(file: Path, rank: int) -> dict[str, tuple[Stored, Stored]]:
+    halves: dict[str, dict[str, Stored]] = {}
     for tensor in tensors_of(file):
         found = _PART.fullmatch(full_name(tensor.name))
         shape = list(tensor.shape)
         if found is None or len(shape) != 2:
             raise ValueError(
-                f"{file} holds tensor {tensor.name!r} of shape {shape}, which is more than plain LoRA: merge the "
-                "adapter with PEFT (merge_and_unload) and pass the merged model"
+                f"{file} holds tensor {tensor.name!r} of shape {shape}, which is more than plain "
+                "LoRA: merge the adapter with PEFT (merge_and_unload) and pass the merged model"
             )
         if shape[0 if found["part"] == "A" else 1] != rank:
             raise ValueError(f"tensor {tensor.name!r} of {file} has the shape {shape}, and r={rank}: copy it again")
@@ -195,7 +207,3 @@ def _check_targets(targets: Any, pairs: Mapping[str, Any], where: Path) -> None:
     for target in targets:
         if not any(module == target or module.endswith(f".{target}") for module in pairs):
             raise ValueError(f"target_modules of {where} names {target!r}, for which {ADAPTER} holds no tensor")
-
-
-def _whole(tensor: Any) -> np.ndarray:
-    return tensor[tuple(slice(0, size) for size in tensor.shape)]

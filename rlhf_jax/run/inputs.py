@@ -15,12 +15,10 @@ from typing import Any
 import safetensors
 from ml_collections import ConfigDict, FieldReference
 
-from experiments import common, pretrained
-from rlhf_jax import config as config_lib
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import task_of
 from rlhf_jax.models.decoder import DecoderConfig
-from rlhf_jax.run import files
+from rlhf_jax.run import checks, files, networks, optimizers, pretrained
 from rlhf_jax.sharding import rules_from_data
 
 LANGUAGE, REWARD = "language model", "reward model"
@@ -88,14 +86,14 @@ def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
         raise ValueError(f"{field}={name!r} is no path: pass the folder of a {kind}")
     if not name:
         raise ValueError(f"{field} is empty: pass the folder of a {kind} with --config.{field}=FOLDER")
-    known = name.startswith(common.SHIPPED) or name in pretrained.MODELS
-    folder = Path(name) if name in pretrained.MODELS else common.model_folder(name)
+    known = name.startswith(networks.SHIPPED) or name in pretrained.MODELS
+    folder = Path(name) if name in pretrained.MODELS else networks.model_folder(name)
     if not known:
         _check_folder(field, folder)
     elif name not in pretrained.MODELS and not folder.is_dir():
         shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         raise ValueError(
-            f"{field}={name} is not shipped: choose one of {', '.join(common.SHIPPED + n for n in shipped)}"
+            f"{field}={name} is not shipped: choose one of {', '.join(networks.SHIPPED + n for n in shipped)}"
         )
     found = LANGUAGE if known or folder.suffix == ".gguf" else kind_of(folder)
     if found and found != kind:
@@ -223,9 +221,9 @@ OR_NONE = {
 
 
 ONE_OF: Mapping[str, tuple[str, ...]] = {
-    "optimizer": common.OPTIMIZERS,
-    "schedule": common.SCHEDULES,
-    "train": common.TRAIN,
+    "optimizer": optimizers.OPTIMIZERS,
+    "schedule": optimizers.SCHEDULES,
+    "train": networks.TRAIN,
     "too_long": ("error", "drop"),
     "assistant_turns": ("all", "last"),
 }
@@ -247,7 +245,7 @@ def _check_words(config: ConfigDict, group: str) -> None:
     for key, value in config.items(preserve_field_references=True):
         value = value.get() if isinstance(value, FieldReference) else value
         if key in ONE_OF and isinstance(value, str):
-            config_lib.require_one_of(f"{group}{key}", value, ONE_OF[key])
+            checks.require_one_of(f"{group}{key}", value, ONE_OF[key])
         elif key == "decoder" and isinstance(value, ConfigDict):
             _check_decoder(value, f"{group}{key}")
         elif key == "sharding":

@@ -1,0 +1,100 @@
+"""Records that are longer than a limit, and records that are kept but deserve a look."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from rlhf_jax.data.schema.records import (
+    ABSENT,
+    Demonstration,
+    PlainText,
+    Ranking,
+    record_texts,
+    split_texts,
+    strict_pairs,
+)
+from rlhf_jax.data.schema.rules import RowError
+
+
+def fitted(record: Any, limit: int, length: Callable[[str], int], too_long: str) -> Any:
+    """The record itself where it fits, or cut so that it does.
+
+    Args:
+      record: of any kind.
+      limit: most that its prompt and its longest ranked response may take, or its text.
+      length: what a text takes.
+      too_long: "truncate" cuts responses and texts at their end; else a longer record is an error.
+
+    Raises:
+      RowError: it does not fit and is not cut, or its prompt leaves no room.
+    """
+    before, answers = split_texts(record)
+    taken = sum(map(length, before))
+    total = taken + max(map(length, answers), default=0)
+    if total <= limit:
+        return record
+    if too_long == "truncate" and answers:
+        return _cut(record, limit - taken, length)
+    what = "prompt and longest response take" if before and answers else "the row takes"
+    unit = " characters" if length is len else ""
+    raise RowError("too long", f"{what} {total}{unit}, limit={limit}: shorten the row or raise limit")
+
+
+def _cut(record: Any, room: int, length: Callable[[str], int]) -> Any:
+    if isinstance(record, PlainText):
+        return msgspec.structs.replace(record, text=_shorten(record.text, room, length))
+    if isinstance(record, Demonstration):
+        return msgspec.structs.replace(record, response=_shorten(record.response, room, length))
+    pairs = zip(record.responses, record.ranks, strict=True)
+    responses = tuple(text if rank == ABSENT else _shorten(text, room, length) for text, rank in pairs)
+    return msgspec.structs.replace(record, responses=responses)
+
+
+def _shorten(text: str, room: int, length: Callable[[str], int]) -> str:
+    """The longest beginning of a text that takes at most `room`."""
+    if length(text) <= room:
+        return text
+    end = max(bisect.bisect_right(range(len(text)), room, key=lambda n: length(text[:n])) - 1, 0)
+    while end and length(text[:end]) > room:  # A count of tokens may fall where the text grows.
+        end -= 1
+    if not text[:end].strip():
+        raise RowError("too long", "the prompt leaves no room for a response: shorten it or raise limit")
+    return text[:end]
+
+
+def notes(record: Any) -> list[str]:
+    """The reasons of `RULES` under which a record deserves a look, whatever file it came from."""
+    return list(notes_of(record, None, cut=False))
+
+
+def notes_of(record: Any, special: re.Pattern[str] | None, *, cut: bool) -> Iterator[str]:
+    """The same for a record of a file.
+
+    Args:
+      record: of any kind.
+      special: finds the special tokens that count as a note; None finds none.
+      cut: whether `fitted` has cut it.
+    """
+    if cut:
+        yield "response cut"
+    if special and any(map(special.search, record_texts(record))):
+        yield "special token in text"
+    if isinstance(record, Ranking):
+        if strict_pairs(record.ranks) == 0:
+            yield "all responses tie"
+        pairs = zip(record.responses, record.ranks, strict=True)
+        ranked = {(text, rank) for text, rank in pairs if rank != ABSENT}
+        if len({text for text, _ in ranked}) < len(ranked):
+            yield "same response, different ranks"
+
+
+def special_pattern(special_tokens: Sequence[str] | re.Pattern[str]) -> re.Pattern[str] | None:
+    """A pattern that finds any of some texts; None where there are none."""
+    if isinstance(special_tokens, re.Pattern):
+        return special_tokens
+    return re.compile("|".join(map(re.escape, special_tokens))) if special_tokens else None

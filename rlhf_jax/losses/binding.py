@@ -1,0 +1,62 @@
+"""Losses are called with the arguments that they name, out of what a step has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from rlhf_jax.types import Mean, Metrics
+
+Loss = Callable[..., Any]
+"""Arrays in, ``(Mean, dict of Mean or Max)`` out; a bare `Mean` will do."""
+
+
+class BoundLoss(NamedTuple):
+    """A loss and the arguments that it takes by name from what a step has."""
+
+    loss: Loss
+    names: tuple[str, ...]
+
+    def __call__(self, **arrays: Array) -> tuple[Mean, Metrics]:
+        """Call the loss with those of `arrays` that it names; a bare `Mean` gets empty metrics."""
+        result = self.loss(**{name: arrays[name] for name in self.names})
+        return (result, {}) if isinstance(result, Mean) else result
+
+
+def bind_arguments(loss: Loss, available: tuple[str, ...], *, name: str) -> BoundLoss:
+    """Find which of `available` the loss names.
+
+    Keyword-only arguments with a default are hyperparameters and stay as they are; so do defaults of other arguments
+    that are not in `available`.
+
+    Args:
+      loss: a function of arrays, or a `functools.partial` of one.
+      available: what the step can hand over.
+      name: of the argument, for the error.
+
+    Returns:
+      The loss, to be called with at least its `names`.
+
+    Raises:
+      ValueError: if the loss requires an argument that is not available; the message lists those that are.
+
+    >>> bind_arguments(lambda logp, mask, *, beta=1.0: None, ("logp", "mask", "tokens"), name="loss").names
+    ('logp', 'mask')
+    """
+    names = []
+    for argument in inspect.signature(loss).parameters.values():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            continue
+        required = argument.default is argument.empty
+        if argument.name in available and (required or argument.kind is not argument.KEYWORD_ONLY):
+            names.append(argument.name)
+        elif required:
+            function = getattr(loss, "__name__", repr(loss))
+            raise ValueError(
+                f"{name}={function} asks for {argument.name!r}, which this step does not have: "
+                f"name any of {', '.join(available)}, or give it a default"
+            )
+    return BoundLoss(loss, tuple(names))

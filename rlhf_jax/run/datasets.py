@@ -1,0 +1,115 @@
+"""Records of a file as rows of token ids, and as batches of which each process reads its share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from rlhf_jax import sharding
+from rlhf_jax.data import chat, schema, templated, text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.run import contexts, processes
+from rlhf_jax.types import LMBatch
+
+
+def read_records(
+    path: str | os.PathLike[str], kind: type[schema.Record], tokenizer: Any = None, **reading: Any
+) -> list[schema.Record]:
+    """`schema.read_jsonl`, and a line on the screen where a chat template wrote texts of the file before.
+
+    Args:
+      path: the file.
+      kind: of its records.
+      tokenizer: whose special tokens are looked for too; None looks for those of well-known models alone.
+      **reading: further arguments of `schema.read_jsonl`.
+    """
+    records, report = schema.read_jsonl(path, kind, special_tokens=templated.pattern(tokenizer), **reading)
+    note = report and templated.note(records, report, tokenizer)
+    if note and processes.index() == 0:
+        print(note, flush=True)
+    return records
+
+
+def read_prompts(
+    path: str | os.PathLike[str], limit: int | None = None, *, tokenizer: Any = None
+) -> list[schema.Prompt]:
+    """The prompts of a JSONL file, at most `limit` of them.
+
+    Raises:
+      ValueError: the file holds fewer than one.
+    """
+    prompts = read_records(path, schema.Prompt, tokenizer)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: check how it was made")
+    return prompts if limit is None else prompts[:limit]
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[schema.Conversation], *, length: int, where: str
+) -> list[list[int]]:
+    """Ids of each prompt.
+
+    Raises:
+      ValueError: a prompt is longer than `length` tokens.
+    """
+    ids = [text.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) > length:
+        raise ValueError(
+            f"{where}: a prompt has {len(ids[longest])} tokens and prompt_length is {length} "
+            f"({chat.readable(prompts[longest])[:60]!r}...): raise prompt_length or leave the prompt out"
+        )
+    return ids
+
+
+def lm_rows(
+    tokenizer: Any, path: str | os.PathLike[str], *, length: int, context: contexts.Context | None = None,
+    key: str = "row_length",
+) -> LMBatch:  # fmt: skip
+    """Packed rows of a JSONL file of plain text.
+
+    Args:
+      tokenizer: of the model that reads them.
+      path: the file.
+      length: slots of a row; a longer document is split.
+      context: of that model; None asks for nothing.
+      key: of the config, where `length` comes from.
+
+    Raises:
+      ValueError: a piece of a document needs more positions than the model has.
+    """
+    documents = read_records(path, schema.PlainText, tokenizer)
+    ids = [text.encode_document(tokenizer, d.text, eos_id=tokenizer.eos_token_id) for d in documents]
+    rows = text.lm_rows(ids, length=length)
+    if context is not None:
+        contexts.check_rows(context, rows, f"{path}: a piece of a document in rows of {key}={length}")
+    return rows
+
+
+def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -> Batches[Any]:
+    """The stream of batches of `rows`, of each batch this process's share."""
+    index, count = sharding.batch_share(mesh)
+    return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
+
+
+def held_out_batches(
+    rows: LMBatch, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, most: int | None = None
+) -> list[LMBatch]:
+    """Rows of text to measure a loss on, placed, each of them once: what fills up the last batch is no target.
+
+    Args:
+      rows: all of them.
+      mesh: where batches go.
+      batch_size: rows of a batch.
+      seed: of their order, which matters where only some batches are taken.
+      most: at most so many batches; None takes all.
+    """
+    found = batches(rows, mesh, batch_size=batch_size, seed=seed).each_once(most)
+    return [
+        sharding.place_batch(dataclasses.replace(batch, mask=batch.mask & counts[:, None]), mesh)
+        for batch, counts in found
+    ]

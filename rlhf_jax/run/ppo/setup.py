@@ -1,0 +1,115 @@
+"""The parts of PPO before its first iteration: optimizers, the KL controller, the state and where it is placed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rlhf_jax import kl_control, sharding
+from rlhf_jax.data import text
+from rlhf_jax.data.loader import Batches
+from rlhf_jax.data.schema import Conversation
+from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.rewards import functions
+from rlhf_jax.run import optimizers as optimizer_lib
+from rlhf_jax.run.networks import Network, TrainableParams, load_network
+from rlhf_jax.run.ppo.settings import require_reward
+from rlhf_jax.steps import Optimizers, train_state
+from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout
+
+
+class Pieces(NamedTuple):
+    """The compiled pieces of an iteration after sampling."""
+
+    score_and_shape: Callable[..., tuple[Rollout, Metrics]]
+    step: Callable[..., tuple[PPOState, Metrics]]
+
+
+class Setup(NamedTuple):
+    """Everything that stays the same while PPO runs: networks, streams, compiled pieces."""
+
+    policy: Network
+    reward: Network | None
+    value: Model
+    trained_policy: TrainableParams
+    trained_value: TrainableParams
+    asked: list[Conversation]
+    prompt_ids: list[str | None]
+    prompts: Batches
+    pretraining: Batches | None
+    held_out: list[LMBatch]
+    controller: kl_control.KLController
+    pieces: Pieces
+    paired: Pieces | None
+    state: PPOState
+    gold: functions.Judge | None
+    text_reward: functions.Judge | None
+
+
+def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
+    """How each of the four networks lies on the mesh: a large policy may be spread out and a small reward model not."""
+    return {
+        name: sharding.rules_from_data(config.sharding[name], field=f"sharding.{name}")
+        for name in ("policy", "reference", "value", "reward_model")
+    }
+
+
+def optimizers(config: ConfigDict) -> Optimizers:
+    """Of the policy and of the value network; their schedules count epochs x minibatches steps per iteration."""
+    per_iteration = config.epochs * config.minibatches
+    steps = config.iterations * per_iteration
+    policy = optimizer_lib.schedule(
+        config.schedule, config.learning_rate, steps, warmup=config.warmup_iterations * per_iteration
+    )
+    value = optimizer_lib.schedule(
+        config.schedule, config.value_learning_rate, steps, warmup=config.value_warmup_iterations * per_iteration
+    )
+    return Optimizers(
+        optimizer_lib.optimizer(config, policy),
+        optimizer_lib.optimizer(config, value, clip_norm=config.value_clip_norm),
+    )
+
+
+def kl_controller(config: ConfigDict) -> kl_control.KLController:
+    """The controller of the KL coefficient that the config asks for."""
+    if config.kl.controller == "fixed":
+        return kl_control.fixed_kl(coef=config.kl.coef)
+    return kl_control.adaptive_kl(
+        coef=config.kl.coef, target=config.kl.target, horizon=config.kl.horizon, n_steps=config.episodes
+    )
+
+
+def initial_state(config: ConfigDict, mesh: jax.sharding.Mesh, policy: Params, value: Params) -> tuple[PPOState, Any]:
+    """PPO before its first iteration, built where it belongs, and its shardings."""
+    rules, (policy_tx, value_tx) = sharding_rules(config), optimizers(config)
+    made, where = sharding.build_state(
+        partial(train_state, tx=policy_tx, ema=True, guard=True), policy, mesh=mesh, rules=rules["policy"]
+    )
+    other, other_where = sharding.build_state(
+        partial(train_state, tx=value_tx, guard=True), value, mesh=mesh, rules=rules["value"]
+    )  # fmt: skip
+    rest = kl_controller(config).init(), jnp.zeros((), jnp.int32)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), rest)
+    return PPOState(made, other, *sharding.place_state(rest, mesh, ())), PPOState(where, other_where, *whole)
+
+
+def stop_ids(setup: Setup) -> tuple[int, ...]:
+    """The tokens that end a response; where there is no tokenizer (a plan) any one."""
+    return (0,) if setup.policy.tokenizer is None else tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
+
+
+def reward_and_value(policy: Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Network | None, Network]:
+    """The reward model (None when a function of texts rewards) and the network that the value function starts from."""
+    require_reward(config)
+    if not config.reward_model:
+        params = scalar_from_language_model(policy.params, jax.random.key(config.seed))
+        return None, Network(scalar_model(policy.model.config), params, policy.tokenizer)
+    rules = sharding_rules(config)["reward_model"]
+    network = load_network(config.reward_model, mesh, config.decoder, rules=rules)
+    text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
+    return (None if config.text_reward else network), network

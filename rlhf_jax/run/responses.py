@@ -1,0 +1,196 @@
+"""Responses of a language model to prompts, sampled in batches, and the scores that a reward model gives them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rlhf_jax import scoring, sharding
+from rlhf_jax.data import chat, schema, text
+from rlhf_jax.generate import generate_many
+from rlhf_jax.models.vocabulary import with_texts_only
+from rlhf_jax.run import contexts, processes
+from rlhf_jax.run.console import Progress
+from rlhf_jax.run.networks import Network
+from rlhf_jax.types import Model, Params, PromptBatch, Samples
+
+
+def sample_responses(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    mesh: jax.sharding.Mesh,
+    *,
+    asked: Sequence[schema.Conversation] = (),
+    counts: int | Sequence[int] = 1,
+    prompt_length: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    stop_ids: Sequence[int] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[str], Samples]:
+    """Responses to each prompt, as text and as arrays; the responses to a prompt follow each other.
+
+    Args:
+      network: a language model.
+      prompts: token ids.
+      mesh: where to sample.
+      asked: what the ids stand for, prompt by prompt: after messages a response ends as the chat template ends a turn.
+        Without it EOS ends every response.
+      counts: responses to each prompt, one number for all or one each.
+      prompt_length: slots of the prompts; fewer where the model's context leaves no more beside `max_new_tokens`.
+      max_new_tokens: longest response, EOS included.
+      temperature: of sampling; 0 is greedy.
+      seed: with each prompt's place and the number of the response the only source of randomness.
+      batch_size: rows sampled together.
+      stop_ids: tokens that end a response besides those of `asked`.
+      progress: called with (responses done, responses).
+
+    Raises:
+      ValueError: a prompt with `max_new_tokens` after it is longer than the model's context.
+    """
+    context = contexts.of_network(network)
+    name = contexts.prompt_of("prompts", asked) if asked else lambda i: f"prompt {i + 1}"
+    contexts.check(context, [len(ids) for ids in prompts], name, new=max_new_tokens)
+    if context.length is not None:  # callers round up, and slots of padding need no positions
+        prompt_length = min(prompt_length, context.length - max_new_tokens)
+    data = mesh.shape["data"] * mesh.shape["fsdp"]
+    ends = text.stop_ids(network.tokenizer, asked)
+    samples = generate_many(
+        with_texts_only(network.model, network.tokenizer), network.params,
+        text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
+        counts=counts, rows=-(-batch_size // data) * data, streams=sampling_streams(mesh),
+        max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids),
+        sharding=sharding.batch_sharding(mesh), progress=progress,
+    )  # fmt: skip
+    each = [p for p, k in zip(asked, np.broadcast_to(counts, len(asked)), strict=True) for _ in range(k)]
+    return response_texts(network.tokenizer, samples, each), samples
+
+
+def sampling_streams(mesh: jax.sharding.Mesh) -> int:
+    """Two on a CPU of two cores or more, which one stream does not keep busy; one on accelerators."""
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if alone and cores > 1 else 1
+
+
+def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conversation] = ()) -> list[str]:
+    """The responses as text, for people and judges; the token ids go on to an update as they are.
+
+    Args:
+      tokenizer: of the model that spoke.
+      samples: N responses.
+      asked: the N prompts they answer; without it they end at EOS.
+    """
+    fetched = processes.gather(samples)
+    rows = [
+        row[start:end].tolist()
+        for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
+    ]
+    ends = text.stop_ids(tokenizer, asked)
+    prompts = asked or [""] * len(rows)
+    return [text.decode_answer(tokenizer, p, ids, stop_ids=ends) for p, ids in zip(prompts, rows, strict=True)]
+
+
+def score_responses(
+    network: Network,
+    prompts: Sequence[schema.Conversation],
+    responses: Sequence[str],
+    mesh: jax.sharding.Mesh,
+    *,
+    batch_size: int,
+) -> np.ndarray:
+    """Raw reward-model score of each response to its prompt, one number each.
+
+    Raises:
+      ValueError: a prompt with its response is longer than the model's context; nothing is computed then.
+    """
+    return score_rows(network, scoring_rows(network, prompts, responses), mesh, batch_size=batch_size)
+
+
+def scoring_rows(network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt with its whole response, as the reward model was trained on them.
+
+    Raises:
+      ValueError: one is longer than the model's context.
+    """
+    rows = [
+        [*text.encode_prompt(network.tokenizer, p), *text.encode_answer(network.tokenizer, p, r)]
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+
+    def name(i: int) -> str:
+        return f"scoring: the response {responses[i][:40]!r}.. with its prompt {chat.readable(prompts[i])[:40]!r}.."
+
+    contexts.check(contexts.of_network(network), [len(row) for row in rows], name)
+    return rows
+
+
+def fitting_scoring_rows(
+    network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]
+) -> tuple[list[list[int]], int]:
+    """`scoring_rows` of sampled responses, and how many are scored only as far as they fit.
+
+    Text that is encoded again may take more tokens than were sampled: another tokenizer, or bytes that are no text. The
+    ids beyond the context are left out then, as PPO scores a response that `max_new_tokens` ended.
+
+    Raises:
+      ValueError: a prompt alone fills the model's context.
+    """
+    most = contexts.of_network(network).length
+    rows, cut = [], 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        asked = text.encode_prompt(network.tokenizer, prompt)
+        said = text.encode_answer(network.tokenizer, prompt, response)
+        room = len(said) if most is None else most - len(asked)
+        if room < 1:
+            raise ValueError(
+                f"scoring: the prompt {chat.readable(prompt)[:60]!r}.. has {len(asked)} tokens and "
+                f"{contexts.of_network(network)}, which leaves nothing for a response: {contexts.ADVICE}"
+            )
+        cut += len(said) > room
+        rows.append([*asked, *said[:room]])
+    return rows, cut
+
+
+def score_rows(
+    network: Network, rows: Sequence[Sequence[int]], mesh: jax.sharding.Mesh, *, batch_size: int
+) -> np.ndarray:
+    """Raw reward-model score of each row of ids, read at its last one."""
+    scores, most = np.zeros(len(rows)), contexts.of_network(network).length
+    parts = [*by_length([len(row) for row in rows], batch_size, most=most)]
+    # Counted in slots: the rows are sorted, and the last batches of them take longest.
+    work = np.cumsum([len(index) * slots for index, slots in parts], dtype=int)
+    with Progress("scoring", int(work[-1]) if parts else 0, unit="slots") as progress:
+        for (index, slots), done in zip(parts, work, strict=True):
+            batch = text.prompt_batch([rows[i] for i in index], length=slots)
+            placed = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+            scores[index] = processes.gather(_scores(network.model, network.params, placed))
+            progress(int(done))
+    return scores
+
+
+def by_length(lengths: ArrayLike, batch_size: int, *, most: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches of like lengths, so that little padding is computed: their indices and the slots they need.
+
+    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few compiled programs,
+    but never more than `most`: a model has no positions beyond its context, not even for padding.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        index = order[np.minimum(np.arange(start, start + batch_size), len(order) - 1)]
+        slots = -(-int(lengths[index[-1]]) // 32) * 32
+        yield index, slots if most is None else min(slots, most)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores(model: Model, params: Params, rows: PromptBatch) -> jax.Array:
+    return scoring.sequence_scores(model, params, rows.tokens, rows.lengths)

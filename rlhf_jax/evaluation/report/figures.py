@@ -192,7 +192,7 @@ def overoptimization(results: Mapping[str, Any]) -> list[Figure]:
     curve = mapping(results, "best_of_n")
     figures = []
     for key, title, color in (
-        ("proxy", "Reward model's opinion", "var(--reward-model)"),
+        ("proxy", "Reward-model score", "var(--reward-model)"),
         ("gold", "Gold score", "var(--best-of-4)"),
     ):
         points = pairs(curve.get("kl"), curve.get(key))

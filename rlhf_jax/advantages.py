@@ -61,6 +61,7 @@ def gae(
         next_advantage, next_value = after
         reward, value, valid = slot
         delta = reward + gamma * next_value - value
+        # Outside the mask the carry passes unchanged, so padding does not separate tokens.
         advantage = jnp.where(valid, delta + gamma * lam * next_advantage, next_advantage)
         return (advantage, jnp.where(valid, value, next_value)), jnp.where(valid, advantage, 0)
 
@@ -136,8 +137,8 @@ def group_relative(scores: Float[Array, "B K"], *, eps: float | int = 1e-6) -> F
     """
     _group_size(scores)
     centred = scores - jnp.mean(scores, axis=1, keepdims=True)
-    # Again, for the rounding error of the mean: divided by eps it would turn equal scores into
-    # advantages.
+    # Centred twice, because the rounding error of the mean, divided by eps, would give equal scores
+    # an advantage.
     centred = centred - jnp.mean(centred, axis=1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=1, keepdims=True)
     return centred / (jnp.sqrt(variance) + eps)

@@ -83,6 +83,7 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
 
 def _share_ties(proxy: np.ndarray, sorted_weights: np.ndarray) -> np.ndarray:
     """Weights of the samples, from those in rising order of proxy; ties share their mean."""
+    # In sorted order, neighbours that tie belong to one group.
     order = np.argsort(proxy, kind="stable")
     rising = proxy[order].astype(np.float64)
     steps = ~ties.is_tie(rising[1:], rising[:-1], scale=ties.scale_of(proxy))
@@ -162,6 +163,7 @@ def rl_peak(fit: GaoFit) -> Peak:
     """Peak of ``d (a - b ln d)``: ``d = exp(a / b - 1)``, gold ``b d``."""
     if fit.b <= 0:
         return Peak(math.inf, math.inf)
+    # Beyond 300 the KL, which is the square, would overflow.
     d = math.exp(min(fit.a / fit.b - 1, 300.0))
     return Peak(d * d, fit.b * d)
 

@@ -68,7 +68,8 @@ def strict_pairs(ranks: Int[np.ndarray, "N K"]) -> Pairs:
     [1, 2]
     """
     present = ranks >= 0
-    preferred = present[:, :, None] & present[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
+    both_present = present[:, :, None] & present[:, None, :]
+    preferred = both_present & (ranks[:, :, None] < ranks[:, None, :])
     return Pairs(*np.nonzero(preferred))
 
 
@@ -101,7 +102,8 @@ def pairwise_accuracy(
     labelers); Cameron, Gelbach and Miller 2008, section 3 (bootstrap of clusters).
     """
     pairs, _, correct = _judged(scores, ranks)
-    return _bootstrap(_prompts(groups, len(ranks))[pairs.prompt], correct, resamples, seed)
+    clusters = _prompts(groups, len(ranks))[pairs.prompt]
+    return _bootstrap(clusters, correct, resamples, seed)
 
 
 def pairwise_log_loss(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"]) -> float:
@@ -132,7 +134,8 @@ def calibration(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")
     _, margin, correct = _judged(scores, ranks)
-    parts = np.array_split(np.argsort(np.abs(margin), kind="stable"), min(bins, len(margin)))
+    order = np.argsort(np.abs(margin), kind="stable")
+    parts = np.array_split(order, min(bins, len(margin)))
     sizes = [np.abs(margin[part]) for part in parts]
     return Calibration(
         margin=np.array([size.mean() for size in sizes]),
@@ -223,7 +226,8 @@ def tie_aware_agreement(
     tied pairs too.
     """
     prompt, a, b = _relations(ranks_a, ranks_b)
-    return _bootstrap(_prompts(groups, len(ranks_a))[prompt], 1.0 - np.abs(a - b) / 2.0, resamples, seed)
+    clusters = _prompts(groups, len(ranks_a))[prompt]
+    return _bootstrap(clusters, 1.0 - np.abs(a - b) / 2.0, resamples, seed)
 
 
 def demonstration_bias(scores: Num[np.ndarray, "*shape"]) -> float:
@@ -281,10 +285,13 @@ def _binned(quantity: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> Acc
     if len(edges) < 2 or (np.diff(edges) <= 0).any():
         raise ValueError(f"edges={edges.tolist()} must be at least two rising numbers")
     inside = (quantity >= edges[0]) & (quantity <= edges[-1])
-    index = np.minimum(np.searchsorted(edges, quantity[inside], side="right") - 1, len(edges) - 2)
+    # The last edge belongs to the last bin.
+    index = np.searchsorted(edges, quantity[inside], side="right") - 1
+    index = np.minimum(index, len(edges) - 2)
     count = np.bincount(index, minlength=len(edges) - 1)
     total = np.bincount(index, correct[inside], minlength=len(edges) - 1)
-    return AccuracyBins(edges, np.where(count > 0, total / np.maximum(count, 1), np.nan), count)
+    accuracy = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return AccuracyBins(edges, accuracy, count)
 
 
 def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: int) -> Accuracy:
@@ -296,6 +303,7 @@ def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: in
     if len(prompt) == 0:
         raise ValueError("no pair to compare: the rankings share no strict pair")
     _, index = np.unique(prompt, return_inverse=True)
+    # Sums per prompt, so that a resample adds up prompts instead of pairs.
     count, total = np.bincount(index), np.bincount(index, outcome)
     rng = np.random.default_rng(seed)
     means = []

@@ -39,7 +39,8 @@ def scale_of(*scores: Num[np.ndarray, "..."]) -> float:
     >>> scale_of(np.array([-2.0, 0.0]), np.array([1e9, 1.0, 3.0]))
     2.0
     """
-    sizes = np.concatenate([np.abs(np.asarray(each, np.float64)).reshape(-1) for each in scores])
+    arrays = [np.asarray(array, np.float64).reshape(-1) for array in scores]
+    sizes = np.abs(np.concatenate(arrays))
     return float(np.median(sizes)) if sizes.size else 0.0
 
 

@@ -103,8 +103,10 @@ def wilson(p: float, n: float) -> tuple[float, float]:
     >>> [round(x, 3) for x in wilson(1.0, 30)]
     [0.886, 1.0]
     """
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
+    scale = 1 + Z95**2 / n
+    centre = (p + Z95**2 / (2 * n)) / scale
+    spread = np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    half = Z95 * spread / scale
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
@@ -143,13 +145,17 @@ def length_controlled_win_rate(
     """
     a, b = _samples("a", a), _samples("b", b)
     y = _pair_outcomes(a, b, tie)
-    la, lb = _log_lengths("a_lengths", a_lengths, a), _log_lengths("b_lengths", b_lengths, b)
-    x = la[:, :, None] - lb[:, None, :]
+    a_log = _log_lengths("a_lengths", a_lengths, a)
+    b_log = _log_lengths("b_lengths", b_lengths, b)
+    x = a_log[:, :, None] - b_log[:, None, :]
     weight, clusters = _row_weights(len(y), groups)
+    # The value is that of the data alone; only the width comes from the fit with extra outcomes.
     value = _sigmoid(_logistic_fit(x, y, weight, extra=0.0)[0])
     fit = _logistic_fit(x, y, weight, extra=1.0)
     half = Z95 * _intercept_error(x, y, weight, clusters, fit)
-    low, high = _sigmoid(fit[0] - half), _sigmoid(fit[0] + half)
+    low = _sigmoid(fit[0] - half)
+    high = _sigmoid(fit[0] + half)
+    # The two fits differ slightly, and the interval has to contain the value.
     return WinRate(value, min(low, value), max(high, value), int(clusters.max()) + 1)
 
 
@@ -229,6 +235,7 @@ def _information(design: np.ndarray, p: np.ndarray, weight: np.ndarray, extra: f
 def _logistic_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, extra: float) -> np.ndarray:
     """Coefficients (intercept, slope) by Newton's method, with `extra` wins and losses."""
     design, target = _design(x).reshape(-1, 2), y.reshape(-1)
+    # A prompt has weight 1 however many pairs of samples it has.
     weight = np.repeat(weight, y[0].size) * (len(y) / target.size)
     fit = np.zeros(2)
     for _ in range(100):
@@ -257,10 +264,12 @@ def _intercept_error(
     p = np.exp(-np.logaddexp(0.0, -(design @ fit)))
     weight = np.repeat(row_weight, y[0].size) * (len(y) / y.size)
     bread = np.linalg.inv(_information(design.reshape(-1, 2), p.reshape(-1), weight, 1.0, fit[0]))
-    of_rows = row_weight[:, None] * ((y - p)[..., None] * design).mean(axis=(1, 2))
+    residual = (y - p)[..., None]
+    of_rows = row_weight[:, None] * (residual * design).mean(axis=(1, 2))
     gradients = np.zeros((int(clusters.max()) + 1, 2))
     np.add.at(gradients, clusters, of_rows)
     q = _sigmoid(fit[0])
     extra = np.array([[1 - q, 0.0], [-q, 0.0]])
     gradients = np.concatenate([gradients, extra])
-    return float(np.sqrt((bread @ gradients.T @ gradients @ bread)[0, 0]))
+    covariance = bread @ gradients.T @ gradients @ bread
+    return float(np.sqrt(covariance[0, 0]))

@@ -55,6 +55,7 @@ def ppo_policy_loss(
     log_ratio = jnp.where(mask, logp, 0) - jnp.where(mask, old_logp, 0)
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     advantages = jnp.where(mask, advantages, 0)
+    # Where the clipped term is the larger one it is constant, so that the token has no gradient.
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
 

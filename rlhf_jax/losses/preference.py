@@ -43,6 +43,7 @@ def dpo_loss(
     rejected_reward = beta * (rejected_logp - jax.lax.stop_gradient(ref_rejected_logp))
     margin = chosen_reward - rejected_reward
     count = jnp.float32(margin.size)
+    # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     return Mean(jnp.sum(jax.nn.softplus(-margin)), count), {
         "accuracy": Mean(jnp.sum((jnp.sign(margin) + 1) / 2), count),
         "margin": Mean(jnp.sum(margin), count),

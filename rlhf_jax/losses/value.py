@@ -48,6 +48,7 @@ def ppo_value_loss(
     values = jnp.where(mask, values, 0)
     old_values = jnp.where(mask, old_values, 0)
     returns = jnp.where(mask, returns, 0)
+    # An infinite bound clips nothing, which leaves the plain squared error.
     bound = jnp.inf if clip_value is None else clip_value
     error = jnp.square(values - returns)
     clipped = jnp.square(jnp.clip(values, old_values - bound, old_values + bound) - returns)

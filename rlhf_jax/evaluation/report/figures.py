@@ -97,6 +97,7 @@ def gold(results: Mapping[str, Any]) -> list[Figure]:
     total = mapping(results, "gold_score")
     figures = _scores("Gold score", total, "Gold score, all parts together")
     parts = mapping(results, "gold_parts")
+    # Every part that some model has, in the order in which the models first name them.
     names: dict[str, None] = {}
     for by_model in parts.values():
         if isinstance(by_model, Mapping):

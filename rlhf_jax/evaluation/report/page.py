@@ -124,6 +124,7 @@ def _answers(sample: Mapping[str, Any]) -> _Answers:
     responses = mapping(sample, "responses")
     scores = {key: number(responses, f"{key}.gold_score") for key in responses}
     best = max((score for score in scores.values() if score is not None), default=None)
+    # The models of the report come first and in its order, whatever else was sampled.
     ours = [key for key in MODELS if key in responses]
     others = [key for key in responses if key not in MODELS]
     cards = []

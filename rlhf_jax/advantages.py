@@ -1,7 +1,7 @@
-"""Advantage estimators: GAE for a critic, and the critic-free ones (leave-one-out, group-relative, reward-to-go).
+"""Advantage estimators: GAE with a critic; leave-one-out, group-relative, reward-to-go without.
 
-Masks are true on the tokens that were acted on (the response). Slots outside the mask are skipped: nothing that stands
-there, NaN included, changes a result, and results are 0 there.
+Masks are true on response tokens. Positions outside the mask are skipped: nothing there, NaN
+included, changes a result, and results are 0 there.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ def gae(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantage estimation, backwards over the response tokens.
 
-    ``delta_t = r_t + gamma * V_{t+1} - V_t``, ``A_t = delta_t + gamma * lam * A_{t+1}``, ``R_t = A_t + V_t``
+    ``delta_t = r_t + gamma * V_{t+1} - V_t``, ``A_t = delta_t + gamma * lam * A_{t+1}``,
+    ``R_t = A_t + V_t``
 
-    ``V_{t+1}`` of the last token is `bootstrap`, and ``A_{t+1}`` is 0 there. Returns are taken before any whitening.
+    ``V_{t+1}`` of the last token is `bootstrap`, and ``A_{t+1}`` is 0 there. Returns are taken
+    before any whitening.
 
     Args:
       rewards: shaped rewards.
       values: ``values[:, t] = V(tokens[:, :t])``, the value before token ``t``.
       mask: true on response tokens.
-      gamma: discount a token.
+      gamma: discount per token.
       lam: 0 is one-step temporal difference, 1 is reward-to-go minus value.
-      bootstrap: ``V(tokens[:lengths])`` of rows that the length limit cut, 0 for finished rows; None when every end
-        counts as an end (InstructGPT, where a missing EOS is punished by the score instead).
+      bootstrap: ``V(tokens[:lengths])`` of rows that the length limit cut, 0 for finished rows;
+        None when every row counts as finished (InstructGPT, where the score punishes a missing EOS
+        instead).
 
     Returns:
       Advantages and returns, in reward units, 0 outside the mask.
@@ -47,8 +50,10 @@ def gae(
     >>> advantages.tolist(), returns.tolist()  # 0.75 = 1 - 0.25; 0.125 = (0.25 - 0.5) + 0.5 * 0.75
     ([[0.125, 0.75]], [[0.625, 1.0]])
     """
-    rewards, values = (jnp.where(mask, x, 0).astype(jnp.float32) for x in (rewards, values))
-    end = jnp.zeros(mask.shape[0], jnp.float32) if bootstrap is None else bootstrap.astype(jnp.float32)
+    rewards = jnp.where(mask, rewards, 0).astype(jnp.float32)
+    values = jnp.where(mask, values, 0).astype(jnp.float32)
+    zero = jnp.zeros(mask.shape[0], jnp.float32)
+    end = zero if bootstrap is None else bootstrap.astype(jnp.float32)
 
     def step(
         after: tuple[jax.Array, jax.Array], slot: tuple[jax.Array, jax.Array, jax.Array]
@@ -56,29 +61,32 @@ def gae(
         next_advantage, next_value = after
         reward, value, valid = slot
         delta = reward + gamma * next_value - value
+        # Outside the mask the carry passes unchanged, so padding does not separate tokens.
         advantage = jnp.where(valid, delta + gamma * lam * next_advantage, next_advantage)
         return (advantage, jnp.where(valid, value, next_value)), jnp.where(valid, advantage, 0)
 
-    _, advantages = lax.scan(step, (jnp.zeros_like(end), end), (rewards.T, values.T, mask.T), reverse=True)
+    slots = (rewards.T, values.T, mask.T)
+    _, advantages = lax.scan(step, (jnp.zeros_like(end), end), slots, reverse=True)
     return advantages.T, advantages.T + values
 
 
 def reward_to_go(
     rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], *, gamma: Real[ArrayLike, ""] = 1.0
 ) -> Float[Array, "B T"]:
-    """Discounted sum of the rewards from each token on: ``G_t = r_t + gamma * G_{t+1}``.
+    """Discounted sum of the rewards from each token onwards: ``G_t = r_t + gamma * G_{t+1}``.
 
     Args:
       rewards: shaped rewards.
       mask: true on response tokens.
-      gamma: discount a token.
+      gamma: discount per token.
 
     Returns:
       Returns in reward units, 0 outside the mask.
 
     Source: Williams 1992 (REINFORCE).
 
-    >>> reward_to_go(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[True, True, True]]), gamma=0.5).tolist()
+    >>> rewards, mask = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[True, True, True]])
+    >>> reward_to_go(rewards, mask, gamma=0.5).tolist()
     [[3.0, 4.0, 4.0]]
     """
     return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
@@ -93,7 +101,7 @@ def leave_one_out(scores: Float[Array, "B K"]) -> Float[Array, "B K"]:
       scores: one score for each of K responses of B prompts.
 
     Returns:
-      One advantage a response, in score units; give it to every token of the response.
+      One advantage per response, in score units, for every token of the response.
 
     Raises:
       ValueError: if K is 1, where there is nothing to compare with.
@@ -117,7 +125,7 @@ def group_relative(scores: Float[Array, "B K"], *, eps: float | int = 1e-6) -> F
       eps: keeps a group of equal scores at 0.
 
     Returns:
-      One advantage a response, without unit.
+      One advantage per response, without unit.
 
     Raises:
       ValueError: if K is 1, where every advantage would be 0.
@@ -129,7 +137,8 @@ def group_relative(scores: Float[Array, "B K"], *, eps: float | int = 1e-6) -> F
     """
     _group_size(scores)
     centred = scores - jnp.mean(scores, axis=1, keepdims=True)
-    # Again, for the rounding error of the mean: divided by eps it would turn equal scores into advantages.
+    # Centred twice, because the rounding error of the mean, divided by eps, would give equal scores
+    # an advantage.
     centred = centred - jnp.mean(centred, axis=1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=1, keepdims=True)
     return centred / (jnp.sqrt(variance) + eps)

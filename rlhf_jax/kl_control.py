@@ -1,8 +1,8 @@
-"""Controllers of beta, the KL coefficient of the reward: fixed (InstructGPT) or adaptive (Ziegler et al. 2019).
+"""Controllers of beta, the KL coefficient of the reward: fixed, or adaptive (Ziegler et al. 2019).
 
-A controller is a pair of pure functions over `KLState`, so that beta is part of the checkpoint. It is stepped once a
-rollout, never once a minibatch, with the KL of the rollout in nats per sequence: the mean over responses of the sum
-over their tokens.
+A controller is a pair of pure functions over `KLState`, so that beta is part of the checkpoint. It
+is updated once per rollout, never per minibatch, with the KL of the rollout in nats per sequence:
+the mean over responses of the sum over their tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class KLController(NamedTuple):
 
     Attributes:
       init: ``() -> KLState``.
-      update: ``(state, kl_nats_per_sequence) -> KLState``; once a rollout.
+      update: ``(state, kl_nats_per_sequence) -> KLState``; called once per rollout.
     """
 
     init: Callable[[], KLState]
@@ -47,11 +47,19 @@ def fixed_kl(*, coef: float | int) -> KLController:
     0.02
     """
     _check_not_negative("coef", coef)
-    return KLController(init=lambda: KLState(jnp.float32(coef)), update=lambda state, kl_nats_per_sequence: state)
+    return KLController(
+        init=lambda: KLState(jnp.float32(coef)),
+        update=lambda state, kl_nats_per_sequence: state,
+    )
 
 
 def adaptive_kl(
-    *, coef: float | int, target: float | int, horizon: float | int, n_steps: int, clip: float | int = 0.2
+    *,
+    coef: float | int,
+    target: float | int,
+    horizon: float | int,
+    n_steps: int,
+    clip: float | int = 0.2,
 ) -> KLController:
     """Proportional control in log space that drives the KL of a rollout to `target`.
 
@@ -73,11 +81,13 @@ def adaptive_kl(
     Source: Ziegler et al. 2019, section 2.2 and released code.
 
     >>> control = adaptive_kl(coef=0.15, target=6.0, horizon=10_000, n_steps=500)
-    >>> round(float(control.update(control.init(), jnp.float32(12.0)).coef), 6)  # error clipped to 0.2: 0.15 * 1.01
+    >>> state = control.update(control.init(), jnp.float32(12.0))
+    >>> round(float(state.coef), 6)  # the error is clipped to 0.2: 0.15 * 1.01
     0.1515
     """
     _check_not_negative("coef", coef)
-    for name, value in {"target": target, "horizon": horizon, "n_steps": n_steps, "clip": clip}.items():
+    positive = {"target": target, "horizon": horizon, "n_steps": n_steps, "clip": clip}
+    for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name}={value} must be above 0")
     if clip * n_steps >= horizon:
@@ -90,8 +100,12 @@ def adaptive_kl(
     return KLController(init=lambda: KLState(jnp.float32(coef)), update=update)
 
 
-def kl_nats_per_sequence(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Mean:
-    """KL to the reference as the controllers want it: ``mean_b sum_t (logp - ref_logp)``, in nats per sequence.
+def kl_nats_per_sequence(
+    logp: Float[Array, "B T"],
+    ref_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Mean:
+    """KL to the reference, as the controllers need it: ``mean_b sum_t (logp - ref_logp)``.
 
     Args:
       logp: sampled tokens under the policy, in nats.

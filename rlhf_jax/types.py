@@ -1,10 +1,11 @@
-"""The one struct vocabulary of the package: every array that crosses a file is a field named here.
+"""The structs of the package: every array that passes between files is a field named here.
 
-Index convention (docs/conventions.md): every per-token array is ``[B, T]`` and entry ``t`` belongs to
-``tokens[:, t]``. ``logp[:, t] = log p(tokens[t] | tokens[:t])`` and ``values[:, t] = V(tokens[:t])``.
+Index convention (docs/conventions.md): every per-token array is ``[B, T]`` and entry ``t`` belongs
+to ``tokens[:, t]``. ``logp[:, t] = log p(tokens[t] | tokens[:t])`` and
+``values[:, t] = V(tokens[:t])``.
 
-Shape legend: B rows, T slots of a row, P slots of a prompt, N prompts of a row, K responses of a prompt,
-D width, V vocabulary, S slots of a KV cache, L layers.
+Shape legend: B rows, T slots of a row, P slots of a prompt, N prompts of a row, K responses of a
+prompt, D width, V vocabulary, S slots of a KV cache, L layers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
-"""A nested dict of arrays: what `Model.init` makes and optimizers, checkpoints and shardings see."""
+"""A nested dict of arrays: what `Model.init` returns and what optimizers update."""
 
 T = TypeVar("T")
 
@@ -28,15 +29,16 @@ T = TypeVar("T")
 def struct(cls: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree; change a field with `dataclasses.replace`.
 
-    The tests check shapes at every function. A struct's constructor is left alone on purpose: JAX rebuilds structs with
-    specs, shardings, names or None in the place of arrays, and the data loaders fill them with numpy arrays.
+    Tests check shapes at every function, but not in the constructor of a struct: JAX rebuilds
+    structs with specs, shardings, names or None instead of arrays, and data loaders fill them with
+    numpy arrays.
     """
     return no_type_check(flax.struct.dataclass(cls))
 
 
 @struct
 class Mean:
-    """A mean that has not been divided yet, so that micro-batches, packing and hosts add up exactly.
+    """A mean before its division, so that micro-batches, packed rows and hosts add up exactly.
 
     >>> m = Mean(jnp.float32(6.0), jnp.float32(3.0)) + Mean(jnp.float32(2.0), jnp.float32(1.0))
     >>> float(m.value)
@@ -78,11 +80,12 @@ Metrics = dict[str, Mean | Max | Each]
 
 @struct
 class Cache:
-    """Key-value cache of a decoder; queries take the slots ``lengths + 0, 1, ..`` of their row.
+    """Key-value cache of a decoder; new tokens take the slots ``lengths + 0, 1, ..`` of their row.
 
-    ``lengths`` advances by the number of tokens with ``segment > 0``, so a right-padded prefill leaves no gap.
-    One array a layer, so that a decode step reads and writes it in place; keys and values lie as one query reads them:
-    scores are a sum over D along S, mixed values a sum over S along D. (For cuDNN's kernel both are ``B S H D``.)
+    ``lengths`` advances by the number of tokens with ``segment > 0``, so a right-padded prefill
+    leaves no gap. There is one array per layer, so that a decode step updates it in place. Keys and
+    values have the layout in which one query reads them: scores are sums over D for each S, mixed
+    values sums over S for each D. (For cuDNN's kernel both are ``B S H D``.)
     """
 
     keys: tuple[Float[Array, "B H D S"], ...]
@@ -91,24 +94,25 @@ class Cache:
     lengths: Int[Array, " B"]
 
     def repeat(self, k: int) -> Cache:
-        """Each row `k` times in place (row ``b`` becomes rows ``b*k .. b*k + k-1``): K samples from one prefill."""
+        """Each row `k` times: row ``b`` becomes ``b*k .. b*k + k-1``, K samples of one prefill."""
         return jax.tree.map(lambda x: jnp.repeat(x, k, axis=0), self)
 
     def reset(self, rows: Bool[Array, " B"]) -> Cache:
-        """Forget the rows where `rows` is true, so that another prompt can take the slot."""
+        """Empties the rows where `rows` is true, so that other prompts can take them."""
         segments = jnp.where(rows[:, None], 0, self.segments)
-        return dataclasses.replace(self, segments=segments, lengths=jnp.where(rows, 0, self.lengths))
+        lengths = jnp.where(rows, 0, self.lengths)
+        return dataclasses.replace(self, segments=segments, lengths=lengths)
 
 
 class Output(NamedTuple):
-    """What `Model.apply` returns: the last hidden states and the advanced cache (None when none was given)."""
+    """What `Model.apply` returns: the last hidden states and the new cache, if one was given."""
 
     hidden: Float[Array, "B T D"]
     cache: Cache | None
 
 
 class Model(NamedTuple):
-    """A network as pure functions over a nested dict: to RLHF what optax.GradientTransformation is to optimizers.
+    """A network as pure functions over a nested dict, as an optimizer of optax is a pair of them.
 
     Attributes:
       init: ``(key) -> params``.
@@ -134,16 +138,17 @@ class Model(NamedTuple):
     picks: bool = False
 
     def apply_at(self, params: Params, tokens: Any, at: Int[Array, "B N"], **rows: Any) -> Output:
-        """`apply`, with the hidden states of the slots `at` alone, ``[B, N, D]``; tokens and `rows` as for `apply`."""
+        """`apply` with the hidden states of the slots `at` alone, ``[B, N, D]``."""
         if self.picks:
             return self.apply(params, tokens, at=at, **rows)
         output = self.apply(params, tokens, **rows)
-        return output._replace(hidden=jnp.take_along_axis(output.hidden, at[:, :, None], axis=1, mode="clip"))
+        chosen = jnp.take_along_axis(output.hidden, at[:, :, None], axis=1, mode="clip")
+        return output._replace(hidden=chosen)
 
 
 @struct
 class LMBatch:
-    """Rows for language modelling (SFT, pretraining): `mask` is true where ``tokens[t]`` is a target."""
+    """Rows for language modelling: `mask` is true where ``tokens[t]`` is a target."""
 
     tokens: Int[Array, "B T"]
     segments: Int[Array, "B T"]
@@ -153,10 +158,10 @@ class LMBatch:
 
 @struct
 class RankingBatch:
-    """Ranked responses in shared-prefix rows: a prompt segment, then its K responses with the prompt as parent.
+    """Ranked responses in shared-prefix rows: a prompt, then K responses with it as their parent.
 
-    ``ends[b, n, k]`` is the slot of the last token of response k of prompt n, where it is scored;
-    ``ranks`` is 0 for the best, equal for ties, -1 for an absent response.
+    ``ends[b, n, k]`` is the slot of the last token of response k of prompt n, where the response is
+    scored; ``ranks`` is 0 for the best, equal for ties, -1 for an absent response.
     """
 
     tokens: Int[Array, "B T"]
@@ -169,7 +174,7 @@ class RankingBatch:
 
 @struct
 class PromptBatch:
-    """Prompts, contiguous from the left; `ids` is each prompt's place in the stream (its sampling key folds it in)."""
+    """Prompts, contiguous from the left; sampling keys fold in `ids`, their indices in the stream."""
 
     tokens: Int[Array, "B P"]
     lengths: Int[Array, " B"]
@@ -178,10 +183,10 @@ class PromptBatch:
 
 @struct
 class Samples:
-    """Sampled rows: prompt, response with its EOS, padding. K samples of prompt b are the rows ``b*K + k``.
+    """Sampled rows: prompt, response with its EOS, padding; row ``b*K + k`` is sample k of prompt b.
 
-    ``lengths`` counts prompt and response with EOS; ``logp`` is under the distribution sampled from, 0 on the prompt;
-    ``finished`` is false where the length limit cut the response.
+    ``lengths`` counts prompt and response with EOS; ``logp`` is that of the sampling distribution
+    and 0 on the prompt; ``finished`` is false where the length limit cut the response.
     """
 
     tokens: Int[Array, "B T"]
@@ -193,7 +198,7 @@ class Samples:
 
 @struct
 class Rollout:
-    """Everything a PPO update needs; per-token fields are zero outside `mask` (the response tokens)."""
+    """Everything that a PPO update needs; per-token fields are zero outside of the response."""
 
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
@@ -212,7 +217,7 @@ class Rollout:
 
 @struct
 class GuardState:
-    """Loss, gradient norm and largest reward of the last W sound steps: what a spike is measured against.
+    """Loss, gradient norm and largest reward of the last W sound steps, to detect spikes.
 
     The numbers of the n-th sound step are in row ``n % W``; `count` sound steps have been seen.
     """
@@ -223,9 +228,9 @@ class GuardState:
 
 @struct
 class TrainState:
-    """A network in training: no functions, no keys, so it is checkpointed as it is.
+    """A network in training, without functions and keys, so that it is checkpointed as it is.
 
-    `ema` is None when no average is kept, `guard` when no spikes are looked for.
+    `ema` is None when no average is kept, `guard` when spikes are not detected.
     """
 
     step: Int[Array, ""]
@@ -244,7 +249,7 @@ class KLState:
 
 @struct
 class PPOState:
-    """Everything PPO carries from one iteration to the next."""
+    """Everything that PPO carries from one iteration to the next."""
 
     policy: TrainState
     value: TrainState
@@ -253,4 +258,7 @@ class PPOState:
 
 
 StepFn = Callable[..., tuple[Any, Metrics]]
-"""A pure training step: ``(state, batch, key) -> (state, metrics)``; for PPO ``(state, rollout, lm_batch, key)``."""
+"""A pure training step ``(state, batch, key) -> (state, metrics)``.
+
+For PPO it is ``(state, rollout, lm_batch, key) -> (state, metrics)``.
+"""

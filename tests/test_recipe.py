@@ -1,4 +1,4 @@
-"""docs/recipe.md and the README lead to code that exists, and its numbers are those of the configs."""
+"""Pages of docs lead to code that exists; the numbers of the recipe are those of the configs."""
 
 from __future__ import annotations
 
@@ -76,6 +76,19 @@ def test_every_row_of_the_recipe_leads_to_code():
     heads = ("| in the paper ", "| equation ", "| open ")
     bare = [row for row in rows if not row.startswith(heads) and not LINK.search(row)]
     assert not bare, bare
+
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+PATH = re.compile(r"(?<![\w/.-])((?:\w+/)+\w+\.(?:py|sh|yaml|sbatch|ipynb))\b")
+INVENTED = {"configs/ppo/x.py", "tests/test_x.py"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_exists(page: Path):
+    """Paths are those of the checkout, or begin inside the package: ``run/files.py``."""
+    named = set(PATH.findall(page.read_text(encoding="utf-8"))) - INVENTED
+    missing = [path for path in named if not any((top / path).exists() for top in (ROOT, ROOT / "rlhf_jax"))]
+    assert not missing, missing
 
 
 def test_a_link_that_leads_nowhere_would_be_found():

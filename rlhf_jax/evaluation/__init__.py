@@ -1,1 +1,1 @@
-"""Measuring a trained model: win rates, reward-model quality, over-optimisation, the alignment tax, the report."""
+"""Measuring trained models: win rates, reward models, over-optimisation, the alignment tax."""

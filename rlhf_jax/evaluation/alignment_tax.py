@@ -15,8 +15,9 @@ from rlhf_jax.types import LMBatch, Mean, Model, Params
 def lm_loss(model: Model, params: Params, batches: Iterable[LMBatch]) -> float:
     """Held-out language-model loss: ``-sum log p(token) / number of targets``, nats per token.
 
-    Totals and counts add up over batches before they are divided, so ragged batches weigh by their tokens. A model is
-    compiled once per batch shape, however many parameter sets (base, SFT, PPO, ...) are measured with it.
+    Totals and counts are summed over batches before they are divided, so that ragged batches are
+    weighted by their tokens. A model is compiled once per batch shape, however many parameter sets
+    (base, SFT, PPO, ...) it is measured with.
 
     Args:
       model: a language model.
@@ -27,9 +28,10 @@ def lm_loss(model: Model, params: Params, batches: Iterable[LMBatch]) -> float:
       Mean negative log-likelihood of the target tokens in nats.
 
     Raises:
-      ValueError: the batches hold no target token.
+      ValueError: the batches contain no target token.
 
-    Source: Ouyang et al. 2022, section 4.2 and appendix E.6 (regressions on public NLP sets and on pretraining loss).
+    Source: Ouyang et al. 2022, section 4.2 and appendix E.6 (regressions on public NLP sets and on
+    pretraining loss).
     """
     sums = None
     for batch in batches:
@@ -42,10 +44,12 @@ def lm_loss(model: Model, params: Params, batches: Iterable[LMBatch]) -> float:
 
 @partial(jax.jit, static_argnames="model")
 def batch_loss(model: Model, params: Params, batch: LMBatch) -> Mean:
-    """Negative log-likelihood of one batch's target tokens, summed, with their count."""
-    hidden = model.apply(params, batch.tokens, segments=batch.segments, positions=batch.positions).hidden
+    """Summed negative log-likelihood of the target tokens of one batch, and their number."""
+    layout = {"segments": batch.segments, "positions": batch.positions}
+    hidden = model.apply(params, batch.tokens, **layout).hidden
     previous = previous_index(batch.segments)
-    logp = token_log_probs(hidden, partial(model.head, params), batch.tokens, batch.mask, previous=previous)
+    head = partial(model.head, params)
+    logp = token_log_probs(hidden, head, batch.tokens, batch.mask, previous=previous)
     # A segment's first token has no predecessor and cannot be a target, whatever the mask says.
     targets = batch.mask & (previous >= 0)
     return Mean(-(logp * targets).sum(), targets.sum().astype(logp.dtype))

@@ -1,63 +1,150 @@
-"""Where a run departs from the paper (Ouyang et al. 2022), beside the paper's value: a table of the report."""
+"""Where a run departs from the paper (Ouyang et al. 2022): a table of the report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Departure(NamedTuple):
+    """One value of the paper beside that of the run.
+
+    Attributes:
+      name: what the value is.
+      paper: the paper's value.
+      source: where the paper gives it.
+      run: the value of the run.
+      why: the reason for another value.
+    """
+
+    name: str
+    paper: str
+    source: str
+    run: str
+    why: str
 
 
 def departures(config: Mapping[str, Any]) -> list[dict[str, str]]:
     """The rows of the table, one for each value that is not the paper's.
 
     Args:
-      config: what the stages were run with, as they recorded it: ``base`` and the groups ``data, sft, sample,
-        reward_model, ppo`` (of PPO-ptx).
+      config: what the stages were run with, as they recorded it: ``base`` and the groups ``data``,
+        ``sft``, ``sample``, ``reward_model`` and ``ppo`` (that of PPO-ptx).
 
     Returns:
       Rows ``{"name", "paper", "source", "run", "why"}``.
     """
-    p, s, r, data = (SimpleNamespace(**config[group]) for group in ("ppo", "sft", "reward_model", "data"))
-    small = "two CPU cores and little time"
-    simulated = ("10 + 10 simulated", "the truth is known in storyland")
-    people = ("the crowds of HH-RLHF and OpenAssistant", "rankings that anyone can have")
-    labelers = simulated if config["sample"]["labelers"] else people
+    groups = ("data", "sft", "sample", "reward_model", "ppo")
+    data, sft, sample, reward_model, ppo = [SimpleNamespace(**config[name]) for name in groups]
     rows = [
-        ("Policy", "1.3B, 6B and 175B parameters", "appendix C", str(config["base"]), small),
-        ("Demonstrations", "12,725", "table 6", _amount(data, "demonstrations"), small),
-        ("SFT epochs", "16", "appendix C.1", str(s.epochs), "chosen among the epochs that fit, by reward-model score"),
-        ("SFT dropout", "0.2", "appendix C.1", str(s.dropout), "a small model has little to spare"),
-        ("Prompts with rankings", "33,207", "table 6", _amount(data, "ranking_prompts"), small),
-        ("Labelers", "about 40 people", "section 3.4", *labelers),
-        ("Reward-model batch", "64 prompts", "appendix C.2", f"{r.batch_size} rows", "fewer prompts, enough steps"),
-        ("Reward model size", "6B for every policy", "section 3.5", "the size of the policy", small),
-        ("Episodes", "256,000", "appendix C.4", f"{p.iterations * p.episodes:,}", small),
-        ("Episodes of an iteration", "512", "appendix C.4", str(p.episodes), small),
-        ("Minibatch", "64", "appendix C.4", str(p.episodes // p.minibatches), "fewer episodes in an iteration"),
-        ("Inner epochs", "1", "appendix C.4", str(p.epochs), ""),
-        ("KL coefficient", "0.02", "appendix C.4", str(p.kl["coef"]), "a small reward model is easier to fool"),
-        ("Pretraining coefficient", "27.8", "appendix C.4", str(p.ptx_coef), "chosen by the two logged gradient norms"),
-        (
-            "Pretraining rows an episode", "8", "appendix C.4", str(p.ptx_rows_per_episode),
+        *_supervised(str(config["base"]), data, sft),
+        *_reward_model(data, sample, reward_model),
+        *_sizes_of_ppo(ppo),
+        *_rules_of_ppo(ppo),
+        Departure("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),
+    ]
+    return [row._asdict() for row in rows if row.paper != row.run]
+
+
+SMALL = "two CPU cores and little time"
+
+
+def _supervised(base: str, data: SimpleNamespace, sft: SimpleNamespace) -> list[Departure]:
+    demonstrations = _amount(data, "demonstrations")
+    chosen = "chosen among the epochs that fit, by reward-model score"
+    return [
+        Departure("Policy", "1.3B, 6B and 175B parameters", "appendix C", base, SMALL),
+        Departure("Demonstrations", "12,725", "table 6", demonstrations, SMALL),
+        Departure("SFT epochs", "16", "appendix C.1", str(sft.epochs), chosen),
+        Departure(
+            "SFT dropout", "0.2", "appendix C.1", str(sft.dropout),
+            "a small model has little to spare",
+        ),
+    ]  # fmt: skip
+
+
+def _reward_model(
+    data: SimpleNamespace,
+    sample: SimpleNamespace,
+    reward_model: SimpleNamespace,
+) -> list[Departure]:
+    labelers = "the crowds of HH-RLHF and OpenAssistant"
+    why = "rankings that anyone can have"
+    if sample.labelers:
+        labelers, why = "10 + 10 simulated", "the truth is known in storyland"
+    prompts = _amount(data, "ranking_prompts")
+    batch = f"{reward_model.batch_size} rows"
+    return [
+        Departure("Prompts with rankings", "33,207", "table 6", prompts, SMALL),
+        Departure("Labelers", "about 40 people", "section 3.4", labelers, why),
+        Departure(
+            "Reward-model batch", "64 prompts", "appendix C.2", batch, "fewer prompts, enough steps"
+        ),
+        Departure(
+            "Reward model size", "6B for every policy", "section 3.5", "the size of the policy",
+            SMALL,
+        ),
+    ]  # fmt: skip
+
+
+def _sizes_of_ppo(ppo: SimpleNamespace) -> list[Departure]:
+    episodes = f"{ppo.iterations * ppo.episodes:,}"
+    minibatch = str(ppo.episodes // ppo.minibatches)
+    fewer = "fewer episodes in an iteration"
+    return [
+        Departure("Episodes", "256,000", "appendix C.4", episodes, SMALL),
+        Departure("Episodes of an iteration", "512", "appendix C.4", str(ppo.episodes), SMALL),
+        Departure("Minibatch", "64", "appendix C.4", minibatch, fewer),
+        Departure("Inner epochs", "1", "appendix C.4", str(ppo.epochs), ""),
+    ]
+
+
+def _rules_of_ppo(ppo: SimpleNamespace) -> list[Departure]:
+    coefficient, rows = str(ppo.ptx_coef), str(ppo.ptx_rows_per_episode)
+    average, missing = str(ppo.ema_decay), f"score {ppo.missing_eos_score}"
+    warmup = f"{ppo.warmup_iterations} of warm-up (value network {ppo.value_warmup_iterations})"
+    schedule = f"{warmup}, then {ppo.schedule}"
+    return [
+        Departure(
+            "KL coefficient", "0.02", "appendix C.4", str(ppo.kl["coef"]),
+            "a small reward model is easier to fool",
+        ),
+        Departure(
+            "Pretraining coefficient", "27.8", "appendix C.4", coefficient,
+            "chosen by the two logged gradient norms",
+        ),
+        Departure(
+            "Pretraining rows an episode", "8", "appendix C.4", rows,
             "rows of several documents; time",
         ),
-        ("Gradient clipping", "not stated", "appendix C", "each term at 1.0", "a large term must not shrink the other"),
-        ("Missing end of text", "not stated", "", f"score {p.missing_eos_score}", "Ziegler et al. 2019 use -1"),
-        ("Average of weights", "decay 0.992", "appendix C.4", str(p.ema_decay), "a shorter run needs a shorter memory"),
-        ("Learning rate of PPO", "2.55e-6 to 2.55e-5 swept", "appendix C.4", str(p.learning_rate), "a small model"),
-        (
-            "Schedule of PPO", "10 iterations of warm-up, then constant", "appendix C.4",
-            f"{p.warmup_iterations} of warm-up (value network {p.value_warmup_iterations}), then {p.schedule}",
+        Departure(
+            "Gradient clipping", "not stated", "appendix C", "each term at 1.0",
+            "a large term must not shrink the other",
+        ),
+        Departure(
+            "Missing end of text", "not stated", "", missing, "Ziegler et al. 2019 use -1"
+        ),
+        Departure(
+            "Average of weights", "decay 0.992", "appendix C.4", average,
+            "a shorter run needs a shorter memory",
+        ),
+        Departure(
+            "Learning rate of PPO", "2.55e-6 to 2.55e-5 swept", "appendix C.4",
+            str(ppo.learning_rate), "a small model",
+        ),
+        Departure(
+            "Schedule of PPO", "10 iterations of warm-up, then constant", "appendix C.4", schedule,
             "few steps, which have to settle",
         ),
-        ("GAE lambda", "not stated", "0.95 in its parents", str(p.lam), "responses of 20 tokens"),
-        ("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),
+        Departure(
+            "GAE lambda", "not stated", "0.95 in its parents", str(ppo.lam),
+            "responses of 20 tokens",
+        ),
     ]  # fmt: skip
-    keys = ("name", "paper", "source", "run", "why")
-    return [dict(zip(keys, row, strict=True)) for row in rows if row[1] != row[3]]
 
 
 def _amount(data: SimpleNamespace, name: str) -> str:
-    """How many records the config asks for; people's own files have as many as they have."""
+    """The number of records that the config asks for, where it asks for one."""
     value = getattr(data, name, None)
     return f"{value:,}" if isinstance(value, int) else "those of one's own files"

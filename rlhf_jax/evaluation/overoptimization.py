@@ -1,7 +1,8 @@
-"""Over-optimisation of a proxy reward: best-of-n without resampling, and the two laws of gold score against KL.
+"""Over-optimisation of a proxy reward: best-of-n, and two laws of the gold score against KL.
 
-Everything is a function of KL to the initial policy in nats; ``d = sqrt(KL)``. Gold scores are gains over the initial
-policy (its mean gold score subtracted), because both laws pass through 0 at ``d = 0``.
+Everything is a function of KL to the initial policy in nats; ``d = sqrt(KL)``. Gold scores are
+gains over the initial policy (its mean gold score subtracted), because both laws pass through 0 at
+``d = 0``.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from rlhf_jax.evaluation import ties
 
 
 class GaoFit(NamedTuple):
-    """Coefficients of a law ``d (a - b d)`` (best-of-n) or ``d (a - b ln d)`` (reinforcement learning)."""
+    """Coefficients of ``d (a - b d)`` (best-of-n) or ``d (a - b ln d)`` (reinforcement learning)."""
 
     a: float
     b: float
 
 
 class Peak(NamedTuple):
-    """Where a law stops rising: `kl` in nats and the gold gain there (both infinite when it never falls)."""
+    """Maximum of a law: `kl` in nats and the gold gain there (infinite if the law never falls)."""
 
     kl: float
     gold: float
 
 
 def kl_bon(n: int) -> float:
-    """KL of best-of-n sampling from the policy it samples: ``ln n - (n - 1) / n`` nats.
+    """KL of best-of-n sampling to the policy that it samples from: ``ln n - (n - 1) / n`` nats.
 
     Raises:
       ValueError: `n` is below 1.
@@ -46,15 +47,16 @@ def kl_bon(n: int) -> float:
 
 
 def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n: int) -> float:
-    """Expected gold score of the sample that the proxy likes best among n, from S >= n samples a prompt, unbiased.
+    """Unbiased estimate of the gold score of the best of n samples, chosen by the proxy.
 
-    With a prompt's samples sorted by proxy, ``E = sum_i C(i-1, n-1) / C(S, n) gold_(i)`` over i = n..S: the chance that
-    sample i is the best of a random subset of n. Samples whose proxies differ by rounding at most
-    share their weight (a tie is broken by lot).
+    ``E = sum_i C(i-1, n-1) / C(S, n) gold_(i)`` over i = n..S, with the samples of a prompt sorted
+    by proxy: the weight is the probability that sample i is the best of a random subset of n.
+    Samples whose proxy scores differ by rounding at most share their weight, which is a tie that is
+    broken at random.
 
     Args:
       proxy: proxy (reward model) score of each of S samples of P prompts.
-      gold: gold score of the same samples; give `proxy` again for the proxy's own curve.
+      gold: gold score of the same samples; pass `proxy` again for the proxy's own curve.
       n: how many samples the policy draws, 1..S.
 
     Returns:
@@ -75,10 +77,13 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
         raise ValueError(f"n={n} must be within 1..{samples}, the samples of a prompt: draw more or ask for less")
     total = math.comb(samples, n)
     weights = np.array([math.comb(i - 1, n - 1) / total for i in range(1, samples + 1)])
-    return float(np.mean([_share_ties(p, weights) @ g for p, g in zip(proxy, gold, strict=True)]))
+    expected = [_share_ties(p, weights) @ g for p, g in zip(proxy, gold, strict=True)]
+    return float(np.mean(expected))
 
 
 def _share_ties(proxy: np.ndarray, sorted_weights: np.ndarray) -> np.ndarray:
+    """Weights of the samples, from those in rising order of proxy; ties share their mean."""
+    # In sorted order, neighbours that tie belong to one group.
     order = np.argsort(proxy, kind="stable")
     rising = proxy[order].astype(np.float64)
     steps = ~ties.is_tie(rising[1:], rising[:-1], scale=ties.scale_of(proxy))
@@ -90,13 +95,19 @@ def _share_ties(proxy: np.ndarray, sorted_weights: np.ndarray) -> np.ndarray:
 
 
 def best_of_n_law(kl: Num[np.ndarray, "*shape"], fit: GaoFit) -> Float[np.ndarray, "*shape"]:
-    """Gold gain of best-of-n at a KL in nats: ``d (a - b d)``, ``d = sqrt(kl)``. Source: Gao et al. 2022, section 1."""
+    """Gold gain of best-of-n at a KL in nats: ``d (a - b d)``, ``d = sqrt(kl)``.
+
+    Source: Gao et al. 2022, section 1.
+    """
     d = np.sqrt(kl)
     return d * (fit.a - fit.b * d)
 
 
 def rl_law(kl: Num[np.ndarray, "*shape"], fit: GaoFit) -> Float[np.ndarray, "*shape"]:
-    """Gold gain of RL at a KL > 0 in nats: ``d (a - b ln d)``, ``d = sqrt(kl)``. Source: Gao et al. 2022, section 1."""
+    """Gold gain of RL at a KL > 0 in nats: ``d (a - b ln d)``, ``d = sqrt(kl)``.
+
+    Source: Gao et al. 2022, section 1.
+    """
     d = np.sqrt(kl)
     return d * (fit.a - fit.b * np.log(d))
 
@@ -107,7 +118,7 @@ def fit_best_of_n_law(kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *,
     Args:
       kl: KL of each point in nats.
       gold: gold gain over the initial policy at each point.
-      min_kl: points nearer to 0 are left out: they say nothing about the fall.
+      min_kl: points nearer to 0 are left out, because they carry no information about the fall.
 
     Raises:
       ValueError: fewer than two different points are left.
@@ -121,7 +132,7 @@ def fit_best_of_n_law(kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *,
 def fit_rl_law(kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *, min_kl: float = 0.1) -> GaoFit:
     """Least-squares ``a, b`` of ``d (a - b ln d)`` over the points with ``kl >= min_kl`` nats.
 
-    The law has an infinite slope at 0, so points near 0 would rule the fit.
+    The law has an infinite slope at 0, so points near 0 would dominate the fit.
 
     Args:
       kl: KL of each point in nats.
@@ -152,6 +163,7 @@ def rl_peak(fit: GaoFit) -> Peak:
     """Peak of ``d (a - b ln d)``: ``d = exp(a / b - 1)``, gold ``b d``."""
     if fit.b <= 0:
         return Peak(math.inf, math.inf)
+    # Beyond 300 the KL, which is the square, would overflow.
     d = math.exp(min(fit.a / fit.b - 1, 300.0))
     return Peak(d * d, fit.b * d)
 

@@ -1,10 +1,12 @@
-"""How good a reward model is: accuracy, log-loss, calibration, length bias, beside the labelers' own agreement.
+"""Quality of a reward model: accuracy, log-loss, calibration, length bias, labelers' agreement.
 
-Inputs are ``scores [N, K]`` of K responses to N prompts and ``ranks [N, K]`` of a labeler: 0 is the best, equal ranks
-are a tie, -1 is an absent response. A labeler's ties are dropped. Two scores that differ by rounding are equal.
+Inputs are ``scores [N, K]`` of K responses to N prompts and ``ranks [N, K]`` of a labeler: 0 is the
+best, equal ranks are a tie, -1 is an absent response. A labeler's ties are dropped. Two scores that
+differ by rounding are equal.
 
-The prompt is the unit of every interval, because the pairs of one prompt are not independent, and neither are two
-labelers' rankings of it: where several rows are of one prompt, `groups` says which (numpy only).
+Every interval is over prompts, because neither the pairs of one prompt are independent nor two
+labelers' rankings of it. Where several rows belong to one prompt, `groups` says which. This module
+uses numpy only.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from rlhf_jax.evaluation.win_rate import wilson
 
 
 class Accuracy(NamedTuple):
-    """A share of pairs in 0..1 with its 95% bootstrap interval over prompts; `n` is the number of pairs."""
+    """Share of pairs in 0..1 with its 95% bootstrap interval over prompts; `n` counts the pairs."""
 
     value: float
     low: float
@@ -28,7 +30,7 @@ class Accuracy(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Strict preferences: on `prompt`, the labeler prefers response `better` to response `worse`."""
+    """Strict preferences: on `prompt`, the labeler prefers `better` to `worse`."""
 
     prompt: Int[np.ndarray, " M"]
     better: Int[np.ndarray, " M"]
@@ -36,7 +38,14 @@ class Pairs(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Per bin of margin: mean margin, predicted and observed share of pairs on which the labeler agrees, and count."""
+    """Agreement in bins of the margin.
+
+    Attributes:
+      margin: mean margin of each bin.
+      predicted: share of pairs on which the labeler should agree.
+      observed: share on which the labeler agrees.
+      count: number of pairs.
+    """
 
     margin: Float[np.ndarray, " Q"]
     predicted: Float[np.ndarray, " Q"]
@@ -45,7 +54,7 @@ class Calibration(NamedTuple):
 
 
 class AccuracyBins(NamedTuple):
-    """Accuracy in bins ``[edges[q], edges[q+1])`` of some quantity; NaN where a bin holds no pair."""
+    """Accuracy in bins ``[edges[q], edges[q+1])`` of a quantity; NaN where a bin has no pair."""
 
     edges: Float[np.ndarray, " E"]
     accuracy: Float[np.ndarray, " Q"]
@@ -53,13 +62,14 @@ class AccuracyBins(NamedTuple):
 
 
 def strict_pairs(ranks: Int[np.ndarray, "N K"]) -> Pairs:
-    """Every pair that the labeler ordered strictly: ``C(K, 2)`` less the ties a prompt, absent responses left out.
+    """Every pair that the labeler ordered strictly, absent responses left out.
 
     >>> strict_pairs(np.array([[0, 1, 1, -1]])).worse.tolist()
     [1, 2]
     """
     present = ranks >= 0
-    preferred = present[:, :, None] & present[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
+    both_present = present[:, :, None] & present[:, None, :]
+    preferred = both_present & (ranks[:, :, None] < ranks[:, None, :])
     return Pairs(*np.nonzero(preferred))
 
 
@@ -71,15 +81,16 @@ def pairwise_accuracy(
     seed: int = 0,
     groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
-    """Share of strict pairs on which the preferred response has the higher score; equal scores count half.
+    """Share of strict pairs whose preferred response scores higher; equal scores count half.
 
     Args:
-      scores: reward of each response; what stands in absent places is never read.
+      scores: reward of each response; entries of absent responses are never read.
       ranks: the labeler's ranking, 0 best, ties equal, -1 absent.
-      resamples: bootstrap samples, each draws the prompts with replacement and keeps all their pairs together.
+      resamples: number of bootstrap samples; each draws prompts with replacement, with all their
+        pairs.
       seed: of the bootstrap; the same inputs always give the same interval.
-      groups: which prompt each row is of, where several rows (two labelers' rankings, say) are of one; None says that
-        each row has a prompt of its own.
+      groups: the prompt of each row, where several rows (such as two labelers' rankings) belong to
+        one prompt; None means that each row is a prompt of its own.
 
     Returns:
       Accuracy over all pairs with its 95% percentile interval.
@@ -87,11 +98,12 @@ def pairwise_accuracy(
     Raises:
       ValueError: no strict pair, or a score of a present response is not finite.
 
-    Source: Ouyang et al. 2022, section 4.1 and appendix E.2 (accuracy on training and held-out labelers); Cameron,
-    Gelbach and Miller 2008, section 3 (clusters are drawn whole).
+    Source: Ouyang et al. 2022, section 4.1 and appendix E.2 (accuracy on training and held-out
+    labelers); Cameron, Gelbach and Miller 2008, section 3 (bootstrap of clusters).
     """
     pairs, _, correct = _judged(scores, ranks)
-    return _bootstrap(_prompts(groups, len(ranks))[pairs.prompt], correct, resamples, seed)
+    clusters = _prompts(groups, len(ranks))[pairs.prompt]
+    return _bootstrap(clusters, correct, resamples, seed)
 
 
 def pairwise_log_loss(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"]) -> float:
@@ -103,15 +115,16 @@ def pairwise_log_loss(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N 
 
 
 def calibration(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *, bins: int = 8) -> Calibration:
-    """Does a margin of delta mean ``1 / (1 + e^-delta)``? Observed against predicted agreement in bins of the margin.
+    """Observed agreement against the predicted ``1 / (1 + e^-delta)``, in bins of the margin delta.
 
-    Pairs are sorted by ``delta = |r_i - r_j|`` and cut into bins of equal count; `observed` is the share of a bin on
-    which the labeler prefers the higher score (equal scores count half).
+    Pairs are sorted by ``delta = |r_i - r_j|`` and divided into bins of equal count; `observed` is
+    the share of a bin on which the labeler prefers the response with the higher score (equal scores
+    count half).
 
     Args:
       scores: reward of each response.
       ranks: the labeler's ranking, 0 best, ties equal, -1 absent.
-      bins: how many; fewer are returned when there are fewer pairs.
+      bins: number of bins; fewer are returned when there are fewer pairs.
 
     Raises:
       ValueError: `bins` below 1, no strict pair, or a non-finite score.
@@ -121,11 +134,12 @@ def calibration(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")
     _, margin, correct = _judged(scores, ranks)
-    parts = np.array_split(np.argsort(np.abs(margin), kind="stable"), min(bins, len(margin)))
-    size = [np.abs(margin[part]) for part in parts]
+    order = np.argsort(np.abs(margin), kind="stable")
+    parts = np.array_split(order, min(bins, len(margin)))
+    sizes = [np.abs(margin[part]) for part in parts]
     return Calibration(
-        margin=np.array([s.mean() for s in size]),
-        predicted=np.array([np.mean(1 / (1 + np.exp(-s))) for s in size]),
+        margin=np.array([size.mean() for size in sizes]),
+        predicted=np.array([np.mean(1 / (1 + np.exp(-size))) for size in sizes]),
         observed=np.array([correct[part].mean() for part in parts]),
         count=np.array([len(part) for part in parts]),
     )
@@ -134,7 +148,7 @@ def calibration(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *
 def accuracy_by_margin(
     scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *, edges: Float[np.ndarray, " E"]
 ) -> AccuracyBins:
-    """Accuracy in bins of the margin ``|r_i - r_j|`` (units of the score); the last bin includes its upper edge."""
+    """Accuracy in bins of the margin ``|r_i - r_j|``; the last bin includes its upper edge."""
     _, margin, correct = _judged(scores, ranks)
     return _binned(np.abs(margin), correct, edges)
 
@@ -148,7 +162,8 @@ def accuracy_by_length_difference(
 ) -> AccuracyBins:
     """Accuracy in bins of (length of the preferred response) - (length of the other), in tokens.
 
-    A reward model that has only learnt length is right on the positive side and wrong on the negative one.
+    A reward model that has only learnt length is right on the positive side and wrong on the
+    negative one.
     """
     pairs, _, correct = _judged(scores, ranks)
     difference = lengths[pairs.prompt, pairs.better] - lengths[pairs.prompt, pairs.worse]
@@ -161,7 +176,7 @@ def length_only_accuracy(
     *,
     groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
-    """Accuracy of the rule "the longer response is better": a reward model has to beat it to have learnt more."""
+    """Accuracy of the rule that the longer response is better; a reward model should beat it."""
     return pairwise_accuracy(lengths, ranks, groups=groups)
 
 
@@ -173,7 +188,7 @@ def labeler_agreement(
     seed: int = 0,
     groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
-    """Share of pairs ordered the same way by two rankings of the same responses, among pairs strict in both.
+    """Share of the pairs that are strict in two rankings which both order the same way.
 
     Args:
       ranks_a: one labeler's ranking, 0 best, ties equal, -1 absent.
@@ -188,7 +203,8 @@ def labeler_agreement(
     Raises:
       ValueError: no pair is strict in both.
 
-    Source: Ouyang et al. 2022, section 3.4 (72.6% among training labelers, 77.3% among held-out ones).
+    Source: Ouyang et al. 2022, section 3.4 (72.6% among training labelers, 77.3% among held-out
+    ones).
     """
     prompt, a, b = _relations(ranks_a, ranks_b)
     strict = (a != 0) & (b != 0)
@@ -204,16 +220,18 @@ def tie_aware_agreement(
     seed: int = 0,
     groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
-    """Agreement over all pairs: 1 for the same order or a tie in both, 1/2 for a tie in one, 0 for opposite orders.
+    """Agreement over all pairs: 1 for equal orders, 1/2 for one tie, 0 for opposite orders.
 
-    Args and Raises as `labeler_agreement`; `n` counts tied pairs too.
+    A tie in both rankings is an equal order. Args and Raises as `labeler_agreement`; `n` counts
+    tied pairs too.
     """
     prompt, a, b = _relations(ranks_a, ranks_b)
-    return _bootstrap(_prompts(groups, len(ranks_a))[prompt], 1.0 - np.abs(a - b) / 2.0, resamples, seed)
+    clusters = _prompts(groups, len(ranks_a))[prompt]
+    return _bootstrap(clusters, 1.0 - np.abs(a - b) / 2.0, resamples, seed)
 
 
 def demonstration_bias(scores: Num[np.ndarray, "*shape"]) -> float:
-    """The number to add to every reward so that labeler demonstrations score 0 on average: ``-mean(scores)``.
+    """The bias that gives labelers' demonstrations a mean score of 0: ``-mean(scores)``.
 
     Source: Ouyang et al. 2022, section 3.5.
 
@@ -236,9 +254,10 @@ def _margins(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray]:
 
 
 def _judged(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray, np.ndarray]:
-    """The strict pairs, their margins, and 1 where the preferred response scores higher, 1/2 where both are equal."""
+    """The strict pairs, their margins and outcomes: 1 right, 1/2 for equal scores, 0 wrong."""
     pairs, margin = _margins(scores, ranks)
-    better, worse = (scores[pairs.prompt, which].astype(np.float64) for which in (pairs.better, pairs.worse))
+    better = scores[pairs.prompt, pairs.better].astype(np.float64)
+    worse = scores[pairs.prompt, pairs.worse].astype(np.float64)
     equal = ties.is_tie(better, worse, scale=ties.scale_of(scores[ranks >= 0]))
     return pairs, margin, np.where(equal, 0.5, (margin > 0).astype(np.float64))
 
@@ -253,11 +272,12 @@ def _prompts(groups: np.ndarray | None, rows: int) -> np.ndarray:
 
 
 def _relations(ranks_a: np.ndarray, ranks_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompt of every pair i < j present in both rankings, and the sign of its order in each (0 is a tie)."""
+    """Prompt of every pair i < j that both rankings contain, and the sign of its order in each."""
     present = (ranks_a >= 0) & (ranks_b >= 0)
     i, j = np.triu_indices(ranks_a.shape[1], 1)
     prompt, pair = np.nonzero(present[:, i] & present[:, j])
-    a, b = (np.sign(r[:, i] - r[:, j])[prompt, pair] for r in (ranks_a, ranks_b))
+    a = np.sign(ranks_a[:, i] - ranks_a[:, j])[prompt, pair]
+    b = np.sign(ranks_b[:, i] - ranks_b[:, j])[prompt, pair]
     return prompt, a, b
 
 
@@ -265,20 +285,25 @@ def _binned(quantity: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> Acc
     if len(edges) < 2 or (np.diff(edges) <= 0).any():
         raise ValueError(f"edges={edges.tolist()} must be at least two rising numbers")
     inside = (quantity >= edges[0]) & (quantity <= edges[-1])
-    index = np.minimum(np.searchsorted(edges, quantity[inside], side="right") - 1, len(edges) - 2)
+    # The last edge belongs to the last bin.
+    index = np.searchsorted(edges, quantity[inside], side="right") - 1
+    index = np.minimum(index, len(edges) - 2)
     count = np.bincount(index, minlength=len(edges) - 1)
     total = np.bincount(index, correct[inside], minlength=len(edges) - 1)
-    return AccuracyBins(edges, np.where(count > 0, total / np.maximum(count, 1), np.nan), count)
+    accuracy = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return AccuracyBins(edges, accuracy, count)
 
 
 def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: int) -> Accuracy:
-    """Mean outcome over pairs; the interval draws prompts with replacement, each with all its pairs.
+    """Mean outcome over pairs; its interval resamples prompts, each with all its pairs.
 
-    Where all pairs have one outcome every draw has it too: the interval is then Wilson's for so many prompts.
+    Where all pairs have the same outcome, so has every resample; the interval is then Wilson's over
+    the prompts.
     """
     if len(prompt) == 0:
         raise ValueError("no pair to compare: the rankings share no strict pair")
     _, index = np.unique(prompt, return_inverse=True)
+    # Sums per prompt, so that a resample adds up prompts instead of pairs.
     count, total = np.bincount(index), np.bincount(index, outcome)
     rng = np.random.default_rng(seed)
     means = []

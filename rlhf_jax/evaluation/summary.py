@@ -1,4 +1,4 @@
-"""The numbers of a whole pipeline in short: what ``results.json`` and the last lines on the screen say of it."""
+"""The main numbers of a pipeline, for ``results.json`` and the last lines on the screen."""
 
 from __future__ import annotations
 
@@ -11,29 +11,41 @@ from rlhf_jax.evaluation import reward_model as quality
 
 
 def agreement(rankings: Sequence[schema.Ranking]) -> float:
-    """How often two labelers of the group order a pair the same way, from prompts that two of them ranked."""
+    """How often two labelers order a pair the same way, over prompts that both ranked."""
     pairs: dict[str, list[tuple[int, ...]]] = {}
     for ranking in rankings:
         pairs.setdefault(str(ranking.id).rsplit("/", 1)[0], []).append(ranking.ranks)
     both = [ranks for ranks in pairs.values() if len(ranks) == 2]
-    k = max(len(a) for a, _ in both)
-    fill = lambda ranks: list(ranks) + [-1] * (k - len(ranks))  # noqa: E731
-    first, second = (np.array([fill(ranks[i]) for ranks in both]) for i in (0, 1))
+    k = max(len(ranks) for ranks, _ in both)
+    first = np.array([_padded(ranks, k) for ranks, _ in both])
+    second = np.array([_padded(ranks, k) for _, ranks in both])
     return quality.labeler_agreement(first, second).value
 
 
+def _padded(ranks: Sequence[int], k: int) -> list[int]:
+    """The ranks of k responses, those beyond the last one absent."""
+    return [*ranks, *[-1] * (k - len(ranks))]
+
+
 MEASURED_ON = {"validation_train": "train_labelers", "validation_heldout": "heldout_labelers"}
-"""Sets of held-out rankings under the names of the results schema; people's own keep theirs (held_out_hh_rlhf)."""
+"""Held-out rankings in the results schema; other sets keep their name (``held_out_hh_rlhf``)."""
 
 
 def reward_model_results(rewards: dict) -> dict:
-    """What the results say of the reward model: accuracy on each held-out set, the rest on the largest of them."""
-    sets = {name: found for name, found in rewards.items() if isinstance(found, dict) and "accuracy" in found}
-    # Of storyland's two, equally large, the held-out labelers' counts: it is the later one.
+    """Accuracy on each held-out set; the other results are those of the largest set."""
+    sets = {}
+    for name, found in rewards.items():
+        if isinstance(found, dict) and "accuracy" in found:
+            sets[name] = found
+    # Storyland's two sets are equally large; reversed, the later one wins: the held-out labelers'.
     main = max(reversed(list(sets.values())), key=lambda found: found["prompts"])
-    agreed = {g: rewards[f"agreement_{g}"] for g in ("train", "heldout") if f"agreement_{g}" in rewards}
+    accuracy = {MEASURED_ON.get(name, name): found["accuracy"] for name, found in sets.items()}
+    agreed = {}
+    for group in ("train", "heldout"):
+        if f"agreement_{group}" in rewards:
+            agreed[group] = rewards[f"agreement_{group}"]
     return {
-        "rm_accuracy": {MEASURED_ON.get(name, name): found["accuracy"] for name, found in sets.items()},
+        "rm_accuracy": accuracy,
         **({"labeler_agreement": agreed} if agreed else {}),
         "calibration": calibration_points(main["calibration"]),
         "length_only_accuracy": main["length_only_accuracy"],
@@ -41,7 +53,7 @@ def reward_model_results(rewards: dict) -> dict:
 
 
 def calibration_points(calibration: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The calibration curve under the names of the results schema."""
+    """The calibration curve, with the names of the results schema."""
     return {key: calibration[key] for key in ("predicted", "observed", "count")}
 
 
@@ -49,6 +61,8 @@ def headline(results: dict) -> str:
     """The result in a few lines."""
     judge = "the gold scorer" if "win_rate_vs_sft" in results else "the reward model"
     lines = ["", f"Win rate against SFT by {judge} (95% interval):"]
-    for model, rate in results.get("win_rate_vs_sft", results["win_rate_vs_sft_by_reward_model"]).items():
-        lines.append(f"  {model:14} {rate['value']:.3f}  ({rate['low']:.3f} to {rate['high']:.3f})")
+    rates = results.get("win_rate_vs_sft", results["win_rate_vs_sft_by_reward_model"])
+    for model, rate in rates.items():
+        interval = f"({rate['low']:.3f} to {rate['high']:.3f})"
+        lines.append(f"  {model:14} {rate['value']:.3f}  {interval}")
     return "\n".join(lines)

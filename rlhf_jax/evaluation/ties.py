@@ -1,4 +1,7 @@
-"""When two scores are the same number: a score that a network computes twice differs by rounding (numpy only)."""
+"""When two scores count as equal: a score that a network computes twice differs by rounding.
+
+This module uses numpy only.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ from jaxtyping import Bool, Float, Num
 ROUNDING = 16 * float(np.finfo(np.float32).eps)
 """Relative difference up to which two float32 scores are one: 1.9e-6.
 
-A reward model that reads a text in another batch, or at another place in it, sums the same numbers in another order.
-16 units in the last place leave room for the sums of a deep network and are far below any difference that a reward
-model could mean.
+In another batch, or at another position in it, a reward model sums the same numbers in another
+order. 16 units in the last place leave room for the sums of a deep network, and are far below any
+meaningful difference of rewards.
 """
 
 
 def tolerance(a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: float) -> Float[np.ndarray, "..."]:
-    """Largest difference of `a` and `b` that is rounding: `ROUNDING` times the larger of them and of `scale`.
+    """Largest difference of `a` and `b` that counts as rounding.
 
-    A score near 0 is a difference of large terms and carries their rounding, so it is held against the usual size of
-    scores too.
+    It is `ROUNDING` times the largest of ``|a|``, ``|b|`` and `scale`.
+
+    A score near 0 is a difference of large terms and has their rounding error, so it is compared
+    with the usual size of scores too.
 
     Args:
       a: scores.
@@ -29,17 +34,18 @@ def tolerance(a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: fl
 
 
 def scale_of(*scores: Num[np.ndarray, "..."]) -> float:
-    """The usual size of these scores: the median of their absolute values, which no outlier moves.
+    """The usual size of these scores: the median of their absolute values.
 
     >>> scale_of(np.array([-2.0, 0.0]), np.array([1e9, 1.0, 3.0]))
     2.0
     """
-    sizes = np.concatenate([np.abs(np.asarray(each, np.float64)).reshape(-1) for each in scores])
+    arrays = [np.asarray(array, np.float64).reshape(-1) for array in scores]
+    sizes = np.abs(np.concatenate(arrays))
     return float(np.median(sizes)) if sizes.size else 0.0
 
 
 def is_tie(a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: float) -> Bool[np.ndarray, "..."]:
-    """Whether two scores differ by rounding at most.
+    """Whether two scores differ at most by rounding.
 
     >>> is_tie(np.array([0.1, 1.0]), np.array([0.1000001, 1.001]), scale=1.0).tolist()
     [True, False]

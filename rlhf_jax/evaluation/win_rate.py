@@ -1,9 +1,9 @@
-"""Win rate of policy A against policy B over the same prompts, plain and controlled for length (numpy only).
+"""Win rate of policy A against policy B on the same prompts, plain and at equal length.
 
-Scores are arrays ``[N, S]``: N prompts, S samples of each (``[N]`` is one sample). A and B may have different S: every
-sample of A meets every sample of B of the same prompt and the outcomes are averaged, so a prompt counts once however
-often it was sampled, and the prompt is the unit of every interval. Where several rows are of one prompt, `groups` says
-so, and they count as that one prompt too.
+Scores are arrays ``[N, S]``: N prompts, S samples of each (``[N]`` is one sample). A and B may have
+different S: every sample of A is compared with every sample of B of the same prompt and the
+outcomes are averaged, so a prompt counts once however often it was sampled, and every interval is
+over prompts. Where several rows belong to one prompt, `groups` says so, and they count once too.
 
 Two scores that differ by rounding are equal (`rlhf_jax.evaluation.ties`).
 """
@@ -18,10 +18,10 @@ from jaxtyping import Float, Int, Num
 from rlhf_jax.evaluation import ties
 
 Z95 = 1.959963984540054
-"""The 97.5% quantile of the normal distribution: half the width of a 95% interval in standard errors."""
+"""The 97.5% quantile of the normal distribution, for 95% intervals."""
 
 PRIOR_SD = 5.0
-"""Weak normal prior on the logistic coefficients (log-odds), so that a perfect separation stays finite."""
+"""Width of a weak normal prior on the logistic coefficients; it keeps perfect separation finite."""
 
 
 class WinRate(NamedTuple):
@@ -34,19 +34,20 @@ class WinRate(NamedTuple):
 
 
 def outcomes(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: float = 0.0) -> Float[np.ndarray, " N"]:
-    """Mean outcome of A against B on each prompt: 1 a win, 1/2 a tie, 0 a loss.
+    """Mean outcome of A against B on each prompt: 1 for a win, 1/2 for a tie, 0 for a loss.
 
     Args:
-      a: scores of A, one or several samples a prompt.
+      a: scores of A, one or several samples per prompt.
       b: scores of B on the same prompts.
-      tie: two scores that differ by at most this much are a tie (units of the score), and always those that differ by
-        rounding.
+      tie: largest difference that counts as a tie, in units of the score; scores that differ by
+        rounding always tie.
 
     Returns:
-      One number in 0..1 per prompt, the mean over all pairs of a sample of A with a sample of B.
+      One number in 0..1 per prompt: the mean over all pairs of a sample of A and a sample of B.
 
     Raises:
-      ValueError: no prompts, different prompt counts, a non-finite score or a negative tie threshold.
+      ValueError: no prompts, different prompt counts, a non-finite score or a negative tie
+        threshold.
 
     >>> outcomes(np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])).tolist()
     [1.0, 0.0, 0.5]
@@ -64,16 +65,19 @@ def win_rate(
 ) -> WinRate:
     """Win rate of A against B with ties counted half and a 95% score interval over prompts.
 
-    The interval is Wilson's with ``n`` replaced by the effective ``n / D``. ``D`` is the variance of the per-prompt
-    outcomes over that of wins and losses of the same mean, ``D = s^2 / (p (1 - p))``, both with one extra win and one
-    extra loss added. Without ties and with one sample a prompt ``D = 1`` and this is Wilson's interval exactly; ties
-    and several samples a prompt lower the variance and shorten it; it never leaves 0..1 nor collapses at 0 or 1.
+    The interval is Wilson's with ``n`` replaced by the effective ``n / D``. ``D`` is the variance
+    of the per-prompt outcomes over that of wins and losses of the same mean,
+    ``D = s^2 / (p (1 - p))``, both with one extra win and one extra loss added. Without ties and
+    with one sample per prompt ``D = 1``, which is exactly Wilson's interval. Ties and several
+    samples per prompt lower the variance and shorten it. It stays within 0..1 and does not collapse
+    at 0 or 1.
 
     Args:
       a: scores of A, ``[N]`` or ``[N, S]``.
       b: scores of B on the same prompts.
       tie: as in `outcomes`.
-      groups: which prompt each row is of, where some rows are of the same one; such rows are averaged first.
+      groups: the prompt of each row, where several rows belong to one prompt; these are averaged
+        first.
 
     Returns:
       The mean outcome, its 95% interval and the number of prompts.
@@ -92,15 +96,17 @@ def win_rate(
 
 
 def wilson(p: float, n: float) -> tuple[float, float]:
-    """Wilson's 95% score interval of a share `p` seen in `n` independent trials; it never leaves 0..1.
+    """Wilson's 95% score interval of a share `p` in `n` independent trials; it stays within 0..1.
 
     Source: Wilson 1927.
 
     >>> [round(x, 3) for x in wilson(1.0, 30)]
     [0.886, 1.0]
     """
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
+    scale = 1 + Z95**2 / n
+    centre = (p + Z95**2 / (2 * n)) / scale
+    spread = np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    half = Z95 * spread / scale
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
@@ -115,11 +121,11 @@ def length_controlled_win_rate(
 ) -> WinRate:
     """Win rate that A would have against B at equal length.
 
-    Logistic regression of the outcome on the log length ratio, read where the ratio is 1:
-    ``P(A wins) = sigmoid(c + w log(len_a / len_b))``, and the value is ``sigmoid(c)``; the intercept ``c`` is the
-    policy's identity. The interval is ``sigmoid(c +- 1.96 se)`` with the cluster-robust (sandwich) standard error over
-    prompts, from a fit with one extra win and one extra loss at ratio 1, so that a policy that wins always keeps an
-    honest width.
+    A logistic regression of the outcome on the log length ratio, evaluated where the ratio is 1:
+    ``P(A wins) = sigmoid(c + w log(len_a / len_b))``, and the value is ``sigmoid(c)``; the
+    intercept ``c`` is the effect of the policy. The interval is ``sigmoid(c +- 1.96 se)`` with the
+    cluster-robust (sandwich) standard error over prompts, from a fit with one extra win and one
+    extra loss at ratio 1, which keeps a realistic width for a policy that always wins.
 
     Args:
       a: scores of A, ``[N]`` or ``[N, S]``.
@@ -139,18 +145,22 @@ def length_controlled_win_rate(
     """
     a, b = _samples("a", a), _samples("b", b)
     y = _pair_outcomes(a, b, tie)
-    la, lb = _log_lengths("a_lengths", a_lengths, a), _log_lengths("b_lengths", b_lengths, b)
-    x = la[:, :, None] - lb[:, None, :]
+    a_log = _log_lengths("a_lengths", a_lengths, a)
+    b_log = _log_lengths("b_lengths", b_lengths, b)
+    x = a_log[:, :, None] - b_log[:, None, :]
     weight, clusters = _row_weights(len(y), groups)
+    # The value is that of the data alone; only the width comes from the fit with extra outcomes.
     value = _sigmoid(_logistic_fit(x, y, weight, extra=0.0)[0])
     fit = _logistic_fit(x, y, weight, extra=1.0)
     half = Z95 * _intercept_error(x, y, weight, clusters, fit)
-    low, high = _sigmoid(fit[0] - half), _sigmoid(fit[0] + half)
+    low = _sigmoid(fit[0] - half)
+    high = _sigmoid(fit[0] + half)
+    # The two fits differ slightly, and the interval has to contain the value.
     return WinRate(value, min(low, value), max(high, value), int(clusters.max()) + 1)
 
 
 def _of_prompts(y: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """One outcome a prompt: the mean over its rows."""
+    """One outcome per prompt: the mean over its rows."""
     if groups is None:
         return y
     _, index = np.unique(_checked_groups(groups, len(y)), return_inverse=True)
@@ -158,7 +168,7 @@ def _of_prompts(y: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
 
 def _row_weights(rows: int, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """The weight of each row, with which each prompt weighs 1, and the number of its prompt."""
+    """Weight of each row, such that each prompt has weight 1, and the index of its prompt."""
     if groups is None:
         return np.ones(rows), np.arange(rows)
     _, index = np.unique(_checked_groups(groups, rows), return_inverse=True)
@@ -216,15 +226,16 @@ def _design(x: np.ndarray) -> np.ndarray:
 
 
 def _information(design: np.ndarray, p: np.ndarray, weight: np.ndarray, extra: float, c: float) -> np.ndarray:
-    """Negative Hessian of the penalised log-likelihood: rows, prior, and the extra win and loss at ratio 1."""
+    """Negative Hessian of the penalised log-likelihood, with the extra win and loss."""
     rows = np.einsum("r,ri,rj->ij", weight * p * (1 - p), design, design)
     q = _sigmoid(c)
     return rows + np.diag([2 * extra * q * (1 - q), 0.0]) + np.eye(2) / PRIOR_SD**2
 
 
 def _logistic_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, extra: float) -> np.ndarray:
-    """Coefficients (intercept, slope) by Newton's method; rows have weights, `extra` wins and losses at ratio 1."""
+    """Coefficients (intercept, slope) by Newton's method, with `extra` wins and losses."""
     design, target = _design(x).reshape(-1, 2), y.reshape(-1)
+    # A prompt has weight 1 however many pairs of samples it has.
     weight = np.repeat(weight, y[0].size) * (len(y) / target.size)
     fit = np.zeros(2)
     for _ in range(100):
@@ -232,7 +243,8 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, extra: fl
         gradient = design.T @ (weight * (target - p)) - fit / PRIOR_SD**2
         gradient[0] += extra * (1 - 2 * _sigmoid(fit[0]))
         step = np.linalg.solve(_information(design, p, weight, extra, fit[0]), gradient)
-        # The log-likelihood is concave but Newton overshoots from far away: a bounded step always gets there.
+        # The log-likelihood is concave, but Newton overshoots from far away; bounded steps always
+        # converge.
         fit = fit + step / max(1.0, float(np.abs(step).max()))
         if np.abs(step).max() < 1e-10:
             break
@@ -242,7 +254,9 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, extra: fl
 def _intercept_error(
     x: np.ndarray, y: np.ndarray, row_weight: np.ndarray, clusters: np.ndarray, fit: np.ndarray
 ) -> float:
-    """Cluster-robust standard error of the intercept: prompts are the clusters, the extra win and loss are two more.
+    """Cluster-robust standard error of the intercept.
+
+    Prompts are the clusters; the extra win and the extra loss are two more.
 
     Source: Liang and Zeger 1986 (the sandwich over clusters).
     """
@@ -250,10 +264,12 @@ def _intercept_error(
     p = np.exp(-np.logaddexp(0.0, -(design @ fit)))
     weight = np.repeat(row_weight, y[0].size) * (len(y) / y.size)
     bread = np.linalg.inv(_information(design.reshape(-1, 2), p.reshape(-1), weight, 1.0, fit[0]))
-    of_rows = row_weight[:, None] * ((y - p)[..., None] * design).mean(axis=(1, 2))
+    residual = (y - p)[..., None]
+    of_rows = row_weight[:, None] * (residual * design).mean(axis=(1, 2))
     gradients = np.zeros((int(clusters.max()) + 1, 2))
     np.add.at(gradients, clusters, of_rows)
     q = _sigmoid(fit[0])
     extra = np.array([[1 - q, 0.0], [-q, 0.0]])
     gradients = np.concatenate([gradients, extra])
-    return float(np.sqrt((bread @ gradients.T @ gradients @ bread)[0, 0]))
+    covariance = bread @ gradients.T @ gradients @ bread
+    return float(np.sqrt(covariance[0, 0]))

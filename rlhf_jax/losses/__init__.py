@@ -1,7 +1,8 @@
-"""Losses as functions of arrays: ``(Mean(total, count), metrics)``, no model, no config, no tokenizer.
+"""Losses as functions of arrays that return ``(Mean(total, count), metrics)``.
 
-To write one's own: take arrays by the names of the `Rollout` fields (and ``logp``, ``values``, ``entropy``), put
-hyperparameters behind ``*``, return the total and the count instead of their ratio.
+To write your own, take arrays by the names of the `Rollout` fields (and ``logp``, ``values``,
+``entropy``), put hyperparameters behind ``*``, and return the total and the count instead of their
+ratio. A loss knows no model, no config and no tokenizer.
 """
 
 from rlhf_jax.losses.policy import ppo_policy_loss
@@ -10,4 +11,11 @@ from rlhf_jax.losses.ranking import best_of_loss, ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
 from rlhf_jax.losses.value import ppo_value_loss
 
-__all__ = ["best_of_loss", "dpo_loss", "ppo_policy_loss", "ppo_value_loss", "ranking_loss", "sft_loss"]
+__all__ = [
+    "best_of_loss",
+    "dpo_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ranking_loss",
+    "sft_loss",
+]

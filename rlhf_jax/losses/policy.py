@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Real
 from rlhf_jax.types import Max, Mean, Metrics
 
 LOG_RATIO_LIMIT = 20.0
-"""exp(20) is far outside any clip range; beyond it the ratio would only overflow and its gradient become 0 * inf."""
+"""Bound of the log-ratio: far outside any clip range, while a larger ratio could overflow."""
 
 
 def ppo_policy_loss(
@@ -27,8 +27,8 @@ def ppo_policy_loss(
 
     ``rho_t = exp(logp_t - old_logp_t)``
 
-    The maximum is pessimistic for either sign of the advantage; there is no second clip for negative ones. Gradients
-    reach `logp` only.
+    The maximum is pessimistic for either sign of the advantage; there is no second clip for
+    negative ones. Gradients reach `logp` only.
 
     Args:
       logp: log-probs of the sampled tokens under the policy in training, in nats.
@@ -38,14 +38,16 @@ def ppo_policy_loss(
       clip_ratio: half-width of the trusted interval around ratio 1.
 
     Returns:
-      Total and count of response tokens; metrics ``approx_kl`` (old to new policy, ``mean (logp - old_logp)^2 / 2``,
-      nats per token), ``clip_fraction`` (tokens whose gradient the clip removed), ``ratio``, ``ratio_max``, and
-      ``log_ratio_max`` (largest absolute log-ratio: 0 before the first update).
+      Total and count of response tokens; metrics ``approx_kl`` (old to new policy,
+      ``mean (logp - old_logp)^2 / 2``, nats per token), ``clip_fraction`` (tokens whose gradient
+      the clip removed), ``ratio``, ``ratio_max``, and ``log_ratio_max`` (largest absolute
+      log-ratio: 0 before the first update).
 
     Source: Schulman et al. 2017, eq. 7; Ouyang et al. 2022, eq. 2 (first line) and appendix C.4.
 
     >>> ratio = jnp.log(jnp.array([[2.0, 2.0]]))
-    >>> loss, metrics = ppo_policy_loss(ratio, jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]]), jnp.array([[True, True]]))
+    >>> advantages, mask = jnp.array([[1.0, -1.0]]), jnp.array([[True, True]])
+    >>> loss, metrics = ppo_policy_loss(ratio, jnp.zeros((1, 2)), advantages, mask)
     >>> round(float(loss.value), 4), float(metrics["clip_fraction"].value)  # (-1.2 + 2) / 2
     (0.4, 0.5)
     """
@@ -53,6 +55,7 @@ def ppo_policy_loss(
     log_ratio = jnp.where(mask, logp, 0) - jnp.where(mask, old_logp, 0)
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     advantages = jnp.where(mask, advantages, 0)
+    # Where the clipped term is the larger one it is constant, so that the token has no gradient.
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the policy is its own reward model."""
+"""Direct preference optimisation: the policy implies its own reward model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def dpo_loss(
       beta: strength of the KL constraint that the reward implies.
 
     Returns:
-      Total and count of pairs; metrics ``accuracy`` (equal rewards count half), ``margin``, ``chosen_reward``,
-      ``rejected_reward``.
+      Total and count of pairs; metrics ``accuracy`` (equal rewards count half), ``margin``,
+      ``chosen_reward``, ``rejected_reward``.
 
     Source: Rafailov et al. 2023, eq. 7.
 
@@ -43,6 +43,7 @@ def dpo_loss(
     rejected_reward = beta * (rejected_logp - jax.lax.stop_gradient(ref_rejected_logp))
     margin = chosen_reward - rejected_reward
     count = jnp.float32(margin.size)
+    # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     return Mean(jnp.sum(jax.nn.softplus(-margin)), count), {
         "accuracy": Mean(jnp.sum((jnp.sign(margin) + 1) / 2), count),
         "margin": Mean(jnp.sum(margin), count),

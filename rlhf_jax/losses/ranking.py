@@ -1,4 +1,4 @@
-"""The reward model's losses over a ranked group: all pairs of it, or the choice of its best."""
+"""Losses of the reward model over ranked responses: all pairs, or the choice of the best one."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from rlhf_jax.types import Mean, Metrics
 
 
 def ranking_loss(
-    rewards: Float[Array, "*batch K"], ranks: Int[Array, "*batch K"], *, divisor: Literal["pairs", "choose"] = "pairs"
+    rewards: Float[Array, "*batch K"],
+    ranks: Int[Array, "*batch K"],
+    *,
+    divisor: Literal["pairs", "choose"] = "pairs",
 ) -> tuple[Mean, Metrics]:
-    """Pairwise logistic loss over the K ranked responses of each prompt, every prompt with the same weight.
+    """Pairwise logistic loss over the K ranked responses of each prompt; prompts weigh the same.
 
     ``L = mean over prompts of  (1 / D) * sum_{(w, l): rank_w < rank_l} -log sigmoid(r_w - r_l)``
 
     Tied pairs are dropped. The mean runs over the prompts with a strict pair.
 
     Args:
-      rewards: scalar outputs, one a response; absent responses may hold anything.
+      rewards: scalar outputs, one per response; those of absent responses are ignored.
       ranks: 0 for the best, equal for ties, -1 for an absent response.
-      divisor: D. ``"pairs"`` counts the strict pairs of the prompt; ``"choose"`` is ``K (K - 1) / 2`` of its present
-        responses, so that ties weaken a prompt. Equal when there are no ties.
+      divisor: D. ``"pairs"`` counts the strict pairs of the prompt; ``"choose"`` is
+        ``K (K - 1) / 2`` of its present responses, so that ties weaken a prompt. Equal when there
+        are no ties.
 
     Returns:
-      Total over prompts in nats, count of prompts with a strict pair; metrics a pair: ``accuracy`` (equal rewards count
-      half), ``margin`` (``r_w - r_l``), ``log_loss`` (nats), and ``pairs`` a prompt.
+      Total over prompts in nats, count of prompts with a strict pair; metrics per pair:
+      ``accuracy`` (equal rewards count half), ``margin`` (``r_w - r_l``), ``log_loss`` (nats), and
+      ``pairs`` per prompt.
 
     Raises:
       ValueError: if `divisor` is unknown.
@@ -42,7 +47,8 @@ def ranking_loss(
     if divisor not in ("pairs", "choose"):
         raise ValueError(f"divisor={divisor!r} is unknown: choose 'pairs' or 'choose'")
     present = ranks >= 0
-    better = present[..., :, None] & present[..., None, :] & (ranks[..., :, None] < ranks[..., None, :])
+    both_present = present[..., :, None] & present[..., None, :]
+    better = both_present & (ranks[..., :, None] < ranks[..., None, :])
     margin = jnp.where(better, rewards[..., :, None] - rewards[..., None, :], 0)
     # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     log_loss = jnp.where(better, jax.nn.softplus(-margin), 0)
@@ -62,21 +68,25 @@ def ranking_loss(
     }
 
 
-def best_of_loss(rewards: Float[Array, "*batch K"], ranks: Int[Array, "*batch K"]) -> tuple[Mean, Metrics]:
-    """Softmax cross-entropy of the best of K responses: what a labeler's choice alone teaches.
+def best_of_loss(
+    rewards: Float[Array, "*batch K"],
+    ranks: Int[Array, "*batch K"],
+) -> tuple[Mean, Metrics]:
+    """Softmax cross-entropy of the best of K responses, for labelers who only choose the best one.
 
     ``L = mean over prompts of -log(exp(r_best) / sum_k exp(r_k))``
 
-    Where several share the best rank, the target is spread evenly over them. Only rank 0 against the rest counts; the
-    order below it is not used. The mean runs over the prompts whose responses do not all share the best rank.
+    Where several share the best rank, the target is spread evenly over them. Only rank 0 against
+    the rest counts; the order below it is not used. The mean runs over the prompts whose responses
+    do not all share the best rank.
 
     Args:
-      rewards: scalar outputs, one a response; absent responses may hold anything.
+      rewards: scalar outputs, one per response; those of absent responses are ignored.
       ranks: 0 for the best, -1 for an absent response.
 
     Returns:
-      Total over prompts in nats, count of prompts with a choice; ``accuracy``: how often the largest reward is at a
-      best response (1 / K by chance).
+      Total over prompts in nats, count of prompts with a choice; ``accuracy``: how often the
+      largest reward is at a best response (1 / K by chance).
 
     Source: Ziegler et al. 2019, eq. 1 (best of 4).
 

@@ -18,7 +18,7 @@ def ppo_value_loss(
     *,
     clip_value: Real[ArrayLike, ""] | None = 0.2,
 ) -> tuple[Mean, Metrics]:
-    """Squared error to the returns, pessimistic about moves away from the rollout's values.
+    """Squared error to the returns, the larger one of the plain and the clipped value.
 
     ``L = mean_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2) / 2``
 
@@ -26,15 +26,16 @@ def ppo_value_loss(
 
     Args:
       values: ``V(tokens[:, :t])`` under the network in training.
-      old_values: the same when the rollout was made.
+      old_values: the same under the network of the rollout.
       returns: from `gae`, before advantages are whitened.
       mask: true on response tokens.
       clip_value: c, in units of the score; None for the plain squared error.
 
     Returns:
-      Total and count of response tokens; metrics ``value_clip_fraction``, ``value_error`` (``mean (V - R)^2``), and
-      ``value``, ``return`` and ``return_square``, from which ``explained variance = 1 - value_error / (return_square -
-      return^2)`` follows once all batches are added up.
+      Total and count of response tokens; metrics ``value_clip_fraction``, ``value_error``
+      (``mean (V - R)^2``), and ``value``, ``return`` and ``return_square``, from which the
+      explained variance ``1 - value_error / (return_square - return^2)`` follows once all batches
+      are added up.
 
     Source: Stiennon et al. 2020, released code; Ouyang et al. 2022, appendix C.4.
 
@@ -44,7 +45,10 @@ def ppo_value_loss(
     1.62
     """
     old_values, returns = lax.stop_gradient((old_values, returns))
-    values, old_values, returns = (jnp.where(mask, x, 0) for x in (values, old_values, returns))
+    values = jnp.where(mask, values, 0)
+    old_values = jnp.where(mask, old_values, 0)
+    returns = jnp.where(mask, returns, 0)
+    # An infinite bound clips nothing, which leaves the plain squared error.
     bound = jnp.inf if clip_value is None else clip_value
     error = jnp.square(values - returns)
     clipped = jnp.square(jnp.clip(values, old_values - bound, old_values + bound) - returns)

@@ -34,9 +34,9 @@ def _environment() -> jinja2.Environment:
 def render(template: str, **values: Any) -> str:
     """The page that `template` makes of `values`.
 
-    Args: template: path of the template inside the package, such as
-      ``evaluation/report/report.html.jinja``. **values: what the template reads, by name. Text is
-      escaped where it is written.
+    Args:
+      template: path inside the package, such as ``evaluation/report/report.html.jinja``.
+      **values: what the template reads, by name. Text is escaped where it is written.
 
     Raises:
       jinja2.UndefinedError: the template reads a value that is missing.

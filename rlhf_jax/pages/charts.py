@@ -113,10 +113,14 @@ def bar_chart(
 ) -> str:
     """Horizontal bars from 0, with their whiskers and with each value at the right.
 
-    Args: bars: from top to bottom. title: what a screen reader says of the chart. maximum: value at
-      the right end of the axis; None takes a round number above the largest bar or whisker.
-      reference: value at which a dashed line stands, or None. reference_label: what is written
-      above that line. text: how values are written.
+    Args:
+      bars: from top to bottom.
+      title: what a screen reader says of the chart.
+      maximum: value at the right end of the axis; None takes a round number above the largest bar
+        or whisker.
+      reference: value at which a dashed line stands, or None.
+      reference_label: what is written above that line.
+      text: how values are written.
 
     Returns:
       An ``svg`` element as markup, which a template writes as it is.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import io
 import re
 
@@ -16,6 +15,7 @@ from rlhf_jax.data import preview, preview_page, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking, write_jsonl
 from rlhf_jax.run.cli import main
 from rlhf_jax.run.config import load_config
+from tests.html_page import Page
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|go|>' + m['role'] + '\n' + m['content'] + '<|stop|>\n' }}{% endfor %}"
@@ -184,40 +184,18 @@ def test_nothing_in_the_data_reaches_the_terminal_unescaped(tok):
     assert said.isascii()
 
 
-class Reader(html.parser.HTMLParser):
-    """The elements of a page and its text."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.open += [tag] if tag not in ("meta", "link") else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_the_page_is_well_formed_loads_nothing_and_holds_the_data_as_text(tok):
     written = preview_page.page(hostile(tok), title=HOSTILE, tokens=True, report=f"1 < 2 {HOSTILE[20:40]}")
-    page = Reader()
-    page.feed(written)
-    assert page.open == []
-    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "img", "iframe", "object", "a", "form"})
-    links = [value for _, attrs in page.elements for name, value in attrs.items() if name in ("src", "href")]
+    page = Page(written)
+    assert set(page.tags).isdisjoint({"script", "img", "iframe", "object", "a", "form"})
+    links = [value for name, value in page.attributes if name in ("src", "href")]
     assert links == ["data:,"]
-    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert not page.handlers
     assert "url(" not in written
     assert "@import" not in written
     assert "default-src 'none'" in written
     assert "prefers-color-scheme:dark" in written
-    assert "<script>alert(1)</script>&amp;" in page.text
+    assert "<script>alert(1)</script>&amp;" in page.whole_text
     assert not any(preview._is_hidden(c) for c in written if c != "\n")
 
 

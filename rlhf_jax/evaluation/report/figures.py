@@ -97,6 +97,7 @@ def gold(results: Mapping[str, Any]) -> list[Figure]:
     total = mapping(results, "gold_score")
     figures = _scores("Gold score", total, "Gold score, all parts together")
     parts = mapping(results, "gold_parts")
+    # Every part that some model has, in the order in which the models first name them.
     names: dict[str, None] = {}
     for by_model in parts.values():
         if isinstance(by_model, Mapping):
@@ -192,7 +193,7 @@ def overoptimization(results: Mapping[str, Any]) -> list[Figure]:
     curve = mapping(results, "best_of_n")
     figures = []
     for key, title, color in (
-        ("proxy", "Reward model's opinion", "var(--reward-model)"),
+        ("proxy", "Reward-model score", "var(--reward-model)"),
         ("gold", "Gold score", "var(--best-of-4)"),
     ):
         points = pairs(curve.get("kl"), curve.get(key))

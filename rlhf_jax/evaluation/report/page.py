@@ -30,10 +30,11 @@ def write_report(
 ) -> Path:
     """Writes the report as one HTML file, whole or not at all.
 
-    Args: path: where to write, for example ``runs/instructgpt/report.html``. results: the numbers
-      of `results.json`; the page names what is missing. history: metric rows by stage, ``{"ppo":
-      [{"iteration": 0, "score": 0.1, "kl": 0.0}, ...]}``, or one list of rows
-        that each name their ``stage``.
+    Args:
+      path: where to write, for example ``runs/instructgpt/report.html``.
+      results: the numbers of `results.json`; the page names what is missing.
+      history: metric rows by stage, ``{"ppo": [{"iteration": 0, "score": 0.1}, ...]}``, or one list
+        of rows that each name their ``stage``.
       samples: ``{"prompt": str, "responses": {model: {"text": str, "gold_score": float}}}``, the
         best examples first.
       departures: ``{"name", "paper", "source", "run", "why"}``, one row for each departure from the
@@ -123,6 +124,7 @@ def _answers(sample: Mapping[str, Any]) -> _Answers:
     responses = mapping(sample, "responses")
     scores = {key: number(responses, f"{key}.gold_score") for key in responses}
     best = max((score for score in scores.values() if score is not None), default=None)
+    # The models of the report come first and in its order, whatever else was sampled.
     ours = [key for key in MODELS if key in responses]
     others = [key for key in responses if key not in MODELS]
     cards = []

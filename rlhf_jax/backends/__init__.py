@@ -25,7 +25,7 @@ from rlhf_jax.types import Params
 
 __all__ = [
     "ACCELERATOR", "KERNELS", "PLAIN", "Angles", "Backend", "KVCache", "LayerCache", "View",
-    "backend_for", "on_host", "planned_for_accelerators", "take",
+    "backend_for", "is_on_host", "on_host", "planned_for_accelerators", "take",
 ]  # fmt: skip
 
 KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
@@ -92,14 +92,14 @@ PLAIN = Backend(
 """The meaning of every operation; it runs on any device and for any placement of the arrays."""
 
 ACCELERATOR = PLAIN._replace(
-    attend=attention.attend_by_length, head_logits=plain.narrow_head_logits
+    attend=attention.attend_in_blocks, head_logits=plain.narrow_head_logits
 )
 """What GPUs and TPUs share, wherever the arrays are placed."""
 
 CPU = PLAIN._replace(
     linear=cpu.linear_on_mesh,
     decode_layout=cpu.decode_layout,
-    attend=attention.attend_by_length,
+    attend=attention.attend_in_blocks,
     head_logits=cpu.head_logits,
     step_where=cpu.step_where,
     logits_per_chunk=2**20,  # 4 MiB in float32 stay in the cache of a processor
@@ -227,3 +227,8 @@ def planned_for_accelerators() -> Iterator[None]:
 def on_host() -> contextlib.AbstractContextManager[Any]:
     """Inside, arrays without a placement are made and computed in host memory."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def is_on_host(x: jax.Array) -> bool:
+    """Whether an array of one device is in host memory, where numpy reads it without a copy."""
+    return next(iter(x.devices())).platform == "cpu"

@@ -79,11 +79,12 @@ def fits(config: Any, rows: int) -> bool:
 
 
 def fits_step(
-    config: Any, layers: Any, x: Float[Array, "B T D"], slots: Array, view: Any, at: Any, key: Any
+    config: Any, layers: Any, x: Float[Array, "B T D"], slots: Array, shared: Any, at: Any
 ) -> bool:
     """Whether this step is one that `step` computes: one token per row, parameters for decoding."""
-    del slots, view
-    if at is not None or key is not None or x.shape[1] != 1 or not isinstance(layers, tuple):
+    del slots
+    one_token = at is None and shared.key is None and x.shape[1] == 1
+    if not one_token or not isinstance(layers, tuple):
         return False
     return fits(config, len(x)) and "query_key_value" in layers[0]["attention"]
 
@@ -94,11 +95,12 @@ def step(
     x: Float[Array, "B 1 D"],
     cache: Cache,
     slots: Int[Array, "B 1"],
-    view: Callable[[int], View],
-    *others: None,
+    shared: Any,
+    at: None = None,
 ) -> tuple[Float[Array, "B 1 D"], Cache]:
     """`models.decoding.blocks_over_cache` for a step that `fits_step`; arguments as there."""
-    del others
+    del at
+    view = functools.partial(shared.view, config)
     layers, scale = params["blocks"], params["norm"]["scale"]
     of_rows = (x[:, 0], cache.keys, cache.values, slots[:, 0])
     hidden, keys, values = blocks(config, layers, scale, *of_rows, view)

@@ -6,11 +6,9 @@ the checks at step 0. So the policy and its reference run the same program, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -147,8 +145,10 @@ def sequence_log_probs(
     Returns:
       Log-probs in nats, float32, 0 outside `mask`. Dropout is off.
     """
-    read = partial(token_log_probs, head=partial(model.head, params), temperature=temperature)
-    return _read_targets(model, params, read, tokens, lengths, mask, targets)
+    own, head = _targets(tokens, mask, targets), partial(model.head, params)
+    hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
+    how = {"previous": own.previous, "temperature": temperature}
+    return own.at_slots(token_log_probs(hidden, head, own.tokens, own.mask, **how))
 
 
 def sequence_log_probs_and_entropy(
@@ -162,25 +162,43 @@ def sequence_log_probs_and_entropy(
     targets: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`sequence_log_probs` and, from the same logits, the entropy of the distribution of each token, in nats."""
-    read = partial(token_log_probs_and_entropy, head=partial(model.head, params), temperature=temperature)
-    return _read_targets(model, params, read, tokens, lengths, mask, targets)
+    own, head = _targets(tokens, mask, targets), partial(model.head, params)
+    hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
+    how = {"previous": own.previous, "temperature": temperature}
+    logp, entropy = token_log_probs_and_entropy(hidden, head, own.tokens, own.mask, **how)
+    return own.at_slots(logp), own.at_slots(entropy)
 
 
-def _read_targets(
-    model: Model, params: Params, read: Callable[..., Any], tokens: Array, lengths: Array, mask: Array,
-    targets: int | None,
-) -> Any:  # fmt: skip
-    """``read(hidden, tokens=, mask=, previous=)`` of rows of one text each, of at most `targets` tokens a row."""
+class _Targets(NamedTuple):
+    """The targets of rows: all slots as they are, or at most N of each row, moved to its front.
+
+    `at` are the slots that predict them, None for all; `previous` names the same among what is computed at these.
+    `place` brings what was read back to the slots of the row, and `fits` says whether a row has no more than N.
+    """
+
+    at: Int[Array, "B N"] | None
+    tokens: Int[Array, "B N"]
+    mask: Bool[Array, "B N"]
+    previous: Int[Array, "B N"] | None = None
+    place: Int[Array, "B T"] | None = None
+    fits: Bool[Array, "B 1"] | None = None
+
+    def at_slots(self, x: Float[Array, "B N"]) -> Float[Array, "B T"]:
+        """What was read of the targets, at their slots; NaN in rows that have too many."""
+        if self.place is None or self.fits is None:
+            return x
+        return jnp.where(self.fits, ops.align(x, self.place), jnp.nan)
+
+
+def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
+    """The targets `mask` of rows of one text each, of which a row has at most `targets`; None for any number."""
     if targets is None or targets >= tokens.shape[1]:
-        hidden = _hidden_of_texts(model, params, tokens, lengths)
-        return read(hidden, tokens=tokens, mask=mask)
+        return _Targets(None, tokens, mask)
     order, place = ops.compact(mask, targets)
-    before = jnp.maximum(order - 1, 0)
-    hidden = _hidden_of_texts(model, params, tokens, lengths, before)
     itself = jnp.broadcast_to(jnp.arange(targets, dtype=jnp.int32)[None, :], order.shape)
-    found = read(hidden, tokens=ops.align(tokens, order), mask=order > 0, previous=itself)
     fits = (jnp.sum(mask, axis=1) <= targets)[:, None]
-    return jax.tree.map(lambda x: jnp.where(fits, ops.align(x, place), jnp.nan), found)
+    before = jnp.maximum(order - 1, 0)
+    return _Targets(before, ops.align(tokens, order), order > 0, itself, place, fits)
 
 
 def _hidden_of_texts(

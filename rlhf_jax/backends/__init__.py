@@ -25,7 +25,7 @@ from rlhf_jax.types import Params
 
 __all__ = [
     "ACCELERATOR", "KERNELS", "PLAIN", "Angles", "Backend", "KVCache", "LayerCache", "View",
-    "backend_for", "on_host", "planned_for_accelerators", "take",
+    "backend_for", "is_on_host", "on_host", "planned_for_accelerators", "take",
 ]  # fmt: skip
 
 KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
@@ -91,13 +91,15 @@ PLAIN = Backend(
 )
 """The meaning of every operation; it runs on any device and for any placement of the arrays."""
 
-ACCELERATOR = PLAIN._replace(attend=attention.attend_by_length, head_logits=plain.narrow_head_logits)
+ACCELERATOR = PLAIN._replace(
+    attend=attention.attend_in_blocks, head_logits=plain.narrow_head_logits
+)
 """What GPUs and TPUs share, wherever the arrays are placed."""
 
 CPU = PLAIN._replace(
     linear=cpu.linear_on_mesh,
     decode_layout=cpu.decode_layout,
-    attend=attention.attend_by_length,
+    attend=attention.attend_in_blocks,
     head_logits=cpu.head_logits,
     step_where=cpu.step_where,
     logits_per_chunk=2**20,  # 4 MiB in float32 stay in the cache of a processor
@@ -139,7 +141,9 @@ def _platform() -> str:
 
 
 @functools.lru_cache
-def _assemble(platform: str, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int, alone: bool) -> Backend:
+def _assemble(
+    platform: str, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int, alone: bool
+) -> Backend:
     """The backend of a platform, from the forms that hold anywhere to those of one kernel."""
     backend = CPU if platform == "cpu" else ACCELERATOR
     if platform == "planned":
@@ -179,11 +183,15 @@ def _on_one_device(backend: Backend, platform: str) -> Backend:
 def _with_cudnn(backend: Backend, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int) -> Backend:
     if not nvidia.fits(head_dim=head_dim, dtype=dtype):
         return backend
-    backend = backend._replace(attend=nvidia.attend, attend_at=nvidia.attend_at, cache=nvidia.SLOTS_FIRST)
+    backend = backend._replace(
+        attend=nvidia.attend, attend_at=nvidia.attend_at, cache=nvidia.SLOTS_FIRST
+    )
     return backend if mesh is not None else backend._replace(decode_blocks=nvidia.decode_blocks)
 
 
-def _with_kernel(backend: Backend, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int) -> Backend:
+def _with_kernel(
+    backend: Backend, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int
+) -> Backend:
     """The backend with the kernel for whole rows that a config asks for by name."""
     if kernel == "plain":
         return backend._replace(attend=attention.attend)
@@ -193,7 +201,9 @@ def _with_kernel(backend: Backend, kernel: str, mesh: Mesh | None, dtype: jnp.dt
         return backend._replace(attend=tpu.attend_on(mesh, always=True))
     if kernel == "cudnn":
         nvidia.require(head_dim=head_dim, dtype=dtype)
-        return backend._replace(attend=nvidia.attend_always, attend_at=nvidia.attend_at, cache=nvidia.SLOTS_FIRST)
+        return backend._replace(
+            attend=nvidia.attend_always, attend_at=nvidia.attend_at, cache=nvidia.SLOTS_FIRST
+        )
     return backend
 
 
@@ -217,3 +227,8 @@ def planned_for_accelerators() -> Iterator[None]:
 def on_host() -> contextlib.AbstractContextManager[Any]:
     """Inside, arrays without a placement are made and computed in host memory."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def is_on_host(x: jax.Array) -> bool:
+    """Whether an array of one device is in host memory, where numpy reads it without a copy."""
+    return next(iter(x.devices())).platform == "cpu"

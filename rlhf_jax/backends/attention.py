@@ -103,7 +103,9 @@ def attend(
     return over_keys(query, jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2), view.bias, query_scalar)
 
 
-def attend_in_blocks(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
+def attend_in_blocks(
+    query: Array, key: Array, value: Array, view: View, query_scalar: int
+) -> Array:
     """`attend` block by block of queries, without the keys that come after a block."""
     slots = query.shape[1]
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
@@ -117,16 +119,12 @@ def attend_in_blocks(query: Array, key: Array, value: Array, view: View, query_s
     return jnp.concatenate(mixed, axis=1)
 
 
-def attend_recomputed(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
+def attend_recomputed(
+    query: Array, key: Array, value: Array, view: View, query_scalar: int
+) -> Array:
     """`attend` as a flash kernel uses memory: the backward pass computes the scores again."""
-    run = functools.partial(attend_by_length, query_scalar=query_scalar)
+    run = functools.partial(attend_in_blocks, query_scalar=query_scalar)
     return jax.checkpoint(run)(query, key, value, view)
-
-
-def attend_by_length(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
-    """`attend`, in blocks where a row is longer than one block."""
-    run = attend_in_blocks if query.shape[1] > BLOCK else attend
-    return run(query, key, value, view, query_scalar)
 
 
 def attend_at(
@@ -169,25 +167,29 @@ def over_keys(
     batch, length, heads, head_dim = query.shape
     groups = key.shape[1]
     query = (query * query_scalar**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, head_dim)
-    scores = _rows_times(query, key).reshape(batch, heads, length, -1) + bias
+    product = _row_times if query.shape[2] == 1 else _rows_times
+    scores = product(query, key).reshape(batch, heads, length, -1) + bias
     # The division of the softmax comes after the product with the values: one pass over the scores
     # less, forward and backward.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     grouped = weights.astype(value.dtype).reshape(batch, groups, -1, scores.shape[-1])
-    mixed = _rows_times(grouped, value).reshape(batch, heads, length, head_dim)
+    mixed = product(grouped, value).reshape(batch, heads, length, head_dim)
     mixed = mixed / weights.sum(axis=-1, keepdims=True)
     return mixed.astype(value.dtype).swapaxes(1, 2)
 
 
-def _rows_times(rows: Float[Array, "B G N M"], matrix: Float[Array, "B G M S"]) -> Float[Array, "B G N S"]:
-    """The batched product ``rows @ matrix`` in float32; one row (decoding) as multiply and add.
+_rows_times = functools.partial(jnp.einsum, "bgnm,bgms->bgns", preferred_element_type=jnp.float32)
+"""The batched product ``rows @ matrix`` in float32."""
 
-    Multiply and add reads the cache where it is. As a matrix product of one row XLA on a CPU copied
-    the cache first, which took twice the time.
+
+def _row_times(
+    row: Float[Array, "B G 1 M"], matrix: Float[Array, "B G M S"]
+) -> Float[Array, "B G 1 S"]:
+    """`_rows_times` of one row (decoding) as multiply and add, which reads the cache where it is.
+
+    As a matrix product of one row XLA on a CPU copied the cache first, which took twice the time.
     """
-    if rows.shape[2] > 1:
-        return jnp.einsum("bgnm,bgms->bgns", rows, matrix, preferred_element_type=jnp.float32)
-    return jnp.sum(rows.astype(jnp.float32).swapaxes(2, 3) * matrix, axis=2, keepdims=True)
+    return jnp.sum(row.astype(jnp.float32).swapaxes(2, 3) * matrix, axis=2, keepdims=True)
 
 
 # ------------------------------------------------------------------------------------------- caches

@@ -53,7 +53,7 @@ def times_tiles(x: Float[Array, "*B I"], tiles: Float[Array, "N O I"], **how: An
     return outputs.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def tile(transposed: Float[Array, "O I"]) -> Float[Array, "N O I"] | None:
+def tile(transposed: Float[Array, "NO I"]) -> Float[Array, "N O I"] | None:
     """``W^T`` as `times_tiles` takes it; None where `TILES` does not divide its rows."""
     if transposed.shape[0] % TILES:
         return None
@@ -133,7 +133,7 @@ def over_layers(
     for layer, own in enumerate(unstack(blocks)):
         last = positions is not None and layer == layers - 1
         some = {"positions": positions} if last else {}
-        x = body(x, jnp.asarray(layer), own, **some)
+        x, _ = body(x, jnp.asarray(layer), own, **some)
     return x
 
 

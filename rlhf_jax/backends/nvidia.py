@@ -44,7 +44,7 @@ def attend(query: Array, key: Array, value: Array, view: View, query_scalar: int
     """`attention.attend`; short rows, and what the kernel does not take, by XLA's products."""
     slots, head_dim = query.shape[1], query.shape[3]
     if slots < BLOCK or not fits(head_dim=head_dim, dtype=query.dtype, slots=slots):
-        return attention.attend_by_length(query, key, value, view, query_scalar)
+        return attention.attend_in_blocks(query, key, value, view, query_scalar)
     return _flash(query, key, value, view, query_scalar)
 
 

@@ -78,10 +78,13 @@ def fits(config: Any, rows: int) -> bool:
     return family and plain and whole and config.dtype == "bfloat16" and rows <= ROWS and there
 
 
-def fits_step(config: Any, layers: Any, x: Float[Array, "B T D"], slots: Array, view: Any, at: Any, key: Any) -> bool:
+def fits_step(
+    config: Any, layers: Any, x: Float[Array, "B T D"], slots: Array, shared: Any, at: Any
+) -> bool:
     """Whether this step is one that `step` computes: one token per row, parameters for decoding."""
-    del slots, view
-    if at is not None or key is not None or x.shape[1] != 1 or not isinstance(layers, tuple):
+    del slots
+    one_token = at is None and shared.key is None and x.shape[1] == 1
+    if not one_token or not isinstance(layers, tuple):
         return False
     return fits(config, len(x)) and "query_key_value" in layers[0]["attention"]
 
@@ -92,11 +95,12 @@ def step(
     x: Float[Array, "B 1 D"],
     cache: Cache,
     slots: Int[Array, "B 1"],
-    view: Callable[[int], View],
-    *others: None,
+    shared: Any,
+    at: None = None,
 ) -> tuple[Float[Array, "B 1 D"], Cache]:
     """`models.decoding.blocks_over_cache` for a step that `fits_step`; arguments as there."""
-    del others
+    del at
+    view = functools.partial(shared.view, config)
     layers, scale = params["blocks"], params["norm"]["scale"]
     of_rows = (x[:, 0], cache.keys, cache.values, slots[:, 0])
     hidden, keys, values = blocks(config, layers, scale, *of_rows, view)
@@ -144,7 +148,9 @@ def blocks(
     return y, tuple(keys), tuple(values)
 
 
-def _call(kernel: Callable[..., None], name: str, *, warps: int, stages: int = 1, **how: Any) -> Callable[..., Any]:
+def _call(
+    kernel: Callable[..., None], name: str, *, warps: int, stages: int = 1, **how: Any
+) -> Callable[..., Any]:
     params = triton.CompilerParams(num_warps=warps, num_stages=stages)
     run = pl.pallas_call(
         kernel, name=name, compiler_params=params, interpret=jax.default_backend() == "cpu", **how
@@ -152,7 +158,9 @@ def _call(kernel: Callable[..., None], name: str, *, warps: int, stages: int = 1
 
     def quiet(*args: Array) -> Any:
         with warnings.catch_warnings():  # that this backend will go some day is said above
-            warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+            warnings.filterwarnings(
+                "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+            )
             return run(*args)
 
     return quiet
@@ -174,7 +182,9 @@ def tiles_for(depth: int, columns: int) -> Tiles:
     return Tiles(64, 64, pieces, 8)
 
 
-def product(x: Float[Array, "B K"], weights: Float[Array, "K N"], cut: Tiles | None = None) -> Float[Array, "P B N"]:
+def product(
+    x: Float[Array, "B K"], weights: Float[Array, "K N"], cut: Tiles | None = None
+) -> Float[Array, "P B N"]:
     """``x @ weights`` in float32, the sum over each piece of the depth by itself."""
     (rows, depth), columns = x.shape, weights.shape[1]
     cut = cut or tiles_for(depth, columns)
@@ -186,7 +196,9 @@ def product(x: Float[Array, "B K"], weights: Float[Array, "K N"], cut: Tiles | N
 
         def add(i: Array, total: Array) -> Array:
             deep = pl.ds(part * piece + i * cut.depth, cut.depth)
-            return total + triton.dot(triton.load(x_ref.at[mine, deep], mask=here, other=0.0), weights_ref[deep, at])
+            return total + triton.dot(
+                triton.load(x_ref.at[mine, deep], mask=here, other=0.0), weights_ref[deep, at]
+            )
 
         total = jnp.zeros((here.shape[0], cut.columns), jnp.float32)
         total = jax.lax.fori_loop(0, piece // cut.depth, add, total)
@@ -194,7 +206,9 @@ def product(x: Float[Array, "B K"], weights: Float[Array, "K N"], cut: Tiles | N
 
     shape = jax.ShapeDtypeStruct((cut.pieces, rows, columns), jnp.float32)
     grid = (columns // cut.columns, cut.pieces, pl.cdiv(rows, _row_block(rows)))
-    return _call(kernel, "product", warps=4, stages=cut.stages, grid=grid, out_shape=shape)(x, weights)
+    return _call(kernel, "product", warps=4, stages=cut.stages, grid=grid, out_shape=shape)(
+        x, weights
+    )
 
 
 def gated_product(
@@ -224,7 +238,9 @@ def gated_product(
 
     shape = jax.ShapeDtypeStruct((rows, columns), x.dtype)
     grid = (columns // cut.columns, pl.cdiv(rows, _row_block(rows)))
-    return _call(kernel, "gated_product", warps=4, stages=cut.stages, grid=grid, out_shape=shape)(x, weights)
+    return _call(kernel, "gated_product", warps=4, stages=cut.stages, grid=grid, out_shape=shape)(
+        x, weights
+    )
 
 
 def _row_block(rows: int) -> int:
@@ -262,16 +278,24 @@ def add_and_norm(
 
         total = load(x_ref, row)
         if parts_ref:
-            added = functools.reduce(jnp.add, (load(parts_ref[0], jnp.int32(i), row) for i in range(parts.shape[0])))
+            added = functools.reduce(
+                jnp.add, (load(parts_ref[0], jnp.int32(i), row) for i in range(parts.shape[0]))
+            )
             total = total + added.astype(total.dtype)
         wide = total.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.sum(wide * wide) / width + epsilon) * load(scale_ref).astype(jnp.float32)
+        normed = (
+            wide
+            * jax.lax.rsqrt(jnp.sum(wide * wide) / width + epsilon)
+            * load(scale_ref).astype(jnp.float32)
+        )
         for ref, value in ((sum_ref, total), (out_ref, normed.astype(out_ref.dtype))):
             triton.store(ref.at[row, pl.ds(0, size)], value, mask=lanes < width)
 
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     args = (x, scale) if not parts.shape[0] else (parts, x, scale)
-    return _call(kernel, "add_and_norm", warps=16, grid=x.shape[:1], out_shape=(shape, shape))(*args)
+    return _call(kernel, "add_and_norm", warps=16, grid=x.shape[:1], out_shape=(shape, shape))(
+        *args
+    )
 
 
 def attend(

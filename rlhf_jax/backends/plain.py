@@ -18,8 +18,10 @@ from rlhf_jax.types import Params
 
 State = TypeVar("State")
 
-Body = Callable[..., Array]
-"""One block: ``(x, layer, params) -> x``; with ``positions=`` for some slots of each row alone."""
+Body = Callable[..., tuple[Array, Any]]
+"""One block: ``(x, layer, params) -> (x, ..)``; with ``positions=`` for some slots of each row
+alone.
+"""
 
 
 def linear(
@@ -108,14 +110,14 @@ def over_layers_to_positions(
     below = depth(blocks) - 1
     first, last = (jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below))
     x = scan(body, x, first, unroll) if below else x
-    return body(x, jnp.asarray(below), last, positions=positions)
+    return body(x, jnp.asarray(below), last, positions=positions)[0]
 
 
 def scan(body: Body, x: Array, blocks: PyTree, unroll: int | None, *, layers: range | None = None) -> Array:
     """`body` over stacked layers, which have the numbers `layers`; None for all from 0."""
 
     def step(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
-        return body(x, *layer), None
+        return body(x, *layer)[0], None
 
     layers = range(depth(blocks)) if layers is None else layers
     numbers = jnp.arange(layers.start, layers.stop)

@@ -43,11 +43,11 @@ def attend_on(mesh: Mesh | None, *, always: bool = False) -> Callable[..., Array
                     f"attention='splash' needs rows of a multiple of {BLOCK} slots "
                     f"(here {slots}), without parents, windows or a cache: choose 'auto'"
                 )
-            return attention.attend_by_length(query, key, value, view, query_scalar)
+            return attention.attend_in_blocks(query, key, value, view, query_scalar)
         if mesh is None or mesh.size == 1:
             return _splash(query * query_scalar**-0.5, key, value, view.segments)
         if not _divides(mesh, query, key):
-            return attention.attend_by_length(query, key, value, view, query_scalar)
+            return attention.attend_in_blocks(query, key, value, view, query_scalar)
         by_head, by_row = PartitionSpec(ROWS, None, HEADS, None), PartitionSpec(ROWS, None)
         over_devices = jax.shard_map(
             _splash,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +21,15 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.backends import View, take
-from rlhf_jax.backends.plain import scan
+from rlhf_jax.backends.plain import Body, depth, scan
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoding import blocks_over_cache, with_tokens
 from rlhf_jax.models.layers import (
     Block,
     Embedding,
+    Shared,
     bind_embedding,
     dropout,
-    dropout_keys,
     init_module,
     rotary_angles,
     run_block,
@@ -77,80 +78,81 @@ def apply_decoder(
     config: DecoderConfig,
     params: Params,
     tokens: Int[Array, "B T"],
-    rows: Rows,
     *,
     cache: Cache | None = None,
     key: Array | None = None,
     at: Int[Array, "B N"] | None = None,
+    **rows: Any,
 ) -> Output:
     """Hidden states after the last norm.
 
     One attention rule serves packing, shared prefixes and caches: `visible`. With a cache the
-      tokens take the slots ``lengths + 0, 1, ..`` of their row
-    and also see what is cached; tokens of segment 0 must stand right of the others, and are not
-    stored.
+    tokens take the slots ``lengths + 0, 1, ..`` of their row and also see what is cached; tokens of
+    segment 0 must stand right of the others, and are not stored.
 
     Args:
       config: the decoder.
       params: as from `init_decoder`.
       tokens: ids.
-      rows: segments, positions and parents of the tokens.
       cache: as from `decoding.init_cache`; None = the tokens are whole rows.
       key: turns dropout on.
       at: the slots whose hidden states are wanted; None for all. On one device and without adapters
         the last block then computes keys and values of all tokens, and everything else for these
         alone: with L layers nearly 1/L of the work of the others is left out.
+      **rows: the fields of `Rows`: segments, positions, parents and lengths.
 
     Returns:
       ``Output(hidden [B, T, D] in the compute dtype, cache)``; ``[B, N, D]`` with `at`.
     """
+    own, backend, blocks = Rows(**rows), config.backend, params["blocks"]
     embedding = bind_embedding(config, params)
     dropout_key = None if key is None else jax.random.fold_in(key, 0)
-    x = dropout(embedding(tokens, rows.positions), config.dropout, dropout_key)
+    x = dropout(embedding(tokens, own.positions), config.dropout, dropout_key)
     slots = jnp.arange(tokens.shape[1])[None, :]
-    if cache is None:
-        view = _views(config, rows, jnp.broadcast_to(slots, tokens.shape), rows)
-        return Output(embedding.norm(_whole_rows(config, params["blocks"], x, view, at, key)), None)
-    slots = cache.lengths[:, None] + slots
-    cache, stored_at = with_tokens(cache, rows.segments, slots)
-    # A cached row is one text from its first slot on.
-    keys = Rows(cache.segments, jnp.arange(cache.segments.shape[1])[None, :])
-    view = _views(config, rows, slots, keys)
-    step = config.backend.decode_blocks
-    return Output(*step(blocks_over_cache, config, params, x, cache, stored_at, view, at, key))
-
-
-def _whole_rows(
-    config: DecoderConfig,
-    blocks: Params,
-    x: Float[Array, "B T D"],
-    view: Callable[[Any], View],
-    at: Int[Array, "B N"] | None,
-    key: Array | None,
-) -> Float[Array, "B N D"]:
-    """All blocks over whole rows: stacked layers one after the other."""
-    backend = config.backend
-
-    def body(x: Array, layer: Array, own: Params, **some: Any) -> Array:
-        keys = dropout_keys(key, layer)
-        return run_block(config, backend, x, own, view(layer), keys=keys, **some)[0]
-
+    if cache is not None:
+        slots = cache.lengths[:, None] + slots
+        cache, stored_at = with_tokens(cache, own.segments, slots)
+        # A cached row is one text from its first slot on.
+        keys = Rows(cache.segments, jnp.arange(cache.segments.shape[1])[None, :])
+        shared = _shared(config, own, slots, keys, key)
+        step = backend.decode_blocks
+        return Output(*step(blocks_over_cache, config, params, x, cache, stored_at, shared, at))
+    shared = _shared(config, own, jnp.broadcast_to(slots, tokens.shape), own, key)
+    body, over_layers = partial(run_block, config, backend, shared), backend.over_layers
     recomputed = jax.checkpoint if config.remat == "block" else lambda body: body
-    weights, adapters = without_adapters(blocks)
-    if not adapters:
-        return backend.over_layers(recomputed(body), x, blocks, positions=at, unroll=config.unroll)
+    if without_adapters(blocks)[1]:
+        over_layers = partial(_over_adapted_layers, recomputed=recomputed)
+    else:
+        body = recomputed(body)
+    x = over_layers(body, x, blocks, positions=at, unroll=config.unroll)
+    return Output(embedding.norm(x), None)
 
-    # Only the last layers are adapted, so there are two scans. Frozen weights are read from the
-    # stacks: as a scanned operand each part of them would be a copy.
-    def adapted(x: Array, layer: Array, own: dict[Any, Array]) -> Array:
+
+def _over_adapted_layers(
+    body: Body,
+    x: Float[Array, "B T D"],
+    blocks: Params,
+    *,
+    positions: Int[Array, "B N"] | None,
+    unroll: int | None,
+    recomputed: Callable[[Body], Body],
+) -> Float[Array, "B N D"]:
+    """`Backend.over_layers` as two scans, where only the last blocks have adapters.
+
+    Frozen weights are read from their stacks: as a scanned operand each part of them would be a
+    copy.
+    """
+    weights, adapters = without_adapters(blocks)
+
+    def adapted(x: Array, layer: Array, own: dict[Any, Array]) -> tuple[Array, Any]:
         frozen = {path: leaf[layer] for path, leaf in weights.items()}
         return body(x, layer, traverse_util.unflatten_dict(frozen | own))
 
-    adapted = recomputed(adapted)
-    below = config.layers - next(iter(adapters.values())).shape[0]
-    x = scan(adapted, x, {}, config.unroll, layers=range(below)) if below else x
-    x = scan(adapted, x, adapters, config.unroll, layers=range(below, config.layers))
-    return x if at is None else take(x, at)
+    layers, body_of_layer = depth(weights), recomputed(adapted)
+    below = layers - depth(adapters)
+    x = scan(body_of_layer, x, {}, unroll, layers=range(below)) if below else x
+    x = scan(body_of_layer, x, adapters, unroll, layers=range(below, layers))
+    return x if positions is None else take(x, positions)
 
 
 # ------------------------------------------------------------------------------- what a query sees
@@ -173,29 +175,21 @@ def visible(
     return not_later & ((keys == own) | ((keys == parent) & (parent > 0)))
 
 
-def _views(config: DecoderConfig, rows: Rows, slots: Int[Array, "B T"], keys: Rows) -> Callable[[Any], View]:
-    """A layer's view: the same for all layers, or a window and angles of its own for local layers.
-
-    `keys` is `rows` itself where whole rows see themselves.
-    """
+def _shared(
+    config: DecoderConfig, rows: Rows, slots: Int[Array, "B T"], keys: Rows, key: Array | None
+) -> Shared:
+    """What all layers are given; `keys` is `rows` itself where whole rows see themselves."""
     parents = jnp.zeros_like(rows.segments) if rows.parents is None else rows.parents
     seen = visible(rows.segments, parents, slots, keys.segments)
     whole = _view(config, seen, rows.positions)
     if not config.window:
         by_segments = keys is rows and rows.parents is None
         segments, lengths = (rows.segments, rows.lengths) if by_segments else (None, None)
-        whole = whole._replace(segments=segments, lengths=lengths)
-        return lambda layer: whole
+        return Shared(whole._replace(segments=segments, lengths=lengths), None, key)
     near = rows.positions[:, :, None] - keys.positions[:, None, :] < config.window
     base = config.local_rotary_base
     plain = dataclasses.replace(config, rotary_base=base, rotary_scaling=None)
-    local = _view(plain, seen & near, rows.positions)
-
-    def view(layer: Any) -> View:
-        is_global = (layer + 1) % config.window_every == 0
-        return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), whole, local)
-
-    return view
+    return Shared(whole, _view(plain, seen & near, rows.positions), key)
 
 
 def _view(config: DecoderConfig, seen: Bool[Array, "B T S"], positions: Int[Array, "B T"]) -> View:

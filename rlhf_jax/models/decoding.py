@@ -6,7 +6,8 @@ Shape legend: B rows, T new tokens per row, N wanted slots, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.backends import View
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.layers import bind_embedding, dropout_keys, run_block, without_adapters
+from rlhf_jax.models.layers import Shared, bind_embedding, run_block, without_adapters
 from rlhf_jax.models.placement import ROWS, spread
 from rlhf_jax.types import Cache, Params
 
@@ -56,9 +56,8 @@ def blocks_over_cache(
     x: Float[Array, "B T D"],
     cache: Cache,
     slots: Int[Array, "B T"],
-    view: Callable[[int], View],
+    shared: Shared,
     at: Int[Array, "B N"] | None = None,
-    key: Array | None = None,
 ) -> tuple[Float[Array, "B N D"], Cache]:
     """All blocks and the last norm over new tokens that also see what is cached.
 
@@ -71,21 +70,16 @@ def blocks_over_cache(
       x: embedded tokens.
       cache: with the segments of the new tokens.
       slots: where their keys and values go; past the end: nowhere.
-      view: what the queries of a layer see.
+      shared: what the queries of each layer see.
       at: the slots whose hidden states are wanted; None for all.
-      key: turns dropout on.
 
     Returns:
       Hidden states after the last norm, and the cache with the new keys and values.
     """
     keys, values, backend = list(cache.keys), list(cache.values), config.backend
     for layer, own in enumerate(layers_of(config, params["blocks"])):
-
-        def block(x: Array = x, layer: int = layer, own: Params = own, **some: Any) -> Any:
-            how: dict[str, Any] = {"keys": dropout_keys(key, layer)} | some
-            how["cache"] = ((keys[layer], values[layer]), slots)
-            return run_block(config, backend, x, own, view(layer), **how)
-
+        stored = (keys[layer], values[layer]), slots
+        block = partial(run_block, config, backend, shared, x, layer, own, cache=stored)
         is_read = at is not None and layer == config.layers - 1
         x, stored = backend.last_block(block, at) if is_read else block()
         keys[layer], values[layer] = stored

@@ -9,36 +9,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rlhf_jax.backends.plain import head_product
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder
+from rlhf_jax.models.decoder import apply_decoder, init_decoder
 from rlhf_jax.models.decoding import decoding_params, init_cache
 from rlhf_jax.models.placement import spread_rows
-from rlhf_jax.types import Cache, Model, Output, Params
+from rlhf_jax.types import Model, Params
 
 
 def _model(config: DecoderConfig, init: Callable[..., Params], head: Callable[..., Array]) -> Model:
-    def apply(
-        params: Params,
-        tokens: Int[Array, "B T"],
-        *,
-        cache: Cache | None = None,
-        key: Array | None = None,
-        at: Int[Array, "B N"] | None = None,
-        **rows: Any,
-    ) -> Output:
-        return apply_decoder(config, params, tokens, Rows(**rows), cache=cache, key=key, at=at)
-
     return Model(
         init=init,
-        apply=apply,
+        apply=functools.partial(apply_decoder, config),
         head=head,
         init_cache=functools.partial(init_cache, config),
         for_decoding=functools.partial(decoding_params, config),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -328,13 +328,42 @@ def without_adapters(params: Params) -> tuple[dict[Any, Array], dict[Any, Array]
     return flat, adapters
 
 
+class Shared(NamedTuple):
+    """What every layer is given beside its parameters.
+
+    Attributes:
+      whole: what queries see, and their rotary angles.
+      local: the same within a window, for local layers; None where no layer is local.
+      key: of dropout; None turns it off.
+    """
+
+    whole: View
+    local: View | None
+    key: Array | None
+
+    def view(self, config: DecoderConfig, layer: Array | int) -> View:
+        """What the queries of one layer see."""
+        if self.local is None:
+            return self.whole
+        is_global = (layer + 1) % config.window_every == 0
+        return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), self.whole, self.local)
+
+    def dropout_keys(self, layer: Array | int) -> DropoutKeys:
+        """The keys of one layer's two branches."""
+        if self.key is None:
+            return None, None
+        attention, mlp = jax.random.split(jax.random.fold_in(self.key, layer + 1))
+        return attention, mlp
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def run_block(
     config: DecoderConfig,
     backend: Backend,
+    shared: Shared,
     x: Float[Array, "B T D"],
+    layer: Array | int,
     params: Params,
-    view: View,
     **how: Any,
 ) -> tuple[Float[Array, "B Q D"], LayerCache | None]:
     """One layer as a function of its parameters; `how` as for `Block`.
@@ -344,12 +373,4 @@ def run_block(
     """
     del backend
     block = bind(Block, config, params, joined="query_key_value" in params["attention"])
-    return block(x, view, **how)
-
-
-def dropout_keys(key: Array | None, layer: Array | int) -> DropoutKeys:
-    """The keys of a layer's two branches."""
-    if key is None:
-        return None, None
-    attention, mlp = jax.random.split(jax.random.fold_in(key, layer + 1))
-    return attention, mlp
+    return block(x, shared.view(config, layer), keys=shared.dropout_keys(layer), **how)

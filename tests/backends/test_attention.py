@@ -81,7 +81,9 @@ def test_a_decoder_gives_the_same_hidden_states_by_either(rows):
 
     def hidden(kernel):
         own = dataclasses.replace(config, attention=kernel)
-        return apply_decoder(own, params, tokens, Rows(rows[0], positions, rows[1])).hidden
+        return apply_decoder(
+            own, params, tokens, **Rows(rows[0], positions, rows[1])._asdict()
+        ).hidden
 
     real = np.asarray(rows[0] > 0)
     np.testing.assert_allclose(hidden("auto")[real], hidden("plain")[real], rtol=1e-4, atol=2e-5)
@@ -158,7 +160,7 @@ def test_splash_over_eight_devices_is_the_decoder_on_one():
 
     def gradient(config, params, tokens, rows):
         def total(params):
-            hidden = apply_decoder(config, params, tokens, rows).hidden
+            hidden = apply_decoder(config, params, tokens, **rows._asdict()).hidden
             hidden = jnp.where((rows.segments > 0)[:, :, None], hidden, 0)
             return jnp.sum(jnp.sin(hidden)), hidden
 

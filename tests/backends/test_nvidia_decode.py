@@ -16,7 +16,7 @@ from rlhf_jax.backends import nvidia
 from rlhf_jax.backends import nvidia_decode as fused
 from rlhf_jax.data import text
 from rlhf_jax.models import DecoderConfig, language_model
-from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder
+from rlhf_jax.models.decoder import apply_decoder, init_decoder
 from rlhf_jax.models.decoding import decoding_params, init_cache
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import Cache
@@ -52,7 +52,9 @@ def _cache(config: DecoderConfig) -> Cache:
 
 def _step(config: DecoderConfig, params: dict, cache: Cache):
     tokens, live = jnp.arange(1, ROWS + 1)[:, None], jnp.array([1, 1, 1, 1, 0])[:, None]
-    return apply_decoder(config, params, tokens, Rows(live, cache.lengths[:, None]), cache=cache)
+    return apply_decoder(
+        config, params, tokens, segments=live, positions=cache.lengths[:, None], cache=cache
+    )
 
 
 def _slots_first(cache: Cache) -> Cache:

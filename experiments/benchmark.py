@@ -39,12 +39,13 @@ import numpy as np
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
-from rlhf_jax.generate import generate, generate_many, lower_generate
-from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.rollout import Shaping, make_score_and_shape
 from rlhf_jax.run import compiling, devices, memory, networks, responses
 from rlhf_jax.run.files import write_lines
+from rlhf_jax.sampling.generate import generate, lower_generate
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.steps import (
     PPO,
     Optimizers,

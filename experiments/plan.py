@@ -28,10 +28,9 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from experiments import ppo
-from rlhf_jax import ops, sharding
-from rlhf_jax.backends import cpu_process
-from rlhf_jax.models import decoder
-from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax import sharding
+from rlhf_jax.backends import ACCELERATOR, cpu_process, planned_for_accelerators
+from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import config_from_hf
 from rlhf_jax.run import checks, memory, results
@@ -303,7 +302,7 @@ def activations(
     gathered = 2 * layer if row_shards > 1 else 0
     logits = 0.0
     if head:
-        logits = max(ops.CHUNK_LOGITS["gpu"], rows * shape.vocab_size) / row_shards * 4 * (3 if backward else 2)
+        logits = max(ACCELERATOR.logits_per_chunk, rows * shape.vocab_size) / row_shards * 4 * (3 if backward else 2)
     if not backward:
         logits = min(logits, 2 * 4 * tokens * shape.vocab_size)  # all there are
         return block + scores * (1 + size / 4) + gathered + logits
@@ -374,7 +373,7 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
     short = []
     for count in SHORT:
         small = language_model(dataclasses.replace(policy.config, layers=min(count, layers), unroll=None))
-        _, compiled = next(iter(_programs(config, mesh, small, value, ("rollout",))))
+        [(_, compiled)] = _programs(config, mesh, small, value, ("rollout",))
         short.append(memory.needs(compiled))
     if None not in short:
         line = [b + (b - a) / (SHORT[1] - SHORT[0]) * (layers - SHORT[1]) for a, b in zip(*short, strict=True)]
@@ -382,19 +381,21 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
     return found
 
 
-def _programs(config: ConfigDict, mesh: Mesh, policy: Model, value: Model, names: Sequence[str]) -> memory.Programs:
-    return programs.programs(abstract_setup(config, mesh, policy, value), config, mesh, names)
+def _programs(
+    config: ConfigDict, mesh: Mesh, policy: Model, value: Model, names: Sequence[str]
+) -> Sequence[tuple[str, jax.stages.Compiled]]:
+    """Programs in the forms that they have on a GPU or TPU, although they are compiled for CPUs."""
+    with planned_for_accelerators():
+        return list(programs.programs(abstract_setup(config, mesh, policy, value), config, mesh, names))
 
 
 def as_accelerator() -> None:
-    """Has the programs take the forms that they have on a GPU or TPU although they are compiled for CPU.
+    """Has XLA compile for CPUs as it does for a GPU or TPU, as far as its flags go.
 
     Call it before devices are found, which is when XLA reads its flags.
     """
     # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no accelerator has.
     cpu_process.ask_xla("xla_cpu_experimental_ynn_fusion_type", "")
-    ops.CHUNK_LOGITS["cpu"] = ops.CHUNK_LOGITS["gpu"]
-    decoder.TILES = 2**30  # divides nothing, so that kernels stay matrices
 
 
 # ------------------------------------------------------------------------------------------------------- the plan

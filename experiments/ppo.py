@@ -25,7 +25,6 @@ from ml_collections import ConfigDict
 from rlhf_jax import scoring, sharding
 from rlhf_jax.data import chat, text
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.generate import generate
 from rlhf_jax.rewards import functions
 from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
 from rlhf_jax.run import cli, contexts, datasets, devices, guards, memory, networks, processes, responses, results
@@ -45,6 +44,7 @@ from rlhf_jax.run.ppo.setup import (
     stop_ids,
 )
 from rlhf_jax.run.ppo.watch import iteration_keys, watch
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.steps import compile_frozen_step, make_ppo_step, minibatch_order
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Samples, StepFn
 

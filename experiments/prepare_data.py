@@ -37,11 +37,11 @@ from rlhf_jax.data import curation, schema, sources, templated
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import encode_opening, encode_prompt, encode_response, load_tokenizer, prompt_batch, stop_ids
-from rlhf_jax.generate import generate
 from rlhf_jax.run import checks, cli, devices, networks
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.files import write_json, written
 from rlhf_jax.run.signals import told_when_slow
+from rlhf_jax.sampling.generate import generate
 
 FIRST_INDEX = {"demonstrations": 0, "ranking": 1_000_000, "ppo": 2_000_000}
 """Where each training set begins in the endless stream of training instructions, so that no two share a prompt."""

@@ -22,7 +22,7 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import documents
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.run import cli, compiling, contexts, datasets, devices, inputs, memory, networks, results
 from rlhf_jax.run.console import Progress

@@ -7,8 +7,8 @@ docs/conventions.md.
 __version__ = "0.1.0"
 
 from rlhf_jax.advantages import gae, group_relative, leave_one_out, reward_to_go
-from rlhf_jax.generate import generate, generate_many
 from rlhf_jax.kl_control import adaptive_kl, fixed_kl
+from rlhf_jax.log_probs import token_log_probs
 from rlhf_jax.losses import best_of_loss, dpo_loss, ppo_policy_loss, ppo_value_loss, ranking_loss, sft_loss
 from rlhf_jax.models import (
     DecoderConfig,
@@ -26,11 +26,12 @@ from rlhf_jax.ops import (
     masked_mean,
     previous_index,
     shaped_rewards,
-    token_log_probs,
     whiten,
 )
 from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
 from rlhf_jax.run.config import fn_spec, load_config, resolve
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.steps import (
     PPO,
     Losses,

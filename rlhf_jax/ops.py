@@ -1,4 +1,4 @@
-"""The equations under every stage, on plain arrays: shift, log-probabilities, masked statistics, KL, shaped rewards.
+"""The equations under every stage, on arrays: shift, masked statistics, KL, shaped rewards, and log-probs from logits.
 
 Every per-token array is ``[B, T]`` and entry ``t`` belongs to ``tokens[:, t]``. `previous_index` and `align` are the
 only shift in the package: ``logp[:, t]`` and ``values[:, t]`` are read at the token before ``t``.
@@ -6,12 +6,11 @@ only shift in the package: ``logp[:, t]`` and ``values[:, t]`` are read at the t
 Masked-out entries may hold anything, NaN included: every function selects its inputs before it computes with them, so
 that neither results nor gradients see what is outside the mask.
 
-Shape legend: B rows, T slots of a row, D width, V vocabulary, C slots of a chunk.
+Shape legend: B rows, T slots of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -19,16 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
-
-Head = Callable[[jax.Array], jax.Array]
-"""Hidden states ``[..., D]`` to logits ``[..., V]``: ``functools.partial(model.head, params)``."""
-
-CHUNK_LOGITS = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
-"""Logits that one chunk of `token_log_probs` may hold when `chunk` is not given: 4 MiB in float32 stay in the cache of
-a processor, 256 MiB keep an accelerator busy."""
-
-CHUNK_TOKENS = 256
-"""A chunk holds at least this many tokens: below it reading the head's weights costs more than using them."""
 
 
 def previous_index(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
@@ -126,189 +115,6 @@ def entropy_from_logits(
     return -jnp.sum(jnp.where(never, 0.0, jnp.exp(logp)) * logp, axis=-1)
 
 
-def token_log_probs(
-    hidden: Float[Array, "B T D"],
-    head: Head,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"] | None = None,
-    *,
-    previous: Int[Array, "B T"] | None = None,
-    temperature: Real[ArrayLike, ""] = 1.0,
-    chunk: int | None = None,
-    cotangent: Float[Array, "B T"] | None = None,
-) -> Float[Array, "B T"]:
-    """Log-probability of each target token given what precedes it, without ever holding the logits of all tokens.
-
-    ``logp[b, t] = log softmax(head(hidden[b, previous[b, t]]) / temperature)[tokens[b, t]]``
-
-    The targets of a row are moved to its front and the head runs on `chunk` columns at a time; chunks without a target
-    cost nothing, and the backward pass recomputes the logits of one chunk at a time. Rows stay rows, so a batch that is
-    sharded over devices stays where it is.
-
-    Args:
-      hidden: last hidden states.
-      head: hidden states to logits, ``functools.partial(model.head, params)``; gradients reach its parameters.
-      tokens: ids of the row; only targets are read.
-      mask: true where ``tokens[b, t]`` is a target; None for every token that has a predecessor.
-      previous: from `previous_index`; None when each row is one piece (then slot 0 has no predecessor).
-      temperature: divides the logits.
-      chunk: columns of the batch that go through the head together; None sizes it by `CHUNK_LOGITS`.
-      cotangent: the gradient of the loss by these log-probabilities, where it is known before them, as for a loss that
-        is linear in them. Then the head's gradient is computed with its logits, which are not computed a second time:
-        a quarter of the head's work less. If another gradient arrives the logits are computed again, so a wrong
-        `cotangent` costs time and never a result.
-
-    Returns:
-      Log-probabilities in nats, float32, 0 where there is no target.
-
-    Raises:
-      ValueError: if `chunk` is below 1.
-
-    >>> table = jnp.log(jnp.array([[0.9, 0.1], [0.4, 0.6]]))  # a bigram model: row i predicts what follows token i
-    >>> tokens = jnp.array([[0, 1, 1]])
-    >>> logp = token_log_probs(jax.nn.one_hot(tokens, 2), lambda h: h @ table, tokens)
-    >>> [round(float(p), 2) for p in jnp.exp(logp)[0]]  # entry 0 has no predecessor: log-prob 0
-    [1.0, 0.1, 0.6]
-    """
-
-    def read(logits: jax.Array, targets: jax.Array) -> jax.Array:
-        return log_probs_from_logits(logits, targets, temperature=temperature)
-
-    return _read_targets(read, hidden, head, tokens, _targets(tokens, mask, previous), chunk, cotangent)
-
-
-def token_log_probs_and_entropy(
-    hidden: Float[Array, "B T D"],
-    head: Head,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"] | None = None,
-    *,
-    previous: Int[Array, "B T"] | None = None,
-    temperature: Real[ArrayLike, ""] = 1.0,
-    chunk: int | None = None,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`token_log_probs` and, from the same logits, the entropy of the distribution each target was drawn from.
-
-    Args:
-      hidden: last hidden states.
-      head: hidden states to logits.
-      tokens: ids of the row.
-      mask: true where ``tokens[b, t]`` is a target.
-      previous: from `previous_index`.
-      temperature: divides the logits of both.
-      chunk: columns that go through the head together.
-
-    Returns:
-      Log-probabilities and entropies in nats, float32, 0 where there is no target.
-
-    Raises:
-      ValueError: if `chunk` is below 1.
-
-    >>> tokens = jnp.array([[0, 1]])
-    >>> _, entropy = token_log_probs_and_entropy(jnp.zeros((1, 2, 4)), lambda h: h, tokens)
-    >>> [round(float(e), 3) for e in entropy[0]]  # uniform over 4: log 4
-    [0.0, 1.386]
-    """
-
-    def read(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logp = log_probs_from_logits(logits, targets, temperature=temperature)
-        return logp, entropy_from_logits(logits, temperature=temperature)
-
-    return _read_targets(read, hidden, head, tokens, _targets(tokens, mask, previous), chunk)
-
-
-def _targets(tokens: jax.Array, mask: jax.Array | None, previous: jax.Array | None) -> jax.Array:
-    """`previous` with -1 wherever there is no target: one array says what to predict and from where."""
-    if previous is None:
-        previous = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] - 1, tokens.shape)
-    return previous if mask is None else jnp.where(mask, previous, -1)
-
-
-def _read_targets(
-    read: Callable[[jax.Array, jax.Array], Any],
-    hidden: jax.Array,
-    head: Head,
-    tokens: jax.Array,
-    previous: jax.Array,
-    chunk: int | None,
-    cotangent: jax.Array | None = None,
-) -> Any:
-    """``read(logits, tokens)`` at the slots with ``previous >= 0``, 0 elsewhere, a chunk of columns at a time."""
-    rows, slots = tokens.shape
-    columns = _chunk_columns(hidden, head, chunk)
-    chunks = -(-slots // columns)
-    order, place = compact(previous >= 0, chunks * columns)
-    source = jnp.where(order >= 0, align(previous, order), -1)
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x.reshape(rows, chunks, columns, *x.shape[2:]), 0, 1)
-
-    # `align` puts zeros where there is no target: whatever stood there can reach neither result nor gradient.
-    pieces = jax.tree.map(split, (align(hidden, source), align(tokens, order), order >= 0))
-    if cotangent is None:
-        out = _over_chunks(lambda h, targets: read(head(h), targets), *pieces)
-    else:
-        out = _over_chunks_with_gradient(read, head, *pieces, cotangent=split(align(cotangent, order)))
-    return jax.tree.map(lambda x: align(jnp.swapaxes(x, 0, 1).reshape(rows, chunks * columns), place), out)
-
-
-def _over_chunks(work: Callable[..., Any], hidden: jax.Array, targets: jax.Array, is_target: jax.Array) -> Any:
-    """``work(hidden, targets)`` of each chunk that has a target, zeros for the others."""
-
-    def skip(*piece: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, *piece))
-
-    @jax.checkpoint  # the backward pass keeps a chunk's hidden states, not its logits
-    def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
-        return carry, lax.cond(jnp.any(chunk[0]), work, skip, *chunk[1:])
-
-    return lax.scan(body, None, (is_target, hidden, targets))[1]
-
-
-def _over_chunks_with_gradient(
-    read: Callable[[jax.Array, jax.Array], jax.Array],
-    head: Head,
-    hidden: jax.Array,
-    targets: jax.Array,
-    is_target: jax.Array,
-    cotangent: jax.Array,
-) -> jax.Array:
-    """`_over_chunks` whose gradient for `cotangent` is computed on the way forward, while the logits are there."""
-    head, weights = jax.closure_convert(head, hidden[0])
-
-    def plain(weights: list[jax.Array], hidden: jax.Array, targets: jax.Array, is_target: jax.Array, *_: Any) -> Any:
-        return _over_chunks(lambda h, targets: read(head(h, *weights), targets), hidden, targets, is_target)
-
-    def forward(weights: list[jax.Array], *pieces: jax.Array) -> tuple[jax.Array, Any]:
-        def body(total: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            h, targets, is_target, cotangent = chunk
-
-            def work(total: Any) -> Any:
-                out, pull = jax.vjp(lambda weights, h: read(head(h, *weights), targets), weights, h)
-                by_weights, by_hidden = pull(cotangent)
-                return jax.tree.map(jnp.add, total, by_weights), (out, by_hidden)
-
-            def skip(total: Any) -> Any:
-                return total, (jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(h))
-
-            return lax.cond(jnp.any(is_target), work, skip, total)
-
-        by_weights, (out, by_hidden) = lax.scan(body, jax.tree.map(jnp.zeros_like, weights), pieces)
-        return out, (weights, pieces, (by_weights, by_hidden))
-
-    def backward(saved: Any, arrived: jax.Array) -> tuple[Any, ...]:
-        weights, (hidden, *others), known = saved
-
-        def again() -> tuple[Any, jax.Array]:
-            return jax.vjp(lambda weights, hidden: plain(weights, hidden, *others), weights, hidden)[1](arrived)
-
-        return *lax.cond(jnp.all(arrived == others[-1]), lambda: known, again), None, None, None
-
-    out = jax.custom_vjp(plain)
-    out.defvjp(forward, backward)
-    return out(weights, hidden, targets, is_target, cotangent)
-
-
 def compact(is_target: Bool[Array, "B T"], width: int) -> tuple[Int[Array, "B N"], Int[Array, "B T"]]:
     """The slots of each row's targets from the left, and the place of each target among them.
 
@@ -330,18 +136,6 @@ def compact(is_target: Bool[Array, "B T"], width: int) -> tuple[Int[Array, "B N"
     place = jnp.where(is_target, jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1, -1)
     order = jnp.pad(order, ((0, 0), (0, width - order.shape[1])), constant_values=-1)
     return order, jnp.where(place < width, place, -1) if width < slots else place
-
-
-def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
-    """Columns of a chunk: as asked, or as many as `CHUNK_LOGITS` and `CHUNK_TOKENS` allow."""
-    rows, slots, _ = hidden.shape
-    if chunk is None:
-        vocabulary = jax.eval_shape(head, hidden).shape[-1]
-        budget = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS["gpu"])
-        return min(-(-max(budget // vocabulary, CHUNK_TOKENS) // rows), slots)
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1: leave it out to size chunks by memory")
-    return min(chunk, slots)
 
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rlhf_jax.backends import backend_for
 from rlhf_jax.types import Params
 
 LearningRate = float | int | optax.Schedule
@@ -398,11 +398,7 @@ def keep_unless(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: State) -> State:
-    """``keep_unless(sound, step(old), old)``, at half the memory traffic of a CPU.
-
-    There it is a condition. Behind a select XLA computes new weights from moments that it does not keep, so that it
-    copies the old ones, which it may no longer overwrite, and reads every array several times. On an accelerator one
-    kernel writes weights and moments together.
+    """``keep_unless(sound, step(old), old)``, in the form that takes the least memory traffic here.
 
     Args:
       sound: from `is_sound`.
@@ -412,18 +408,4 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
     Returns:
       One of the two.
     """
-    if jax.default_backend() != "cpu":
-        return keep_unless(sound, step(old), old)
-
-    # As a select would: moments of bfloat16 weights may come back wider.
-    def wider(new: jax.ShapeDtypeStruct | Array, old: Array) -> Any:
-        return old.dtype if new.dtype == old.dtype else jnp.result_type(new.dtype, old.dtype)
-
-    narrow = any(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 for x in jax.tree.leaves(old))
-    # Not asked of every step: it is traced for the answer, a tenth of what tracing an update takes.
-    types = jax.tree.map(wider, jax.eval_shape(step, old) if narrow else old, old)
-
-    def wide(state: State) -> State:
-        return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), state, types)
-
-    return lax.cond(sound, lambda old: wide(step(old)), wide, old)
+    return backend_for().step_where(sound, step, old)

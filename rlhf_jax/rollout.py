@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from rlhf_jax import ops, scoring
 from rlhf_jax.advantages import gae
+from rlhf_jax.backends import backend_for
 from rlhf_jax.kl_control import kl_nats_per_sequence
 from rlhf_jax.types import Each, Max, Mean, Metrics, Model, Params, Rollout, Samples
 
@@ -276,7 +277,7 @@ def log_prob_limit(model: Model) -> float:
     Float32 products run in coarser passes on TPU and NVIDIA unless `jax_default_matmul_precision` says otherwise.
     """
     precision = jax.config.values["jax_default_matmul_precision"]
-    exact_products = jax.default_backend() == "cpu" or precision in ("highest", "float32")
+    exact_products = backend_for().exact_products or precision in ("highest", "float32")
     dtype = getattr(model.config, "dtype", "float32")
     return 1e-4 if exact_products and jnp.dtype(dtype) == jnp.float32 else 2e-2
 

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 from rlhf_jax import ops
+from rlhf_jax.log_probs import token_log_probs, token_log_probs_and_entropy, weighted_log_prob
 from rlhf_jax.types import LMBatch, Model, Output, Params, RankingBatch
 
 
@@ -146,7 +147,7 @@ def sequence_log_probs(
     Returns:
       Log-probs in nats, float32, 0 outside `mask`. Dropout is off.
     """
-    read = partial(ops.token_log_probs, head=partial(model.head, params), temperature=temperature)
+    read = partial(token_log_probs, head=partial(model.head, params), temperature=temperature)
     return _read_targets(model, params, read, tokens, lengths, mask, targets)
 
 
@@ -161,7 +162,7 @@ def sequence_log_probs_and_entropy(
     targets: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`sequence_log_probs` and, from the same logits, the entropy of the distribution of each token, in nats."""
-    read = partial(ops.token_log_probs_and_entropy, head=partial(model.head, params), temperature=temperature)
+    read = partial(token_log_probs_and_entropy, head=partial(model.head, params), temperature=temperature)
     return _read_targets(model, params, read, tokens, lengths, mask, targets)
 
 
@@ -170,26 +171,33 @@ def _read_targets(
     targets: int | None,
 ) -> Any:  # fmt: skip
     """``read(hidden, tokens=, mask=, previous=)`` of rows of one text each, of at most `targets` tokens a row."""
-    segments, positions = row_layout(lengths, tokens.shape[1])
     if targets is None or targets >= tokens.shape[1]:
-        hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
+        hidden = _hidden_of_texts(model, params, tokens, lengths)
         return read(hidden, tokens=tokens, mask=mask)
     order, place = ops.compact(mask, targets)
     before = jnp.maximum(order - 1, 0)
-    hidden = model.apply_at(params, tokens, before, segments=segments, positions=positions).hidden
+    hidden = _hidden_of_texts(model, params, tokens, lengths, before)
     itself = jnp.broadcast_to(jnp.arange(targets, dtype=jnp.int32)[None, :], order.shape)
     found = read(hidden, tokens=ops.align(tokens, order), mask=order > 0, previous=itself)
     fits = (jnp.sum(mask, axis=1) <= targets)[:, None]
     return jax.tree.map(lambda x: jnp.where(fits, ops.align(x, place), jnp.nan), found)
 
 
+def _hidden_of_texts(
+    model: Model, params: Params, tokens: Array, lengths: Array, at: Array | None = None
+) -> Float[Array, "B N D"]:
+    """Hidden states of rows of one text each; of the slots `at` alone where they are given."""
+    segments, positions = row_layout(lengths, tokens.shape[1])
+    rows = {"segments": segments, "positions": positions}
+    if model.picks:  # lengths save some kernels a mask of all pairs of slots
+        rows["lengths"] = lengths
+    if at is None:
+        return model.apply(params, tokens, **rows).hidden
+    return model.apply_at(params, tokens, at, **rows).hidden
+
+
 def lm_log_probs(
-    model: Model,
-    params: Params,
-    batch: LMBatch,
-    *,
-    key: Key[Array, ""] | None = None,
-    cotangent: Float[Array, "B T"] | None = None,
+    model: Model, params: Params, batch: LMBatch, *, key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T"]:
     """Log-probs of the targets of packed rows; no piece sees another one.
 
@@ -198,14 +206,41 @@ def lm_log_probs(
       params: its parameters.
       batch: packed rows.
       key: turns dropout on.
-      cotangent: as in `ops.token_log_probs`.
 
     Returns:
       Log-probs in nats, float32, 0 outside ``batch.mask``.
     """
-    hidden = model.apply(params, batch.tokens, segments=batch.segments, positions=batch.positions, key=key).hidden
+    rows = {"segments": batch.segments, "positions": batch.positions}
+    hidden = model.apply(params, batch.tokens, **rows, key=key).hidden
     head, previous = partial(model.head, params), ops.previous_index(batch.segments)
-    return ops.token_log_probs(hidden, head, batch.tokens, batch.mask, previous=previous, cotangent=cotangent)
+    return token_log_probs(hidden, head, batch.tokens, batch.mask, previous=previous)
+
+
+def lm_weighted_log_prob(
+    model: Model,
+    params: Params,
+    batch: LMBatch,
+    weights: Float[Array, "B T"],
+    *,
+    key: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """The weighted sum of `lm_log_probs`, whose gradient is computed in the forward pass, and they themselves.
+
+    Args:
+      model: a language model.
+      params: its parameters.
+      batch: packed rows.
+      weights: of each target; no gradient reaches them.
+      key: turns dropout on.
+
+    Returns:
+      ``(total, logp)`` of `log_probs.weighted_log_prob`.
+    """
+    rows = {"segments": batch.segments, "positions": batch.positions}
+    hidden = model.apply(params, batch.tokens, **rows, key=key).hidden
+    previous = jnp.where(batch.mask, ops.previous_index(batch.segments), -1)
+    head = partial(model.head, params)
+    return weighted_log_prob(hidden, head, batch.tokens, weights, previous=previous)
 
 
 def sequence_values(
@@ -254,14 +289,13 @@ def _read_values(
     model: Model, params: Params, tokens: Array, lengths: Array, mask: Array | None, targets: int | None, also: Array
 ) -> tuple[Array, Array]:
     """Values before the tokens of `mask`, at most `targets` a row, and those read at the slots `also` ``[B, M]``."""
-    segments, positions = row_layout(lengths, tokens.shape[1])
     if mask is None or targets is None or targets + also.shape[1] >= tokens.shape[1]:
-        hidden = model.apply(params, tokens, segments=segments, positions=positions).hidden
-        scalars = model.head(params, hidden)
+        scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths))
+        segments, _ = row_layout(lengths, tokens.shape[1])
         return ops.align(scalars, ops.previous_index(segments)), jnp.take_along_axis(scalars, also, axis=1)
     order, place = ops.compact(mask, targets)
     at = jnp.concatenate([jnp.maximum(order - 1, 0), also], axis=1)
-    scalars = model.head(params, model.apply_at(params, tokens, at, segments=segments, positions=positions).hidden)
+    scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths, at))
     values = ops.align(jnp.where(order > 0, scalars[:, :targets], 0), place)
     return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[:, targets:]
 
@@ -277,8 +311,7 @@ def sequence_scores(
       tokens: rows of one text each.
       lengths: tokens of each row, at least 1.
     """
-    segments, positions = row_layout(lengths, tokens.shape[1])
-    hidden = model.apply_at(params, tokens, lengths[:, None] - 1, segments=segments, positions=positions).hidden
+    hidden = _hidden_of_texts(model, params, tokens, lengths, lengths[:, None] - 1)
     return model.head(params, hidden)[:, 0]
 
 

@@ -25,6 +25,8 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from rlhf_jax import guard as guards
 from rlhf_jax import ops, scoring
+from rlhf_jax.backends import backend_for
+from rlhf_jax.log_probs import linear_weights
 from rlhf_jax.losses.binding import BoundLoss, Loss, bind_arguments
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
@@ -78,8 +80,8 @@ def make_sft_step(
     Args:
       model: a language model.
       tx: an optimizer from `rlhf_jax.optim`, or any optax chain.
-      loss: arguments by name from `LM_ARGUMENTS`. It is called twice, once with log-probs of -1 for its gradient there:
-        where it is linear in them a quarter of the head's work is saved (`ops.token_log_probs`).
+      loss: arguments by name from `LM_ARGUMENTS`. Where it is linear in the log-probs a quarter of the head's work is
+        saved (`log_probs.weighted_log_prob`).
       microbatches: pieces of the batch that go through the model one after the other; must divide its rows.
       spike_limit: skip the step when the gradient norm is above it; None for no fixed limit.
       spike_std: skip the step when loss or gradient norm is more standard deviations above the mean of the last sound
@@ -419,23 +421,32 @@ def _fields(batch: Any) -> dict[str, Array]:
 
 
 def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
-    # XLA (jaxlib 0.10, eight devices on a CPU) crashed while it partitioned the other way over data, fsdp and tensor.
-    on_one_device = getattr(model.config, "on_one_device", True)
+    backend = getattr(model.config, "backend", None) or backend_for()
 
     def loss_fn(params: Params, rows: tuple[LMBatch, Array | None]) -> tuple[Mean, Metrics]:
         batch, keys = rows
-
-        def total(logp: Array) -> Array:
-            return loss(logp=logp, **_fields(batch))[0].total
-
-        # Of a loss linear in the log-probs this is the gradient whatever they are; of another one a wrong guess, which
-        # costs time only. At -1, because a loss need not be finite at 0.
-        cotangent = jax.grad(total)(jnp.full(batch.tokens.shape, -1.0, jnp.float32)) if on_one_device else None
         key = None if keys is None else keys[0]
-        logp = scoring.lm_log_probs(model, params, batch, key=key, cotangent=cotangent)
-        return loss(logp=logp, **_fields(batch))
+        of_logp = _traced_once(lambda logp: loss(logp=logp, **_fields(batch)), batch.tokens.shape)
+        weights = None
+        if backend.head_forward:
+            weights = linear_weights(lambda logp: of_logp(logp)[0].total, batch.tokens.shape)
+        if weights is None:
+            return of_logp(scoring.lm_log_probs(model, params, batch, key=key))
+        total, logp = scoring.lm_weighted_log_prob(model, params, batch, weights, key=key)
+        mean, metrics = of_logp(logp)
+        # The value is the loss's own, the gradient that of `total`, which is the same function.
+        only_gradient = total - lax.stop_gradient(total)
+        return dataclasses.replace(mean, total=mean.total + only_gradient), metrics
 
     return loss_fn
+
+
+def _traced_once(
+    loss: Callable[[Array], tuple[Mean, Metrics]], shape: tuple[int, ...]
+) -> Callable[[Array], tuple[Mean, Metrics]]:
+    """`loss` as the program that it is: whatever that is used for, the user's function is called once."""
+    program, constants = jax.closure_convert(loss, jnp.zeros(shape, jnp.float32))
+    return lambda logp: program(logp, *constants)
 
 
 def _policy_loss_fn(model: Model, loss: BoundLoss, temperature: float | int, targets: int | None = None) -> LossOfBatch:

@@ -125,7 +125,8 @@ class Model(NamedTuple):
       for_decoding: ``(params) -> params`` as `apply` with a cache and `head` read them fastest; the sampler calls it
         once a rollout.
       picks: whether `apply` also takes ``at [B, N]``, slots of each row: `Output.hidden` is then that of those alone,
-        ``[B, N, D]``, and the last block computes no others.
+        ``[B, N, D]``, and the last block computes no others. And whether it takes ``lengths [B]``, the tokens of rows
+        that hold one text each.
     """
 
     init: Callable[[jax.Array], Params]

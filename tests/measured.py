@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from experiments import plan
 from rlhf_jax import sharding
-from rlhf_jax.backends import cpu_process
+from rlhf_jax.backends import cpu_process, planned_for_accelerators
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import devices, memory
 
@@ -55,7 +55,9 @@ def main() -> None:
     policy, value = plan.models(config)
     ruled = plan.plan_by_rule(config, mesh)
     setup = plan.abstract_setup(config, mesh, policy, value)
-    for name, compiled in plan.ppo.programs(setup, config, mesh):
+    with planned_for_accelerators():
+        programs = list(plan.ppo.programs(setup, config, mesh))
+    for name, compiled in programs:
         told = memory.needs(compiled)
         given = arguments(compiled)
         cpu_process.release_freed_memory()

@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import optim, scoring, sharding, steps
-from rlhf_jax.generate import generate, generate_many
 from rlhf_jax.models import language_model, scalar_model
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.types import KLState, PPOState, PromptBatch, RankingBatch
 from tests import margins, tiny
 

@@ -23,25 +23,26 @@ PROGRAMS = [
 
 MAY_IMPORT = {
     "types": set(),
-    "backends": set(),
+    "backends": {"types"},
     "ops": {"types"},
+    "log_probs": {"types", "ops", "backends"},
     "advantages": {"types", "ops"},
     "losses": {"types", "ops", "advantages"},
-    "optim": {"types"},
+    "optim": {"types", "backends"},
     "sharding": {"types", "run.processes"},
     "kl_control": {"types"},
     "guard": {"types"},
     "update": {"types", "ops", "optim", "guard"},
-    "steps": {"types", "ops", "losses", "scoring", "guard", "update"},
+    "steps": {"types", "ops", "losses", "scoring", "guard", "update", "backends", "log_probs"},
     # `data`: an exported model says what ends its responses, which its tokenizer and chat template know.
-    "models": {"types", "ops", "run.files", "run.processes", "data"},
-    "generate": {"types", "ops", "models"},
-    "scoring": {"types", "ops", "models"},
-    "rollout": {"types", "ops", "advantages", "models", "generate", "scoring", "kl_control"},
+    "models": {"types", "ops", "backends", "run.files", "run.processes", "data"},
+    "sampling": {"types", "ops", "backends", "models"},
+    "scoring": {"types", "ops", "log_probs", "models"},
+    "rollout": {"types", "ops", "backends", "advantages", "models", "sampling", "scoring", "kl_control"},
     # The frame of HTML pages: the data have a preview as a page, evaluation the report of a run.
     "pages": set(),
     "data": {"types", "run.files", "pages"},
-    "evaluation": {"types", "ops", "generate", "scoring", "data", "run.files", "pages"},
+    "evaluation": {"types", "ops", "log_probs", "sampling", "scoring", "data", "run.files", "pages"},
     "rewards": {"run.config"},
     "labeling": {"types", "data", "pages"},
     "run.__init__": set(),
@@ -112,7 +113,7 @@ MAY_IMPORT = {
     "run.ppo": {
         "types",
         "data",
-        "generate",
+        "sampling",
         "kl_control",
         "models",
         "rewards",
@@ -136,7 +137,7 @@ MAY_IMPORT = {
     "run.responses": {
         "types",
         "data",
-        "generate",
+        "sampling",
         "models",
         "scoring",
         "sharding",
@@ -264,7 +265,7 @@ def test_one_place_says_how_text_becomes_ids(path):
 def test_the_path_from_samples_to_update_knows_no_tokenizer():
     """PITFALL 34: no text in between, so sampled ids cannot come back as others."""
     for path in MODULES:
-        if part(path) in {"generate", "rollout", "scoring", "steps", "advantages", "losses", "ops"}:
+        if part(path) in {"sampling", "rollout", "scoring", "steps", "advantages", "losses", "ops", "log_probs"}:
             foreign = {n for n in imports(path) if n.split(".")[0] in ("transformers", "tokenizers") or ".data" in n}
             assert not foreign, f"{name_of(path)} imports {foreign}"
             called = {n.func.attr for n in ast.walk(ast.parse(path.read_text())) if is_method_call(n)}

@@ -22,7 +22,7 @@ from experiments import evaluate, instructgpt, ppo, prepare_data, pretrain, rewa
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
 from rlhf_jax.run import optimizers

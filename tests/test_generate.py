@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import ops, sharding
-from rlhf_jax.generate import _generate, _refill_and_decode, draws, generate, generate_many, sample_token, truncate
+from rlhf_jax import log_probs, sharding
 from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.sampling.generate import _generate, draws, generate, sample_token, truncate
+from rlhf_jax.sampling.refill import _refill_and_decode, generate_many
 from rlhf_jax.types import PromptBatch
 from tests import margins
 
@@ -82,7 +83,8 @@ def test_sampled_logp_equals_the_recomputed_one(temperature):
     samples = _sample(temperature=temperature, samples_per_prompt=2)
     mask = _mask(samples)
     hidden = _hidden(samples.tokens, samples.lengths)
-    logp = ops.token_log_probs(hidden, lambda h: MODEL.head(PARAMS, h), samples.tokens, mask, temperature=temperature)
+    head = partial(MODEL.head, PARAMS)
+    logp = log_probs.token_log_probs(hidden, head, samples.tokens, mask, temperature=temperature)
     np.testing.assert_allclose(jnp.where(mask, logp, 0), samples.logp, atol=1e-4)
 
 

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.run import metrics
+from rlhf_jax.run.console import Console, Screen
 from rlhf_jax.types import Max, Mean
+
+SILENT = Screen(stream=io.StringIO())
 
 
 class Terminal(io.StringIO):
@@ -37,19 +40,21 @@ def test_to_host_divides_totals_with_one_fetch(monkeypatch):
     fetches = []
     fetch = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(1) or fetch(x))
-    metrics = {
+    measured = {
         "loss": Mean(jnp.float32(6), jnp.int32(4)),
         "empty": Mean(jnp.float32(0), jnp.float32(0)),
         "norm": Max(jnp.float32(3)),
         "lr": 0.25,
         "n": jnp.int32(7),
     }
-    assert metrics.to_host(metrics) == {"loss": 1.5, "empty": 0.0, "norm": 3.0, "lr": 0.25, "n": 7.0}
+    assert metrics.to_host(measured) == {"loss": 1.5, "empty": 0.0, "norm": 3.0, "lr": 0.25, "n": 7.0}
     assert len(fetches) == 1
 
 
-def log_steps(tmp_path, steps, *, stage="sft", resume_step=0, total=10, **kw):
-    with metrics.StageLog(tmp_path, stage, total=total, resume_step=resume_step, stream=io.StringIO(), **kw) as log:
+def log_steps(tmp_path, steps, *, writers=(), stage="sft", resume_step=0, total=10, **kw):
+    with metrics.StageLog(tmp_path, stage, total=total, resume_step=resume_step, screen=SILENT, **kw) as log:
+        for writer in writers:
+            log.add_writer(writer)
         for step in steps:
             log(step, {"loss": Mean(jnp.float32(step), jnp.float32(2))})
 
@@ -87,7 +92,7 @@ def test_a_fresh_start_of_a_stage_drops_its_old_lines(tmp_path):
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path):
-    with metrics.StageLog(tmp_path, "ppo", total=1, stream=io.StringIO()) as log:
+    with metrics.StageLog(tmp_path, "ppo", total=1, screen=SILENT) as log:
         log(1, {"loss": float("nan"), "norm": jnp.float32(math.inf), "kl": 0.1})
 
     def refuse(constant):
@@ -98,7 +103,7 @@ def test_non_finite_numbers_stay_valid_json(tmp_path):
 
 
 def test_a_step_is_fetched_only_when_the_next_one_is_handed_in(tmp_path):
-    log = metrics.StageLog(tmp_path, "sft", total=3, stream=io.StringIO())
+    log = metrics.StageLog(tmp_path, "sft", total=3, screen=SILENT)
     log(1, {"loss": 1.0})
     assert (tmp_path / metrics.FILE).read_text() == ""
     log(2, {"loss": 2.0})
@@ -110,7 +115,7 @@ def test_a_step_is_fetched_only_when_the_next_one_is_handed_in(tmp_path):
 
 def test_the_last_step_is_written_when_the_loop_is_interrupted(tmp_path):
     def interrupted():
-        with metrics.StageLog(tmp_path, "sft", total=3, stream=io.StringIO()) as log:
+        with metrics.StageLog(tmp_path, "sft", total=3, screen=SILENT) as log:
             log(1, {"loss": 1.0})
             raise KeyboardInterrupt
 
@@ -121,7 +126,9 @@ def test_the_last_step_is_written_when_the_loop_is_interrupted(tmp_path):
 
 def test_plain_console_prints_now_and_then_and_at_the_end():
     out = io.StringIO()
-    console = metrics.Console("reward_model", 100, show=("loss", "accuracy"), every=10.0, stream=out, clock=Clock(2.0))
+    console = Console(
+        "reward_model", 100, show=("loss", "accuracy"), screen=Screen(every=10.0, stream=out, clock=Clock(2.0))
+    )
     for step in range(1, 101):
         console.update(step, {"loss": 0.5, "accuracy": 0.75, "hidden": 1.0})
     console.close()
@@ -135,7 +142,7 @@ def test_plain_console_prints_now_and_then_and_at_the_end():
 
 def test_terminal_console_redraws_one_line():
     out = Terminal()
-    console = metrics.Console("ppo", 4, show=("kl",), stream=out, clock=Clock(0.25))
+    console = Console("ppo", 4, show=("kl",), screen=Screen(stream=out, clock=Clock(0.25)))
     for step in range(1, 5):
         console.update(step, {"kl": 1.25})
     console.close()
@@ -149,7 +156,7 @@ def test_terminal_console_redraws_one_line():
 
 def test_eta_after_a_resume_counts_only_the_steps_of_this_process():
     out = io.StringIO()
-    console = metrics.Console("ppo", 1000, 900, every=0.0, stream=out, clock=Clock(1.0))
+    console = Console("ppo", 1000, 900, screen=Screen(every=0.0, stream=out, clock=Clock(1.0)))
     for step in (901, 902, 903):
         console.update(step, {})
     assert out.getvalue().splitlines()[-1] == "ppo 903/1000  1.0 steps/s  ETA 1m37s"
@@ -197,7 +204,7 @@ def test_tensorboard_writer_names_scalars_by_stage(monkeypatch, tmp_path):
 
 def test_two_records_of_a_step_are_one_line(tmp_path):
     """Training and validation of a step, so that the log holds each step once."""
-    with metrics.StageLog(tmp_path, "sft", total=2, stream=io.StringIO()) as log:
+    with metrics.StageLog(tmp_path, "sft", total=2, screen=SILENT) as log:
         log(1, {"loss": 2.0})
         log(2, {"loss": 1.0})
         log(2, {"validation_loss": 3.0})
@@ -211,7 +218,7 @@ def test_two_records_of_a_step_are_one_line(tmp_path):
 def test_bytes_of_no_encoding_at_the_end_of_the_log_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1, "stage": "sft"}\n{"step": 2, "st\xff\xfe\x00')
-    with metrics.StageLog(tmp_path, "sft", total=2, resume_step=1, stream=io.StringIO()) as log:
+    with metrics.StageLog(tmp_path, "sft", total=2, resume_step=1, screen=SILENT) as log:
         log(2, {"loss": 1.0})
     assert [r["step"] for r in metrics.read(file)] == [1, 2]
 

@@ -18,7 +18,7 @@ from rlhf_jax.backends import cpu_process
 from rlhf_jax.data.schema import PlainText, Prompt, write_jsonl
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
 from rlhf_jax.models.hf import load_hf, save_hf
 from rlhf_jax.run import config as config_lib

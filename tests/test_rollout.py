@@ -17,10 +17,10 @@ import pytest
 
 from rlhf_jax import rollout as rollouts
 from rlhf_jax import scoring, steps
-from rlhf_jax.generate import generate
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.rollout import InitialParams, Shaping
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import KLState, Model, Output, PPOState, PromptBatch, Samples
 from tests import tiny
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import optim, sharding, steps
-from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.lora import init_lora
 from tests import tiny

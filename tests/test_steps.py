@@ -21,7 +21,7 @@ from rlhf_jax.losses.binding import bind_arguments
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.types import LMBatch, Mean, RankingBatch
 from tests import tiny
@@ -47,6 +47,54 @@ def start(policy_tx=SGD, value_tx=SGD, **options):
 
 def value_of(metrics, name):
     return float(metrics[name].value)
+
+
+# -------------------------------------------------------------------------------------------- a user's loss
+
+
+@pytest.mark.parametrize("is_linear", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_loss_is_called_once_a_step_and_has_its_gradient(is_linear, microbatches):
+    """Once while JAX traces, whether or not its gradient is known before the log-probs."""
+    calls = []
+
+    def squared(logp, mask):
+        calls.append(logp)
+        return Mean(jnp.sum(jnp.where(mask, logp**2, 0)), jnp.sum(mask, dtype=jnp.float32))
+
+    def linear(logp, mask):
+        calls.append(logp)
+        return sft_loss(logp, mask)
+
+    own = linear if is_linear else squared
+    state, batch = steps.train_state(tiny.LANGUAGE.init(KEY), SGD), tiny.lm_batch(8)
+    step = steps.make_sft_step(tiny.LANGUAGE, SGD, loss=own, microbatches=microbatches)
+    moved, metrics = jax.jit(step)(state, batch, None)
+    assert len(calls) == 1
+
+    def mean(params):
+        logp = scoring.lm_log_probs(tiny.LANGUAGE, params, batch)
+        result = own(logp, batch.mask)
+        return (result if isinstance(result, Mean) else result[0]).value
+
+    value, grads = jax.jit(jax.value_and_grad(mean))(state.params)
+    assert value_of(metrics, "sft/loss") == pytest.approx(float(value), rel=1e-6)
+    expected = jax.tree.map(lambda p, g: p - g, state.params, grads)
+    assert tiny.distance(moved.params, expected) < 1e-5
+
+
+def test_the_pretraining_loss_is_called_once_a_ppo_step():
+    calls = []
+
+    def ptx_loss(logp, mask):
+        calls.append(logp)
+        return sft_loss(logp, mask)
+
+    state, rollout = start()
+    settings, losses = steps.PPO(minibatches=2, ptx_coef=1.0), steps.Losses(ptx=ptx_loss)
+    step = steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, settings, losses=losses)
+    jax.eval_shape(step, state, rollout, tiny.lm_batch(8), KEY)
+    assert len(calls) == 1
 
 
 # ------------------------------------------------------------------------------------------- counting steps

@@ -7,6 +7,7 @@ python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.pr
 
 from ml_collections import ConfigDict
 
+from configs import own_data
 from rlhf_jax.run.config import apply_arg
 
 
@@ -20,22 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "rankings": "",
             "prompts": "",
             "corpus": "",
-            "max_bad_fraction": 0.0,  # share of the rows that may be bad; they are left out and counted
-            "prefix_length": 200,  # prompts that share this many characters from the start are one; 0 = keep all
-            "per_user": 200,  # records of one user at most, in each file; 0 = no limit
-            "key": "user",  # who is in one split only: user, organization or conversation
-            "fractions": {"train": 0.9, "validation": 0.05, "test": 0.05},
-            "seed": 0,
-            "leaks": "error",  # a prompt in two splits: error, or drop it from the one that is trained on
-            "pii_hook": "rlhf_jax.data.curation:mask_identifiers",  # text -> text or None, on training data only
-            "ranking_share": 0.5,  # of the training prompts, to be answered and ranked, while there are no rankings
-            # A model whose tokenizer counts the lengths below; "" = no length rule, and the tables count words.
-            "model": "",
-            "prompt_length": 1024,
-            "response_length": 1024,
-            "ranked_response_length": 1024,
-            "ranking_length": 10_240,
-            "preview": "",  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+            **own_data.cleaning(),
         }
     )
     return apply_arg(config, arg, smoke=_smoke)

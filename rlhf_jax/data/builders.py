@@ -1,50 +1,47 @@
-"""TensorFlow Datasets without TensorFlow: builders of the data sets used here, as array_record files, and their reader.
+"""Builders of TensorFlow Datasets, without TensorFlow, and the reader of what they built.
+
+Data sets are array_record files.
 
     counts, report = build("hh_rlhf", "runs/tfds", data_dir="data")
     pairs = read("hh_rlhf", "runs/tfds", "train")       # pairs[7] is a schema.Ranking
 
-The classes are ordinary `tfds.core.GeneratorBasedBuilder`s; what they write is read by `tfds.data_source` too, without
-this package. Rows keep the order of the source. They are not in tfds's list of names, where a second import of this
-module would be an error, so `tfds.builder("hh_rlhf", data_dir=...)` finds what was built, not how to build it.
+The classes are ordinary `tfds.core.GeneratorBasedBuilder`s; what they write is read by
+`tfds.data_source` too, without this package. Rows keep the order of the source. They are not in
+tfds's list of names, where a second import of this module would be an error, so
+`tfds.builder("hh_rlhf", data_dir=...)` finds what was built, not how to build it.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-import hashlib
-import json
 import os
 import re
 import tempfile
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, overload
-
-import msgspec
-import numpy as np
+from typing import Any, ClassVar
 
 from rlhf_jax.data import schema, sources
 from rlhf_jax.data.schema import DataReport
+from rlhf_jax.data.sources.hub import first_line
 
-try:
-    import tensorflow_datasets as tfds
-except ModuleNotFoundError as error:
-    raise ValueError(f'TFDS builders need {error.name}: pip install "rlhf_jax[data]"') from None
+# tfds_records says which extra is missing, where TFDS is.
+from rlhf_jax.data.tfds_records import Records, digest_of, digests_of, features, row_of, tfds
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-_BATCH = 256
-"""Rows that are read from the disk at once."""
-
 
 def build(
-    name: str, out_dir: str | os.PathLike[str], *, data_dir: str | os.PathLike[str] | None = None, **options: Any
+    name: str,
+    out_dir: str | os.PathLike[str],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> tuple[dict[str, int], DataReport]:
-    """Build a data set into ``out_dir/name/1.0.0`` and read it back: what is on disk equals what was read.
+    """Build a data set into ``out_dir/name/1.0.0`` and read it back.
+
+    What is on disk equals what was read.
 
     A second call with the same source changes nothing.
 
@@ -58,19 +55,28 @@ def build(
       The records of each split, and what became of the rows of the source.
 
     Raises:
-      ValueError: unknown name, nothing to read, a bad row, no network, or other records in `out_dir` under this name.
+      ValueError: unknown name, nothing to read, a bad row, no network, or other records in
+        `out_dir` under this name.
     """
     builder = _class(name)(source=data_dir, data_dir=os.fspath(out_dir), **options)
     splits, report = builder.read_source()
-    if builder.is_prepared() and dict(builder.info.metadata or {}).get("sha256") != _digests(splits):
+    if builder.is_prepared() and dict(builder.info.metadata or {}).get("sha256") != digests_of(
+        splits
+    ):
         raise ValueError(
-            f"{builder.data_path} was built from other records: remove that folder, or pass another than {out_dir}"
+            f"{builder.data_path} was built from other records: remove that folder, or pass "
+            f"another than {out_dir}"
         )
-    with tempfile.TemporaryDirectory() as unused:  # TFDS makes its folder of downloads, needed or not
+    with (
+        tempfile.TemporaryDirectory() as unused
+    ):  # TFDS makes its folder of downloads, needed or not
         builder.download_and_prepare(download_dir=unused)
-    for split, wanted in _digests(splits).items():
-        if _digest(read(name, out_dir, split)) != wanted:
-            raise ValueError(f"{builder.data_path}: split {split} reads back differently: remove it and build again")
+    for split, wanted in digests_of(splits).items():
+        if digest_of(read(name, out_dir, split)) != wanted:
+            raise ValueError(
+                f"{builder.data_path}: split {split} reads back differently: remove it and build "
+                "again"
+            )
     return {split: len(records) for split, records in splits.items()}, report
 
 
@@ -87,7 +93,9 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
     """
     kind, folder = _class(name).kind, Path(out_dir) / name / str(_class(name).VERSION)
     if not (folder / "dataset_info.json").is_file():
-        raise ValueError(f"no {name} in {out_dir}: build it first, with build({name!r}, {os.fspath(out_dir)!r})")
+        raise ValueError(
+            f"no {name} in {out_dir}: build it first, with build({name!r}, {os.fspath(out_dir)!r})"
+        )
     try:
         builder: Any = tfds.builder_from_directory(folder)
         splits = list(builder.info.splits)
@@ -98,152 +106,32 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
     try:
         source = builder.as_data_source(split)
     except Exception as error:
-        raise ValueError(f"split={split!r} of {folder} cannot be opened ({_line(error)}): build it again") from None
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"split={split!r} of {folder} cannot be opened ({why}): build it again"
+        ) from None
     return Records(source, kind)
 
 
-class Records(Sequence[Any]):
-    """Rows of a TFDS data source as records of `schema`, decoded when asked for; a source for grain as well."""
-
-    def __init__(self, source: Any, kind: type):
-        self.source = source
-        self.kind = kind
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @overload
-    def __getitem__(self, index: typing.SupportsIndex) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self._take(range(len(self))[index])
-        return self._take([range(len(self))[index]])[0]
-
-    def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self), _BATCH):
-            yield from self._take(range(start, min(start + _BATCH, len(self))))
-
-    def _take(self, places: Sequence[int]) -> list[Any]:
-        if not places:
-            return []
-        take = getattr(self.source, "__getitems__", None)
-        try:
-            rows = take(list(places)) if take else [self.source[place] for place in places]
-        except Exception as error:  # the reader's own types, by what is wrong with the bytes
-            raise ValueError(
-                f"rows {places[0]} to {places[-1]} of {self.source!r} cannot be read ({_line(error)}): remove the "
-                "folder of the data set and build it again"
-            ) from error
-        return [record(row, self.kind) for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------- rows and records
-
-
-def features(kind: type) -> tfds.features.FeaturesDict:
-    """The TFDS features of a record: a field each, and `messages` beside `prompt` for prompts of several turns.
-
-    Variable lengths are sequences. What is None in the record is "" or [] or -1 here: none of them is a value there.
-    """
-    text = tfds.features.Text()
-    columns: dict[str, Any] = {}
-    for name, (base, _) in _fields(kind).items():
-        if name == "prompt":
-            columns["messages"] = tfds.features.Sequence({"role": text, "content": text})
-        columns[name] = {
-            str: text,
-            int: np.int32,
-            tuple[str, ...]: tfds.features.Sequence(text),
-            tuple[int, ...]: tfds.features.Sequence(np.int32),
-            # Plain float features are stored with 32 bits; as bytes a float keeps all 64.
-            tuple[float, ...]: tfds.features.Tensor(shape=(None,), dtype=np.float64, encoding="bytes"),
-        }[base]
-    return tfds.features.FeaturesDict(columns)
-
-
-def record(row: Mapping[str, Any], kind: type) -> Any:
-    """The record of a TFDS row. A field that the row lacks (an older build) is None."""
-    values = {name: _value(row[name], *form) for name, form in _fields(kind).items() if name in row}
-    turns = row.get("messages", {}).get("role", [])
-    if len(turns):
-        contents = row["messages"]["content"]
-        pairs = zip(turns, contents, strict=True)
-        values["prompt"] = tuple(schema.Message(role.decode(), content.decode()) for role, content in pairs)
-    return kind(**values)
-
-
-def _row(item: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name, (base, _) in _fields(type(item)).items():
-        value = getattr(item, name)
-        if name == "prompt":
-            turns = () if isinstance(value, str) else value
-            row["messages"] = [msgspec.structs.asdict(turn) for turn in turns]
-            value = "" if turns else value
-        absent = -1 if base is int else "" if base is str else ()
-        value = absent if value is None else value
-        row[name] = np.asarray(value, np.float64) if base == tuple[float, ...] else value
-    return row
-
-
-def _value(value: Any, base: Any, optional: bool) -> Any:
-    if base is str:
-        value = value.decode()
-    elif base is int:
-        value = None if value < 0 else int(value)
-    else:
-        item = {tuple[str, ...]: bytes.decode, tuple[int, ...]: int, tuple[float, ...]: float}[base]
-        value = tuple(map(item, value))
-    return None if optional and value in ("", ()) else value
-
-
-@functools.cache
-def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
-    """Each field's type without None, and whether it may be None. A `Conversation` counts as its text."""
-    hints = typing.get_type_hints(kind)
-    fields = {}
-    for name in kind.__struct_fields__:
-        hint = hints[name]
-        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-        options = typing.get_args(hint) if is_union else (hint,)
-        fields[name] = (options[0], types.NoneType in options)
-    return fields
-
-
-def _digests(splits: Mapping[str, Iterable[Any]]) -> dict[str, str]:
-    return {split: _digest(records) for split, records in splits.items()}
-
-
-def _digest(records: Iterable[Any]) -> str:
-    """sha256 of records in their order; fields that are None do not count, so that a new field changes nothing."""
-    total = hashlib.sha256()
-    for item in records:
-        values = {name: value for name, value in msgspec.to_builtins(item).items() if value is not None}
-        total.update(json.dumps(values, sort_keys=True).encode() + b"\n")
-    return total.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-
-
-# --------------------------------------------------------------------------------------------------------- builders
-
-
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What all share: records of one kind in their own order. `source` is a folder with the files, None = download."""
+    """What all share: records of one kind in their own order.
+
+    `source` is a folder with the files; None downloads them.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     kind: ClassVar[type]
     about: ClassVar[dict[str, str]]
-    # TFDS looks beside the code for checksums of what it downloads. There are none, and its search needs a package that
-    # 4.9.10 does not install (tensorflow/datasets#11212).
+    # TFDS looks beside the code for checksums of what it downloads. There are none, and its search
+    # needs a package that 4.9.10 does not install (tensorflow/datasets#11212).
     code_path: ClassVar[None] = None
 
     def __init__(
-        self, *, source: str | os.PathLike[str] | None = None, file_format: str = "array_record", **kwargs: Any
+        self,
+        *,
+        source: str | os.PathLike[str] | None = None,
+        file_format: str = "array_record",
+        **kwargs: Any,
     ):
         self.source = source
         self._metadata = tfds.core.MetadataDict()
@@ -276,22 +164,29 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # the hub's client has its own cache
         splits, report = self.read_source()
-        counts = {"rows": report.rows, "kept": report.kept, "dropped": report.dropped, "noted": report.noted}
-        self._metadata.update(sha256=_digests(splits), report=counts)
+        counts = {
+            "rows": report.rows,
+            "kept": report.kept,
+            "dropped": report.dropped,
+            "noted": report.noted,
+        }
+        self._metadata.update(sha256=digests_of(splits), report=counts)
         return {name: self._generate_examples(records) for name, records in splits.items()}
 
     def _generate_examples(self, records: Sequence[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
         for place, item in enumerate(records):
-            yield place, _row(item)
+            yield place, row_of(item)
 
 
 class _JsonLines(_Builder, skip_registration=True):
     """Record files of people's own, in the form of `schema`.
 
     Args:
-      source: a folder. ``BASE.jsonl`` is the train split, ``BASE_test.jsonl`` the test split, and so on for any name
-        after BASE; without such files ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``. All also with ``.gz``.
-      files: split -> file or files, instead of the rule by name; relative to `source` when that is given.
+      source: a folder. ``BASE.jsonl`` is the train split, ``BASE_test.jsonl`` the test split, and
+        so on for any name after BASE; without such files ``train.jsonl``, ``validation.jsonl`` and
+        ``test.jsonl``. All also with ``.gz``.
+      files: split -> file or files, instead of the rule by name; relative to `source` when that is
+        given.
       max_bad_fraction: as in `schema.read_jsonl`.
       allow_empty_responses: as in `schema.read_jsonl`.
     """
@@ -307,7 +202,10 @@ class _JsonLines(_Builder, skip_registration=True):
         **kwargs: Any,
     ):
         self.files = files
-        self.reading = {"max_bad_fraction": max_bad_fraction, "allow_empty_responses": allow_empty_responses}
+        self.reading = {
+            "max_bad_fraction": max_bad_fraction,
+            "allow_empty_responses": allow_empty_responses,
+        }
         super().__init__(**kwargs)
 
     def _read_source(self) -> tuple[dict[str, list[Any]], DataReport]:
@@ -326,31 +224,49 @@ class _JsonLines(_Builder, skip_registration=True):
             return _given_paths(self.files, self.source)
         if self.source is None:
             raise ValueError(
-                f"{self.name} is no public data set and cannot be downloaded: pass data_dir (--data_dir=FOLDER) with "
-                f"{self.base}.jsonl and {self.base}_test.jsonl"
+                f"{self.name} is no public data set and cannot be downloaded: pass data_dir "
+                f"(--data_dir=FOLDER) with {self.base}.jsonl and {self.base}_test.jsonl"
             )
         root = Path(self.source)
         if not root.is_dir():
             raise ValueError(f"data_dir={root} is no folder: check the path")
         found = _paths_by_split(root, self.base)
         if not found:
-            raise ValueError(f"no {self.base}*.jsonl and no train.jsonl in {root}: name them so, or pass files=")
+            raise ValueError(
+                f"no {self.base}*.jsonl and no train.jsonl in {root}: name them so, or pass files="
+            )
         return found
 
 
-def _given_paths(files: Mapping[str, Paths], root: str | os.PathLike[str] | None) -> dict[str, list[Path]]:
+def _given_paths(
+    files: Mapping[str, Paths], root: str | os.PathLike[str] | None
+) -> dict[str, list[Path]]:
     if not files:
         raise ValueError('files is empty: name the files of each split, like {"train": "a.jsonl"}')
-    listed = {split: [paths] if isinstance(paths, str | os.PathLike) else paths for split, paths in files.items()}
+    listed = {
+        split: [paths] if isinstance(paths, str | os.PathLike) else paths
+        for split, paths in files.items()
+    }
     return {split: [Path(root or "") / path for path in paths] for split, paths in listed.items()}
 
 
-_SPLIT_NAMES = {"": "train", "ppo": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+_SPLIT_NAMES = {
+    "": "train",
+    "ppo": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+
+
 _PLAIN_NAMES = ("train", "validation", "valid", "val", "dev", "test")
 
 
 def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
-    r"""``BASE.jsonl`` -> train, ``BASE_NAME.jsonl`` -> NAME; where there is none, ``train.jsonl`` and so on."""
+    r"""``BASE.jsonl`` -> train, ``BASE_NAME.jsonl`` -> NAME.
+
+    Where there is none, ``train.jsonl`` and so on.
+    """
     names = {file: re.sub(r"\.jsonl(\.gz)?$", "", file.name) for file in sorted(root.iterdir())}
     tables = {file: name for file, name in names.items() if name != file.name}
     matches = {file: re.fullmatch(rf"{base}(?:[_.-](.+))?", name) for file, name in tables.items()}
@@ -361,7 +277,9 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
         found.setdefault(_SPLIT_NAMES.get(suffix, re.sub(r"\W", "_", suffix)), []).append(file)
     twice = [files for files in found.values() if len(files) > 1]
     if twice:
-        raise ValueError(f"{', '.join(map(str, twice[0]))} are all one split: keep one, or pass files=")
+        raise ValueError(
+            f"{', '.join(map(str, twice[0]))} are all one split: keep one, or pass files="
+        )
     return found
 
 
@@ -370,6 +288,8 @@ _OUYANG = {
     "citation": "Long Ouyang et al. Training language models to follow instructions with human feedback. 2022. "
     "arXiv:2203.02155",
 }
+
+
 _OWN = "The owner of the files decides; nothing is downloaded."
 
 
@@ -401,7 +321,10 @@ class InstructGptRm(_JsonLines, skip_registration=True):
 
 
 class InstructGptPpo(_JsonLines, skip_registration=True):
-    """Prompts without answers: ``prompts*.jsonl``; ``prompts_ppo.jsonl`` is the train split as well."""
+    """Prompts without answers: ``prompts*.jsonl``.
+
+    ``prompts_ppo.jsonl`` is the train split as well.
+    """
 
     name = "instruct_gpt_ppo"
     kind = schema.Prompt
@@ -437,7 +360,11 @@ class _Conversations(_Builder, skip_registration=True):
         records, report = self._rankings()
         splits: dict[str, list[Any]] = {"train": [], "test": []}
         for item in records:
-            splits["test" if sources.in_test_split(item.prompt, fraction=self.test_fraction) else "train"].append(item)
+            splits[
+                "test"
+                if sources.in_test_split(item.prompt, fraction=self.test_fraction)
+                else "train"
+            ].append(item)
         noted = {f"records in the {split} split": len(items) for split, items in splits.items()}
         return splits, dataclasses.replace(report, noted=noted)
 
@@ -480,14 +407,19 @@ class OasstRankings(_Conversations, skip_registration=True):
         super().__init__(**kwargs)
 
     def _rankings(self) -> tuple[list[schema.Ranking], DataReport]:
-        return sources.read_oasst(self.source, split="train", test_fraction=0.0, language=self.language)
+        return sources.read_oasst(
+            self.source, split="train", test_fraction=0.0, language=self.language
+        )
 
 
 class PlainText(_Builder, skip_registration=True):
-    """Documents of running text for the pretraining mix, as `sources.read_text` reads them; one split, train.
+    """Documents of running text for the pretraining mix, as `sources.read_text` reads them.
+
+    There is one split, train.
 
     Args:
-      source: a folder of text files (or with a folder english_text or wikitext2); None = download WikiText-2.
+      source: a folder of text files (or with a folder english_text or wikitext2); None = download
+        WikiText-2.
       files: split -> file or folder or several, instead; relative to `source` when that is given.
       separator: as in `sources.read_text`.
     """
@@ -501,7 +433,13 @@ class PlainText(_Builder, skip_registration=True):
         "citation": "WikiText-2: Stephen Merity et al. Pointer Sentinel Mixture Models. 2016. arXiv:1609.07843",
     }
 
-    def __init__(self, *, files: Mapping[str, Paths] | None = None, separator: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        files: Mapping[str, Paths] | None = None,
+        separator: str | None = None,
+        **kwargs: Any,
+    ):
         self.files = files
         self.separator = separator
         super().__init__(**kwargs)

@@ -1,13 +1,14 @@
 r"""Conversations to token ids: the tokenizer's own chat template, or a plain one where it has none.
 
-A template is a Jinja program that writes a conversation as one text. That text cannot tell the template's
-``<|im_end|>`` from one that a user typed. So the template is rendered once for each sequence of roles with marks in
-the place of the contents, and cut at the marks: what lies between is the template's own, and only there the names of
-special tokens become control tokens. That the pieces and the contents join into exactly what the template writes is
-checked for each conversation.
+A template is a Jinja program that writes a conversation as one text. That text cannot tell the
+template's ``<|im_end|>`` from one that a user typed. So the template is rendered once for each
+sequence of roles with marks in the place of the contents, and cut at the marks: what lies between
+is the template's own, and only there the names of special tokens become control tokens. That the
+pieces and the contents join into exactly what the template writes is checked for each conversation.
 
-Ids come in spans. An answer (the content of an assistant's turn and the token that ends the turn) is tokenised by
-itself, so it has the same ids wherever it is seen; everything between two answers is tokenised together.
+Ids come in spans. An answer (the content of an assistant's turn and the token that ends the turn)
+is tokenised by itself, so it has the same ids wherever it is seen; everything between two answers
+is tokenised together.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-"""The form of a conversation where the tokenizer has no template: the system's text bare, "Human: " and "Assistant: "
-before the turns, a blank line between them, EOS after each answer; a prompt ends in "Assistant:"."""
+"""The form of a conversation where the tokenizer has no template: the system's text bare, "Human: "
+and "Assistant: " before the turns, a blank line between them, EOS after each answer; a prompt ends
+in "Assistant:"."""
 
 DATE = "26 Jul 2024"
 """What templates are told today is, so that the ids of a conversation do not change overnight."""
@@ -46,7 +48,8 @@ class Turn(NamedTuple):
 
     Attributes:
       head: after the generation prompt, and no mere space: part of the prompt, never trained.
-      lead: the spaces before the content; tokenised with it, as tokenizers join a space to the word after it.
+      lead: the spaces before the content; tokenised with it, as tokenizers join a space to the word
+        after it.
       tail: from the content's end to the token that ends the turn, and that token.
       end: name of that token.
       end_id: its id.
@@ -60,21 +63,31 @@ class Turn(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The template's texts before, between and after the n contents, and which ends of each content it strips."""
+    """The template's texts before, between and after the n contents.
+
+    It also says which ends of each content the template strips.
+    """
 
     pieces: tuple[str, ...]
     strips: tuple[tuple[bool, bool], ...]
 
 
 class _Part(NamedTuple):
-    """A text; `hidden` are the names of added tokens that stay text in a content, None marks the template's own."""
+    """A text of a template, or of a content.
+
+    `hidden` are the names of added tokens that stay text in a content; None marks a text of the
+    template's own.
+    """
 
     text: str
     hidden: tuple[str, ...] | None = None
 
 
 class _Control(NamedTuple):
-    """An added token: its id, whether `encode_text` keeps it text, and whether it takes the spaces around it."""
+    """An added token: its id, whether `encode_text` keeps it text.
+
+    The last field says whether it takes the spaces around it.
+    """
 
     id: int
     special: bool
@@ -95,7 +108,9 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:
     """Ids of a prompt of several turns, up to where the assistant's next answer begins.
 
     Args:
@@ -106,9 +121,11 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
       The ids, and True for those of earlier answers with the token that ends each.
 
     Raises:
-      ValueError: roles in no usable order, or a template that refuses them, leaves out, repeats or changes a content.
+      ValueError: roles in no usable order, or a template that refuses them, leaves out, repeats or
+        changes a content.
     """
-    # A chat template writes BOS itself where the model wants it. The plain form is ours and knows of none.
+    # A chat template writes BOS itself where the model wants it. The plain form is ours and knows
+    # of none.
     ids = [] if tokenizer.chat_template else list(begin_ids(tokenizer))
     mask = [False] * len(ids)
     for span in _prompt_spans(tokenizer, tuple(messages)):
@@ -138,8 +155,8 @@ def encode_conversation(
       turns: "all" trains on every answer, "last" on the last one alone.
 
     Returns:
-      The ids, and True for the content and the end of each answer that is trained on: nothing of the user, the system
-      or the template.
+      The ids, and True for the content and the end of each answer that is trained on: nothing of
+      the user, the system or the template.
 
     Raises:
       ValueError: as `encode_messages`, or the last turn is not the assistant's.
@@ -147,14 +164,18 @@ def encode_conversation(
     if turns not in ("all", "last"):
         raise ValueError(f'turns={turns!r} must be "all" or "last"')
     if not messages or messages[-1].role != "assistant":
-        raise ValueError('the last message of a conversation to learn from must have the role "assistant": add one')
+        raise ValueError(
+            'the last message of a conversation to learn from must have the role "assistant": add one'
+        )
     ids, mask = encode_messages(tokenizer, messages[:-1])
     reply = encode_reply(tokenizer, messages[:-1], messages[-1].content)
     return [*ids, *reply], [*(m and turns == "all" for m in mask), *[True] * len(reply)]
 
 
 def next_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Turn:
-    """What the template writes around the assistant's answer to `messages`; `end_id` is what generation stops at.
+    """What the template writes around the assistant's answer to `messages`.
+
+    `end_id` is what generation stops at.
 
     Raises:
       ValueError: the template ends the turn with no token of its own, or as `encode_messages`.
@@ -177,7 +198,9 @@ def readable(prompt: Conversation) -> str:
 
 
 def check_same_template(**tokenizers: Tokenizer) -> None:
-    """Raise unless all tokenizers write conversations alike: ``check_same_template(policy=a, reward_model=b)``.
+    """Raise unless all tokenizers write conversations alike.
+
+    Called as ``check_same_template(policy=a, reward_model=b)``.
 
     Raises:
       ValueError: naming two that differ.
@@ -186,8 +209,9 @@ def check_same_template(**tokenizers: Tokenizer) -> None:
     for name, other in others:
         if _template(reference) != _template(other):
             raise ValueError(
-                f"the chat templates of {first} and {name} differ and prompts hold messages: the {name} would read "
-                "conversations in a form it was not trained on; start both from the same base model"
+                f"the chat templates of {first} and {name} differ and prompts hold messages: the "
+                f"{name} would read conversations in a form it was not trained on; start both from "
+                "the same base model"
             )
 
 
@@ -200,31 +224,42 @@ def _template(tokenizer: Tokenizer) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template and "date_string" not in template:
         raise ValueError(
-            "the chat template writes today's date, so ids would change overnight: write a fixed date in "
-            "chat_template.jinja instead of strftime_now(..)"
+            "the chat template writes today's date, so ids would change overnight: write a fixed "
+            "date in chat_template.jinja instead of strftime_now(..)"
         )
     return template
 
 
-def _render(tokenizer: Tokenizer, template: str, messages: Sequence[Message], generation: bool) -> str:
+def _render(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], generation: bool
+) -> str:
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:
         return str(
             tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=generation, date_string=DATE
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generation,
+                date_string=DATE,
             )
         )
     except Exception as error:  # a template is a program: it may raise anything
         roles = ", ".join(m.role for m in messages)
         raise ValueError(
-            f"the chat template refuses a conversation of the roles {roles} ({error}): leave such conversations out "
-            "or change chat_template"
+            f"the chat template refuses a conversation of the roles {roles} ({error}): leave such "
+            "conversations out or change chat_template"
         ) from error
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], generation: bool) -> _Layout:
-    """Renders marks in the place of contents. No content is in that text, so the marks need not be secret."""
+def _layout(
+    tokenizer: Tokenizer, template: str, roles: tuple[str, ...], generation: bool
+) -> _Layout:
+    """Renders marks in the place of contents.
+
+    No content is in that text, so the marks need not be secret.
+    """
     marks = [f"xqz{i:04d}zqx" for i in range(len(roles))]
     marked = [Message(role, _WIDE + mark + _WIDE) for role, mark in zip(roles, marks, strict=True)]
     rest = rendered = _render(tokenizer, template, marked, generation)
@@ -234,8 +269,9 @@ def _layout(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], generat
         if not found or rendered.count(mark) != 1:
             what = "repeats" if found else "leaves out, changes or moves"
             raise ValueError(
-                f"the chat template {what} the content of message {i + 1} of {len(roles)} ({roles[i]}): conversations "
-                "with such a message cannot be encoded; change chat_template or leave that message out"
+                f"the chat template {what} the content of message {i + 1} of {len(roles)} "
+                f"({roles[i]}): conversations with such a message cannot be encoded; change "
+                "chat_template or leave that message out"
             )
         strips.append((not before.endswith(_WIDE), not rest.startswith(_WIDE)))
         pieces.append(before.removesuffix(_WIDE))
@@ -254,19 +290,26 @@ def _next_turn(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> T
 
 
 def _after_prompt(prompt: tuple[str, ...], whole: tuple[str, ...]) -> str:
-    """What `whole` has between the end of `prompt` and the answer; nothing where it does not begin with `prompt`."""
+    """What `whole` has between the end of `prompt` and the answer.
+
+    It is empty where `whole` does not begin with `prompt`.
+    """
     last = len(prompt) - 1
     goes_on = whole[:last] == prompt[:last] and whole[last].startswith(prompt[last])
     return whole[last][len(prompt[last]) :] if goes_on else ""
 
 
 def _tail(tokenizer: Tokenizer, after: str) -> tuple[str, str]:
-    """The text that follows an answer up to and with the first control token, and that token's name."""
+    """The text that follows an answer up to and with the first control token.
+
+    The second value is that token's name.
+    """
     found = _control_pattern(tokenizer).search(after)
     if found is None:
         raise ValueError(
-            f"the chat template writes no special token after an assistant's turn (but {after[:40]!r}): generation "
-            "would not know where to stop; add eos_token there in chat_template"
+            "the chat template writes no special token after an assistant's turn (but "
+            f"{after[:40]!r}): generation would not know where to stop; add eos_token there in "
+            "chat_template"
         )
     return after[: found.end()], found.group()
 
@@ -275,11 +318,19 @@ def _check_turns(messages: Sequence[Message]) -> None:
     roles = [m.role for m in messages]
     for i, role in enumerate(roles):
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i + 1} has the role {role!r}: use system, user or assistant")
+            raise ValueError(
+                f"message {i + 1} has the role {role!r}: use system, user or assistant"
+            )
         if role == "assistant" and (i == 0 or roles[i - 1] != "user"):
-            raise ValueError(f"message {i + 1} is the assistant's and answers nothing: put a user's message before it")
+            raise ValueError(
+                f"message {i + 1} is the assistant's and answers nothing: put a user's message "
+                "before it"
+            )
     if not roles or roles[-1] != "user":
-        raise ValueError(f"a prompt of messages must end with a user's turn, its roles are {roles}: add or remove one")
+        raise ValueError(
+            f"a prompt of messages must end with a user's turn, its roles are {roles}: add or "
+            "remove one"
+        )
 
 
 def _prompt_spans(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Iterator[_Span]:
@@ -304,24 +355,33 @@ def _prompt_spans(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Iterat
     yield _Span((*context, _Part(piece + _next_turn(tokenizer, template, roles).head)), False)
 
 
-def _answer(tokenizer: Tokenizer, lead: str, content: str, tail: str, end: str) -> tuple[_Part, ...]:
+def _answer(
+    tokenizer: Tokenizer, lead: str, content: str, tail: str, end: str
+) -> tuple[_Part, ...]:
     # A tokenizer that begins each text with a space brings the template's space itself.
     lead = lead[1:] if lead.startswith(" ") and _adds_space(tokenizer) else lead
     hidden = () if _controls(tokenizer)[end].special else (end,)
     return _Part(lead), _Part(content, hidden), _Part(tail)
 
 
-def _contents(tokenizer: Tokenizer, template: str, messages: tuple[Message, ...], layout: _Layout) -> list[str]:
-    """The contents as the template writes them: stripped where it strips, and otherwise unchanged."""
+def _contents(
+    tokenizer: Tokenizer, template: str, messages: tuple[Message, ...], layout: _Layout
+) -> list[str]:
+    """The contents as the template writes them.
+
+    They are stripped where it strips, and otherwise unchanged.
+    """
     contents = []
     for message, (left, right) in zip(messages, layout.strips, strict=True):
         content = message.content.lstrip() if left else message.content
         contents.append(content.rstrip() if right else content)
-    joined = layout.pieces[0] + "".join(c + p for c, p in zip(contents, layout.pieces[1:], strict=True))
+    joined = layout.pieces[0] + "".join(
+        c + p for c, p in zip(contents, layout.pieces[1:], strict=True)
+    )
     if joined != _render(tokenizer, template, messages, True):
         raise ValueError(
-            f"the chat template changes a content by what is in it ({readable(messages)[:60]!r}..): leave such "
-            "conversations out or change chat_template"
+            "the chat template changes a content by what is in it "
+            f"({readable(messages)[:60]!r}..): leave such conversations out or change chat_template"
         )
     return contents
 
@@ -347,28 +407,39 @@ def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=64)
 def _written(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
-    """Added tokens that are not special to the tokenizer but that the template writes, such as <tool_call>.
+    """Added tokens that the template writes and that are not special, such as <tool_call>.
 
     `encode_text` keeps special tokens text and does not know these.
     """
-    return tuple(name for name, token in _controls(tokenizer).items() if not token.special and name in template)
+    return tuple(
+        name
+        for name, token in _controls(tokenizer).items()
+        if not token.special and name in template
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def _adds_space(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer begins each text with a space of its own (SentencePiece's dummy prefix)."""
+    """Whether the tokenizer begins each text with a space of its own, as SentencePiece may."""
     return tokenizer.tokenize("x")[0].startswith(("\u2581", "\u0120"))
 
 
 def _atoms(tokenizer: Tokenizer, parts: Sequence[_Part]) -> Iterator[tuple[str, bool]]:
-    """(text, False) to be joined to its neighbours; (name of a control token, True); ("", True) cuts the text."""
+    """(text, False) to be joined to its neighbours.
+
+    Or it is (name of a control token, True), or ("", True), which cuts the text.
+    """
     for part in parts:
         if part.hidden is None:
             for i, atom in enumerate(_control_pattern(tokenizer).split(part.text)):
                 yield atom, i % 2 == 1
             continue
         # Cut after its first character, a name is no added token any more.
-        cuts = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in part.hidden if len(name) > 1]
+        cuts = [
+            f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})"
+            for name in part.hidden
+            if len(name) > 1
+        ]
         for i, atom in enumerate(re.split("|".join(cuts), part.text) if cuts else [part.text]):
             if i:
                 yield "", True
@@ -376,7 +447,10 @@ def _atoms(tokenizer: Tokenizer, parts: Sequence[_Part]) -> Iterator[tuple[str, 
 
 
 def _ids(tokenizer: Tokenizer, parts: Sequence[_Part]) -> list[int]:
-    """Ids of a span: control tokens where the template wrote their names, ordinary text between them."""
+    """Ids of a span.
+
+    Control tokens are where the template wrote their names, ordinary text is between them.
+    """
     ids: list[int] = []
     text, strips = "", False
     for atom, cuts in [*_atoms(tokenizer, parts), ("", True)]:

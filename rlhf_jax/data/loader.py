@@ -1,7 +1,10 @@
-"""Batches as a pure function of (seed, step): nothing to save but one integer, nothing to lose on a restart.
+"""Batches as a pure function of (seed, step).
 
-`Batches.at` names one batch; `Batches.stream` is the same batches in order, made ahead of time by a thread or by
-worker processes (grain). Which of the two is used, and with how many workers, never changes a batch.
+A run saves one integer, and a restart loses nothing.
+
+`Batches.at` names one batch; `Batches.stream` is the same batches in order, made ahead of time by a
+thread or by worker processes (grain). Which of the two is used, and with how many workers, never
+changes a batch.
 """
 
 from __future__ import annotations
@@ -23,19 +26,22 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 Rows = TypeVar("Rows")
-"""A struct of `rlhf_jax.types` (or a dict) whose arrays share their first axis: the rows. Or a list of records."""
+"""A struct of `rlhf_jax.types` (or a dict) whose arrays share their first axis: the rows. Or a list
+of records."""
 
 
 class Batches(Generic[Rows]):
     """An endless stream of batches, shuffled anew each epoch, addressed by step.
 
-    The stream is the concatenation of one permutation of the rows per epoch, a function of (seed, epoch); batch
-    `step` is its entries ``step * batch_size .. (step + 1) * batch_size - 1``. So every row comes once per epoch and
-    no tail is dropped: a batch over the border holds the end of one epoch and the start of the next. Resuming at a
-    step needs nothing but the step, and how many processes share the work changes nothing.
+    The stream is the concatenation of one permutation of the rows per epoch, a function of (seed,
+    epoch); batch `step` is its entries ``step * batch_size .. (step + 1) * batch_size - 1``. So
+    every row comes once per epoch and no tail is dropped: a batch over the border holds the end of
+    one epoch and the start of the next. Resuming at a step needs nothing but the step, and how many
+    processes share the work changes nothing.
 
-    The rows are arrays, or a source of records that are read by number: a list, or a `tfds.data_source`. Records are
-    read when a batch needs them, and `transform` makes the batch out of them.
+    The rows are arrays, or a source of records that are read by number: a list, or a
+    `tfds.data_source`. Records are read when a batch needs them, and `transform` makes the batch
+    out of them.
 
     >>> batches = Batches({"x": np.arange(5)}, batch_size=2, seed=0)
     >>> rows = np.concatenate([batches.at(step)["x"] for step in range(5)])
@@ -47,18 +53,19 @@ class Batches(Generic[Rows]):
     [1, 2, 3]
 
     Args:
-      rows: struct or dict of numpy arrays with rows first; or a source of records with `len` and ``source[i]``
-        (``__getitems__`` is used where the source has it).
+      rows: struct or dict of numpy arrays with rows first; or a source of records with `len` and
+        ``source[i]`` (``__getitems__`` is used where the source has it).
       batch_size: rows of a batch, over all processes.
       seed: of the shuffling.
       process_index: which slice of the batch this process gets.
       process_count: number of processes.
-      transform: makes the batch of this process's rows, for example tokenises and pads the list of records. A function
-        of the rows alone (no random state of its own), so that a batch stays a function of (seed, step). None: the
-        rows as they are.
+      transform: makes the batch of this process's rows, for example tokenises and pads the list of
+        records. A function of the rows alone (no random state of its own), so that a batch stays a
+        function of (seed, step). None: the rows as they are.
 
     Raises:
-      ValueError: there are no rows, the arrays differ in their number, or the batch does not divide.
+      ValueError: there are no rows, the arrays differ in their number, or the batch does not
+        divide.
     """
 
     def __init__(
@@ -69,8 +76,8 @@ class Batches(Generic[Rows]):
         self.size = _row_count(rows)
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(
-                f"batch_size={batch_size} must be a positive multiple of the {process_count} processes: "
-                f"choose {max(1, round(batch_size / process_count)) * process_count}"
+                f"batch_size={batch_size} must be a positive multiple of the {process_count} "
+                f"processes: choose {max(1, round(batch_size / process_count)) * process_count}"
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
@@ -83,26 +90,34 @@ class Batches(Generic[Rows]):
         rows = _take(self.rows, self.indices(step)[self._slice])
         return rows if self.transform is None else self.transform(rows)
 
-    def stream(self, start_step: int = 0, *, workers: int = 0, prefetch: int = 2) -> Generator[Rows, None, None]:
-        """The batches ``at(start_step)``, ``at(start_step + 1)``, ... without end, made ahead of time.
+    def stream(
+        self, start_step: int = 0, *, workers: int = 0, prefetch: int = 2
+    ) -> Generator[Rows, None, None]:
+        """The batches ``at(start_step)``, ``at(start_step + 1)``, ...
 
-        To resume, pass the step to go on with; nothing else is kept. With workers each batch is made whole by one of
-        them, in turn. They start in a second or two and get a copy of this object, so they pay off where `transform`
-        is slow or the source is read from a disk; arrays in memory are best served with ``workers=0``. What workers
-        are given (rows, `transform`) must be picklable; functions of a notebook and lambdas are. A script that uses
-        workers needs the usual ``if __name__ == "__main__":``, as `multiprocessing` imports it anew in each.
+        The stream has no end, and batches are made ahead of time.
 
-        Workers ignore Ctrl-C and SIGTERM, which the training process answers, and end with it however it ends. Closing
-        or dropping the iterator ends them at once.
+        To resume, pass the step to go on with; nothing else is kept. With workers each batch is
+        made whole by one of them, in turn. They start in a second or two and get a copy of this
+        object, so they pay off where `transform` is slow or the source is read from a disk; arrays
+        in memory are best served with ``workers=0``. What workers are given (rows, `transform`)
+        must be picklable; functions of a notebook and lambdas are. A script that uses workers needs
+        the usual ``if __name__ == "__main__":``, as `multiprocessing` imports it anew in each.
+
+        Workers ignore Ctrl-C and SIGTERM, which the training process answers, and end with it
+        however it ends. Closing or dropping the iterator ends them at once.
 
         Args:
           start_step: the first batch.
           workers: processes that make batches; 0 = a thread of this process.
-          prefetch: batches kept ready, by each worker where there are some; 0 (without workers) = made when asked for.
+          prefetch: batches kept ready, by each worker where there are some; 0 (without workers) =
+            made when asked for.
 
         Raises:
-          ValueError: a negative number, no `prefetch` for workers, or batches of workers that are no arrays.
-          OSError: a worker ended, for example for want of memory. An error of `transform` comes as it is.
+          ValueError: a negative number, no `prefetch` for workers, or batches of workers that are
+            no arrays.
+          OSError: a worker ended, for example for want of memory. An error of `transform` comes as
+            it is.
         """
         for name, value, least in (
             ("start_step", start_step, 0), ("workers", workers, 0), ("prefetch", prefetch, 1 if workers else 0),
@@ -117,14 +132,20 @@ class Batches(Generic[Rows]):
         import grain  # a second or two, and only those who stream pay for it
         from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # grain reads absl's flags; a notebook, pytest or our own command line has none
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # grain reads absl's flags; a notebook, pytest or our own command line has none
             flags.FLAGS.mark_as_parsed()
         make: Callable[[int], Any] = _PackedAt(self) if workers else self.at
         batches = grain.MapDataset.range(start_step, sys.maxsize).map(make)
         ahead = 0 if workers else prefetch
-        iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads=min(1, ahead), prefetch_buffer_size=ahead))
+        iterator = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=min(1, ahead), prefetch_buffer_size=ahead)
+        )
         if workers:
-            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+            options = grain.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=prefetch
+            )
             iterator = iterator.mp_prefetch(options, worker_init_fn=_start_worker)
         iterator = iter(iterator)
         _close_streams_at_exit()
@@ -138,8 +159,9 @@ class Batches(Generic[Rows]):
             if "terminated unexpectedly" not in str(error):
                 raise
             raise OSError(
-                f"a loader worker ended while it made a batch from step {step} on ({error}): if the machine ran out of "
-                "memory (or of /dev/shm) take fewer workers or a smaller prefetch; workers=0 shows transform's errors"
+                f"a loader worker ended while it made a batch from step {step} on ({error}): if "
+                "the machine ran out of memory (or of /dev/shm) take fewer workers or a smaller "
+                "prefetch; workers=0 shows transform's errors"
             ) from error
         finally:
             iterator.close()
@@ -150,13 +172,15 @@ class Batches(Generic[Rows]):
             raise ValueError(f"step={step} must be 0 or more")
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(place, self.size)
-        return np.concatenate([self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
+        return np.concatenate(
+            [self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+        )
 
     def each_once(self, most: int | None = None) -> Iterator[tuple[Rows, Bool[np.ndarray, " b"]]]:
-        """The batches of one epoch to measure with, every row counted once however many rows there are.
+        """The batches of one epoch to measure with; every row counts once.
 
-        The last batch is filled up with rows of the next epoch, so that all have one shape; beside each batch stands
-        which of its rows count.
+        The last batch is filled up with rows of the next epoch, so that all have one shape; beside
+        each batch stands which of its rows count.
 
         Args:
           most: at most so many batches, the first ones.
@@ -182,8 +206,9 @@ class Batches(Generic[Rows]):
         known = self._permutations.get(epoch)
         if known is None:
             known = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            # A cache of the two newest, for batches over a border; the value depends on (seed, epoch) alone. It is
-            # replaced, never changed: the thread of a stream may read it meanwhile.
+            # A cache of the two newest, for batches over a border; the value depends on (seed,
+            # epoch) alone. It is replaced, never changed: the thread of a stream may read it
+            # meanwhile.
             self._permutations = {**dict([*self._permutations.items()][-1:]), epoch: known}
         return known
 
@@ -198,15 +223,15 @@ _SHARED: set[type] = set()
 
 @functools.cache
 def _close_streams_at_exit() -> None:
-    """So that a stream that is open when the program ends stops its workers while all modules are still there."""
+    """Has open streams stop their workers when the program ends, while all modules are loaded."""
     atexit.register(_close_streams)
 
 
 def _close_streams() -> None:
     for stream in list(_OPEN_STREAMS):
         stream.close()
-    # Grain gives shared memory back in a thread of its own. A program that ends before that thread has is told by
-    # Python that it leaks the last batch.
+    # Grain gives shared memory back in a thread of its own. A program that ends before that thread
+    # has is told by Python that it leaks the last batch.
     for kind in _SHARED:
         pool = getattr(kind, "_del_thread_pool", None)
         if pool is not None:
@@ -215,9 +240,12 @@ def _close_streams() -> None:
 
 
 class _PackedAt:
-    """What a worker does for a step: the batch as its class and its arrays, which travel in shared memory.
+    """What a worker does for a step.
 
-    Whatever is not an array would go through a pipe, and a worker that dies halfway leaves its reader waiting.
+    It gives the batch as its class and its arrays, which travel in shared memory.
+
+    Whatever is not an array would go through a pipe, and a worker that dies halfway leaves its
+    reader waiting.
     """
 
     def __init__(self, batches: Batches[Any]) -> None:
@@ -226,13 +254,21 @@ class _PackedAt:
     def __call__(self, step: int) -> tuple[type, dict[str, np.ndarray]]:
         try:
             rows = self.batches.at(step)
-        except SystemExit as error:  # a worker that ends with status 0 would be waited for without end
-            raise RuntimeError(f"transform exits ({error}) in batch {step}: raise an error instead") from error
-        arrays = {k: np.ascontiguousarray(v) for k, v in _fields(rows).items()} if _is_columns(rows) else {}
+        except (
+            SystemExit
+        ) as error:  # a worker that ends with status 0 would be waited for without end
+            raise RuntimeError(
+                f"transform exits ({error}) in batch {step}: raise an error instead"
+            ) from error
+        arrays = (
+            {k: np.ascontiguousarray(v) for k, v in _fields(rows).items()}
+            if _is_columns(rows)
+            else {}
+        )
         if not arrays or any(array.dtype.hasobject for array in arrays.values()):
             raise ValueError(
-                f"with workers a batch must be a dict or struct of arrays of numbers, got {type(rows).__name__}: "
-                "give a transform that tokenises and pads, or workers=0"
+                "with workers a batch must be a dict or struct of arrays of numbers, got "
+                f"{type(rows).__name__}: give a transform that tokenises and pads, or workers=0"
             )
         return type(rows), arrays
 
@@ -240,7 +276,9 @@ class _PackedAt:
 def _unpack(packed: tuple[type, dict[str, np.ndarray]]) -> Any:
     kind, arrays = packed
     _SHARED.update(map(type, arrays.values()))
-    return kind(**{name: np.array(array) for name, array in arrays.items()})  # a copy: shared memory is freed at once
+    return kind(
+        **{name: np.array(array) for name, array in arrays.items()}
+    )  # a copy: shared memory is freed at once
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -259,7 +297,10 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def fingerprint(rows: Any) -> str:
-    """sha256 of the rows: names, types, shapes and bytes of all arrays. Two data sets never pass for each other."""
+    """sha256 of the rows: names, types, shapes and bytes of all arrays.
+
+    Two data sets never pass for each other.
+    """
     digest = hashlib.sha256()
     for name, value in _fields(rows).items():
         array = np.ascontiguousarray(value)
@@ -289,10 +330,18 @@ def _take(rows: Any, index: Int[np.ndarray, " b"]) -> Any:
 
 
 def _row_count(rows: Any) -> int:
-    sizes = {name: len(value) for name, value in _fields(rows).items()} if _is_columns(rows) else {"": len(rows)}
+    sizes = (
+        {name: len(value) for name, value in _fields(rows).items()}
+        if _is_columns(rows)
+        else {"": len(rows)}
+    )
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"the arrays must have one number of rows, got {sizes}: build them together")
+        raise ValueError(
+            f"the arrays must have one number of rows, got {sizes}: build them together"
+        )
     size = next(iter(sizes.values()))
     if not size:
-        raise ValueError("the data set has no rows: check the source and what was dropped in its report")
+        raise ValueError(
+            "the data set has no rows: check the source and what was dropped in its report"
+        )
     return size

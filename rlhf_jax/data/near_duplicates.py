@@ -1,10 +1,10 @@
 """Texts that nearly repeat an earlier one, found in linear time.
 
-Two texts are near-duplicates when half of all their pieces are shared (Jaccard similarity of the sets of pieces), a
-piece being the 12 bytes from the beginning of a word on: two or three words. A template of a dozen words in which one
-word changes is just so. The similarity is read from MinHash signatures (the share of equal
-entries estimates it), and only texts that agree in a band of their signatures are compared, so that two hundred
-thousand prompts take some seconds.
+Two texts are near-duplicates when half of all their pieces are shared (Jaccard similarity of the
+sets of pieces), a piece being the 12 bytes from the beginning of a word on: two or three words. A
+template of a dozen words in which one word changes is just so. The similarity is read from MinHash
+signatures (the share of equal entries estimates it), and only texts that agree in a band of their
+signatures are compared, so that two hundred thousand prompts take some seconds.
 
 Source: Broder 1997, "On the resemblance and containment of documents" (MinHash).
 """
@@ -32,7 +32,8 @@ def repeats(texts: Sequence[str]) -> list[bool]:
     """For each text whether it nearly repeats an earlier one.
 
     Args:
-      texts: different ones; case and spaces count, so normalise first. Equal texts are near-duplicates too.
+      texts: different ones; case and spaces count, so normalise first. Equal texts are
+        near-duplicates too.
 
     >>> said = "Write a short poem about the sea and a sailor who is waiting for the wind in {}."
     >>> repeats([said.format("spring"), "How do I bake a loaf of rye bread at home?", said.format("autumn")])
@@ -48,7 +49,9 @@ def repeats(texts: Sequence[str]) -> list[bool]:
                 continue
             bands = [signature[i : i + BAND].tobytes() for i in range(0, HASHES, BAND)]
             earlier = {buckets[i][band] for i, band in enumerate(bands) if band in buckets[i]}
-            near = any(np.count_nonzero(kept[other] == signature) >= ALIKE * HASHES for other in earlier)
+            near = any(
+                np.count_nonzero(kept[other] == signature) >= ALIKE * HASHES for other in earlier
+            )
             found.append(near)
             if not near:  # texts of one template are compared with its first one alone
                 kept.append(signature)
@@ -60,7 +63,8 @@ def repeats(texts: Sequence[str]) -> list[bool]:
 def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | None]:
     """MinHash signatures; None for a text of fewer than `PIECES` pieces."""
     encoded = [_shortened(text.encode("utf-8", "replace")) for text in texts]
-    # A byte between texts and at both ends keeps words apart; a piece that runs into the next text is its text's end.
+    # A byte between texts and at both ends keeps words apart; a piece that runs into the next text
+    # is its text's end.
     data = np.frombuffer(b" " + b" ".join(encoded) + b" " * 32, np.uint8)
     starts = np.flatnonzero((data[:-1] == ord(" ")) & (data[1:] != ord(" "))) + 1
     edges = 1 + np.cumsum([0, *(len(text) + 1 for text in encoded)])
@@ -72,7 +76,8 @@ def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | Non
     usable = np.flatnonzero(counts >= PIECES)
     minima = np.empty((len(usable), HASHES), np.uint32)
     if len(usable):
-        # The pieces of unusable texts go, so that each text's pieces end where the next usable text's begin.
+        # The pieces of unusable texts go, so that each text's pieces end where the next usable
+        # text's begin.
         mask = (counts >= PIECES)[owner]
         a, b = a[mask], b[mask]
         bounds = np.cumsum([0, *(first[usable + 1] - first[usable])[:-1]])
@@ -90,7 +95,10 @@ def _shortened(data: bytes) -> bytes:
 def _hashed(
     data: np.ndarray, starts: Int[np.ndarray, " p"], ends: Int[np.ndarray, " p"]
 ) -> tuple[UInt32[np.ndarray, " p"], UInt32[np.ndarray, " p"]]:
-    """Two 32-bit hashes of the 12 bytes from each of `starts` on, bytes from its text's end on taken as 0."""
+    """Two 32-bit hashes of the 12 bytes from each of `starts` on.
+
+    Bytes beyond the end of a text are taken as 0.
+    """
     words = np.lib.stride_tricks.as_strided(data[:8].view(np.uint64), (len(data) - 8,), (1,))
     left = np.clip(ends - starts, 0, 12).astype(np.uint64)
     low, high = words[starts], words[starts + 8]

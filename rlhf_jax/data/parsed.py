@@ -1,8 +1,9 @@
 """What the bytes were that this run has parsed, whatever their files hold now.
 
-A fingerprint of a run must be of the data it trains on. A file that is hashed some time after it was read may have
-grown in between; the run would then pass for one on the longer file and take other batches after a resume. So the
-readers say what they read (`seen`), and the fingerprint asks for it (`of`).
+A fingerprint of a run must be of the data it trains on. A file that is hashed some time after it
+was read may have grown in between; the run would then pass for one on the longer file and take
+other batches after a resume. So the readers say what they read (`seen`), and the fingerprint asks
+for it (`of`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def seen(path: StrPath, data: bytes) -> None:
 
 
 def forget(path: StrPath) -> None:
-    """Takes down that this program has written a file anew: what was read of it before is no longer what it holds."""
+    """Forgets what was read of a file that this program has written anew."""
     _seen.pop(_key(path), None)
 
 
@@ -57,9 +58,12 @@ def of(path: StrPath) -> Print:
     """
     prints = _seen.get(_key(path), [])
     if len(prints) > 1:
-        sizes = ", then ".join(f"{each.bytes:,} bytes (sha256 {each.sha256[:12]}..)" for each in prints)
+        sizes = ", then ".join(
+            f"{each.bytes:,} bytes (sha256 {each.sha256[:12]}..)" for each in prints
+        )
         raise ValueError(
-            f"{path} changed while this run read it: it held {sizes}. Start again when nothing writes to it any more"
+            f"{path} changed while this run read it: it held {sizes}. Start again when nothing "
+            "writes to it any more"
         )
     return prints[0] if prints else _of_file(Path(path))
 
@@ -79,8 +83,9 @@ def _of_file(path: Path) -> Print:
 def loading(path: StrPath) -> None:
     """Takes down the sizes and times of a model's files, just before they are read.
 
-    Weights are mapped into memory and never read in one piece, so they have no fingerprint of their own. That these
-    stay the same until the files are hashed says that what was hashed is what was loaded.
+    Weights are mapped into memory and never read in one piece, so they have no fingerprint of their
+    own. That these stay the same until the files are hashed says that what was hashed is what was
+    loaded.
     """
     _loaded.setdefault(_key(path), _stat(Path(path)))
 
@@ -88,7 +93,9 @@ def loading(path: StrPath) -> None:
 def changed_since_loading(path: StrPath) -> list[str]:
     """Names of a model's files that are not those of `loading`; none where it was not loaded."""
     before, now = _loaded.get(_key(path)), _stat(Path(path))
-    return [] if before is None else sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+    return (
+        [] if before is None else sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+    )
 
 
 def _stat(path: Path) -> Stat:

@@ -1,8 +1,11 @@
-"""A few rows as the model will see them: every token, which of them are trained on, where a response is scored.
+"""A few rows as the model will see them.
 
-The rows are encoded by the functions the stages call (`rlhf_jax.data.text`), so what is shown is what is trained on:
-the template's control tokens, BOS and EOS, the seam between prompt and answer, the loss mask. Without a tokenizer the
-texts are shown with their seams. `as_text` is for a terminal, `rlhf_jax.data.preview_page` writes a page.
+They show every token, which of them are trained on, and where a response is scored.
+
+The rows are encoded by the functions the stages call (`rlhf_jax.data.text`), so what is shown is
+what is trained on: the template's control tokens, BOS and EOS, the seam between prompt and answer,
+the loss mask. Without a tokenizer the texts are shown with their seams. `as_text` is for a
+terminal, `rlhf_jax.data.preview_page` writes a page.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ LETTERS = 6
 """Characters that stand for one token where there is no tokenizer, to cut long texts."""
 
 Role = Literal["read", "trained", "special", "special trained", "note"]
-"""What a token is to the model: only read, or trained on; a token of text, or a special one. A note is no token."""
+"""What a token is to the model: only read, or trained on; a token of text, or a special one. A note
+is no token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,8 @@ def rows(
 
     Args:
       records: of any kinds.
-      tokenizer: of the model that is trained; None shows texts and turns with their seams instead of tokens.
+      tokenizer: of the model that is trained; None shows texts and turns with their seams instead
+        of tokens.
       count: how many.
       assistant_turns: as for `text.encode_demonstration`.
     """
@@ -91,7 +96,10 @@ def rows(
 
 
 def _chosen(records: Sequence[Any], count: int) -> list[int]:
-    """Places of at most `count` records: from each kind in turn, evenly spaced within the kind, in order."""
+    """Places of at most `count` records.
+
+    They are taken from each kind in turn, evenly spaced within the kind, and in order.
+    """
     kinds: dict[type, list[int]] = {}
     for place, record in enumerate(records):
         kinds.setdefault(type(record), []).append(place)
@@ -110,7 +118,9 @@ def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
     title = f"{kind}: record {place + 1:,} of {total:,}{name}"
     try:
         return Row(title, tuple(show(record)))
-    except ValueError as error:  # a template that refuses a conversation refuses it here as it does in training
+    except (
+        ValueError
+    ) as error:  # a template that refuses a conversation refuses it here as it does in training
         return Row(title, problem=str(error))
 
 
@@ -123,8 +133,12 @@ class _Tokens:
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, assistant_turns: str):
         self.tokenizer, self.assistant_turns = tokenizer, assistant_turns
         added = tokenizer.added_tokens_decoder
-        self.special = {i: str(t.content) for i, t in added.items() if t.special or t.content.strip()}
-        self.special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
+        self.special = {
+            i: str(t.content) for i, t in added.items() if t.special or t.content.strip()
+        }
+        self.special |= dict(
+            zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False)
+        )
 
     def __call__(self, record: Any) -> list[Part]:
         if isinstance(record, Demonstration):
@@ -142,15 +156,21 @@ class _Tokens:
 
     def _ranking(self, record: Ranking) -> list[Part]:
         ids = text_lib.encode_prompt(self.tokenizer, record.prompt)
-        parts = [Part("prompt", f"{_tokens(len(ids))}, read once for all responses", self._pieces(ids))]
-        order = sorted(range(len(record.ranks)), key=lambda k: (record.ranks[k] == ABSENT, record.ranks[k], k))
+        parts = [
+            Part("prompt", f"{_tokens(len(ids))}, read once for all responses", self._pieces(ids))
+        ]
+        order = sorted(
+            range(len(record.ranks)), key=lambda k: (record.ranks[k] == ABSENT, record.ranks[k], k)
+        )
         for k in order:
             if record.ranks[k] == ABSENT:
                 parts.append(Part(f"response {k + 1}", "not ranked: the model does not see it", ()))
                 continue
             said = text_lib.encode_answer(self.tokenizer, record.prompt, record.responses[k])
             facts = f"rank {record.ranks[k] + 1}, {_tokens(len(said))}, scored at the last one"
-            parts.append(Part(f"response {k + 1}", facts, (*self._pieces(said), Piece("score", "note"))))
+            parts.append(
+                Part(f"response {k + 1}", facts, (*self._pieces(said), Piece("score", "note")))
+            )
         return parts
 
     def _prompt(self, record: Prompt) -> Part:
@@ -179,8 +199,13 @@ class _Tokens:
             *self._between(ids, mask, len(ids) - TAIL, len(ids)),
         )
 
-    def _between(self, ids: Sequence[int], mask: Sequence[bool], start: int, end: int) -> list[Piece]:
-        """The pieces of ``ids[start:end]``. Tokens that are no character by themselves are joined to the next ones."""
+    def _between(
+        self, ids: Sequence[int], mask: Sequence[bool], start: int, end: int
+    ) -> list[Piece]:
+        """The pieces of ``ids[start:end]``.
+
+        Tokens that are no character by themselves are joined to the next ones.
+        """
         pieces: list[Piece] = []
         while start < end:
             if ids[start] in self.special:
@@ -190,7 +215,11 @@ class _Tokens:
                 continue
             stop = start + 1
             said = self._said(ids, start, stop)
-            while "\ufffd" in said and stop < min(end, start + 8) and self._goes_on(ids, mask, start, stop):
+            while (
+                "\ufffd" in said
+                and stop < min(end, start + 8)
+                and self._goes_on(ids, mask, start, stop)
+            ):
                 stop += 1
                 said = self._said(ids, start, stop)
             role = "trained" if mask[start] else "read"
@@ -202,13 +231,24 @@ class _Tokens:
         return mask[stop] == mask[start] and ids[stop] not in self.special
 
     def _said(self, ids: Sequence[int], start: int, stop: int) -> str:
-        """The text of ``ids[start:stop]`` with its spaces: some decoders drop the space at the beginning of a text."""
+        """The text of ``ids[start:stop]`` with its spaces.
+
+        Some decoders drop the space at the beginning of a text.
+        """
         before = [ids[start - 1]] if start and ids[start - 1] not in self.special else []
         first, both = (self._decoded([*before, *more]) for more in ([], ids[start:stop]))
-        return both[len(first) :] if before and both.startswith(first) else self._decoded(ids[start:stop])
+        return (
+            both[len(first) :]
+            if before and both.startswith(first)
+            else self._decoded(ids[start:stop])
+        )
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
 
 def _tokens(count: int) -> str:
@@ -226,24 +266,37 @@ class _Texts:
 
     def __call__(self, record: Any) -> list[Part]:
         if isinstance(record, PlainText):
-            return [Part("document", _characters(record.text), self._pieces(record.text, "trained"))]
-        trained = "assistant" if isinstance(record, Demonstration) and self.assistant_turns == "all" else ""
+            return [
+                Part("document", _characters(record.text), self._pieces(record.text, "trained"))
+            ]
+        trained = (
+            "assistant"
+            if isinstance(record, Demonstration) and self.assistant_turns == "all"
+            else ""
+        )
         parts = self._turns(record.prompt, trained)
         if isinstance(record, Demonstration):
             facts = f"{_characters(record.response)}, trained on"
             parts.append(Part("response", facts, self._pieces(record.response, "trained")))
         if isinstance(record, Ranking):
-            order = sorted(range(len(record.ranks)), key=lambda k: (record.ranks[k] == ABSENT, record.ranks[k], k))
+            order = sorted(
+                range(len(record.ranks)),
+                key=lambda k: (record.ranks[k] == ABSENT, record.ranks[k], k),
+            )
             for k in order:
                 rank = "not ranked" if record.ranks[k] == ABSENT else f"rank {record.ranks[k] + 1}"
                 facts = f"{rank}, {_characters(record.responses[k])}"
-                parts.append(Part(f"response {k + 1}", facts, self._pieces(record.responses[k], "read")))
+                parts.append(
+                    Part(f"response {k + 1}", facts, self._pieces(record.responses[k], "read"))
+                )
         return parts
 
     def _turns(self, prompt: Any, trained: str) -> list[Part]:
         """The turns before the answer; those of the role `trained` are trained on too."""
         if isinstance(prompt, str):
-            return [Part("prompt", f"{_characters(prompt)}, as a text", self._pieces(prompt, "read"))]
+            return [
+                Part("prompt", f"{_characters(prompt)}, as a text", self._pieces(prompt, "read"))
+            ]
         parts = []
         for turn in prompt:
             role: Role = "trained" if turn.role == trained else "read"
@@ -267,10 +320,12 @@ def _characters(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""A text without characters that cannot be seen or that act on what shows them: they are written as escapes.
+    r"""A text without characters that cannot be seen or that act on what shows them.
 
-    Control characters, direction marks, zero-width characters, soft hyphens, unpaired surrogates, private and unknown
-    characters. Line breaks are escaped too.
+    They are written as escapes.
+
+    Control characters, direction marks, zero-width characters, soft hyphens, unpaired surrogates,
+    private and unknown characters. Line breaks are escaped too.
 
     >>> visible("a\tb\u202ec\n")
     'a\\tb\\u202ec\\n'
@@ -279,7 +334,10 @@ def visible(text: str) -> str:
 
 
 def _is_hidden(c: str) -> bool:
-    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or c in "\u115f\u1160\u3164\uffa0"
+    return (
+        unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+        or c in "\u115f\u1160\u3164\uffa0"
+    )
 
 
 def _escaped(c: str) -> str:
@@ -291,16 +349,25 @@ def _escaped(c: str) -> str:
 _COLOURS: dict[str, str] = {
     "read": "", "trained": "4;32", "special": "1;35", "special trained": "1;4;35", "note": "2",
 }  # fmt: skip
-NO_MODEL = "Texts only: --model=FOLDER shows the tokens, with the template, the ends and the loss mask."
+NO_MODEL = (
+    "Texts only: --model=FOLDER shows the tokens, with the template, the ends and the loss mask."
+)
 
 
 def colours(stream: Any) -> bool:
-    """Whether `stream` is a terminal that shows colours, and its user wants them (https://no-color.org)."""
+    """Whether `stream` is a terminal that shows colours.
+
+    Its user may not want them (https://no-color.org).
+    """
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def as_text(shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_only: bool = False) -> str:
-    """The rows for a terminal, or for a file: without colours what is trained on stands in brackets.
+def as_text(
+    shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_only: bool = False
+) -> str:
+    """The rows for a terminal, or for a file.
+
+    Without colours what is trained on stands in brackets.
 
     Args:
       shown: from `rows`.
@@ -309,7 +376,9 @@ def as_text(shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_o
       ascii_only: for a stream that writes nothing but ASCII.
     """
     names = ("newline", "open", "close", "special", "special end", "note", "score")
-    marks: dict[str, str] = dict(zip(names, ("\\n", "[[", "]]", "{", "}", "..", "<- score"), strict=True))
+    marks: dict[str, str] = dict(
+        zip(names, ("\\n", "[[", "]]", "{", "}", "..", "<- score"), strict=True)
+    )
     if not ascii_only:
         letters = ("\u23ce", "\u27e6", "\u27e7", "\u2039", "\u203a", "\u2026", "\u25c2 score")
         marks = dict(zip(names, letters, strict=True))
@@ -335,13 +404,22 @@ def as_text(shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_o
 def special_pieces(shown: Sequence[Row]) -> list[Piece]:
     """The different special tokens of the rows, as pieces that are not trained on."""
     pieces = (piece for row in shown for part in row.parts for piece in part.pieces)
-    return list({p.ids: Piece(p.text, "special", p.ids) for p in pieces if "special" in p.role}.values())
+    return list(
+        {p.ids: Piece(p.text, "special", p.ids) for p in pieces if "special" in p.role}.values()
+    )
 
 
 def _written(piece: Piece, marks: dict[str, str]) -> str:
-    """A piece with what is hidden made visible; after the mark of a line break the line really breaks."""
+    """A piece with what is hidden made visible.
+
+    After the mark of a line break the line does break.
+    """
     if piece.role == "note":
-        return f" {marks['score']}" if piece.text == "score" else f" {marks['note']} {piece.text} {marks['note']} "
+        return (
+            f" {marks['score']}"
+            if piece.text == "score"
+            else f" {marks['note']} {piece.text} {marks['note']} "
+        )
     return "\n".join(visible(line) + marks["newline"] * (i < piece.text.count("\n"))
                      for i, line in enumerate(piece.text.split("\n")))  # fmt: skip
 

@@ -1,9 +1,9 @@
 """The ids that no text has: what a model expects before a text, and which tokens end a response.
 
-Both are properties of the folder that a model comes in. What comes before a text is asked of the tokenizer itself,
-because base models of Llama, Mistral and Gemma were trained with BOS there and others were not. What ends a response
-is the tokenizer's EOS and whatever ``generation_config.json`` names besides: Llama 3 Instruct names three ids, Qwen
-and Gemma name two.
+Both are properties of the folder that a model comes in. What comes before a text is asked of the
+tokenizer itself, because base models of Llama, Mistral and Gemma were trained with BOS there and
+others were not. What ends a response is the tokenizer's EOS and whatever ``generation_config.json``
+names besides: Llama 3 Instruct names three ids, Qwen and Gemma name two.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ _PROBES = ("x", "a", "the", "0", ".")
 def begin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that the tokenizer's own post-processor puts before a text: BOS, or nothing.
 
-    What it puts after a text (EOS, or the ``[SEP]`` of BERT) is left aside: responses and documents end with an EOS
-    that this package writes.
+    What it puts after a text (EOS, or the ``[SEP]`` of BERT) is left aside: responses and documents
+    end with an EOS that this package writes.
 
     Args:
-      tokenizer: from `text.load_tokenizer` or `load_hf`; its post-processor may be changed between two calls.
+      tokenizer: from `text.load_tokenizer` or `load_hf`; its post-processor may be changed between
+        two calls.
     """
     processor = tokenizer.backend_tokenizer.post_processor
     return _begin_ids(tokenizer, b"" if processor is None else bytes(processor.__getstate__()))
@@ -49,7 +50,8 @@ def _begin_ids(tokenizer: Tokenizer, state: bytes) -> tuple[int, ...]:
         ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
         if 0 in added:
             return tuple(ids[: added.index(0)])
-    # A vocabulary that has none of the probes: what is put around an empty text, as far as it is BOS.
+    # A vocabulary that has none of the probes: what is put around an empty text, as far as it is
+    # BOS.
     around = tokenizer.encode("", add_special_tokens=True)
     return tuple(around[:1]) if around and around[0] == tokenizer.bos_token_id else ()
 
@@ -69,12 +71,18 @@ def require_eos_id(tokenizer: Tokenizer) -> int:
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a response in generation: the tokenizer's EOS, then the others of generation_config.json."""
+    """The ids that end a response in generation.
+
+    The tokenizer's EOS comes first, then the others of generation_config.json.
+    """
     return tuple(dict.fromkeys([require_eos_id(tokenizer), *folder_end_ids(tokenizer)]))
 
 
 def folder_end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """``eos_token_id`` of the folder that the tokenizer was loaded from, in that order; () where nothing is known."""
+    """``eos_token_id`` of the folder that the tokenizer was loaded from, in that order.
+
+    It is () where nothing is known.
+    """
     return tuple(getattr(tokenizer, "__dict__", {}).get(_ENDS, ()))
 
 
@@ -86,21 +94,25 @@ def set_folder_end_ids(tokenizer: Any, ids: tuple[int, ...]) -> None:
 # ------------------------------------------------------------------------------------------- what a folder says
 
 
-def follow_folder(tokenizer: Tokenizer, folder: str | os.PathLike[str], *, vocab_size: int | None = None) -> None:
+def follow_folder(
+    tokenizer: Tokenizer, folder: str | os.PathLike[str], *, vocab_size: int | None = None
+) -> None:
     """Makes a tokenizer do what the other files of its folder say.
 
-    ``add_bos_token`` of ``tokenizer_config.json``, where it is given, decides whether BOS comes before a text, whatever
-    the post-processor of ``tokenizer.json`` does; transformers 5 reads neither value. ``eos_token_id`` of
-    ``generation_config.json``, or of ``config.json`` where the former names none, ends responses besides the
-    tokenizer's EOS.
+    ``add_bos_token`` of ``tokenizer_config.json``, where it is given, decides whether BOS comes
+    before a text, whatever the post-processor of ``tokenizer.json`` does; transformers 5 reads
+    neither value. ``eos_token_id`` of ``generation_config.json``, or of ``config.json`` where the
+    former names none, ends responses besides the tokenizer's EOS.
 
     Args:
       tokenizer: as read from `folder`; it is changed in place.
       folder: of the model.
-      vocab_size: ids that the model has; None takes it from config.json, or else the tokenizer's own.
+      vocab_size: ids that the model has; None takes it from config.json, or else the tokenizer's
+        own.
 
     Raises:
-      ValueError: a value that cannot be meant; the message names file, field and the edit that mends it.
+      ValueError: a value that cannot be meant; the message names file, field and the edit that
+        mends it.
     """
     folder = Path(folder)
     _follow_add_bos(tokenizer, folder / "tokenizer_config.json")
@@ -118,10 +130,14 @@ def _follow_add_bos(tokenizer: Tokenizer, file: Path) -> None:
     if wanted is None:
         return
     if not isinstance(wanted, bool):
-        raise ValueError(f"{file}: add_bos_token is {wanted!r}: write true or false, or leave it out")
+        raise ValueError(
+            f"{file}: add_bos_token is {wanted!r}: write true or false, or leave it out"
+        )
     bos = tokenizer.bos_token_id
     if wanted and bos is None:
-        raise ValueError(f"{file}: add_bos_token is true and no bos_token is named: name it, or write false")
+        raise ValueError(
+            f"{file}: add_bos_token is true and no bos_token is named: name it, or write false"
+        )
     begins = begin_ids(tokenizer)
     if wanted == (bool(begins) if bos is None else bos in begins):
         return
@@ -129,7 +145,9 @@ def _follow_add_bos(tokenizer: Tokenizer, file: Path) -> None:
 
     special = [(str(tokenizer.bos_token), bos)] if wanted and isinstance(bos, int) else []
     single = f"{tokenizer.bos_token} $A" if wanted else "$A"
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=special
+    )
 
 
 def _ends_of(folder: Path, description: dict[str, Any], size: int) -> tuple[int, ...]:
@@ -137,7 +155,8 @@ def _ends_of(folder: Path, description: dict[str, Any], size: int) -> tuple[int,
     value = _object(file).get("eos_token_id")
     if value is None:
         file, value = folder / "config.json", description.get("eos_token_id")
-        # A single id beyond the vocabulary there is a default of the library's config class (50256 of GPT-2).
+        # A single id beyond the vocabulary there is a default of the library's config class (50256
+        # of GPT-2).
         if isinstance(value, int) and value >= size:
             return ()
     if value is None:
@@ -146,8 +165,9 @@ def _ends_of(folder: Path, description: dict[str, Any], size: int) -> tuple[int,
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < size:
             raise ValueError(
-                f"{file}: eos_token_id={str(value)[:80]} holds {str(i)[:20]!r}, which is no id of this model "
-                f"(0 to {size - 1}): write the id, or the list of ids, that ends a response"
+                f"{file}: eos_token_id={str(value)[:80]} holds {str(i)[:20]!r}, which is no id of "
+                f"this model (0 to {size - 1}): write the id, or the list of ids, that ends a "
+                "response"
             )
     return tuple(dict.fromkeys(ids))
 

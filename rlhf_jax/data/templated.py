@@ -1,12 +1,13 @@
 r"""Texts that a chat template wrote before: noticed, and told.
 
-Many published data sets hold conversations as one finished text, ``<|im_start|>user\nHi<|im_end|>\n..``. Text
-of the data is always encoded as ordinary text, so that nobody can write a control token into a prompt. A model
-trained on such rows learns to spell the markers letter by letter, and at generation it never meets the tokens it
-was trained on. The rows are right as data and wrong as training data, so they are kept, counted and named.
+Many published data sets hold conversations as one finished text,
+``<|im_start|>user\nHi<|im_end|>\n..``. Text of the data is always encoded as ordinary text, so that
+nobody can write a control token into a prompt. A model trained on such rows learns to spell the
+markers letter by letter, and at generation it never meets the tokens it was trained on. The rows
+are right as data and wrong as training data, so they are kept, counted and named.
 
-Looked for are the special tokens of the tokenizer in use, and the markers of well-known chat templates, because
-data are often written for another model than the one that is trained on them.
+Looked for are the special tokens of the tokenizer in use, and the markers of well-known chat
+templates, because data are often written for another model than the one that is trained on them.
 """
 
 from __future__ import annotations
@@ -39,18 +40,22 @@ MARKERS = (
     # Llama 2 and Vicuna. Elsewhere in a text <s>..</s> is HTML for struck-out words.
     r"<s>(?<![\s\S]<s>)|</s>(?=\s*(?:\Z|<s>|USER:|Human:|###|\[INST\]))",
 )
-"""Regular expressions of control tokens that chat templates write. Each alternative begins with one letter, by which
-the search skips through ordinary text. Plain words such as ``Human:`` or ``### Instruction:`` are none: they are text
-in every tokenizer, and a form of prompt of their own."""
+"""Regular expressions of control tokens that chat templates write. Each alternative begins with one
+letter, by which the search skips through ordinary text. Plain words such as ``Human:`` or
+``### Instruction:`` are none: they are text in every tokenizer, and a form of prompt of their
+own."""
 
 _SHOWN = 4
 """Names of markers and numbers of rows in a note at most."""
 
 
 def pattern(tokenizer: transformers.PreTrainedTokenizerFast | None = None) -> re.Pattern[str]:
-    """Finds control tokens of chat templates in a text: `MARKERS`, and the special tokens of `tokenizer`.
+    """Finds control tokens of chat templates in a text.
 
-    A special token that is a bare word, a letter or a space could be anybody's text and is not looked for.
+    Those are `MARKERS` and the special tokens of `tokenizer`.
+
+    A special token that is a bare word, a letter or a space could be anybody's text and is not
+    looked for.
     """
     names = set() if tokenizer is None else set(_special_names(tokenizer))
     own = [re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))]
@@ -58,14 +63,18 @@ def pattern(tokenizer: transformers.PreTrainedTokenizerFast | None = None) -> re
 
 
 def _special_names(tokenizer: transformers.PreTrainedTokenizerFast) -> Iterator[str]:
-    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = [
+        str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special
+    ]
     for name in [*added, *map(str, tokenizer.all_special_tokens)]:
         name = name.strip()
         if len(name) > 2 and not name.isalnum():
             yield name
 
 
-def templated_rows(records: Iterable[Any], tokenizer: transformers.PreTrainedTokenizerFast | None = None) -> list[int]:
+def templated_rows(
+    records: Iterable[Any], tokenizer: transformers.PreTrainedTokenizerFast | None = None
+) -> list[int]:
     """Indices of the records of which a text holds a control token of a chat template.
 
     >>> from rlhf_jax.data.schema import Prompt
@@ -89,7 +98,9 @@ def markers_in(records: Iterable[Any], search: re.Pattern[str]) -> list[str]:
 
 
 def note(
-    records: Sequence[Any], report: DataReport, tokenizer: transformers.PreTrainedTokenizerFast | None = None
+    records: Sequence[Any],
+    report: DataReport,
+    tokenizer: transformers.PreTrainedTokenizerFast | None = None,
 ) -> str | None:
     """One line that tells of the rows a chat template wrote before; None where there is none.
 
@@ -105,14 +116,18 @@ def note(
     lines = [place.rpartition(":")[2] for place in report.places.get(REASON, [])]
     lines += [".."] * (count > len(lines))
     return (
-        f"WARNING: {count:,} of {report.kept:,} rows hold names of special tokens, as if a chat template had written "
-        f"their text before ({' '.join(names)} in {report.source}:{', '.join(lines)}). {_meaning(names, tokenizer)} "
-        "Give such conversations as messages, which the template writes again, or strip the markers."
+        f"WARNING: {count:,} of {report.kept:,} rows hold names of special tokens, as if a chat "
+        f"template had written their text before ({' '.join(names)} in "
+        f"{report.source}:{', '.join(lines)}). {_meaning(names, tokenizer)} Give such "
+        "conversations as messages, which the template writes again, or strip the markers."
     )
 
 
 def _meaning(names: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast | None) -> str:
-    """What becomes of the markers: ordinary text, or the token itself where the tokenizer does not call it special."""
+    """What becomes of the markers.
+
+    They become ordinary text, or the token itself where the tokenizer does not call it special.
+    """
     if tokenizer is None:
         return "In a text they are ordinary letters to the model."
     single = [name for name in names if len(chat.encode_text(tokenizer, name)) == 1]

@@ -7,7 +7,8 @@ from functools import partial
 
 import jax
 
-from rlhf_jax.ops import previous_index, token_log_probs
+from rlhf_jax.log_probs import token_log_probs
+from rlhf_jax.ops import previous_index
 from rlhf_jax.types import LMBatch, Mean, Model, Params
 
 

@@ -1,47 +1,50 @@
 """Heads over the one decoder: a language model (logits) and a scalar model (reward and value).
 
-Head products are float32, their errors would reach every log-prob, reward and value: at the highest precision for
-float32 hidden states. Those of a bfloat16 model are exact in TF32 and in the passes of ``HIGH``, which rounds their
-products with the weights less than bfloat16 rounded them before.
+Head products are float32 at the highest precision: their errors reach every log-prob, reward and
+  value.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.decoder import (
-    DecoderConfig,
-    apply_decoder,
-    decoding_params,
-    init_cache,
-    init_decoder,
-    spread_rows,
-    tile,
-    times_tiles,
-)
-from rlhf_jax.types import Model, Params
+from rlhf_jax.backends.plain import head_product
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder
+from rlhf_jax.models.decoding import decoding_params, init_cache
+from rlhf_jax.models.placement import spread_rows
+from rlhf_jax.types import Cache, Model, Output, Params
 
 
-def _model(config: DecoderConfig, init, head) -> Model:
+def _model(config: DecoderConfig, init: Callable[..., Params], head: Callable[..., Array]) -> Model:
+    def apply(
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        cache: Cache | None = None,
+        key: Array | None = None,
+        at: Int[Array, "B N"] | None = None,
+        **rows: Any,
+    ) -> Output:
+        return apply_decoder(config, params, tokens, Rows(**rows), cache=cache, key=key, at=at)
+
     return Model(
         init=init,
-        apply=functools.partial(apply_decoder, config),
+        apply=apply,
         head=head,
         init_cache=functools.partial(init_cache, config),
         for_decoding=functools.partial(decoding_params, config),
         config=config,
         picks=True,
     )
-
-
-FEW_ROWS = 64
-"""Up to so many hidden states, as in decoding, reading the head's weights costs more than using them."""
 
 
 @functools.lru_cache
@@ -62,22 +65,20 @@ def language_model(config: DecoderConfig) -> Model:
         return _masked(logits(params, hidden), config.unused_ids)
 
     def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        weight = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
-        # Right beside the product: else its gradient comes back in pieces of the width, as the embedding lies.
+        # Right beside the product: else its gradient comes back in pieces of the width, as the
+        # embedding is placed.
         hidden = spread_rows(config.mesh, hidden)
-        if config.tied and hidden.size <= FEW_ROWS * config.width:
-            tiles = tile(weight.astype(jnp.float32))
-            if tiles.ndim == 3:
-                return times_tiles(hidden.astype(jnp.float32), tiles, precision=jax.lax.Precision.HIGHEST)
-            if weight.dtype == hidden.dtype:  # bfloat16 weights are read as they are: their products are exact
-                return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-        return _product("...d,vd->...v" if config.tied else "...d,dv->...v", hidden, weight)
+        if config.tied:
+            return config.backend.head_logits(hidden, params["embed"]["embedding"])
+        return head_product("...d,dv->...v", hidden, params["unembed"]["kernel"])
 
     return _model(config, init, head)
 
 
 NEVER = -1e9
-"""The logit of an id that has no text. It is finite, so that entropies and gradients are; its probability is 0."""
+"""The logit of an id that has no text. It is finite, so that entropies and gradients are; its
+probability is 0.
+"""
 
 
 def _masked(logits: Float[Array, "... V"], unused: tuple[tuple[int, int], ...]) -> Float[Array, "... V"]:
@@ -93,7 +94,8 @@ def _masked(logits: Float[Array, "... V"], unused: tuple[tuple[int, int], ...]) 
 def without_ids(model: Model, unused: tuple[tuple[int, int], ...]) -> Model:
     """The language model whose head gives the ids of `unused` no probability.
 
-    Sampler, log-probs, entropy and reference read the same head, so they all speak of one distribution.
+    Sampler, log-probs, entropy and reference read the same head, so they all speak of one
+    distribution.
 
     Args:
       model: a language model; one that `language_model` made comes back as that of another config.
@@ -116,7 +118,7 @@ def _wrapped(model: Model, unused: tuple[tuple[int, int], ...]) -> Model:
 
 @functools.lru_cache
 def scalar_model(config: DecoderConfig) -> Model:
-    """The reward and the value model: the unembedding is replaced by one linear read-out with a bias.
+    """The reward and the value model: one linear read-out with a bias for the unembedding.
 
     ``head(params, hidden) = hidden . weight + bias``, float32 ``[...]``.
 
@@ -129,15 +131,9 @@ def scalar_model(config: DecoderConfig) -> Model:
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, " ..."]:
         score = params["score"]
-        return _product("...d,d->...", hidden, score["weight"]) + score["bias"].astype(jnp.float32)
+        return head_product("...d,d->...", hidden, score["weight"]) + score["bias"].astype(jnp.float32)
 
     return _model(config, init, head)
-
-
-def _product(subscripts: str, hidden: Array, weight: Array) -> Array:
-    precision = jax.lax.Precision.HIGH if hidden.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    hidden, weight = hidden.astype(jnp.float32), weight.astype(jnp.float32)
-    return jnp.einsum(subscripts, hidden, weight, precision=precision)
 
 
 def init_score(width: int, key: Array) -> Params:
@@ -149,9 +145,10 @@ def init_score(width: int, key: Array) -> Params:
 
 
 def scalar_from_language_model(params: Params, key: Array) -> Params:
-    """Reward-model parameters from a language model's (SFT or base): the unembedding goes, a fresh scalar head comes.
+    """Reward-model parameters from a language model's (SFT or base), with a fresh scalar head.
 
-    The arrays are shared with `params`, not copied: copy them before a step that donates its state.
+    The unembedding is left out. The arrays are shared with `params`, not copied: copy them before a
+    step that donates its state.
     """
     width = params["embed"]["embedding"].shape[1]
     return {name: value for name, value in params.items() if name != "unembed"} | {"score": init_score(width, key)}

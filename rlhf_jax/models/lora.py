@@ -1,16 +1,17 @@
-r"""Low-rank adaptation as functions on the parameter dict: a few trained arrays beside frozen weights.
+r"""Low-rank adaptation: a few trained arrays beside frozen weights, as functions on dicts.
 
-A projection ``y = x W`` whose dict also holds ``lora_a`` and ``lora_b`` computes ``y = x W + x A B`` (see
-`decoder.Linear`); the model itself is the same. What is trained (`init_lora`) is a small dict of its own:
+A projection ``y = x W`` whose dict also holds ``lora_a`` and ``lora_b`` computes ``y = x W + x A
+B`` (see `layers.Linear`); the model itself is the same. What is trained (`init_lora`) is a small
+dict of its own:
 
-    trained = init_lora(base, key, rank=16)                        # blocks/attention/query/{lora_a, lora_b}, ...
-    step = compile_frozen_step(lambda base: make_sft_step(lora_model(model, base, alpha=16), tx), base)
-    logits = model.apply(with_lora(base, trained, alpha=16), ...)  # shares the arrays of base
-    save_hf(folder, model, merge_lora(base, trained, alpha=16), tokenizer)
+    trained = init_lora(base, key, rank=16)                        # blocks/attention/query/{lora_a,
+    lora_b}, ... step = compile_frozen_step(lambda base: make_sft_step(lora_model(model, base,
+    alpha=16), tx), base) logits = model.apply(with_lora(base, trained, alpha=16), ...)  # shares
+    the arrays of base save_hf(folder, model, merge_lora(base, trained, alpha=16), tokenizer)
 
-So a policy and its KL reference hold one copy of the base weights, and so do a reward model and the value network that
-starts from it. The trained dict may hold whole leaves too, such as a fresh ``score`` head: they take the place of the
-base's.
+So a policy and its KL reference hold one copy of the base weights, and so do a reward model and the
+value network that starts from it. The trained dict may hold whole leaves too, such as a fresh
+``score`` head: they take the place of the base's.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -32,7 +33,7 @@ TARGETS = r"attention/|mlp/"
 
 
 def init_lora(base: Params, key: Array, *, rank: int, targets: str = TARGETS, layers: int | None = None) -> Params:
-    """Fresh adapters: ``A ~ N(0, 1 / inputs)`` (variance) and ``B = 0``, so that nothing changes at first.
+    """Fresh adapters: ``A ~ N(0, 1 / inputs)`` (variance) and ``B = 0``, which change nothing.
 
     Args:
       base: parameters of a model; only shapes are read.
@@ -42,10 +43,12 @@ def init_lora(base: Params, key: Array, *, rank: int, targets: str = TARGETS, la
       layers: adapt only the last so many blocks; None = all. The backward pass ends below them.
 
     Returns:
-      ``lora_a [n, inputs, r]`` and ``lora_b [n, r, outputs]``, float32, beside where each kernel is, n = `layers`.
+      ``lora_a [n, inputs, r]`` and ``lora_b [n, r, outputs]``, float32, beside where each kernel
+      is, n = `layers`.
 
     Raises:
-      ValueError: rank below 1, more layers than there are, or `targets` finds no kernel of the blocks.
+      ValueError: rank below 1, more layers than there are, or `targets` finds no kernel of the
+        blocks.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(base["blocks"])
     kernels = {path: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
@@ -67,7 +70,7 @@ def init_lora(base: Params, key: Array, *, rank: int, targets: str = TARGETS, la
 
 
 def with_lora(base: Params, trained: Params, *, alpha: float | int) -> Params:
-    """Parameters for `Model.apply` and `Model.head` that share the arrays of `base`: nothing is merged or copied.
+    """Parameters for `Model.apply` and `Model.head` that share the arrays of `base`.
 
     Args:
       base: frozen parameters; ``{}`` when `trained` holds all there is.
@@ -85,9 +88,10 @@ def with_lora(base: Params, trained: Params, *, alpha: float | int) -> Params:
 
 
 def merge_lora(base: Params, trained: Params, *, alpha: float | int) -> Params:
-    """Plain parameters, ``W + alpha / rank * A B`` in each adapted kernel: for sampling and for export.
+    """Plain parameters, ``W + alpha / rank * A B`` in each adapted kernel: to sample or export.
 
-    Kernels without an adapter are those of `base`, not copies. The sum is float32 and keeps the dtype of W.
+    Kernels without an adapter are those of `base`, not copies. The sum is float32 and keeps the
+    dtype of W.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(with_lora(base, trained, alpha=alpha))
     plain = {path: leaf for path, leaf in flat.items() if path[-1] not in ("lora_a", "lora_b")}
@@ -108,8 +112,9 @@ def _merged(kernel: Array, a: Array, b: Array) -> Array:
 def lora_model(model: Model, base: Params, *, alpha: float | int) -> Model:
     """The model as a function of what is trained; `base` stays as it is.
 
-    Build it inside the compiled function that gets `base` as an argument (`steps.compile_frozen_step` does): as a
-    constant of the program the weights would be there twice.
+    Build it inside the compiled function that gets `base` as an argument
+    (`steps.compile_frozen_step` does): as a constant of the program the weights would be there
+    twice.
 
     Args:
       model: a language or scalar model.
@@ -117,7 +122,8 @@ def lora_model(model: Model, base: Params, *, alpha: float | int) -> Model:
       alpha: as in `with_lora`.
 
     Returns:
-      A `Model` whose parameters are the `trained` of `with_lora`; ``init`` and ``init_cache`` are the model's.
+      A `Model` whose parameters are the `trained` of `with_lora`; ``init`` and ``init_cache`` are
+      the model's.
     """
 
     def apply(trained: Params, tokens: Array, **others: Any) -> Output:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -44,6 +44,17 @@ class Stream(Protocol):
     def write(self, text: str, /) -> int: ...  # noqa: D102
     def flush(self) -> None: ...  # noqa: D102
     def isatty(self) -> bool: ...  # noqa: D102
+
+
+class Screen(NamedTuple):
+    """Where lines of progress appear, and how often."""
+
+    stream: Stream | None = None
+    """None for standard output."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, ever increasing."""
+    every: float = EVERY
+    """At most one line in so many seconds where the stream is no terminal."""
 
 
 class Rate:
@@ -100,11 +111,9 @@ class Console:
       total: how many steps it has.
       resume_step: the step it goes on from.
       show: metrics to show, in order; those that a step lacks, or that do not fit the line, are left out.
-      every: at most one line in so many seconds where the console is no terminal.
-      stream: the console.
-      clock: seconds, ever increasing.
       unit: what a step is, in the plural: ``iterations``, ``responses``.
       quiet: nothing is shown in the first seconds: work that is done by then needs no line.
+      screen: where lines appear, and how often.
       compilations: how many programs this process has compiled; None counts JAX's.
     """
 
@@ -115,20 +124,19 @@ class Console:
         resume_step: int = 0,
         *,
         show: Sequence[str] = ("loss",),
-        every: float = EVERY,
-        stream: Stream | None = None,
-        clock: Callable[[], float] = time.monotonic,
         unit: str = "steps",
         quiet: float = 0.0,
+        screen: Screen = Screen(),  # noqa: B008  (immutable)
         compilations: Callable[[], int] | None = None,
     ):
-        self._stage, self._total, self._show, self._every = stage, total, tuple(show), every
-        self._stream = sys.stdout if stream is None else stream
+        self._stage, self._total, self._show = stage, total, tuple(show)
+        self._stream = sys.stdout if screen.stream is None else screen.stream
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._clock, self._unit, self._quiet = clock, unit, quiet
+        self._clock, self._every = screen.clock, screen.every
+        self._unit, self._quiet = unit, quiet
         self._compilations = compilations or Compilations.count
         self._compiled = self._compilations()
-        self._step, self._begun, self._started, self._rate = resume_step, resume_step, clock(), Rate()
+        self._step, self._begun, self._started, self._rate = resume_step, resume_step, screen.clock(), Rate()
         self._last_line = -math.inf
         self._open_line = ""
 
@@ -205,17 +213,21 @@ class Progress:
       total: how many steps it has.
       unit: what a step is, in the plural.
       quiet: seconds without a word.
-      every: as for `Console`.
-      stream: as for `Console`.
-      clock: as for `Console`.
+      screen: where lines appear, and how often.
     """
 
     def __init__(
-        self, what: str, total: int, *, unit: str, quiet: float = PATIENCE, every: float = EVERY,
-        stream: Stream | None = None, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        stream = io.StringIO() if processes.index() else stream
-        self._console = Console(what, total, show=(), unit=unit, quiet=quiet, every=every, stream=stream, clock=clock)
+        self,
+        what: str,
+        total: int,
+        *,
+        unit: str,
+        quiet: float = PATIENCE,
+        screen: Screen = Screen(),  # noqa: B008  (immutable)
+    ) -> None:
+        if processes.index():
+            screen = screen._replace(stream=io.StringIO())
+        self._console = Console(what, total, show=(), unit=unit, quiet=quiet, screen=screen)
 
     def __call__(self, done: int) -> None:
         """Takes down that so many steps are done."""

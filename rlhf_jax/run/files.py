@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -427,7 +427,7 @@ def parse_json(data: bytes, where: str) -> Any:
     """
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_each_key_once)
-        if _is_deeper(found, NESTING):
+        if is_nested_deeper(found, NESTING):
             raise RecursionError
     except RecursionError:
         raise ValueError(f"{where} is corrupt (nested deeper than the limit of {NESTING}): copy it again") from None
@@ -439,12 +439,18 @@ def parse_json(data: bytes, where: str) -> Any:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {twice[:60]!r} is given twice")
+        raise ValueError(f"the key {repeated_key(pairs)[:60]!r} is given twice")
     return found
 
 
-def _is_deeper(value: Any, most: int) -> bool:
+def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str:
+    """The first key of a JSON object that is given more than once; there has to be one."""
+    counts = collections.Counter(key for key, _ in pairs)
+    return next(key for key, n in counts.items() if n > 1)
+
+
+def is_nested_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested more than `most` deep inside the outermost."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most + 1):
         inner = (item for box in level for item in (box.values() if isinstance(box, dict) else box))

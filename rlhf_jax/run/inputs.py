@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import task_of
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.run import checks, files, networks, optimizers, pretrained
 from rlhf_jax.sharding import rules_from_data
 

@@ -17,10 +17,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.run import files, processes
-from rlhf_jax.run.console import Console as Console
-from rlhf_jax.run.console import Stream as Stream
-from rlhf_jax.run.console import duration as duration
-from rlhf_jax.run.console import patiently
+from rlhf_jax.run.console import Console, Screen, patiently
 from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
@@ -64,11 +61,8 @@ class StageLog:
       resume_step: the step training goes on from (0: a fresh start). Lines of this stage with a later step are dropped
         first, so that each step appears once although its checkpoint was older.
       show: the metrics for the console, in order; those that a step lacks are left out.
-      writers: further writers, such as `tensorboard_writer`.
-      every: at most one console line in so many seconds when the console is not a terminal.
-      stream: the console.
-      clock: seconds, ever increasing.
       unit: what a step is, in the plural: ``iterations``, ``responses``.
+      screen: where lines appear, and how often.
       waited: whether a step is over when it is handed in, as where a host loop waits for it; a training step is still
         being computed then, and is timed when its numbers have arrived.
     """
@@ -81,32 +75,32 @@ class StageLog:
         total: int,
         resume_step: int = 0,
         show: Sequence[str] = ("loss",),
-        writers: Sequence[Writer] = (),
-        every: float = 10.0,
-        stream: Stream | None = None,
-        clock: Callable[[], float] = time.monotonic,
         unit: str = "steps",
+        screen: Screen = Screen(),  # noqa: B008  (immutable)
         waited: bool = False,
     ):
         # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
         folder = files.local_path("workdir", workdir)
         self._path = folder / FILE if processes.index() == 0 else Path(os.devnull)
         if processes.index() > 0:
-            writers, stream = (), io.StringIO()
+            screen = screen._replace(stream=io.StringIO())
         if processes.index() == 0:
             drop_after(self._path, stage, resume_step)
         self._file = files.appending(self._path)
-        self._stage, self._writers = stage, tuple(writers)
-        self._console = Console(
-            stage, total, resume_step, show=show, every=every, stream=stream, clock=clock, unit=unit
-        )  # fmt: skip
+        self._stage, self._writers = stage, []
+        self._console = Console(stage, total, resume_step, show=show, unit=unit, screen=screen)
         self._pending: tuple[int, float, Values] | None = None
-        self._clock, self._handed_in = clock if waited else None, 0.0
+        self._clock, self._handed_in = screen.clock if waited else None, 0.0
         # Until the first step is handed in nothing else would be said, and it may compile for minutes.
         self._first = contextlib.ExitStack()
         self._first.enter_context(
-            patiently(f"{stage}: the first {unit.removesuffix('s')} of {total}, which compiles", stream=stream)
+            patiently(f"{stage}: the first {unit.removesuffix('s')} of {total}, which compiles", stream=screen.stream)
         )
+
+    def add_writer(self, writer: Writer) -> None:
+        """Hands every record to `writer` too, such as `tensorboard_writer`; from process 0 alone."""
+        if processes.index() == 0:
+            self._writers.append(writer)
 
     def __call__(self, step: int, metrics: Values) -> None:
         """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""

@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike
 
 from rlhf_jax import scoring, sharding
 from rlhf_jax.data import chat, schema, text
-from rlhf_jax.generate import generate_many
 from rlhf_jax.models.vocabulary import with_texts_only
 from rlhf_jax.run import contexts, processes
 from rlhf_jax.run.console import Progress
 from rlhf_jax.run.networks import Network
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.types import Model, Params, PromptBatch, Samples
 
 

@@ -19,15 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import scoring
+from rlhf_jax.backends import PLAIN, View, backend_for, nvidia
 from rlhf_jax.data import text
-from rlhf_jax.generate import generate, generate_many
-from rlhf_jax.models import attention, fused
-from rlhf_jax.models.decoder import DecoderConfig, visible
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.decoder import visible
 from rlhf_jax.models.heads import language_model
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.refill import generate_many
 
 ROWS, SLOTS = 4, 512
 CONFIG = DecoderConfig(
-    1024, SLOTS, layers=4, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=512, dtype="bfloat16"
+    1024,
+    SLOTS,
+    layers=4,
+    width=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    mlp_width=512,
+    dtype="bfloat16",
 )
 
 
@@ -39,20 +49,28 @@ def rows() -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.asarray(np.broadcast_to(x, (ROWS, SLOTS))) for x in (segments, parents))
 
 
-def kernel() -> tuple[float, float]:
+def kernel(one_text: bool) -> tuple[float, float]:
     """Largest difference of mixed values, and of gradients over the largest gradient, between auto and plain."""
     segments, parents = rows()
+    places = jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))
+    lengths = jnp.array([SLOTS, 300, 130, 1])
+    if one_text:
+        segments = (places < lengths[:, None]).astype(jnp.int32)
+        parents = jnp.zeros_like(segments)
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(ROWS, SLOTS, heads, 64) for heads in (4, 2, 2)]
     qkv = [jax.random.normal(k, s).astype(jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
-    places = jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))
-    bias = jnp.where(visible(segments, parents, places, segments), 0.0, -1e30)[:, None]
-    best = attention.kernel_for("auto", slots=SLOTS, head_dim=64, dtype=jnp.dtype("bfloat16"))
-    print(f"kernel for rows of {SLOTS} in bfloat16 on {jax.devices()[0].device_kind}: {best}")
+    seen = visible(segments, parents, places, segments)
+    view = View(jnp.where(seen, 0.0, -1e30)[:, None], None, None)
+    if one_text:
+        view = view._replace(segments=segments, lengths=lengths)
+    best = backend_for(dtype="bfloat16", head_dim=64).attend
+    where = f"{best.__module__}.{best.__qualname__}"
+    print(f"attention over rows of {SLOTS} in bfloat16 on {jax.devices()[0].device_kind}: {where}")
 
-    def run(name: str, dtype: str):
+    def run(attend, dtype: str):
         def loss(*qkv):
-            mixed = attention.over_rows(name, *qkv, bias, 64).astype(jnp.float32)
+            mixed = attend(*qkv, view, 64).astype(jnp.float32)
             mixed = jnp.where((segments > 0)[:, :, None, None], mixed, 0)
             return jnp.sum(jnp.sin(mixed)), mixed
 
@@ -61,7 +79,7 @@ def kernel() -> tuple[float, float]:
 
     (_, mixed), grads = run(best, "bfloat16")
     with jax.default_matmul_precision("highest"):
-        (_, true), true_grads = run("plain", "float32")
+        (_, true), true_grads = run(PLAIN.attend, "float32")
     worst = max(
         float(jnp.abs(g.astype(jnp.float32) - t).max() / jnp.abs(t).max())
         for g, t in zip(grads, true_grads, strict=True)
@@ -70,13 +88,14 @@ def kernel() -> tuple[float, float]:
 
 
 def decode_step() -> tuple[float, float]:
-    """Largest and mean difference of hidden states between the kernels of `models.fused` and the ordinary blocks."""
+    """Largest and mean difference of hidden states between `nvidia_decode`'s kernels and the ordinary blocks."""
     places, tokens = (
         jnp.broadcast_to(jnp.arange(200), (8, 200)),
         jax.random.randint(jax.random.key(5), (8, 201), 1, 1024),
     )
     live = jnp.ones((8, 1), jnp.int32)
-    print(f"kernels for a decode step of 8 rows: {'ours' if fused.fits(CONFIG, 8) else 'none'}")
+    ours = CONFIG.backend.decode_blocks is not PLAIN.decode_blocks
+    print(f"kernels for a decode step of 8 rows: {'ours' if ours else 'none'}")
 
     def hidden(name: str) -> jax.Array:
         model = language_model(dataclasses.replace(CONFIG, attention=name))
@@ -91,7 +110,7 @@ def decode_step() -> tuple[float, float]:
 
         return jax.jit(run)(params).astype(jnp.float32)
 
-    difference = jnp.abs(hidden("auto") - hidden(attention.cache_kernel("auto", head_dim=64, dtype=jnp.bfloat16)))
+    difference = jnp.abs(hidden("auto") - hidden("cudnn" if nvidia.is_here() else "plain"))
     return float(difference.max()), float(difference.mean())
 
 
@@ -100,7 +119,11 @@ def picked() -> float:
     segments, parents = rows()
     model = language_model(CONFIG)
     params = model.init(jax.random.key(1))
-    how = {"segments": segments, "parents": parents, "positions": jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))}
+    how = {
+        "segments": segments,
+        "parents": parents,
+        "positions": jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS)),
+    }
     tokens, at = (
         jax.random.randint(jax.random.key(5), (ROWS, SLOTS), 1, 1024),
         jnp.tile(jnp.arange(0, 460, 3), (ROWS, 1)),
@@ -143,10 +166,27 @@ def exact() -> float:
 def main() -> int:
     """Runs every check."""
     checks = [
-        ("attention against plain float32, values and gradients", kernel, (2e-2, 3e-2)),
-        ("a decode step's kernels against the ordinary blocks, largest and mean", decode_step, (0.1, 0.01)),
+        (
+            "attention against plain float32, shared prefixes, values and gradients",
+            lambda: kernel(False),
+            (2e-2, 3e-2),
+        ),
+        (
+            "attention against plain float32, one text per row, values and gradients",
+            lambda: kernel(True),
+            (2e-2, 3e-2),
+        ),
+        (
+            "a decode step's kernels against the ordinary blocks, largest and mean",
+            decode_step,
+            (0.1, 0.01),
+        ),
         ("slots picked from the last block", lambda: (picked(),), (0.1,)),
-        ("log-probs of sampler and trainer, bfloat16", lambda: (sampler_and_trainer("bfloat16"),), (2e-2,)),
+        (
+            "log-probs of sampler and trainer, bfloat16",
+            lambda: (sampler_and_trainer("bfloat16"),),
+            (2e-2,),
+        ),
         ("refilled rows draw other tokens", lambda: (float(not refill()),), (0.5,)),
         ("log-probs of sampler and trainer, float32", lambda: (exact(),), (1e-4,)),
     ]

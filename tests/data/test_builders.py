@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core import registered
 
-from rlhf_jax.data import builders, schema, sources
+from rlhf_jax.data import builders, schema, sources, tfds_records
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking
 
 TURNS = (Message("system", "Be brief."), Message("user", "caf\u00e9?"))
@@ -139,22 +139,22 @@ def some(hint: object) -> st.SearchStrategy:
 @pytest.mark.parametrize("kind", [Demonstration, Ranking, Prompt, PlainText])
 def test_any_record_survives_a_row(kind: type):
     """Every field of every record, so a field that is added to the schema is tested as well."""
-    columns = builders.features(kind)
+    columns = tfds_records.features(kind)
     hints = typing.get_type_hints(kind)
 
     @settings(max_examples=60, deadline=None, database=None)
     @given(st.fixed_dictionaries({name: some(hints[name]) for name in kind.__struct_fields__}))
     def check(values: dict):
         wanted = kind(**values)
-        data = columns.serialize_example(builders._row(wanted))
-        assert builders.record(columns.deserialize_example_np(data), kind) == wanted
+        data = columns.serialize_example(tfds_records.row_of(wanted))
+        assert tfds_records.record(columns.deserialize_example_np(data), kind) == wanted
 
     check()
 
 
 def test_a_row_of_an_older_build_lacks_fields():
     row = {"prompt": b"p", "response": b"r", "id": b""}
-    assert builders.record(row, Demonstration) == Demonstration("p", "r")
+    assert tfds_records.record(row, Demonstration) == Demonstration("p", "r")
 
 
 def test_records_are_a_sequence(tmp_path: Path):
@@ -237,19 +237,19 @@ def test_building_twice_and_building_something_else(tmp_path: Path):
 
 def test_an_interrupted_build_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hh(tmp_path)
-    row = builders._row
+    row = tfds_records.row_of
 
     def fails(record: Ranking) -> dict:
         if record.prompt.endswith("question 20\n\nAssistant:"):
             raise KeyboardInterrupt
         return row(record)
 
-    monkeypatch.setattr(builders, "_row", fails)
+    monkeypatch.setattr(builders, "row_of", fails)
     with pytest.raises(KeyboardInterrupt):
         builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path)
     with pytest.raises(ValueError, match=r"no hh_rlhf in .*: build it first, with build\('hh_rlhf', "):
         builders.read("hh_rlhf", tmp_path / "tfds")
-    monkeypatch.setattr(builders, "_row", row)
+    monkeypatch.setattr(builders, "row_of", row)
     counts, _ = builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path)
     assert sum(counts.values()) == 40
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.data import curation
-from rlhf_jax.data.curation import mask_identifiers
+from rlhf_jax.data.curation import mask_identifiers, tables
 from rlhf_jax.data.schema import Conversation, Demonstration, Message, PlainText, Prompt, Ranking
 
 
@@ -346,14 +346,14 @@ def test_no_table_is_wider_than_a_screen_or_longer_than_its_most_rows():
     text = curation.data_tables({f"split number {i}": records for i in range(4)})
     assert max(map(len, text.split("\n"))) <= 120
     assert "(26 others)" in text
-    assert max(len(block.split("\n")) for block in text.split("\n\n")) <= curation.MOST_ROWS + 5
+    assert max(len(block.split("\n")) for block in text.split("\n\n")) <= tables.MOST_ROWS + 5
     assert " ".join(text.split("\n\n")[0].split("\n")[-1].split()) == "demonstrations 40 40 40 40 160"
 
 
 def test_quantiles_are_those_of_numpy():
     numpy = pytest.importorskip("numpy")
     lengths = [3, 9, 4, 11, 2, 5, 8]
-    n, mean, std, least, *middle, most = curation._quantiles(lengths)
+    n, mean, std, least, *middle, most = tables._quantiles(lengths)
     assert (n, least, most) == (7, 2, 11)
     assert (mean, std) == (f"{numpy.mean(lengths):.0f}", f"{numpy.std(lengths, ddof=1):.0f}")
     assert middle == [f"{q:.0f}" for q in numpy.percentile(lengths, [25, 50, 75])]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import near_duplicates, overview
+from rlhf_jax.data.overview import sentences
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking
 
 TALK = (Message("system", "Be kind."), Message("user", "Where do herons fish at night?"))
@@ -112,7 +113,13 @@ def test_the_table_fits_a_screen_whatever_is_wrong():
 
 
 def test_a_share_never_reads_none_or_all_when_it_is_not():
-    assert [overview._share(a, 10_000) for a in (0, 1, 5_000, 9_999, 10_000)] == ["0%", "0.1%", "50%", "99.9%", "100%"]
+    assert [sentences.percent(a, 10_000) for a in (0, 1, 5_000, 9_999, 10_000)] == [
+        "0%",
+        "0.1%",
+        "50%",
+        "99.9%",
+        "100%",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- near-duplicates

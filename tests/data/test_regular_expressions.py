@@ -21,6 +21,7 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax.data import curation, schema
+from rlhf_jax.data.curation import personal_data
 from rlhf_jax.data.storyland import grammar
 from rlhf_jax.run.secrets import is_secret, known_secrets, redact
 
@@ -126,7 +127,7 @@ def test_the_guarded_patterns_find_what_the_plain_ones_did():
     for _ in range(20_000):
         text = "".join(noise.choice(numbers) for _ in range(noise.randrange(2, 10)))
         found = [m.span() for m in phone.finditer(text) if sum(map(str.isdigit, m[0])) >= 8]
-        ours = [m.span() for m in curation._PHONE.finditer(text)]
+        ours = [m.span() for m in personal_data._PHONE.finditer(text)]
         assert all(any(a <= start and end <= b for a, b in ours) for start, end in found), text
         masked += len(found)
         text = "".join(noise.choice(words) for _ in range(noise.randrange(2, 12)))

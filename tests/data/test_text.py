@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from rlhf_jax import scoring, steps
 from rlhf_jax.data import text
 from rlhf_jax.losses.ranking import ranking_loss
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.ops import previous_index
 from rlhf_jax.types import LMBatch, RankingBatch, Samples

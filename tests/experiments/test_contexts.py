@@ -15,7 +15,7 @@ from experiments import evaluate, instructgpt, ppo, pretrain, reward_model, samp
 from rlhf_jax import load_config, scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.storyland.tokenizer import assets
-from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
 from rlhf_jax.run import contexts, devices, networks, responses

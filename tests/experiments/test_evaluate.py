@@ -15,10 +15,10 @@ from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.run import datasets
 from rlhf_jax.run import networks as networks_lib
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import PromptBatch
 from tests import tiny

@@ -14,7 +14,7 @@ from rlhf_jax.data import text
 from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import scalar_model
 from rlhf_jax.run import networks
 from rlhf_jax.run import responses as responses_lib

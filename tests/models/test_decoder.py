@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlhf_jax import sharding
-from rlhf_jax.models import DecoderConfig, decoder, gpt2, language_model, lora, scalar_from_language_model, scalar_model
+from rlhf_jax import backends, sharding
+from rlhf_jax.backends import plain
+from rlhf_jax.models import (
+    DecoderConfig,
+    gpt2,
+    language_model,
+    lora,
+    scalar_from_language_model,
+    scalar_model,
+)
+from rlhf_jax.models import config as config_module
+from rlhf_jax.models.decoding import decoding_params
+from rlhf_jax.models.layers import Linear
 
 LLAMA = DecoderConfig(50, 32, 2, 16, 4, kv_heads=2, mlp_width=24, tied=False)
 GPT2 = gpt2(50, 32, 2, 16, 4)
@@ -175,7 +186,10 @@ def test_a_prefill_that_picks_stores_what_one_that_does_not_stores():
     model, params = _params(LLAMA)
     tokens, at = _tokens(2, 6), jnp.asarray([[5], [2]])
     cache = model.init_cache(2, 8)
-    whole = _plain(model, params, tokens, cache=cache), _apply_cached(model, params, tokens, cache, None)
+    whole = (
+        _plain(model, params, tokens, cache=cache),
+        _apply_cached(model, params, tokens, cache, None),
+    )
     picked = _apply_cached(model, params, tokens, cache, at)
     _close(picked.hidden, jnp.take_along_axis(whole[0], at[:, :, None], axis=1))
     jax.tree.map(_close, picked.cache, whole[1].cache)
@@ -291,17 +305,26 @@ def test_scan_unroll_and_remat_change_no_gradient(config, at):
         jax.tree.map(_close, gradient(**change), expected)
 
 
+def without(monkeypatch, **plainer) -> None:
+    """Has this machine's backend take other forms of some operations."""
+    whole = backends.backend_for
+    monkeypatch.setattr(config_module, "backend_for", lambda *a, **how: whole(*a, **how)._replace(**plainer))
+
+
 def test_the_same_kernels_read_every_layer_on_a_cpu(monkeypatch):
     """A place in a stack that the compiler knows makes kernels of each layer's own."""
     model, params = _params(GPT2)
 
     def known():
-        rows = {"segments": jnp.ones((2, 6), jnp.int32), "positions": jnp.broadcast_to(jnp.arange(6), (2, 6))}
+        rows = {
+            "segments": jnp.ones((2, 6), jnp.int32),
+            "positions": jnp.broadcast_to(jnp.arange(6), (2, 6)),
+        }
         program = jax.jit(lambda p, tokens: model.apply(p, tokens, **rows).hidden).lower(params, _tokens(2, 6))
         return program.compile().as_text().count("slice={[1:2]")
 
     assert known() == 0
-    monkeypatch.setattr(decoder, "_is_taken_apart", lambda config, blocks: False)
+    without(monkeypatch, unstack=plain.unstack, over_layers=plain.over_layers_to_positions)
     assert known() > 0
 
 
@@ -311,16 +334,19 @@ def test_the_gradient_of_the_residual_stream_is_kept_on_a_cpu_and_the_same(monke
     tokens, ones = _tokens(2, 8), jnp.ones((2, 8), jnp.int32)
     places = jnp.broadcast_to(jnp.arange(8), (2, 8))
 
+    def total(params, ones):
+        hidden = model.apply(params, tokens, segments=ones, positions=places).hidden
+        return jnp.sum(hidden**2)
+
     def gradient():
-        total = lambda p, ones: jnp.sum(model.apply(p, tokens, segments=ones, positions=places).hidden ** 2)  # noqa: E731
         compiled = jax.jit(jax.grad(total)).lower(params, ones).compile()
         return compiled.as_text().count(" conditional("), compiled(params, ones)
 
     kept, with_it = gradient()
-    monkeypatch.setattr(decoder, "_gradient_once", lambda x, true: x)
-    none, without = gradient()
-    assert (kept, none) == (2 * GPT2.layers + 1, 1)  # the one is of `_take_apart`
-    jax.tree.map(_close, with_it, without)
+    without(monkeypatch, residual=plain.residual)
+    none, without_it = gradient()
+    assert (kept, none) == (2 * GPT2.layers + 1, 1)  # the one is of `cpu.unstack`
+    jax.tree.map(_close, with_it, without_it)
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_heads():
@@ -389,14 +415,14 @@ def test_a_bad_config_names_field_value_and_fix(change, named):
 
 def test_projections_of_one_input_are_joined_for_decoding_unless_their_outputs_are_spread_or_adapted():
     _, params = _params(LLAMA)
-    layer = decoder.decoding_params(LLAMA, params)["blocks"][0]
+    layer = decoding_params(LLAMA, params)["blocks"][0]
     assert set(layer["attention"]) == {"query_key_value", "out"}
     assert set(layer["mlp"]) == {"gate_up", "down"}
     apart = {"query", "key", "value", "out"}
     spread = dataclasses.replace(LLAMA, mesh=sharding.make_mesh((1, 1, 2), devices=jax.devices()[:2]))
-    assert set(decoder.decoding_params(spread, params)["blocks"][0]["attention"]) == apart
+    assert set(decoding_params(spread, params)["blocks"][0]["attention"]) == apart
     adapted = lora.with_lora(params, lora.init_lora(params, jax.random.key(0), rank=2), alpha=2)
-    assert set(decoder.decoding_params(LLAMA, adapted)["blocks"][0]["attention"]) == apart
+    assert set(decoding_params(LLAMA, adapted)["blocks"][0]["attention"]) == apart
 
 
 def _rounding(a, b, dtype) -> None:
@@ -429,7 +455,7 @@ def test_parameters_for_decoding_change_no_number(config, dtype, monkeypatch):
     What is computed from them is compared up to rounding: it is another program, and the processor's matrix library
     sums arrays of another layout in another order (by 6e-7 in float32 on one of them).
     """
-    monkeypatch.setattr(decoder, "_JOINED", {})
+    monkeypatch.setattr(plain, "JOINED", {})
     config = dataclasses.replace(config, dtype=dtype)
     attention, found, logits = _with_and_without_preparing(config)
     kernels = _params(config)[1]["blocks"]["attention"]
@@ -467,7 +493,7 @@ def test_picked_slots_over_several_devices_are_taken_from_all(cached):
 
 def kernel_gradient(config):
     """Of a projection over rows of tokens, by its kernel: compiled, and what it is called with."""
-    layer = decoder._linear(config, 16, 32, bias=True, rngs=nnx.Rngs(0))
+    layer = Linear(config, 16, 32, bias=True, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     x = jax.random.normal(jax.random.key(1), (4, 24, 16))
 
@@ -483,4 +509,8 @@ def test_a_projection_on_one_device_transposes_no_activations():
     flat, arguments = kernel_gradient(config)
     assert "[32,96]" not in (flat.as_text() or "[32,96]")
     rows, _ = kernel_gradient(dataclasses.replace(config, mesh=sharding.make_mesh((4, 2, 1))))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-5), flat(*arguments), rows(*arguments))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-5),
+        flat(*arguments),
+        rows(*arguments),
+    )

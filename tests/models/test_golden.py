@@ -13,10 +13,10 @@ import pytest
 import safetensors.numpy
 
 from rlhf_jax import scoring
-from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
-from rlhf_jax.models.decoder import RotaryScaling
+from rlhf_jax.models.config import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"

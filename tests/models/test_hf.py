@@ -19,10 +19,10 @@ import tokenizers
 
 from rlhf_jax import sharding
 from rlhf_jax.data.text import encode_document, lm_rows, stop_ids
-from rlhf_jax.generate import generate
 from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
-from rlhf_jax.models.decoder import RotaryScaling
+from rlhf_jax.models.config import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf, hf_config, stored
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.scoring import lm_log_probs
 from rlhf_jax.types import PromptBatch
 from tests import margins

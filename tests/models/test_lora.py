@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import optim, steps
-from rlhf_jax.generate import generate
 from rlhf_jax.models import init_lora, lora_model, merge_lora, with_lora
-from rlhf_jax.models.decoder import DecoderConfig, gpt2
+from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import LMBatch, PromptBatch
 from tests import margins
 

@@ -14,11 +14,12 @@ import pytest
 import tokenizers
 import transformers
 
-from rlhf_jax import ops, sharding
-from rlhf_jax.generate import generate_many, sample_token
+from rlhf_jax import log_probs, sharding
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, lora_model, save_hf, scalar_model
 from rlhf_jax.models.vocabulary import unused_ids, with_texts_only
 from rlhf_jax.run import networks, responses
+from rlhf_jax.sampling.generate import sample_token
+from rlhf_jax.sampling.refill import generate_many
 from rlhf_jax.types import PromptBatch
 
 CONFIG = DecoderConfig(24, 32, 1, 16, 2)
@@ -97,7 +98,7 @@ def test_sampler_update_and_entropy_speak_of_the_same_distribution():
     tokens = jnp.concatenate([jnp.zeros((4, 1), jnp.int32), drawn.reshape(4, 6)[:, :-1]], axis=1)
 
     def read(params):
-        return ops.token_log_probs_and_entropy(hidden, partial(model.head, params), tokens, temperature=0.7)
+        return log_probs.token_log_probs_and_entropy(hidden, partial(model.head, params), tokens, temperature=0.7)
 
     def loss(params):
         logp, entropy = read(params)

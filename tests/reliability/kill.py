@@ -49,7 +49,7 @@ def make_inputs(folder: Path) -> None:
     from rlhf_jax.data.schema import Demonstration, PlainText, Prompt, Ranking, write_jsonl
     from rlhf_jax.data.storyland import tokenizer as storyland_assets
     from rlhf_jax.data.text import load_tokenizer
-    from rlhf_jax.models.decoder import gpt2
+    from rlhf_jax.models.config import gpt2
     from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
     from rlhf_jax.models.hf import save_hf
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf import save_hf
 from tests.reliability import stages

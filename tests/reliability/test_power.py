@@ -19,10 +19,11 @@ import pytest
 
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.run import compiling, files, metrics, networks
 from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run.console import Screen
 from tests.reliability import kill, power, recorded
 from tests.reliability.recorder import Recorder, tree
 
@@ -158,7 +159,7 @@ def test_a_model_folder_is_whole_or_the_one_of_before(recorder, tmp_path, shape)
 
 
 def test_lines_of_a_log_that_a_checkpoint_counts_on_are_there(recorder, tmp_path):
-    with metrics.StageLog(recorder.root / "run", "sft", total=2, stream=io.StringIO()) as log:
+    with metrics.StageLog(recorder.root / "run", "sft", total=2, screen=Screen(stream=io.StringIO())) as log:
         log(1, {"loss": 1.0})
         log.flush()
         flushed = len(recorder.events)

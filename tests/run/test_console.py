@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax.run import console as C
 from rlhf_jax.run import metrics
+from rlhf_jax.run.console import Screen
 
 
 class Terminal(io.StringIO):
@@ -38,7 +39,13 @@ def stage(durations, *, total, recompiles=(), resume=0, show=(), values=None, st
     """The lines of a stage whose steps take so long; `recompiles` are steps in which the compiler ran."""
     clock, out, count = Clock(), stream or io.StringIO(), [0]
     console = C.Console(
-        "ppo", total, resume, show=show, every=0.0, stream=out, clock=clock, compilations=lambda: count[0], **options
+        "ppo",
+        total,
+        resume,
+        show=show,
+        compilations=lambda: count[0],
+        screen=Screen(every=0.0, stream=out, clock=clock),
+        **options,
     )
     for step, took in enumerate(durations, start=resume + 1):
         clock.now += took
@@ -84,7 +91,7 @@ def test_after_a_resume_only_the_steps_of_this_process_count():
 def test_responses_come_in_bursts_and_the_time_left_is_true():
     """A sampler tells its count after each refill: 3 or 20 at once, 4 responses a second all the same."""
     clock, out = Clock(), io.StringIO()
-    console = C.Console("sample", 1000, unit="responses", every=0.0, stream=out, clock=clock, show=())
+    console = C.Console("sample", 1000, unit="responses", show=(), screen=Screen(every=0.0, stream=out, clock=clock))
     done = 0
     for burst in (16, 3, 20, 8, 12, 5):
         clock.now += 40 if not done else burst / 4
@@ -137,7 +144,7 @@ def test_a_terminal_has_its_own_width(columns, monkeypatch):
 def test_short_work_says_nothing_and_long_work_speaks_every_ten_seconds():
     for seconds_of_a_row, most in ((0.01, 0), (1.0, 12)):
         clock, out = Clock(), io.StringIO()
-        with C.Progress("scoring", 100, unit="rows", stream=out, clock=clock) as done:
+        with C.Progress("scoring", 100, unit="rows", screen=Screen(stream=out, clock=clock)) as done:
             for row in range(1, 101):
                 clock.now += seconds_of_a_row
                 done(row)
@@ -165,7 +172,7 @@ def test_work_without_steps_says_that_it_goes_on():
 def test_a_stage_that_compiles_long_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "patiently", lambda what, stream: C.patiently(what, after=0.05, stream=stream))
     out = io.StringIO()
-    with metrics.StageLog(tmp_path, "sft", total=2, stream=out) as log:
+    with metrics.StageLog(tmp_path, "sft", total=2, screen=Screen(stream=out)) as log:
         until = time.monotonic() + 20
         while not out.getvalue() and time.monotonic() < until:
             time.sleep(0.01)
@@ -176,7 +183,9 @@ def test_a_stage_that_compiles_long_says_so(tmp_path, monkeypatch):
 
 def test_the_log_tells_the_time_left_to_whoever_asks(tmp_path):
     clock = Clock()
-    with metrics.StageLog(tmp_path, "ppo", total=10, stream=io.StringIO(), clock=clock, unit="iterations") as log:
+    with metrics.StageLog(
+        tmp_path, "ppo", total=10, unit="iterations", screen=Screen(stream=io.StringIO(), clock=clock)
+    ) as log:
         assert log.seconds_left is None
         for step in range(1, 5):
             clock.now += 7.0
@@ -189,7 +198,13 @@ def test_a_step_that_was_waited_for_is_timed_when_it_is_handed_in(tmp_path):
     """Its line is written with the next one, or at the end: that moment says nothing of its time."""
     clock, out = Clock(), io.StringIO()
     with metrics.StageLog(
-        tmp_path, "sample", total=30, stream=out, clock=clock, unit="responses", show=(), every=0.0, waited=True
+        tmp_path,
+        "sample",
+        total=30,
+        unit="responses",
+        show=(),
+        waited=True,
+        screen=Screen(stream=out, clock=clock, every=0.0),
     ) as log:
         for done in (10, 20, 30):
             clock.now += 5.0
@@ -209,7 +224,7 @@ def test_programs_that_jax_compiles_are_counted():
 def test_a_count_of_nothing_is_no_line_and_the_time_still_counts_from_it():
     """Sampling says 0 of 212 when it begins, which tells nobody anything."""
     clock, out = Clock(), io.StringIO()
-    console = C.Console("sample", 212, show=(), every=0.0, stream=out, clock=clock, unit="responses")
+    console = C.Console("sample", 212, show=(), unit="responses", screen=Screen(every=0.0, stream=out, clock=clock))
     for done, took in ((0, 1.0), (106, 2.0), (212, 2.0)):
         clock.now += took
         console.update(done, {})

@@ -16,7 +16,7 @@ from configs import common as common_config
 from experiments import sft
 from rlhf_jax.data import schema, sources
 from rlhf_jax.evaluation.report import write_report
-from rlhf_jax.models.decoder import gpt2
+from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf import load_hf, save_hf
 from rlhf_jax.run import cli, devices, files, guards, networks, results

@@ -16,10 +16,11 @@ PROGRAM = """
 from pathlib import Path
 import time
 from rlhf_jax.run.cli import main
+from rlhf_jax.run.console import Screen
 from rlhf_jax.run.metrics import StageLog
 
 def run(config, workdir):
-    with StageLog(workdir, "toy", total=config.steps, show=("loss",), every=0.0) as log:
+    with StageLog(workdir, "toy", total=config.steps, show=("loss",), screen=Screen(every=0.0)) as log:
         for step in range(config.steps):
             if step == 3:
                 time.sleep(0.5)  # whoever reads has gone

@@ -15,13 +15,15 @@ LABELS = ("id", "source", "use_case", "labeler", "labeler_group", "user", "organ
 
 
 MORE_THAN_TEXT = (
-    "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "images", "image",
-    "audio", "videos", "refusal", "weight", "train",
+    "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking",
+    "images", "image", "audio", "videos", "refusal", "weight", "train",
 )  # fmt: skip
 """Fields of other libraries' messages that say something which a role and a text cannot hold."""
 
 
-def check_text(value: Any, field: str, *, allow_empty: bool = False, reason: str | None = None) -> str:
+def check_text(
+    value: Any, field: str, *, allow_empty: bool = False, reason: str | None = None
+) -> str:
     """`value` when it is a usable text, else a `RowError` that names `field`.
 
     Args:
@@ -31,23 +33,31 @@ def check_text(value: Any, field: str, *, allow_empty: bool = False, reason: str
       reason: what an empty text is counted under; None = "empty " and the field.
     """
     if value is None:
-        raise RowError("missing field", f"field {field!r} must be a string, got nothing: write the text in quotes")
+        raise RowError(
+            "missing field",
+            f"field {field!r} must be a string, got nothing: write the text in quotes",
+        )
     if not isinstance(value, str):
         raise wrong_type(value, field, "a string", "write the text in quotes")
     if not allow_empty and not value.strip():
-        raise RowError(reason or f"empty {field}", f"field {field!r} is empty: fill it in or remove the row")
+        raise RowError(
+            reason or f"empty {field}", f"field {field!r} is empty: fill it in or remove the row"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(
-            "lone surrogate", f"field {field!r} has a lone surrogate at character {error.start}: remove it"
+            "lone surrogate",
+            f"field {field!r} has a lone surrogate at character {error.start}: remove it",
         ) from None
     return value
 
 
 def wrong_type(value: Any, field: str, wanted: str, fix: str) -> RowError:
     """The error of a value of another JSON type than its field."""
-    return RowError("wrong type", f"field {field!r} must be {wanted}, got {type(value).__name__}: {fix}")
+    return RowError(
+        "wrong type", f"field {field!r} must be {wanted}, got {type(value).__name__}: {fix}"
+    )
 
 
 def check_names(row: dict[str, Any], names: Sequence[str], where: str = "") -> None:
@@ -55,7 +65,11 @@ def check_names(row: dict[str, Any], names: Sequence[str], where: str = "") -> N
     for name in row:
         if name not in names:
             near = difflib.get_close_matches(name[:40], names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"remove it; the fields are {', '.join(names)}"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"remove it; the fields are {', '.join(names)}"
+            )
             raise RowError("unknown field", f"unknown field {shown(name)}{where}: {hint}")
 
 
@@ -93,16 +107,25 @@ def prompt_of(row: dict[str, Any]) -> Conversation:
     """The prompt of a row, given as `prompt` or as `messages`."""
     if row.get("messages") is None:
         if isinstance(row.get("prompt"), list):
-            raise wrong_type(row["prompt"], "prompt", "a string", "name the field 'messages' when it holds turns")
+            raise wrong_type(
+                row["prompt"], "prompt", "a string", "name the field 'messages' when it holds turns"
+            )
         if row.get("prompt") is None:
             fix = "write the text in quotes, or its turns as 'messages'"
             raise RowError("missing field", f"field 'prompt' must be a string, got nothing: {fix}")
         return check_text(row["prompt"], "prompt", reason="empty prompt")
     if row.get("prompt") is not None:
-        raise RowError("prompt and messages", "fields 'prompt' and 'messages' are both given: keep one")
-    turns = tuple(message_of(turn, k, reason="empty message") for k, turn in enumerate(list_of(row, "messages")))
+        raise RowError(
+            "prompt and messages", "fields 'prompt' and 'messages' are both given: keep one"
+        )
+    turns = tuple(
+        message_of(turn, k, reason="empty message")
+        for k, turn in enumerate(list_of(row, "messages"))
+    )
     if not turns:
-        raise RowError("empty prompt", "field 'messages' holds no prompt: write at least the user's turn")
+        raise RowError(
+            "empty prompt", "field 'messages' holds no prompt: write at least the user's turn"
+        )
     check_turns(turns)
     return turns
 
@@ -129,8 +152,14 @@ def message_of(turn: Any, index: int, *, reason: str, allow_empty: bool = False)
     check_names(turn, ("role", "content"), f" in {field}")
     role = check_text(turn.get("role"), f"{field}.role", reason="unknown role")
     if role not in ROLES:
-        raise RowError("unknown role", f"field '{field}.role' = {shown(role)} must be one of {', '.join(ROLES)}")
-    return Message(role, check_text(turn.get("content"), f"{field}.content", reason=reason, allow_empty=allow_empty))
+        raise RowError(
+            "unknown role",
+            f"field '{field}.role' = {shown(role)} must be one of {', '.join(ROLES)}",
+        )
+    return Message(
+        role,
+        check_text(turn.get("content"), f"{field}.content", reason=reason, allow_empty=allow_empty),
+    )
 
 
 def check_turns(turns: Sequence[Message]) -> None:
@@ -140,12 +169,14 @@ def check_turns(turns: Sequence[Message]) -> None:
         wanted = "assistant" if (k - first) % 2 else "user"
         if turn.role == "system":
             raise RowError(
-                "misplaced system message", f"field 'messages[{k}].role' is system: keep one system message, the first"
+                "misplaced system message",
+                f"field 'messages[{k}].role' is system: keep one system message, the first",
             )
         if turn.role != wanted:
             raise RowError(
                 "turns do not alternate",
-                f"field 'messages[{k}].role' is {turn.role} where the {wanted}'s turn is due: join or remove turns",
+                f"field 'messages[{k}].role' is {turn.role} where the {wanted}'s turn is due: "
+                "join or remove turns",
             )
     if turns[-1].role != "user":
         raise RowError(
@@ -166,19 +197,30 @@ def ranks_of(row: dict[str, Any], k: int) -> tuple[int, ...]:
         # A rank above K is usually a score (larger is better) in the wrong column. (bool is an int
         # to isinstance.)
         if value is not None and (type(value) is not int or not 1 <= value <= k):
-            raise RowError("unknown rank", f"field 'ranks[{i}]' = {shown(value)} must be 1 (best) to {k}, or null")
+            raise RowError(
+                "unknown rank",
+                f"field 'ranks[{i}]' = {shown(value)} must be 1 (best) to {k}, or null",
+            )
     if sum(value is not None for value in values) < 2:
-        raise RowError("fewer than two ranks", "field 'ranks' needs at least 2 integers that are not null: rank more")
+        raise RowError(
+            "fewer than two ranks",
+            "field 'ranks' needs at least 2 integers that are not null: rank more",
+        )
     return tuple(ABSENT if value is None else value - 1 for value in values)
 
 
-def one_for_each(row: dict[str, Any], field: str, k: int, check: Callable[[Any, str], Any]) -> tuple[Any, ...] | None:
+def one_for_each(
+    row: dict[str, Any], field: str, k: int, check: Callable[[Any, str], Any]
+) -> tuple[Any, ...] | None:
     """An optional list with one entry for each of K responses, each checked."""
     if row.get(field) is None:
         return None
     values = list_of(row, field)
     if len(values) != k:
-        raise RowError("uneven list", f"field {field!r} has {len(values)} entries for {k} responses: give one each")
+        raise RowError(
+            "uneven list",
+            f"field {field!r} has {len(values)} entries for {k} responses: give one each",
+        )
     return tuple(check(value, f"{field}[{i}]") for i, value in enumerate(values))
 
 
@@ -191,12 +233,18 @@ def temperature_of(value: Any, field: str) -> float:
     """The temperature that a response was sampled at."""
     del field
     if type(value) not in (int, float) or not 0 <= value <= 1e6:
-        raise RowError("bad temperature", f"field 'temperatures' holds {shown(value)}: use numbers from 0 to 1e6")
+        raise RowError(
+            "bad temperature",
+            f"field 'temperatures' holds {shown(value)}: use numbers from 0 to 1e6",
+        )
     return float(value)
 
 
 def revision_of(value: Any) -> int | None:
     """The number of a ranking's revision, from 0."""
     if value is not None and (type(value) is not int or value < 0):
-        raise RowError("bad revision", f"field 'revision' = {shown(value)} must be an integer from 0, such as 3")
+        raise RowError(
+            "bad revision",
+            f"field 'revision' = {shown(value)} must be an integer from 0, such as 3",
+        )
     return value

@@ -86,7 +86,11 @@ def read_jsonl(
         for reason in notes_of(fitting, special, cut=fitting is not record):
             tally.note(line, reason)
     report = tally.report(len(records))
-    tolerated = {"superseded by revision"} if too_long == "error" else {"superseded by revision", "too long"}
+    tolerated = (
+        {"superseded by revision"}
+        if too_long == "error"
+        else {"superseded by revision", "too long"}
+    )
     try:
         _refuse_bad(report, max_bad_fraction, tolerated)
     except ValueError:
@@ -94,11 +98,16 @@ def read_jsonl(
         raise
     if not records:
         _refuse_foreign(path, kind)
-        raise ValueError(f"{path} holds no {kind.__name__} to use: write one JSON object a line; {report.summary()}")
+        raise ValueError(
+            f"{path} holds no {kind.__name__} to use: write one JSON object a line; "
+            f"{report.summary()}"
+        )
     return records, report
 
 
-def read_rows(path: str | os.PathLike[str], parse: Callable[[dict[str, Any]], Any]) -> tuple[list[Any], DataReport]:
+def read_rows(
+    path: str | os.PathLike[str], parse: Callable[[dict[str, Any]], Any]
+) -> tuple[list[Any], DataReport]:
     r"""Apply `parse` to each JSON object of a file.
 
     A `RowError` drops the row and counts it by its reason. Blank lines are skipped. Lines end at
@@ -152,7 +161,9 @@ def _each_row(tally: Tally, take: Callable[[int, dict[str, Any]], None]) -> None
             tally.drop(line, error)
 
 
-def _check_options(max_bad_fraction: float, limit: int | None, too_long: str, special_tokens: Any) -> None:
+def _check_options(
+    max_bad_fraction: float, limit: int | None, too_long: str, special_tokens: Any
+) -> None:
     if not 0 <= max_bad_fraction < 1:
         raise ValueError(f"max_bad_fraction={max_bad_fraction} must be at least 0 and below 1")
     if limit is not None and limit < 1:
@@ -161,15 +172,21 @@ def _check_options(max_bad_fraction: float, limit: int | None, too_long: str, sp
         raise ValueError(f'too_long={too_long!r} must be "drop", "error" or "truncate"')
     if limit is None and too_long != "drop":
         raise ValueError(f"too_long={too_long!r} needs a limit: give limit=")
-    if isinstance(special_tokens, str) or not (isinstance(special_tokens, re.Pattern) or all(special_tokens)):
-        raise ValueError(f'special_tokens={special_tokens!r} must be a list of texts, like ["<|endoftext|>"]')
+    if isinstance(special_tokens, str) or not (
+        isinstance(special_tokens, re.Pattern) or all(special_tokens)
+    ):
+        raise ValueError(
+            f'special_tokens={special_tokens!r} must be a list of texts, like ["<|endoftext|>"]'
+        )
 
 
 def _refuse_bad(report: DataReport, max_bad_fraction: float, tolerated: set[str]) -> None:
     bad = {reason: n for reason, n in report.dropped.items() if reason not in tolerated}
     total = sum(bad.values())
     if total and total / report.rows > max_bad_fraction:
-        more = {reason: f" (and {n - 1} more: {reason})" if n > 1 else "" for reason, n in bad.items()}
+        more = {
+            reason: f" (and {n - 1} more: {reason})" if n > 1 else "" for reason, n in bad.items()
+        }
         raise ValueError(
             f"{total} of {report.rows} rows of {report.source} are bad (max_bad_fraction={max_bad_fraction}):\n  "
             + "\n  ".join(report.examples[reason] + more[reason] for reason in bad)

@@ -42,7 +42,9 @@ def fitted(record: Any, limit: int, length: Callable[[str], int], too_long: str)
         return _cut(record, limit - taken, length)
     what = "prompt and longest response take" if before and answers else "the row takes"
     unit = " characters" if length is len else ""
-    raise RowError("too long", f"{what} {total}{unit}, limit={limit}: shorten the row or raise limit")
+    raise RowError(
+        "too long", f"{what} {total}{unit}, limit={limit}: shorten the row or raise limit"
+    )
 
 
 def _cut(record: Any, room: int, length: Callable[[str], int]) -> Any:
@@ -51,7 +53,9 @@ def _cut(record: Any, room: int, length: Callable[[str], int]) -> Any:
     if isinstance(record, Demonstration):
         return msgspec.structs.replace(record, response=_shorten(record.response, room, length))
     pairs = zip(record.responses, record.ranks, strict=True)
-    responses = tuple(text if rank == ABSENT else _shorten(text, room, length) for text, rank in pairs)
+    responses = tuple(
+        text if rank == ABSENT else _shorten(text, room, length) for text, rank in pairs
+    )
     return msgspec.structs.replace(record, responses=responses)
 
 
@@ -63,7 +67,9 @@ def _shorten(text: str, room: int, length: Callable[[str], int]) -> str:
     while end and length(text[:end]) > room:  # A count of tokens may fall where the text grows.
         end -= 1
     if not text[:end].strip():
-        raise RowError("too long", "the prompt leaves no room for a response: shorten it or raise limit")
+        raise RowError(
+            "too long", "the prompt leaves no room for a response: shorten it or raise limit"
+        )
     return text[:end]
 
 

@@ -46,7 +46,9 @@ def _parse_demonstration(row: dict[str, Any], allow_empty: bool) -> Demonstratio
         answer = message_of(turns[last], last, reason="empty response", allow_empty=allow_empty)
         if answer.role != "assistant":
             fix = "add it, or end 'messages' with the assistant's turn"
-            raise RowError("missing field", f"field 'response' must be a string, got nothing: {fix}")
+            raise RowError(
+                "missing field", f"field 'response' must be a string, got nothing: {fix}"
+            )
         response, row = answer.content, {**row, "messages": turns[:last]}
     return Demonstration(
         prompt=prompt_of(row),
@@ -64,7 +66,9 @@ def _parse_prompt(row: dict[str, Any], allow_empty: bool) -> Prompt:
 def _parse_plain_text(row: dict[str, Any], allow_empty: bool) -> PlainText:
     del allow_empty
     check_names(row, field_names(PlainText))
-    return PlainText(text=check_text(row.get("text"), "text", reason="empty text"), **labels_of(row, PlainText))
+    return PlainText(
+        text=check_text(row.get("text"), "text", reason="empty text"), **labels_of(row, PlainText)
+    )
 
 
 def _parse_ranking(row: dict[str, Any], allow_empty: bool) -> Ranking:
@@ -75,7 +79,10 @@ def _parse_ranking(row: dict[str, Any], allow_empty: bool) -> Ranking:
         for k, text in enumerate(list_of(row, "responses"))
     )
     if len(responses) < 2:
-        raise RowError("fewer than two responses", "field 'responses' needs at least 2 texts to compare: add one")
+        raise RowError(
+            "fewer than two responses",
+            "field 'responses' needs at least 2 texts to compare: add one",
+        )
     ranks = ranks_of(row, len(responses))
     return Ranking(
         prompt=prompt,
@@ -96,7 +103,9 @@ _PARSERS: dict[type, Callable[[dict[str, Any], bool], Any]] = {
 }
 
 
-def parse_row(row: dict[str, Any], kind: type[Record], *, allow_empty_responses: bool = False) -> Record:
+def parse_row(
+    row: dict[str, Any], kind: type[Record], *, allow_empty_responses: bool = False
+) -> Record:
     """One row of JSON as a record.
 
     Args:

@@ -41,7 +41,10 @@ class KeptRecords:
         first, first_key = self.ids[name]
         # The revisions of one ranking may share its id.
         if key is None or key != first_key:
-            raise RowError("duplicate id", f"field 'id' = {shown(name)} is also in line {first}: make ids unique")
+            raise RowError(
+                "duplicate id",
+                f"field 'id' = {shown(name)} is also in line {first}: make ids unique",
+            )
 
     def _revise(self, line: int, record: Ranking, before: int, tally: Tally) -> None:
         new, old = record.revision, self.records[before].revision
@@ -53,6 +56,13 @@ class KeptRecords:
                 "with 'revision'",
             )
         if new < old:
-            raise RowError("superseded by revision", f"revision {shown(new)} < {shown(old)} of line {before}")
-        tally.drop(before, RowError("superseded by revision", f"revision {shown(old)} < {shown(new)} of line {line}"))
+            raise RowError(
+                "superseded by revision", f"revision {shown(new)} < {shown(old)} of line {before}"
+            )
+        tally.drop(
+            before,
+            RowError(
+                "superseded by revision", f"revision {shown(old)} < {shown(new)} of line {line}"
+            ),
+        )
         del self.records[before]

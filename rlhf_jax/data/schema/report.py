@@ -50,7 +50,9 @@ class DataReport:
             dropped=_add_counts(self.dropped, other.dropped),
             noted=_add_counts(self.noted, other.noted),
             examples={**other.examples, **self.examples},
-            places={r: [*self.places.get(r, []), *other.places.get(r, [])][:PLACES] for r in reasons},
+            places={
+                r: [*self.places.get(r, []), *other.places.get(r, [])][:PLACES] for r in reasons
+            },
             aside=_add_counts(self.aside, other.aside),
         )
 
@@ -67,7 +69,10 @@ class DataReport:
         rows.jsonl: 9 rows, 7 kept, 2 dropped
           dropped: duplicate key 2 (rows.jsonl:4, 9)
         """
-        lines = [f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} dropped"]
+        lines = [
+            f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} "
+            "dropped"
+        ]
         folders = {os.path.dirname(place) for places in self.places.values() for place in places}
         # The first line of the report names the folder where all places are in one.
         folder = os.path.join(folders.pop(), "") if len(folders) == 1 else ""
@@ -80,7 +85,9 @@ class DataReport:
             columns = [f"{name} {n}" for name, n in sorted(self.aside.items())]
             items.append(f"columns left aside: {', '.join(columns)}")
         in_a_line = -(-len(items) // (SCREEN - 1)) or 1
-        lines += ["  " + "; ".join(items[i : i + in_a_line]) for i in range(0, len(items), in_a_line)]
+        lines += [
+            "  " + "; ".join(items[i : i + in_a_line]) for i in range(0, len(items), in_a_line)
+        ]
         room = max(SCREEN, len(lines))
         lines += [f"  {example}" for example in self.examples.values()]
         return "\n".join(lines[:room])
@@ -136,5 +143,8 @@ class Tally:
             dropped={reason: len(found) for reason, found in self.dropped.items()},
             noted={reason: len(found) for reason, found in self.noted.items()},
             examples=examples,
-            places={reason: [f"{self.path}:{n}" for n in found[:PLACES]] for reason, found in lines.items()},
+            places={
+                reason: [f"{self.path}:{n}" for n in found[:PLACES]]
+                for reason, found in lines.items()
+            },
         )

@@ -6,21 +6,19 @@ memory; UTF-8 throughout. What Python's parser accepts beyond JSON is an error h
 
 from __future__ import annotations
 
-import collections
 import gzip
 import io
-import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import parsed
 from rlhf_jax.data.schema.rules import NESTING, RowError, shown
-from rlhf_jax.run.files import local_path
+from rlhf_jax.run.files import is_nested_deeper, local_path, repeated_key
 
 LINE_LIMIT = 2**24
 """Most bytes of a line; a record of a hundred thousand words has a million."""
@@ -60,16 +58,22 @@ def json_list(path: str | os.PathLike[str]) -> list[dict[str, Any] | RowError] |
     try:
         rows = _ROW_BY_ROW.decode(data.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
     except RecursionError:
-        raise ValueError(f"{path}: the JSON is nested too deep: write a flat object a row") from None
+        raise ValueError(
+            f"{path}: the JSON is nested too deep: write a flat object a row"
+        ) from None
     except RowError as error:
         raise ValueError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # The file has lines, each of which is a list.
             return None
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: the JSON list is damaged at {where} ({error.msg}): export it again") from None
+        raise ValueError(
+            f"{path}: the JSON list is damaged at {where} ({error.msg}): export it again"
+        ) from None
     return [_checked_row(row) for row in rows]
 
 
@@ -80,7 +84,9 @@ def json_value(path: str | os.PathLike[str]) -> Any:
       ValueError: it is none.
     """
     try:
-        return _DECODER.decode(read_bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip())
+        return _DECODER.decode(
+            read_bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
+        )
     except RecursionError:
         raise ValueError(f"{path}: the JSON is nested too deep") from None
 
@@ -107,7 +113,11 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if not os.path.isfile(path) and os.path.exists(path):
         # A pipe can be read once only and may never end; a run reads its data again when it goes
         # on.
-        what = "a folder: pass one file" if os.path.isdir(path) else "no regular file: save it to a file first"
+        what = (
+            "a folder: pass one file"
+            if os.path.isdir(path)
+            else "no regular file: save it to a file first"
+        )
         raise ValueError(f"{path} is {what}")
     try:
         data = Path(path).read_bytes()
@@ -129,7 +139,8 @@ def lines_of(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if len(line) > LINE_LIMIT:
             raise ValueError(
-                f"{path}:{number}: the line has {len(line):,} bytes, the limit is {LINE_LIMIT:,}: write a record a line"
+                f"{path}:{number}: the line has {len(line):,} bytes, the limit is {LINE_LIMIT:,}: "
+                "write a record a line"
             )
         if line.strip():
             yield number, line
@@ -146,7 +157,9 @@ def json_object(data: bytes) -> dict[str, Any]:
     except RowError:
         raise
     except UnicodeDecodeError as error:
-        raise RowError("not UTF-8", f"byte {error.start} is not UTF-8: save the file as UTF-8") from None
+        raise RowError(
+            "not UTF-8", f"byte {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
@@ -158,13 +171,17 @@ def json_object(data: bytes) -> dict[str, Any]:
     if data.count(b"[") + data.count(b"{") > NESTING and _is_deep(row):
         raise _too_deep()
     if not isinstance(row, dict):
-        raise RowError("not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}")
+        raise RowError(
+            "not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}"
+        )
     return row
 
 
 def _checked_row(row: Any) -> dict[str, Any] | RowError:
     if not isinstance(row, dict):
-        return RowError("not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}")
+        return RowError(
+            "not an object", f"expected a JSON object, got {type(row).__name__}: write {{...}}"
+        )
     try:
         _refuse_constants(row)
     except RowError as error:
@@ -176,12 +193,8 @@ def _refuse_constants(value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise RowError("not a number", f"{value} is not JSON: use a finite number or null")
     if isinstance(value, dict | list):
-        for inner in _inside(value):
+        for inner in value.values() if isinstance(value, dict) else value:
             _refuse_constants(inner)
-
-
-def _inside(box: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return box.values() if isinstance(box, dict) else box
 
 
 def _unpacked(data: bytes, path: str | os.PathLike[str]) -> bytes:
@@ -202,11 +215,7 @@ def _too_deep() -> RowError:
 
 def _is_deep(value: Any) -> bool:
     """Whether more than `NESTING` lists and objects are nested, whatever the parser's own limit."""
-    level = [value]
-    for _ in range(NESTING):
-        inner = itertools.chain.from_iterable(map(_inside, level))
-        level = [item for item in inner if isinstance(item, dict | list)]
-    return bool(level)
+    return is_nested_deeper(value, NESTING - 1)
 
 
 def _reject_constant(name: str) -> Any:
@@ -216,8 +225,8 @@ def _reject_constant(name: str) -> Any:
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = next(k for k, n in collections.Counter(k for k, _ in pairs).items() if n > 1)
-        raise RowError("duplicate key", f"field {shown(twice)} is given twice: keep one")
+        twice = shown(repeated_key(pairs))
+        raise RowError("duplicate key", f"field {twice} is given twice: keep one")
     return row
 
 

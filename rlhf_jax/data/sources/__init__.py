@@ -1,15 +1,24 @@
-"""Real people's data: HH-RLHF, OpenAssistant, running text, and the tables and exports of other tools.
+"""Real people's data: HH-RLHF, OpenAssistant, running text.
 
-`read_hh`, `read_oasst` and `read_english` read a folder or download from the hub. `read_pairs`, `read_completions`,
-`read_prompts` and `read_rated` read a table of one form; `read_form` reads any of `FORMS`, and recognises which. What
-may hold a table is in `tables`, what happens to a row in `FORM_RULES`, and docs/data_sources.md describes each form.
+The tables and exports of other tools are read here too.
 
-A dialogue of the first kind becomes one prompt in one form, whatever the source: "Human: ..", blank line,
-"Assistant: ..", and so on, ending in "Assistant:". Train and test are split by a hash of the first human turn, so no
-conversation is in both. Tables keep their own splits, and messages stay messages.
+`read_hh`, `read_oasst` and `read_english` read a folder or download from the hub. `read_pairs`,
+`read_completions`, `read_prompts` and `read_rated` read a table of one form; `read_form` reads any
+of `FORMS`, and recognises which. What may hold a table is in `tables`, what happens to a row in
+`FORM_RULES`, and docs/data_sources.md describes each form.
+
+A dialogue of the first kind becomes one prompt in one form, whatever the source: "Human: ..", blank
+line, "Assistant: ..", and so on, ending in "Assistant:". Train and test are split by a hash of the
+first human turn, so no conversation is in both. Tables keep their own splits, and messages stay
+messages.
 """
 
-from rlhf_jax.data.sources.oasst import OASST_REPO, OASST_TREES, read_oasst, read_oasst_demonstrations
+from rlhf_jax.data.sources.oasst import (
+    OASST_REPO,
+    OASST_TREES,
+    read_oasst,
+    read_oasst_demonstrations,
+)
 from rlhf_jax.data.sources.reading import (
     SETS,
     Reading,
@@ -21,7 +30,13 @@ from rlhf_jax.data.sources.reading import (
 )
 from rlhf_jax.data.sources.recognise import FORMS, Form, advice
 from rlhf_jax.data.sources.rules import EXPECTED_DROPS, FORM_RULES
-from rlhf_jax.data.sources.running_text import TEXT_ARCHIVE, TEXT_FOLDERS, TEXT_REPO, read_english, read_text
+from rlhf_jax.data.sources.running_text import (
+    TEXT_ARCHIVE,
+    TEXT_FOLDERS,
+    TEXT_REPO,
+    read_english,
+    read_text,
+)
 from rlhf_jax.data.sources.transcripts import (
     HH_REPO,
     HH_SUBSETS,

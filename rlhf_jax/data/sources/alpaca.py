@@ -1,8 +1,9 @@
 """Alpaca and Dolly: an instruction, what it is about, and the answer, each in its column.
 
-Alpaca is ``{instruction, input, output}``; LLaMA-Factory adds `system`, `history` (pairs of texts: the turns before)
-and a preference, `chosen` and `rejected` in the place of `output`. Dolly is ``{instruction, context, response,
-category}``. The second text stands below the first, after a blank line.
+Alpaca is ``{instruction, input, output}``; LLaMA-Factory adds `system`, `history` (pairs of texts:
+the turns before) and a preference, `chosen` and `rejected` in the place of `output`. Dolly is
+``{instruction, context, response, category}``. The second text stands below the first, after a
+blank line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def parse_alpaca(row: Row) -> Draft:
         return pair_of(row, prompt, row.text("chosen"), row.text("rejected"))
     if isinstance(row.values.get("output"), list):
         raise RowError(
-            "wrong type", "field 'output' is a list: name the two answers 'chosen' and 'rejected', or give one text"
+            "wrong type",
+            "field 'output' is a list: name the two answers 'chosen' and 'rejected', or give one "
+            "text",
         )
     return demonstration_of(row, prompt, row.text("output"))
 
@@ -55,7 +58,9 @@ def _with_history(row: Row, prompt: str) -> Any:
         row.take("history")
         return prompt
     pairs = listed(row, "history", row.take("history"), opening="[")
-    good = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    good = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 for pair in pairs
+    )
     if not good:
         raise RowError("wrong type", "field 'history' must be a list of [instruction, answer]")
     turns = []

@@ -1,7 +1,10 @@
-"""What the exports of annotation tools have in common: records, people, and one question whose answers are wanted.
+"""What the exports of annotation tools have in common.
 
-`argilla` and `label_studio` say what a record holds and what each person answered; here the question is chosen, once
-for the whole file, and its answers become rankings and demonstrations. Where two could be meant, none is taken.
+They have records, people, and one question whose answers are wanted.
+
+`argilla` and `label_studio` say what a record holds and what each person answered; here the
+question is chosen, once for the whole file, and its answers become rankings and demonstrations.
+Where two could be meant, none is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from typing import Any, Literal
 from rlhf_jax.data.schema import Demonstration, Ranking, RowError, check_text
 from rlhf_jax.data.sources.hub import first_line
 from rlhf_jax.data.sources.messages import turns, with_system
-from rlhf_jax.data.sources.row import Draft, Row, asked, note_beginnings, ranks_of, tidy_answer, tidy_prompt
+from rlhf_jax.data.sources.row import (
+    Draft,
+    Row,
+    asked,
+    note_beginnings,
+    ranks_of,
+    tidy_answer,
+    tidy_prompt,
+)
 
 Kind = Literal["order", "number", "text", "other"]
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
@@ -29,7 +40,8 @@ class Given:
 
     Attributes:
       question: its name.
-      kind: whether it orders responses, rates the one response, is a text that answers, or none of these.
+      kind: whether it orders responses, rates the one response, is a text that answers, or none of
+        these.
       value: for an order, each response with its rank from 1 or None; else the number or the text.
       person: who gave it.
       submitted: whether it counts: not cancelled, discarded or a draft.
@@ -52,14 +64,17 @@ class Annotated:
 
 
 def table(
-    rows: Sequence[Row], columns: Mapping[str, str], extract: Callable[[Row, Mapping[str, str]], Annotated]
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+    extract: Callable[[Row, Mapping[str, str]], Annotated],
 ) -> tuple[Sequence[Row], Callable[[Row], list[Draft]]]:
     """The rows and their parser.
 
     Args:
-      rows: the records of the file; where the question is a rating, those with one prompt are put together.
-      columns: what the user said: ``prompt`` (a field), ``ranking``, ``score`` or ``response`` (a question), and the
-        field that a choice means.
+      rows: the records of the file; where the question is a rating, those with one prompt are put
+        together.
+      columns: what the user said: ``prompt`` (a field), ``ranking``, ``score`` or ``response`` (a
+        question), and the field that a choice means.
       extract: what a row holds.
 
     Raises:
@@ -71,11 +86,17 @@ def table(
             found[id(row)] = extract(row, columns)
         except RowError as error:
             found[id(row)] = error
-        except (AttributeError, KeyError, TypeError) as error:  # an entry that is no object, or of another type
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # an entry that is no object, or of another type
             said = f"the record is not as the tool exports it ({first_line(error)}): export the file again"
             found[id(row)] = RowError("wrong type", said)
     try:
-        question, kind = _choose([record for record in found.values() if isinstance(record, Annotated)], columns)
+        question, kind = _choose(
+            [record for record in found.values() if isinstance(record, Annotated)], columns
+        )
     except ValueError as error:
         raise ValueError(f"{rows[0].place}: {error}") from None
 
@@ -94,7 +115,10 @@ def table(
     for row in rows:
         one, prompt = found[id(row)], id(row)
         if isinstance(one, Annotated):
-            prompt = (repr(one.fields.values.get(_prompt_field(one.fields, columns))), one.fields.system_key())
+            prompt = (
+                repr(one.fields.values.get(_prompt_field(one.fields, columns))),
+                one.fields.system_key(),
+            )
         together.setdefault(prompt, []).append(row)
     return [Row(group[0].place, {}, parts=group) for group in together.values()], parse
 
@@ -104,7 +128,10 @@ def _choose(records: Sequence[Annotated], columns: Mapping[str, str]) -> tuple[s
     for record in records:
         for answer in record.given:
             kinds.setdefault(answer.question, set()).add(answer.kind)
-    listed = ", ".join(f"{name} ({'/'.join(sorted(found))})" for name, found in sorted(kinds.items())) or "none"
+    listed = (
+        ", ".join(f"{name} ({'/'.join(sorted(found))})" for name, found in sorted(kinds.items()))
+        or "none"
+    )
     for kind, flag in _FLAGS.items():
         name = columns.get(flag, "")
         if name in kinds and kind in kinds[name]:
@@ -117,20 +144,27 @@ def _choose(records: Sequence[Annotated], columns: Mapping[str, str]) -> tuple[s
             return names[0], kind
         if names:
             raise ValueError(
-                f"several questions could be meant, {', '.join(sorted(names))}: choose one with --columns {flag}=NAME"
+                f"several questions could be meant, {', '.join(sorted(names))}: choose one with "
+                f"--columns {flag}=NAME"
             )
     if not kinds:
         return "", "order"  # nobody annotated anything: each row says so
     raise ValueError(
-        f"no question orders, rates or answers: the questions are {listed}; a choice must name a field "
-        "(--columns CHOICE=FIELD), and a text is taken as the answer with --columns response=QUESTION"
+        f"no question orders, rates or answers: the questions are {listed}; a choice must name a "
+        "field (--columns CHOICE=FIELD), and a text is taken as the answer with --columns "
+        "response=QUESTION"
     )
 
 
 def _drafts(
     records: Sequence[Annotated], row: Row, question: str, kind: Kind, columns: Mapping[str, str]
 ) -> list[Draft]:
-    given = [(record, answer) for record in records for answer in record.given if answer.question == question]
+    given = [
+        (record, answer)
+        for record in records
+        for answer in record.given
+        if answer.question == question
+    ]
     counted = [(record, answer) for record, answer in given if answer.submitted]
     for one in records:
         for answer in one.given:
@@ -147,7 +181,8 @@ def _drafts(
         raise RowError(
             "unknown answer",
             f"question {question!r} has {str(other.value)[:40]!r}, which is none of the fields "
-            f"{', '.join(sorted(records[0].fields.columns()))}: say what it means with --columns CHOICE=FIELD",
+            f"{', '.join(sorted(records[0].fields.columns()))}: say what it means with --columns "
+            "CHOICE=FIELD",
         )
     if kind == "number":
         return _rated(records, row, question, columns)
@@ -158,13 +193,19 @@ def _drafts(
         prompt = _prompt(record.fields, columns)
         if kind == "order":
             texts, ranks = zip(*answer.value, strict=True)
-            drafts.append(ranking(record.fields, prompt, texts, list(ranks), labeler=answer.person, id=name))
+            drafts.append(
+                ranking(record.fields, prompt, texts, list(ranks), labeler=answer.person, id=name)
+            )
         else:
-            drafts.append(_demonstration(record.fields, prompt, answer.value, labeler=answer.person, id=name))
+            drafts.append(
+                _demonstration(record.fields, prompt, answer.value, labeler=answer.person, id=name)
+            )
     return drafts
 
 
-def _rated(records: Sequence[Annotated], row: Row, question: str, columns: Mapping[str, str]) -> list[Draft]:
+def _rated(
+    records: Sequence[Annotated], row: Row, question: str, columns: Mapping[str, str]
+) -> list[Draft]:
     """A ranking by each person of the responses that they rated, one of each record."""
     people: dict[str | None, list[tuple[Annotated, Any]]] = {}
     for record in records:
@@ -184,7 +225,10 @@ def _rated(records: Sequence[Annotated], row: Row, question: str, columns: Mappi
         ranks = ranks_of([value for _, value in rated])
         drafts.append(ranking(first.fields, prompt, texts, ranks, labeler=person, id=name))
     if not drafts:
-        raise RowError("only one response", "nobody rated two responses to this prompt: there is nothing to compare")
+        raise RowError(
+            "only one response",
+            "nobody rated two responses to this prompt: there is nothing to compare",
+        )
     return drafts
 
 
@@ -203,8 +247,8 @@ def _prompt(fields: Row, columns: Mapping[str, str]) -> Any:
     if not fields.has(name):
         raise RowError(
             "no prompt",
-            f"no field is the prompt: there are {', '.join(sorted(fields.columns()))}; name it with "
-            "--columns prompt=FIELD",
+            f"no field is the prompt: there are {', '.join(sorted(fields.columns()))}; name it "
+            "with --columns prompt=FIELD",
         )
     return turns(fields, name, fields.take(name))
 
@@ -215,14 +259,16 @@ def _answer_field(fields: Row, columns: Mapping[str, str]) -> str:
     if len(found) != 1:
         raise RowError(
             "unknown answer",
-            f"no field is the response that is rated: there are {', '.join(sorted(fields.columns()))}; name it with "
-            "--columns response=FIELD",
+            "no field is the response that is rated: there are "
+            f"{', '.join(sorted(fields.columns()))}; name it with --columns response=FIELD",
         )
     return found[0]
 
 
 def field_of(fields: Row, name: Any, columns: Mapping[str, str]) -> str | None:
-    """The field that a choice or a rank means: the one that the user named, or the one of that name.
+    """The field that a choice or a rank means.
+
+    It is the one that the user named, or else the one of that name.
 
     Case and signs between words aside: ``response-1`` and ``Response 1`` mean ``response_1``.
     """
@@ -239,7 +285,9 @@ def _plain(name: str) -> str:
 
 
 def choice(fields: Row, name: Any, columns: Mapping[str, str]) -> list[tuple[Any, int]] | None:
-    """The order that a choice says: the field that it names is better than those that are numbered like it.
+    """The order that a choice says.
+
+    The field that it names is better than those that are numbered like it.
 
     A tie ranks all of them alike. None where it names no field, or only one could be meant.
     """
@@ -248,13 +296,19 @@ def choice(fields: Row, name: Any, columns: Mapping[str, str]) -> list[tuple[Any
         match = re.fullmatch(r"(.*?)[\W_]*(?:\d+|[a-dA-D])", field)
         if match and field != _prompt_field(fields, columns):
             stems.setdefault(match[1], []).append(field)
-    named = [field for field in columns.values() if fields.has(field) and field != columns.get("prompt")]
+    named = [
+        field for field in columns.values() if fields.has(field) and field != columns.get("prompt")
+    ]
     groups = [group for group in stems.values() if len(group) > 1]
     if isinstance(name, str) and _plain(name) in TIES and (len(named) > 1 or len(groups) == 1):
         chosen, candidates = None, named if len(named) > 1 else groups[0]
     else:
         chosen = field_of(fields, name, columns)
-        candidates = named if chosen in named and len(named) > 1 else next((g for g in groups if chosen in g), [])
+        candidates = (
+            named
+            if chosen in named and len(named) > 1
+            else next((g for g in groups if chosen in g), [])
+        )
     if len(candidates) < 2:
         return None
     return [(fields.take(field), 1 if chosen in (None, field) else 2) for field in candidates]
@@ -264,22 +318,34 @@ def choice(fields: Row, name: Any, columns: Mapping[str, str]) -> list[tuple[Any
 
 
 def ranking(
-    fields: Row, prompt: Any, texts: Sequence[Any], ranks: list[int | None], *, labeler: str | None, id: str | None
+    fields: Row,
+    prompt: Any,
+    texts: Sequence[Any],
+    ranks: list[int | None],
+    *,
+    labeler: str | None,
+    id: str | None,
 ) -> Draft:
     """One person's ranking.
 
     Raises:
       RowError: a response is no text, or the systems differ.
     """
-    responses = [tidy_answer(fields, _text(fields, text, f"responses[{k}]")) for k, text in enumerate(texts)]
+    responses = [
+        tidy_answer(fields, _text(fields, text, f"responses[{k}]")) for k, text in enumerate(texts)
+    ]
     prompt = tidy_prompt(fields, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(fields, prompt)
     note_beginnings(fields, responses)
     labels = {name: value for name, value in (("labeler", labeler), ("id", id)) if value}
-    return Draft(Ranking, {**labels, **asked(prompt), "responses": responses, "ranks": ranks}, has_system)
+    return Draft(
+        Ranking, {**labels, **asked(prompt), "responses": responses, "ranks": ranks}, has_system
+    )
 
 
-def _demonstration(fields: Row, prompt: Any, answer: Any, *, labeler: str | None, id: str | None) -> Draft:
+def _demonstration(
+    fields: Row, prompt: Any, answer: Any, *, labeler: str | None, id: str | None
+) -> Draft:
     prompt = tidy_prompt(fields, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(fields, prompt)
     labels = {name: value for name, value in (("labeler", labeler), ("id", id)) if value}

@@ -1,13 +1,16 @@
 """Argilla: the records that people ranked, rated or answered, as its exports have them.
 
-Version 2 writes a list of ``{id, fields, metadata, suggestions, responses: {question: [{value, user_id}]}}``
-(`to_json`, `to_list`), or flat columns ``question.responses``, ``question.responses.users`` and
-``question.responses.status`` (`to_datasets`, `to_list(flatten=True)`). Version 1 has ``responses: [{user_id, status,
-values: {question: {value}}}]``, or flat columns ``question: [{user_id, value, status}]`` (`push_to_huggingface`).
+Version 2 writes a list of ``{id, fields, metadata, suggestions, responses: {question: [{value,
+user_id}]}}`` (`to_json`, `to_list`), or flat columns ``question.responses``,
+``question.responses.users`` and ``question.responses.status`` (`to_datasets`,
+`to_list(flatten=True)`). Version 1 has
+``responses: [{user_id, status, values: {question: {value}}}]``, or flat columns
+``question: [{user_id, value, status}]`` (`push_to_huggingface`).
 
-A ranking is a list of names of fields, best first, or of ``{value, rank}``: the exports of version 2 have no ranks, and
-so no ties. A choice is the name of the best field. A number rates the one response of its record, and records with one
-prompt are compared. Drafts and discarded answers are left out; suggestions are nobody's word.
+A ranking is a list of names of fields, best first, or of ``{value, rank}``: the exports of version
+2 have no ranks, and so no ties. A choice is the name of the best field. A number rates the one
+response of its record, and records with one prompt are compared. Drafts and discarded answers are
+left out; suggestions are nobody's word.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _OF_RECORDS = ("id", "external_id", "_server_id", "status", "fields", "responses
 
 def is_record(row: Row) -> bool:
     """Whether a row is a record of Argilla, nested or flat."""
-    nested = isinstance(row.values.get("fields"), dict) and isinstance(row.values.get("responses"), dict | list)
+    nested = isinstance(row.values.get("fields"), dict) and isinstance(
+        row.values.get("responses"), dict | list
+    )
     flat = any(name.endswith(FLAT) and f"{name}.users" in row.values for name in row.values)
     return nested or flat or bool(_old_questions(row))
 
@@ -35,7 +40,11 @@ def _old_questions(row: Row) -> list[str]:
     wanted = {"user_id", "value", "status"}
     found = []
     for name, value in row.values.items():
-        if isinstance(value, list) and value and all(isinstance(v, dict) and wanted <= set(v) for v in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(v, dict) and wanted <= set(v) for v in value)
+        ):
             found.append(name)
     return found
 
@@ -60,9 +69,15 @@ def _fields(row: Row) -> Row:
     """The record's fields, as a row of their own."""
     if isinstance(row.values.get("fields"), dict):
         return row.inside("fields", row.take("fields"))
-    questions = [name for name in row.values if FLAT in name or ".suggestion" in name] + _old_questions(row)
+    questions = [
+        name for name in row.values if FLAT in name or ".suggestion" in name
+    ] + _old_questions(row)
     names = [name for name in row.values if name not in questions and name not in _OF_RECORDS]
-    asides = [name for name in names if name.endswith(("-suggestion", "-suggestion-metadata")) or name == "metadata"]
+    asides = [
+        name
+        for name in names
+        if name.endswith(("-suggestion", "-suggestion-metadata")) or name == "metadata"
+    ]
     fields = {name: row.take(name) for name in names if name not in asides}
     return row.inside("", fields)
 
@@ -78,9 +93,17 @@ def _answers(row: Row) -> Iterator[tuple[str, Any, Any, Any]]:
         for answer in responses:
             values = answer.get("values") if isinstance(answer, dict) else None
             if not isinstance(values, dict):
-                raise RowError("wrong type", "field 'responses' must hold {user_id, status, values} for each person")
+                raise RowError(
+                    "wrong type",
+                    "field 'responses' must hold {user_id, status, values} for each person",
+                )
             for question, said in values.items():
-                yield question, (said or {}).get("value"), answer.get("user_id"), answer.get("status")
+                yield (
+                    question,
+                    (said or {}).get("value"),
+                    answer.get("user_id"),
+                    answer.get("status"),
+                )
     for name in _old_questions(row):
         for answer in row.take(name):
             yield name, answer["value"], answer["user_id"], answer["status"]
@@ -92,7 +115,12 @@ def _answers(row: Row) -> Iterator[tuple[str, Any, Any, Any]]:
 
 
 def _given(
-    fields: Row, columns: Mapping[str, str], question: str, value: Any, person: str | None, status: Any
+    fields: Row,
+    columns: Mapping[str, str],
+    question: str,
+    value: Any,
+    person: str | None,
+    status: Any,
 ) -> Given:
     submitted = status in (None, "submitted") and value is not None
     if isinstance(value, bool) or value is None:
@@ -101,15 +129,29 @@ def _given(
         return Given(question, "number", value, person, submitted)
     if isinstance(value, str):
         order = None if columns.get("response") == question else choice(fields, value, columns)
-        return Given(question, "text" if order is None else "order", order or value, person, submitted)
+        return Given(
+            question, "text" if order is None else "order", order or value, person, submitted
+        )
     order = _order(fields, columns, value)
     return Given(question, "other" if order is None else "order", order or value, person, submitted)
 
 
-def _order(fields: Row, columns: Mapping[str, str], value: Any) -> list[tuple[Any, int | None]] | None:
-    """The responses with their ranks, where each entry names a field; else it is no ranking (but labels, say)."""
-    if isinstance(value, dict) and isinstance(value.get("value"), list) and isinstance(value.get("rank"), list):
-        value = [{"value": name, "rank": rank} for name, rank in zip(value["value"], value["rank"], strict=False)]
+def _order(
+    fields: Row, columns: Mapping[str, str], value: Any
+) -> list[tuple[Any, int | None]] | None:
+    """The responses with their ranks, where each entry names a field.
+
+    Otherwise it is not a ranking (but labels, say).
+    """
+    if (
+        isinstance(value, dict)
+        and isinstance(value.get("value"), list)
+        and isinstance(value.get("rank"), list)
+    ):
+        value = [
+            {"value": name, "rank": rank}
+            for name, rank in zip(value["value"], value["rank"], strict=False)
+        ]
     if not isinstance(value, list) or len(value) < 2:
         return None
     entries = [entry if isinstance(entry, dict) else {"value": entry} for entry in value]
@@ -120,7 +162,8 @@ def _order(fields: Row, columns: Mapping[str, str], value: Any) -> list[tuple[An
         return None
     ranks = [entry.get("rank") for entry in entries]
     if not isinstance(value[0], dict) or all(rank is None for rank in ranks):
-        # The client of version 2 writes the names alone. It reads such a list as a ranking too, best first.
+        # The client of version 2 writes the names alone. It reads such a list as a ranking too,
+        # best first.
         fields.note("order without ranks")
         ranks = list(range(1, len(ranks) + 1))
     order = sorted({rank for rank in ranks if rank is not None})

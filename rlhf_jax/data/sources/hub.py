@@ -18,7 +18,9 @@ def folder(data_dir: str | os.PathLike[str], *names: str) -> Path:
     """
     root = local_path("data_dir", data_dir)
     if not root.is_dir():
-        raise ValueError(f"data_dir={root} is no folder: check the path, or leave it out to download")
+        raise ValueError(
+            f"data_dir={root} is no folder: check the path, or leave it out to download"
+        )
     return next((root / name for name in names if (root / name).is_dir()), root)
 
 
@@ -32,8 +34,8 @@ def download(repo: str, name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset"))
     except OSError as error:  # every error of the hub client is one
         raise ValueError(
-            f"cannot download {name} of {repo} ({type(error).__name__}: {first_line(error)}): check the network, or "
-            "put the file in a folder and pass data_dir (--data_dir=FOLDER)"
+            f"cannot download {name} of {repo} ({type(error).__name__}: {first_line(error)}): "
+            "check the network, or put the file in a folder and pass data_dir (--data_dir=FOLDER)"
         ) from error
 
 

@@ -1,15 +1,17 @@
 """Label Studio: tasks with people's annotations, as its JSON export has them.
 
-A task is ``{id, data: {prompt, ..}, annotations: [{completed_by, was_cancelled, result: [..]}]}``. Of the results
+A task is ``{id, data: {prompt, ..}, annotations: [{completed_by, was_cancelled, result: [..]}]}``.
+Of the results
 
 - `pairwise` (``{selected: left}``) and `choices` prefer one of the task's answers,
-- `ranker` (``{ranker: {rank: [ids]}}``) orders the items of a list of the task's, best first; several buckets have no
-  order of their own, which ``--columns "buckets=good>bad"`` gives,
+- `ranker` (``{ranker: {rank: [ids]}}``) orders the items of a list of the task's, best first;
+  several buckets have no order of their own, which ``--columns "buckets=good>bad"`` gives,
 - `rating` rates the one response of its task, and tasks with one prompt are compared,
 - `textarea` is an answer to the prompt.
 
-Which columns of the data the left and the right text are is not in the export: they are named as `PAIRS` has it, as the
-tags are, or with ``--columns left=NAME,right=NAME``. Cancelled annotations are left out; predictions are nobody's word.
+Which columns of the data the left and the right text are is not in the export: they are named as
+`PAIRS` has it, as the tags are, or with ``--columns left=NAME,right=NAME``. Cancelled annotations
+are left out; predictions are nobody's word.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ UNSORTED = "_"
 
 def is_task(row: Row) -> bool:
     """Whether a row is a task of the JSON export."""
-    return isinstance(row.values.get("data"), dict) and isinstance(row.values.get("annotations"), list)
+    return isinstance(row.values.get("data"), dict) and isinstance(
+        row.values.get("annotations"), list
+    )
 
 
 def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
@@ -62,7 +66,9 @@ def _without_empty(given: list[Given]) -> list[Given]:
     return [answer for answer in given if answer.question]
 
 
-def _given(data: Row, columns: Mapping[str, str], result: Any, person: str | None, submitted: bool) -> Given:
+def _given(
+    data: Row, columns: Mapping[str, str], result: Any, person: str | None, submitted: bool
+) -> Given:
     kind, value = result.get("type"), result.get("value") or {}
     question = str(result.get("from_name") or kind)
     if kind == "pairwise":
@@ -70,7 +76,11 @@ def _given(data: Row, columns: Mapping[str, str], result: Any, person: str | Non
         return Given(question, "order", order, person, submitted and order is not None)
     if kind == "ranker":
         return Given(
-            question, "order", _ranked(data, columns, value.get("ranker")) if submitted else None, person, submitted
+            question,
+            "order",
+            _ranked(data, columns, value.get("ranker")) if submitted else None,
+            person,
+            submitted,
         )
     if kind == "rating" and isinstance(value.get("rating"), int | float):
         return Given(question, "number", value["rating"], person, submitted)
@@ -80,16 +90,25 @@ def _given(data: Row, columns: Mapping[str, str], result: Any, person: str | Non
         texts = value.get("text")
         texts = [texts] if isinstance(texts, str) else texts or []
         if len(texts) > 1 and columns.get("response") == question:
-            raise RowError("more than one turn", f"{question!r} has {len(texts)} texts: one answer to a prompt")
-        # A text area beside a choice is mostly a remark: it answers where it is named like an answer.
+            raise RowError(
+                "more than one turn", f"{question!r} has {len(texts)} texts: one answer to a prompt"
+            )
+        # A text area beside a choice is mostly a remark: it answers where it is named like an
+        # answer.
         name = columns.get("response", "") == question or question in ANSWERS
         return Given(
-            question, "text" if name and len(texts) == 1 else "other", texts[0] if texts else None, person, submitted
+            question,
+            "text" if name and len(texts) == 1 else "other",
+            texts[0] if texts else None,
+            person,
+            submitted,
         )
     return Given(question, "other", value, person, submitted)
 
 
-def _pairwise(data: Row, columns: Mapping[str, str], result: Any, selected: Any) -> list[tuple[Any, int]] | None:
+def _pairwise(
+    data: Row, columns: Mapping[str, str], result: Any, selected: Any
+) -> list[tuple[Any, int]] | None:
     if selected not in ("left", "right"):
         return None
     left, right = _sides(data, columns, result.get("to_name"))
@@ -99,7 +118,11 @@ def _pairwise(data: Row, columns: Mapping[str, str], result: Any, selected: Any)
 
 def _sides(data: Row, columns: Mapping[str, str], to_name: Any) -> tuple[str, str]:
     """The columns of the left and the right text."""
-    tags = [name.strip() for name in to_name.split(",")] if isinstance(to_name, str) else list(to_name or [])
+    tags = (
+        [name.strip() for name in to_name.split(",")]
+        if isinstance(to_name, str)
+        else list(to_name or [])
+    )
     named = (columns.get("left", ""), columns.get("right", ""))
     found = [pair for pair in PAIRS if all(data.has(name) for name in pair)]
     for pair in (named, tuple(tags), found[0] if len(found) == 1 else ()):
@@ -107,8 +130,8 @@ def _sides(data: Row, columns: Mapping[str, str], to_name: Any) -> tuple[str, st
             return pair[0], pair[1]
     raise RowError(
         "unknown answer",
-        f"which of {', '.join(sorted(data.columns()))} are the left and the right text is not in the export: say it "
-        "with --columns left=NAME,right=NAME",
+        f"which of {', '.join(sorted(data.columns()))} are the left and the right text is not in "
+        "the export: say it with --columns left=NAME,right=NAME",
     )
 
 
@@ -149,7 +172,10 @@ def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, A
     items = data.take(name)
     keys = [key for key in ITEM_TEXTS if all(item.get(key) is not None for item in items)]
     if len(keys) != 1:
-        raise RowError("unknown answer", f"the items of {name!r} must hold one of {', '.join(ITEM_TEXTS)}, as a text")
+        raise RowError(
+            "unknown answer",
+            f"the items of {name!r} must hold one of {', '.join(ITEM_TEXTS)}, as a text",
+        )
     for item in items:
         for key in set(item) - {"id", keys[0]}:
             data.leave_aside(f"{name}[].{key}")
@@ -157,8 +183,15 @@ def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, A
 
 
 def _chosen(
-    data: Row, columns: Mapping[str, str], question: str, choices: Any, person: str | None, submitted: bool
+    data: Row,
+    columns: Mapping[str, str],
+    question: str,
+    choices: Any,
+    person: str | None,
+    submitted: bool,
 ) -> Given:
     chosen = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     order = choice(data, chosen, columns)
-    return Given(question, "other" if order is None else "order", order or choices, person, submitted)
+    return Given(
+        question, "other" if order is None else "order", order or choices, person, submitted
+    )

@@ -1,7 +1,8 @@
 """Lists of messages, whoever wrote them, and OpenAI's forms of fine-tuning files.
 
-A turn is ``{role, content}`` or ShareGPT's ``{from, value}``. Whatever else it holds is kept, left aside by name, or
-refused by name: a tool call that is dropped would leave an answer that makes no sense.
+A turn is ``{role, content}`` or ShareGPT's ``{from, value}``. Whatever else it holds is kept, left
+aside by name, or refused by name: a tool call that is dropped would leave an answer that makes no
+sense.
 """
 
 from __future__ import annotations
@@ -37,15 +38,35 @@ _TOOL_ROLES = (
     "observation",
     "ipython",
 )
-_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id", "tools", "functions", "tool_call", "tool_responses")
+_TOOL_FIELDS = (
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "tools",
+    "functions",
+    "tool_call",
+    "tool_responses",
+)
 _REASONING = ("reasoning_content", "reasoning", "thinking", "thoughts", "reasoning_details")
-_OTHER_MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "file", "refusal", "image_url")
+_OTHER_MEDIA = (
+    "images",
+    "image",
+    "audio",
+    "audios",
+    "videos",
+    "video",
+    "files",
+    "file",
+    "refusal",
+    "image_url",
+)
 _WEIGHTS = ("weight", "train", "training")
 _ABOUT = (
-    "id", "message_id", "uuid", "index", "idx", "turn", "turn_id", "turn_identifier", "timestamp", "time", "created_at",
-    "create_time", "language", "lang", "model", "model_name", "toxicity", "openai_moderation", "detoxify_moderation",
-    "redacted", "toxic", "state", "header", "country", "hashed_ip", "tokens", "num_tokens", "score", "rating", "source",
-    "category", "markdown", "parent_id", "annotations", "prefix",
+    "id", "message_id", "uuid", "index", "idx", "turn", "turn_id", "turn_identifier", "timestamp",
+    "time", "created_at", "create_time", "language", "lang", "model", "model_name", "toxicity",
+    "openai_moderation", "detoxify_moderation", "redacted", "toxic", "state", "header", "country",
+    "hashed_ip", "tokens", "num_tokens", "score", "rating", "source", "category", "markdown",
+    "parent_id", "annotations", "prefix",
 )  # fmt: skip
 """What people write about a turn: no part of it."""
 
@@ -81,32 +102,45 @@ def turn(row: Row, value: Any, where: str) -> Any:
 
 def _either(given: dict[str, Any], name: str, other: str, where: str) -> Any:
     if name in given and other in given and given[name] != given[other]:
-        raise RowError("unknown turn field", f"'{where}' has both {name!r} and {other!r}, and they differ: keep one")
+        raise RowError(
+            "unknown turn field",
+            f"'{where}' has both {name!r} and {other!r}, and they differ: keep one",
+        )
     return given.get(name, given.get(other))
 
 
 def _refuse_or_leave(row: Row, name: str, value: Any, where: str, role: str) -> None:
     if is_empty_json(value):
         return
-    for reason, names in (("tool call", _TOOL_FIELDS), ("reasoning content", _REASONING), ("not text", _OTHER_MEDIA)):
+    for reason, names in (
+        ("tool call", _TOOL_FIELDS),
+        ("reasoning content", _REASONING),
+        ("not text", _OTHER_MEDIA),
+    ):
         if name in names:
-            raise RowError(reason, f"'{where}' has {name!r}, which cannot be kept: leave such conversations out")
+            raise RowError(
+                reason,
+                f"'{where}' has {name!r}, which cannot be kept: leave such conversations out",
+            )
     if name == "name":
         raise RowError(
-            "speaker name", f"'{where}' has a 'name', {str(value)[:30]!r}: write it into the text or remove it"
+            "speaker name",
+            f"'{where}' has a 'name', {str(value)[:30]!r}: write it into the text or remove it",
         )
     if name in _WEIGHTS:
         # The user's turns are never trained on, so that 0 says nothing new about one.
         if value not in ((1, True) if role == "assistant" else (0, False, 1, True)):
             raise RowError(
                 "turn weight",
-                f"'{where}' has {name}={value!r}: every answer of a conversation counts the same here, so leave such "
-                "conversations out, or cut them after the turn that counts and train with "
-                "--config.assistant_turns=last",
+                f"'{where}' has {name}={value!r}: every answer of a conversation counts the same "
+                "here, so leave such conversations out, or cut them after the turn that counts "
+                "and train with --config.assistant_turns=last",
             )
         return
     if name not in _ABOUT or isinstance(value, dict | list):
-        raise RowError("unknown turn field", f"'{where}' has {name!r}, which is not known: rename or remove it")
+        raise RowError(
+            "unknown turn field", f"'{where}' has {name!r}, which is not known: rename or remove it"
+        )
     row.leave_aside(f"{where.partition('[')[0]}[].{name}")
 
 
@@ -120,11 +154,21 @@ def content_text(row: Row, content: Any, where: str) -> Any:
         return content
     texts = []
     for k, part in enumerate(content):
-        given = {name: inner for name, inner in part.items() if inner is not None} if isinstance(part, dict) else {}
-        if set(given) != {"type", "text"} or given["type"] not in ("text", "input_text", "output_text"):
+        given = (
+            {name: inner for name, inner in part.items() if inner is not None}
+            if isinstance(part, dict)
+            else {}
+        )
+        if set(given) != {"type", "text"} or given["type"] not in (
+            "text",
+            "input_text",
+            "output_text",
+        ):
             kind = given.get("type", type(part).__name__)
             raise RowError(
-                "not text", f"'{where}.content[{k}]' is no text but {str(kind)[:30]!r}: leave such conversations out"
+                "not text",
+                f"'{where}.content[{k}]' is no text but {str(kind)[:30]!r}: leave such "
+                "conversations out",
             )
         texts.append(check_text(given["text"], f"{where}.content[{k}].text", allow_empty=True))
     if len(texts) > 1:
@@ -142,8 +186,15 @@ def turns(row: Row, name: str, value: Any) -> str | list[Any]:
     if isinstance(value, dict):
         value = [value]  # ShareGPT's preference form: one turn
     if not isinstance(value, str | list):
-        raise RowError("wrong type", f"field {name!r} must be a text or a list of messages, got {type(value).__name__}")
-    return value if isinstance(value, str) else [turn(row, item, f"{name}[{k}]") for k, item in enumerate(value)]
+        raise RowError(
+            "wrong type",
+            f"field {name!r} must be a text or a list of messages, got {type(value).__name__}",
+        )
+    return (
+        value
+        if isinstance(value, str)
+        else [turn(row, item, f"{name}[{k}]") for k, item in enumerate(value)]
+    )
 
 
 def with_system(row: Row, prompt: Any) -> tuple[Any, bool]:
@@ -160,42 +211,57 @@ def with_system(row: Row, prompt: Any) -> tuple[Any, bool]:
     first = prompt[0] if prompt and isinstance(prompt[0], dict) else {}
     if first.get("role") == "system":
         if str(first.get("content")).strip() != system.strip():
-            raise RowError("systems differ", "the system column and the system turn differ: keep one")
+            raise RowError(
+                "systems differ", "the system column and the system turn differ: keep one"
+            )
         return prompt, False
     row.note("system made a turn")
     return [{"role": "system", "content": system}, *prompt], True
 
 
 def as_turns(prompt: str) -> list[dict[str, str]]:
-    """A text prompt as turns: a transcript cut at its marks, any other text as one turn of the user's."""
+    """A text prompt as turns.
+
+    A transcript is cut at its marks; any other text is one turn of the user's.
+    """
     if ("\n\n" + prompt).startswith(HUMAN) and prompt.endswith(ASSISTANT):
         return turns_of(prompt)
     return [{"role": "user", "content": prompt}]
 
 
 def last_text(prompt: Any) -> str:
-    """What an answer would repeat: a text prompt, or the last turn of a list of them; "" for anything else."""
+    """What an answer would repeat: a text prompt, or the last turn of a list of them.
+
+    It is "" for anything else.
+    """
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         prompt = prompt[-1].get("content", prompt[-1].get("value"))
     return prompt if isinstance(prompt, str) else ""
 
 
 def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -> tuple[Any, str]:
-    """The prompt and the text that answers it. `said` is that text, the turn, or the whole conversation.
+    """The prompt and the text that answers it.
+
+    `said` is that text, the turn, or the whole conversation.
 
     Raises:
-      RowError: there is no prompt, the last turn is not the assistant's, or several turns answer the prompt.
+      RowError: there is no prompt, the last turn is not the assistant's, or several turns answer
+        the prompt.
     """
     if isinstance(said, str):
         if prompt is None:
             raise RowError(
-                "missing field", "field 'prompt' is missing: a text alone does not say what it answers; name the "
+                "missing field",
+                "field 'prompt' is missing: a text alone does not say what it answers; name the "
                 f"prompt's column of {', '.join(sorted(row.columns()))} with --columns prompt=NAME",
             )  # fmt: skip
         return prompt, said
     before, last = said[:-1], said[-1] if said else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
-        raise RowError("no Assistant turn", "the last message is not the assistant's: remove what follows its turn")
+        raise RowError(
+            "no Assistant turn",
+            "the last message is not the assistant's: remove what follows its turn",
+        )
     given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if prompt is None or (before and _same(before[-len(given) :], given)):
         prompt = before
@@ -212,7 +278,11 @@ def _same(turns: list[Any], others: list[Any]) -> bool:
     """Whether two conversations are the same, spaces around a content aside."""
 
     def plain(turn: Any) -> Any:
-        return {k: v.strip() if isinstance(v, str) else v for k, v in turn.items()} if isinstance(turn, dict) else turn
+        return (
+            {k: v.strip() if isinstance(v, str) else v for k, v in turn.items()}
+            if isinstance(turn, dict)
+            else turn
+        )
 
     return [plain(turn) for turn in turns] == [plain(turn) for turn in others]
 
@@ -229,7 +299,12 @@ def pair_of(row: Row, prompt: Any, chosen: str, rejected: str) -> Draft:
     prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(row, prompt)
     note_beginnings(row, [chosen, rejected])
-    fields = {**row.labels(Ranking), **asked(prompt), "responses": [chosen, rejected], "ranks": [1, 2]}
+    fields = {
+        **row.labels(Ranking),
+        **asked(prompt),
+        "responses": [chosen, rejected],
+        "ranks": [1, 2],
+    }
     return Draft(Ranking, fields, has_system)
 
 
@@ -264,7 +339,9 @@ def prompt_of(row: Row, prompt: Any) -> Draft:
 
 
 def conversation(row: Row, name: str = "messages") -> Draft:
-    """A row ``{messages}``: the last turn is the response. With ``rejected_response`` it is a ranking of two.
+    """A row ``{messages}``: the last turn is the response.
+
+    With ``rejected_response`` it is a ranking of two.
 
     Raises:
       RowError: the last turn is not the assistant's, or a turn holds more than a role and a text.
@@ -289,14 +366,19 @@ def preference(row: Row) -> Draft:
     row.refuse_more_than_text()
     given = row.needed("input")
     if not isinstance(given, dict):
-        raise RowError("wrong type", f"field 'input' must be an object with 'messages', got {type(given).__name__}")
+        raise RowError(
+            "wrong type",
+            f"field 'input' must be an object with 'messages', got {type(given).__name__}",
+        )
     for name in given:
         if name in ("tools", "functions") and not is_empty_json(given[name]):
             raise RowError("tool call", f"'input.{name}' cannot be kept: leave such rows out")
         if name != "messages" and not is_empty_json(given[name]):
             row.leave_aside(f"input.{name}")
     prompt = turns(row, "input.messages", given.get("messages"))
-    answers = [turns(row, name, row.needed(name)) for name in ("preferred_output", "non_preferred_output")]
+    answers = [
+        turns(row, name, row.needed(name)) for name in ("preferred_output", "non_preferred_output")
+    ]
     (first, chosen), (second, rejected) = (answer_to(row, prompt, answer) for answer in answers)
     if first != second:
         raise RowError("prompts differ", "the two conversations differ before the last turn")
@@ -304,7 +386,12 @@ def preference(row: Row) -> Draft:
 
 
 def label_of(value: Any) -> str | None:
-    """The name of a person as an export gives it: a text, a number, or an object with an e-mail, name or id."""
+    """The name of a person as an export gives it.
+
+    It is a text, a number, or an object with an e-mail, name or id.
+    """
     if isinstance(value, dict):
-        value = next((value[key] for key in ("email", "username", "id") if value.get(key) is not None), None)
+        value = next(
+            (value[key] for key in ("email", "username", "id") if value.get(key) is not None), None
+        )
     return as_label(value)

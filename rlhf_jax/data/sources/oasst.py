@@ -19,13 +19,18 @@ OASST_TREES = "2023-04-12_oasst_ready.trees.jsonl.gz"
 
 
 def read_oasst(
-    data_dir: str | os.PathLike[str] | None = None, *, split: Split, test_fraction: float = 0.1, language: str = "en"
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    split: Split,
+    test_fraction: float = 0.1,
+    language: str = "en",
 ) -> tuple[list[Ranking], DataReport]:
     """Rankings of 2 to 9 replies to the same context, by the volunteers of OpenAssistant.
 
     Args:
-      data_dir: folder with ``rankings.jsonl.gz`` (rows ``{prompt: [{role, text}], responses, ranks}``, ranks from 0)
-        or else a file of message trees (``*tree*.jsonl.gz``), or with such a folder named oasst*; None = download.
+      data_dir: folder with ``rankings.jsonl.gz`` (rows
+        ``{prompt: [{role, text}], responses, ranks}``, ranks from 0) or else a file of message
+        trees (``*tree*.jsonl.gz``), or with such a folder named oasst*; None = download.
       split: "train" or "test", by a hash of the first human turn.
       test_fraction: share of the conversations in the test split.
       language: of the trees' messages, as a two-letter code.
@@ -33,15 +38,25 @@ def read_oasst(
     Source: Koepf et al. 2023, arXiv 2304.07327.
     """
     path = _oasst_file(data_dir, "*tree*.jsonl.gz", "rankings.jsonl.gz")
-    parse = _parse_oasst if path.name == "rankings.jsonl.gz" else functools.partial(_tree_rankings, language=language)
+    parse = (
+        _parse_oasst
+        if path.name == "rankings.jsonl.gz"
+        else functools.partial(_tree_rankings, language=language)
+    )
     groups, report = read_rows(path, parse)
     return take_split([r for group in groups for r in group], report, split, test_fraction)
 
 
 def read_oasst_demonstrations(
-    data_dir: str | os.PathLike[str] | None = None, *, split: Split, test_fraction: float = 0.1, language: str = "en"
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    split: Split,
+    test_fraction: float = 0.1,
+    language: str = "en",
 ) -> tuple[list[Demonstration], DataReport]:
-    """The best-ranked (or only) human reply to each context of OpenAssistant. Arguments as in `read_oasst`.
+    """The best-ranked (or only) human reply to each context of OpenAssistant.
+
+    Arguments as in `read_oasst`.
 
     The file may also be ``demonstrations.jsonl.gz`` (rows ``{prompt: [{role, text}], response}``).
     """
@@ -54,8 +69,14 @@ def read_oasst_demonstrations(
 
 def _parse_oasst(row: dict[str, Any]) -> list[Ranking]:
     responses, ranks = row.get("responses"), row.get("ranks")
-    if not isinstance(responses, list) or not isinstance(ranks, list) or len(responses) != len(ranks):
-        raise RowError("bad ranks", "fields 'responses' and 'ranks' must be lists of the same length")
+    if (
+        not isinstance(responses, list)
+        or not isinstance(ranks, list)
+        or len(responses) != len(ranks)
+    ):
+        raise RowError(
+            "bad ranks", "fields 'responses' and 'ranks' must be lists of the same length"
+        )
     if len(responses) < 2 or any(type(rank) is not int or rank < 0 for rank in ranks):
         raise RowError("bad ranks", "a ranking needs at least 2 responses and integer ranks from 0")
     texts = tuple(check_text(text, "responses").strip() for text in responses)
@@ -69,7 +90,11 @@ def _parse_oasst_demonstration(row: dict[str, Any]) -> list[Demonstration]:
 
 def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
     turns = row.get("prompt")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, dict) for turn in turns)
+    ):
         raise RowError("bad prompt", "field 'prompt' must be a list of {role, text}")
     return [(check_text(t.get("role"), "role"), check_text(t.get("text"), "text")) for t in turns]
 
@@ -78,7 +103,8 @@ def _tree_rankings(row: dict[str, Any], *, language: str) -> list[Ranking]:
     found = []
     for node, turns in _contexts(row, language):
         replies = sorted(
-            (r for r in _replies(node, language) if type(r.get("rank")) is int), key=lambda reply: reply["rank"]
+            (r for r in _replies(node, language) if type(r.get("rank")) is int),
+            key=lambda reply: reply["rank"],
         )
         if len(replies) < 2:
             continue
@@ -92,8 +118,11 @@ def _tree_demonstrations(row: dict[str, Any], *, language: str) -> list[Demonstr
     found = []
     for node, turns in _contexts(row, language):
         human = [r for r in _replies(node, language) if not r.get("synthetic")]
-        ranked = sorted((r for r in human if type(r.get("rank")) is int), key=lambda reply: reply["rank"])
-        # Without ranks a reply is taken only where it is alone: nobody said which of several is good.
+        ranked = sorted(
+            (r for r in human if type(r.get("rank")) is int), key=lambda reply: reply["rank"]
+        )
+        # Without ranks a reply is taken only where it is alone: nobody said which of several is
+        # good.
         best = ranked[0] if ranked else human[0] if len(human) == 1 else None
         if best is not None:
             text = check_text(best.get("text"), "text").strip()
@@ -101,7 +130,9 @@ def _tree_demonstrations(row: dict[str, Any], *, language: str) -> list[Demonstr
     return found
 
 
-def _contexts(row: dict[str, Any], language: str) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
+def _contexts(
+    row: dict[str, Any], language: str
+) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
     """Every human message of a tree with the turns up to and with it."""
     root = row.get("prompt")
     if not isinstance(root, dict):
@@ -109,23 +140,32 @@ def _contexts(row: dict[str, Any], language: str) -> Iterator[tuple[dict[str, An
     stack = [(root, [])] if root.get("lang") == language and not root.get("deleted") else []
     while stack:
         node, before = stack.pop()
-        turns = [*before, (check_text(node.get("role"), "role"), check_text(node.get("text"), "text"))]
+        turns = [
+            *before,
+            (check_text(node.get("role"), "role"), check_text(node.get("text"), "text")),
+        ]
         if node["role"] == "prompter":
             yield node, turns
         stack += [(reply, turns) for reply in reversed(_replies(node, language))]
 
 
 def _replies(node: dict[str, Any], language: str) -> list[dict[str, Any]]:
-    return [r for r in node.get("replies") or [] if r.get("lang") == language and not r.get("deleted")]
+    return [
+        r for r in node.get("replies") or [] if r.get("lang") == language and not r.get("deleted")
+    ]
 
 
 def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: str) -> Path:
     if data_dir is None:
         return download(OASST_REPO, OASST_TREES)
-    root = folder(data_dir, *(p.name for p in sorted(local_path("data_dir", data_dir).glob("oasst*"))))
+    root = folder(
+        data_dir, *(p.name for p in sorted(local_path("data_dir", data_dir).glob("oasst*")))
+    )
     files = [*sorted(root.glob(derived)), *sorted(root.glob(trees))]
     if not files:
-        raise ValueError(f"no {derived} or {trees} in {root}: pass the folder that holds OpenAssistant's file")
+        raise ValueError(
+            f"no {derived} or {trees} in {root}: pass the folder that holds OpenAssistant's file"
+        )
     return files[0]
 
 
@@ -135,7 +175,9 @@ def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: st
 def is_tree(row: Row) -> bool:
     """Whether a row is a tree of messages, or a message of the flat form."""
     root = row.values.get("prompt")
-    return (isinstance(root, dict) and bool({"replies", "message_id"} & set(root))) or is_message(row)
+    return (isinstance(root, dict) and bool({"replies", "message_id"} & set(root))) or is_message(
+        row
+    )
 
 
 def is_message(row: Row) -> bool:
@@ -156,7 +198,10 @@ def table(rows: Sequence[Row], language: str) -> tuple[Sequence[Row], Callable[[
 
 
 def _trees(rows: Sequence[Row]) -> list[Row]:
-    """The messages of the flat form as trees; a message whose parent is missing stands alone, and is refused there."""
+    """The messages of the flat form as trees.
+
+    A message whose parent is missing stands alone, and is refused there.
+    """
     nodes: dict[str, dict[str, Any]] = {}
     for row in rows:
         node = {name: row.take(name) for name in row.values}
@@ -164,7 +209,10 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
         for name in ("deleted", "synthetic"):
             if row.cells:  # a cell holds the word
                 node[name] = str(node.get(name)).strip().lower() in ("true", "1", "1.0")
-        nodes[str(node["message_id"])] = node | {"rank": None if rank is None else int(rank), "replies": []}
+        nodes[str(node["message_id"])] = node | {
+            "rank": None if rank is None else int(rank),
+            "replies": [],
+        }
     parts: dict[str, list[Row]] = {}
     for row in rows:
         node = nodes[str(row.values["message_id"])]
@@ -174,11 +222,16 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
         root, seen = str(row.values["message_id"]), set()
         while str(nodes[root]["parent_id"]) in nodes:
             if root in seen:
-                raise ValueError(f"{row.place}: field 'parent_id' leads from the message back to it: remove the row")
+                raise ValueError(
+                    f"{row.place}: field 'parent_id' leads from the message back to it: remove the "
+                    "row"
+                )
             seen.add(root)
             root = str(nodes[root]["parent_id"])
         parts.setdefault(root, []).append(row)
-    return [Row(group[0].place, {"prompt": nodes[root]}, parts=group) for root, group in parts.items()]
+    return [
+        Row(group[0].place, {"prompt": nodes[root]}, parts=group) for root, group in parts.items()
+    ]
 
 
 def _drafts(row: Row, language: str) -> list[Draft]:
@@ -188,14 +241,21 @@ def _drafts(row: Row, language: str) -> list[Draft]:
     if not isinstance(root, dict):
         raise RowError("bad prompt", "field 'prompt' must be the first message of the tree")
     if root.get("role") == "assistant" or root.get("parent_id"):
-        raise RowError("missing field", f"field 'parent_id' = {root.get('parent_id')!r} names no message of the file")
+        raise RowError(
+            "missing field",
+            f"field 'parent_id' = {root.get('parent_id')!r} names no message of the file",
+        )
     if root.get("lang") != language:
-        raise RowError("language", f"the tree is in {root.get('lang')!r}: choose it with --config.language=")
+        raise RowError(
+            "language", f"the tree is in {root.get('lang')!r}: choose it with --config.language="
+        )
     for name in ("message_tree_id", "tree_state"):
         row.take(name)
     for node in _all(root):
         if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
-            raise RowError("bad prompt", "field 'replies' must be a list of messages, each an object")
+            raise RowError(
+                "bad prompt", "field 'replies' must be a list of messages, each an object"
+            )
         if node.get("lang") != language:
             row.leave_aside(f"messages in {node.get('lang')!r}")
         if node.get("deleted"):
@@ -203,13 +263,27 @@ def _drafts(row: Row, language: str) -> list[Draft]:
     drafts = []
     for found in _tree_rankings(tree, language=language):
         order = sorted(set(found.ranks))
-        fields = {"prompt": found.prompt, "responses": list(found.responses), "id": found.id, "source": "oasst"}
-        drafts.append(Draft(Ranking, fields | {"ranks": [order.index(rank) + 1 for rank in found.ranks]}))
+        fields = {
+            "prompt": found.prompt,
+            "responses": list(found.responses),
+            "id": found.id,
+            "source": "oasst",
+        }
+        drafts.append(
+            Draft(Ranking, fields | {"ranks": [order.index(rank) + 1 for rank in found.ranks]})
+        )
     for best in _tree_demonstrations(tree, language=language):
-        fields = {"prompt": best.prompt, "response": best.response, "id": best.id, "source": "oasst"}
+        fields = {
+            "prompt": best.prompt,
+            "response": best.response,
+            "id": best.id,
+            "source": "oasst",
+        }
         drafts.append(Draft(Demonstration, fields))
     if not drafts:
-        raise RowError("nothing annotated", "no message of the tree has ranked replies, or a single human one")
+        raise RowError(
+            "nothing annotated", "no message of the tree has ranked replies, or a single human one"
+        )
     return drafts
 
 

@@ -1,4 +1,7 @@
-"""The records of this package in whatever holds a table: as `schema.read_jsonl` reads them, texts as they are."""
+"""The records of this package in whatever holds a table.
+
+They are read as `schema.read_jsonl` reads them, with texts unchanged.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from rlhf_jax.data.sources.row import Draft, Row, asked, listed
 
 KINDS = (Ranking, Demonstration, PlainText, Prompt)
 RATINGS = (
-    "helpfulness", "correctness", "honesty", "quality", "rating", "overall_rating", "overall_score", "reward",
+    "helpfulness", "correctness", "honesty", "quality", "rating", "overall_rating", "overall_score",
+    "reward",
 )  # fmt: skip
 """Numbers by which people or models say how good a response is, as HelpSteer has them."""
 
@@ -26,7 +30,9 @@ def fits(row: Row) -> bool:
     alone = found <= {*field_names(Prompt), *row.systems()}
     if rating(row) and row.has("response"):
         return False  # a response that somebody rated as bad is no demonstration, unless the user says so
-    return (prompt and (row.has("response") or alone)) or (row.has("text") and found <= set(field_names(PlainText)))
+    return (prompt and (row.has("response") or alone)) or (
+        row.has("text") and found <= set(field_names(PlainText))
+    )
 
 
 def rating(row: Row) -> str:
@@ -35,7 +41,9 @@ def rating(row: Row) -> str:
 
 
 def parse(row: Row) -> Draft:
-    """A ranking, a demonstration, a text or a prompt, by the columns that are there; texts are not changed.
+    """A ranking, a demonstration, a text or a prompt, by the columns that are there.
+
+    Texts are not changed.
 
     Raises:
       RowError: a system column and a system turn differ, or a column says more than a text can.
@@ -44,7 +52,9 @@ def parse(row: Row) -> Draft:
     kind = kind_of(row)
     if kind is PlainText:
         return Draft(kind, {**row.labels(kind), "text": row.raw("text")})
-    prompt: Any = listed(row, "messages", row.raw("messages")) if row.has("messages") else row.raw("prompt")
+    prompt: Any = (
+        listed(row, "messages", row.raw("messages")) if row.has("messages") else row.raw("prompt")
+    )
     fields = row.labels(kind)
     if kind is Demonstration and not row.has("response"):
         *prompt, last = prompt
@@ -66,5 +76,9 @@ def kind_of(row: Row) -> type:
         return PlainText
     turns = row.values.get("messages")
     last = turns[-1] if isinstance(turns, list) and turns else None
-    answered = isinstance(last, dict) and last.get("role") == "assistant" and set(last) <= {"role", "content"}
+    answered = (
+        isinstance(last, dict)
+        and last.get("role") == "assistant"
+        and set(last) <= {"role", "content"}
+    )
     return Demonstration if isinstance(row.values.get("response"), str) or answered else Prompt

@@ -1,11 +1,14 @@
-"""Several responses to a prompt with a number each: UltraFeedback, distilabel, HelpSteer and the like.
+"""Several responses to a prompt with a number each.
+
+UltraFeedback, distilabel, HelpSteer and others have this form.
 
 A larger number is better, equal ones tie, a missing one is not ranked. The row is one of
 
-- ``{prompt, responses: [text], scores: [number]}``, also as distilabel's ``{instruction, generations, ratings}``;
+- ``{prompt, responses: [text], scores: [number]}``, also as distilabel's
+  ``{instruction, generations, ratings}``;
 - UltraFeedback's ``{instruction, completions: [{response, overall_score, model, ..}]}``;
-- ``{prompt, response, score}``, one response a row: rows with one prompt are ranked together. Which of several numbers
-  is meant is said with ``--columns score=helpfulness``.
+- ``{prompt, response, score}``, one response a row: rows with one prompt are ranked together. Which
+  of several numbers is meant is said with ``--columns score=helpfulness``.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ LISTS = ("responses", "completions", "generations")
 NUMBERS = ("scores", "ratings", "rating")
 PROMPTS = ("prompt", "instruction")
 SCORES = ("overall_score", "score", "fine-grained_score")
-"""The numbers of a completion, the first that is there; UltraFeedback has the first and the last."""
+"""The numbers of a completion, the first that is there; UltraFeedback has the first and the
+last."""
 
 
 def table(
@@ -46,13 +50,16 @@ def table(
       columns: of these, ``score`` may name a number inside the completions.
     """
     score = (columns or {}).get("score", "")
-    singles = [row for row in rows if row.has("response") and not any(row.has(name) for name in LISTS)]
+    singles = [
+        row for row in rows if row.has("response") and not any(row.has(name) for name in LISTS)
+    ]
     if not singles:
         return rows, lambda row: parse(row, score)
     together: dict[Any, list[Row]] = {}
     for row in rows:
         prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
-        # What stands over a prompt and who rated it keep rows apart: their numbers are not compared.
+        # What stands over a prompt and who rated it keep rows apart: their numbers are not
+        # compared.
         prompt = _plain_prompt(prompt)
         key = (repr(prompt), row.system_key(), repr(row.values.get("labeler")))
         together.setdefault(key, []).append(row)
@@ -61,12 +68,17 @@ def table(
 
 
 def _plain_prompt(prompt: Any) -> Any:
-    """A prompt as rows are compared by it: the line ends and the spaces around it are not kept anyway."""
+    """A prompt as rows are compared by it.
+
+    Its line ends and the spaces around it do not count.
+    """
     return prompt.replace("\r\n", "\n").strip() if isinstance(prompt, str) else prompt
 
 
 def parse(row: Row, score: str = "") -> Draft:
-    """A ranking of K responses; `score` is the number of a completion that counts, "" the first of `SCORES`.
+    """A ranking of K responses by the numbers of one column.
+
+    `score` is that column of a completion; "" takes the first of `SCORES`.
 
     Raises:
       RowError: there is no list of responses, or not a number or null for each.
@@ -75,10 +87,13 @@ def parse(row: Row, score: str = "") -> Draft:
     prompt = _prompt(row)
     name = next((name for name in LISTS if row.has(name)), None)
     if name is None and any(isinstance(row.values.get(name), list) for name in LISTS):
-        raise RowError("only one response", "the list of responses is empty: there is nothing to compare")
+        raise RowError(
+            "only one response", "the list of responses is empty: there is nothing to compare"
+        )
     if name is None:
         raise RowError(
-            "missing field", "the row needs a list 'responses' (with 'scores') or 'completions': it has "
+            "missing field",
+            "the row needs a list 'responses' (with 'scores') or 'completions': it has "
             f"{', '.join(sorted(row.columns()))}",
         )  # fmt: skip
     answers = listed(row, name, row.take(name), opening="[")
@@ -87,9 +102,14 @@ def parse(row: Row, score: str = "") -> Draft:
     if answers and all(isinstance(answer, dict) for answer in answers):
         answers, scores, policies = _completions(row, name, answers, score)
     else:
-        scores, policies = _numbers(row), row.take("generation_models") if row.has("generation_models") else None
+        scores, policies = (
+            _numbers(row),
+            row.take("generation_models") if row.has("generation_models") else None,
+        )
     if not isinstance(scores, list) or len(scores) != len(answers):
-        raise RowError("missing rank", "field 'scores' must be a list with a number for each response")
+        raise RowError(
+            "missing rank", "field 'scores' must be a list with a number for each response"
+        )
     if len(answers) < 2:
         raise RowError("only one response", "there is one response: nothing to compare with")
     return _ranking(row, prompt, answers, ranks_of(scores), policies)
@@ -106,7 +126,9 @@ def _numbers(row: Row) -> list[Any] | None:
     if not isinstance(scores, list):
         return None
     # distilabel keeps a model's ratings as texts.
-    return [as_number(score, f"{name}[{k}]", texts=name != "scores") for k, score in enumerate(scores)]
+    return [
+        as_number(score, f"{name}[{k}]", texts=name != "scores") for k, score in enumerate(scores)
+    ]
 
 
 def _completions(
@@ -114,7 +136,9 @@ def _completions(
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """The texts, numbers and models of UltraFeedback's completions."""
     names = [score] if score else SCORES
-    key = next((key for key in names if any(answer.get(key) is not None for answer in answers)), None)
+    key = next(
+        (key for key in names if any(answer.get(key) is not None for answer in answers)), None
+    )
     if key is None:
         found = ", ".join(sorted({key for answer in answers for key in answer}))
         raise RowError(
@@ -126,10 +150,16 @@ def _completions(
             if answer[other] not in (None, "", [], {}):
                 row.leave_aside(f"{name}[].{other}")
     scores = [as_number(answer.get(key), f"scores[{k}]") for k, answer in enumerate(answers)]
-    return [answer.get("response") for answer in answers], scores, [answer.get("model") for answer in answers]
+    return (
+        [answer.get("response") for answer in answers],
+        scores,
+        [answer.get("model") for answer in answers],
+    )
 
 
-def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None], policies: Any) -> Draft:
+def _ranking(
+    row: Row, prompt: Any, answers: list[Any], ranks: list[int | None], policies: Any
+) -> Draft:
     responses = []
     for k, answer in enumerate(answers):
         said = turns(row, f"responses[{k}]", answer) if isinstance(answer, list) else answer
@@ -141,7 +171,9 @@ def _ranking(row: Row, prompt: Any, answers: list[Any], ranks: list[int | None],
     prompt = tidy_prompt(row, prompt) if isinstance(prompt, str) else prompt
     prompt, has_system = with_system(row, prompt)
     note_beginnings(row, responses)
-    names = policies if policies and all(isinstance(name, str) and name for name in policies) else None
+    names = (
+        policies if policies and all(isinstance(name, str) and name for name in policies) else None
+    )
     fields = {**row.labels(Ranking), **asked(prompt), "responses": responses, "ranks": ranks}
     return Draft(Ranking, fields | ({"policies": names} if names else {}), has_system)
 
@@ -152,7 +184,8 @@ def _without_prompt(row: Row, prompt: Any, responses: list[str]) -> list[str]:
     kind = repeats(text, responses)
     if kind == "one":
         raise RowError(
-            "prompt in one text", "the prompt begins some of the responses only: write the answers alone in all of them"
+            "prompt in one text",
+            "the prompt begins some of the responses only: write the answers alone in all of them",
         )
     if kind in ("surely", "likely"):
         row.note("prompt cut from whole text")
@@ -171,7 +204,8 @@ def _single(row: Row) -> tuple[str, float | int | None]:
     if not row.has("score"):
         numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]
         raise RowError(
-            "missing field", "field 'score' is missing: say which number is meant with --columns score=NAME; the "
+            "missing field",
+            "field 'score' is missing: say which number is meant with --columns score=NAME; the "
             f"row has the numbers {', '.join(numbers) or '(none)'}",
         )  # fmt: skip
     for name in (*PROMPTS, "labeler", *row.systems()):  # the rows of a group have them in common
@@ -192,12 +226,16 @@ def _parse_group(group: Row) -> Draft:
         except RowError as error:
             if row is first:
                 raise
-            raise RowError(error.reason, f"of the rows with this prompt, {row.place}: {error}") from None
+            raise RowError(
+                error.reason, f"of the rows with this prompt, {row.place}: {error}"
+            ) from None
         answers.append(answer)
         scores.append(score)
         ids.append(as_label(row.take("id")))
     if len(rows) < 2:
-        raise RowError("only one response", "no other row has this prompt: there is nothing to compare with")
+        raise RowError(
+            "only one response", "no other row has this prompt: there is nothing to compare with"
+        )
     draft = _ranking(first, prompt, answers, ranks_of(scores), None)
     named = {"id": ids[0]} if ids[0] is not None else {}
     return Draft(draft.kind, draft.fields | named, draft.has_system)

@@ -1,7 +1,10 @@
-"""The forms of other people's data: how each is recognised, and what it gives. `FORMS` is the one table of them.
+"""The forms of other people's data: how each is recognised, and what it gives.
 
-A form is recognised by the columns of a row that hold something. It is said aloud which one was taken, and where no
-form fits, or a table has no prompt, the refusal names the columns that are there and the flag that maps them.
+`FORMS` is the one table of them.
+
+A form is recognised by the columns of a row that hold something. It is said aloud which one was
+taken, and where no form fits, or a table has no prompt, the refusal names the columns that are
+there and the flag that maps them.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class Form(NamedTuple):
       gives: what a row becomes, in words.
       fits: whether a row is of this form.
       plan: the rows of a table (some put together) and the parser of one.
-      renames: whether `columns` renames columns; else it names fields and questions inside a record.
+      renames: whether `columns` renames columns; else it names fields and questions inside a
+        record.
     """
 
     title: str
@@ -82,9 +86,17 @@ def _is_rated(row: Row) -> bool:
     if not any(row.has(name) for name in rated.PROMPTS):
         return False
     completions = row.values.get("completions")
-    scored = isinstance(completions, list) and all(isinstance(answer, dict) for answer in completions) and completions
-    several = any(row.has(name) for name in rated.LISTS) and any(row.has(name) for name in rated.NUMBERS)
-    return bool(scored) or several or (row.has("prompt") and row.has("response") and row.has("score"))
+    scored = (
+        isinstance(completions, list)
+        and all(isinstance(answer, dict) for answer in completions)
+        and completions
+    )
+    several = any(row.has(name) for name in rated.LISTS) and any(
+        row.has(name) for name in rated.NUMBERS
+    )
+    return (
+        bool(scored) or several or (row.has("prompt") and row.has("response") and row.has("score"))
+    )
 
 
 def _is_pairs(row: Row) -> bool:
@@ -99,7 +111,11 @@ def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Par
     def parse(row: Row) -> Draft:
         if row.has("chosen") or row.has("rejected"):
             return pair(row)
-        if "completion" in row.values or not row.has("prompt") or (len(row.columns()) > 1 and row.has("label")):
+        if (
+            "completion" in row.values
+            or not row.has("prompt")
+            or (len(row.columns()) > 1 and row.has("label"))
+        ):
             return complete(row)
         return trl.prompt_only(row)
 
@@ -108,7 +124,8 @@ def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Par
 
 FORMS: Mapping[str, Form] = {
     "label_studio": Form(
-        "a Label Studio export", "`data`, `annotations`", "rankings by each annotator, or demonstrations",
+        "a Label Studio export", "`data`, `annotations`",
+        "rankings by each annotator, or demonstrations",
         label_studio.is_task, lambda rows, o: annotated.table(rows, o.columns, label_studio.extract), renames=False,
     ),
     "argilla": Form(
@@ -150,7 +167,8 @@ FORMS: Mapping[str, Form] = {
         lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"), _each(alpaca.parse_dolly),
     ),
     "rated": Form(
-        "responses with scores", "`prompt` or `instruction`; `completions` with scores, `responses` + `scores`, "
+        "responses with scores",
+        "`prompt` or `instruction`; `completions` with scores, `responses` + `scores`, "
         "`generations` + `ratings`, or `response` + `score`",
         "responses ranked by their scores, larger is better",
         _is_rated, lambda rows, o: rated.table(rows, o.columns),
@@ -162,20 +180,31 @@ FORMS: Mapping[str, Form] = {
         _plan_trl,
     ),
     "jsonl": Form(
-        "records of this package", "`prompt` or `messages`; `response`; `responses`, `ranks`; `text`",
+        "records of this package",
+        "`prompt` or `messages`; `response`; `responses`, `ranks`; `text`",
         "each field under its own name",
         own.fits, _each(own.parse),
     ),
 }  # fmt: skip
 """The forms by name, in the order in which they are tried."""
 
-ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "assistant", "best_answer")
+ANSWERS = (
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "solution",
+    "target",
+    "assistant",
+    "best_answer",
+)
 """Columns that the refusal of a table proposes as answers; none is taken for one."""
 PREFERENCES = (
-    "preference", "preferred", "overall_preference", "human_preference", "better", "better_response",
-    "better_response_id", "safer_response_id", "winner", "choice", "labels",
+    "preference", "preferred", "overall_preference", "human_preference", "better",
+    "better_response", "better_response_id", "safer_response_id", "winner", "choice", "labels",
 )  # fmt: skip
-"""Columns that say which of several numbered answers is better: naming two of those answers alone would lose it."""
+"""Columns that say which of several numbered answers is better: naming two of those answers alone
+would lose it."""
 MAPPED = (
     "prompt",
     "chosen",
@@ -224,16 +253,22 @@ def said(name: str, row: Row) -> str:
     elif name == "trl":
         answers = "chosen over rejected" if row.has("chosen") else "completion -> response"
         shared = "prompt" if row.has("prompt") else "turns that both share"
-        gives = f"{shared} -> prompt" + (f", {answers}" if row.has("chosen") or row.has("completion") else "")
+        gives = f"{shared} -> prompt" + (
+            f", {answers}" if row.has("chosen") or row.has("completion") else ""
+        )
     elif name == "openai":
         of_turns, of_pairs = gives.split("; ")
         two = row.has("rejected_response")
-        gives = of_pairs if row.has("preferred_output") else of_turns + ", over rejected_response" * two
+        gives = (
+            of_pairs if row.has("preferred_output") else of_turns + ", over rejected_response" * two
+        )
     elif name == "sharegpt" and row.has("chosen"):
         gives = "the turns -> prompt, chosen over rejected"
     elif name == "dolly":
         about = "instruction + context" if "context" in row.values else "instruction"
-        gives = f"{about} -> prompt, response -> response" + ", category -> use_case" * row.has("category")
+        gives = f"{about} -> prompt, response -> response" + ", category -> use_case" * row.has(
+            "category"
+        )
     return f"read as {form.title}: {', '.join([*parts, gives])}"
 
 
@@ -255,48 +290,56 @@ def refuse_unknown(row: Row) -> str:
         return f"the columns are {columns}, which are compared by their exact names: --columns {mapped}"
     if row.has("prompt") and row.has("response") and own.rating(row):
         return (
-            f"the columns are {columns}: {own.rating(row)!r} rates the response, so rank the responses of each prompt "
-            f"with --source=rated --columns score={own.rating(row)}, or take all of them as demonstrations with "
-            "--source=jsonl"
+            f"the columns are {columns}: {own.rating(row)!r} rates the response, so rank the "
+            f"responses of each prompt with --source=rated --columns score={own.rating(row)}, or "
+            "take all of them as demonstrations with --source=jsonl"
         )
     choice = next((name for name in PREFERENCES if name in renamed), "")
     if choice:
         return (
-            f"the columns are {columns}, and {renamed[choice]!r} seems to say which answer is better, which no form "
-            "here reads from two numbered answers: write the better one to a column chosen, the other to rejected, "
-            "and their prompt to prompt"
+            f"the columns are {columns}, and {renamed[choice]!r} seems to say which answer is "
+            "better, which no form here reads from two numbered answers: write the better one to "
+            "a column chosen, the other to rejected, and their prompt to prompt"
         )
     if row.has("label") and (row.has("completion") or row.has("response")):
-        return f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
+        return (
+            f"the columns are {columns}: a label of one answer is no ranking; use pairs or scores"
+        )
     if row.has("prompt"):
         answers = [name for name in ANSWERS if row.has(name)]
         return (
-            f"the columns are {columns}: nobody can tell which of them answers the prompt, so name it with "
-            f"--source=trl --columns completion={answers[0] if len(answers) == 1 else 'NAME'} (or "
+            f"the columns are {columns}: nobody can tell which of them answers the prompt, so name "
+            "it with --source=trl --columns "
+            f"completion={answers[0] if len(answers) == 1 else 'NAME'} (or "
             "chosen=NAME,rejected=NAME), or take the prompts alone with --source=jsonl"
         )
     asks = [name for name in trl.QUESTIONS if row.has(name)]
     answers = [name for name in ANSWERS if row.has(name)]
     if len(asks) == 1 and len(answers) == 1:
         return (
-            f"the columns are {columns}, and none is taken for the prompt unasked: if {asks[0]!r} is the prompt and "
-            f"{answers[0]!r} answers it, --source=trl --columns prompt={asks[0]},completion={answers[0]}"
+            f"the columns are {columns}, and none is taken for the prompt unasked: if {asks[0]!r} "
+            f"is the prompt and {answers[0]!r} answers it, --source=trl --columns "
+            f"prompt={asks[0]},completion={answers[0]}"
         )
     return (
-        f"the columns are {columns}, which is no known form ({', '.join(FORMS)}): choose one with --source=FORM and "
-        f"name its columns with --columns WANTED=NAME,.. (wanted: {', '.join(MAPPED)})"
+        f"the columns are {columns}, which is no known form ({', '.join(FORMS)}): choose one with "
+        "--source=FORM and name its columns with --columns WANTED=NAME,.. (wanted: "
+        f"{', '.join(MAPPED)})"
     )
 
 
 def _misspelt(names: set[str], known: set[str]) -> bool:
     """Whether a name is one of a record's with a slip in it, such as `promt`."""
     return any(
-        difflib.get_close_matches(name, ["prompt", "response", "messages"], cutoff=0.8) for name in names - known
+        difflib.get_close_matches(name, ["prompt", "response", "messages"], cutoff=0.8)
+        for name in names - known
     )
 
 
 def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
-    """The command that converts a file which is no file of this package; "" where it is one, or no form fits.
+    """The command that converts a file which is no file of this package.
+
+    It is "" where it is one, or no form fits.
 
     Args:
       path: the file.
@@ -315,8 +358,9 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
     has_core = bool(names & {"prompt", "messages", "text", "responses", "response"})
     if names <= known and is_list:
         return (
-            f"{path} is one JSON list and not an object a line: convert it with "
-            f"python experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file of DIR"
+            f"{path} is one JSON list and not an object a line: convert it with python "
+            f"experiments/prepare_data.py --source=jsonl --data={path} --out=DIR, and pass a file "
+            "of DIR"
         )
     if (
         kind not in (None, PlainText)
@@ -324,8 +368,9 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
         and not names & {"prompt", "messages", "responses", "response"}
     ):
         return (
-            f"{path} holds finished texts (the field 'text'), which do not say where an answer begins: write prompt "
-            "and response, or messages, as the texts were made of; a text alone is read as a corpus"
+            f"{path} holds finished texts (the field 'text'), which do not say where an answer "
+            "begins: write prompt and response, or messages, as the texts were made of; a text "
+            "alone is read as a corpus"
         )
     telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
     if not name and names & telling and not _misspelt(names, known):
@@ -336,6 +381,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
         return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"
     shown = ", ".join(list(row.values)[:6])
     return (
-        f"{path} looks like {FORMS[name].title} ({shown}): convert it with "
-        f"python experiments/prepare_data.py --source={name} --data={path} --out=DIR, and pass a file of DIR"
+        f"{path} looks like {FORMS[name].title} ({shown}): convert it with python "
+        f"experiments/prepare_data.py --source={name} --data={path} --out=DIR, and pass a file of "
+        "DIR"
     )

@@ -1,4 +1,7 @@
-"""A row of somebody else's table while it is read: what was taken from it, what was noted, what is left aside."""
+"""A row of somebody else's table while it is read.
+
+It knows what was taken from it, what was noted, and what is left aside.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,11 @@ _NOT_RECORDS = {
     "not text": ("images", "image", "videos", "video", "audios", "audio"),
 }
 SYSTEMS = (
-    "system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt",
+    "system", "system_prompt", "system_message", "system_instruction", "system_instructions",
+    "sys_prompt",
 )  # fmt: skip
-"""Columns that hold a system prompt. Case and the signs between words do not matter: `System Prompt` is one too."""
+"""Columns that hold a system prompt. Case and the signs between words do not matter:
+`System Prompt` is one too."""
 _PLAIN_SYSTEMS = {name.replace("_", "") for name in SYSTEMS}
 
 
@@ -53,7 +58,14 @@ class Row:
       parts: the rows of the file that this one puts together; itself where it is one.
     """
 
-    def __init__(self, place: str, values: dict[str, Any], *, cells: bool = False, parts: Sequence[Row] | None = None):
+    def __init__(
+        self,
+        place: str,
+        values: dict[str, Any],
+        *,
+        cells: bool = False,
+        parts: Sequence[Row] | None = None,
+    ):
         self.place, self.values, self.cells = place, values, cells
         self.parts: Sequence[Row] = [self] if parts is None else parts
         self._notes: dict[str, None] = {}
@@ -62,7 +74,10 @@ class Row:
         self._inside: dict[str, Row] = {}
 
     def inside(self, name: str, values: dict[str, Any]) -> Row:
-        """A row for what lies inside a column; what it notes and leaves aside is told of this one."""
+        """A row for what lies inside a column.
+
+        What that row notes and leaves aside is reported of this one.
+        """
         self._taken.add(name)
         self._inside[name] = Row(self.place, values, cells=self.cells)
         return self._inside[name]
@@ -89,11 +104,16 @@ class Row:
         return [name for name in self.values if self.has(name)]
 
     def take(self, name: str) -> Any:
-        """What a column holds, cleaned of line ends, marks and numbers that are no JSON; None where it is missing."""
+        """What a column holds, cleaned of line ends, marks and numbers that are no JSON.
+
+        It is None where it is missing.
+        """
         self._taken.add(name)
         value = self.values.get(name)
         if self.cells and isinstance(value, str) and value.strip().lower() in _MISSING:
-            self.note("missing value as text")  # what pandas and others write for nothing, or a word somebody wrote
+            self.note(
+                "missing value as text"
+            )  # what pandas and others write for nothing, or a word somebody wrote
         return self.clean(value)
 
     def took(self, name: str) -> bool:
@@ -107,13 +127,20 @@ class Row:
 
     def aside(self) -> list[str]:
         """What holds something and was not taken."""
-        found = [name or "(no name)" for name in self.columns() if name not in self._taken] + list(self._aside)
+        found = [name or "(no name)" for name in self.columns() if name not in self._taken] + list(
+            self._aside
+        )
         for name, row in self._inside.items():
-            found += [f"{name}.{inner}" if "." not in name and name else inner for inner in row.aside()]
+            found += [
+                f"{name}.{inner}" if "." not in name and name else inner for inner in row.aside()
+            ]
         return found
 
     def clean(self, value: Any) -> Any:
-        """A value as JSON would hold it; a text without a byte order mark before it and with lines ending in LF."""
+        """A value as JSON would hold it.
+
+        A text has no byte order mark before it, and its lines end in LF.
+        """
         if isinstance(value, str):
             return self._clean_text(value)
         if isinstance(value, dict):
@@ -146,19 +173,24 @@ class Row:
         value = self.take(name)
         if value is None and name in self.values:
             raise RowError(
-                "missing field", f"field {name!r} is missing: it is null here, so fill it in or remove the row"
+                "missing field",
+                f"field {name!r} is missing: it is null here, so fill it in or remove the row",
             )
         if value is None:
             found = ", ".join(sorted(self.columns())) or "nothing"
             fix = f"name the column that holds it with --columns {name}=NAME"
-            raise RowError("missing field", f"field {name!r} is missing: the row has {found}; {fix}")
+            raise RowError(
+                "missing field", f"field {name!r} is missing: the row has {found}; {fix}"
+            )
         return value
 
     def text(self, name: str) -> str:
         """A text that must be there, and may be empty."""
         value = self.needed(name)
         if not isinstance(value, str):
-            raise RowError("wrong type", f"field {name!r} must be a text, got {type(value).__name__}")
+            raise RowError(
+                "wrong type", f"field {name!r} must be a text, got {type(value).__name__}"
+            )
         return value
 
     def optional_text(self, name: str) -> str:
@@ -167,12 +199,16 @@ class Row:
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
         if not isinstance(value, str):
-            raise RowError("wrong type", f"field {name!r} must be a text, got {type(value).__name__}")
+            raise RowError(
+                "wrong type", f"field {name!r} must be a text, got {type(value).__name__}"
+            )
         return "" if self.cells and value.strip().lower() in _MISSING else value
 
     def systems(self) -> list[str]:
         """The names of the system columns that hold something."""
-        return [name for name in self.columns() if re.sub(r"[\W_]+", "", name).lower() in _PLAIN_SYSTEMS]
+        return [
+            name for name in self.columns() if re.sub(r"[\W_]+", "", name).lower() in _PLAIN_SYSTEMS
+        ]
 
     def system_text(self) -> str:
         """The text of a system column, or ""."""
@@ -193,8 +229,8 @@ class Row:
                 if self.has(name) and not is_empty_json(self.values[name]):
                     raise RowError(
                         reason,
-                        f"the column {name!r} cannot be kept: leave such rows out, or the whole column aside with "
-                        f"--columns {name}=",
+                        f"the column {name!r} cannot be kept: leave such rows out, or the whole "
+                        f"column aside with --columns {name}=",
                     )
 
     def labels(self, kind: type) -> dict[str, Any]:
@@ -222,11 +258,15 @@ def is_blank(value: Any) -> bool:
 
 def is_empty_json(value: Any) -> bool:
     """Whether a value is nothing, also written as JSON in a text: ``"[]"``, ``"null"``."""
-    return is_blank(value) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None", "nan"))
+    return is_blank(value) or (
+        isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None", "nan")
+    )
 
 
 def as_label(value: Any) -> str | None:
-    """An id or a name as text: integers of any length as they are, 7.0 as "7"; None for what is no label.
+    """An id or a name as text: integers of any length as they are, 7.0 as "7".
+
+    It is None for what is not a label.
 
     >>> as_label(123456789012345678901234567890), as_label(7.0), as_label(True)
     ('123456789012345678901234567890', '7', None)
@@ -255,7 +295,9 @@ def as_number(value: Any, name: str, *, texts: bool = False) -> float | int | No
     Raises:
       RowError: it is something else.
     """
-    if value is None or (texts and isinstance(value, str) and value.strip().lower() in {"", *_MISSING}):
+    if value is None or (
+        texts and isinstance(value, str) and value.strip().lower() in {"", *_MISSING}
+    ):
         return None
     if texts and isinstance(value, str):
         try:
@@ -272,7 +314,9 @@ def as_number(value: Any, name: str, *, texts: bool = False) -> float | int | No
 def _no_number(name: str, value: Any) -> RowError:
     shown = f"{type(value).__name__} {str(value)[:30]!r}"
     return RowError(
-        "wrong type", f"field {name!r} must be a number or null, got {shown}: write it as 1 or 1.5, without quotes"
+        "wrong type",
+        f"field {name!r} must be a number or null, got {shown}: write it as 1 or 1.5, without "
+        "quotes",
     )
 
 
@@ -295,7 +339,10 @@ def ranks_of(scores: Iterable[float | int | None]) -> list[int | None]:
 
 
 def tidy_prompt(row: Row, prompt: str) -> str:
-    """A text prompt without the spaces after it and empty lines before it; noted where there were some."""
+    """A text prompt without the spaces after it and empty lines before it.
+
+    It is noted where there were some.
+    """
     tidy = prompt.rstrip().lstrip("\n")
     if tidy != prompt:
         row.note("spaces at the seam removed")
@@ -330,20 +377,23 @@ def listed(row: Row, name: str, value: Any, *, opening: str = "[{") -> Any:
     except ValueError:
         pass
     else:
-        # Where a text may stand too, a list of objects that are no turns is one: an answer that is itself JSON.
+        # Where a text may stand too, a list of objects that are no turns is one: an answer that is
+        # itself JSON.
         return decoded if opening != "[{" or is_turns(decoded) else value
     if re.match(r"\s*\[\{'(?:role|content|from|value)'", value):
         raise RowError(
             "wrong type",
-            f"field {name!r} holds messages as Python prints them: save the table as JSON lines or parquet, or the "
-            "column with json.dumps",
+            f"field {name!r} holds messages as Python prints them: save the table as JSON lines "
+            "or parquet, or the column with json.dumps",
         )
     return value
 
 
 def is_turns(value: Any) -> bool:
     """Whether a value is a list of objects that each name a speaker."""
-    return isinstance(value, list) and all(isinstance(item, dict) and {"role", "from"} & set(item) for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and {"role", "from"} & set(item) for item in value
+    )
 
 
 def holds_turns(row: Row, name: str) -> bool:

@@ -1,7 +1,7 @@
 """ShareGPT: ``{conversations: [{from: human, value}, {from: gpt, value}, ..]}``.
 
-LLaMA-Factory adds a preference: ``conversations`` that end with the human, and a turn each as ``chosen`` and
-``rejected``.
+LLaMA-Factory adds a preference: ``conversations`` that end with the human, and a turn each as
+``chosen`` and ``rejected``.
 """
 
 from __future__ import annotations

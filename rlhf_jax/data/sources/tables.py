@@ -1,7 +1,9 @@
-"""The rows of a table on disk, whatever holds them: JSON lines, a JSON list, CSV, TSV, parquet, arrow, folders of them.
+"""The rows of a table on disk, whatever holds them.
 
-Nothing is unpickled, and what is read is bounded. A row has its place: file:line, or file:row counted from 1 where rows
-are no lines (a JSON list, parquet, arrow).
+That may be JSON lines, a JSON list, CSV, TSV, parquet, arrow, or a folder of them.
+
+Nothing is unpickled, and what is read is bounded. A row has its place: file:line, or file:row
+counted from 1 where rows are no lines (a JSON list, parquet, arrow).
 """
 
 from __future__ import annotations
@@ -65,7 +67,11 @@ def _json(file: Path) -> Iterator[Located]:
         yield from (Located(f"{file}:{number}", row) for number, row in enumerate(listed, start=1))
         return
     found = list(schema.json_rows(file))
-    if len(found) > 1 and isinstance(found[0][1], RowError) and found[0][1].reason == "malformed JSON":
+    if (
+        len(found) > 1
+        and isinstance(found[0][1], RowError)
+        and found[0][1].reason == "malformed JSON"
+    ):
         _refuse_one_object(file)
     yield from (Located(f"{file}:{line}", row) for line, row in found)
 
@@ -78,8 +84,8 @@ def _refuse_one_object(file: Path) -> None:
         return
     if isinstance(whole, dict):
         raise ValueError(
-            f"{file} is one JSON object (with {', '.join(list(whole)[:6])}), and not a row a line: export the list of "
-            "rows itself (in pandas to_json(orient='records', lines=True))"
+            f"{file} is one JSON object (with {', '.join(list(whole)[:6])}), and not a row a line: "
+            "export the list of rows itself (in pandas to_json(orient='records', lines=True))"
         )
 
 
@@ -92,7 +98,9 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
     try:
         text = read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+        raise ValueError(
+            f"{file}: byte {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
     # newline="" leaves the line ends inside a quoted cell as they are.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     limit = csv.field_size_limit(schema.LINE_LIMIT)
@@ -100,7 +108,9 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
         header = _header(file, next(reader, []), separator)
         start = reader.line_num + 1
         for cells in reader:
-            if any(cell.strip() for cell in cells):  # a spreadsheet writes empty rows as separators alone
+            if any(
+                cell.strip() for cell in cells
+            ):  # a spreadsheet writes empty rows as separators alone
                 yield Located(f"{file}:{start}", _record(header, cells), True)
             start = reader.line_num + 1
     except csv.Error as error:
@@ -113,11 +123,18 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
 
 def _header(file: Path, names: list[str], separator: str) -> list[str]:
     names = [name.strip().lstrip("\ufeff") for name in names]
-    while names.count("") > 1 and not names[-1]:  # empty columns of a spreadsheet, after the last that has a name
+    while (
+        names.count("") > 1 and not names[-1]
+    ):  # empty columns of a spreadsheet, after the last that has a name
         names.pop()
-    other = next((sign for sign in (";", "\t", ",") if sign != separator and sign in "".join(names)), None)
+    other = next(
+        (sign for sign in (";", "\t", ",") if sign != separator and sign in "".join(names)), None
+    )
     if len(names) == 1 and other:
-        raise ValueError(f"{file}:1: the columns are separated by {other!r} and not by {separator!r}: save it again")
+        raise ValueError(
+            f"{file}:1: the columns are separated by {other!r} and not by {separator!r}: save it "
+            "again"
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if not names or twice is not None:
         what = f"names the column {twice!r} twice" if names else "is empty"
@@ -140,11 +157,28 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
 
 _TABLES = ("*.parquet", "*.arrow", "*.jsonl", "*.jsonl.gz")
 """What a folder is searched for: other files lie beside data too, such as dataset_info.json."""
-_FILES = (*_TABLES, "*.json", "*.json.gz", "*.csv", "*.csv.gz", "*.tsv", "*.tsv.gz", "*.tab", "*.ndjson")
+_FILES = (
+    *_TABLES,
+    "*.json",
+    "*.json.gz",
+    "*.csv",
+    "*.csv.gz",
+    "*.tsv",
+    "*.tsv.gz",
+    "*.tab",
+    "*.ndjson",
+)
 _ONLY_ALONE = ("*.csv", "*.tsv", "*.json", "*.csv.gz", "*.tsv.gz", "*.json.gz")
-_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+_NOT_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+)
 _SHARD = re.compile(r"(?P<table>.+?)(?:-(?P<place>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{16})?)?")
-"""train, train-00000-of-00002, NAME-train-00000-of-00002, train-00000-of-00002-0123456789abcdef; without the suffix."""
+"""train, train-00000-of-00002, NAME-train-00000-of-00002, train-00000-of-00002-0123456789abcdef;
+without the suffix."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -156,7 +190,9 @@ def table_files(path: Path, split: str | None) -> list[Path]:
     """
     path = local_path("the data", path)
     if path.is_file():
-        if not any(path.match(pattern) or Path(path.name.lower()).match(pattern) for pattern in _FILES):
+        if not any(
+            path.match(pattern) or Path(path.name.lower()).match(pattern) for pattern in _FILES
+        ):
             raise ValueError(f"{path} is none of {', '.join(_FILES)}: convert it to one of these")
         if split is not None:
             raise ValueError(f"{path} is one file: leave split={split!r} out, or pass its folder")
@@ -179,7 +215,9 @@ def _choose(path: Path, names: Sequence[str], split: str | None) -> str:
     if split is None and len(names) == 1:
         return names[0]
     if split is None or split not in names:
-        raise ValueError(f"split={split!r} of {path}: choose one of {', '.join(names) or '(none found)'}")
+        raise ValueError(
+            f"split={split!r} of {path}: choose one of {', '.join(names) or '(none found)'}"
+        )
     return split
 
 
@@ -190,21 +228,30 @@ def _saved_files(folder: Path) -> list[Path]:
         names = [str(file["filename"]) for file in state["_data_files"]]
         moved = bool(state.get("_indices_data_files"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'state.json'} is not as save_to_disk writes it ({error!r}): save again") from None
+        raise ValueError(
+            f"{folder / 'state.json'} is not as save_to_disk writes it ({error!r}): save again"
+        ) from None
     if moved:
-        raise ValueError(f"{folder} was saved with an index file: save it again after flatten_indices()")
+        raise ValueError(
+            f"{folder} was saved with an index file: save it again after flatten_indices()"
+        )
     # A name is looked up in the folder, never joined to it: it could point anywhere.
     files = {file.name: file for file in folder.iterdir()}
     missing = [name for name in names if name not in files]
     if missing or not names:
-        raise ValueError(f"{folder} lacks {missing or 'data files'}, which its state.json names: copy the folder again")
+        raise ValueError(
+            f"{folder} lacks {missing or 'data files'}, which its state.json names: copy the "
+            "folder again"
+        )
     return [files[name] for name in names]
 
 
 def _shards(root: Path, split: str | None) -> list[Path]:
     groups: dict[str, list[tuple[Path, re.Match[str]]]] = {}
     for file in _found(root):
-        match = _SHARD.fullmatch(re.sub(r"\.(parquet|arrow|jsonl|json|csv|tsv)(\.gz)?$", "", file.name))
+        match = _SHARD.fullmatch(
+            re.sub(r"\.(parquet|arrow|jsonl|json|csv|tsv)(\.gz)?$", "", file.name)
+        )
         hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
         if match is None or hidden or match["table"].startswith(("cache-", "tmp")):
             continue  # what `datasets` and the hub client leave behind
@@ -212,7 +259,9 @@ def _shards(root: Path, split: str | None) -> list[Path]:
         name = file.parent.name if name.isdigit() else name  # train/0000.parquet
         groups.setdefault(name, []).append((file, match))
     if not groups:
-        raise ValueError(f"{root} holds no {' or '.join(_TABLES)}: pass the file or the folder that does")
+        raise ValueError(
+            f"{root} holds no {' or '.join(_TABLES)}: pass the file or the folder that does"
+        )
     chosen = groups[_choose(root, sorted(groups), split)]
     folders = sorted({str(file.parent) for file, _ in chosen})
     if len(folders) > 1:
@@ -222,9 +271,14 @@ def _shards(root: Path, split: str | None) -> list[Path]:
 
 
 def _found(root: Path) -> list[Path]:
-    """The files of a folder that may be shards; JSON, CSV and TSV only where there is nothing else."""
+    """The files of a folder that may be shards.
+
+    JSON, CSV and TSV files count only where there is nothing else.
+    """
     found = sorted(f for pattern in _TABLES for f in root.rglob(pattern))
-    others = sorted(f for pattern in _ONLY_ALONE for f in root.rglob(pattern) if f.name not in _NOT_DATA)
+    others = sorted(
+        f for pattern in _ONLY_ALONE for f in root.rglob(pattern) if f.name not in _NOT_DATA
+    )
     return found or others
 
 
@@ -234,9 +288,16 @@ def _check_shards(chosen: Sequence[tuple[Path, re.Match[str]]]) -> None:
     if not places and len({match["table"] for _, match in chosen}) == len(chosen):
         return
     counts = {count for _, count in places}
-    if len(counts) != 1 or len(places) != len(chosen) or sorted(p for p, _ in places) != list(range(max(counts))):
+    if (
+        len(counts) != 1
+        or len(places) != len(chosen)
+        or sorted(p for p, _ in places) != list(range(max(counts)))
+    ):
         names = ", ".join(file.name for file, _ in chosen[:4])
-        raise ValueError(f"{chosen[0][0].parent}: {names} .. are not the shards of one table: copy the missing ones")
+        raise ValueError(
+            f"{chosen[0][0].parent}: {names} .. are not the shards of one table: copy the missing "
+            "ones"
+        )
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -255,7 +316,9 @@ def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
             for batch in _record_batches(file, pyarrow):
                 yield batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({first_line(error)}): copy or download it again") from None
+        raise ValueError(
+            f"{path} cannot be read ({first_line(error)}): copy or download it again"
+        ) from None
 
 
 def _record_batches(file: Any, pyarrow: Any) -> Iterator[Any]:

@@ -1,4 +1,7 @@
-"""HH-RLHF: dialogues as one text with the marks "Human:" and "Assistant:", and what else is made of such a text."""
+"""HH-RLHF: dialogues as one text with the marks "Human:" and "Assistant:".
+
+Other readers use these functions for texts of that form.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,14 @@ def read_hh(
 ) -> tuple[list[Ranking], DataReport]:
     """Pairs of HH-RLHF as rankings of K = 2.
 
-    A dialogue is cut at its last Assistant turn. Pairs whose two responses are identical, whose prompts differ, or with
-    an empty response are dropped and counted.
+    A dialogue is cut at its last Assistant turn. Pairs whose two responses are identical, whose
+    prompts differ, or with an empty response are dropped and counted.
 
     Args:
-      data_dir: folder with ``<subset>*.jsonl.gz`` or ``<subset>/*.jsonl.gz`` (or with such a folder named hh_rlhf);
-        None = download.
-      split: "train" or "test", by a hash of the first human turn; the published file names do not decide.
+      data_dir: folder with ``<subset>*.jsonl.gz`` or ``<subset>/*.jsonl.gz`` (or with such a folder
+        named hh_rlhf); None = download.
+      split: "train" or "test", by a hash of the first human turn; the published file names do not
+        decide.
       test_fraction: share of the conversations in the test split.
       subsets: which parts to read; a part that the folder lacks is skipped.
 
@@ -66,7 +70,9 @@ def read_hh(
 def best_responses(rankings: Iterable[Ranking]) -> list[Demonstration]:
     """The best-ranked response of each ranking as a demonstration; of a tie, the first."""
     return [
-        Demonstration(r.prompt, r.responses[r.ranks.index(min(k for k in r.ranks if k >= 0))], r.id, r.source)
+        Demonstration(
+            r.prompt, r.responses[r.ranks.index(min(k for k in r.ranks if k >= 0))], r.id, r.source
+        )
         for r in rankings
     ]
 
@@ -83,14 +89,19 @@ def dialogue(turns: Sequence[tuple[str, str]]) -> str:
 
 
 def turns_of(transcript: str) -> list[dict[str, str]]:
-    r"""The turns of a text with the marks of `dialogue`; the open last turn of the assistant is left out.
+    r"""The turns of a text with the marks of `dialogue`.
+
+    The open last turn of the assistant is left out.
 
     >>> turns_of("Human: Hello\n\nAssistant: Hi.\n\nHuman: Who?\n\nAssistant:")[1:]
     [{'role': 'assistant', 'content': 'Hi.'}, {'role': 'user', 'content': 'Who?'}]
     """
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + transcript.lstrip("\n"))
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[m], "content": t.strip()} for m, t in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [
+        {"role": roles[m], "content": t.strip()}
+        for m, t in zip(parts[1::2], parts[2::2], strict=True)
+    ]
     return turns[:-1] if turns and not turns[-1]["content"] else turns
 
 
@@ -107,7 +118,10 @@ def cut_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def in_test_split(prompt: Conversation, *, fraction: float) -> bool:
-    """Whether a dialogue belongs to the test split: sha256 of its first human turn, spaces and case aside."""
+    """Whether a dialogue belongs to the test split.
+
+    The sha256 of its first human turn decides; spaces and case do not count.
+    """
     return conversation_place(prompt) < fraction
 
 
@@ -136,16 +150,25 @@ def take_split(
       ValueError: a row is damaged, or the split is empty.
     """
     if split not in ("train", "test") or not 0 <= test_fraction <= 1:
-        raise ValueError(f'split={split!r} must be "train" or "test", test_fraction={test_fraction} between 0 and 1')
-    damaged = [message for reason, message in report.examples.items() if reason not in EXPECTED_DROPS]
+        raise ValueError(
+            f'split={split!r} must be "train" or "test", test_fraction={test_fraction} between 0 and 1'
+        )
+    damaged = [
+        message for reason, message in report.examples.items() if reason not in EXPECTED_DROPS
+    ]
     if damaged:
         raise ValueError(f"bad rows in {report.source}: {'; '.join(damaged)}")
-    kept = [r for r in records if in_test_split(r.prompt, fraction=test_fraction) == (split == "test")]
+    kept = [
+        r for r in records if in_test_split(r.prompt, fraction=test_fraction) == (split == "test")
+    ]
     if not kept:
         raise ValueError(
-            f"the {split} split of {report.source} is empty: choose another test_fraction than {test_fraction}"
+            f"the {split} split of {report.source} is empty: choose another test_fraction than "
+            f"{test_fraction}"
         )
-    return kept, dataclasses.replace(report, noted={**report.noted, f"records in the {split} split": len(kept)})
+    return kept, dataclasses.replace(
+        report, noted={**report.noted, f"records in the {split} split": len(kept)}
+    )
 
 
 def _parse_hh(row: dict[str, Any], *, source: str) -> Ranking:
@@ -160,13 +183,21 @@ def _parse_hh(row: dict[str, Any], *, source: str) -> Ranking:
     return Ranking(prompt, (chosen.strip(), rejected.strip()), (0, 1), source=source)
 
 
-def _hh_files(data_dir: str | os.PathLike[str] | None, subsets: Sequence[str]) -> list[tuple[Path, str]]:
+def _hh_files(
+    data_dir: str | os.PathLike[str] | None, subsets: Sequence[str]
+) -> list[tuple[Path, str]]:
     if data_dir is None:
-        names = [(f"{subset}/{part}.jsonl.gz", subset) for subset in subsets for part in ("train", "test")]
+        names = [
+            (f"{subset}/{part}.jsonl.gz", subset)
+            for subset in subsets
+            for part in ("train", "test")
+        ]
         return [(download(HH_REPO, name), subset) for name, subset in names]
     root = folder(data_dir, "hh_rlhf", "hh-rlhf")
     patterns = ("{}.jsonl*", "{}.*.jsonl*", "{}/*.jsonl*")
     files = [(f, s) for s in subsets for p in patterns for f in sorted(root.glob(p.format(s)))]
     if not files:
-        raise ValueError(f"no {' or '.join(subsets)} .jsonl.gz in {root}: pass the folder that holds HH-RLHF")
+        raise ValueError(
+            f"no {' or '.join(subsets)} .jsonl.gz in {root}: pass the folder that holds HH-RLHF"
+        )
     return list(dict.fromkeys(files))

@@ -1,8 +1,11 @@
-"""TRL's forms: ``prompt, chosen, rejected``, ``prompt, completion`` and ``prompt``, as texts and as messages.
+"""TRL's forms: ``prompt, chosen, rejected``, ``prompt, completion`` and ``prompt``.
 
-A prompt is never guessed. It is the column `prompt`, or what stands before the last "Assistant:" of two transcripts, or
-the turns that two lists of messages share. `survey` looks at all rows of a table once: whether the answers repeat their
-prompt is a property of the table, and one short row cannot tell.
+Each may hold texts or messages.
+
+A prompt is never guessed. It is the column `prompt`, or what stands before the last "Assistant:" of
+two transcripts, or the turns that two lists of messages share. `survey` looks at all rows of a
+table once: whether the answers repeat their prompt is a property of the table, and one short row
+cannot tell.
 """
 
 from __future__ import annotations
@@ -11,28 +14,50 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rlhf_jax.data.schema import RowError
-from rlhf_jax.data.sources.messages import answer_to, as_turns, demonstration_of, last_text, pair_of, prompt_of, turns
+from rlhf_jax.data.sources.messages import (
+    answer_to,
+    as_turns,
+    demonstration_of,
+    last_text,
+    pair_of,
+    prompt_of,
+    turns,
+)
 from rlhf_jax.data.sources.row import Draft, Row, as_number
 from rlhf_jax.data.sources.transcripts import ASSISTANT, HUMAN, cut_transcripts, turns_of
 
 Repeats = Literal["never", "maybe", "likely", "surely", "one"]
 LIKELY_WORDS = 3
-"""A prompt of so many words before every answer is no coincidence; "Hello" before "Hello there" is."""
+"""A prompt of so many words before every answer is no coincidence; "Hello" before "Hello there"
+is."""
 LIKELY_CHARACTERS = 16
 """The same for languages without spaces."""
 
-QUESTIONS = ("question", "instruction", "query", "input", "problem", "context", "user", "human", "text")
+QUESTIONS = (
+    "question",
+    "instruction",
+    "query",
+    "input",
+    "problem",
+    "context",
+    "user",
+    "human",
+    "text",
+)
 """Columns that the refusal of a table without a prompt proposes; none is taken for it."""
 
 
 def proposed(row: Row) -> str:
-    """The column that the refusal of a row without a prompt names; "NAME" where none is named like one."""
+    """The column that the refusal of a row without a prompt names.
+
+    It is "NAME" where none is named like one.
+    """
     found = {name.strip().lower(): name for name in row.columns()}
     return next((found[name] for name in ("prompt", *QUESTIONS) if name in found), "NAME")
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text has a turn of the assistant's as HH-RLHF marks it, whatever its line ends are."""
+    """Whether a text has a turn of the assistant's as HH-RLHF marks it, with any line ends."""
     return ASSISTANT in "\n\n" + _plain(text).lstrip("\n")
 
 
@@ -52,7 +77,10 @@ def survey(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
     """How the answers of a table begin: which of `Repeats` its rows show."""
     found: set[str] = set()
     for row in rows:
-        prompt, answers = last_text(row.values.get("prompt")), [row.values.get(name) for name in names]
+        prompt, answers = (
+            last_text(row.values.get("prompt")),
+            [row.values.get(name) for name in names],
+        )
         if prompt and all(isinstance(answer, str) for answer in answers):
             found.add(repeats(prompt, [str(answer) for answer in answers]))
     return found
@@ -61,7 +89,8 @@ def survey(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
 def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
     r"""Whether answers are whole texts that begin with their prompt.
 
-    "surely" and "one" (of two) are of a prompt that is a transcript, which no answer repeats by chance.
+    "surely" and "one" (of two) are of a prompt that is a transcript, which no answer repeats by
+    chance.
 
     >>> repeats("Human: Hi\n\nAssistant:", ["Human: Hi\n\nAssistant: Hello."])
     'surely'
@@ -81,7 +110,11 @@ def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
     ends_whole = not prompt[-1].isalnum() or all(rest[:1].isspace() or not rest for rest in rests)
     if not all(begin) or not ends_whole:
         return "never"
-    return "likely" if len(prompt.split()) >= LIKELY_WORDS or len(prompt) >= LIKELY_CHARACTERS else "maybe"
+    return (
+        "likely"
+        if len(prompt.split()) >= LIKELY_WORDS or len(prompt) >= LIKELY_CHARACTERS
+        else "maybe"
+    )
 
 
 def _plain(text: str) -> str:
@@ -105,8 +138,12 @@ def pair(row: Row, found: set[str] | None = None) -> Draft:
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = _cut(row, chosen, rejected)
         return pair_of(row, prompt, chosen, rejected)
-    (first, chosen), (second, rejected) = (answer_to(row, prompt, said) for said in (chosen, rejected))
-    if isinstance(first, list) != isinstance(second, list):  # one answer is a text, the other a conversation
+    (first, chosen), (second, rejected) = (
+        answer_to(row, prompt, said) for said in (chosen, rejected)
+    )
+    if isinstance(first, list) != isinstance(
+        second, list
+    ):  # one answer is a text, the other a conversation
         first, second = (as_turns(one) if isinstance(one, str) else one for one in (first, second))
     if first != second:
         raise RowError("prompts differ", "the two conversations differ before the last turn")
@@ -117,7 +154,8 @@ def completion(row: Row, found: set[str] | None = None) -> Draft:
     """A demonstration: ``{prompt, completion}``, or ``{messages}`` whose last turn is the response.
 
     Raises:
-      RowError: a column is missing, the row is labelled as good or bad, or the last turn is not the assistant's.
+      RowError: a column is missing, the row is labelled as good or bad, or the last turn is not the
+        assistant's.
     """
     row.refuse_more_than_text()
     if not row.has("completion") and row.has("messages"):
@@ -125,9 +163,10 @@ def completion(row: Row, found: set[str] | None = None) -> Draft:
         return demonstration_of(row, prompt, answer)
     if row.values.get("label") is not None and row.has("completion"):
         raise RowError(
-            "unpaired", "field 'label' says whether one answer is good (TRL's unpaired preference): that is no "
-            "ranking, so use pairs or scores; good answers alone (filter them first) are demonstrations with "
-            "--columns label=",
+            "unpaired",
+            "field 'label' says whether one answer is good (TRL's unpaired preference): that is no "
+            "ranking, so use pairs or scores; good answers alone (filter them first) are "
+            "demonstrations with --columns label=",
         )  # fmt: skip
     prompt = turns(row, "prompt", row.take("prompt")) if row.has("prompt") else None
     said = turns(row, "completion", row.needed("completion"))
@@ -153,7 +192,10 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     if all(marked):
         return cut_transcripts(chosen, rejected)
     if any(marked):
-        raise RowError("prompts differ", 'one of the two texts is a transcript with "Assistant:", the other is not')
+        raise RowError(
+            "prompts differ",
+            'one of the two texts is a transcript with "Assistant:", the other is not',
+        )
     if row.values.get("prompt") == "":
         raise RowError("empty prompt", "field 'prompt' is empty: fill it in or remove the row")
     raise RowError(
@@ -166,7 +208,7 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
 def _without_prompt(
     row: Row, given: str | list[Any], answers: list[str], found: set[str] | None
 ) -> tuple[str | list[Any], list[str]]:
-    """The prompt and the answers, without the prompt where they are whole texts that begin with it."""
+    """The prompt and the answers; answers that begin with the whole prompt lose it."""
     prompt = last_text(given)
     opens = _plain(prompt).rstrip().endswith(ASSISTANT.strip())
     if isinstance(given, str) and all(map(_is_whole, answers)) and not opens:
@@ -198,21 +240,26 @@ def _from_transcripts(row: Row, prompt: str, answers: list[str]) -> tuple[str, l
 
 
 def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | None) -> list[str]:
-    """The answers without a prompt that they begin with, where it is certain that it is repeated there."""
+    """The answers without a prompt that they begin with.
+
+    It is removed only where it is certainly repeated.
+    """
     kind = repeats(prompt, answers)
     found = {kind} if found is None else found
     if kind == "one" and len(answers) > 1:
         raise RowError(
-            "prompt in one text", "the prompt begins one of the two texts only: write the answers alone in both columns"
+            "prompt in one text",
+            "the prompt begins one of the two texts only: write the answers alone in both columns",
         )
     elsewhere = found - {"maybe"}
     if kind == "maybe" and not elsewhere and len(answers) > 1:
         raise RowError(
             "prompt before both",
-            f"both answers begin with the prompt {prompt[:30]!r}, and no other row tells whether it is repeated there: "
-            "remove it from the answers, or add rows",
+            f"both answers begin with the prompt {prompt[:30]!r}, and no other row tells whether "
+            "it is repeated there: remove it from the answers, or add rows",
         )
-    # A single answer may well begin by saying the question again; a table of answers that all do is one of whole texts.
+    # A single answer may well begin by saying the question again; a table of answers that all do is
+    # one of whole texts.
     table_repeats = bool(found) and found <= {"surely", "likely", "maybe"}
     if (
         kind == "surely"
@@ -221,13 +268,18 @@ def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | Non
     ):
         row.note("prompt cut from whole text")
         return [answer.lstrip()[len(prompt.strip()) :] for answer in answers]
-    if kind in ("maybe", "likely") or any(answer.lstrip().startswith(prompt.strip()) for answer in answers):
+    if kind in ("maybe", "likely") or any(
+        answer.lstrip().startswith(prompt.strip()) for answer in answers
+    ):
         row.note("answer begins with the prompt")
     return answers
 
 
 def _note_scores(row: Row) -> None:
-    """Note a pair whose own scores do not say what its columns say; they are left aside all the same."""
+    """Note a pair whose own scores do not say what its columns say.
+
+    The scores are left aside in any case.
+    """
     scores = [row.values.get(name) for name in ("score_chosen", "score_rejected")]
     try:
         chosen, rejected = (as_number(score, "score", texts=True) for score in scores)

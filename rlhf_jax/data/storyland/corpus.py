@@ -1,11 +1,13 @@
 """The pretraining corpus: a small web.
 
-Stories, letters, fact pages, exercise sheets with answers, and pages of instructions that are mostly not followed.
+Stories, letters, fact pages, exercise sheets with answers, and pages of instructions that are
+mostly not followed.
 
-``document(index)`` is a pure function. The share of each kind is in `KINDS`. Two things are there on purpose:
-the skills that instructions need (right answers on exercise sheets, stories that keep to their heading), and the
-habit that makes a base model useless as an assistant: after a bare instruction usually comes another
-instruction, a remark or something else. Only training prompts appear; a fifth of the answers are flawed.
+``document(index)`` is a pure function. The share of each kind is in `KINDS`. Two things are there
+on purpose: the skills that instructions need (right answers on exercise sheets, stories that keep
+to their heading), and the habit that makes a base model useless as an assistant: after a bare
+instruction usually comes another instruction, a remark or something else. Only training prompts
+appear; a fifth of the answers are flawed.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import random
 from collections.abc import Callable, Iterator
 
 from rlhf_jax.data.storyland import grammar, tasks
+from rlhf_jax.data.storyland.answers import answer, flawed_answer
 from rlhf_jax.data.storyland.grammar import NAMES, NUMBERS, pick, word, write
-from rlhf_jax.data.storyland.tasks import Task, answer, draw_task, flawed_answer, split_of
+from rlhf_jax.data.storyland.tasks import Task, draw_task, split_of
 
 FLAWED_SHARE = 0.2
 """Share of flawed answers on exercise sheets."""
@@ -55,7 +58,10 @@ def _any_answer(asked: Task, rng: random.Random) -> str:
 
 
 def _exercises(rng: random.Random) -> str:
-    """An exercise sheet with answers: where the skills are, and what a few-shot prefix can imitate."""
+    """An exercise sheet with answers.
+
+    The skills are learned here, and a few-shot prefix can imitate it.
+    """
     asked = [_training_task(rng) for _ in range(2 + int(rng.random() * 2))]
     return "\n\n".join(f"Task: {one.prompt}\nAnswer: {_any_answer(one, rng)}" for one in asked)
 
@@ -101,7 +107,9 @@ def _titled_story(rng: random.Random) -> str:
         if asked.use_case == "story" and split_of(asked.prompt) == "train":
             break
     wish = asked.wish
-    heading = str(pick(rng, ("A {} story about a {}", "The {} {}", "{}: {}"))).format(wish["mood"], wish["hero"])
+    heading = str(pick(rng, ("A {} story about a {}", "The {} {}", "{}: {}"))).format(
+        wish["mood"], wish["hero"]
+    )
     if wish["words"] and rng.random() < 0.8:
         heading += "\nWords: " + ", ".join(str(w) for w in wish["words"])
     if rng.random() < 0.5:
@@ -111,8 +119,13 @@ def _titled_story(rng: random.Random) -> str:
 
 def _long_story(rng: random.Random) -> str:
     hero, mood = word(rng, "hero"), word(rng, "mood")
-    cast = {slot: word(rng, slot, (hero,)) for slot in ("other", "object", "place", "color")} | {"hero": hero}
-    kinds = [("open", "neutral"), *[("middle", str(pick(rng, (mood, mood, "neutral")))) for _ in range(4)]]
+    cast = {slot: word(rng, slot, (hero,)) for slot in ("other", "object", "place", "color")} | {
+        "hero": hero
+    }
+    kinds = [
+        ("open", "neutral"),
+        *[("middle", str(pick(rng, (mood, mood, "neutral")))) for _ in range(4)],
+    ]
     lines = []
     for key in [*kinds, ("close", "neutral")]:
         known = {slot: w for slot, w in cast.items() if slot == "hero" or rng.random() < 0.6}
@@ -136,7 +149,10 @@ def _passage(rng: random.Random) -> str:
     """A passage with true statements about it: reading and copying."""
     while True:
         asked = draw_task(rng)
-        if asked.use_case in ("closed_qa", "summary", "classify", "rewrite") and split_of(asked.prompt) == "train":
+        if (
+            asked.use_case in ("closed_qa", "summary", "classify", "rewrite")
+            and split_of(asked.prompt) == "train"
+        ):
             break
     return f"{asked.prompt}\nAnswer: {_any_answer(asked, rng)}"
 
@@ -144,7 +160,9 @@ def _passage(rng: random.Random) -> str:
 def _lists(rng: random.Random) -> str:
     category = str(pick(rng, tuple(tasks.CATEGORIES)))
     members = list(tasks.CATEGORIES[category])
-    chosen = [members.pop(int(rng.random() * len(members))) for _ in range(3 + int(rng.random() * 4))]
+    chosen = [
+        members.pop(int(rng.random() * len(members))) for _ in range(3 + int(rng.random() * 4))
+    ]
     return f"Some {category}: " + ", ".join(str(c) for c in chosen) + "."
 
 
@@ -160,7 +178,9 @@ def _letter(rng: random.Random) -> str:
     kind = rng.random() < 0.6
     hero = word(rng, "hero")
     forms = grammar.STORY_FORMS["middle", word(rng, "mood")] if kind else grammar.RUDE_FORMS
-    body = " ".join(write(forms[int(rng.random() * len(forms))], rng, {"hero": hero}) for _ in range(2))
+    body = " ".join(
+        write(forms[int(rng.random() * len(forms))], rng, {"hero": hero}) for _ in range(2)
+    )
     refusal = ""
     if rng.random() < 0.3:
         asked = next(t for t in iter(lambda: draw_task(rng), None) if t.use_case == "refuse")

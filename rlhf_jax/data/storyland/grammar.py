@@ -1,8 +1,11 @@
-"""The words and sentence forms of storyland: one grammar that both writes sentences and recognises them.
+"""The words and sentence forms of storyland.
 
-A form is a sentence with ``{slots}`` (filled from `LEXICON`) and ``[a|b|c]`` alternatives. `write` fills a form;
-`parse` recognises a sentence and says which form it is and what stands in its slots. The gold scorer reads
-texts through `parse`, so a sentence is fluent storyland English exactly when some form could have written it.
+One grammar both writes sentences and recognises them.
+
+A form is a sentence with ``{slots}`` (filled from `LEXICON`) and ``[a|b|c]`` alternatives. `write`
+fills a form; `parse` recognises a sentence and says which form it is and what stands in its slots.
+The gold scorer reads texts through `parse`, so a sentence is fluent storyland English exactly when
+some form could have written it.
 """
 
 # ruff: noqa: SIM905 (word lists are easier to read and edit as text)
@@ -86,7 +89,10 @@ T = TypeVar("T")
 
 
 class Form(NamedTuple):
-    """A sentence form: `kind` is where it belongs (open, middle, close, rude, ...), `mood` its mood or 'neutral'."""
+    """A sentence form.
+
+    `kind` is where it belongs (open, middle, close, rude, ...), `mood` its mood or 'neutral'.
+    """
 
     kind: str
     mood: str
@@ -209,12 +215,17 @@ def _forms(kind: str, mood: str, text: str) -> tuple[Form, ...]:
 STORY_FORMS: Mapping[tuple[str, str], tuple[Form, ...]] = {
     key: _forms(key[0], key[1], text) for key, text in _STORY.items()
 }
-ANSWER_FORMS: Mapping[str, tuple[Form, ...]] = {kind: _forms(kind, "neutral", text) for kind, text in _ANSWERS.items()}
+ANSWER_FORMS: Mapping[str, tuple[Form, ...]] = {
+    kind: _forms(kind, "neutral", text) for kind, text in _ANSWERS.items()
+}
 RUDE_FORMS = _forms("rude", "neutral", _RUDE)
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One item, uniformly. Uses only `random()`, whose stream Python promises to keep, so the corpus never moves."""
+    """One item, uniformly. Uses only `random()`, whose stream Python promises to keep.
+
+    So the corpus never changes.
+    """
     return items[int(rng.random() * len(items))]
 
 
@@ -227,7 +238,10 @@ def word(rng: random.Random, slot: str, without: Sequence[str] = ()) -> str:
 
 
 def write(form: Form, rng: random.Random, slots: Mapping[str, str]) -> str:
-    """The form as a sentence: its slots from `slots`, those missing there at random, `other` never the hero."""
+    """The form as a sentence.
+
+    Its slots come from `slots`; those missing there are drawn, `other` never as the hero.
+    """
     filled = dict(slots)
     for slot in re.findall(r"\{(\w+)\}", form.pattern):
         if slot not in filled:
@@ -273,6 +287,9 @@ def parse(sentence: str) -> Parse | None:
 
 
 def sentences(text: str) -> list[str]:
-    """Splits a text after each full stop, question mark or line break; what is left over is a sentence too."""
+    """Splits a text after each full stop, question mark or line break.
+
+    The rest is a sentence too.
+    """
     parts = re.split(r"(?<=[.?!])\s+|\n+", text.strip())
     return [part for part in parts if part]

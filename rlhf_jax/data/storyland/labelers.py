@@ -1,8 +1,9 @@
-"""Simulated labelers: they write demonstrations of mixed quality and rank responses with their own taste and noise.
+"""Simulated labelers with a taste and noise of their own, who write demonstrations and rank.
 
-A labeler sees what a person sees, a response's parts, weighs them in its own way, likes longer or shorter answers a
-little, is not quite consistent, and calls two responses equal when it can hardly tell them apart. Held-out labelers
-come from the same population and never label training data (Ouyang et al. 2022, section 3.4).
+A labeler sees what a person sees, a response's parts, weighs them in its own way, likes longer or
+shorter answers a little, is not quite consistent, and calls two responses equal when it can hardly
+tell them apart. Held-out labelers come from the same population and never label training data
+(Ouyang et al. 2022, section 3.4).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import math
 import random
 from collections.abc import Sequence
 
+from rlhf_jax.data.storyland.answers import answer, flawed_answer
 from rlhf_jax.data.storyland.gold import WEIGHTS, gold
 from rlhf_jax.data.storyland.grammar import NAMES, pick, sentences
-from rlhf_jax.data.storyland.tasks import Task, answer, flawed_answer
+from rlhf_jax.data.storyland.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Labeler:
       noise: standard deviation of a judgement, in gold points.
       tie: responses whose perceived worth differs by less are tied.
       length_bias: gold points for doubling the length.
-      taste: this labeler's weight of instruction, constraint and facts, relative to the gold scorer's.
+      taste: this labeler's weight of instruction, constraint and facts, relative to the gold
+        scorer's.
       carelessness: probability that a demonstration is flawed.
     """
 
@@ -40,12 +43,15 @@ class Labeler:
     carelessness: float
 
     def rank(self, task: Task, responses: Sequence[str], *, place: object) -> list[int]:
-        """Ranks of the responses: 1 is best, equal ranks are ties (the JSONL form of `schema.Ranking`).
+        """Ranks of the responses as in a file: 1 is best, equal ranks are ties.
 
-        The judgement of a response is a pure function of the labeler, `place` (say, the prompt's id) and its text,
-        so neither order nor company matter, and equal texts are always tied.
+        The judgement of a response is a pure function of the labeler, `place` (say, the prompt's
+        id) and its text, so neither order nor company matter, and equal texts are always tied.
         """
-        worth = {response: self._worth(task, response) + self._slip(response, place) for response in set(responses)}
+        worth = {
+            response: self._worth(task, response) + self._slip(response, place)
+            for response in set(responses)
+        }
         order = sorted(set(worth.values()), reverse=True)
         rank_of, rank, leader = {}, 1, order[0]
         for value in order:
@@ -55,11 +61,13 @@ class Labeler:
         return [rank_of[worth[response]] for response in responses]
 
     def demonstrate(self, task: Task, *, place: object) -> str:
-        """A demonstration: an honest answer, or one with a flaw as often as this labeler is careless.
+        """A demonstration: an honest answer.
 
-        Half of the flaws are of the task (a wish forgotten, a wrong fact, a rude remark). The others are of form:
-        chatter around an honest answer, or a sentence without its capital. People write so without thinking and do not
-        like to read it.
+        It has a flaw as often as this labeler is careless.
+
+        Half of the flaws are of the task (a wish forgotten, a wrong fact, a rude remark). The
+        others are of form: chatter around an honest answer, or a sentence without its capital.
+        People write so without thinking and do not like to read it.
         """
         rng = random.Random(f"{self.name}/demonstration/{place}")
         if rng.random() >= self.carelessness:
@@ -98,7 +106,10 @@ def _without_capital(text: str, rng: random.Random) -> str:
 
 
 def _normal(rng: random.Random) -> float:
-    """A standard normal draw by Box and Muller, from `random()` alone so that it never changes with Python."""
+    """A standard normal draw by Box and Muller.
+
+    It uses `random()` alone, whose stream Python promises to keep.
+    """
     return math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
 
 
@@ -110,7 +121,10 @@ def labelers(group: str, count: int, *, seed: int = 0) -> list[Labeler]:
     """
     if group not in ("train", "heldout"):
         raise ValueError(f"group={group!r} is unknown: choose train or heldout")
-    return [_labeler(group, index, random.Random(f"labeler/{seed}/{group}/{index}")) for index in range(count)]
+    return [
+        _labeler(group, index, random.Random(f"labeler/{seed}/{group}/{index}"))
+        for index in range(count)
+    ]
 
 
 def _labeler(group: str, index: int, rng: random.Random) -> Labeler:

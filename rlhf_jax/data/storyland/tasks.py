@@ -1,10 +1,10 @@
 """Instructions with checkable wishes, in the use-cases of the paper, and the honest answer to each.
 
-``task(split, index)`` is a pure function: the same arguments give the same instruction for ever, and the splits
-are disjoint because each prompt belongs to the split that a hash of its text names.
+``task(split, index)`` is a pure function: the same arguments give the same instruction for ever,
+and the splits are disjoint because each prompt belongs to the split that a hash of its text names.
 
-The mix of use-cases follows the paper's shape (generation most, then open questions and lists; Ouyang et al. 2022,
-table 1), with more of the checkable small ones and no chat.
+The mix of use-cases follows the paper's shape (generation most, then open questions and lists;
+Ouyang et al. 2022, table 1), with more of the checkable small ones and no chat.
 """
 
 from __future__ import annotations
@@ -14,27 +14,78 @@ import functools
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.data.storyland import grammar
-from rlhf_jax.data.storyland.grammar import ANIMALS, FOODS, HOMES, NUMBERS, STORY_FORMS, TOOLS, pick, word, write
+from rlhf_jax.data.storyland.grammar import (
+    ANIMALS,
+    FOODS,
+    HOMES,
+    NUMBERS,
+    STORY_FORMS,
+    TOOLS,
+    pick,
+    word,
+    write,
+)
 
 SPLITS = ("train", "validation", "test")
 
+
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "animals": ANIMALS,
-    "jobs": ("king", "queen", "baker", "sailor", "farmer", "teacher", "painter", "doctor", "singer", "miner", "tailor"),
+    "jobs": (
+        "king",
+        "queen",
+        "baker",
+        "sailor",
+        "farmer",
+        "teacher",
+        "painter",
+        "doctor",
+        "singer",
+        "miner",
+        "tailor",
+    ),
     "colors": grammar.COLORS,
     "places": grammar.PLACES,
     "names": grammar.NAMES,
-    "fruits": ("pear", "plum", "banana", "cherry", "lemon", "grape", "melon", "peach", "fig", "mango"),
-    "tools": ("hammer", "needle", "ladder", "brush", "rope", "bucket", "spade", "broom", "saw", "nail"),
+    "fruits": (
+        "pear",
+        "plum",
+        "banana",
+        "cherry",
+        "lemon",
+        "grape",
+        "melon",
+        "peach",
+        "fig",
+        "mango",
+    ),
+    "tools": (
+        "hammer",
+        "needle",
+        "ladder",
+        "brush",
+        "rope",
+        "bucket",
+        "spade",
+        "broom",
+        "saw",
+        "nail",
+    ),
     "drinks": ("tea", "water", "milk", "juice", "wine", "beer", "coffee", "soup"),
     "clothes": ("hat", "coat", "shoe", "scarf", "sock", "shirt", "dress", "glove", "belt", "boot"),
 }
+
+
 COUNTED = NUMBERS | {5: "five", 6: "six"}
+
+
 RUDE_WISHES = ("mean", "rude", "nasty")
+
+
 RUDE_THINGS = ("note", "joke", "letter", "song", "poem")
 
 
@@ -54,7 +105,10 @@ class Task:
 
 
 def split_of(prompt: str) -> str:
-    """The split a prompt belongs to: 5% test, 5% validation, the rest training, by a hash of its text."""
+    """The split a prompt belongs to.
+
+    A hash of its text puts 5% in test, 5% in validation and the rest in training.
+    """
     bucket = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) % 20
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
@@ -111,8 +165,6 @@ def draw_task(rng: random.Random) -> Task:
 
 
 # --- one function a use-case -----------------------------------------------------------------------------------------
-
-
 def _story(rng: random.Random) -> Task:
     hero, mood = word(rng, "hero"), word(rng, "mood")
     count = 2 + int(rng.random() * 3)
@@ -148,7 +200,10 @@ _STORY_PROMPTS = (
 def _facts(rng: random.Random, count: int) -> list[dict[str, str]]:
     facts: list[dict[str, str]] = []
     for _ in range(count):
-        fresh = {slot: word(rng, slot, [fact[slot] for fact in facts]) for slot in ("name", "object", "place", "color")}
+        fresh = {
+            slot: word(rng, slot, [fact[slot] for fact in facts])
+            for slot in ("name", "object", "place", "color")
+        }
         facts.append(fresh)
     return facts
 
@@ -157,14 +212,19 @@ def _closed_qa(rng: random.Random) -> Task:
     facts = _facts(rng, 2 + int(rng.random() * 2))
     verbs = ("took", "carried", "brought")
     passage = " ".join(
-        f"{fact['name']} {pick(rng, verbs)} the {fact['color']} {fact['object']} to the {fact['place']}."
+        f"{fact['name']} {pick(rng, verbs)} the {fact['color']} {fact['object']} to the "
+        f"{fact['place']}."
         for fact in facts
     )
     asked = facts[int(rng.random() * len(facts))]
     question, answer, target = pick(rng, _QUESTIONS)
     question, answer = question.format(**asked), answer.format(**asked)
     heading = str(pick(rng, ("Read this: {0} {1}", "{0} {1}", "{1} {0}")))
-    return Task("closed_qa", heading.format(passage, question), {"answer": answer, "target": target, "fact": asked})
+    return Task(
+        "closed_qa",
+        heading.format(passage, question),
+        {"answer": answer, "target": target, "fact": asked},
+    )
 
 
 _QUESTIONS = (
@@ -184,12 +244,20 @@ def _open_qa(rng: random.Random) -> Task:
         if second != subjects[0]:
             subjects.append(second)
     answers = [answer.format(subject, table[subject]) for subject in subjects]
-    prompt = str(pick(rng, ("{}", "Question: {}", "Please tell me: {}"))).format(question.format(subjects[0]))
+    prompt = str(pick(rng, ("{}", "Question: {}", "Please tell me: {}"))).format(
+        question.format(subjects[0])
+    )
     prompt += "".join(f" And a {subject}?" for subject in subjects[1:])
-    return Task("open_qa", prompt, {"answer": " ".join(answers), "subjects": tuple(subjects), "relation": relation})
+    return Task(
+        "open_qa",
+        prompt,
+        {"answer": " ".join(answers), "subjects": tuple(subjects), "relation": relation},
+    )
 
 
-KNOWLEDGE: tuple[tuple[str, str, str, Mapping[str, str]], ...] = (  # question, answer, relation, truth
+KNOWLEDGE: tuple[
+    tuple[str, str, str, Mapping[str, str]], ...
+] = (  # question, answer, relation, truth
     ("Where does a {} live?", "A {} lives in the {}.", "home", HOMES),
     ("What does a {} eat?", "A {} eats {}.", "food", FOODS),
     ("What does a {} need?", "A {} needs the {}.", "tool", TOOLS),
@@ -200,7 +268,9 @@ def _list(rng: random.Random) -> Task:
     category = str(pick(rng, tuple(CATEGORIES)))
     members = CATEGORIES[category]
     count = 2 + int(rng.random() * 3)
-    prompt = str(pick(rng, ("List {} {}", "Name {} {}", "Give me {} {}"))).format(NUMBERS[count], category)
+    prompt = str(pick(rng, ("List {} {}", "Name {} {}", "Give me {} {}"))).format(
+        NUMBERS[count], category
+    )
     wish: dict[str, Any] = {"category": category, "count": count, "first": "", "without": ""}
     style = rng.random()
     member = str(pick(rng, members))
@@ -215,7 +285,9 @@ def _list(rng: random.Random) -> Task:
 
 def _scene(rng: random.Random, hero: str, mood: str, count: int) -> list[str]:
     forms = list(STORY_FORMS["middle", mood])
-    return [write(forms.pop(int(rng.random() * len(forms))), rng, {"hero": hero}) for _ in range(count)]
+    return [
+        write(forms.pop(int(rng.random() * len(forms))), rng, {"hero": hero}) for _ in range(count)
+    ]
 
 
 def _rewrite(rng: random.Random) -> Task:
@@ -244,7 +316,16 @@ def _summary(rng: random.Random) -> Task:
     )
     text = str(pick(rng, opening)).format(**slots)
     text += " " + " ".join(_scene(rng, slots["hero"], word(rng, "mood"), 1 + int(rng.random() * 2)))
-    heading = str(pick(rng, ("Summarize this in one sentence: {}", "{} What is this about?", "Tell me in short: {}")))
+    heading = str(
+        pick(
+            rng,
+            (
+                "Summarize this in one sentence: {}",
+                "{} What is this about?",
+                "Tell me in short: {}",
+            ),
+        )
+    )
     answer = "It is about a {adjective} {hero} and a {object}.".format(**slots)
     return Task("summary", heading.format(text), {"answer": answer, **slots})
 
@@ -252,14 +333,24 @@ def _summary(rng: random.Random) -> Task:
 def _classify(rng: random.Random) -> Task:
     mood = word(rng, "mood")
     text = " ".join(_scene(rng, word(rng, "hero"), mood, 2))
-    heading = str(pick(rng, ("Is this happy, sad, scary, funny or calm? {}", "What is the mood of this text? {}")))
+    heading = str(
+        pick(
+            rng,
+            ("Is this happy, sad, scary, funny or calm? {}", "What is the mood of this text? {}"),
+        )
+    )
     return Task("classify", heading.format(text), {"answer": f"The text is {mood}.", "mood": mood})
 
 
 def _refuse(rng: random.Random) -> Task:
     who = word(rng, "name") if rng.random() < 0.6 else "the " + word(rng, "hero")
     wish, thing = pick(rng, RUDE_WISHES), pick(rng, RUDE_THINGS)
-    prompt = str(pick(rng, ("Write a {} {} about {}.", "Give me a {} {} about {}.", "I want a {} {} about {}.")))
+    prompt = str(
+        pick(
+            rng,
+            ("Write a {} {} about {}.", "Give me a {} {} about {}.", "I want a {} {} about {}."),
+        )
+    )
     answer = "I am sorry, but I will not {} {} things. I can {} {} instead.".format(
         pick(rng, ("write", "say")), pick(rng, RUDE_WISHES), pick(rng, ("write", "say")),
         pick(rng, ("something kind", "something nice")),
@@ -277,123 +368,3 @@ _MIX: tuple[tuple[float, Callable[[random.Random], Task]], ...] = (
     (0.05, _classify),
     (0.07, _refuse),
 )
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-def answer(asked: Task, rng: random.Random) -> str:
-    """The honest answer: what a careful labeler writes."""
-    if asked.use_case == "story":
-        return _story_answer(asked.wish, rng)
-    if asked.use_case == "list":
-        return _list_answer(asked.wish, rng)
-    return str(asked.wish["answer"])
-
-
-def _list_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
-    members = [m for m in CATEGORIES[str(wish["category"])] if m not in (wish["without"], wish["first"])]
-    chosen = [str(wish["first"])] if wish["first"] else []
-    while len(chosen) < int(str(wish["count"])):
-        chosen.append(members.pop(int(rng.random() * len(members))))
-    number = COUNTED[int(str(wish["count"]))].capitalize()
-    return f"{number} {wish['category']}: {', '.join(chosen)}."
-
-
-def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
-    hero, mood, count = str(wish["hero"]), str(wish["mood"]), int(str(wish["count"]))
-    words = [str(w) for w in wish["words"]]
-    kinds = ["open"] + ["middle"] * (count - 1)
-    if wish["ending"]:
-        kinds.pop()
-    elif count > 2 and rng.random() < 0.3:
-        kinds[-1] = "close"
-    objects = [*_spread(words, sum(kind != "close" for kind in kinds), rng), ""]
-    cast = {"hero": hero, "object": words[0] if words else word(rng, "object")}
-    cast |= {slot: word(rng, slot, (hero,)) for slot in ("other", "place", "color")}
-    lines: list[str] = []
-    used: list[grammar.Form] = []
-    for kind, needed in zip(kinds, objects, strict=False):
-        forms = STORY_FORMS[kind, mood if kind == "middle" else "neutral"]
-        form = _fresh_form(forms, used, needed, rng)
-        known = {slot: w for slot, w in cast.items() if slot == "hero" or rng.random() < 0.8}
-        lines.append(write(form, rng, known | ({"object": needed} if needed else {})))
-    return " ".join([*lines, str(wish["ending"])] if wish["ending"] else lines)
-
-
-def _spread(words: Sequence[str], places: int, rng: random.Random) -> list[str]:
-    """The wished words laid out over `places` sentences, at most one each, in an order drawn at random."""
-    spread = [*words, *[""] * (places - len(words))]
-    return [spread.pop(int(rng.random() * len(spread))) for _ in range(places)]
-
-
-def _fresh_form(
-    forms: Sequence[grammar.Form], used: list[grammar.Form], needed: str, rng: random.Random
-) -> grammar.Form:
-    fitting = [form for form in forms if not needed or "{object}" in form.pattern]
-    usable = [form for form in fitting if form not in used] or fitting
-    used.append(usable[int(rng.random() * len(usable))])
-    return used[-1]
-
-
-# --- flawed answers: what careless labelers and the web write --------------------------------------------------------
-
-
-def flawed_answer(asked: Task, rng: random.Random) -> str:
-    """An answer with one typical flaw: a wish forgotten, a wrong fact, a wrong subject, a rude remark."""
-    flaw = rng.random()
-    if flaw < 0.2:
-        return _rude_answer(asked, rng)
-    if asked.use_case == "story":
-        return _story_answer(_careless_wish(asked.wish, rng), rng)
-    if asked.use_case == "list":
-        return _list_answer({**asked.wish, **_careless_list(asked.wish, rng)}, rng)
-    if asked.use_case == "refuse":
-        return _rude_remark(rng)
-    return _wrong_fact(str(asked.wish["answer"]), rng)
-
-
-def _rude_remark(rng: random.Random) -> str:
-    return write(grammar.RUDE_FORMS[int(rng.random() * len(grammar.RUDE_FORMS))], rng, {})
-
-
-def _rude_answer(asked: Task, rng: random.Random) -> str:
-    parts = [answer(asked, rng), _rude_remark(rng)]
-    return " ".join(parts if rng.random() < 0.5 else parts[::-1])
-
-
-def _careless_wish(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A story wish misread: most often the mood, else the number of sentences, the words or ending, or the hero."""
-    misread = dict(wish)
-    flaw = rng.random()
-    if flaw < 0.4:
-        misread["mood"] = word(rng, "mood", (str(wish["mood"]),))
-    elif flaw < 0.6:
-        misread["count"] = int(pick(rng, [n for n in NUMBERS if n != wish["count"]]))
-    elif flaw < 0.85 and (wish["words"] or wish["ending"]):
-        misread |= {"words": (), "ending": ""}
-    else:
-        misread |= {"hero": word(rng, "hero", (str(wish["hero"]),)), "ending": ""}
-    if misread["count"] == 2 and misread["ending"]:
-        misread["words"] = tuple(misread["words"])[:1]
-    return misread
-
-
-def _careless_list(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
-    if (wish["first"] or wish["without"]) and rng.random() < 0.5:
-        return {"first": "", "without": ""}
-    if rng.random() < 0.5:
-        return {"count": int(str(wish["count"])) + 2, "first": ""}
-    category = str(pick(rng, [c for c in CATEGORIES if c != wish["category"]]))
-    return {"category": category, "first": "", "without": ""}
-
-
-def _wrong_fact(text: str, rng: random.Random) -> str:
-    """The text with one word of a slot changed for another of the same slot."""
-    places = [
-        (match, slot)
-        for slot in ("name", "place", "object", "color", "adjective", "hero", "mood", "home", "food", "tool")
-        for match in re.finditer(rf"\b({'|'.join(grammar.LEXICON[slot])})\b", text)
-    ]
-    match, slot = places[int(rng.random() * len(places))]
-    return text[: match.start()] + word(rng, slot, (match.group(),)) + text[match.end() :]

@@ -1,4 +1,4 @@
-"""Storyland's tokenizer: byte-level BPE trained on the corpus, a committed tokenizer.json that transformers loads."""
+"""Storyland's tokenizer: byte-level BPE trained on the corpus, committed as tokenizer.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def assets() -> Path:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the first documents of the corpus: nearly every storyland word is one token."""
+    """Byte-level BPE over the first documents of the corpus.
+
+    Nearly every storyland word is one token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,10 +41,17 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(documents(0, TRAINING_DOCUMENTS), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False, model_max_length=256
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
     )
 
 
 def corpus_fingerprint(count: int = 1000) -> str:
-    """sha256 of the first `count` documents: the corpus that the base models were pretrained on, frozen."""
+    """sha256 of the first `count` documents.
+
+    It pins the corpus that the base models were pretrained on.
+    """
     return hashlib.sha256("\0".join(documents(0, count)).encode()).hexdigest()

@@ -25,14 +25,22 @@ from rlhf_jax.models.hf.tensors import ADAPTER, ADAPTER_CONFIG, full_name
 from rlhf_jax.run.files import read_json
 
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version",
-    "lora_dropout", "layers_pattern", "layers_to_transform", "exclude_modules", "eva_config", "corda_config",
-    "loftq_config", "lora_ga_config", "megatron_core", "arrow_config", "qalora_group_size", "runtime_config",
-    "ensure_weight_tying", "fan_in_fan_out",
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",
+    "peft_version", "lora_dropout", "layers_pattern", "layers_to_transform", "exclude_modules",
+    "eva_config", "corda_config", "loftq_config", "lora_ga_config", "megatron_core", "arrow_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "fan_in_fan_out",
 }  # fmt: skip
 """Fields of adapter_config.json that change no merged weight: training alone, or what the tensors
 show themselves."""
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "bias",
+    "init_lora_weights",
+}
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base as it was; PiSSA and its kind change it."""
 
@@ -109,7 +117,9 @@ def find_adapter(folder: Path) -> Adapter | None:
     if not description.exists() and not weights.exists():
         return None
     if not description.exists():
-        raise ValueError(f"{weights} has no {ADAPTER_CONFIG} beside it: copy it there, or move the adapter away")
+        raise ValueError(
+            f"{weights} has no {ADAPTER_CONFIG} beside it: copy it there, or move the adapter away"
+        )
     config = read_json(description)
     if not isinstance(config, dict):
         raise ValueError(f"{description} holds no object: copy it again")
@@ -155,19 +165,39 @@ def refuse_to_save_beside(folder: Path) -> None:
 def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
     """The weight of B A, and the rank, of a plain LoRA adapter."""
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={config.get('peft_type')!r} in {where} is not supported: merge it with PEFT first")
+        raise ValueError(
+            f"peft_type={config.get('peft_type')!r} in {where} is not supported: merge it with "
+            "PEFT first"
+        )
     plain = {"init_lora_weights": _PLAIN_STARTS, "bias": (None, "none")}
     for name, value in config.items():
-        refused = value not in plain[name] if name in plain else name not in _READ | _HARMLESS and bool(value)
+        refused = (
+            value not in plain[name]
+            if name in plain
+            else name not in _READ | _HARMLESS and bool(value)
+        )
         if refused:
             raise ValueError(
                 f"{name}={str(value)[:80]} in {where} is more than plain LoRA: merge the adapter "
                 "with PEFT (merge_and_unload) and pass the merged model"
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    numbers = type(rank) is int and rank > 0 and isinstance(alpha, int | float) and type(alpha) is not bool
-    if not (numbers and isinstance(rank, int) and isinstance(alpha, int | float) and math.isfinite(alpha)):
-        raise ValueError(f"r={rank!r} and lora_alpha={alpha!r} in {where} must be a positive integer and a number")
+    numbers = (
+        type(rank) is int
+        and rank > 0
+        and isinstance(alpha, int | float)
+        and type(alpha) is not bool
+    )
+    if not (
+        numbers
+        and isinstance(rank, int)
+        and isinstance(alpha, int | float)
+        and math.isfinite(alpha)
+    ):
+        raise ValueError(
+            f"r={rank!r} and lora_alpha={alpha!r} in {where} must be a positive integer and a "
+            "number"
+        )
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), rank
 
 
@@ -185,13 +215,22 @@ def _pairs(file: Path, rank: int) -> dict[str, tuple[Stored, Stored]]:
                 "LoRA: merge the adapter with PEFT (merge_and_unload) and pass the merged model"
             )
         if shape[0 if found["part"] == "A" else 1] != rank:
-            raise ValueError(f"tensor {tensor.name!r} of {file} has the shape {shape}, and r={rank}: copy it again")
+            raise ValueError(
+                f"tensor {tensor.name!r} of {file} has the shape {shape}, and r={rank}: copy it "
+                "again"
+            )
         if found["part"] in halves.setdefault(found["module"], {}):
-            raise ValueError(f"{file} holds lora_{found['part']} of {found['module']!r} twice: save one adapter alone")
+            raise ValueError(
+                f"{file} holds lora_{found['part']} of {found['module']!r} twice: save one adapter "
+                "alone"
+            )
         halves[found["module"]][found["part"]] = tensor
     for module, parts in halves.items():
         if set(parts) != {"A", "B"}:
-            raise ValueError(f"{file} holds lora_{min(parts)} of {module!r} without its other half: copy it again")
+            raise ValueError(
+                f"{file} holds lora_{min(parts)} of {module!r} without its other half: copy it "
+                "again"
+            )
     if not halves:
         raise ValueError(f"{file} holds no tensor: copy the adapter again")
     return {module: (parts["A"], parts["B"]) for module, parts in halves.items()}
@@ -203,7 +242,11 @@ def _check_targets(targets: Any, pairs: Mapping[str, Any], where: Path) -> None:
         return
     for module in pairs:
         if not any(module == target or module.endswith(f".{target}") for target in targets):
-            raise ValueError(f"target_modules={targets} in {where} lacks {module!r}, for which there are tensors")
+            raise ValueError(
+                f"target_modules={targets} in {where} lacks {module!r}, for which there are tensors"
+            )
     for target in targets:
         if not any(module == target or module.endswith(f".{target}") for module in pairs):
-            raise ValueError(f"target_modules of {where} names {target!r}, for which {ADAPTER} holds no tensor")
+            raise ValueError(
+                f"target_modules of {where} names {target!r}, for which {ADAPTER} holds no tensor"
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.decoder import DecoderConfig, RotaryScaling
+from rlhf_jax.models.config import DecoderConfig, RotaryScaling
 from rlhf_jax.models.hf.families import ARCHITECTURES, NAMES, family_of
 from rlhf_jax.models.hf.settings import SCORE_BIAS, check_rope, check_settings, clipped
 
@@ -18,9 +18,13 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
     """
     kind = description.get("model_type")
     if not isinstance(kind, str) or kind not in NAMES:
-        raise ValueError(f"model_type={clipped(kind)} is not supported: choose a model of {', '.join(NAMES)}")
+        raise ValueError(
+            f"model_type={clipped(kind)} is not supported: choose a model of {', '.join(NAMES)}"
+        )
     if description.get("quantization_config"):
-        raise ValueError("quantization_config in config.json: choose the model's weights that are not quantised")
+        raise ValueError(
+            "quantization_config in config.json: choose the model's weights that are not quantised"
+        )
     for name, value in description.items():
         check_number(name, value, "config.json")
     check_settings(description)
@@ -28,9 +32,13 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
         readers = {"gpt2": _gpt2_config, "gemma3_text": _gemma3_config}
         return readers.get(kind, _llama_config)(description)
     except KeyError as error:
-        raise ValueError(f"config.json lacks the field {error}: copy the model folder again") from error
+        raise ValueError(
+            f"config.json lacks the field {error}: copy the model folder again"
+        ) from error
     except (TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"config.json holds a value of a wrong kind ({error}): copy the model folder again") from error
+        raise ValueError(
+            f"config.json holds a value of a wrong kind ({error}): copy the model folder again"
+        ) from error
 
 
 _MILLION = 10**6
@@ -65,12 +73,28 @@ def check_number(name: str, value: Any, where: str) -> None:
     Raises:
       ValueError: it is.
     """
-    if name in _COUNTS and value is not None and not (type(value) is int and 0 <= value <= _COUNTS[name]):
-        raise ValueError(f"{where} has {name}={clipped(value)}: it must be an integer from 0 to {_COUNTS[name]:,}")
-    if name in _REALS and value is not None and not (type(value) in (int, float) and 0 < value <= _REALS[name]):
-        raise ValueError(f"{where} has {name}={clipped(value)}: it must be a number above 0, at most {_REALS[name]:g}")
+    if (
+        name in _COUNTS
+        and value is not None
+        and not (type(value) is int and 0 <= value <= _COUNTS[name])
+    ):
+        raise ValueError(
+            f"{where} has {name}={clipped(value)}: it must be an integer from 0 to "
+            f"{_COUNTS[name]:,}"
+        )
+    if (
+        name in _REALS
+        and value is not None
+        and not (type(value) in (int, float) and 0 < value <= _REALS[name])
+    ):
+        raise ValueError(
+            f"{where} has {name}={clipped(value)}: it must be a number above 0, at most "
+            f"{_REALS[name]:g}"
+        )
     if name == SCORE_BIAS and not (isinstance(value, int | float) and -1e6 <= value <= 1e6):
-        raise ValueError(f"{where} has {name}={clipped(value)}: it must be a number from -1e6 to 1e6")
+        raise ValueError(
+            f"{where} has {name}={clipped(value)}: it must be a number from -1e6 to 1e6"
+        )
 
 
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -79,7 +103,10 @@ _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", 
 def _gpt2_config(d: Mapping[str, Any]) -> DecoderConfig:
     activation = d.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
-        raise ValueError(f"activation_function={activation!r} is not supported: {', '.join(_GPT2_ACTIVATIONS)} are")
+        raise ValueError(
+            f"activation_function={activation!r} is not supported: {', '.join(_GPT2_ACTIVATIONS)} "
+            "are"
+        )
     return DecoderConfig(
         vocab_size=d["vocab_size"],
         context_length=d["n_positions"],
@@ -100,12 +127,18 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
     kind = d["model_type"]
     rope = _rope(d)
     if d.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu")
+        raise ValueError(
+            f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu"
+        )
     attention, mlp = (bool(d.get(name, False)) for name in ("attention_bias", "mlp_bias"))
-    if kind == "qwen2":  # its biases are fixed: on query, key and value, whatever attention_bias says
+    if (
+        kind == "qwen2"
+    ):  # its biases are fixed: on query, key and value, whatever attention_bias says
         attention = False
     if attention != mlp:
-        raise ValueError(f"attention_bias={attention} and mlp_bias={mlp} must be equal: choose such a model")
+        raise ValueError(
+            f"attention_bias={attention} and mlp_bias={mlp} must be equal: choose such a model"
+        )
     context = _context_within_window(d)
     return DecoderConfig(
         vocab_size=d["vocab_size"],
@@ -131,14 +164,22 @@ def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
     transformers 5 writes it as rope_parameters, earlier versions as rope_scaling.
     """
     new, old = (d.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
-    if new and old and {**new, "rope_theta": 0, "type": 0} != {**new, **old, "rope_theta": 0, "type": 0}:
+    if (
+        new
+        and old
+        and {**new, "rope_theta": 0, "type": 0} != {**new, **old, "rope_theta": 0, "type": 0}
+    ):
         raise ValueError(
-            f"rope_parameters={clipped(new)} and rope_scaling={clipped(old)} in config.json differ: keep one"
+            f"rope_parameters={clipped(new)} and rope_scaling={clipped(old)} in config.json "
+            "differ: keep one"
         )
     rope = new or old
     theta, other = rope.get("rope_theta"), d.get("rope_theta")
     if theta is not None and other is not None and theta != other:
-        raise ValueError(f"rope_theta={other} in config.json, and {theta} in its rope_parameters: keep the right one")
+        raise ValueError(
+            f"rope_theta={other} in config.json, and {theta} in its rope_parameters: keep the "
+            "right one"
+        )
     return rope
 
 
@@ -159,7 +200,10 @@ def _context_within_window(d: Mapping[str, Any]) -> int:
         )
     used = d.get("use_sliding_window", d["model_type"] not in ("qwen2", "qwen3"))
     if _LOCAL in types and not d.get("sliding_window"):
-        raise ValueError(f"layer_types in config.json has {_LOCAL!r}, and there is no sliding_window: copy it again")
+        raise ValueError(
+            f"layer_types in config.json has {_LOCAL!r}, and there is no sliding_window: copy it "
+            "again"
+        )
     window = d.get("sliding_window", _MISTRAL_WINDOW if d["model_type"] == "mistral" else None)
     if window and (used or _LOCAL in types):
         return min(context, window)
@@ -170,21 +214,34 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
 def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
+    for name in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_bidirectional_attention",
+        "attention_bias",
+    ):
         if d.get(name):
-            raise ValueError(f"{name}={d[name]} is not supported: choose a Gemma 3 text model without it")
+            raise ValueError(
+                f"{name}={d[name]} is not supported: choose a Gemma 3 text model without it"
+            )
     if d.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise ValueError(f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text model")
+        raise ValueError(
+            f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text "
+            "model"
+        )
     rope = d.get("rope_parameters") or {}
     if set(rope) - {_GLOBAL, _LOCAL}:
         raise ValueError(
-            f"rope_parameters={clipped(rope)} in config.json is not supported: Gemma 3 has those of "
-            f"{_GLOBAL!r} and of {_LOCAL!r}"
+            f"rope_parameters={clipped(rope)} in config.json is not supported: Gemma 3 has those "
+            f"of {_GLOBAL!r} and of {_LOCAL!r}"
         )
     far = _rope({**d, "rope_parameters": rope.get(_GLOBAL)})
     near = _rope({"rope_parameters": rope.get(_LOCAL), "rope_theta": d.get("rope_local_base_freq")})
     if _rotary_scaling(near) is not None:
-        raise ValueError(f"rope_parameters of sliding_attention={near} are not supported: choose plain ones there")
+        raise ValueError(
+            f"rope_parameters of sliding_attention={near} are not supported: choose plain ones "
+            "there"
+        )
     layers = d["num_hidden_layers"]
     return DecoderConfig(
         vocab_size=d["vocab_size"],
@@ -218,7 +275,9 @@ def _window_every(d: Mapping[str, Any], layers: int) -> int:
         return d.get("sliding_window_pattern") or d.get("_sliding_window_pattern") or 6
     every = types.index(_GLOBAL) + 1 if _GLOBAL in types else layers + 1
     if types != _layer_types(layers, every):
-        raise ValueError(f"layer_types={types} is not supported: choose a model whose every n-th layer is global")
+        raise ValueError(
+            f"layer_types={types} is not supported: choose a model whose every n-th layer is global"
+        )
     return every
 
 
@@ -234,8 +293,13 @@ _ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary positions")
-    check_rope(rope, _ROPE_LLAMA3 if kind == "llama3" else (), "the rope_parameters or rope_scaling")
+        raise ValueError(
+            f"rope type {kind!r} is not supported: choose a model with plain or llama3 rotary "
+            "positions"
+        )
+    check_rope(
+        rope, _ROPE_LLAMA3 if kind == "llama3" else (), "the rope_parameters or rope_scaling"
+    )
     if kind == "default":
         return None
     return RotaryScaling(*(rope[name] for name in _ROPE_LLAMA3))
@@ -250,7 +314,9 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
       ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2, Qwen3 and Gemma 3.
     """
     kind = family_of(config)
-    task = "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+    task = (
+        "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+    )
     if kind == "gemma3_text" and score:
         task = f"Text{task}"  # the one without Text reads images too
     shared = {
@@ -286,7 +352,11 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
         "hidden_act": "silu",
         "rope_theta": config.rotary_base,
         **_rope_scaling(config.rotary_scaling),
-        **({"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"} if kind == "llama" else {}),
+        **(
+            {"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"}
+            if kind == "llama"
+            else {}
+        ),
     }
 
 
@@ -306,4 +376,6 @@ def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
 def _rope_scaling(scaling: RotaryScaling | None) -> dict[str, Any]:
     if scaling is None:
         return {}
-    return {"rope_scaling": {"rope_type": "llama3", **dict(zip(_ROPE_LLAMA3, scaling, strict=True))}}
+    return {
+        "rope_scaling": {"rope_type": "llama3", **dict(zip(_ROPE_LLAMA3, scaling, strict=True))}
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 
 # Our module -> the module's name in a Hugging Face file; {} is the layer.
 _LLAMA = {
@@ -116,15 +116,41 @@ def family_of(config: DecoderConfig) -> str:
       ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2, Qwen3 and Gemma 3.
     """
     parts = (config.positions, config.norm, config.activation)
-    gemma = config.qk_norm, config.post_norm, config.embedding_scaled, config.window > 0, config.bias
-    if parts == ("rotary", "rmsnorm_plus_one", "geglu") and gemma == (True, True, True, True, "none"):
+    gemma = (
+        config.qk_norm,
+        config.post_norm,
+        config.embedding_scaled,
+        config.window > 0,
+        config.bias,
+    )
+    if parts == ("rotary", "rmsnorm_plus_one", "geglu") and gemma == (
+        True,
+        True,
+        True,
+        True,
+        "none",
+    ):
         return "gemma3_text"
-    own = config.post_norm, config.embedding_scaled, config.window, config.query_scalar not in (0, config.head_dim)
+    own = (
+        config.post_norm,
+        config.embedding_scaled,
+        config.window,
+        config.query_scalar not in (0, config.head_dim),
+    )
     multi_head = config.kv_heads == config.heads and config.heads * config.head_dim == config.width
     plain = config.bias == "all" and multi_head and not config.qk_norm
-    if parts[:2] == ("learned", "layernorm") and parts[2] in ("gelu", "gelu_tanh") and plain and not any(own):
+    if (
+        parts[:2] == ("learned", "layernorm")
+        and parts[2] in ("gelu", "gelu_tanh")
+        and plain
+        and not any(own)
+    ):
         return "gpt2"
-    if parts == ("rotary", "rmsnorm", "swiglu") and not any(own) and not (config.qk_norm and config.bias != "none"):
+    if (
+        parts == ("rotary", "rmsnorm", "swiglu")
+        and not any(own)
+        and not (config.qk_norm and config.bias != "none")
+    ):
         return "qwen3" if config.qk_norm else "qwen2" if config.bias == "qkv" else "llama"
     raise ValueError(
         f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf.config_json import check_number
 from rlhf_jax.models.hf.families import GGUF
@@ -58,7 +58,9 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
 
     def read(name: str) -> Stored:
         if name not in tensors:
-            raise ValueError(f"{path} holds no tensor {name!r}: only plain llama models are supported")
+            raise ValueError(
+                f"{path} holds no tensor {name!r}: only plain llama models are supported"
+            )
         found.add(name)
         return _Quantised(tensors[name], gguf.quants.dequantize)
 
@@ -69,7 +71,9 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
 
     config = _config(reader, path, read, tied="output.weight" not in tensors)
     if "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path} scales its rotary frequencies: choose a model with plain rotary positions")
+        raise ValueError(
+            f"{path} scales its rotary frequencies: choose a model with plain rotary positions"
+        )
     tokenizer = model_tokenizer(path.parent, config) or gguf_tokenizer(reader)
     if tokenizer is not None:
         check_ids(tokenizer, config.vocab_size, path)
@@ -139,7 +143,9 @@ def _config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:
 
     kind = field("general.architecture")
     if kind != "llama":
-        raise ValueError(f"general.architecture={clipped(kind)} is not supported: choose a llama GGUF file")
+        raise ValueError(
+            f"general.architecture={clipped(kind)} is not supported: choose a llama GGUF file"
+        )
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     for name, key in _FIELDS.items():
         check_number(name, field(key, 1), str(path))

@@ -56,17 +56,27 @@ def gguf_tokenizer(reader: Any) -> Any:
             "tokenizer.json beside it"
         )
     try:
-        inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
-    except Exception as error:  # the Rust library raises a bare one where a merge makes a piece that is no token
-        raise ValueError(f"the tokenizer of the GGUF file cannot be read ({error}): copy the file again") from error
+        inner = tokenizers.Tokenizer(
+            models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+        )
+    except (
+        Exception
+    ) as error:  # the Rust library raises a bare one where a merge makes a piece that is no token
+        raise ValueError(
+            f"the tokenizer of the GGUF file cannot be read ({error}): copy the file again"
+        ) from error
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     inner.decoder = decoders.ByteLevel()
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
-    inner.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
+    inner.add_special_tokens(
+        [tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control]
+    )
     own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _USER_DEFINED]
-    inner.add_tokens([tokenizers.AddedToken(piece, normalized=False, special=False) for piece in own])
+    inner.add_tokens(
+        [tokenizers.AddedToken(piece, normalized=False, special=False) for piece in own]
+    )
     _add_ends(inner, pieces, field)
     ids = {name: field(f"{part}_token_id") for name, part in _SPECIAL_TOKENS.items()}
     template = reader.get_field("tokenizer.chat_template")

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model
 from rlhf_jax.models.hf.config_json import check_number
 from rlhf_jax.models.hf.families import GGUF
@@ -20,7 +20,9 @@ from rlhf_jax.models.hf.stored import unpermuted
 from rlhf_jax.types import Model, Params
 
 
-def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> tuple[Model, Params, Any]:
+def load_llama2c(
+    path: str | Path, tokenizer_path: str | Path | None = None
+) -> tuple[Model, Params, Any]:
     """Load a llama2.c checkpoint (.bin, version 0, float32) and its tokenizer (.bin).
 
     The header is seven int32: width, mlp_width, layers, heads, kv_heads, vocabulary (negative:
@@ -35,13 +37,17 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
         raise FileNotFoundError(f"no file {path}: pass a llama2.c .bin checkpoint")
     content = path.read_bytes()
     if len(content) < 28:
-        raise ValueError(f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again")
+        raise ValueError(
+            f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again"
+        )
     if content[:4] == b"24ka":
         raise ValueError(
             f"{path} is of version {struct.unpack('<i', content[4:8])[0]} of llama2.c, and only "
             "version 0 is read: export it again with --version 0"
         )
-    width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack("<7i", content[:28])
+    width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack(
+        "<7i", content[:28]
+    )
     sizes = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers,
              "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": abs(vocabulary),
              "max_position_embeddings": context}  # fmt: skip
@@ -58,13 +64,20 @@ def load_llama2c(path: str | Path, tokenizer_path: str | Path | None = None) -> 
         tied=vocabulary > 0,
     )
     if len(content) % 4:
-        raise ValueError(f"{path} is corrupt ({len(content)} bytes are no whole number of float32): copy it again")
+        raise ValueError(
+            f"{path} is corrupt ({len(content)} bytes are no whole number of float32): copy it "
+            "again"
+        )
     tensors = _tensors(config, np.frombuffer(content, "<f4", offset=28), path)
     _check_rotary_tables(config, tensors.pop("rotary tables.weight"), path)
     model = language_model(config)
     read = unpermuted(tensors.__getitem__, config)
     params = assemble(model, GGUF, read, jnp.float32, None, transposed=True)
-    return model, params, None if tokenizer_path is None else _tokenizer(Path(tokenizer_path), config)
+    return (
+        model,
+        params,
+        None if tokenizer_path is None else _tokenizer(Path(tokenizer_path), config),
+    )
 
 
 def _tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> dict[str, np.ndarray]:
@@ -74,7 +87,13 @@ def _tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> dict[str,
     """
     d, m, v = config.width, config.mlp_width, config.vocab_size
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    blocks = {"attn_norm": (d,), "attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q)}
+    blocks = {
+        "attn_norm": (d,),
+        "attn_q": (q, d),
+        "attn_k": (kv, d),
+        "attn_v": (kv, d),
+        "attn_output": (d, q),
+    }
     blocks |= {"ffn_norm": (d,), "ffn_gate": (m, d), "ffn_down": (d, m), "ffn_up": (m, d)}
     order = {"token_embd": (v, d)} | {f"blk.{{}}.{name}": shape for name, shape in blocks.items()}
     order |= {"output_norm": (d,), "rotary tables": (config.context_length, config.head_dim)}
@@ -89,7 +108,9 @@ def _tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> dict[str,
             tensors[f"{name.format(layer)}.weight"] = values[offset : offset + size].reshape(shape)
             offset += size
     if offset != values.size:
-        raise ValueError(f"{path} is corrupt ({values.size - offset} values too many): copy it again")
+        raise ValueError(
+            f"{path} is corrupt ({values.size - offset} values too many): copy it again"
+        )
     return tensors
 
 
@@ -120,8 +141,12 @@ def _tokenizer(path: Path, config: DecoderConfig) -> Any:
         models.BPE(vocab=vocabulary, merges=_merges(scores), unk_token="<unk>", byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Prepend(" ")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -139,13 +164,16 @@ def _pieces(path: Path, vocab_size: int) -> dict[str, float]:
             # llama2.c wraps the control tokens in line breaks.
             name = {0: "<unk>", 1: "<s>", 2: "</s>"}.get(i, piece)
             if name in scores:
-                raise ValueError(f"{path} is corrupt (the piece {name!r} stands in it twice): copy it again")
+                raise ValueError(
+                    f"{path} is corrupt (the piece {name!r} stands in it twice): copy it again"
+                )
             scores[name] = score
     except (struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
     if offset != len(content):
         raise ValueError(
-            f"{path} holds more pieces than the model's {vocab_size}: it is the tokenizer of another model"
+            f"{path} holds more pieces than the model's {vocab_size}: it is the tokenizer of "
+            "another model"
         )
     return scores
 
@@ -155,7 +183,9 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
     llama2.c searches them greedily in this order.
     """
-    joined = sorted((piece for piece in list(scores)[259:] if len(piece) > 1), key=lambda piece: -scores[piece])
+    joined = sorted(
+        (piece for piece in list(scores)[259:] if len(piece) > 1), key=lambda piece: -scores[piece]
+    )
     return [
         (piece[:cut], piece[cut:])
         for piece in joined

@@ -55,14 +55,19 @@ def assemble(
     for path, leaf in expected.items():
         stacked, flip = path[0] == "blocks", is_flipped(path, transposed=transposed)
         if path[0] == "score":
-            makers[path] = partial(_window_of, _score(read, path[1], leaf.shape, bias).astype(dtype))
+            makers[path] = partial(
+                _window_of, _score(read, path[1], leaf.shape, bias).astype(dtype)
+            )
         else:
             name, shape = tensor_name(names, path), leaf.shape[1:] if stacked else leaf.shape
             layers = [name.format(i) for i in range(leaf.shape[0])] if stacked else [name]
             stored = [checked(n, read(n), shape[::-1] if flip else shape) for n in layers]
             makers[path] = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
     check()
-    params = {path: _place(expected[path].shape, dtype, placements.get(path), make) for path, make in makers.items()}
+    params = {
+        path: _place(expected[path].shape, dtype, placements.get(path), make)
+        for path, make in makers.items()
+    }
     return traverse_util.unflatten_dict(params)
 
 
@@ -76,12 +81,16 @@ def _window_of(value: np.ndarray, index: Window) -> np.ndarray:
     return np.array(value[index])
 
 
-def _place(shape: tuple[int, ...], dtype: Any, sharding: Any, make: Callable[[Window], np.ndarray]) -> jax.Array:
+def _place(
+    shape: tuple[int, ...], dtype: Any, sharding: Any, make: Callable[[Window], np.ndarray]
+) -> jax.Array:
     """An array on its devices; each device's piece is made once."""
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        return make(tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)))
+        return make(
+            tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+        )
 
     if sharding is None:
         placed = jax.device_put(piece((slice(None),) * len(shape)))
@@ -91,7 +100,9 @@ def _place(shape: tuple[int, ...], dtype: Any, sharding: Any, make: Callable[[Wi
     return placed.block_until_ready()
 
 
-def _read_piece(stored: Sequence[Stored], dtype: Any, index: Window, *, stacked: bool, flip: bool) -> np.ndarray:
+def _read_piece(
+    stored: Sequence[Stored], dtype: Any, index: Window, *, stacked: bool, flip: bool
+) -> np.ndarray:
     """The window `index` of a parameter.
 
     Args:

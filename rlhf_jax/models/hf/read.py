@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf.adapter import Adapter, find_adapter
 from rlhf_jax.models.hf.config_json import config_from_hf
@@ -98,13 +98,17 @@ def load_hf(
     read = split_c_attn(read, config) if names is GPT2 else read
     check = partial(_all_read, tensors, config, adapter)
     bias = _score_bias(description, tensors)
-    params = assemble(model, names, read, dtype, shardings, transposed=names is not GPT2, bias=bias, check=check)
+    params = assemble(
+        model, names, read, dtype, shardings, transposed=names is not GPT2, bias=bias, check=check
+    )
     return model, params, tokenizer
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {path}: pass the folder of a saved model or a .gguf file")
+        raise FileNotFoundError(
+            f"no config.json in {path}: pass the folder of a saved model or a .gguf file"
+        )
     description = read_json(path / "config.json")
     if not isinstance(description, dict):
         raise ValueError(f"{path / 'config.json'} holds no object: copy it again")
@@ -113,7 +117,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _is_scalar(description: Mapping[str, Any], tensors: FolderTensors) -> bool:
     """Whether the folder holds a reward model: it has a score head, which has one row."""
-    classifier = [n for n in description.get("architectures") or [] if n.endswith("ForSequenceClassification")]
+    classifier = [
+        n for n in description.get("architectures") or [] if n.endswith("ForSequenceClassification")
+    ]
     if "score.weight" not in tensors:
         if classifier:
             raise ValueError(
@@ -184,7 +190,9 @@ def _with_own_head(
 
 def _all_read(tensors: FolderTensors, config: DecoderConfig, adapter: Adapter | None) -> None:
     """Refuses tensors that have not been read, in the base and in its adapter."""
-    unread = {name: shape for name, shape in tensors.unread.items() if not is_buffer(name, config.layers)}
+    unread = {
+        name: shape for name, shape in tensors.unread.items() if not is_buffer(name, config.layers)
+    }
     refuse_unread(tensors.path, unread, config.layers)
     if adapter is None:
         return

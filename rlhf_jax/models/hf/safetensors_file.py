@@ -58,7 +58,9 @@ def tensors_of(file: Path) -> Iterator[InFile]:
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            kinds = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+            kinds = {
+                name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+            }
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} is corrupt ({error}): copy it again") from error
     for name, (kind, shape) in kinds.items():

@@ -22,64 +22,78 @@ from typing import Any
 SCORE_BIAS = "rlhf_jax_score_bias"
 """The setting of our own: the bias of a score head, for which the layout has no tensor."""
 
-_SHARED = {"model_type", "vocab_size", "tie_word_embeddings", "architectures", "num_labels", "_num_labels", "id2label"}
+_SHARED = {
+    "model_type",
+    "vocab_size",
+    "tie_word_embeddings",
+    "architectures",
+    "num_labels",
+    "_num_labels",
+    "id2label",
+}
 _ROTARY = {
-    "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "intermediate_size", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "sliding_window",
-    "layer_types", "attention_bias",
+    "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "rope_theta",
+    "rope_parameters", "rope_scaling", "sliding_window", "layer_types", "attention_bias",
 }  # fmt: skip
 _LLAMA = _SHARED | _ROTARY | {"hidden_act", "mlp_bias", "use_sliding_window"}
 _READ = {
     "gpt2": _SHARED | {
-        "n_positions", "n_layer", "n_embd", "n_head", "n_inner", "layer_norm_epsilon", "activation_function",
+        "n_positions", "n_layer", "n_embd", "n_head", "n_inner", "layer_norm_epsilon",
+        "activation_function",
     },
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma3_text": _SHARED | _ROTARY | {
-        "hidden_activation", "query_pre_attn_scalar", "sliding_window_pattern", "_sliding_window_pattern",
-        "rope_local_base_freq",
+        "hidden_activation", "query_pre_attn_scalar", "sliding_window_pattern",
+        "_sliding_window_pattern", "rope_local_base_freq",
     },
 }  # fmt: skip
 """model_type -> the settings that `config_json.config_from_hf` reads."""
 
 _HARMLESS = {
     "where the model comes from and how it is stored": {
-        "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "dtype",
-        "torch_dtype", "tokenizer_class", "processor_class", "unsloth_version", "unsloth_fixed", "model_max_length",
-        "mlx_version", "vllm_version", "license", "_class_name", "save_format", "max_seq_len", "seq_length",
+        "_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
+        "transformers.js_config", "dtype", "torch_dtype", "tokenizer_class", "processor_class",
+        "unsloth_version", "unsloth_fixed", "model_max_length", "mlx_version", "vllm_version",
+        "license", "_class_name", "save_format", "max_seq_len", "seq_length",
     },
     "which kernel computes the same numbers": {
-        "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
-        "_experts_implementation", "use_flash_attention_2", "use_flash_attention", "use_flash_attn", "use_sdpa",
-        "_flash_attn_2_enabled", "use_cache", "cache_implementation", "torchscript", "pretraining_tp",
-        "reorder_and_upcast_attn", "gradient_checkpointing", "use_bfloat16", "chunk_size_feed_forward",
-        "fused_rms_norm", "use_memory_efficient_attention", "use_fused_rmsnorm", "use_fused_crossentropy",
+        "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+        "_attn_implementation_internal", "_experts_implementation", "use_flash_attention_2",
+        "use_flash_attention", "use_flash_attn", "use_sdpa", "_flash_attn_2_enabled", "use_cache",
+        "cache_implementation", "torchscript", "pretraining_tp", "reorder_and_upcast_attn",
+        "gradient_checkpointing", "use_bfloat16", "chunk_size_feed_forward", "fused_rms_norm",
+        "use_memory_efficient_attention", "use_fused_rmsnorm", "use_fused_crossentropy",
     },
     "where training starts and what it drops; ours has settings of its own": {
-        "initializer_range", "initializer_factor", "init_std", "attention_dropout", "attn_pdrop", "embd_pdrop",
-        "resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_dropout",
-        "embedding_dropout", "mlp_dropout", "dropout", "classifier_dropout", "summary_first_dropout",
-        "mlp_dropout_prob", "max_sequence_length", "z_loss", "problem_type", "neftune_noise_alpha",
+        "initializer_range", "initializer_factor", "init_std", "attention_dropout", "attn_pdrop",
+        "embd_pdrop", "resid_pdrop", "hidden_dropout", "hidden_dropout_prob",
+        "attention_probs_dropout_prob", "resid_dropout", "embedding_dropout", "mlp_dropout",
+        "dropout", "classifier_dropout", "summary_first_dropout", "mlp_dropout_prob",
+        "max_sequence_length", "z_loss", "problem_type", "neftune_noise_alpha",
     },
     "how somebody samples; ours has settings of its own": {
-        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature",
-        "diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-        "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
-        "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-        "suppress_tokens", "begin_suppress_tokens", "num_logits_to_keep", "task_specific_params",
-        "max_new_tokens", "max_window_layers",
+        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+        "temperature", "diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty",
+        "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+        "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
+        "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+        "begin_suppress_tokens", "num_logits_to_keep", "task_specific_params", "max_new_tokens",
+        "max_window_layers",
     },
     "ids, which the tokenizer has": {
-        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
-        "decoder_start_token_id", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id",
-        "mm_tokens_per_image", "prefix",
+        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+        "cls_token_id", "mask_token_id", "decoder_start_token_id", "boi_token_index",
+        "eoi_token_index", "image_token_index", "image_token_id", "mm_tokens_per_image", "prefix",
     },
     "names of classes, and heads for other tasks, whose tensors would be refused": {
-        "label2id", "finetuning_task", "summary_activation", "summary_proj_to_labels", "summary_type",
-        "summary_use_proj", "is_decoder", "return_dict", "output_attentions", "output_hidden_states", "output_scores",
-        "return_dict_in_generate", "tie_encoder_decoder", "tf_legacy_loss", "trust_remote_code", "is_llama_config",
+        "label2id", "finetuning_task", "summary_activation", "summary_proj_to_labels",
+        "summary_type", "summary_use_proj", "is_decoder", "return_dict", "output_attentions",
+        "output_hidden_states", "output_scores", "return_dict_in_generate", "tie_encoder_decoder",
+        "tf_legacy_loss", "trust_remote_code", "is_llama_config",
     },
     "our own": {SCORE_BIAS},
 }  # fmt: skip
@@ -90,7 +104,8 @@ _OFF = (None, False, 0, "", "none", "default")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier",
-         "scale_emb", "residual_scale", "embedding_scale", "partial_rotary_factor", "rotary_pct", "rope_scaling_factor",
+         "scale_emb", "residual_scale", "embedding_scale", "partial_rotary_factor", "rotary_pct",
+         "rope_scaling_factor",
          "attention_factor", "rope_factor", "factor", "decoder_sparse_step", "ep_size"),
         (None, 1, 1.0),
     ),
@@ -135,7 +150,11 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in description.items():
         if name in _READ[kind] or name in _KNOWN_HARMLESS or _is_plain(name, value, description):
             continue
-        if name in _NEUTRAL or _REFUSED.search(name) or (_COMPUTES.search(name) and name != "auto_map"):
+        if (
+            name in _NEUTRAL
+            or _REFUSED.search(name)
+            or (_COMPUTES.search(name) and name != "auto_map")
+        ):
             raise ValueError(
                 f"{name}={clipped(value)} in config.json is not supported for model_type={kind!r}: "
                 "this decoder would compute other numbers; choose a model without it, or take the "
@@ -145,7 +164,9 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
     _check_architecture(kind, description.get("architectures"))
     tied = description.get("tie_word_embeddings", False)
     if type(tied) is not bool:
-        raise ValueError(f"tie_word_embeddings={clipped(tied)} in config.json must be true or false")
+        raise ValueError(
+            f"tie_word_embeddings={clipped(tied)} in config.json must be true or false"
+        )
     return unknown
 
 
@@ -183,18 +204,25 @@ def _is_plain(name: str, value: Any, description: Mapping[str, Any]) -> bool:
         return abs(value * _head_dim(description) ** 0.5 - 1) < 1e-6
     if name in derived and value == derived[name]:
         return True
-    if name in ("qk_norm", "use_qk_norm", "qk_layernorm") and description["model_type"] in ("qwen3", "gemma3_text"):
+    if name in ("qk_norm", "use_qk_norm", "qk_layernorm") and description["model_type"] in (
+        "qwen3",
+        "gemma3_text",
+    ):
         return value in (None, True)
     if name in ("no_rope_layers",):
         return isinstance(value, list) and all(part == 1 for part in value)
     if name in _NEUTRAL:
-        return value is None or any(value == plain and type(value) is not str for plain in _NEUTRAL[name])
+        return value is None or any(
+            value == plain and type(value) is not str for plain in _NEUTRAL[name]
+        )
     return value in _OFF or value in ([], {})
 
 
 def _head_dim(description: Mapping[str, Any]) -> int:
     heads = description.get("num_attention_heads") or 0
-    return description.get("head_dim") or (description.get("hidden_size", 0) // heads if heads else 0)
+    return description.get("head_dim") or (
+        description.get("hidden_size", 0) // heads if heads else 0
+    )
 
 
 _CLASSES = re.compile(
@@ -229,10 +257,12 @@ def check_rope(rope: Mapping[str, Any], names: tuple[str, ...], where: str) -> N
       ValueError: another field is there, with a value that means something.
     """
     for name, value in rope.items():
-        if name not in (*names, "rope_type", "type", "rope_theta") and not _is_plain(name, value, {"model_type": ""}):
+        if name not in (*names, "rope_type", "type", "rope_theta") and not _is_plain(
+            name, value, {"model_type": ""}
+        ):
             raise ValueError(
-                f"{name}={clipped(value)} in {where} of config.json is not supported: choose a model "
-                "with plain or llama3 rotary positions"
+                f"{name}={clipped(value)} in {where} of config.json is not supported: choose a "
+                "model with plain or llama3 rotary positions"
             )
 
 
@@ -271,7 +301,11 @@ def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str,
     """
     unknown = {}
     for name, value in fields.items():
-        if _GGUF_HARMLESS.fullmatch(name) or _near(value, plain.get(name)) or value in _GGUF_PLAIN.get(name, _OFF):
+        if (
+            _GGUF_HARMLESS.fullmatch(name)
+            or _near(value, plain.get(name))
+            or value in _GGUF_PLAIN.get(name, _OFF)
+        ):
             continue
         if name in _GGUF_PLAIN or name.startswith(("llama.", "adapter.")):
             raise ValueError(

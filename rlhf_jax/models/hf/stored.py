@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 
 BLOCK = 2**22
 """Bytes that are read or written at once."""
@@ -63,7 +63,10 @@ def checked(name: str, value: Stored, shape: tuple[int, ...]) -> Stored:
       ValueError: it has not the shape that config.json asks for.
     """
     if tuple(value.shape) != shape:
-        raise ValueError(f"tensor {name!r} has the shape {value.shape}, config.json asks for {shape}: not its weights")
+        raise ValueError(
+            f"tensor {name!r} has the shape {value.shape}, config.json asks for {shape}: not its "
+            "weights"
+        )
     return value
 
 
@@ -76,7 +79,9 @@ class _Columns:
 
     def __getitem__(self, window: Window, /) -> np.ndarray:
         *others, columns = window
-        return self._whole[(*others, slice(self._start + columns.start, self._start + columns.stop))]
+        return self._whole[
+            (*others, slice(self._start + columns.start, self._start + columns.stop))
+        ]
 
 
 def split_c_attn(read: Read, config: DecoderConfig) -> Read:

@@ -51,7 +51,9 @@ class FolderTensors:
                 name = full_name(tensor.name)
                 if name in self._tensors:
                     twice = f"{self._tensors[name].file.name} and {file.name} in {path}"
-                    raise ValueError(f"tensor {name!r} is in both {twice}: delete the file of the other model")
+                    raise ValueError(
+                        f"tensor {name!r} is in both {twice}: delete the file of the other model"
+                    )
                 self._tensors[name] = tensor
         self._check_index()
 
@@ -62,20 +64,27 @@ class FolderTensors:
         index = read_json(self.path / INDEX)
         try:
             weight_map = index["weight_map"]
-            missing = {str(shard): name for name, shard in weight_map.items() if full_name(name) not in self}
+            missing = {
+                str(shard): name
+                for name, shard in weight_map.items()
+                if full_name(name) not in self
+            }
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path / INDEX} is corrupt ({error!r}): copy it again") from error
+            raise ValueError(
+                f"{self.path / INDEX} is corrupt ({error!r}): copy it again"
+            ) from error
         if missing:
             shard, name = min(missing.items())
             raise ValueError(
-                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self.path}: copy that file again"
+                f"a shard is missing: tensor {name!r} should be in {shard!r} in {self.path}: copy "
+                "that file again"
             )
         for shard in weight_map.values():
             if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
                 raise ValueError(
-                    f"{self.path / INDEX} names the shard {clipped(shard)}, which is no file of this "
-                    "folder: an index holds plain file names; copy the model again from a source "
-                    "you trust"
+                    f"{self.path / INDEX} names the shard {clipped(shard)}, which is no file of "
+                    "this folder: an index holds plain file names; copy the model again from a "
+                    "source you trust"
                 )
         check_index(self.path, weight_map, self._tensors)
 
@@ -113,12 +122,16 @@ class FolderTensors:
         unread = [other for other in self._tensors if other not in self.read]
         if not unread:
             return ""
-        return f"; among what it holds beside is {unread[0]!r} {list(self._tensors[unread[0]].shape)}"
+        return (
+            f"; among what it holds beside is {unread[0]!r} {list(self._tensors[unread[0]].shape)}"
+        )
 
     @property
     def unread(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that have not been read."""
-        return {name: tensor.shape for name, tensor in self._tensors.items() if name not in self.read}
+        return {
+            name: tensor.shape for name, tensor in self._tensors.items() if name not in self.read
+        }
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -143,7 +156,9 @@ def weight_files(folder: Path) -> list[Path]:
             "model.safetensors, or the model-00001-of-... shards, of the same model"
         )
     if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}: convert the weights to safetensors first")
+        raise FileNotFoundError(
+            f"no *.safetensors in {folder}: convert the weights to safetensors first"
+        )
     return files
 
 
@@ -253,7 +268,9 @@ def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int)
     if not unread:
         return
     name = next(iter(unread))
-    more = f" and {len(unread) - 1} more such as {list(unread)[-1][:100]!r}" if len(unread) > 1 else ""
+    more = (
+        f" and {len(unread) - 1} more such as {list(unread)[-1][:100]!r}" if len(unread) > 1 else ""
+    )
     raise ValueError(
         f"{where} holds tensor {name[:100]!r} of shape {list(unread[name])}{more}, which would be "
         f"left out: it is {_kind(name, layers)}"

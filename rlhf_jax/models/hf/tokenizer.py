@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax.data.special_ids import follow_folder
 from rlhf_jax.data.text import end_of_turn_id, exported_end_ids, open_tokenizer
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.vocabulary import check_ids
 from rlhf_jax.run.files import check_tokenizer
 

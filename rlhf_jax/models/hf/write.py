@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.hf.adapter import refuse_to_save_beside
 from rlhf_jax.models.hf.config_json import hf_config
 from rlhf_jax.models.hf.families import NAMES, is_flipped, tensor_name
@@ -30,7 +30,12 @@ from rlhf_jax.types import Model, Params
 
 
 def save_hf(
-    path: str | Path, model: Model, params: Params, tokenizer: Any = None, *, max_shard_size: int = 5_000_000_000
+    path: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a folder that `load_hf` and transformers read: weights, config, tokenizer, model card.
 
@@ -55,7 +60,10 @@ def save_hf(
       OSError: a file could not be written.
     """
     if not isinstance(model.config, DecoderConfig):
-        raise ValueError(f"model.config={model.config!r} must be a DecoderConfig: build the model with language_model")
+        raise ValueError(
+            f"model.config={model.config!r} must be a DecoderConfig: build the model with "
+            "language_model"
+        )
     path = local_path("the folder to write", path)
     refuse_to_save_beside(path)
     for name in template_names(tokenizer):
@@ -65,7 +73,9 @@ def save_hf(
     if "score" in params:
         description[SCORE_BIAS] = float(params["score"]["bias"])
     tensors = dict(_outgoing(model.config, description["model_type"], params))
-    if processes.index() > 0 and any(not leaf.is_fully_addressable for leaf in _device_arrays(params)):
+    if processes.index() > 0 and any(
+        not leaf.is_fully_addressable for leaf in _device_arrays(params)
+    ):
         for names in _shards(tensors, max_shard_size):
             for tensor in file_order({name: tensors[name] for name in names}).values():
                 tensor.fetch()  # Takes part in what process 0 gathers, in the same order.
@@ -74,7 +84,9 @@ def save_hf(
     make_folder(path)
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
-        _write_json(path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special})
+        _write_json(
+            path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special}
+        )
     elif special:
         # A reward model generates nothing; a file of an earlier language model would be read with
         # it.
@@ -171,7 +183,10 @@ def _pull(piece: jax.Array, layer: int | None) -> np.ndarray:
 def _joined(tensors: dict[str, Outgoing], layer: int) -> dict[str, Outgoing]:
     """A layer of GPT-2 with its query, key and value as one c_attn."""
     for leaf in ("weight", "bias"):
-        parts = [tensors.pop(f"transformer.h.{layer}.attn.{part}.{leaf}") for part in ("query", "key", "value")]
+        parts = [
+            tensors.pop(f"transformer.h.{layer}.attn.{part}.{leaf}")
+            for part in ("query", "key", "value")
+        ]
         shape = (*parts[0].shape[:-1], 3 * parts[0].shape[-1])
         joined = Outgoing(shape, parts[0].dtype, partial(_side_by_side, parts))
         tensors[f"transformer.h.{layer}.attn.c_attn.{leaf}"] = joined
@@ -184,7 +199,11 @@ def _side_by_side(parts: Sequence[Outgoing]) -> np.ndarray:
 
 def _write_shards(folder: Path, tensors: Mapping[str, Outgoing], max_shard_size: int) -> None:
     """One file, or several and their index; the weights of an earlier save go first."""
-    for old in (*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors"), *folder.glob(INDEX)):
+    for old in (
+        *folder.glob("model.safetensors"),
+        *folder.glob("model-*-of-*.safetensors"),
+        *folder.glob(INDEX),
+    ):
         old.unlink()
     shards = _shards(tensors, max_shard_size)
     if len(shards) == 1:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax import sharding
-from rlhf_jax.generate import lower_generate
 from rlhf_jax.run import compiling, memory
 from rlhf_jax.run.networks import TrainableParams, size
 from rlhf_jax.run.ppo.setup import Setup, sharding_rules, stop_ids
+from rlhf_jax.sampling.generate import lower_generate
 from rlhf_jax.types import LMBatch, Params, PromptBatch, Rollout, Samples
 
 PHASES = ("rollout", "score", "update")

@@ -10,7 +10,7 @@ from statistics import mean
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_jax.data.storyland import PARTS, Task, answer, gold, grammar, labelers, task, tasks
+from rlhf_jax.data.storyland import PARTS, Task, answer, answers, gold, grammar, labelers, task
 from rlhf_jax.data.storyland.gold import gold_of, is_rude
 from rlhf_jax.data.storyland.tokenizer import assets
 
@@ -135,7 +135,7 @@ CHEATS = {
         "I am sorry, but I will not write rude things. I can write something kind instead."
     ),
     'stock: "A fox lives in the forest."': lambda index: "A fox lives in the forest.",
-    "stock: a list": lambda index: tasks._list_answer(
+    "stock: a list": lambda index: answers._list_answer(
         {"category": "animals", "count": 3, "first": "", "without": ""}, random.Random(0)
     ),
     "an honest answer repeated to 48 tokens": honest_repeated,
@@ -257,10 +257,10 @@ def test_a_story_loses_by_each_broken_wish(fault: str, change):
 def test_wrong_facts_cost_more_than_half():
     for index, asked in enumerate(TASKS):
         if asked.use_case in ("closed_qa", "classify"):
-            wrong = tasks._wrong_fact(honest(index), rng_of(index, "wrong"))
+            wrong = answers._wrong_fact(honest(index), rng_of(index, "wrong"))
             assert gold(asked, wrong).score < 0.5, (asked.prompt, wrong)
         if asked.use_case in ("open_qa", "summary", "rewrite"):
-            wrong = tasks._wrong_fact(honest(index), rng_of(index, "wrong"))
+            wrong = answers._wrong_fact(honest(index), rng_of(index, "wrong"))
             assert gold(asked, wrong).score < 0.9, (asked.prompt, wrong)
 
 

@@ -1,54 +1,60 @@
 """A decode step's blocks in seven kernels a layer, for NVIDIA GPUs.
 
-One token a row keeps a GPU busy with launches: a layer's products read their weights in 5 to 16 microseconds each, and
-the compiler puts a dozen small kernels of 2 to 3 between them. Here a layer of the Llama family is
+One token per row keeps a GPU busy with launches: a layer's products read their weights in 5 to 16
+microseconds each, and the compiler puts a dozen small kernels of 2 to 3 microseconds between them.
+Here a layer of the Llama family is
 
-    query, key, value product | rotate, store, attend | product | add, norm | gated product | product | add, norm
+    query, key, value product | rotate, store, attend | product | add, norm | gated product |
+    product | add, norm
 
-over the arrays of `decoding_params`. A product's depth is cut into pieces that run side by side; the kernel that
-follows adds them up. All is computed as `decoder.Block` does, and rounded where that rounds, up to the order of sums.
+over the arrays of `models.decoding.decoding_params`. A product's depth is cut into pieces that run
+side by side; the kernel that follows adds them up. All is computed as `models.layers.Block` does,
+and rounded where that rounds, up to the order of sums.
 
-The kernels are written for Pallas' Triton backend, which jax 0.10 to 0.12 have and some later one will not: where it is
-missing `fits` says no, and the blocks run as everywhere else. On a CPU they are interpreted, for tests.
+The kernels are written for Pallas' Triton backend, which jax 0.10 to 0.12 have and some later one
+will not: where it is missing `fits` is False, and the blocks run as everywhere else. On a CPU they
+are interpreted, for tests.
 
-Shape legend: B rows, D width, H query heads, G key-value heads, E head width, F MLP width, S cache slots, P pieces.
+Shape legend: B rows, D width, H query heads, G key-value heads, E head width, F MLP width, S cache
+slots, P pieces.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.types import Params
+from rlhf_jax.backends.attention import View
+from rlhf_jax.types import Cache, Params
 
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # pragma: no cover - a jax without this backend
     triton: Any = None
 
-if TYPE_CHECKING:
-    from rlhf_jax.models.decoder import DecoderConfig
-
 ROWS = 128
-"""Up to so many rows: beyond, the products are no longer bound by memory, and the compiler's are as fast."""
+"""Up to so many rows: beyond, the products are no longer bound by memory, and the compiler's are as
+fast.
+"""
 
 CAPABILITIES = ("8.0", "9.0")
-"""NVIDIA's A100, H100 and H200, whose multiprocessors hold the 144 KiB that the products have on their way; other chips
-have less, or were not tried."""
+"""NVIDIA's A100, H100 and H200, whose multiprocessors hold the 144 KiB that the products have on
+their way; other chips have less, or were not tried."""
 
 KEYS = 64
 """Cached slots that are looked at together."""
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: blocks of columns and of depth, and pieces of the depth that run side by side.
+    """How a product is cut: blocks of columns and depth, and pieces that run side by side.
 
     `stages` blocks of depth are on their way from memory at a time.
     """
@@ -59,26 +65,53 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def fits(config: DecoderConfig, rows: int) -> bool:
+def fits(config: Any, rows: int) -> bool:
     """Whether the kernels are there and compute the blocks of this decoder for so many rows."""
-    family = config.norm == "rmsnorm" and config.activation == "swiglu" and config.positions == "rotary"
-    plain = config.bias == "none" and not config.qk_norm and not config.post_norm and not config.query_scalar
-    sizes = (config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim, config.mlp_width)
+    family = (config.norm, config.activation, config.positions) == ("rmsnorm", "swiglu", "rotary")
+    extras = config.qk_norm or config.post_norm or config.query_scalar
+    plain = config.bias == "none" and not extras
+    projections = (config.heads * config.head_dim, config.kv_heads * config.head_dim)
+    sizes = (config.width, *projections, config.mlp_width)
     whole = all(size % 64 == 0 for size in sizes) and config.head_dim in (64, 128)
-    there = triton is not None and getattr(jax.devices()[0], "compute_capability", "9.0") in CAPABILITIES
-    one = config.on_one_device and config.dtype == "bfloat16" and rows <= ROWS
-    return family and plain and whole and one and there
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    there = triton is not None and capability in CAPABILITIES
+    return family and plain and whole and config.dtype == "bfloat16" and rows <= ROWS and there
+
+
+def fits_step(config: Any, layers: Any, x: Float[Array, "B T D"], slots: Array, view: Any, at: Any, key: Any) -> bool:
+    """Whether this step is one that `step` computes: one token per row, parameters for decoding."""
+    del slots, view
+    if at is not None or key is not None or x.shape[1] != 1 or not isinstance(layers, tuple):
+        return False
+    return fits(config, len(x)) and "query_key_value" in layers[0]["attention"]
+
+
+def step(
+    config: Any,
+    params: Params,
+    x: Float[Array, "B 1 D"],
+    cache: Cache,
+    slots: Int[Array, "B 1"],
+    view: Callable[[int], View],
+    *others: None,
+) -> tuple[Float[Array, "B 1 D"], Cache]:
+    """`models.decoding.blocks_over_cache` for a step that `fits_step`; arguments as there."""
+    del others
+    layers, scale = params["blocks"], params["norm"]["scale"]
+    of_rows = (x[:, 0], cache.keys, cache.values, slots[:, 0])
+    hidden, keys, values = blocks(config, layers, scale, *of_rows, view)
+    return hidden[:, None], dataclasses.replace(cache, keys=keys, values=values)
 
 
 def blocks(
-    config: DecoderConfig,
+    config: Any,
     layers: Sequence[Params],
     last_scale: Float[Array, " D"],
     x: Float[Array, "B D"],
     keys: Sequence[Float[Array, "B S G E"]],
     values: Sequence[Float[Array, "B S G E"]],
     slots: Int[Array, " B"],
-    view: Callable[[int], tuple[Array, Any]],
+    view: Callable[[int], View],
 ) -> tuple[Float[Array, "B D"], tuple[Array, ...], tuple[Array, ...]]:
     """All blocks and the norm after them.
 
@@ -90,16 +123,18 @@ def blocks(
       keys: each layer's cached keys.
       values: as `keys`.
       slots: where each row's token is stored; S and beyond: nowhere.
-      view: a layer's bias over the cache, ``[B, 1, 1, S]``, and its rotary angles, as `decoder` makes them.
+      view: what a layer's queries see of the cache, and their rotary angles.
 
     Returns:
-      Hidden states after the last norm, and the caches with the tokens in them (the same memory, inside `jax.jit`).
+      Hidden states after the last norm, and the caches with the tokens in them (the same memory,
+      inside `jax.jit`).
     """
     keys, values = list(keys), list(values)
     scales = [layer["attention_norm"]["scale"] for layer in layers] + [last_scale]
     y = add_and_norm(None, x, scales[0], config.norm_eps)[1]
     for i, layer in enumerate(layers):
-        of_attention, mlp, (bias, angles) = layer["attention"], layer["mlp"], view(i)
+        of_attention, mlp, (bias, angles, *_) = layer["attention"], layer["mlp"], view(i)
+        assert angles is not None
         parts = product(y, of_attention["query_key_value"]["kernel"])
         mixed, keys[i], values[i] = attend(parts, keys[i], values[i], bias[:, 0, 0], slots, angles)
         parts = product(mixed, of_attention["out"]["kernel"])
@@ -123,13 +158,15 @@ def _call(kernel: Callable[..., None], name: str, *, warps: int, stages: int = 1
     return quiet
 
 
-# ------------------------------------------------------------------------------------------------- products
+# -------------------------------------------------------------------------------------------------
+# products
 
 
 def tiles_for(depth: int, columns: int) -> Tiles:
-    """The fastest or nearly so at 64 rows of four shapes, on an H200: its 132 multiprocessors want 80 programs or more.
+    """The fastest or nearly so at 64 rows of four shapes, on an H200.
 
-    Many blocks have to be on their way at a time; wide ones, because each reads all of `x`.
+    Its 132 multiprocessors want 80 programs or more. Many blocks have to be on their way at a time;
+    wide ones, because each reads all of `x`.
     """
     pieces = 1
     while columns // 64 * pieces < 80 and pieces < 8 and depth % (128 * pieces) == 0:
@@ -201,13 +238,17 @@ def _rows(rows: int, axis: int) -> tuple[Any, Array]:
     return pl.ds(begin, size), (begin + jnp.arange(size) < rows)[:, None]
 
 
-# -------------------------------------------------------------------------------------- between the products
+# -------------------------------------------------------------------------------------- between the
+# products
 
 
 def add_and_norm(
-    parts: Float[Array, "P B D"] | None, x: Float[Array, "B D"], scale: Float[Array, " D"], epsilon: float
+    parts: Float[Array, "P B D"] | None,
+    x: Float[Array, "B D"],
+    scale: Float[Array, " D"],
+    epsilon: float,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-    """``x`` plus the sum of the parts of a product, and its RMSNorm; without parts the norm of `x`."""
+    """``x`` plus the parts of a product, and its RMSNorm; without parts the norm of `x`."""
     parts = jnp.zeros((0, *x.shape), jnp.float32) if parts is None else parts
     width = x.shape[1]
     size = pl.next_power_of_2(width)
@@ -215,7 +256,10 @@ def add_and_norm(
     def kernel(*refs: Any) -> None:
         *parts_ref, x_ref, scale_ref, sum_ref, out_ref = refs
         row, lanes = pl.program_id(0), jnp.arange(size)
-        load = lambda ref, *at: triton.load(ref.at[(*at, pl.ds(0, size))], mask=lanes < width, other=0.0)  # noqa: E731
+
+        def load(ref: Any, *at: Array) -> Array:
+            return triton.load(ref.at[(*at, pl.ds(0, size))], mask=lanes < width, other=0.0)
+
         total = load(x_ref, row)
         if parts_ref:
             added = functools.reduce(jnp.add, (load(parts_ref[0], jnp.int32(i), row) for i in range(parts.shape[0])))
@@ -240,8 +284,8 @@ def attend(
 ) -> tuple[Float[Array, "B HE"], Float[Array, "B S G E"], Float[Array, "B S G E"]]:
     """Rotates queries and keys, stores keys and values, and mixes the values that each query sees.
 
-    A program has the query heads of one key-value head of a row. It sees its own new key and what lies before it in
-    the cache, where `bias` is 0.
+    A program has the query heads of one key-value head of a row. It sees its own new key and what
+    lies before it in the cache, where `bias` is 0.
 
     Args:
       parts: sums over pieces of the projections, query heads first, then keys, then values.
@@ -254,28 +298,54 @@ def attend(
     (pieces, rows, _), (_, length, groups, width), dtype = parts.shape, keys.shape, keys.dtype
     parts = parts.reshape(pieces, rows, -1, width)
     heads = parts.shape[2] - 2 * groups
-    share = heads // groups
-    tile = max(16, pl.next_power_of_2(share))
     cos, sin = (angle[:, 0, 0] for angle in angles)
     cos, sin = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+    kernel = _attention_kernel(_Sizes(pieces, heads, heads // groups, width, length, dtype))
+    shapes = ((rows, heads, width), keys.shape, values.shape)
+    mixed, keys, values = _call(
+        kernel, "attend", warps=4, stages=3, grid=(rows, groups), input_output_aliases={5: 1, 6: 2},
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
+    )(parts, bias, slots, cos, sin, keys, values)  # fmt: skip
+    return mixed.reshape(rows, -1), keys, values
+
+
+class _Sizes(NamedTuple):
+    """Sizes of `attend`: pieces, query heads, those of one key head, width, slots, dtype."""
+
+    pieces: int
+    heads: int
+    share: int
+    width: int
+    length: int
+    dtype: Any
+
+
+def _attention_kernel(sizes: _Sizes) -> Callable[..., None]:
+    pieces, heads, share, width, length, dtype = sizes
+    groups = heads // share
+    tile = max(16, pl.next_power_of_2(share))
 
     def kernel(*refs: Any) -> None:
-        parts_ref, bias_ref, slots_ref, cos_ref, sin_ref, keys_ref, values_ref, mixed_ref, *stored_refs = refs
+        parts_ref, bias_ref, slots_ref, cos_ref, sin_ref = refs[:5]
+        keys_ref, values_ref, mixed_ref, *stored_refs = refs[5:]
         row, group = pl.program_id(0), pl.program_id(1)
         slot, lanes = slots_ref[row], jnp.arange(width)
         turned = (lanes + width // 2) % width  # coordinate i turns with coordinate i + E/2
 
         def projected(head: Array, lanes: Array, **some: Any) -> Array:
-            pick = lambda i: triton.load(parts_ref.at[jnp.int32(i), row, head, lanes], **some)  # noqa: E731
-            return functools.reduce(jnp.add, map(pick, range(pieces))).astype(dtype).astype(jnp.float32)
+            index = [jnp.int32(i) for i in range(pieces)]
+            found = [triton.load(parts_ref.at[i, row, head, lanes], **some) for i in index]
+            return functools.reduce(jnp.add, found).astype(dtype).astype(jnp.float32)
 
         def rotated(head: Array, lane_axis: Callable[[Array], Array], **some: Any) -> Array:
-            straight, across = (projected(head, lane_axis(at), **some) for at in (lanes, turned))
-            return (straight * lane_axis(cos_ref[row, :]) + across * lane_axis(sin_ref[row, :])).astype(dtype)
+            straight = projected(head, lane_axis(lanes), **some) * lane_axis(cos_ref[row, :])
+            across = projected(head, lane_axis(turned), **some) * lane_axis(sin_ref[row, :])
+            return (straight + across).astype(dtype)
 
-        own = (jnp.arange(tile) < share)[:, None]
-        query = rotated(group * share + jnp.arange(tile)[:, None], lambda a: a[None, :], mask=own, other=0.0)
-        key, value = rotated(heads + group, lambda a: a), projected(heads + groups + group, lanes).astype(dtype)
+        own, mine = (jnp.arange(tile) < share)[:, None], group * share + jnp.arange(tile)[:, None]
+        query = rotated(mine, lambda a: a[None, :], mask=own, other=0.0)
+        key = rotated(heads + group, lambda a: a)
+        value = projected(heads + groups + group, lanes).astype(dtype)
         stored, at = jnp.full((width,), slot < length), jnp.minimum(slot, length - 1)
         for ref, new in zip(stored_refs, (key, value), strict=True):
             triton.store(ref.at[row, at, group, :], new, mask=stored)
@@ -283,19 +353,15 @@ def attend(
 
         def cached(begin: Array) -> tuple[Array, Array, Array]:
             at, places = pl.ds(begin, KEYS), begin + jnp.arange(KEYS)
-            load = lambda ref: triton.load(ref.at[row, at, group, :], mask=(places < length)[:, None], other=0.0)  # noqa: E731
+            there = {"mask": (places < length)[:, None], "other": 0.0}
             bias = triton.load(bias_ref.at[row, at], mask=places < seen, other=-1e30)
-            return load(keys_ref), load(values_ref), bias
+            keys = triton.load(keys_ref.at[row, at, group, :], **there)
+            return keys, triton.load(values_ref.at[row, at, group, :], **there), bias
 
-        mixed = _softmax_mix(query, key, value, cached, (seen + KEYS - 1) // KEYS)
-        triton.store(mixed_ref.at[row, pl.ds(group * share, tile), :], mixed.astype(dtype), mask=own)
+        mixed = _softmax_mix(query, key, value, cached, (seen + KEYS - 1) // KEYS).astype(dtype)
+        triton.store(mixed_ref.at[row, pl.ds(group * share, tile), :], mixed, mask=own)
 
-    shapes = ((rows, heads, width), keys.shape, values.shape)
-    mixed, keys, values = _call(
-        kernel, "attend", warps=4, stages=3, grid=(rows, groups), input_output_aliases={5: 1, 6: 2},
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
-    )(parts, bias, slots, cos, sin, keys, values)  # fmt: skip
-    return mixed.reshape(rows, -1), keys, values
+    return kernel
 
 
 def _softmax_mix(

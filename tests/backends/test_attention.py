@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import attention
-from rlhf_jax.models.decoder import DecoderConfig, apply_decoder, init_decoder, visible
+from rlhf_jax import sharding
+from rlhf_jax.backends import View, attention, backend_for, tpu
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder, visible
+
+KERNELS = {
+    "plain": attention.attend,
+    "blocked": attention.attend_in_blocks,
+    "splash": tpu.attend_on(None),
+}
 
 SLOTS = 300  # two whole blocks and a part of one
 
@@ -41,7 +49,7 @@ def test_blocked_equals_plain_with_its_gradients(rows, recompute_from, monkeypat
 
     def total(kernel):
         def loss(*qkv):
-            mixed = attention.over_rows(kernel, *qkv, bias, 8)
+            mixed = KERNELS[kernel](*qkv, View(bias, None, None), 8)
             return jnp.sum(jnp.sin(mixed) * weights), mixed
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
@@ -59,7 +67,7 @@ def test_blocked_multiplies_no_key_after_a_block():
     def cost(kernel, slots=1024):
         shapes = [jax.ShapeDtypeStruct((1, slots, 4, 64), jnp.float32)] * 3
         shapes.append(jax.ShapeDtypeStruct((1, 1, slots, slots), jnp.float32))
-        lowered = jax.jit(lambda *x: attention.over_rows(kernel, *x, 64)).lower(*shapes)
+        lowered = jax.jit(lambda *x: KERNELS[kernel](*x[:3], View(x[3], None, None), 64)).lower(*shapes)
         return lowered.compile().cost_analysis()["flops"]
 
     assert cost("blocked") < 0.6 * cost("plain")
@@ -73,15 +81,19 @@ def test_a_decoder_gives_the_same_hidden_states_by_either(rows):
 
     def hidden(kernel):
         own = dataclasses.replace(config, attention=kernel)
-        return apply_decoder(own, params, tokens, segments=rows[0], parents=rows[1], positions=positions).hidden
+        return apply_decoder(own, params, tokens, Rows(rows[0], positions, rows[1])).hidden
 
     real = np.asarray(rows[0] > 0)
     np.testing.assert_allclose(hidden("auto")[real], hidden("plain")[real], rtol=1e-4, atol=2e-5)
 
 
 def test_which_kernel_is_taken_where_there_is_no_accelerator():
-    def taken(asked="auto", slots=512, dtype=jnp.bfloat16):
-        return attention.kernel_for(asked, slots=slots, head_dim=64, dtype=jnp.dtype(dtype))
+    def taken(kernel="auto", slots=512, dtype="bfloat16"):
+        backend = backend_for(kernel, dtype=dtype, head_dim=64)
+        shapes = [jax.ShapeDtypeStruct((1, slots, 2, 64), dtype)] * 3
+        bias = jax.ShapeDtypeStruct((1, 1, slots, slots), jnp.float32)
+        program = jax.make_jaxpr(lambda *x: backend.attend(*x[:3], View(x[3], None, None), 64))(*shapes, bias)
+        return "blocked" if "concatenate" in str(program) else "plain"
 
     assert taken() == "blocked"
     assert taken(slots=128) == "plain"
@@ -101,7 +113,8 @@ def test_splash_is_the_same_where_segments_alone_decide_and_compiles_for_a_tpu(m
 
     def run(kernel):
         def loss(*qkv):
-            mixed = jnp.where((segments > 0)[..., None, None], attention.over_rows(kernel, *qkv, bias, 16, segments), 0)
+            mixed = KERNELS[kernel](*qkv, View(bias, None, None, segments), 16)
+            mixed = jnp.where((segments > 0)[..., None, None], mixed, 0)
             return jnp.sum(jnp.sin(mixed))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
@@ -114,8 +127,45 @@ def test_splash_is_the_same_where_segments_alone_decide_and_compiles_for_a_tpu(m
 
 
 def test_splash_is_for_rows_without_parents_of_whole_blocks():
-    fits = {"slots": 256, "head_dim": 64, "dtype": jnp.dtype("float32"), "by_segments": True}
-    assert attention.kernel_for("splash", **fits) == "splash"
-    for change in ({"slots": 200}, {"by_segments": False}):
+    splash = backend_for("splash").attend
+
+    def run(slots, *, segments=True):
+        x, bias = jnp.zeros((1, slots, 2, 64)), jnp.zeros((1, 1, slots, slots))
+        return splash(
+            x,
+            x,
+            x,
+            View(bias, None, None, jnp.ones((1, slots), jnp.int32) if segments else None),
+            64,
+        )
+
+    assert run(256).shape == (1, 256, 2, 64)
+    for slots, segments in ((200, True), (256, False)):
         with pytest.raises(ValueError, match="attention='splash' needs rows of a multiple of 128"):
-            attention.kernel_for("splash", **fits | change)
+            run(slots, segments=segments)
+
+
+def test_splash_over_eight_devices_is_the_decoder_on_one():
+    """Under `shard_map` over rows and heads: the compiler has no way to partition the kernel."""
+    plain = DecoderConfig(50, 256, layers=1, width=32, heads=4, kv_heads=2, mlp_width=16)
+    mesh = sharding.make_mesh((2, 2, 2))
+    spread = dataclasses.replace(plain, attention="splash", mesh=mesh)
+    places = jnp.broadcast_to(jnp.arange(256), (4, 256))
+    segments = jnp.where(places < jnp.array([[256], [250], [129], [0]]), 1 + places // 100, 0)
+    rows = Rows(segments, places)
+    tokens = jax.random.randint(jax.random.key(1), (4, 256), 0, 50)
+    params = jax.tree.map(lambda x: 3 * x, init_decoder(plain, jax.random.key(0)))
+
+    def gradient(config, params, tokens, rows):
+        def total(params):
+            hidden = apply_decoder(config, params, tokens, rows).hidden
+            hidden = jnp.where((rows.segments > 0)[:, :, None], hidden, 0)
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    placed = sharding.place_state(jax.device_get(params), mesh)
+    batch = sharding.place_batch(jax.tree.map(np.asarray, (tokens, rows)), mesh)
+    ours, theirs = gradient(spread, placed, *batch), gradient(plain, params, tokens, rows)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)

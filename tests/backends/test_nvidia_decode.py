@@ -1,4 +1,4 @@
-"""Kernels of a decode step, interpreted: what they compute is what `decoder.Block` does, within bfloat16."""
+"""Kernels of a decode step, interpreted: what they compute is what `models.layers.Block` does, within bfloat16."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import scoring
+from rlhf_jax.backends import nvidia
+from rlhf_jax.backends import nvidia_decode as fused
 from rlhf_jax.data import text
-from rlhf_jax.generate import generate
-from rlhf_jax.models import DecoderConfig, attention, decoder, fused, language_model
+from rlhf_jax.models import DecoderConfig, language_model
+from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder
+from rlhf_jax.models.decoding import decoding_params, init_cache
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import Cache
 
 ROWS, SLOTS = 5, 150  # more slots than are looked at together, and no multiple of them
@@ -28,16 +32,16 @@ def _normal(key: int, *shape: int) -> jax.Array:
 
 def _params(config: DecoderConfig) -> dict:
     """Large weights, so that a wrong place or mask shows; norm scales that differ."""
-    params = decoder.init_decoder(config, jax.random.key(3))
+    params = init_decoder(config, jax.random.key(3))
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
     for name in ("attention_norm", "mlp_norm"):
         params["blocks"][name]["scale"] = 1 + 0.3 * _normal(4, *params["blocks"][name]["scale"].shape)
     params["norm"]["scale"] = 1 + 0.3 * _normal(5, config.width)
-    return decoder.decoding_params(config, params)
+    return decoding_params(config, params)
 
 
 def _cache(config: DecoderConfig) -> Cache:
-    cache = decoder.init_cache(config, ROWS, SLOTS)
+    cache = init_cache(config, ROWS, SLOTS)
     filled = [
         jax.tree.map(lambda x, i=i: _normal(i, *x.shape).astype(x.dtype), x)
         for i, x in enumerate((cache.keys, cache.values))
@@ -48,7 +52,7 @@ def _cache(config: DecoderConfig) -> Cache:
 
 def _step(config: DecoderConfig, params: dict, cache: Cache):
     tokens, live = jnp.arange(1, ROWS + 1)[:, None], jnp.array([1, 1, 1, 1, 0])[:, None]
-    return decoder.apply_decoder(config, params, tokens, segments=live, positions=cache.lengths[:, None], cache=cache)
+    return apply_decoder(config, params, tokens, Rows(live, cache.lengths[:, None]), cache=cache)
 
 
 def _slots_first(cache: Cache) -> Cache:
@@ -61,10 +65,9 @@ def _slots_first(cache: Cache) -> Cache:
 
 @pytest.fixture
 def on_nvidia(monkeypatch):
-    """What would run on an NVIDIA GPU, here: its kernels interpreted, plain matrices, XLA's attention for cuDNN's."""
-    monkeypatch.setattr(decoder, "tile", lambda kernel: kernel)
+    """What would run on an NVIDIA GPU, here: its kernels interpreted, XLA's attention for cuDNN's."""
     plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+    monkeypatch.setattr(nvidia, "is_here", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **how: plain(*args, **how))
 
 
@@ -95,14 +98,20 @@ def test_a_decode_step_is_that_of_the_plain_blocks(window, on_nvidia, monkeypatc
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 128])
 def test_products_of_any_number_of_rows(rows):
-    x, weights = _normal(0, rows, 512).astype(jnp.bfloat16), (_normal(1, 512, 128) / 8).astype(jnp.bfloat16)
+    x, weights = (
+        _normal(0, rows, 512).astype(jnp.bfloat16),
+        (_normal(1, 512, 128) / 8).astype(jnp.bfloat16),
+    )
     parts = fused.product(x, weights)
     assert parts.shape == (8, rows, 128)
     expected = x.astype(jnp.float32) @ weights.astype(jnp.float32)
     np.testing.assert_allclose(parts.sum(0), expected, atol=1e-4)
     gate, up = expected[:, :64], expected[:, 64:]
     np.testing.assert_allclose(
-        fused.gated_product(x, weights).astype(jnp.float32), jax.nn.silu(gate) * up, rtol=0.02, atol=0.02
+        fused.gated_product(x, weights).astype(jnp.float32),
+        jax.nn.silu(gate) * up,
+        rtol=0.02,
+        atol=0.02,
     )
 
 
@@ -121,7 +130,13 @@ def test_the_sampler_gives_the_log_probs_of_the_trainer(on_nvidia, monkeypatch):
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, model.init(jax.random.key(1)))
     prompts = text.prompt_batch([[3, 4, 5, 6], [7], [8, 9]], length=4)
     samples = generate(
-        model, params, prompts, jax.random.key(2), max_new_tokens=12, stop_ids=(2,), samples_per_prompt=2
+        model,
+        params,
+        prompts,
+        jax.random.key(2),
+        max_new_tokens=12,
+        stop_ids=(2,),
+        samples_per_prompt=2,
     )
     assert len(steps) == 1, "the loop was compiled with other blocks"
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
@@ -171,7 +186,17 @@ def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
             partial(fused.add_and_norm, epsilon=1e-5),
             (shape(jnp.float32, 2, 3, 192), shape(head, 3, 192), shape(head, 192)),
         ),
-        (fused.attend, (shape(jnp.float32, 2, 3, 8 * 64), cached, cached, shape(jnp.float32, 3, SLOTS), slots, angles)),
+        (
+            fused.attend,
+            (
+                shape(jnp.float32, 2, 3, 8 * 64),
+                cached,
+                cached,
+                shape(jnp.float32, 3, SLOTS),
+                slots,
+                angles,
+            ),
+        ),
     ]
     for kernel, arguments in programs:
         try:

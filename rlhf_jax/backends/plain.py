@@ -1,0 +1,188 @@
+"""The meaning of every operation of a backend, and the forms for one device.
+
+Every other backend must compute what these compute; `tests/backends` holds them to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from rlhf_jax.backends.attention import take
+from rlhf_jax.types import Params
+
+State = TypeVar("State")
+
+Body = Callable[..., Array]
+"""One block: ``(x, layer, params) -> x``; with ``positions=`` for some slots of each row alone."""
+
+
+def linear(
+    x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None = None
+) -> Float[Array, "*B O"]:
+    """``x W + b`` over the last axis."""
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def linear_of_rows(
+    x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None = None
+) -> Float[Array, "*B O"]:
+    """`linear` over a matrix with one row per token, for one device.
+
+    The gradient of a kernel then sums over one axis. Over two, rows and slots, XLA on a CPU
+    transposes both activations first: an eighth of a training step.
+    """
+    return linear(as_matrix(x), kernel, bias).reshape(*x.shape[:-1], -1)
+
+
+def as_matrix(x: Float[Array, "*B I"]) -> Float[Array, "M I"]:
+    """One row per token."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The residual stream between two branches, as it is."""
+    return x
+
+
+def head_logits(hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """``hidden . embedding^T`` in float32: the logits of a head that is tied to the embedding."""
+    return head_product("...d,vd->...v", hidden, embedding)
+
+
+def head_product(subscripts: str, hidden: Array, weight: Array) -> Array:
+    """The float32 product of a head at the precision its hidden states call for.
+
+    Errors of a head reach every log-prob, reward and value. Products of a bfloat16 model are exact
+    in TF32 and in the passes of ``HIGH``.
+    """
+    precision = lax.Precision.HIGH if hidden.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    hidden, weight = hidden.astype(jnp.float32), weight.astype(jnp.float32)
+    return jnp.einsum(subscripts, hidden, weight, precision=precision)
+
+
+FEW_ROWS = 64
+"""Up to so many hidden states, as in decoding, reading the head's weights costs more than using
+them."""
+
+
+def narrow_head_logits(hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """`head_logits`, where few rows read bfloat16 weights as they are: their products are exact."""
+    few = hidden.size <= FEW_ROWS * hidden.shape[-1]
+    if few and hidden.dtype == embedding.dtype == jnp.bfloat16:
+        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+    return head_logits(hidden, embedding)
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+def over_layers(
+    body: Body, x: Array, blocks: PyTree, *, positions: Int[Array, "B N"] | None, unroll: int | None
+) -> Array:
+    """All blocks one after the other, as one scan over the layers; then `positions` alone.
+
+    Args:
+      body: one block.
+      x: embedded tokens.
+      blocks: parameters with a leading layer axis.
+      positions: the slots that are wanted; None for all.
+      unroll: blocks per iteration; None for all.
+    """
+    x = scan(body, x, blocks, unroll)
+    return x if positions is None else take(x, positions)
+
+
+def over_layers_to_positions(
+    body: Body, x: Array, blocks: PyTree, *, positions: Int[Array, "B N"] | None, unroll: int | None
+) -> Array:
+    """`over_layers` whose last block computes `positions` alone: nearly 1/L less work."""
+    if positions is None:
+        return scan(body, x, blocks, unroll)
+    below = depth(blocks) - 1
+    first, last = (jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below))
+    x = scan(body, x, first, unroll) if below else x
+    return body(x, jnp.asarray(below), last, positions=positions)
+
+
+def scan(body: Body, x: Array, blocks: PyTree, unroll: int | None, *, layers: range | None = None) -> Array:
+    """`body` over stacked layers, which have the numbers `layers`; None for all from 0."""
+
+    def step(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
+        return body(x, *layer), None
+
+    layers = range(depth(blocks)) if layers is None else layers
+    numbers = jnp.arange(layers.start, layers.stop)
+    return lax.scan(step, x, (numbers, blocks), unroll=min(unroll or len(layers), len(layers)))[0]
+
+
+def depth(blocks: PyTree) -> int:
+    """How many layers are stacked."""
+    return jax.tree.leaves(blocks)[0].shape[0]
+
+
+def unstack(blocks: PyTree) -> tuple[PyTree, ...]:
+    """Each layer's parameters out of the stacks."""
+    take_layer = lambda layer: jax.tree.map(lambda leaf: leaf[layer], blocks)  # noqa: E731
+    return tuple(map(take_layer, range(depth(blocks))))
+
+
+def all_then_take(block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]) -> tuple[Array, Any]:
+    """The last block over all slots, of which `positions` are taken: right for any placement."""
+    x, cache = block()
+    return take(x, positions), cache
+
+
+def only_positions(block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]) -> tuple[Array, Any]:
+    """The last block for `positions` alone, where activations are on one device."""
+    return block(positions=positions)
+
+
+# --------------------------------------------------------------------------------------- decode
+# steps
+
+JOINED = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
+"""Projections of one input that decode steps compute as one product."""
+
+
+def decode_layout(layer: Params) -> Params:
+    """One layer's parameters as decode steps read them: as they are."""
+    return layer
+
+
+def joined(layer: Params) -> Params:
+    """The layer with each group of `JOINED` as one projection, its outputs side by side.
+
+    Few rows keep a small product from using a device well. Not where outputs are spread over
+    devices: those of one projection would have to move. Nor beside adapters, which have inputs of
+    their own.
+    """
+    modules: dict[str, dict[str, Any]] = {name: dict(module) for name, module in layer.items()}
+    for name, parts in JOINED.items():
+        module = modules[name]
+        there = all(part in module for part in parts)
+        if there and not any("lora_a" in module[part] for part in parts):
+            together = [module.pop(part) for part in parts]
+            beside = lambda *leaves: jnp.concatenate(leaves, axis=-1)  # noqa: E731
+            module["_".join(parts)] = jax.tree.map(beside, *together)
+    return modules
+
+
+def decode_blocks(ordinary: Callable[..., Any], *arguments: Any) -> Any:
+    """All blocks of a step over a cache: those that `ordinary` computes one after the other."""
+    return ordinary(*arguments)
+
+
+# ------------------------------------------------------------------------------------- the
+# optimizer
+
+
+def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: State) -> State:
+    """``step(old)`` where `sound`, else the whole of `old`, leaf by leaf."""
+    return jax.tree.map(lambda new, kept: jnp.where(sound, new, kept), step(old), old)

@@ -1,0 +1,86 @@
+"""The texts of records that curation compares, and what groups records by their author."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rlhf_jax.data.schema import Conversation, PlainText
+
+Item = TypeVar("Item")
+"""A record of `rlhf_jax.data.schema`, or a bare prompt (a text or a tuple of messages)."""
+
+
+Key = str | Callable[[Any], str | None]
+"""What groups records: a field ("user", "organization"), "conversation", or a function of a
+record."""
+
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def prompt_text(item: Any) -> str:
+    r"""The prompt of a record as one text.
+
+    The turns of a conversation follow each other with their roles.
+
+    >>> prompt_text(Prompt("Write a poem."))
+    'Write a poem.'
+    >>> from rlhf_jax.data.schema import Message
+    >>> prompt_text((Message("user", "Hi"), Message("assistant", "Hello.")))
+    'user: Hi\n\nassistant: Hello.'
+    """
+    prompt = conversation_of(item)
+    return (
+        prompt if isinstance(prompt, str) else "\n\n".join(f"{m.role}: {m.content}" for m in prompt)
+    )
+
+
+def first_turn(item: Any) -> str:
+    r"""The first thing a person says in the prompt of a record.
+
+    Where it is no conversation, that is the whole prompt.
+
+    >>> first_turn(Prompt("Human: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"))
+    'Hi'
+    """
+    prompt = conversation_of(item)
+    if not isinstance(prompt, str):
+        return next((m.content for m in prompt if m.role == "user"), prompt_text(prompt))
+    parts = ("\n\n" + prompt).split(_HUMAN)
+    return parts[1].split(_ASSISTANT)[0].strip() if len(parts) > 1 else prompt
+
+
+def normalise(text: str) -> str:
+    r"""A text without the differences that do not count: case, spaces, ways to write a character.
+
+    >>> normalise("  Write  a\nPOEM ")
+    'write a poem'
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def conversation_of(item: Any) -> Conversation:
+    """The prompt of a record, the text of a document, or a bare prompt itself."""
+    if isinstance(item, PlainText):
+        return item.text
+    return item if isinstance(item, str | tuple) else item.prompt
+
+
+def digest(*parts: str) -> bytes:
+    """sha256 of texts in their order."""
+    return hashlib.sha256("\0".join(parts).encode()).digest()
+
+
+def group_of(item: Any, key: Key) -> str | None:
+    """The group of a record; None when it does not say.
+
+    Args:
+      item: a record or a bare prompt.
+      key: what groups records.
+    """
+    if callable(key):
+        return key(item)
+    return normalise(first_turn(item)) if key == "conversation" else getattr(item, key, None)

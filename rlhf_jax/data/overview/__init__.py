@@ -1,0 +1,38 @@
+"""One look at a data set before it is trained on: what a model would learn by mistake.
+
+A reward model learns whatever tells the preferred answer from the other: often its length,
+sometimes a space at its end. A fine-tuned model learns to repeat the question where the answers
+repeat it. `look` counts such things in linear time, `summary` writes them as one table with a
+sentence for each number that is suspicious, and `headline` as one line.
+"""
+
+from rlhf_jax.data.overview.numbers import (
+    Answers,
+    Look,
+    Pairs,
+    Prompts,
+    Spread,
+    answer_numbers,
+    look,
+    pair_numbers,
+    prompt_numbers,
+)
+from rlhf_jax.data.overview.sentences import judgements
+from rlhf_jax.data.overview.table import LINES, WIDTH, headline, summary
+
+__all__ = [
+    "LINES",
+    "WIDTH",
+    "Answers",
+    "Look",
+    "Pairs",
+    "Prompts",
+    "Spread",
+    "answer_numbers",
+    "headline",
+    "judgements",
+    "look",
+    "pair_numbers",
+    "prompt_numbers",
+    "summary",
+]

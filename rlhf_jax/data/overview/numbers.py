@@ -1,0 +1,321 @@
+"""The numbers that show what a model would learn by mistake, counted in linear time."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rlhf_jax.data import near_duplicates, templated
+from rlhf_jax.data.curation import KINDS, normalise
+from rlhf_jax.data.schema import ABSENT, Demonstration, PlainText, Prompt, Ranking
+
+TOKEN_SAMPLE = 1_000
+"""Rankings whose answers are counted in tokens (evenly spaced): a tokenizer takes some milliseconds
+for each."""
+
+
+SHORT = 3
+"""Characters of an answer that counts as very short, at most."""
+
+
+REPEATED = 12
+"""Characters that a prompt needs before an answer that holds it is said to repeat it; "Hi" is in
+many answers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Least, median, 90th percentile and largest of some numbers; all 0 where there are none."""
+
+    least: int = 0
+    median: int = 0
+    high: int = 0
+    most: int = 0
+
+    @classmethod
+    def of(cls, numbers: Iterable[int]) -> Spread:
+        """The spread of `numbers`; each of the four is one of them."""
+        order = sorted(numbers)
+        if not order:
+            return cls()
+        at = lambda share: order[min(int(share * len(order)), len(order) - 1)]  # noqa: E731
+        return cls(order[0], at(0.5), at(0.9), order[-1])
+
+    def __str__(self) -> str:
+        return " / ".join(_short_number(n) for n in (self.least, self.median, self.high, self.most))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What the prompts of records are like.
+
+    Attributes:
+      rows: prompts.
+      different: prompts that differ in more than case and spaces.
+      near: of the different ones, those that nearly repeat an earlier one (`near_duplicates`).
+      characters: their lengths, all turns together.
+      turns: numbers of turns; a text is one.
+      system: prompts with a system message.
+    """
+
+    rows: int
+    different: int
+    near: int
+    characters: Spread
+    turns: Spread
+    system: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the answers of demonstrations, or the ranked answers of rankings, are like.
+
+    Attributes:
+      count: answers.
+      empty: answers that are empty or only spaces.
+      short: answers of 1 to `SHORT` characters.
+      characters: their lengths.
+      begin: answers that begin with the whole prompt, of those whose prompt has `REPEATED`
+        characters.
+      contain: answers that hold the whole prompt anywhere.
+      echo: answers that hold the user's last turn, of prompts that are conversations.
+      leading: answers that begin with a space or a line break.
+      trailing: answers that end with one.
+      commonest: how often the most frequent answer comes, and the answer.
+    """
+
+    count: int
+    empty: int
+    short: int
+    characters: Spread
+    begin: int
+    contain: int
+    echo: int
+    leading: int
+    trailing: int
+    commonest: tuple[int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What the pairs of ranked answers are like.
+
+    Attributes:
+      strict: pairs of which one answer is preferred.
+      tied: pairs of equal rank.
+      longer: strict pairs whose preferred answer has more characters.
+      shorter: strict pairs whose preferred answer has fewer.
+      counted: strict pairs whose answers were counted in tokens.
+      longer_tokens: of these, those whose preferred answer has more.
+      equal: strict pairs of the same text: no model can tell them apart.
+      rankings_with_equal: rankings that hold an answer twice.
+      repeated: strict pairs that an earlier row has too, with the same prompt and preference.
+      contradicted: strict pairs that an earlier row has the other way round.
+      trailing: how many preferred and how many other answers of strict pairs end with a space or a
+        line break.
+      leading: how many of them begin with one.
+    """
+
+    strict: int
+    tied: int
+    longer: int
+    shorter: int
+    counted: int
+    longer_tokens: int
+    equal: int
+    rankings_with_equal: int
+    repeated: int
+    contradicted: int
+    trailing: tuple[int, int]
+    leading: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """The numbers of the records of one kind; what the kind does not have is None."""
+
+    kind: str
+    rows: int
+    templated: int
+    prompts: Prompts | None = None
+    answers: Answers | None = None
+    pairs: Pairs | None = None
+
+
+def look(
+    records: Iterable[Any], *, tokens: Callable[[str], int] | None = None, tokenizer: Any = None
+) -> dict[str, Look]:
+    """The numbers of records of any kinds, by the name of the kind (`curation.KINDS`).
+
+    Args:
+      records: of `rlhf_jax.data.schema`.
+      tokens: length of a text in tokens; None counts characters alone.
+      tokenizer: whose special tokens count as templated text too (see `templated`).
+    """
+    by_kind: dict[type, list[Any]] = {kind: [] for kind in KINDS}
+    for record in records:
+        by_kind[type(record)].append(record)
+    return {
+        KINDS[kind]: _look(kind, rows, tokens, tokenizer) for kind, rows in by_kind.items() if rows
+    }
+
+
+def _look(kind: type, rows: list[Any], tokens: Callable[[str], int] | None, tokenizer: Any) -> Look:
+    known: dict[str, str] = {}  # each text is normalised once
+    numbers: dict[str, Any] = {
+        "prompts": None if kind is PlainText else prompt_numbers(rows, known=known),
+        "answers": answer_numbers(rows, known=known) if kind in (Demonstration, Ranking) else None,
+        "pairs": pair_numbers(rows, tokens, known=known) if kind is Ranking else None,
+    }
+    return Look(KINDS[kind], len(rows), len(templated.templated_rows(rows, tokenizer)), **numbers)
+
+
+def _plain(text: str, known: dict[str, str] | None) -> str:
+    """`normalise`, remembered in `known`."""
+    if known is None:
+        return normalise(text)
+    if text not in known:
+        known[text] = normalise(text)
+    return known[text]
+
+
+def prompt_numbers(
+    records: Sequence[Demonstration | Ranking | Prompt], *, known: dict[str, str] | None = None
+) -> Prompts:
+    """What the prompts of records are like; `known` keeps normalised texts between such calls."""
+    different = list(dict.fromkeys(_key(record.prompt, known) for record in records))
+    return Prompts(
+        rows=len(records),
+        different=len(different),
+        near=sum(near_duplicates.repeats(different)),
+        characters=Spread.of(sum(map(len, _turns(record.prompt))) for record in records),
+        turns=Spread.of(
+            len(_turns(record.prompt)) - _has_system(record.prompt) for record in records
+        ),
+        system=sum(_has_system(record.prompt) for record in records),
+    )
+
+
+def answer_numbers(
+    records: Sequence[Demonstration | Ranking], *, known: dict[str, str] | None = None
+) -> Answers:
+    """What the answers of records are like; answers that were not ranked do not count.
+
+    Args:
+      records: demonstrations or rankings.
+      known: as for `prompt_numbers`.
+    """
+    count: collections.Counter[str] = collections.Counter()
+    lengths: list[int] = []
+    said: collections.Counter[str] = collections.Counter()
+    for record in records:
+        turns = _turns(record.prompt)
+        whole = " ".join(_plain(turn, known) for turn in turns)
+        last = _plain(turns[-1], known) if len(turns) > 1 else ""
+        for answer in _answers(record):
+            text = _plain(answer, known)
+            said[text] += 1
+            lengths.append(len(answer))
+            count["empty"] += not text
+            count["short"] += 0 < len(text) <= SHORT
+            count["begin"] += len(whole) >= REPEATED and text.startswith(whole)
+            count["contain"] += len(whole) >= REPEATED and whole in text
+            count["echo"] += len(last) >= REPEATED and last in text
+            count["leading"] += answer[:1].isspace()
+            count["trailing"] += answer[-1:].isspace()
+    text, times = said.most_common(1)[0] if said else ("", 0)
+    kept = {
+        name: count[name]
+        for name in ("empty", "short", "begin", "contain", "echo", "leading", "trailing")
+    }
+    return Answers(len(lengths), characters=Spread.of(lengths), commonest=(times, text), **kept)
+
+
+def pair_numbers(
+    records: Sequence[Ranking],
+    tokens: Callable[[str], int] | None = None,
+    *,
+    known: dict[str, str] | None = None,
+) -> Pairs:
+    """What the pairs of ranked answers are like.
+
+    Args:
+      records: rankings.
+      tokens: length of a text in tokens, for at most `TOKEN_SAMPLE` of the records; None counts
+        characters alone.
+      known: as above.
+    """
+    count: collections.Counter[str] = collections.Counter()
+    seen: set[int] = set()
+    every = math.ceil(len(records) / TOKEN_SAMPLE) or 1
+    for place, record in enumerate(records):
+        prompt = hash(_key(record.prompt, known))
+        texts = [_plain(text, known) for text in record.responses]
+        in_tokens = tokens is not None and place % every == 0
+        sizes = (
+            [tokens(text) for text in record.responses] if tokens is not None and in_tokens else []
+        )
+        ranked = [k for k, rank in enumerate(record.ranks) if rank != ABSENT]
+        count["rankings_with_equal"] += len({texts[k] for k in ranked}) < len(ranked)
+        for a, b in itertools.combinations(ranked, 2):
+            if record.ranks[a] == record.ranks[b]:
+                count["tied"] += 1
+                continue
+            best, other = (a, b) if record.ranks[a] < record.ranks[b] else (b, a)
+            _count_pair(count, record.responses[best], record.responses[other])
+            count["equal"] += texts[best] == texts[other]
+            if in_tokens:
+                count["counted"] += 1
+                count["longer_tokens"] += sizes[best] > sizes[other]
+            key, reverse = (
+                hash((prompt, texts[i], texts[j])) for i, j in ((best, other), (other, best))
+            )
+            count["repeated"] += key in seen
+            count["contradicted"] += reverse in seen and key != reverse
+            seen.add(key)
+    ends: dict[str, Any] = {
+        name: (count[f"{name} best"], count[f"{name} other"]) for name in ("trailing", "leading")
+    }
+    names = [field.name for field in dataclasses.fields(Pairs) if field.name not in ends]
+    return Pairs(**{name: count[name] for name in names}, **ends)
+
+
+def _count_pair(count: collections.Counter[str], best: str, other: str) -> None:
+    count["strict"] += 1
+    count["longer"] += len(best) > len(other)
+    count["shorter"] += len(best) < len(other)
+    for name, text in (("best", best), ("other", other)):
+        count[f"trailing {name}"] += text[-1:].isspace()
+        count[f"leading {name}"] += text[:1].isspace()
+
+
+def _turns(prompt: Any) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+
+
+def _has_system(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and prompt[0].role == "system"
+
+
+def _key(prompt: Any, known: dict[str, str] | None) -> str:
+    """A prompt without the differences of case and spaces; turns keep their order."""
+    return "\n".join(_plain(turn, known) for turn in _turns(prompt))
+
+
+def _answers(record: Demonstration | Ranking) -> list[str]:
+    if isinstance(record, Demonstration):
+        return [record.response]
+    return [
+        text for text, rank in zip(record.responses, record.ranks, strict=True) if rank != ABSENT
+    ]
+
+
+def _short_number(n: int) -> str:
+    """A number of at most five characters."""
+    if n < 10_000:
+        return f"{n}"
+    return f"{n / 1e3:.0f}k" if n < 1_000_000 else f"{n / 1e6:.1f}M"

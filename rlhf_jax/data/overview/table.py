@@ -1,0 +1,142 @@
+"""The numbers as one table with the sentences below it, and as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.data.overview.numbers import SHORT, Look, Pairs, look
+from rlhf_jax.data.overview.sentences import judgements, percent
+
+WIDTH = 100
+"""Columns of the table at most."""
+
+
+LINES = 24
+"""Lines of the table at most, with the sentences below it."""
+
+
+def summary(
+    records: Iterable[Any] | Mapping[str, Look],
+    *,
+    aside: Mapping[str, int] | None = None,
+    tokens: Callable[[str], int] | None = None,
+    tokenizer: Any = None,
+) -> str:
+    """The numbers as a table of at most `LINES` lines of `WIDTH` columns.
+
+    It has a column for each kind of record.
+
+    Args:
+      records: of any kinds, or what `look` gave.
+      aside: columns of the source that no record holds, and how many rows have them.
+      tokens: as for `look`.
+      tokenizer: as for `look`.
+    """
+    looks = (
+        dict(records)
+        if isinstance(records, Mapping)
+        else look(records, tokens=tokens, tokenizer=tokenizer)
+    )
+    table = _table([["One look", *looks], *_rows(list(looks.values()))])
+    if aside:
+        names = [
+            f"{name} ({rows:,})" for name, rows in sorted(aside.items(), key=lambda item: -item[1])
+        ]
+        table.append(_cut("columns left aside: " + ", ".join(names)))
+    lines = [line for text in judgements(looks, aside) for line in _wrapped(text)]
+    if len(table) + 1 + len(lines) > LINES:  # the headline counts all of them
+        lines = [*lines[: LINES - len(table) - 2], "  .."]
+    return "\n".join([*table, *(["Look at:", *lines] if lines else ["Nothing suspicious."])])
+
+
+def headline(
+    records: Iterable[Any] | Mapping[str, Look],
+    *,
+    aside: Mapping[str, int] | None = None,
+    where: str = "data_report.txt",
+) -> str:
+    """One line of at most `WIDTH` columns.
+
+    It says how many records of each kind there are, and whether anything is suspicious.
+
+    Args:
+      records: of any kinds, or what `look` gave.
+      aside: as for `summary`.
+      where: the file that holds the whole.
+
+    >>> headline([Prompt("Why is the sky blue?"), Prompt("Name a bird.")])
+    '2 prompts; nothing suspicious (data_report.txt)'
+    """
+    looks = dict(records) if isinstance(records, Mapping) else look(records)
+    sizes = ", ".join(f"{seen.rows:,} {name}" for name, seen in looks.items())
+    found = judgements(looks, aside)
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    end = f"{more} ({where})"
+    if not found:
+        return _cut(f"{sizes or 'no records'}; nothing suspicious ({where})")
+    first = f"{sizes}; look at: {found[0].partition(':')[0]}"
+    return _cut(first, WIDTH - len(end)) + end
+
+
+def _rows(looks: Sequence[Look]) -> list[list[str]]:
+    """The rows of the table; one that no kind has is left out."""
+
+    def row(label: str, part: str, cell: Callable[[Any], str]) -> list[str]:
+        parts = [getattr(seen, part) for seen in looks]
+        return [label, *("" if p is None else cell(p) for p in parts)]
+
+    rows = [
+        ["records", *(f"{seen.rows:,}" for seen in looks)],
+        row("different prompts", "prompts", lambda p: f"{p.different:,}"),
+        row("nearly repeat another", "prompts", lambda p: f"{p.near:,}"),
+        row("characters of a prompt *", "prompts", lambda p: str(p.characters)),
+        row("turns of a prompt *", "prompts", lambda p: str(p.turns)),
+        row("with a system message", "prompts", lambda p: percent(p.system, p.rows)),
+        row("characters of an answer *", "answers", lambda a: str(a.characters)),
+        row(f"empty, up to {SHORT} characters", "answers", lambda a: f"{a.empty:,}, {a.short:,}"),
+        row("begin with, hold the prompt", "answers", lambda a: f"{percent(a.begin, a.count)}, "
+                                                                f"{percent(a.contain, a.count)}"),
+        row("repeat the last turn", "answers", lambda a: percent(a.echo, a.count)),
+        row("pairs, ties", "pairs", lambda p: f"{p.strict:,}, {percent(p.tied, p.strict + p.tied)}"),
+        row("preferred is longer", "pairs", _longer),
+        row("pairs of equal answers", "pairs", lambda p: f"{p.equal:,}"),
+        row("rankings with equal answers", "pairs", lambda p: f"{p.rankings_with_equal:,}"),
+        row("pairs repeated, contradicted", "pairs", lambda p: f"{p.repeated:,}, {p.contradicted:,}"),
+        ["written by a chat template", *(f"{seen.templated:,}" for seen in looks)],
+    ]  # fmt: skip
+    rows = [cells for cells in rows if any(cells[1:])]
+    return [*rows, ["* least / median / 90% / most"]]
+
+
+def _longer(pairs: Pairs) -> str:
+    said = percent(pairs.longer, pairs.strict)
+    return (
+        f"{said} (tokens {percent(pairs.longer_tokens, pairs.counted)})" if pairs.counted else said
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    widths[0] = max(len(row[0]) for row in rows[:-1])
+    lines = []
+    for row in rows:
+        cells = "".join(
+            f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=False)
+        )
+        lines.append(_cut((row[0].ljust(widths[0]) + cells).rstrip()))
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    """A sentence as lines with a mark before it."""
+    lines = [""]
+    for word in text.split(" "):
+        if len(lines[-1]) + len(word) + 5 > WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}"
+    return [("  -" if i == 0 else "   ") + line for i, line in enumerate(lines)]
+
+
+def _cut(line: str, width: int = WIDTH) -> str:
+    return line if len(line) <= width else line[: width - 2] + ".."

@@ -1,0 +1,389 @@
+"""Sampling: one prefill for the K samples of a prompt, then cached decode steps.
+
+The loop ends when every row has ended.
+
+`generate` samples one batch in one compiled program; `refill.generate_many` sends any number of
+prompts through a fixed number of rows, where a finished row makes room for the next prompt.
+
+Rows are contiguous from the left: prompt, response with its EOS, padding (id 0). The key of a
+  sampled token folds in
+(key, the prompt's id, the sample k, the response index), so batching, slot refill and padding
+change no token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
+
+
+class Decoding(NamedTuple):
+    """What the decode loop carries: R responses, and B rows, each of which decodes one of them.
+
+    N = max_new_tokens. `tokens`, `logp`, `counts`, `finished` and `uniform` are indexed by
+    response. A response goes on until it has finished (a stop id) or is full (N tokens). A row is
+    live while its response goes on; ``response == R`` marks an idle row. Only live rows are
+    advanced. `uniform` holds the random numbers of every token, drawn before the loop: inside it
+    they would cost a dozen small kernels per token.
+    """
+
+    tokens: Int[Array, "R N"]
+    logp: Float[Array, "R N"]
+    counts: Int[Array, " R"]
+    finished: Bool[Array, " R"]
+    uniform: Float[Array, "R N 2"]
+    response: Int[Array, " B"]
+    cache: Cache
+
+    @property
+    def live(self) -> Bool[Array, " B"]:
+        """Rows that want another token."""
+        going = ~self.finished & (self.counts < self.tokens.shape[1])
+        return jnp.concatenate([going, jnp.zeros((1,), bool)])[self.response]
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: PromptBatch,
+    key: Key[Array, ""],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    samples_per_prompt: int = 1,
+) -> Samples:
+    """Sample responses; compiled as a whole, once per model, shape and setting.
+
+    Args:
+      model: a language model.
+      params: its parameters.
+      prompts: B prompts of at least one token each; `ids` are their places in the stream.
+      key: of the iteration, ``fold_in(key(seed), step)``.
+      max_new_tokens: N, tokens; a response that reaches it without a stop id has ``finished``
+        False.
+      temperature: divides the logits; 0 is greedy.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: then keep the fewest likeliest tokens whose probability reaches p.
+      stop_ids: the ids that end a response (EOS and others); the stop token belongs to the
+        response.
+      samples_per_prompt: K; sample k of prompt b is the row ``b * K + k``.
+
+    Returns:
+      `Samples` with ``T = P + N`` slots. ``logp`` (nats, float32) is under the distribution sampled
+      from, that is after temperature, top-k and top-p; a greedy token has probability 1 there, so
+      its ``logp`` is 0.
+
+    Raises:
+      ValueError: a setting is out of range, or a row may outgrow the model's context.
+    """
+    require_settings(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
+    return _generate(
+        model,
+        params,
+        prompts,
+        key,
+        max_new_tokens=int(max_new_tokens),
+        temperature=float(temperature),
+        top_k=int(top_k),
+        top_p=float(top_p),
+        stop_ids=tuple(int(i) for i in stop_ids),
+        samples_per_prompt=int(samples_per_prompt),
+    )
+
+
+def lower_generate(
+    model: Model,
+    params: Params,
+    prompts: PromptBatch,
+    key: Key[Array, ""] | jax.ShapeDtypeStruct,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    stop_ids: Sequence[int] = (),
+) -> jax.stages.Lowered:
+    """The program that `generate` would run for such arguments; nothing is sampled.
+
+    Args:
+      model: a language model.
+      params: its parameters, or their shapes with shardings.
+      prompts: B prompts, or their shapes.
+      key: a key, or its shape.
+      max_new_tokens: as in `generate`.
+      temperature: as in `generate`.
+      stop_ids: as in `generate`.
+
+    Raises:
+      ValueError: as `generate`.
+    """
+    require_settings(model, prompts, max_new_tokens, temperature, 0, 1.0, 1)
+    stops = tuple(int(i) for i in stop_ids)
+    return _generate.lower(
+        model, params, prompts, key, max_new_tokens=int(max_new_tokens), samples_per_prompt=1,
+        temperature=float(temperature), top_k=0, top_p=1.0, stop_ids=stops,
+    )  # fmt: skip
+
+
+def require_settings(
+    model: Model,
+    prompts: PromptBatch,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    samples_per_prompt: int,
+) -> None:
+    """Refuses settings that are out of range; arguments as for `generate`.
+
+    Raises:
+      ValueError: naming the setting, its value and what to choose.
+    """
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("samples_per_prompt", samples_per_prompt),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must not be negative: choose 0 for greedy decoding")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must not be negative: choose 0 to keep every token")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in (0, 1]: choose 1.0 to keep every token")
+    width = prompts.tokens.shape[1]
+    slots = width + max_new_tokens
+    context = getattr(model.config, "context_length", slots)
+    if slots > context:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after prompts of {width} slots needs {slots} "
+            "positions, "
+            f"more than the context_length={context}: choose at most {context - width}"
+        )
+
+
+SETTINGS = ("temperature", "top_k", "top_p", "stop_ids")
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "samples_per_prompt", *SETTINGS))
+def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt, **sampling) -> Samples:
+    hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + max_new_tokens)
+    params = model.for_decoding(params)
+    keys = row_keys(key, prompts.ids, samples_per_prompt)
+    hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
+    state = empty_responses(draws(keys, max_new_tokens), cache.repeat(samples_per_prompt))
+    state = append_token(model, params, hidden, state, state.response, **sampling)
+    state = jax.lax.while_loop(lambda s: s.live.any(), partial(another_token, model, params, **sampling), state)
+    prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
+    return join_responses(prompts, state.tokens, state.logp, state.counts, state.finished)
+
+
+def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -> tuple[Float[Array, "B D"], Cache]:
+    """The hidden state of each prompt's last token, and a cache of `slots` slots per row."""
+    batch, width = prompts.tokens.shape
+    places = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    segments = (places < jnp.asarray(prompts.lengths)[:, None]).astype(jnp.int32)
+    rows = {"segments": segments, "positions": places, "cache": model.init_cache(batch, width)}
+    last = jnp.asarray(prompts.lengths)[:, None] - 1
+    hidden, cache = model.apply_at(params, jnp.asarray(prompts.tokens), last, **rows)
+    # The prompts looked at their own slots alone: the others come only now.
+    return hidden[:, 0], jax.tree.map(_at_origin, model.init_cache(batch, slots), cache)
+
+
+def _at_origin(whole: Array, part: Array) -> Array:
+    return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+
+
+def empty_responses(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:
+    """An empty response for each prefilled row; its random numbers as from `draws`."""
+    rows = uniform.shape[0]
+    return Decoding(
+        tokens=jnp.zeros(uniform.shape[:2], jnp.int32),
+        logp=jnp.zeros(uniform.shape[:2], jnp.float32),
+        counts=jnp.zeros((rows,), jnp.int32),
+        finished=jnp.zeros((rows,), bool),
+        uniform=uniform,
+        response=jnp.arange(rows, dtype=jnp.int32),
+        cache=cache,
+    )
+
+
+def another_token(model: Model, params: Params, state: Decoding, **sampling: Any) -> Decoding:
+    """Another token for each live row."""
+    response = jnp.where(state.live, state.response, state.tokens.shape[0])
+    hidden, state = decode_step(model, params, state)
+    return append_token(model, params, hidden, state, response, **sampling)
+
+
+def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Array, "B D"], Decoding]:
+    """Feed each live row's last token: its hidden state and the advanced cache.
+
+    The hidden state predicts the next token.
+    """
+    last = jnp.maximum(state.counts - 1, 0)[:, None]
+    last = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
+    output = model.apply(
+        params,
+        jnp.where(state.live, last[jnp.minimum(state.response, last.shape[0] - 1)], 0)[:, None],
+        # A row that is not live feeds padding, which the cache does not store.
+        segments=state.live.astype(jnp.int32)[:, None],
+        positions=state.cache.lengths[:, None],
+        cache=state.cache,
+    )
+    return output.hidden[:, 0], state._replace(cache=output.cache)
+
+
+def row_key(key: Key[Array, ""], prompt_id: Int[Array, ""], sample: Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one response, whatever row decodes it."""
+    return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample)
+
+
+def row_keys(key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int) -> Key[Array, " BK"]:
+    """One key per row: ``fold_in(fold_in(key, prompt id), k)``."""
+    samples = jnp.arange(samples_per_prompt)
+    fold = jax.vmap(jax.vmap(partial(row_key, key), (None, 0)), (0, None))
+    return fold(jnp.asarray(ids), samples).reshape(-1)
+
+
+def draws(keys: Key[Array, " B"], max_new_tokens: int) -> Float[Array, "B N 2"]:
+    """Two numbers in [0, 1) for each token of each row, from ``fold_in(row's key, place)``."""
+    places = jnp.arange(max_new_tokens)
+    one = lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,))  # noqa: E731
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, places)
+
+
+def sample_token(
+    logits: Float[Array, "B V"],
+    uniform: Float[Array, "B 2"],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token per row and its log-prob (nats) under the distribution sampled from.
+
+    The cumulative sums of the distribution are inverted. The vocabulary is cut into about sqrt(V)
+    blocks: one uniform number chooses the block by its mass, another the token in it. So a row
+    needs two random numbers and one pass over its logits, the pass of the log-sum-exp; the Gumbel
+    trick needs V numbers. Blocks are as wide as a power of two, which is what vector units sum
+    fastest.
+
+    Args:
+      logits: float32.
+      uniform: two random numbers a row, of this token alone (`draws`).
+      temperature: 0 is greedy.
+      top_k: 0 keeps all.
+      top_p: 1.0 keeps all.
+
+    Returns:
+      Tokens and log-probs (0 when greedy: the distribution is a point).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+    logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
+    size = logits.shape[1]
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    width = 1 << math.isqrt(size - 1).bit_length()  # the first power of two that is at least sqrt(V)
+    blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(len(logits), -1, width)
+    block, mass = _invert(jnp.sum(jnp.exp(blocks), axis=2), uniform[:, 0])
+    # The chosen block's weights again, which is cheaper than to keep those of all.
+    places = block[:, None] * width + jnp.arange(width)[None, :]
+    weights = jnp.exp(jnp.take_along_axis(logits, places, axis=1, mode="fill", fill_value=-jnp.inf))
+    inside, _ = _invert(weights, uniform[:, 1])
+    tokens = block * width + inside
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jnp.log(mass)
+
+
+def _invert(weights: Float[Array, "B N"], uniform: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The first index whose cumulative weight exceeds ``uniform * total``, and the total.
+
+    Weight 0 is never chosen.
+    """
+    cumulative = jnp.cumsum(weights, axis=1)
+    total = cumulative[:, -1]
+    # uniform < 1, so that the last cumulative sum always exceeds the threshold.
+    return jnp.argmax(cumulative > (uniform * total)[:, None], axis=1).astype(jnp.int32), total
+
+
+def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """Set to -inf every logit outside the k likeliest, then outside the nucleus of mass p.
+
+    The likeliest always stays. Of equal logits the first stay, no more of them than are needed.
+
+    Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
+    """
+    if 0 < top_k < logits.shape[-1]:
+        best = jax.lax.top_k(logits, top_k)[1]
+        logits = jnp.where(_chosen(logits, best, True), logits, -jnp.inf)
+    if top_p < 1:
+        order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(_chosen(logits, order, before < top_p), logits, -jnp.inf)
+    return logits
+
+
+def _chosen(logits: Float[Array, "B V"], index: Int[Array, "B N"], kept: Any) -> Bool[Array, "B V"]:
+    """True at those places of each row that `index` lists and for which `kept` holds."""
+    none = jnp.zeros(logits.shape, bool)
+    return jnp.put_along_axis(none, index, jnp.broadcast_to(kept, index.shape), axis=-1, inplace=False)
+
+
+def append_token(
+    model: Model,
+    params: Params,
+    hidden: Float[Array, "B D"],
+    state: Decoding,
+    response: Int[Array, " B"],
+    *,
+    stop_ids: tuple[int, ...],
+    **how: Any,
+) -> Decoding:
+    """Sample the next token of each response in `response`, and append it.
+
+    R and beyond name no response: that row is idle.
+    """
+    at = jnp.minimum(response, state.tokens.shape[0] - 1)
+    places = state.counts[at]
+    token, logp = sample_token(model.head(params, hidden), state.uniform[at, places], **how)
+    stopped = (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :]).any(axis=1)
+    return state._replace(
+        tokens=state.tokens.at[response, places].set(token, mode="drop"),
+        logp=state.logp.at[response, places].set(logp, mode="drop"),
+        counts=state.counts.at[response].add(1, mode="drop"),
+        finished=state.finished.at[response].max(stopped, mode="drop"),
+    )
+
+
+def join_responses(
+    prompts: PromptBatch,
+    tokens: Int[Array, "B N"],
+    logp: Float[Array, "B N"],
+    counts: Int[Array, " B"],
+    finished: Bool[Array, " B"],
+) -> Samples:
+    """Prompt and response joined without a gap."""
+    lengths = jnp.asarray(prompts.lengths)
+    slots = jnp.arange(prompts.tokens.shape[1] + tokens.shape[1])[None, :]
+    place = slots - lengths[:, None]
+    in_response = (place >= 0) & (place < counts[:, None])
+    place = jnp.clip(place, 0, tokens.shape[1] - 1)
+    prompt = jnp.take_along_axis(jnp.asarray(prompts.tokens), jnp.minimum(slots, prompts.tokens.shape[1] - 1), axis=1)
+    prompt = jnp.where(slots < lengths[:, None], prompt, 0).astype(jnp.int32)
+    return Samples(
+        tokens=jnp.where(in_response, jnp.take_along_axis(tokens, place, axis=1), prompt),
+        prompt_lengths=lengths,
+        lengths=lengths + counts,
+        logp=jnp.where(in_response, jnp.take_along_axis(logp, place, axis=1), 0.0),
+        finished=finished,
+    )

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from experiments import evaluate, ppo, prepare_data, reward_model, sample, sft
 from rlhf_jax.backends import cpu_process
 from rlhf_jax.data import schema
+from rlhf_jax.data.prepare.preferences import entries
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
@@ -167,7 +168,7 @@ class Pipeline:
         data, found = self.config.data, {}
         for key in [key for key in reads.DATA_PATHS if isinstance(data.get(key), str) and data[key]]:
             if key == "data_dir":  # much else may lie there
-                found |= {f"{key}/{entry.name}": str(entry) for entry in prepare_data.entries(data)}
+                found |= {f"{key}/{entry.name}": str(entry) for entry in entries(data)}
             elif data[key] not in pretrained.MODELS:
                 found[key] = data[key]
         return found

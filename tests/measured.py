@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import plan
 from rlhf_jax import sharding
 from rlhf_jax.backends import cpu_process, planned_for_accelerators
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import devices, memory
+from tools import plan
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"layers": 4, "width": 256, "heads": 8, "vocab_size": 2_000, "context_length": 256}

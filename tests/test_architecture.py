@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PEERS = ROOT / "experiments" / "peers"
+PEERS = ROOT / "tools" / "peers"
 """Scripts that run other libraries in their own environments, to compare speeds; nothing of ours imports them."""
 PROGRAMS = [
     path
@@ -62,11 +62,12 @@ MAY_IMPORT = {
         "run.workdir",
     },
     "run.compiling": {"types", "backends", "run.cache", "run.processes"},
-    "run.config": {"run.checks", "run.config_file", "run.files", "run.secrets"},
+    "run.config": {"run.checks", "run.config_file", "run.files", "run.programs", "run.secrets"},
     "run.config_file": set(),
     "run.console": {"run.processes"},
     "run.contexts": {"data", "models", "run.files"},
     "run.datasets": {"types", "sharding", "data", "run.contexts", "run.processes"},
+    "run.data_flags": {"data", "run.checks", "run.look", "run.programs"},
     "run.devices": {"backends", "sharding", "data", "run.compiling", "run.files", "run.networks", "run.processes"},
     "run.files": set(),
     "run.guards": {
@@ -90,6 +91,7 @@ MAY_IMPORT = {
         "run.optimizers",
         "run.pretrained",
     },
+    "run.look": {"data", "run.checks", "run.files", "run.networks"},
     "run.loop": {"run.checkpoint", "run.guards", "run.metrics", "run.signals"},
     "run.memory": {"run.console"},
     "run.metrics": {"types", "run.console", "run.files", "run.processes"},
@@ -133,6 +135,7 @@ MAY_IMPORT = {
     },
     "run.pretrained": {"models", "run.cache", "run.files"},
     "run.processes": set(),
+    "run.programs": set(),
     "run.records": {"run.checkpoint", "run.files"},
     "run.responses": {
         "types",
@@ -237,7 +240,7 @@ def test_each_dependency_has_one_home(path):
 
 @pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=name_of)
 def test_scripts_of_other_libraries_are_never_imported(path):
-    assert not any(name.startswith("experiments.peers") for name in imports(path))
+    assert not any(name.startswith("tools.peers") for name in imports(path))
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if part(p) == "data"], ids=name_of)

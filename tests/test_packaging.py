@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.run import programs
+
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "rlhf_jax" / "data" / "storyland" / "assets"
+PROGRAMS = ("experiments", "configs")
 
 
 def run(*argv: object, cwd: Path, **environ: str) -> str:
@@ -27,7 +30,7 @@ def run(*argv: object, cwd: Path, **environ: str) -> str:
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that no build folder is left in the checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "rlhf_jax"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "rlhf_jax", *PROGRAMS):
         run("cp", "-r", ROOT / name, source, cwd=ROOT)
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
     (path,) = out.glob("rlhf_jax-*.whl")
@@ -42,7 +45,13 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
         p.relative_to(ROOT).as_posix() for p in (ROOT / "rlhf_jax").rglob("*") if p.suffix in {".jinja", ".css"}
     }
     assert "rlhf_jax/pages/page.html.jinja" in templates
-    assert modules | assets | templates <= names
+    programs = {
+        f"rlhf_jax/programs/{p.relative_to(ROOT).as_posix()}"
+        for folder in PROGRAMS
+        for p in (ROOT / folder).rglob("*.py")
+    }
+    assert modules | assets | templates | programs <= names
+    assert {n for n in names if n.startswith("rlhf_jax/programs/")} == programs
     assert not {n for n in names if not n.startswith("rlhf_jax/")}
     assert not {n for n in names if "__pycache__" in n or n.endswith(".pyc")}
 
@@ -76,12 +85,47 @@ print("ok", rlhf_jax.__version__)
 """
 
 
-def test_the_installed_wheel_works_outside_a_checkout(wheel, tmp_path):
-    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=elsewhere)
-    out = run(sys.executable, "-c", CHECK, target, cwd=elsewhere, PYTHONPATH=str(target))
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The wheel, installed where a program finds it by PYTHONPATH."""
+    target = tmp_path_factory.mktemp("installed") / "site"
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=target.parent)
+    return target
+
+
+def test_the_installed_wheel_works_outside_a_checkout(installed, tmp_path):
+    out = run(sys.executable, "-c", CHECK, installed, cwd=tmp_path, PYTHONPATH=str(installed))
     assert out.startswith("ok ")
+
+
+def test_the_installed_command_trains_what_the_checkout_trains(installed, tmp_path):
+    """``rlhf-jax sft --config=sft/storyland`` in an empty folder, and the script of the checkout: the same bytes."""
+    data = tmp_path / "data"
+    command = (sys.executable, installed / "bin" / "rlhf-jax")
+    outside = {"PYTHONPATH": str(installed), "XLA_FLAGS": ""}
+    run(*command, "prepare_data", "--config=data/storyland:smoke", f"--workdir={data}", cwd=tmp_path, **outside)
+    flags = [
+        f"--config.demonstrations={data / 'demonstrations.jsonl'}",
+        f"--config.validation={data / 'demonstrations_validation.jsonl'}",
+        "--config.epochs=1",
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    run(*command, "sft", "--config=sft/storyland:smoke", "--workdir=run", *flags, cwd=tmp_path / "elsewhere", **outside)
+    run(
+        sys.executable, ROOT / "experiments" / "sft.py", f"--config={ROOT}/configs/sft/storyland.py:smoke",
+        f"--workdir={tmp_path / 'run'}", *flags, cwd=ROOT, PYTHONPATH=str(ROOT), XLA_FLAGS="",
+    )  # fmt: skip
+    for name in ("config.json", "sft.json", "epoch-1/model.safetensors"):
+        assert (tmp_path / "elsewhere" / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+
+
+def test_the_command_names_its_programs(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        programs.main(["--help"])
+    assert "evaluate, instructgpt, ppo" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        programs.main(["pppo"])
+    assert "did you mean 'ppo'" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- set-up

@@ -82,7 +82,7 @@ def _main(
     try:
         if not argv:
             if config_default:
-                _look_ahead(check, load_config(_shipped(run, config_default)), "")  # says what is missing
+                _look_ahead(check, load_config(config_default), "")  # says what is missing
             return _say(_usage(run, config_default, workdir_default), 2)
         flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
         _check_process_flags(flags, one_process)
@@ -90,7 +90,7 @@ def _main(
             sys.path.insert(0, os.getcwd())
         if flags.distributed:
             _start_processes(flags)
-        config = load_config(_shipped(run, flags.config), overrides)
+        config = load_config(flags.config, overrides)
         refuse_addresses(config)
         secrets += secrets_in(config.to_dict())
         path = files.local_path("--workdir", flags.workdir)
@@ -132,15 +132,6 @@ def _usage(run: Run, config: str, workdir: str) -> str:
         f"usage: {program} --config={config or 'FILE[:ARG]'} --workdir={workdir or 'DIR'} [--config.KEY=VALUE ..]; "
         "give one flag at least, the others are as shown here; --help lists all"
     )
-
-
-def _shipped(run: Run, given: str) -> str:
-    """A config of this project, for a program that was started in another folder: it is beside the program's own."""
-    path, _, arg = given.partition(":")
-    if not path.startswith("configs/") or Path(path).exists():
-        return given
-    beside = Path(inspect.getfile(inspect.unwrap(run))).resolve().parents[1] / path
-    return f"{beside}{arg and ':'}{arg}" if beside.is_file() else given
 
 
 def _look_ahead(check: Callable[[ConfigDict], Any] | None, config: ConfigDict, path: str) -> None:

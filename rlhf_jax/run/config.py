@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, FieldReference
 
-from rlhf_jax.run import checks, config_file, files
+from rlhf_jax.run import checks, config_file, files, programs
 from rlhf_jax.run.files import read_json
 from rlhf_jax.run.secrets import REDACTED, is_secret, redact
 
@@ -151,7 +151,8 @@ def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -
     """The locked config of a file, ``"configs/ppo/x.py"`` or ``"configs/ppo/x.py:arg"``, with `overrides` on top.
 
     Args:
-      path_and_arg: path of a Python file with ``get_config(arg)``; what follows the colon is `arg`.
+      path_and_arg: path of a Python file with ``get_config(arg)``; what follows the colon is `arg`. A config that comes
+        with the package has a short name too: ``"ppo/storyland"``.
       overrides: dotted keys and values as text, as they stand on a command line.
 
     Raises:
@@ -160,6 +161,7 @@ def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -
     if re.match(r"[\w+.-]+:/", path_and_arg):
         files.local_path("--config", path_and_arg)
     path, _, arg = path_and_arg.partition(":")
+    path = programs.shipped_config(path)
     file = config_file.check(Path(path))
     if file.suffix == ".json":
         config = apply_arg(_stored_run(file), arg)

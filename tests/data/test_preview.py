@@ -10,9 +10,10 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from experiments import look, prepare_data, reward_model
+from experiments import prepare_data, reward_model
 from rlhf_jax.data import preview, preview_page, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking, write_jsonl
+from rlhf_jax.run import data_flags, look
 from rlhf_jax.run.cli import main
 from rlhf_jax.run.config import load_config
 from tests.html_page import Page
@@ -206,7 +207,7 @@ def run(*flags: str) -> None:
 
     with pytest.raises(SystemExit) as done:
         main(prepare_data.run, config="configs/data/storyland.py", workdir="runs/data",
-             argv=prepare_data.expand(flags), dry_run=prepare_data.dry_run)  # fmt: skip
+             argv=data_flags.expand(flags), dry_run=prepare_data.dry_run)  # fmt: skip
     if done.value.code:
         raise ValueError(done.value.code)
 

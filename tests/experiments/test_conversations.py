@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from rlhf_jax.models import DecoderConfig, language_model, save_hf
 from rlhf_jax.run import datasets, devices, guards, inputs, networks
 from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.config import load_config
+from rlhf_jax.run.networks import Network
+from rlhf_jax.types import Model
 
 ROOT = Path(__file__).parents[2]
 EOS, START, END, TURN = "<|end_of_text|>", "<|start|>", "<|end_header|>", "<|turn_end|>"
@@ -177,7 +180,7 @@ def test_reward_model_scores_what_ppo_samples(ran, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(responses_lib.sharding, name, lambda *_: None)
     monkeypatch.setattr(responses_lib, "_scores", lambda *_: np.zeros(1))
     nothing: Any = lambda *_, **__: None  # noqa: E731
-    network = Network(Model(nothing, nothing, nothing), {}, ran.tokenizer)
+    network = Network(Model(nothing, nothing, nothing, nothing), {}, ran.tokenizer)
     responses_lib.score_responses(network, [LONG], ["yes"], one_device(None), batch_size=1)
     assert seen == [[*prompt, *responses[0]]]
     assert ran.rewards["validation_train"]["prompts"] == 8

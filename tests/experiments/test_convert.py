@@ -16,7 +16,7 @@ from rlhf_jax.data.schema import Demonstration, Prompt, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models import gpt2, language_model, save_hf
-from rlhf_jax.run import cli
+from rlhf_jax.run import cli, data_flags
 from rlhf_jax.run.config import leaf_keys, load_config, record_reads
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def convert(path: Path, out: Path, **keys: str) -> dict[str, int]:
 
 def main(*flags: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=data_flags.expand(flags))
     return int(ended.value.code or 0)
 
 
@@ -125,10 +125,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "write wanted=name,.." in capsys.readouterr().err
     assert main("--data=nowhere.json", f"--out={tmp_path / 'none'}") == 2
     assert "nowhere.json does not exist: check the path" in capsys.readouterr().err
-    assert prepare_data.expand(["--source=oasst", "--data=t.jsonl.gz"])[:2] == [
+    assert data_flags.expand(["--source=oasst", "--data=t.jsonl.gz"])[:2] == [
         "--config=configs/data/convert.py", "--config.form=oasst",
     ]  # fmt: skip
-    assert prepare_data.expand(["--source=oasst", "--data_dir=d"])[0] == "--config=configs/data/oasst.py"
+    assert data_flags.expand(["--source=oasst", "--data_dir=d"])[0] == "--config=configs/data/oasst.py"
 
 
 def test_the_program_itself(tmp_path: Path):

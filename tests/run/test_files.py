@@ -285,7 +285,7 @@ ALLOWED = {
     # The stream that stands in for a console that is closed.
     ("rlhf_jax/run/output.py", "open"): 1,
     # A sign to another process that is being measured, in a temporary folder.
-    ("experiments/benchmark.py", "touch"): 1,
+    ("tools/benchmark.py", "touch"): 1,
 }
 """What is written elsewhere, and how often, with the reason above it."""
 

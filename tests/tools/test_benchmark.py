@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark
 from rlhf_jax.backends import cpu_process
 from rlhf_jax.models.config import DecoderConfig, gpt2
+from tools import benchmark
 
 TINY = (
     "--layers=1", "--width=16", "--heads=2", "--vocab=64", "--batch=2", "--prompt_len=6", "--new_tokens=8", "--k=3",

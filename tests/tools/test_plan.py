@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import plan
 from rlhf_jax import sharding
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import memory
 from rlhf_jax.run.config import load_config
 from rlhf_jax.run.ppo import setup as setup_lib
+from tools import plan
 
 ROOT = Path(__file__).parents[2]
 PRESETS = {"1_3b": (1.3157, 8), "6b": (6.6582, 32), "175b": (174.6, 256)}

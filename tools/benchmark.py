@@ -1,11 +1,11 @@
 r"""How fast the parts of the recipe are: steps, decoding, a PPO iteration, next to the hardware and to other libraries.
 
-    python experiments/benchmark.py sft                       # supervised step, every token a target
-    python experiments/benchmark.py reward --k=9              # K-way reward model step in shared-prefix rows
-    python experiments/benchmark.py decode                    # sampling with a cache
-    python experiments/benchmark.py ppo --epochs=4            # a whole PPO iteration, and its three pieces
-    python experiments/benchmark.py slots                     # ragged responses: refilled rows against static batches
-    python experiments/benchmark.py sft_epoch --data=FILE     # an epoch over real ragged text, packed
+    python tools/benchmark.py sft                       # supervised step, every token a target
+    python tools/benchmark.py reward --k=9              # K-way reward model step in shared-prefix rows
+    python tools/benchmark.py decode                    # sampling with a cache
+    python tools/benchmark.py ppo --epochs=4            # a whole PPO iteration, and its three pieces
+    python tools/benchmark.py slots                     # ragged responses: refilled rows against static batches
+    python tools/benchmark.py sft_epoch --data=FILE     # an epoch over real ragged text, packed
 
 ``--peer=trl|transformers|tunix`` runs that library on the same work in a virtual environment of its own, in turn
 (A B A B), and prints the ratios. ``--sweep=batch=1,2,4,8`` repeats a suite over a size. ``--json`` makes the last line
@@ -62,7 +62,7 @@ PEERS = {
     "transformers": ("torch==2.13.0", "transformers"),
     "tunix": ("google-tunix==0.1.7",),
 }
-"""What each peer's virtual environment holds; `experiments/peers` has the scripts."""
+"""What each peer's virtual environment holds; `tools/peers` has the scripts."""
 
 
 class Work(NamedTuple):
@@ -470,11 +470,11 @@ def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_script(a: argparse.Namespace, extra: Sequence[str], command: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a suite in a process of its own, ours or a peer's; its JSON."""
-    command = list(command or [sys.executable, "-m", "experiments.benchmark"])
-    names = (*SHARED, *OWN) if "experiments.benchmark" in command else SHARED
+    command = list(command or [sys.executable, "-m", "tools.benchmark"])
+    names = (*SHARED, *OWN) if "tools.benchmark" in command else SHARED
     flags = [f"--{name}={getattr(a, name)}" for name in names if getattr(a, name) not in ("", None)]
     done = subprocess.run(
-        [*command, a.suite, *flags, *extra, *(["--json"] if "experiments.benchmark" in command else [])],
+        [*command, a.suite, *flags, *extra, *(["--json"] if "tools.benchmark" in command else [])],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
     )  # fmt: skip
     if done.returncode:

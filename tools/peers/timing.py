@@ -23,7 +23,7 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"Error: {', '.join(missing)} not installed here: experiments/benchmark.py --peer=NAME makes an "
+            f"Error: {', '.join(missing)} not installed here: tools/benchmark.py --peer=NAME makes an "
             "environment with all of it and runs this script there"
         )
 

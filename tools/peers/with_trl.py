@@ -3,7 +3,7 @@
 
 Run in an environment with torch, trl 1.12.0 (the last with a PPO trainer), transformers, accelerate and datasets:
 
-    python experiments/peers/with_trl.py sft --batch 8 --prompt_len 64 --new_tokens 64
+    python tools/peers/with_trl.py sft --batch 8 --prompt_len 64 --new_tokens 64
 
 Claim: the seconds of one optimizer step (sft, reward), one epoch (sft_epoch) or one PPO iteration (ppo).
 Work, with length = prompt_len + new_tokens:

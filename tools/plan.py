@@ -1,6 +1,6 @@
 r"""Planning on paper: memory and time of a PPO run on a mesh of chips, without a chip and without a model on disk.
 
-    python experiments/plan.py --config=configs/ppo/instructgpt_175b.py --mesh=1,32,8 --chip=H100
+    python tools/plan.py --config=configs/ppo/instructgpt_175b.py --mesh=1,32,8 --chip=H100
 
 Prints for policy, value network, reference and reward model what lies on each device, FLOPs and time of an iteration,
 and whether it fits; if not, what to change. The last line with ``--json`` is all of it as JSON.

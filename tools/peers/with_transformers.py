@@ -3,7 +3,7 @@
 
 Run in an environment with torch and transformers 5:
 
-    python experiments/peers/with_transformers.py decode --batch 8 --prompt_len 64 --new_tokens 64
+    python tools/peers/with_transformers.py decode --batch 8 --prompt_len 64 --new_tokens 64
 
 Claim: the seconds of one ``generate`` call of ``GPT2LMHeadModel`` or ``LlamaForCausalLM``.
 Work: batch rows of prompt_len random tokens, prefill included, then new_tokens sampled at temperature 1 with

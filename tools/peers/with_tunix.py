@@ -3,7 +3,7 @@
 
 Run in an environment with google-tunix 0.1.7, which needs Python 3.11 or later:
 
-    python experiments/peers/with_tunix.py sft --batch 8 --prompt_len 64 --new_tokens 64
+    python tools/peers/with_tunix.py sft --batch 8 --prompt_len 64 --new_tokens 64
 
 Claim: the seconds of one optimizer step (sft), one call of the sampler (decode) or one PPO iteration (ppo).
 **The architecture differs for --family gpt2**: tunix has no GPT-2. Its Llama module stands in, of the same width,

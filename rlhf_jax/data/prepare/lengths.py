@@ -1,0 +1,82 @@
+"""Which records fit, counted in the tokens of a model."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+from msgspec import structs
+
+from rlhf_jax.data import schema
+from rlhf_jax.data.text import encode_prompt, encode_response
+
+
+class Lengths:
+    """Which texts fit, in tokens of the model's tokenizer with the template's endings; what does not is counted."""
+
+    def __init__(self, config: Any, tokenizer: Any):
+        self.config, self.tokenizer = config, tokenizer
+        self.left_out: collections.Counter[str] = collections.Counter()
+
+    def _fits(self, what: str, tokens: int, limit: int) -> bool:
+        if tokens > limit:
+            self.left_out[f"{what} longer than {limit} tokens"] += 1
+        return tokens <= limit
+
+    def _prompt(self, prompt: schema.Conversation) -> int:
+        return len(encode_prompt(self.tokenizer, prompt))
+
+    def _response(self, response: str) -> int:
+        return len(encode_response(self.tokenizer, response, eos_id=self.tokenizer.eos_token_id))
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return self._prompt(text)
+
+    def fitting(self, records: Iterable[Any]) -> list[Any]:
+        """The records that fit, rankings without the responses that do not; documents are cut elsewhere."""
+        keep = {
+            schema.Demonstration: self.demonstration,
+            schema.Prompt: lambda r: self.prompt(r.prompt),
+        }
+        kept = []
+        for record in records:
+            if isinstance(record, schema.Ranking):
+                kept += filter(None, [self.ranking(record)])
+            elif type(record) not in keep or keep[type(record)](record):
+                kept.append(record)
+        return kept
+
+    def prompt(self, prompt: schema.Conversation) -> bool:
+        """Whether a prompt fits."""
+        return self._fits("prompt", self._prompt(prompt), self.config.prompt_length)
+
+    def demonstration(self, record: schema.Demonstration) -> bool:
+        """Whether both texts fit."""
+        response = self._response(record.response)
+        return self._fits("demonstration", response, self.config.response_length) and self.prompt(
+            record.prompt
+        )
+
+    def ranking(self, record: schema.Ranking) -> schema.Ranking | None:
+        """The ranking without the responses that are too long, ranks counted anew; None when too little is left."""
+        limit = self.config.ranked_response_length
+        tokens = [self._response(response) for response in record.responses]
+        kept = [k for k, count in enumerate(tokens) if self._fits("ranked response", count, limit)]
+        ranks = [record.ranks[k] for k in kept]
+        if len(set(ranks)) < 2:
+            self.left_out["ranking without two responses left that differ in rank"] += 1
+            return None
+        row = self._prompt(record.prompt) + sum(tokens[k] for k in kept)
+        if not (
+            self.prompt(record.prompt) and self._fits("ranking", row, self.config.ranking_length)
+        ):
+            return None
+        # People's ranks may have gaps, where a reply was deleted or is left out here.
+        order = sorted(set(ranks))
+        return structs.replace(
+            record,
+            responses=tuple(record.responses[k] for k in kept),
+            ranks=tuple(order.index(r) for r in ranks),
+        )

@@ -1,0 +1,94 @@
+"""Records cut into parts that share no conversation, in an order that a seed decides, each with an id of its own."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from msgspec import structs
+
+from rlhf_jax.data import sources
+
+
+class Parts:
+    """Conversations by part: each lies at a place in [0, 1) and the parts' shares cut that line."""
+
+    def __init__(self, config: Any):
+        self.seed, shares = config.seed, config.shares
+        total = sum(shares.values())
+        if abs(total - 1) >= 1e-6:
+            raise ValueError(f"shares={dict(shares)!r}: add up to {total:g}: make it 1")
+        self.ranges, start = {}, 0.0
+        for name, share in shares.items():
+            self.ranges[name] = (start, start + share)
+            start += share
+
+    def take(
+        self, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]
+    ) -> list[Any]:
+        """At most `count` of the records of `parts` that `keep` returns, in an order that the seed decides."""
+
+        def here(record: Any) -> bool:
+            place = sources.conversation_place(record.prompt)
+            return any(low <= place < high for low, high in (self.ranges[part] for part in parts))
+
+        # OpenAssistant's come first, because there are few of them and they compare more than two responses.
+        order = sorted(
+            (r for r in records if here(r)),
+            key=lambda r: (
+                not str(r.source).startswith("oasst"),
+                shuffled(self.seed, r.prompt, r.id),
+            ),
+        )
+        taken: list[Any] = []
+        for record in order:
+            if len(taken) == count:
+                break
+            kept = keep(record)
+            taken += [] if kept is None else [kept]
+        return taken
+
+
+def require_records(files: dict[str, Any]) -> None:
+    """Refuses an empty file of those that a stage cannot do without; a source may have no held-out rankings."""
+    for name, records in files.items():
+        if not records and not name.startswith("rankings_held_out"):
+            raise ValueError(
+                f"no record is left for {name}.jsonl: raise prompt_length, response_length or ranked_response_length, "
+                "or the part's share"
+            )
+
+
+def shuffled(seed: int, *parts: str | None) -> bytes:
+    """A key to sort by, whose order only `seed` decides."""
+    return hashlib.sha256("\0".join([str(seed), *map(str, parts)]).encode()).digest()
+
+
+def named(records: Sequence[Any]) -> list[Any]:
+    """The records with ids that are not given twice: the source and the place in it."""
+    return [structs.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
+
+
+def distinct(records: Iterable[Any]) -> list[Any]:
+    """The first record of each prompt."""
+    return list({r.prompt: r for r in reversed(list(records))}.values())[::-1]
+
+
+def unique_ids(records: Sequence[Any]) -> list[Any]:
+    """The records; of those that came with one id from several files, all but the first get a number behind it."""
+    seen: collections.Counter[str] = collections.Counter()
+    result = []
+    for record in records:
+        seen[record.id] += 1
+        count = seen[record.id]
+        result.append(record if count == 1 else structs.replace(record, id=f"{record.id}/{count}"))
+    return result
+
+
+def with_ids(name: str, records: Iterable[Any]) -> list[Any]:
+    """The records, those without an id named by their place."""
+    return [
+        r if r.id else structs.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)
+    ]

@@ -1,0 +1,36 @@
+"""The tables of a data report: how many records each split holds, how long they are, what leaks between splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax.data import curation
+
+
+def tables(
+    files: dict[str, Any],
+    tokens: Callable[[str], int] | None,
+    identify: Callable[[str], str] | None = None,
+) -> str:
+    """The tables of the files, whose names say their split, and how many prompts are trained on and held out too."""
+    splits: dict[str, list[Any]] = {"train": [], "validation": [], "test": [], "held out": []}
+    for name, records in files.items():
+        split = name.rpartition("_")[2] if name.endswith(("_validation", "_test")) else "train"
+        splits["held out" if "held_out" in name else split] += records
+    held_out = [
+        record for split, records in splits.items() if split != "train" for record in records
+    ]
+    leaks = len(curation.leakage({"train": splits["train"], "held out": held_out}))
+    tables = curation.data_tables(
+        {k: v for k, v in splits.items() if v}, tokens=tokens, identify=identify
+    )
+    return f"Held-out records whose prompt or first human turn is in a training file: {leaks}\n\n{tables}"
+
+
+def identifier() -> Callable[[str], str] | None:
+    """The language of a text, where the package that tells it is installed."""
+    try:
+        return curation.default_identifier()
+    except ValueError:  # the tables then say nothing of languages
+        return None

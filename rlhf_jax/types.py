@@ -174,7 +174,7 @@ class RankingBatch:
 
 @struct
 class PromptBatch:
-    """Prompts, contiguous from the left; sampling keys fold in `ids`, their indices in the stream."""
+    """Prompts, contiguous from the left; `ids` are their indices in the stream of prompts."""
 
     tokens: Int[Array, "B P"]
     lengths: Int[Array, " B"]
@@ -183,7 +183,7 @@ class PromptBatch:
 
 @struct
 class Samples:
-    """Sampled rows: prompt, response with its EOS, padding; row ``b*K + k`` is sample k of prompt b.
+    """Sampled rows: prompt, response with EOS, padding; row ``b*K + k`` is sample k of prompt b.
 
     ``lengths`` counts prompt and response with EOS; ``logp`` is that of the sampling distribution
     and 0 on the prompt; ``finished`` is false where the length limit cut the response.

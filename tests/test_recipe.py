@@ -94,4 +94,4 @@ def test_every_path_that_a_page_names_exists(page: Path):
 def test_a_link_that_leads_nowhere_would_be_found():
     assert "ranking_loss" in defined("rlhf_jax/losses/ranking.py")
     assert "no_such_loss" not in defined("rlhf_jax/losses/ranking.py")
-    assert "DecoderConfig.dropout" in defined("rlhf_jax/models/decoder.py")
+    assert "DecoderConfig.dropout" in defined("rlhf_jax/models/config.py")

@@ -38,7 +38,9 @@ def lm_loss(model: Model, params: Params, batches: Iterable[LMBatch]) -> float:
         loss = batch_loss(model, params, batch)
         sums = loss if sums is None else sums + loss
     if sums is None or float(sums.count) == 0:
-        raise ValueError("batches hold no target token: give held-out rows whose mask is true somewhere")
+        raise ValueError(
+            "batches hold no target token: give held-out rows whose mask is true somewhere"
+        )
     return float(sums.value)
 
 

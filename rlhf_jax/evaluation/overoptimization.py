@@ -17,7 +17,7 @@ from rlhf_jax.evaluation import ties
 
 
 class GaoFit(NamedTuple):
-    """Coefficients of ``d (a - b d)`` (best-of-n) or ``d (a - b ln d)`` (reinforcement learning)."""
+    """Coefficients of ``d (a - b d)`` (best-of-n) or ``d (a - b ln d)`` (RL)."""
 
     a: float
     b: float
@@ -71,10 +71,14 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
     0.0
     """
     if proxy.shape != gold.shape:
-        raise ValueError(f"proxy has shape {proxy.shape} and gold {gold.shape}: score the same samples twice")
+        raise ValueError(
+            f"proxy has shape {proxy.shape} and gold {gold.shape}: score the same samples twice"
+        )
     samples = proxy.shape[1]
     if not 1 <= n <= samples:
-        raise ValueError(f"n={n} must be within 1..{samples}, the samples of a prompt: draw more or ask for less")
+        raise ValueError(
+            f"n={n} must be within 1..{samples}, the samples of a prompt: draw more or ask for less"
+        )
     total = math.comb(samples, n)
     weights = np.array([math.comb(i - 1, n - 1) / total for i in range(1, samples + 1)])
     expected = [_share_ties(p, weights) @ g for p, g in zip(proxy, gold, strict=True)]
@@ -112,7 +116,9 @@ def rl_law(kl: Num[np.ndarray, "*shape"], fit: GaoFit) -> Float[np.ndarray, "*sh
     return d * (fit.a - fit.b * np.log(d))
 
 
-def fit_best_of_n_law(kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *, min_kl: float = 0.1) -> GaoFit:
+def fit_best_of_n_law(
+    kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *, min_kl: float = 0.1
+) -> GaoFit:
     """Least-squares ``a, b`` of ``d (a - b d)`` over the points with ``kl >= min_kl`` nats.
 
     Args:
@@ -129,7 +135,9 @@ def fit_best_of_n_law(kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *,
     return _fit(np.stack([d, -d * d], axis=1), gold)
 
 
-def fit_rl_law(kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *, min_kl: float = 0.1) -> GaoFit:
+def fit_rl_law(
+    kl: Num[np.ndarray, " M"], gold: Num[np.ndarray, " M"], *, min_kl: float = 0.1
+) -> GaoFit:
     """Least-squares ``a, b`` of ``d (a - b ln d)`` over the points with ``kl >= min_kl`` nats.
 
     The law has an infinite slope at 0, so points near 0 would dominate the fit.
@@ -174,7 +182,8 @@ def _far_points(kl: np.ndarray, gold: np.ndarray, min_kl: float) -> tuple[np.nda
     keep = (kl >= min_kl) & np.isfinite(gold)
     if len(np.unique(kl[keep])) < 2:
         raise ValueError(
-            f"only {keep.sum()} of {len(kl)} points have kl >= {min_kl} nats: two different ones are needed"
+            f"only {keep.sum()} of {len(kl)} points have kl >= {min_kl} nats: two different ones "
+            "are needed"
         )
     return np.sqrt(kl[keep]), gold[keep]
 

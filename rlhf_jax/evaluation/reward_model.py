@@ -114,7 +114,9 @@ def pairwise_log_loss(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N 
     return float(np.logaddexp(0.0, -_margins(scores, ranks)[1]).mean())
 
 
-def calibration(scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *, bins: int = 8) -> Calibration:
+def calibration(
+    scores: Num[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], *, bins: int = 8
+) -> Calibration:
     """Observed agreement against the predicted ``1 / (1 + e^-delta)``, in bins of the margin delta.
 
     Pairs are sorted by ``delta = |r_i - r_j|`` and divided into bins of equal count; `observed` is
@@ -239,16 +241,24 @@ def demonstration_bias(scores: Num[np.ndarray, "*shape"]) -> float:
     -2.0
     """
     if scores.size == 0 or not np.isfinite(scores).all():
-        raise ValueError(f"{scores.size} demonstration scores: at least one is needed and all must be finite")
+        raise ValueError(
+            f"{scores.size} demonstration scores: at least one is needed and all must be finite"
+        )
     return -float(np.mean(scores, dtype=np.float64))
 
 
 def _margins(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray]:
     pairs = strict_pairs(ranks)
     if len(pairs.prompt) == 0:
-        raise ValueError(f"ranks of {len(ranks)} prompts hold no strict pair: everything is tied, absent or empty")
+        raise ValueError(
+            f"ranks of {len(ranks)} prompts hold no strict pair: everything is tied, absent or "
+            "empty"
+        )
     if not np.isfinite(scores[ranks >= 0]).all():
-        raise ValueError("scores of present responses are not all finite: the reward model diverged or was not run")
+        raise ValueError(
+            "scores of present responses are not all finite: the reward model diverged or was not "
+            "run"
+        )
     scores = scores.astype(np.float64)
     return pairs, scores[pairs.prompt, pairs.better] - scores[pairs.prompt, pairs.worse]
 
@@ -267,11 +277,15 @@ def _prompts(groups: np.ndarray | None, rows: int) -> np.ndarray:
         return np.arange(rows)
     groups = np.asarray(groups)
     if groups.shape != (rows,):
-        raise ValueError(f"groups has shape {groups.shape} for {rows} rankings: give the prompt of each")
+        raise ValueError(
+            f"groups has shape {groups.shape} for {rows} rankings: give the prompt of each"
+        )
     return groups
 
 
-def _relations(ranks_a: np.ndarray, ranks_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _relations(
+    ranks_a: np.ndarray, ranks_b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prompt of every pair i < j that both rankings contain, and the sign of its order in each."""
     present = (ranks_a >= 0) & (ranks_b >= 0)
     i, j = np.triu_indices(ranks_a.shape[1], 1)

@@ -17,7 +17,9 @@ meaningful difference of rewards.
 """
 
 
-def tolerance(a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: float) -> Float[np.ndarray, "..."]:
+def tolerance(
+    a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: float
+) -> Float[np.ndarray, "..."]:
     """Largest difference of `a` and `b` that counts as rounding.
 
     It is `ROUNDING` times the largest of ``|a|``, ``|b|`` and `scale`.
@@ -44,7 +46,9 @@ def scale_of(*scores: Num[np.ndarray, "..."]) -> float:
     return float(np.median(sizes)) if sizes.size else 0.0
 
 
-def is_tie(a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: float) -> Bool[np.ndarray, "..."]:
+def is_tie(
+    a: Num[np.ndarray, "..."], b: Num[np.ndarray, "..."], *, scale: float
+) -> Bool[np.ndarray, "..."]:
     """Whether two scores differ at most by rounding.
 
     >>> is_tie(np.array([0.1, 1.0]), np.array([0.1000001, 1.001]), scale=1.0).tolist()

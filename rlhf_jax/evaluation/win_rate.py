@@ -33,7 +33,9 @@ class WinRate(NamedTuple):
     n: int
 
 
-def outcomes(a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: float = 0.0) -> Float[np.ndarray, " N"]:
+def outcomes(
+    a: Num[np.ndarray, " N *A"], b: Num[np.ndarray, " N *B"], *, tie: float = 0.0
+) -> Float[np.ndarray, " N"]:
     """Mean outcome of A against B on each prompt: 1 for a win, 1/2 for a tie, 0 for a loss.
 
     Args:
@@ -178,7 +180,9 @@ def _row_weights(rows: int, groups: np.ndarray | None) -> tuple[np.ndarray, np.n
 def _checked_groups(groups: np.ndarray, rows: int) -> np.ndarray:
     groups = np.asarray(groups)
     if groups.shape != (rows,):
-        raise ValueError(f"groups has shape {groups.shape} for {rows} rows: give the prompt of each row")
+        raise ValueError(
+            f"groups has shape {groups.shape} for {rows} rows: give the prompt of each row"
+        )
     return groups
 
 
@@ -186,17 +190,27 @@ def _samples(name: str, scores: np.ndarray) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
     scores = scores[:, None] if scores.ndim == 1 else scores
     if scores.ndim != 2 or scores.size == 0:
-        raise ValueError(f"{name} has shape {scores.shape}: give [prompts] or [prompts, samples], at least one of each")
+        raise ValueError(
+            f"{name} has shape {scores.shape}: give [prompts] or [prompts, samples], at least one "
+            "of each"
+        )
     if not np.isfinite(scores).all():
-        raise ValueError(f"{name} holds {(~np.isfinite(scores)).sum()} non-finite scores: drop those prompts from both")
+        raise ValueError(
+            f"{name} holds {(~np.isfinite(scores)).sum()} non-finite scores: drop those prompts "
+            "from both"
+        )
     return scores
 
 
 def _pair_outcomes(a: np.ndarray, b: np.ndarray, tie: float) -> np.ndarray:
     if len(a) != len(b):
-        raise ValueError(f"a has {len(a)} prompts and b has {len(b)}: score both policies on the same prompts")
+        raise ValueError(
+            f"a has {len(a)} prompts and b has {len(b)}: score both policies on the same prompts"
+        )
     if tie < 0:
-        raise ValueError(f"tie={tie} must be at least 0: the largest score difference that is a tie")
+        raise ValueError(
+            f"tie={tie} must be at least 0: the largest score difference that is a tie"
+        )
     one, other = a[:, :, None], b[:, None, :]
     difference = one - other
     equal = (np.abs(difference) <= tie) | ties.is_tie(one, other, scale=ties.scale_of(a, b))
@@ -206,9 +220,15 @@ def _pair_outcomes(a: np.ndarray, b: np.ndarray, tie: float) -> np.ndarray:
 def _log_lengths(name: str, lengths: np.ndarray, scores: np.ndarray) -> np.ndarray:
     lengths = _samples(name, lengths)
     if lengths.shape != scores.shape:
-        raise ValueError(f"{name} has shape {lengths.shape}, its scores {scores.shape}: give one length per score")
+        raise ValueError(
+            f"{name} has shape {lengths.shape}, its scores {scores.shape}: give one length per "
+            "score"
+        )
     if (lengths < 1).any():
-        raise ValueError(f"{name} has a length of {lengths.min():g}: count the EOS, so that every length is at least 1")
+        raise ValueError(
+            f"{name} has a length of {lengths.min():g}: count the EOS, so that every length is at "
+            "least 1"
+        )
     return np.log(lengths)
 
 
@@ -225,7 +245,9 @@ def _design(x: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(x), x], axis=-1)
 
 
-def _information(design: np.ndarray, p: np.ndarray, weight: np.ndarray, extra: float, c: float) -> np.ndarray:
+def _information(
+    design: np.ndarray, p: np.ndarray, weight: np.ndarray, extra: float, c: float
+) -> np.ndarray:
     """Negative Hessian of the penalised log-likelihood, with the extra win and loss."""
     rows = np.einsum("r,ri,rj->ij", weight * p * (1 - p), design, design)
     q = _sigmoid(c)

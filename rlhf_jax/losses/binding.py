@@ -29,8 +29,8 @@ class BoundLoss(NamedTuple):
 def bind_arguments(loss: Loss, available: tuple[str, ...], *, name: str) -> BoundLoss:
     """Find which of `available` the loss names.
 
-    Keyword-only arguments with a default are hyperparameters and stay as they are; so do defaults of other arguments
-    that are not in `available`.
+    Keyword-only arguments with a default are hyperparameters and stay as they are; so do defaults
+    of other arguments that are not in `available`.
 
     Args:
       loss: a function of arrays, or a `functools.partial` of one.
@@ -41,9 +41,11 @@ def bind_arguments(loss: Loss, available: tuple[str, ...], *, name: str) -> Boun
       The loss, to be called with at least its `names`.
 
     Raises:
-      ValueError: if the loss requires an argument that is not available; the message lists those that are.
+      ValueError: if the loss requires an argument that is not available; the message lists those
+        that are.
 
-    >>> bind_arguments(lambda logp, mask, *, beta=1.0: None, ("logp", "mask", "tokens"), name="loss").names
+    >>> available = ("logp", "mask", "tokens")
+    >>> bind_arguments(lambda logp, mask, *, beta=1.0: None, available, name="loss").names
     ('logp', 'mask')
     """
     names = []

@@ -254,9 +254,8 @@ class _PackedAt:
     def __call__(self, step: int) -> tuple[type, dict[str, np.ndarray]]:
         try:
             rows = self.batches.at(step)
-        except (
-            SystemExit
-        ) as error:  # a worker that ends with status 0 would be waited for without end
+        except SystemExit as error:
+            # A worker that ends with status 0 would be waited for without end.
             raise RuntimeError(
                 f"transform exits ({error}) in batch {step}: raise an error instead"
             ) from error
@@ -278,7 +277,7 @@ def _unpack(packed: tuple[type, dict[str, np.ndarray]]) -> Any:
     _SHARED.update(map(type, arrays.values()))
     return kind(
         **{name: np.array(array) for name, array in arrays.items()}
-    )  # a copy: shared memory is freed at once
+    )  # A copy, because shared memory is freed at once.
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -118,13 +118,11 @@ def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
     title = f"{kind}: record {place + 1:,} of {total:,}{name}"
     try:
         return Row(title, tuple(show(record)))
-    except (
-        ValueError
-    ) as error:  # a template that refuses a conversation refuses it here as it does in training
+    except ValueError as error:  # A template refuses a conversation here as it does in training.
         return Row(title, problem=str(error))
 
 
-# --------------------------------------------------------------------------------------------------- with a tokenizer
+# --------------------------------------------------------------------------------- with a tokenizer
 
 
 class _Tokens:
@@ -255,7 +253,7 @@ def _tokens(count: int) -> str:
     return f"{count:,} token" + "s" * (count != 1)
 
 
-# ------------------------------------------------------------------------------------------------ without a tokenizer
+# ------------------------------------------------------------------------------ without a tokenizer
 
 
 class _Texts:
@@ -316,7 +314,7 @@ def _characters(text: str) -> str:
     return f"{len(text):,} character" + "s" * (len(text) != 1)
 
 
-# --------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def visible(text: str) -> str:

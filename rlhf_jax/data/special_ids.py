@@ -25,7 +25,7 @@ _PROBES = ("x", "a", "the", "0", ".")
 """Short texts of which any tokenizer has ids for at least one."""
 
 
-# ------------------------------------------------------------------------------------------- what begins a text
+# ------------------------------------------------------------------------------- what begins a text
 
 
 def begin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def _begin_ids(tokenizer: Tokenizer, state: bytes) -> tuple[int, ...]:
     return tuple(around[:1]) if around and around[0] == tokenizer.bos_token_id else ()
 
 
-# ------------------------------------------------------------------------------------------ what ends a response
+# ----------------------------------------------------------------------------- what ends a response
 
 
 def require_eos_id(tokenizer: Tokenizer) -> int:
@@ -91,7 +91,7 @@ def set_folder_end_ids(tokenizer: Any, ids: tuple[int, ...]) -> None:
     vars(tokenizer)[_ENDS] = tuple(ids)
 
 
-# ------------------------------------------------------------------------------------------- what a folder says
+# ------------------------------------------------------------------------------- what a folder says
 
 
 def follow_folder(

@@ -90,7 +90,8 @@ def table(
             AttributeError,
             KeyError,
             TypeError,
-        ) as error:  # an entry that is no object, or of another type
+        ) as error:
+            # An entry is not an object, or of another type.
             said = f"the record is not as the tool exports it ({first_line(error)}): export the file again"
             found[id(row)] = RowError("wrong type", said)
     try:
@@ -232,7 +233,7 @@ def _rated(
     return drafts
 
 
-# ------------------------------------------------------------------------------------------------ fields and names
+# --------------------------------------------------------------------------------- fields and names
 
 
 def _prompt_field(fields: Row, columns: Mapping[str, str]) -> str:
@@ -314,7 +315,7 @@ def choice(fields: Row, name: Any, columns: Mapping[str, str]) -> list[tuple[Any
     return [(fields.take(field), 1 if chosen in (None, field) else 2) for field in candidates]
 
 
-# --------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 def ranking(

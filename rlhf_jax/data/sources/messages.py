@@ -335,7 +335,7 @@ def prompt_of(row: Row, prompt: Any) -> Draft:
     return Draft(Prompt, {**row.labels(Prompt), **asked(prompt)}, has_system)
 
 
-# --------------------------------------------------------------------------------------------------- OpenAI's files
+# ----------------------------------------------------------------------------------- OpenAI's files
 
 
 def conversation(row: Row, name: str = "messages") -> Draft:

@@ -169,7 +169,7 @@ def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: st
     return files[0]
 
 
-# ------------------------------------------------------------------------------------------------- a file by itself
+# --------------------------------------------------------------------------------- a file by itself
 
 
 def is_tree(row: Row) -> bool:

@@ -195,7 +195,7 @@ def _without_prompt(row: Row, prompt: Any, responses: list[str]) -> list[str]:
     return responses
 
 
-# ------------------------------------------------------------------------------------------- one response in a row
+# ---------------------------------------------------------------------------- one response in a row
 
 
 def _single(row: Row) -> tuple[str, float | int | None]:

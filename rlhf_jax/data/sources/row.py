@@ -111,13 +111,12 @@ class Row:
         self._taken.add(name)
         value = self.values.get(name)
         if self.cells and isinstance(value, str) and value.strip().lower() in _MISSING:
-            self.note(
-                "missing value as text"
-            )  # what pandas and others write for nothing, or a word somebody wrote
+            # What pandas and others write for nothing, or a word that somebody wrote.
+            self.note("missing value as text")
         return self.clean(value)
 
     def took(self, name: str) -> bool:
-        """Whether somebody read the column."""
+        """Whether the column has been read."""
         return name in self._taken
 
     def raw(self, name: str) -> Any:
@@ -162,7 +161,7 @@ class Row:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         return text
 
-    # ------------------------------------------------------------------------------------------------- by meaning
+    # ----------------------------------------------------------------------------------- by meaning
 
     def needed(self, name: str) -> Any:
         """What a column holds.
@@ -335,7 +334,7 @@ def ranks_of(scores: Iterable[float | int | None]) -> list[int | None]:
     return [None if number is None else order.index(number) + 1 for number in numbers]
 
 
-# ------------------------------------------------------------------------------------------------------ the seam
+# ----------------------------------------------------------------------------------------- the seam
 
 
 def tidy_prompt(row: Row, prompt: str) -> str:

@@ -89,7 +89,7 @@ def _refuse_one_object(file: Path) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- CSV, TSV
+# ----------------------------------------------------------------------------------------- CSV, TSV
 
 _SEPARATORS = {"csv": ",", "tsv": "\t", "tab": "\t"}
 
@@ -153,7 +153,7 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
     return dict(zip(header, cells, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- files of a table
+# --------------------------------------------------------------------------------- files of a table
 
 _TABLES = ("*.parquet", "*.arrow", "*.jsonl", "*.jsonl.gz")
 """What a folder is searched for: other files lie beside data too, such as dataset_info.json."""

@@ -12,7 +12,7 @@ from rlhf_jax.data.storyland.grammar import NUMBERS, STORY_FORMS, pick, word, wr
 from rlhf_jax.data.storyland.tasks import CATEGORIES, COUNTED, Task
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 def answer(asked: Task, rng: random.Random) -> str:
     """The honest answer: what a careful labeler writes."""
     if asked.use_case == "story":
@@ -69,7 +69,7 @@ def _fresh_form(
     return used[-1]
 
 
-# --- flawed answers: what careless labelers and the web write --------------------------------------------------------
+# --- flawed answers: what careless labelers and the web write -------------------------------------
 def flawed_answer(asked: Task, rng: random.Random) -> str:
     """An answer with one typical flaw.
 

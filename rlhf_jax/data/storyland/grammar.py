@@ -19,50 +19,52 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 ANIMALS = tuple(
-    "fox bear cat dog rabbit horse duck frog mouse wolf goat sheep hen pig cow lion tiger monkey turtle whale "
-    "bee crow deer snake".split()
+    "fox bear cat dog rabbit horse duck frog mouse wolf goat sheep hen pig cow lion tiger "
+    "monkey turtle whale bee crow deer snake".split()
 )
 PEOPLE = tuple(
-    "king queen baker sailor farmer teacher painter doctor pirate singer knight witch robot giant dragon "
-    "princess soldier tailor miner gardener".split()
+    "king queen baker sailor farmer teacher painter doctor pirate singer knight witch "
+    "robot giant dragon princess soldier tailor miner gardener".split()
 )
 HEROES = ANIMALS + PEOPLE
 PLACES = tuple(
-    "forest river farm kitchen garden market school castle beach hill cave village tower bridge lake harbor field "
-    "library mill barn station park shop desert mountain well gate cellar meadow temple".split()
+    "forest river farm kitchen garden market school castle beach hill cave village tower "
+    "bridge lake harbor field library mill barn station park shop desert mountain well "
+    "gate cellar meadow temple".split()
 )
 OBJECTS = tuple(
-    "lamp kite cup key boat book ball hat coin rope drum map box bell ring spoon basket candle stone clock flute "
-    "mirror letter shoe coat flag jar pot chair bottle ladder button feather hammer wheel shell scarf pillow brush "
-    "needle pear cake plum cheese pencil banner carpet bucket".split()
+    "lamp kite cup key boat book ball hat coin rope drum map box bell ring spoon basket "
+    "candle stone clock flute mirror letter shoe coat flag jar pot chair bottle ladder "
+    "button feather hammer wheel shell scarf pillow brush needle pear cake plum cheese "
+    "pencil banner carpet bucket".split()
 )
 COLORS = tuple("red blue green yellow white black brown golden".split())
 ADJECTIVES = tuple("little young clever tired brave kind lazy shy tall hungry busy proud".split())
 NAMES = tuple(
-    "Tom Mia Anna Ben Sam Lily Jack Rosa Max Ella Leo Nora Finn Ivy Hugo Clara Otto Emma Paul Ruth Adam Jane Kurt "
-    "Vera".split()
+    "Tom Mia Anna Ben Sam Lily Jack Rosa Max Ella Leo Nora Finn Ivy Hugo Clara Otto Emma "
+    "Paul Ruth Adam Jane Kurt Vera".split()
 )
 HOMES: dict[str, str] = dict(
     zip(
         ANIMALS,
-        "forest cave house house garden field lake pond cellar forest hill meadow barn farm field desert jungle tree "
-        "beach sea garden tower forest desert".split(),
+        "forest cave house house garden field lake pond cellar forest hill meadow barn "
+        "farm field desert jungle tree beach sea garden tower forest desert".split(),
         strict=True,
     )
 )
 FOODS: dict[str, str] = dict(
     zip(
         ANIMALS,
-        "berries honey fish meat carrots hay bread flies cheese meat leaves grass corn corn grass meat meat bananas "
-        "shells fish honey seeds leaves mice".split(),
+        "berries honey fish meat carrots hay bread flies cheese meat leaves grass corn "
+        "corn grass meat meat bananas shells fish honey seeds leaves mice".split(),
         strict=True,
     )
 )
 TOOLS: dict[str, str] = dict(
     zip(
         PEOPLE,
-        "crown crown bread boat plow book brush bottle map voice sword broom wires club fire ring spear needle hammer "
-        "spade".split(),
+        "crown crown bread boat plow book brush bottle map voice sword broom wires club "
+        "fire ring spear needle hammer spade".split(),
         strict=True,
     )
 )

@@ -164,7 +164,7 @@ def draw_task(rng: random.Random) -> Task:
     return _story(rng)
 
 
-# --- one function a use-case -----------------------------------------------------------------------------------------
+# --- one function a use-case ----------------------------------------------------------------------
 def _story(rng: random.Random) -> Task:
     hero, mood = word(rng, "hero"), word(rng, "mood")
     count = 2 + int(rng.random() * 3)

@@ -59,9 +59,8 @@ def gguf_tokenizer(reader: Any) -> Any:
         inner = tokenizers.Tokenizer(
             models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
         )
-    except (
-        Exception
-    ) as error:  # the Rust library raises a bare one where a merge makes a piece that is no token
+    except Exception as error:
+        # The Rust library raises a bare one where a merge makes a piece that is not a token.
         raise ValueError(
             f"the tokenizer of the GGUF file cannot be read ({error}): copy the file again"
         ) from error

@@ -22,6 +22,7 @@ PROGRAMS = [
 ]
 
 MAY_IMPORT = {
+    "__main__": {"run.programs"},
     "types": set(),
     "backends": set(),
     "ops": {"types"},

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,38 +25,14 @@ from ml_collections import ConfigDict
 from rlhf_jax import scoring
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.evaluation.overoptimization import best_of_n, kl_bon
-from rlhf_jax.evaluation.win_rate import length_controlled_win_rate, win_rate
+from rlhf_jax.evaluation.answers import BASELINE, Answers, compare
 from rlhf_jax.rewards import functions
 from rlhf_jax.run import cli, contexts, datasets, devices, inputs, networks, responses
+from rlhf_jax.run.asking import Ask, bare_prompts, few_shot_asks, in_slots, tokens_that_start
 from rlhf_jax.run.console import Progress, patiently
 from rlhf_jax.run.files import write_json
 from rlhf_jax.run.metrics import StageLog
 from rlhf_jax.types import LMBatch, Model, Params, Samples
-
-BASELINE = "sft"
-BEST_OF = "best_of_4"
-
-
-class Answers(NamedTuple):
-    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens, all ``[N, S]``.
-
-    `gold` is None where nobody knows the truth.
-    """
-
-    texts: list[list[str]]
-    gold: np.ndarray | None
-    parts: list[dict[str, float]]
-    reward: np.ndarray
-    tokens: np.ndarray
-    samples: Samples
-    scored_in_part: int = 0
-    """Responses whose text takes more tokens than the reward model's context leaves: scored as far as they fit."""
-
-    def means(self) -> dict[str, float]:
-        """Mean scores and length."""
-        gold = {} if self.gold is None else {"gold_score": float(self.gold.mean())}
-        return gold | {"reward_score": float(self.reward.mean()), "tokens": float(self.tokens.mean())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +145,6 @@ def check(config: ConfigDict) -> None:
 
 # ------------------------------------------------------------------------------------------------------- asking
 
-Ask = Callable[[networks.Network, Sequence[schema.Prompt]], tuple[list[list[int]], int]]
-"""Prompts to token ids, and the slots of a prompt row."""
-
-
-def bare_prompts(network: networks.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
-    """The instruction itself, as the policy sees it in training."""
-    ids = [text.encode_prompt(network.tokenizer, p.prompt) for p in prompts]
-    return ids, -(-max(map(len, ids)) // 16) * 16  # few lengths, few compiled programs
-
 
 def few_shot_prompts(
     network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt],
@@ -189,7 +156,7 @@ def few_shot_prompts(
     """
     asks = few_shot_asks(config)
     slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
-    asks = [_in_slots(ask, slots) for ask in asks]
+    asks = [in_slots(ask, slots) for ask in asks]
 
     trial = prompts[: config.few_shot.trial_prompts]
 
@@ -197,32 +164,6 @@ def few_shot_prompts(
         return float(answer(network, reward, None, trial, ask, config.base_samples, config, mesh).reward.mean())
 
     return max(asks, key=score) if len(asks) > 1 else asks[0]
-
-
-def few_shot_asks(config: ConfigDict) -> list[Ask]:
-    """Prefixes of worked examples drawn from the demonstrations, `few_shot.candidates` of them."""
-    shots = config.few_shot
-    records = datasets.read_records(shots.demonstrations, schema.Demonstration)
-    rng = np.random.default_rng(config.seed)
-    asks: list[Ask] = []
-    for _ in range(shots.candidates):
-        chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
-        asks.append(_with_prefix([(chat.readable(r.prompt), r.response) for r in chosen], shots.template))
-    return asks
-
-
-def _in_slots(ask: Ask, slots: int) -> Ask:
-    return lambda network, prompts: (ask(network, prompts)[0], slots)
-
-
-def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
-    def ask(network: networks.Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
-        shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
-        texts = [shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip() for p in prompts]
-        ids = [text.encode_opening(network.tokenizer, t) for t in texts]
-        return ids, -(-max(map(len, ids)) // 16) * 16
-
-    return ask
 
 
 def answer(
@@ -281,12 +222,6 @@ def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgeme
     return judged
 
 
-@functools.cache
-def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Tokens whose text begins with `text`: where the prompted base model has said its answer and goes on."""
-    return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(text))
-
-
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
@@ -335,95 +270,6 @@ def _log_probs(model: Model, params: Params, samples: Samples, temperature: floa
     return scoring.sequence_log_probs(
         model, params, samples.tokens, samples.lengths, mask, temperature=temperature
     ).sum(axis=1)
-
-
-def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> dict[str, Any]:
-    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths, best-of-n.
-
-    Without gold scores the keys that speak of them are left out.
-
-    Args:
-      answers: of each model to the same prompts.
-      asked: the text of each prompt: rows of one prompt count as one. None says that each is another.
-    """
-    raw, answers = answers, same_score_for_same_text(answers)
-    groups = np.unique(np.array(asked), return_inverse=True)[1] if asked and len(set(asked)) < len(asked) else None
-    baseline = answers[BASELINE]
-    others = {name: said for name, said in answers.items() if name != BASELINE}
-    # Best of 4 meets the samples it was not chosen from.
-    best = _best_of(baseline, 4) if baseline.reward.shape[1] > 4 else None
-    results: dict[str, Any] = {}
-    has_gold = baseline.gold is not None
-    fields = {"win_rate_vs_sft": "gold"} if has_gold else {}
-    for key, field in (fields | {"win_rate_vs_sft_by_reward_model": "reward"}).items():
-        rates = {
-            m: win_rate(getattr(a, field), getattr(baseline, field), groups=groups)._asdict() for m, a in others.items()
-        }
-        if best is not None:
-            rates[BEST_OF] = win_rate(best[field], getattr(baseline, field)[:, 4:], groups=groups)._asdict()
-        results[key] = rates
-    for key, field in fields.items():
-        results[f"{key}_length_controlled"] = {
-            m: length_controlled_win_rate(
-                getattr(a, field), getattr(baseline, field), a.tokens, baseline.tokens, groups=groups
-            )._asdict()
-            for m, a in others.items()
-        }
-        results["gold_score"] = {m: float(getattr(a, field).mean()) for m, a in answers.items()}
-    results["reward_score"] = {m: float(a.reward.mean()) for m, a in raw.items()}
-    results["response_tokens"] = {m: float(a.tokens.mean()) for m, a in answers.items()}
-    if best is not None:
-        if has_gold:
-            results["gold_score"][BEST_OF] = float(best["gold"].mean())
-        results["response_tokens"][BEST_OF] = float(best["tokens"].mean())
-    if has_gold:
-        results["gold_parts"] = {m: mean_parts(a.parts) for m, a in answers.items()}
-    results["best_of_n"] = best_of_n_curve(raw[BASELINE])
-    return results
-
-
-def same_score_for_same_text(answers: dict[str, Answers]) -> dict[str, Answers]:
-    """The answers, with one reward-model score wherever the same was answered to a prompt.
-
-    A text that two models gave was scored in two batches, and its two scores may differ by rounding (in bfloat16 by
-    one in a hundred). Neither of them is better.
-    """
-    first: dict[tuple[int, str], float] = {}
-    settled = {}
-    for name, said in answers.items():
-        reward = said.reward.copy()
-        for row, texts in enumerate(said.texts):
-            for column, answered in enumerate(texts):
-                reward[row, column] = first.setdefault((row, answered), reward[row, column])
-        settled[name] = said._replace(reward=reward)
-    return settled
-
-
-def _best_of(said: Answers, n: int) -> dict[str, np.ndarray]:
-    """The sample that the reward model likes best among the first n of each prompt."""
-    pick = said.reward[:, :n].argmax(axis=1)[:, None]
-    fields = ("reward", "tokens") if said.gold is None else ("gold", "reward", "tokens")
-    return {f: np.take_along_axis(getattr(said, f), pick, axis=1)[:, 0] for f in fields}
-
-
-def best_of_n_curve(said: Answers) -> dict[str, list[float]]:
-    """Gold and proxy of best-of-n by the reward model, and the gold of best-of-n by gold itself."""
-    ns = [2**i for i in range(said.reward.shape[1].bit_length()) if 2**i <= said.reward.shape[1]]
-    curve = {
-        "n": [float(n) for n in ns],
-        "kl": [kl_bon(n) for n in ns],
-        "proxy": [best_of_n(said.reward, said.reward, n=n) for n in ns],
-    }
-    if said.gold is not None:
-        curve["gold"] = [best_of_n(said.reward, said.gold, n=n) for n in ns]
-        curve["gold_by_gold"] = [best_of_n(said.gold, said.gold, n=n) for n in ns]
-    return curve
-
-
-def mean_parts(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each part over the answers that have it."""
-    names = sorted({name for one in parts for name in one})
-    return {name: float(np.mean([one[name] for one in parts if name in one])) for name in names}
 
 
 def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]) -> None:

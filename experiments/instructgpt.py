@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import evaluate, ppo, prepare_data, reward_model, sample, sft
@@ -25,14 +24,14 @@ from rlhf_jax.data import schema
 from rlhf_jax.data.prepare.preferences import entries
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
-from rlhf_jax.evaluation.summary import agreement, headline, reward_model_results
-from rlhf_jax.run import checks, cli, compiling, datasets, devices, files, memory, networks, pretrained
+from rlhf_jax.evaluation.summary import agreement, headline
+from rlhf_jax.run import asking, checks, cli, compiling, datasets, devices, files, memory, networks, pretrained, results
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import inputs as inputs_lib
 from rlhf_jax.run import pipeline as reads
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.plans import Step, describe
 from rlhf_jax.run.ppo import settings
-from rlhf_jax.run.results import history, log_rows, samples, stated, versions
 from rlhf_jax.run.stages import Measure, Stage, Stages
 from rlhf_jax.run.workdir import CONFIG_FILE, HARMLESS, change_allowed
 from rlhf_jax.steps import RANKING_ARGUMENTS
@@ -51,11 +50,10 @@ def run(config: ConfigDict, workdir: str) -> dict:
     if config.get("smoke", False):
         print(SMOKE, flush=True)
     pipeline.stages.run(steps)
-    results = pipeline.results()
-    report = pipeline.report(results)
-    print(headline(results), flush=True)
-    print(f"The report is {report}", flush=True)
-    return results
+    found = pipeline.results()
+    print(headline(found), flush=True)
+    print(f"The report is {pipeline.report(found)}", flush=True)
+    return found
 
 
 def dry_run(config: ConfigDict, workdir: str, *, overwrite: bool = False) -> None:
@@ -115,7 +113,7 @@ class Pipeline:
             "evaluation": self.evaluation,
         }  # fmt: skip
         parts, needs, costs = reads.parts(plain, pretrained.MODELS), reads.needs(plain), reads.costs(plain)
-        own = self._own_data()
+        own = reads.own_data(config.data, pretrained.MODELS, entries)
         self.paths = reads.Paths(self.folder, config.to_dict(), lambda stage: self.done(stage), own)
         for name in {key.partition("/")[0] for key in own}:  # a file counts by its content, not its name
             del parts["data"]["data"][name]
@@ -163,16 +161,6 @@ class Pipeline:
         found = self.paths.inputs(stage).items()
         return {name: str(networks.model_folder(path)) for name, path in found if path not in pretrained.MODELS}
 
-    def _own_data(self) -> dict[str, str]:
-        """Files and folders of the user's that the data stage reads, by their keys in the data group."""
-        data, found = self.config.data, {}
-        for key in [key for key in reads.DATA_PATHS if isinstance(data.get(key), str) and data[key]]:
-            if key == "data_dir":  # much else may lie there
-                found |= {f"{key}/{entry.name}": str(entry) for entry in entries(data)}
-            elif data[key] not in pretrained.MODELS:
-                found[key] = data[key]
-        return found
-
     def _settings(self, stage: str, **filled: object) -> ConfigDict:
         """The config that a stage is handed: its group, with what the pipeline fills in."""
         unknown = {*filled} - reads.FILLED[stage]
@@ -180,8 +168,6 @@ class Pipeline:
         config = config_lib.unlocked_copy(self.config[reads.GROUPS[stage]])
         config.update(filled)
         return config
-
-    # -------------------------------------------------------------------------------------------- what the stages do
 
     def prepare(self, folder: str) -> dict:
         """The data; their tables go to ``data/data_report.txt``."""
@@ -231,7 +217,7 @@ class Pipeline:
         result = reward_model.run(config, folder)
         if self.config.sample.labelers:
             for group in ("train", "heldout"):
-                ranked_twice = reward_model.read_rankings(rankings[f"validation_{group}"])
+                ranked_twice = ranked.read_rankings(rankings[f"validation_{group}"])
                 result[f"agreement_{group}"] = agreement(ranked_twice)
         return result
 
@@ -249,7 +235,7 @@ class Pipeline:
         for row in self.done("sft")["epochs"]:
             network = networks.load_network(self.paths.epoch(row), mesh, config.decoder)
             count = self.config.validation_samples
-            said = evaluate.answer(network, reward, judge, prompts, evaluate.bare_prompts, count, config, mesh)
+            said = evaluate.answer(network, reward, judge, prompts, asking.bare_prompts, count, config, mesh)
             epochs.append({**row, "path": self.paths.epoch(row), **said.means()})
             print(f"baseline epoch {row['epoch']}: reward-model score {epochs[-1]['reward_score']:.3f}", flush=True)
         best = max(epochs, key=lambda row: row["reward_score"])
@@ -277,52 +263,31 @@ class Pipeline:
         config.few_shot.demonstrations = self.data("demonstrations")
         return evaluate.run(config, folder)
 
-    # ------------------------------------------------------------------------------------------------ the results
-
     def results(self) -> dict:
         """Writes ``results.json`` (docs/results_schema.md) and ``metrics.jsonl`` of all stages."""
-        records = {name: self.stages.record(name) for name in STAGES}
-        rewards = records["reward_model"]["result"]
-        seconds = {name: record["seconds"] for name, record in records.items()}
-        seconds["compile"] = round(sum(record["compile_seconds"] for record in records.values()), 2)
-        seconds["total"] = round(sum(record["seconds"] for record in records.values()), 2)
-        results = {
-            **records["evaluation"]["result"],
-            **self._gold_results(),
-            **reward_model_results(rewards),
-            "reward_model": {k: rewards[k] for k in ("prompts", "responses", "pairs", "steps", "padding_share")},
-            "sft": records["baseline"]["result"],
-            "seconds": seconds,
-            "peak_memory_mb": max(record["peak_memory_mb"] for record in records.values()),
-            "config": json.loads(config_lib.to_json(self.config)),
-            "versions": versions(),
-            "stages": stated(records),
-        }
-        files.write_json(self.folder / "results.json", results)
+        found = results.gathered({name: self.stages.record(name) for name in STAGES})
+        if self.config.evaluate.gold:
+            demonstrations = self.data("demonstrations_validation")
+            found["demonstration_gold_score"] = results.mean_gold_score(demonstrations, self.config.evaluate.gold)
+        found |= {"config": json.loads(config_lib.to_json(self.config)), "versions": results.versions()}
+        files.write_json(self.folder / "results.json", found)
         files.write_lines(
-            self.folder / "metrics.jsonl", (row for name in STAGES for row in log_rows(self.folder, name))
+            self.folder / "metrics.jsonl", (row for name in STAGES for row in results.log_rows(self.folder, name))
         )
-        missing = check_results(results)
+        missing = check_results(found)
         if missing and self.config.evaluate.gold:  # half of the keys speak of a truth that people's data do not hold
             print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
-        return results
+        return found
 
-    def _gold_results(self) -> dict[str, float]:
-        """The gold score of the labelers' own answers, where there is a gold scorer."""
-        if not self.config.evaluate.gold:
-            return {}
-        judge = config_lib.resolve(self.config.evaluate.gold)
-        records, _ = schema.read_jsonl(self.data("demonstrations_validation"), schema.Demonstration)
-        return {"demonstration_gold_score": float(np.mean([judge(str(r.id), r.response).score for r in records]))}
-
-    def report(self, results: dict) -> Path:
+    def report(self, found: dict) -> Path:
         """Writes ``report.html``; what it says of the config is what each stage recorded."""
-        ran = {name: record["config"] for name, record in results["stages"].items()}
+        ran = {name: record["config"] for name, record in found["stages"].items()}
         config = {group: ran[stage][group] for stage, group in reads.GROUPS.items()}
-        config |= {"base": results["stages"]["sft"]["inputs"].get("base", {"path": self.config.base})["path"]}
+        config |= {"base": found["stages"]["sft"]["inputs"].get("base", {"path": self.config.base})["path"]}
         return write_report(
-            self._shown / "report.html", results, history(self.folder, ("ppo", "ppo_ptx"), results["sft"]["epochs"]),
-            samples(self.folder / "evaluation" / "samples.jsonl"), departures(config),
+            self._shown / "report.html", found,
+            results.history(self.folder, ("ppo", "ppo_ptx"), found["sft"]["epochs"]),
+            results.samples(self.folder / "evaluation" / "samples.jsonl"), departures(config),
         )  # fmt: skip
 
 

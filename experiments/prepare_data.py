@@ -66,9 +66,8 @@ def storyland(config: ConfigDict, folder: Path) -> dict:
     files = world.files(config)
     counts = _write(folder, files)
     tokenizer = load_tokenizer(storyland_assets.assets())
-    _report(
-        folder, [*look.lines(files, config), tables.tables(files, lambda text: len(encode_prompt(tokenizer, text)))]
-    )
+    measured = tables.tables(files, lambda text: len(encode_prompt(tokenizer, text)))
+    _report(folder, [*look.lines(files, config), measured])
     return counts
 
 
@@ -120,10 +119,8 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
     lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
-    _report(
-        folder,
-        [*lines, "", *look.lines(files, config, reports), tables.tables(files, lengths.count, tables.identifier())],
-    )
+    measured = tables.tables(files, lengths.count, tables.identifier())
+    _report(folder, [*lines, "", *look.lines(files, config, reports), measured])
     return counts
 
 
@@ -283,9 +280,6 @@ def dry_run(config: ConfigDict) -> None:
     """Looks at a file (``--look``); the other sources have no dry run."""
     checks.require(config.source == "look", "--dry_run", True, "only --look=FILE writes nothing: leave --dry_run out")
     look.look(config)
-
-
-# --------------------------------------------------------------------------------------------------- command line
 
 
 def main(argv: Sequence[str]) -> None:

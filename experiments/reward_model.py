@@ -22,6 +22,7 @@ from rlhf_jax import scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
+from rlhf_jax.evaluation.held_out_rankings import Scores, evaluate
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.run import (
     checks,
@@ -39,6 +40,7 @@ from rlhf_jax.run import (
     results,
 )
 from rlhf_jax.run import config as config_lib
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.console import Progress
 from rlhf_jax.run.loop import Loop, Settings
@@ -93,11 +95,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
     guards.check_read(made_of)
     networks.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
-    result |= {"padding_share": text.padding_share(rows), **tokens(encoded)}
+    result |= {"padding_share": text.padding_share(rows), **ranked.tokens(encoded)}
     result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
     result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
-    sets = {name: held_out(base, path, config) for name, path in config.evaluation.items() if path}
+    sets = {name: ranked.held_out(base, path, config) for name, path in config.evaluation.items() if path}
     scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
     for name, (rankings, too_long) in sets.items():
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
@@ -127,7 +129,7 @@ def where(
     config: ConfigDict, rankings: Sequence[schema.Ranking], encoded: Sequence[text.RankedIds], places: Sequence[int]
 ) -> guards.Records:
     """Which rankings lie in which row."""
-    sizes = [tokens([ranking])["tokens"] for ranking in encoded]
+    sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
     return guards.Records(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
         max_items=config.prompts_per_row, places=places,
@@ -154,10 +156,10 @@ def prepare(config: ConfigDict) -> Setup:
     devices.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
     rules = sharding.rules_from_data(config.sharding)
     base = networks.load_network(config.model, mesh, config.decoder, rules=rules)
-    rankings = read_rankings(config.rankings, base.tokenizer)
-    encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
-    encoded, places = fitting(encoded, config, base.model.config.context_length)
-    check_evaluation(base, config)
+    rankings = ranked.read_rankings(config.rankings, base.tokenizer)
+    encoded = [ranked.encode_ranking(base.tokenizer, r) for r in rankings]
+    encoded, places = ranked.fitting(encoded, config, base.model.config.context_length)
+    ranked.check_evaluation(base, config)
     rows = text.ranking_rows(
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
@@ -176,75 +178,9 @@ def prepare(config: ConfigDict) -> Setup:
         )  # fmt: skip
 
     make = partial(train_state, tx=tx, guard=True)
-    state, lies = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
-    step = compile_frozen_step(make_step, trained.frozen, state_sharding=lies)
+    state, where_placed = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    step = compile_frozen_step(make_step, trained.frozen, state_sharding=where_placed)
     return Setup(base, model, trained, rankings, encoded, places, rows, batches, mesh, step, state)
-
-
-def read_rankings(path: str, tokenizer: Any = None) -> list[schema.Ranking]:
-    """Rankings of a JSONL file.
-
-    Raises:
-      ValueError: there is none.
-    """
-    rankings = datasets.read_records(path, schema.Ranking, tokenizer, allow_empty_responses=True)
-    if not rankings:
-        raise ValueError(f"{path} holds no rankings: check how it was made")
-    return rankings
-
-
-def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
-    """A ranking as token ids, each response with the token that ends it."""
-    responses = [text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses]
-    return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
-
-
-def fitting(
-    encoded: Sequence[text.RankedIds], config: ConfigDict, context: int
-) -> tuple[list[text.RankedIds], list[int]]:
-    """The rankings that fit a row and the model's `context`, and their places; the others are an error, or dropped.
-
-    Raises:
-      ValueError: one does not fit and `config.too_long` is "error", or none does.
-    """
-    checks.require_one_of("too_long", config.too_long, ("error", "drop"))
-    whole = [tokens([ranking])["tokens"] for ranking in encoded]
-    text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
-    pairs = enumerate(zip(whole, text_lengths, strict=True))
-    places = [i for i, (size, longest) in pairs if size <= config.row_length and longest <= context]
-    if (config.too_long == "error" and len(places) < len(encoded)) or not places:
-        raise ValueError(
-            f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest takes {max(whole)} tokens"
-            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the model's context is "
-            f"{context}: raise row_length, shorten the data, or leave them out with too_long=drop"
-        )
-    return [encoded[i] for i in places], places
-
-
-def held_out(network: networks.Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
-    """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many do not."""
-    rankings = read_rankings(path)
-    if config.too_long == "error":
-        return rankings, 0
-    encoded = [encode_ranking(network.tokenizer, r) for r in rankings]
-    _, places = fitting(encoded, config, network.model.config.context_length)
-    return [rankings[i] for i in places], len(rankings) - len(places)
-
-
-def check_evaluation(base: networks.Network, config: ConfigDict) -> None:
-    """Refuses evaluation rankings beyond the model's context before training; with ``too_long="drop"`` none are.
-
-    Raises:
-      ValueError: a prompt with one of its responses is longer than the context.
-    """
-    if config.too_long != "error":
-        return
-    context = contexts.of_network(base, networks.model_folder(config.model))
-    for path in filter(None, dict(config.evaluation).values()):
-        rankings = read_rankings(path)
-        encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
-        sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
-        contexts.check(context, sizes, contexts.record_of(path, len(rankings)))
 
 
 def read_trunk(
@@ -282,15 +218,6 @@ _ranking_hidden = jax.jit(scoring.ranking_hidden, static_argnums=0)
 _ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
 
 
-def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
-    """Tokens of one pass over rankings in rows that share the prompt, and what one row a response would cost."""
-    responses = sum(len(ids) for _, each, _ in encoded for ids in each)
-    return {
-        "tokens": responses + sum(len(prompt) for prompt, _, _ in encoded),
-        "tokens_in_separate_rows": responses + sum(len(prompt) * len(each) for prompt, each, _ in encoded),
-    }
-
-
 def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> networks.Network:
     """The reward model with its bias set so that the labelers' demonstrations score 0 on average.
 
@@ -301,7 +228,7 @@ def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mes
 
     def fits(record: schema.Demonstration) -> bool:
         one = schema.Ranking(record.prompt, (record.response,), ())
-        return tokens([encode_ranking(network.tokenizer, one)])["tokens"] <= context
+        return ranked.tokens([ranked.encode_ranking(network.tokenizer, one)])["tokens"] <= context
 
     fitting_records = [r for r in records if fits(r)]
     if len(fitting_records) < len(records) and processes.index() == 0:
@@ -323,15 +250,11 @@ def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mes
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
 
 
-Scores = dict[tuple[schema.Conversation, str], float]
-"""Score of each (prompt, response)."""
-
-
 def score_each(
     network: networks.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> Scores:
     """The score of each response, once, however many labelers ranked it; responses to a prompt share its row."""
-    names, items = _distinct_responses(network.tokenizer, rankings, config)
+    names, items = ranked.distinct_responses(network.tokenizer, rankings, config)
     if not items:
         return {}
     sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in items]
@@ -350,77 +273,6 @@ def score_each(
         for place, item in enumerate(inside)
         for k, name in enumerate(names[item])
     }
-
-
-def _distinct_responses(
-    tokenizer: Any, rankings: Sequence[schema.Ranking], config: ConfigDict
-) -> tuple[list[list[tuple[schema.Conversation, str]]], list[text.RankedIds]]:
-    """Each prompt's different responses, in groups that fit a row: their names and their ids."""
-    asked: dict[schema.Conversation, dict[str, None]] = {}
-    for ranking in rankings:
-        asked.setdefault(ranking.prompt, {}).update(dict.fromkeys(ranking.responses))
-    names: list[list[tuple[schema.Conversation, str]]] = []
-    items: list[text.RankedIds] = []
-    for prompt, responses in asked.items():
-        prompt_ids, encoded, _ = encode_ranking(tokenizer, schema.Ranking(prompt, tuple(responses), ()))
-        sizes = [len(ids) for ids in encoded]
-        room = max([config.row_length - len(prompt_ids), *sizes])
-        for group in text.best_fit(sizes, capacity=room, max_items=config.max_k):
-            names.append([(prompt, list(responses)[i]) for i in group])
-            items.append((prompt_ids, [encoded[i] for i in group], [0] * len(group)))
-    return names, items
-
-
-def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
-    """Accuracy on strict pairs with its interval, whole and in bins; the rule "longer is better" beside it."""
-    grid, ranks, lengths = pad_ranked(rankings, scores)
-    # Several labelers' rankings of one prompt say the same thing twice: the prompt is the unit of the intervals.
-    number = {prompt: place for place, prompt in enumerate(dict.fromkeys(r.prompt for r in rankings))}
-    groups = np.array([number[r.prompt] for r in rankings])
-    calibration = quality.calibration(grid, ranks)
-    margins = np.unique(np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES))
-    by_margin = quality.accuracy_by_margin(grid, ranks, edges=margins) if len(margins) > 1 else None
-    by_length = quality.accuracy_by_length_difference(grid, ranks, lengths, edges=LENGTH_EDGES)
-    length_only = quality.length_only_accuracy(lengths, ranks, groups=groups)
-    return {
-        "accuracy": quality.pairwise_accuracy(grid, ranks, groups=groups)._asdict(),
-        "log_loss": quality.pairwise_log_loss(grid, ranks),
-        "length_only_accuracy": length_only.value,
-        "length_only": length_only._asdict(),
-        "accuracy_by_margin": None if by_margin is None else _lists(by_margin),
-        "accuracy_by_length_difference": _lists(by_length),
-        "calibration": _lists(calibration),
-        "prompts": len(rankings),
-    }
-
-
-MARGIN_QUANTILES = np.linspace(0, 1, 6)
-LENGTH_EDGES = np.array([-1e4, -50.0, -15.0, 0.0, 1.0, 16.0, 51.0, 1e4])
-"""Bins of (words of the preferred response) - (words of the other one); the middle bin holds equal lengths."""
-
-
-def pair_margins(grid: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Score of the preferred response minus that of the other, of each strict pair."""
-    pairs = quality.strict_pairs(ranks)
-    return grid[pairs.prompt, pairs.better] - grid[pairs.prompt, pairs.worse]
-
-
-def _lists(table: Any) -> dict[str, list[float | None]]:
-    """A named tuple of arrays for JSON; NaN, where a bin holds nothing, as null."""
-    columns = {name: np.asarray(column).tolist() for name, column in table._asdict().items()}
-    return {name: [None if x != x else x for x in column] for name, column in columns.items()}
-
-
-def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, ranks and lengths (words) of each ranking as ``[N, K]`` with -1 for absent ranks."""
-    k = max(len(r.responses) for r in rankings)
-    grid, ranks, lengths = np.zeros((len(rankings), k)), np.full((len(rankings), k), -1), np.zeros((len(rankings), k))
-    for row, ranking in enumerate(rankings):
-        count = len(ranking.responses)
-        grid[row, :count] = [scores[ranking.prompt, response] for response in ranking.responses]
-        ranks[row, :count] = ranking.ranks
-        lengths[row, :count] = [len(response.split()) for response in ranking.responses]
-    return grid, ranks, lengths
 
 
 if __name__ == "__main__":

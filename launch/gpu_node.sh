@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # One node with several GPUs: one process drives all of them, so there is nothing to coordinate.
 #
-#   launch/gpu_node.sh experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo --config.mesh='(1,-1,1)'
+#   launch/gpu_node.sh ppo --config=ppo/storyland --workdir=runs/ppo --config.mesh='(1,-1,1)'
 #
 # The stage starts again after a crash (not after a mistake, a stop or success) and goes on from its last checkpoint.
-# CUDA_VISIBLE_DEVICES chooses the GPUs. Run it from the root of the checkout.
+# CUDA_VISIBLE_DEVICES chooses the GPUs. From the root of the checkout, or anywhere with PYTHON=python of an environment
+# in which rlhf_jax is installed.
 set -uo pipefail
 PYTHON=${PYTHON:-.venv/bin/python}
 RESTARTS=${RESTARTS:-5}
 
 for ((restart = 0; ; restart++)); do
   # The child runs beside the shell, so that a signal to the shell reaches it at once.
-  "$PYTHON" "$@" &
+  "$PYTHON" -m rlhf_jax "$@" &
   child=$!
   trap 'kill -TERM $child' TERM
   trap 'kill -INT $child' INT

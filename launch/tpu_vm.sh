@@ -2,7 +2,7 @@
 # A Cloud TPU, one VM or a pod slice: installs this checkout on every worker and runs one stage on all of them.
 #
 #   TPU=my-tpu ZONE=us-central2-b NFS=10.0.0.2:/share launch/tpu_vm.sh \
-#     experiments/ppo.py --config=configs/ppo/storyland.py --workdir=shared/runs/ppo
+#     ppo --config=ppo/storyland --workdir=shared/runs/ppo
 #
 # Create the TPU first, for example:
 #   gcloud compute tpus tpu-vm create my-tpu --zone=us-central2-b --accelerator-type=v4-32 --version=tpu-ubuntu2204-base
@@ -14,7 +14,7 @@ set -euo pipefail
 NFS=${NFS:-}
 
 if (($# < 2)); then
-  echo "usage: TPU=... ZONE=... [NFS=HOST:/SHARE] launch/tpu_vm.sh experiments/STAGE.py --config=... --workdir=..." >&2
+  echo "usage: TPU=... ZONE=... [NFS=HOST:/SHARE] launch/tpu_vm.sh STAGE --config=... --workdir=..." >&2
   exit 2
 fi
 
@@ -31,4 +31,4 @@ if [[ -n $NFS ]]; then
 fi
 
 # JAX finds the workers by itself; on one VM it is one process of one. `exec`, so that signals reach Python.
-on_all "cd rlhf_jax && exec .venv/bin/python $(printf '%q ' "$@") --distributed"
+on_all "cd rlhf_jax && exec .venv/bin/python -m rlhf_jax $(printf '%q ' "$@") --distributed"

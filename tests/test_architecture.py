@@ -22,6 +22,7 @@ PROGRAMS = [
 ]
 
 MAY_IMPORT = {
+    "__main__": {"run.programs"},
     "types": set(),
     "backends": {"types"},
     "ops": {"types"},
@@ -46,6 +47,7 @@ MAY_IMPORT = {
     "rewards": {"run.config"},
     "labeling": {"types", "data", "pages"},
     "run.__init__": set(),
+    "run.asking": {"data", "run.datasets", "run.networks"},
     "run.cache": {"run.files"},
     "run.checkpoint": {"types", "run.files", "run.processes"},
     "run.checks": {"run.files"},
@@ -136,6 +138,7 @@ MAY_IMPORT = {
     "run.pretrained": {"models", "run.cache", "run.files"},
     "run.processes": set(),
     "run.programs": set(),
+    "run.rankings": {"data", "run.checks", "run.contexts", "run.datasets", "run.networks"},
     "run.records": {"run.checkpoint", "run.files"},
     "run.responses": {
         "types",
@@ -149,7 +152,7 @@ MAY_IMPORT = {
         "run.networks",
         "run.processes",
     },
-    "run.results": {"run.files", "run.metrics", "run.processes", "run.records"},
+    "run.results": {"data", "evaluation", "run.config", "run.files", "run.metrics", "run.processes", "run.records"},
     "run.secrets": set(),
     "run.signals": {"run.processes"},
     "run.stages": {"run.config", "run.files", "run.plans", "run.records"},

@@ -26,6 +26,7 @@ from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
 from rlhf_jax.run import optimizers
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.config import leaf_keys, load_config, record_reads, resolve
 from rlhf_jax.run.ppo import settings
 from rlhf_jax.run.ppo import setup as setup_lib
@@ -550,7 +551,7 @@ def test_pipeline_hands_its_own_keys_and_each_group_to_the_stages(tmp_path, monk
     monkeypatch.setattr(sft, "run", lambda config, folder: given.setdefault(folder, config.to_dict()) and {"last": "x"})
     monkeypatch.setattr(instructgpt.Pipeline, "done", lambda self, name: {"last": name, "model": name})
     monkeypatch.setattr(ppo, "run", lambda config, folder: given.setdefault(folder, config.to_dict()))
-    monkeypatch.setattr(reward_model, "read_rankings", lambda path: [])
+    monkeypatch.setattr(ranked, "read_rankings", lambda path: [])
     monkeypatch.setattr(instructgpt, "agreement", lambda rankings: 0.5)
     monkeypatch.setattr(reward_model, "run", lambda config, folder: given.setdefault(folder, config.to_dict()) and {})
     config = load("instructgpt/storyland:smoke", seed="7", base="my_base")

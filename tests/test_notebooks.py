@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.test_packaging import installed, wheel  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 PICTURES = {"01_sft": 3, "02_reward_model": 3, "03_ppo": 3, "04_swap_a_loss": 2}
@@ -30,10 +32,20 @@ def test_notebooks_are_committed_without_outputs(path: Path):
         assert cell.get("execution_count") is None
 
 
-def test_notebooks_share_one_set_up_cell():
+def test_notebooks_share_one_set_up_cell_for_a_colab_tpu():
     first = [next(c.source for c in nbformat.read(p, as_version=4).cells if c.cell_type == "code") for p in NOTEBOOKS]
     assert len(set(first)) == 1
     assert "setup_env.py" in first[0]
+    assert "COLAB_RELEASE_TAG" in first[0]
+    assert "TPU" in first[0]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebooks_import_the_package_alone(path: Path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert "from experiments" not in cell.source
+            assert "from configs" not in cell.source
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +57,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The client warns about sockets and event loops of its own; what the cells warn about is in their outputs.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_notebook_runs_and_draws(path: Path, runs: Path):
+def test_notebook_runs_and_draws(path: Path, runs: Path, installed: Path):  # noqa: F811
+    """From the installed package, in a folder without a checkout, on eight fake devices."""
     notebook = nbformat.read(path, as_version=4)
-    # One device: eight fake ones on two cores only make small programs slower.
     env = os.environ | {
         "RLHF_JAX_SMOKE": "1",
         "RLHF_JAX_RUNS": str(runs),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": str(installed),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "IPYTHONDIR": str(runs.parent / "ipython"),
     }
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(runs.parent)}}
     )
     client.execute(env=env)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

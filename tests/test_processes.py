@@ -20,7 +20,7 @@ import yaml
 from experiments import sft
 from rlhf_jax import sharding
 from rlhf_jax.models.hf import load_hf
-from rlhf_jax.run import cli, files, processes
+from rlhf_jax.run import cli, files, processes, programs
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.checkpoint import Checkpoints
 from tests import together
@@ -238,13 +238,13 @@ def test_recipes_use_flags_and_keys_that_exist(path):
     text = re.sub(r"\\\n\s*#?", " ", path.read_text())
     flags = set(re.findall(r"(?<![\w-])--(distributed|config\S*|workdir\S*)", text))
     assert "distributed" in flags or path.name == "gpu_node.sh"
-    for stage, named in re.findall(r"experiments/(\w+)\.py[\s-]+--config=(configs/\S+)", text):
+    found = re.findall(r"\b(\w+)[\s-]+--config=(\w+/\w+)", text)
+    assert found
+    for stage, named in found:
         argv = [f"--{flag}" for flag in flags if "..." not in flag]
-        module = getattr(__import__(f"experiments.{stage}"), stage)
-        parsed, overrides = cli._parse_flags(module.run, "", "", [arg.replace("'", "") for arg in argv])
+        parsed, overrides = cli._parse_flags(programs.program(stage).run, "", "", [a.replace("'", "") for a in argv])
         assert parsed.config == named
-        config_lib.load_config(str(ROOT / named), overrides)
-    assert "experiments/ppo.py" in text
+        config_lib.load_config(named, overrides)
 
 
 def test_the_kubernetes_recipe_is_a_jobset_of_as_many_pods_as_hosts():
@@ -255,4 +255,4 @@ def test_the_kubernetes_recipe_is_a_jobset_of_as_many_pods_as_hosts():
     chips = np.prod([int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")])
     assert slice_["parallelism"] == slice_["completions"]
     assert chips == slice_["parallelism"] * pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
-    assert pod["containers"][0]["command"][:2] == ["python", "experiments/ppo.py"]
+    assert pod["containers"][0]["command"][:4] == ["python", "-m", "rlhf_jax", "ppo"]

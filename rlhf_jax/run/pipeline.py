@@ -79,6 +79,24 @@ FILLED_FROM = {
 DATA_PATHS = ("data", "data_dir", "demonstrations", "rankings", "prompts", "corpus", "model")
 """Keys of the data group that may name a file or a folder; storyland has numbers under some of them."""
 
+
+def own_data(data: Any, pinned: Collection[str], entries: Callable[[Any], list[Path]]) -> dict[str, str]:
+    """Files and folders of the user's that the data stage reads, by their keys in the data group.
+
+    Args:
+      data: the data group of the config.
+      pinned: names of models that stand for one content for ever.
+      entries: the files and folders of `data_dir` that may be read; much else may lie there.
+    """
+    found: dict[str, str] = {}
+    for key in [key for key in DATA_PATHS if isinstance(data.get(key), str) and data[key]]:
+        if key == "data_dir":
+            found |= {f"{key}/{entry.name}": str(entry) for entry in entries(data)}
+        elif data[key] not in pinned:
+            found[key] = data[key]
+    return found
+
+
 COMPARED = ("base", "sft", "ppo", "ppo_ptx")
 """The models of the evaluation that the pipeline fills in; the config may name more."""
 

@@ -94,7 +94,3 @@ def shipped_config(path: str) -> str:
         if name.startswith("configs/") and beside.is_file():
             return str(beside)
     return path
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from rlhf_jax.data import schema
+from rlhf_jax.evaluation.summary import reward_model_results
 from rlhf_jax.run import files, metrics, processes, records
+from rlhf_jax.run.config import resolve
 
 PPO_CURVES = {
     "rollout/score": "score",
@@ -65,6 +69,34 @@ def log_rows(folder: Path, stage: str) -> list[dict[str, Any]]:
     """The rows of a stage's log, each with the stage's name; none where it kept no log."""
     file = folder / stage / metrics.FILE
     return [{**row, "stage": stage} for row in metrics.read(file)] if file.is_file() else []
+
+
+def gathered(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the records of all stages give for ``results.json`` (docs/results_schema.md).
+
+    Args:
+      recorded: the record of each stage, by its name.
+    """
+    rewards = recorded["reward_model"]["result"]
+    seconds = {name: record["seconds"] for name, record in recorded.items()}
+    seconds["compile"] = round(sum(record["compile_seconds"] for record in recorded.values()), 2)
+    seconds["total"] = round(sum(record["seconds"] for record in recorded.values()), 2)
+    return {
+        **recorded["evaluation"]["result"],
+        **reward_model_results(rewards),
+        "reward_model": {k: rewards[k] for k in ("prompts", "responses", "pairs", "steps", "padding_share")},
+        "sft": recorded["baseline"]["result"],
+        "seconds": seconds,
+        "peak_memory_mb": max(record["peak_memory_mb"] for record in recorded.values()),
+        "stages": stated(recorded),
+    }
+
+
+def mean_gold_score(path: str, gold: Any) -> float:
+    """The gold score of the labelers' own answers in a file of demonstrations, on average."""
+    judge = resolve(gold)
+    records, _ = schema.read_jsonl(path, schema.Demonstration)
+    return float(np.mean([judge(str(r.id), r.response).score for r in records]))
 
 
 STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "peak_memory_mb", "config_changes")

@@ -10,10 +10,10 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from experiments import prepare_data, reward_model
+from experiments import prepare_data
 from rlhf_jax.data import preview, preview_page, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking, write_jsonl
-from rlhf_jax.run import data_flags, look
+from rlhf_jax.run import data_flags, look, rankings
 from rlhf_jax.run.cli import main
 from rlhf_jax.run.config import load_config
 from tests.html_page import Page
@@ -76,7 +76,7 @@ def test_demonstrations_show_the_ids_and_the_mask_that_sft_trains_on(tok):
 
 def test_rankings_show_what_the_reward_model_reads_best_first_and_where_it_scores(tok):
     for record, row in zip(RECORDS[2:4], preview.rows(RECORDS[2:4], tok), strict=True):
-        prompt, responses, ranks = reward_model.encode_ranking(tok, record)
+        prompt, responses, ranks = rankings.encode_ranking(tok, record)
         assert ids(row.parts[0]) == list(prompt)
         order = [int(part.name.split()[1]) - 1 for part in row.parts[1:]]
         assert [ranks[k] for k in order] == sorted(ranks, key=lambda rank: (rank < 0, rank))

@@ -10,11 +10,12 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
-from experiments import reward_model, sft
+from experiments import sft
 from rlhf_jax.data import schema, templated, text
 from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.run import datasets, networks
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.config import load_config
 
 WRITTEN = {
@@ -109,7 +110,7 @@ def test_every_stage_tells_once_as_it_reads(tmp_path, capsys):
     config = load_config("configs/sft/storyland.py:smoke", {"row_length": "256"})
     for read, path in (
         (lambda: sft.read_demonstrations(tok, demonstrations, config), demonstrations),
-        (lambda: reward_model.read_rankings(rankings), rankings),
+        (lambda: ranked.read_rankings(rankings), rankings),
         (lambda: datasets.read_prompts(prompts), prompts),
         (lambda: datasets.read_prompts(prompts, tokenizer=tok), prompts),
         (lambda: datasets.lm_rows(tok, documents, length=64), documents),

@@ -19,7 +19,7 @@ from rlhf_jax import sharding
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.data.schema import Demonstration, Message, Prompt, Ranking
 from rlhf_jax.models import DecoderConfig, language_model, save_hf
-from rlhf_jax.run import datasets, devices, guards, inputs, networks
+from rlhf_jax.run import asking, datasets, devices, guards, inputs, networks, rankings
 from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.config import load_config
 from rlhf_jax.run.networks import Network
@@ -171,7 +171,7 @@ def test_ppo_continues_the_conversation_and_its_rows_end_with_the_end_of_turn(ra
 
 def test_reward_model_scores_what_ppo_samples(ran, monkeypatch: pytest.MonkeyPatch):
     """The same ids for a conversation and its answer in the rows of the reward model, in scoring, and in PPO."""
-    prompt, responses, _ = reward_model.encode_ranking(ran.tokenizer, RECORDS["rankings"][1])
+    prompt, responses, _ = rankings.encode_ranking(ran.tokenizer, RECORDS["rankings"][1])
     assert prompt == text.encode_prompt(ran.tokenizer, LONG)
     assert responses[0] == text.encode_answer(ran.tokenizer, LONG, "yes")
     seen: list[list[int]] = []
@@ -237,15 +237,15 @@ def test_every_stage_begins_a_text_with_the_tokenizers_bos_and_no_response(tmp_p
         "few_shot.demonstrations": files["demonstrations"], "few_shot.examples": "1", "few_shot.candidates": "1",
     })  # fmt: skip
     network = networks.Network(None, {}, begins)  # pyright: ignore[reportArgumentType]
-    (few_shot,) = evaluate.few_shot_asks(config)
+    (few_shot,) = asking.few_shot_asks(config)
     training = load_config(f"{ROOT}/configs/sft/storyland.py:smoke", {"row_length": "96"})
     whole = datasets.encode_prompts(begins, [asked], length=99, where="x")[0]
-    prompt, (response,), _ = reward_model.encode_ranking(begins, Ranking(asked, (said,), (0,)))
+    prompt, (response,), _ = rankings.encode_ranking(begins, Ranking(asked, (said,), (0,)))
     beginnings = [
         whole,
         prompt,
         responses_lib.scoring_rows(network, [asked], [said])[0],
-        evaluate.bare_prompts(network, [Prompt(asked)])[0][0],
+        asking.bare_prompts(network, [Prompt(asked)])[0][0],
         few_shot(network, [Prompt(asked)])[0][0],
         sft.read_demonstrations(begins, files["demonstrations"], training)[1].tokens[0].tolist(),
     ]

@@ -9,11 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 from msgspec import structs
 
-from experiments import evaluate, reward_model
+from experiments import evaluate
 from rlhf_jax import scoring
 from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.evaluation import answers as answers_lib
+from rlhf_jax.evaluation import held_out_rankings
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.run import datasets
@@ -30,9 +32,9 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh((1, 1, 1), devices=jax.devices()[:1])
 
 
-def said(texts: list[list[str]], reward: np.ndarray, gold: np.ndarray | None = None) -> evaluate.Answers:
+def said(texts: list[list[str]], reward: np.ndarray, gold: np.ndarray | None = None) -> answers_lib.Answers:
     lengths = np.array([[len(answer) for answer in row] for row in texts])
-    return evaluate.Answers(texts, gold, [], reward, lengths, samples=None)  # pyright: ignore[reportArgumentType]
+    return answers_lib.Answers(texts, gold, [], reward, lengths, samples=None)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -46,7 +48,7 @@ def test_kl_is_a_number_for_greedy_samples_too(temperature, monkeypatch):
     networks = [networks_lib.Network(MODEL, params, tokenizer) for params in (policy, other)]
     monkeypatch.setattr(networks_lib, "load_network", lambda *_: networks[1])
     config = ConfigDict({"reference": "reference", "temperature": temperature, "batch_size": 2, "decoder": {}})
-    answers = evaluate.Answers([], None, [], np.zeros(3), np.zeros(3), samples)
+    answers = answers_lib.Answers([], None, [], np.zeros(3), np.zeros(3), samples)
     found = evaluate.kl_to_reference(networks[0], answers, config, one_device())
 
     used = temperature or 1.0
@@ -78,7 +80,7 @@ def test_the_same_answer_of_two_models_is_a_tie_although_it_was_scored_twice():
     """In bfloat16 two scores of one text differ by a hundredth, far more than the tolerance for rounding."""
     ours = said([["yes", "no"], ["red", "blue"]], np.array([[1.0, 2.0], [0.5, 0.25]]))
     other = said([["yes"], ["blue"]], np.array([[1.01], [0.26]]))
-    results = evaluate.compare({"sft": ours, "ppo": other})
+    results = answers_lib.compare({"sft": ours, "ppo": other})
     # "yes" ties with "yes" and loses to "no"; "blue" loses to "red" and ties with "blue".
     assert results["win_rate_vs_sft_by_reward_model"]["ppo"]["value"] == pytest.approx(0.25)
     assert results["reward_score"]["ppo"] == pytest.approx(0.635)  # the means are those of the scores as they came
@@ -89,9 +91,9 @@ def test_a_prompt_that_stands_in_the_file_twice_is_one_prompt():
     reward = {name: rng.normal(size=(20, 1)) for name in ("sft", "ppo")}
     texts = {name: [[f"{name} {i}"] for i in range(20)] for name in reward}
     asked = [f"p{i}" for i in range(20)]
-    once = evaluate.compare({name: said(texts[name], reward[name]) for name in reward}, asked)
+    once = answers_lib.compare({name: said(texts[name], reward[name]) for name in reward}, asked)
     twice = {name: said(2 * texts[name], np.tile(reward[name], (2, 1))) for name in reward}
-    again, apart = evaluate.compare(twice, 2 * asked), evaluate.compare(twice)
+    again, apart = answers_lib.compare(twice, 2 * asked), answers_lib.compare(twice)
     key = "win_rate_vs_sft_by_reward_model"
     assert again[key]["ppo"] == pytest.approx(once[key]["ppo"])
     assert again[key]["ppo"]["n"] == 20
@@ -104,7 +106,7 @@ def test_two_labelers_of_a_prompt_are_one_prompt_of_the_reward_models_interval()
     scores = {(p, answer): float(rng.normal()) for p in prompts for answer in ("a", "b")}
     rankings = [Ranking(p, ("a", "b"), (0, 1), id=f"{i}/x") for i, p in enumerate(prompts)]
     second = [structs.replace(r, id=f"{i}/y") for i, r in enumerate(rankings)]
-    alone, both = reward_model.evaluate(rankings, scores), reward_model.evaluate(rankings + second, scores)
+    alone, both = held_out_rankings.evaluate(rankings, scores), held_out_rankings.evaluate(rankings + second, scores)
     for key in ("accuracy", "length_only"):
         assert both[key]["n"] == 2 * alone[key]["n"]
         assert [both[key][end] for end in ("value", "low", "high")] == pytest.approx(

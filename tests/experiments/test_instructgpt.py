@@ -18,6 +18,7 @@ from experiments import evaluate, instructgpt, ppo, prepare_data, reward_model, 
 from rlhf_jax.run import cli, datasets, networks, pretrained, records
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import pipeline as reads
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.config import leaf_keys, load_config, record_reads
 from rlhf_jax.run.stages import Stages
 from rlhf_jax.run.workdir import HARMLESS, allow_change
@@ -290,7 +291,7 @@ def test_what_the_stages_are_handed_is_what_their_keys_count(finished, monkeypat
     monkeypatch.setattr(sft, "run", lambda c, folder: handed.setdefault(folder, c) and {})
     monkeypatch.setattr(ppo, "run", lambda c, folder: handed.setdefault(stage_of[c.name], c) and {})
     monkeypatch.setattr(reward_model, "run", lambda c, folder: handed.setdefault(folder, c) and {})
-    monkeypatch.setattr(reward_model, "read_rankings", lambda path: [])
+    monkeypatch.setattr(ranked, "read_rankings", lambda path: [])
     monkeypatch.setattr(instructgpt, "agreement", lambda rankings: 0.5)
     monkeypatch.setattr(evaluate, "run", lambda c, folder: handed.setdefault(folder, c) and {})
     for stage in ("sft", "ppo_init", "reward_model", "evaluation"):

@@ -14,9 +14,11 @@ from rlhf_jax.data import text
 from rlhf_jax.data.schema import Ranking
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
+from rlhf_jax.evaluation import held_out_rankings
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import scalar_model
 from rlhf_jax.run import networks
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run import responses as responses_lib
 
 FIRST = Ranking("Say a word.", ("a", "a dog ran", "the cat", "a"), (2, 0, 1, 2), labeler="one")
@@ -60,7 +62,7 @@ def test_each_response_is_scored_once_however_many_labelers_ranked_it(network, s
     asked = set(scores([FIRST, SECOND, OTHER_PROMPT]))
     wanted = {(r.prompt, response) for r in (FIRST, OTHER_PROMPT) for response in r.responses}
     assert asked == wanted
-    names, items = reward_model._distinct_responses(
+    names, items = ranked.distinct_responses(
         network.tokenizer, [FIRST, SECOND, OTHER_PROMPT], ConfigDict({"row_length": 64, "max_k": 4})
     )
     assert [len(group) for group in names] == [len(responses) for _, responses, _ in items] == [3, 2]
@@ -68,14 +70,14 @@ def test_each_response_is_scored_once_however_many_labelers_ranked_it(network, s
 
 def test_scores_meet_their_own_prompt_and_absent_places_have_no_rank(scores):
     found = scores([FIRST, OTHER_PROMPT])
-    grid, ranks, lengths = reward_model.pad_ranked([FIRST, OTHER_PROMPT], found)
+    grid, ranks, lengths = held_out_rankings.pad_ranked([FIRST, OTHER_PROMPT], found)
     assert grid[0, 0] == grid[0, 3] == found["Say a word.", "a"] != grid[1, 0]
     assert ranks.tolist() == [[2, 0, 1, 2], [0, 1, -1, -1]]
     assert lengths.tolist() == [[1, 3, 2, 1], [1, 3, 0, 0]]
 
 
 def judged(ranking, values):
-    return reward_model.evaluate(
+    return held_out_rankings.evaluate(
         [ranking], {(ranking.prompt, r): v for r, v in zip(ranking.responses, values, strict=True)}
     )
 
@@ -98,7 +100,7 @@ def test_accuracy_is_told_by_margin_and_by_length_difference():
 
 def test_tokens_of_shared_rows_and_of_separate_ones():
     encoded = [([1] * 10, [[2], [2, 3], [2, 3, 4]], (0, 1, 2)), ([1] * 4, [[2], [3]], (0, 1))]
-    assert reward_model.tokens(encoded) == {"tokens": 10 + 6 + 4 + 2, "tokens_in_separate_rows": 30 + 6 + 8 + 2}
+    assert ranked.tokens(encoded) == {"tokens": 10 + 6 + 4 + 2, "tokens_in_separate_rows": 30 + 6 + 8 + 2}
 
 
 @pytest.mark.parametrize("train", ["lora", "head"])
@@ -115,7 +117,7 @@ def test_only_what_train_names_is_trained(network, train):
 def test_a_head_on_states_read_once_scores_like_the_whole_network(network, mesh):
     """And so its gradient is that of the head over the whole network."""
     config = ConfigDict({"batch_size": 2, "row_length": 64, "max_k": 4})
-    _, items = reward_model._distinct_responses(network.tokenizer, [FIRST, OTHER_PROMPT], config)
+    _, items = ranked.distinct_responses(network.tokenizer, [FIRST, OTHER_PROMPT], config)
     rows = text.ranking_rows(items, length=64, max_k=4)
     read, seen = reward_model.read_trunk(network.model, network.params, rows, config, mesh)
     whole = scoring.ranking_scores(network.model, network.params, jax.tree.map(jnp.asarray, rows))
@@ -140,8 +142,8 @@ def test_texts_longer_than_the_models_context_are_refused_or_dropped():
     """They would read positions that the model does not have; the scores were NaN."""
     short, long = ([1] * 4, [[2], [3]], (0, 1)), ([1] * 100, [[2] * 40, [3]], (0, 1))
     config = ConfigDict({"too_long": "drop", "row_length": 256})
-    assert reward_model.fitting([short, long], config, 128) == ([short], [0])
-    assert reward_model.fitting([short, long], config, 256) == ([short, long], [0, 1])
+    assert ranked.fitting([short, long], config, 128) == ([short], [0])
+    assert ranked.fitting([short, long], config, 256) == ([short, long], [0, 1])
     config.too_long = "error"
     with pytest.raises(ValueError, match="1 of 2 rankings do not fit"):
-        reward_model.fitting([short, long], config, 128)
+        ranked.fitting([short, long], config, 128)

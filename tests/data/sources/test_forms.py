@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from msgspec import structs
 
-from experiments import reward_model, sft
+from experiments import sft
 from rlhf_jax.data import schema, sources, text
 from rlhf_jax.data.schema import Demonstration, Message, Ranking
 from rlhf_jax.data.storyland.tokenizer import assets
+from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.config import load_config
 
 ROOT = Path(__file__).parents[3]
@@ -484,8 +485,8 @@ def test_every_form_is_encoded_as_the_stages_do(tmp_path: Path, name: str):
         _, rows = sft.read_demonstrations(tokenizer, str(tmp_path / "stage.jsonl"), config)
         assert rows.mask.sum() > 1
     else:
-        (ranking,) = reward_model.read_rankings(str(tmp_path / "stage.jsonl"))
-        prompt, responses, ranks = reward_model.encode_ranking(tokenizer, ranking)
+        (ranking,) = ranked.read_rankings(str(tmp_path / "stage.jsonl"))
+        prompt, responses, ranks = ranked.encode_ranking(tokenizer, ranking)
         assert prompt
         assert all(responses)
         assert len(ranks) == len(responses) == 2

@@ -1,0 +1,106 @@
+"""Rankings of a file as token ids, and which of them fit a row and the context of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.data import schema, text
+from rlhf_jax.run import checks, contexts, datasets
+from rlhf_jax.run.networks import Network, model_folder
+
+
+def read_rankings(path: str, tokenizer: Any = None) -> list[schema.Ranking]:
+    """Rankings of a JSONL file.
+
+    Raises:
+      ValueError: there is none.
+    """
+    rankings = datasets.read_records(path, schema.Ranking, tokenizer, allow_empty_responses=True)
+    if not rankings:
+        raise ValueError(f"{path} holds no rankings: check how it was made")
+    return rankings
+
+
+def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
+    """A ranking as token ids, each response with the token that ends it."""
+    responses = [text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses]
+    return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
+
+
+def fitting(
+    encoded: Sequence[text.RankedIds], config: ConfigDict, context: int
+) -> tuple[list[text.RankedIds], list[int]]:
+    """The rankings that fit a row and the model's `context`, and their places; the others are an error, or dropped.
+
+    Raises:
+      ValueError: one does not fit and `config.too_long` is "error", or none does.
+    """
+    checks.require_one_of("too_long", config.too_long, ("error", "drop"))
+    whole = [tokens([ranking])["tokens"] for ranking in encoded]
+    text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
+    pairs = enumerate(zip(whole, text_lengths, strict=True))
+    places = [i for i, (size, longest) in pairs if size <= config.row_length and longest <= context]
+    if (config.too_long == "error" and len(places) < len(encoded)) or not places:
+        raise ValueError(
+            f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest takes {max(whole)} tokens"
+            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the model's context is "
+            f"{context}: raise row_length, shorten the data, or leave them out with too_long=drop"
+        )
+    return [encoded[i] for i in places], places
+
+
+def held_out(network: Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
+    """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many do not."""
+    rankings = read_rankings(path)
+    if config.too_long == "error":
+        return rankings, 0
+    encoded = [encode_ranking(network.tokenizer, r) for r in rankings]
+    _, places = fitting(encoded, config, network.model.config.context_length)
+    return [rankings[i] for i in places], len(rankings) - len(places)
+
+
+def check_evaluation(base: Network, config: ConfigDict) -> None:
+    """Refuses evaluation rankings beyond the model's context before training; with ``too_long="drop"`` none are.
+
+    Raises:
+      ValueError: a prompt with one of its responses is longer than the context.
+    """
+    if config.too_long != "error":
+        return
+    context = contexts.of_network(base, model_folder(config.model))
+    for path in filter(None, dict(config.evaluation).values()):
+        rankings = read_rankings(path)
+        encoded = [encode_ranking(base.tokenizer, r) for r in rankings]
+        sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
+        contexts.check(context, sizes, contexts.record_of(path, len(rankings)))
+
+
+def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
+    """Tokens of one pass over rankings in rows that share the prompt, and what one row a response would cost."""
+    responses = sum(len(ids) for _, each, _ in encoded for ids in each)
+    return {
+        "tokens": responses + sum(len(prompt) for prompt, _, _ in encoded),
+        "tokens_in_separate_rows": responses + sum(len(prompt) * len(each) for prompt, each, _ in encoded),
+    }
+
+
+def distinct_responses(
+    tokenizer: Any, rankings: Sequence[schema.Ranking], config: ConfigDict
+) -> tuple[list[list[tuple[schema.Conversation, str]]], list[text.RankedIds]]:
+    """Each prompt's different responses, in groups that fit a row: their names and their ids."""
+    asked: dict[schema.Conversation, dict[str, None]] = {}
+    for ranking in rankings:
+        asked.setdefault(ranking.prompt, {}).update(dict.fromkeys(ranking.responses))
+    names: list[list[tuple[schema.Conversation, str]]] = []
+    items: list[text.RankedIds] = []
+    for prompt, responses in asked.items():
+        prompt_ids, encoded, _ = encode_ranking(tokenizer, schema.Ranking(prompt, tuple(responses), ()))
+        sizes = [len(ids) for ids in encoded]
+        room = max([config.row_length - len(prompt_ids), *sizes])
+        for group in text.best_fit(sizes, capacity=room, max_items=config.max_k):
+            names.append([(prompt, list(responses)[i]) for i in group])
+            items.append((prompt_ids, [encoded[i] for i in group], [0] * len(group)))
+    return names, items

@@ -44,7 +44,7 @@ from rlhf_jax.run.ppo.setup import (
     stop_ids,
 )
 from rlhf_jax.run.ppo.watch import iteration_keys, watch
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.steps import compile_frozen_step, make_ppo_step, minibatch_order
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Samples, StepFn
 
@@ -223,10 +223,12 @@ def prompts_of(setup: Setup, iteration: int, config: ConfigDict, mesh: jax.shard
 def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict) -> Samples:
     """Responses of the current policy, under exactly the distribution that is trained: no top-k, no top-p."""
     return generate(
-        setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts, jax.random.fold_in(key, 0),
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        stop_ids=stop_ids(setup),
-    )  # fmt: skip
+        setup.policy.model,
+        setup.trained_policy.merged(state.policy.params),
+        prompts,
+        jax.random.fold_in(key, 0),
+        Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop_ids(setup)),
+    )
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:

@@ -40,7 +40,7 @@ from rlhf_jax.run import checks, cli, data_flags, devices, look, networks
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.files import write_json, written
 from rlhf_jax.run.signals import told_when_slow
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 
 _SHOW = contextvars.ContextVar("show the tables", default=True)
 
@@ -254,9 +254,16 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
     ids = encode_opening(network.tokenizer, config.question)
     prompt = prompt_batch([ids], length=len(ids))
     said = generate(
-        network.model, network.params, prompt, jax.random.key(0), max_new_tokens=config.max_new_tokens,
-        temperature=0.0, stop_ids=stop_ids(network.tokenizer, [config.question]),
-    )  # fmt: skip
+        network.model,
+        network.params,
+        prompt,
+        jax.random.key(0),
+        Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=0.0,
+            stop_ids=stop_ids(network.tokenizer, [config.question]),
+        ),
+    )
     answer = network.tokenizer.decode(said.tokens[0, len(ids) : int(said.lengths[0])])
     if config.answer not in answer:
         raise ValueError(f"{path} continues {config.question!r} with {answer!r}: delete the folder and run again")

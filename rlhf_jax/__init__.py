@@ -30,8 +30,8 @@ from rlhf_jax.ops import (
 )
 from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
 from rlhf_jax.run.config import fn_spec, load_config, resolve
-from rlhf_jax.sampling.generate import generate
-from rlhf_jax.sampling.refill import generate_many
+from rlhf_jax.sampling.generate import Sampling, generate
+from rlhf_jax.sampling.refill import Rows, generate_many
 from rlhf_jax.steps import (
     PPO,
     Losses,
@@ -81,7 +81,9 @@ __all__ = [
     "PromptBatch",
     "RankingBatch",
     "Rollout",
+    "Rows",
     "Samples",
+    "Sampling",
     "Shaping",
     "StepFn",
     "TrainState",

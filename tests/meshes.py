@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax import optim, scoring, sharding, steps
 from rlhf_jax.models import language_model, scalar_model
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.sampling.generate import generate
-from rlhf_jax.sampling.refill import generate_many
+from rlhf_jax.sampling.generate import Sampling, generate
+from rlhf_jax.sampling.refill import Rows, generate_many
 from rlhf_jax.types import KLState, PPOState, PromptBatch, RankingBatch
 from tests import margins, tiny
 
@@ -99,10 +99,17 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
             return [seen[f"reward/accuracy/{i}"] for i in range(2)]
 
         margins.assert_no_near_tie(accuracies, params[1])
-        margins.assert_no_near_tie(lambda p: generate(policy, p, place(prompts()), KEY, **settings).tokens, params[0])
-    samples = generate(policy, params[0], place(prompts()), KEY, **settings)
+        margins.assert_no_near_tie(
+            lambda p: generate(policy, p, place(prompts()), KEY, Sampling(**settings)).tokens, params[0]
+        )
+    samples = generate(policy, params[0], place(prompts()), KEY, Sampling(**settings))
     many = generate_many(
-        policy, params[0], prompts(), KEY, rows=8, refill=3, sharding=sharding.batch_sharding(mesh), **settings
+        policy,
+        params[0],
+        prompts(),
+        KEY,
+        Sampling(**settings),
+        rows=Rows(count=8, refill=3, sharding=sharding.batch_sharding(mesh)),
     )
     cache = policy.init_cache(8, 10)
     result = {"mesh": shape, "tokens": np.asarray(samples.tokens).tolist(), "refilled": many.tokens.tolist()}

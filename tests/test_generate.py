@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 
 from rlhf_jax import log_probs, sharding
 from rlhf_jax.models import DecoderConfig, language_model
-from rlhf_jax.sampling.generate import _generate, draws, generate, sample_token, truncate
-from rlhf_jax.sampling.refill import _refill_and_decode, generate_many
+from rlhf_jax.sampling.generate import Sampling, _generate, draws, generate, sample_token, truncate
+from rlhf_jax.sampling.refill import Rows, _refill_and_decode, generate_many
 from rlhf_jax.types import PromptBatch
 from tests import margins
 
@@ -33,15 +34,15 @@ def _prompts(lengths=(3, 6, 1, 4), ids=None, width=None) -> PromptBatch:
     )
 
 
-def _sample(prompts=None, key=0, **kwargs):
-    settings = {"max_new_tokens": 8, "stop_ids": (2,)} | kwargs
-    return generate(MODEL, PARAMS, prompts or _prompts(), jax.random.key(key), **settings)
+def _sample(prompts=None, key=0, params=PARAMS, *, samples_per_prompt=1, **changes):
+    sampling = Sampling(**{"max_new_tokens": 8, "stop_ids": (2,)} | changes)
+    prompts = prompts or _prompts()
+    return generate(MODEL, params, prompts, jax.random.key(key), sampling, samples_per_prompt=samples_per_prompt)
 
 
 def _surely(prompts=None, **kwargs):
     """`_sample` whose tokens are the same for nudged weights: another program, or machine, must draw them too."""
-    settings = {"max_new_tokens": 8, "stop_ids": (2,)} | kwargs
-    draw = lambda params: generate(MODEL, params, prompts or _prompts(), jax.random.key(0), **settings).tokens  # noqa: E731
+    draw = lambda params: _sample(prompts, params=params, **kwargs).tokens  # noqa: E731
     margins.assert_no_near_tie(draw, PARAMS)
     return _sample(prompts, **kwargs)
 
@@ -159,7 +160,9 @@ def test_a_stop_at_the_last_place_counts_as_finished():
 def test_token_zero_may_be_sampled_and_counts():
     """PITFALLS 4, 11: padding has id 0, and so may a real token; only lengths tell them apart."""
     favour = jax.tree.map(jnp.zeros_like, PARAMS)
-    samples = generate(MODEL, favour, _prompts(), jax.random.key(0), max_new_tokens=5, temperature=0.0, stop_ids=())
+    samples = generate(
+        MODEL, favour, _prompts(), jax.random.key(0), Sampling(max_new_tokens=5, temperature=0.0, stop_ids=())
+    )
     assert _responses(samples) == [[0] * 5] * 4
 
 
@@ -236,9 +239,14 @@ def test_slot_refill_changes_no_token(rows, refill, streams):
     prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5, 6), ids=[5, 9, 11, 12, 3, 4, 8])
     whole = _surely(prompts, samples_per_prompt=3, temperature=1.5)
     many = generate_many(
-        MODEL, PARAMS, prompts, jax.random.key(0), counts=3, rows=rows, refill=refill, streams=streams,
-        max_new_tokens=8, stop_ids=(2,), temperature=1.5,
-    )  # fmt: skip
+        MODEL,
+        PARAMS,
+        prompts,
+        jax.random.key(0),
+        Sampling(max_new_tokens=8, stop_ids=(2,), temperature=1.5),
+        counts=3,
+        rows=Rows(count=rows, refill=refill, streams=streams),
+    )
     assert bool(whole.finished.any())
     assert not bool(whole.finished.all())
     for name in ("tokens", "prompt_lengths", "lengths", "finished"):
@@ -251,20 +259,32 @@ def test_prompts_may_want_different_numbers_of_samples(streams):
     prompts = _prompts(lengths=(3, 6, 1, 4))
     whole, counts, seen = _responses(_surely(prompts, samples_per_prompt=4)), [2, 0, 4, 1], []
     many = generate_many(
-        MODEL, PARAMS, prompts, jax.random.key(0), counts=counts, rows=3, streams=streams, max_new_tokens=8,
-        stop_ids=(2,), progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+        MODEL,
+        PARAMS,
+        prompts,
+        jax.random.key(0),
+        Sampling(max_new_tokens=8, stop_ids=(2,)),
+        counts=counts,
+        progress=lambda done, total: seen.append((done, total)),
+        rows=Rows(count=3, streams=streams),
+    )
     assert _responses(many) == [whole[4 * p + k] for p, count in enumerate(counts) for k in range(count)]
     assert seen == sorted(seen)
     assert seen[-1] == (7, 7)
     with pytest.raises(ValueError, match="counts=-1"):
-        generate_many(MODEL, PARAMS, prompts, jax.random.key(0), counts=[1, 1, -1, 1], max_new_tokens=2)
+        generate_many(MODEL, PARAMS, prompts, jax.random.key(0), Sampling(max_new_tokens=2), counts=[1, 1, -1, 1])
 
 
 def test_one_program_is_compiled_for_all_streams():
     prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5))
     run = lambda streams: generate_many(  # noqa: E731
-        MODEL, PARAMS, prompts, jax.random.key(0), counts=2, rows=4 * streams, streams=streams, max_new_tokens=7
+        MODEL,
+        PARAMS,
+        prompts,
+        jax.random.key(0),
+        Sampling(max_new_tokens=7),
+        counts=2,
+        rows=Rows(count=4 * streams, streams=streams),
     )
     run(1)
     before = _refill_and_decode._cache_size()
@@ -284,9 +304,15 @@ def test_a_failing_stream_stops_the_others_and_its_error_is_raised(error):
     prompts = _prompts(lengths=(3, 6, 1, 4))
     with pytest.raises(error, match="stop here"):
         generate_many(
-            MODEL, PARAMS, prompts, jax.random.key(0), counts=9, rows=2, refill=1, streams=2, max_new_tokens=8,
+            MODEL,
+            PARAMS,
+            prompts,
+            jax.random.key(0),
+            Sampling(max_new_tokens=8),
+            counts=9,
             progress=progress,
-        )  # fmt: skip
+            rows=Rows(count=2, refill=1, streams=2),
+        )
     assert len(seen) <= 4  # at most the refill that the other stream had begun, and one more
 
 
@@ -294,9 +320,13 @@ def test_streams_over_several_devices_are_refused():
     where = sharding.batch_sharding(sharding.make_mesh((4, 2, 1)))
     with pytest.raises(ValueError, match="streams=2"):
         generate_many(
-            MODEL, PARAMS, _prompts(lengths=(3, 6)), jax.random.key(0), rows=8, streams=2, max_new_tokens=2,
-            sharding=where,
-        )  # fmt: skip
+            MODEL,
+            PARAMS,
+            _prompts(lengths=(3, 6)),
+            jax.random.key(0),
+            Sampling(max_new_tokens=2),
+            rows=Rows(count=8, streams=2, sharding=where),
+        )
 
 
 def test_one_compile_for_new_prompts_and_keys():
@@ -323,8 +353,8 @@ def test_a_bad_setting_names_field_value_and_fix(change, named):
 
 
 def test_the_decode_loop_moves_no_weights():
-    settings = {"max_new_tokens": 8, "samples_per_prompt": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    program = jax.make_jaxpr(lambda p: _generate(MODEL, p, _prompts(), jax.random.key(0), stop_ids=(2,), **settings))
+    sampling = Sampling(max_new_tokens=8, stop_ids=(2,))
+    program = jax.make_jaxpr(lambda p: _generate(MODEL, p, _prompts(), jax.random.key(0), sampling=sampling, copies=1))
     kernels = {leaf.shape[1:] for leaf in jax.tree.leaves(PARAMS["blocks"]) if leaf.ndim == 3}
     bodies = [e.params["body_jaxpr"].jaxpr for e in _equations(program(PARAMS).jaxpr) if e.primitive.name == "while"]
     loop = max(bodies, key=lambda body: len(body.eqns))

@@ -20,7 +20,7 @@ from rlhf_jax import scoring, steps
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.rollout import InitialParams, Shaping
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.types import KLState, Model, Output, PPOState, PromptBatch, Samples
 from tests import tiny
 
@@ -206,7 +206,7 @@ def test_kl_to_an_equal_reference_is_zero_at_any_temperature():
     model = language_model(DecoderConfig(11, 16, 1, 8, 2))
     params = jax.tree.map(lambda x: 4 * x, model.init(KEY))
     prompts = PromptBatch(jnp.ones((3, 4), jnp.int32), jnp.array([2, 3, 4]), jnp.arange(3))
-    drawn = generate(model, params, prompts, KEY, max_new_tokens=6, temperature=0.7, stop_ids=(0,))
+    drawn = generate(model, params, prompts, KEY, Sampling(max_new_tokens=6, temperature=0.7, stop_ids=(0,)))
     scalar = scalar_model(model.config)
     scalar_params = scalar.init(KEY)
     fn = rollouts.make_score_and_shape(model, scalar, scalar, Shaping(temperature=0.7))
@@ -426,7 +426,7 @@ def test_step_zero_refuses_log_probs_of_another_sampler():
 
 def _generated(model, params, **settings):
     prompts = PromptBatch(jnp.ones((8, 4), jnp.int32), jnp.array([2, 3, 4, 1] * 2), jnp.arange(8))
-    return generate(model, params, prompts, KEY, max_new_tokens=6, stop_ids=(0,), **settings)
+    return generate(model, params, prompts, KEY, Sampling(max_new_tokens=6, stop_ids=(0,), **settings))
 
 
 def test_step_zero_refuses_samples_of_a_truncated_distribution():

@@ -44,8 +44,8 @@ from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.rollout import Shaping, make_score_and_shape
 from rlhf_jax.run import compiling, devices, memory, networks, responses
 from rlhf_jax.run.files import write_lines
-from rlhf_jax.sampling.generate import generate, lower_generate
-from rlhf_jax.sampling.refill import generate_many
+from rlhf_jax.sampling.generate import Sampling, generate, lower_generate
+from rlhf_jax.sampling.refill import Rows, generate_many
 from rlhf_jax.steps import (
     PPO,
     Optimizers,
@@ -215,7 +215,7 @@ def decode(a: argparse.Namespace) -> Work:
     def floor() -> float:
         return prefill / matrix_rate(a.dtype) + (a.new_tokens - 1) * decode_floor(a, params, config)
 
-    run = partial(generate, model, params, max_new_tokens=a.new_tokens)
+    run = partial(generate, model, params, sampling=Sampling(max_new_tokens=a.new_tokens))
     return Work(lambda i: run(prompts_of(a, i), jax.random.key(i)), a.batch * a.new_tokens, flops, floor)
 
 
@@ -259,7 +259,9 @@ def ppo(a: argparse.Namespace) -> Work:
     held = [PPOState(train_state(reference, tx), train_state(critic, tx), KLState(jnp.float32(0.05)), jnp.int32(0))]
 
     def sample(i: int) -> Samples:
-        return generate(policy, held[0].policy.params, prompts_of(a, i), jax.random.key(i), max_new_tokens=a.new_tokens)
+        return generate(
+            policy, held[0].policy.params, prompts_of(a, i), jax.random.key(i), Sampling(max_new_tokens=a.new_tokens)
+        )
 
     def to_score(samples: Samples) -> tuple[Any, ...]:
         return reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch)
@@ -276,7 +278,7 @@ def ppo(a: argparse.Namespace) -> Work:
         rollout = jax.eval_shape(score, samples)[0]
         weights, key = held[0].policy.params, jax.random.key(0)
         yield compiling.lower(step_fn, held[0], rollout, None, key)
-        yield lower_generate(policy, weights, prompts_of(a, 0), key, max_new_tokens=a.new_tokens)
+        yield lower_generate(policy, weights, prompts_of(a, 0), key, Sampling(max_new_tokens=a.new_tokens))
         yield shape.lower(*to_score(samples))
 
     compile_ahead = functools.cache(lambda: compiling.compile_together(programs()))  # as `ppo.run` does
@@ -319,11 +321,15 @@ def slots(a: argparse.Namespace) -> Work:
 
     def refilled(i: int, streams: int = 1) -> Samples:
         key = jax.random.key(i)
-        return generate_many(model, params, prompts, key, rows=a.batch, streams=streams, **settings)
+        return generate_many(
+            model, params, prompts, key, Sampling(**settings), rows=Rows(count=a.batch, streams=streams)
+        )
 
     def static(i: int) -> list[Samples]:
         parts = [jax.tree.map(lambda x, s=s: x[s : s + a.batch], prompts) for s in range(0, a.prompts, a.batch)]
-        return [jax.device_get(generate(model, params, part, jax.random.key(i), **settings)) for part in parts]
+        return [
+            jax.device_get(generate(model, params, part, jax.random.key(i), Sampling(**settings))) for part in parts
+        ]
 
     def pieces() -> dict[str, float]:
         one, many = refilled(0), static(0)

@@ -17,7 +17,8 @@ from rlhf_jax.models.vocabulary import with_texts_only
 from rlhf_jax.run import contexts, processes
 from rlhf_jax.run.console import Progress
 from rlhf_jax.run.networks import Network
-from rlhf_jax.sampling.refill import generate_many
+from rlhf_jax.sampling.generate import Sampling
+from rlhf_jax.sampling.refill import Rows, generate_many
 from rlhf_jax.types import Model, Params, PromptBatch, Samples
 
 
@@ -64,12 +65,17 @@ def sample_responses(
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     ends = text.stop_ids(network.tokenizer, asked)
     samples = generate_many(
-        with_texts_only(network.model, network.tokenizer), network.params,
-        text.prompt_batch(prompts, length=prompt_length), jax.random.key(seed),
-        counts=counts, rows=-(-batch_size // data) * data, streams=sampling_streams(mesh),
-        max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids),
-        sharding=sharding.batch_sharding(mesh), progress=progress,
-    )  # fmt: skip
+        with_texts_only(network.model, network.tokenizer),
+        network.params,
+        text.prompt_batch(prompts, length=prompt_length),
+        jax.random.key(seed),
+        Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids)),
+        counts=counts,
+        progress=progress,
+        rows=Rows(
+            count=-(-batch_size // data) * data, streams=sampling_streams(mesh), sharding=sharding.batch_sharding(mesh)
+        ),
+    )
     each = [p for p, k in zip(asked, np.broadcast_to(counts, len(asked)), strict=True) for _ in range(k)]
     return response_texts(network.tokenizer, samples, each), samples
 

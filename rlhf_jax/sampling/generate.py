@@ -13,8 +13,8 @@ change no token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,17 +50,55 @@ class Decoding(NamedTuple):
         return jnp.concatenate([going, jnp.zeros((1,), bool)])[self.response]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn and when a response ends, checked when it is made.
+
+    Raises:
+      ValueError: a number that no sampler can have; the message names the field.
+    """
+
+    max_new_tokens: int
+    """N, tokens; a response that reaches it without a stop id has ``finished`` False."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Then keep the fewest likeliest tokens whose probability reaches p."""
+    stop_ids: tuple[int, ...] = ()
+    """The ids that end a response (EOS and others); the stop token belongs to the response."""
+
+    def __post_init__(self):
+        # Plain Python numbers, so that equal settings are one compiled program.
+        plain = {
+            "max_new_tokens": int(self.max_new_tokens),
+            "temperature": float(self.temperature),
+            "top_k": int(self.top_k),
+            "top_p": float(self.top_p),
+            "stop_ids": tuple(int(i) for i in self.stop_ids),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(
+                f"temperature={self.temperature} must not be negative: choose 0 for greedy decoding"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative: choose 0 to keep every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]: choose 1.0 to keep every token")
+
+
 def generate(
     model: Model,
     params: Params,
     prompts: PromptBatch,
     key: Key[Array, ""],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
     samples_per_prompt: int = 1,
 ) -> Samples:
     """Sample responses; compiled as a whole, once per model, shape and setting.
@@ -70,13 +108,7 @@ def generate(
       params: its parameters.
       prompts: B prompts of at least one token each; `ids` are their places in the stream.
       key: of the iteration, ``fold_in(key(seed), step)``.
-      max_new_tokens: N, tokens; a response that reaches it without a stop id has ``finished``
-        False.
-      temperature: divides the logits; 0 is greedy.
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: then keep the fewest likeliest tokens whose probability reaches p.
-      stop_ids: the ids that end a response (EOS and others); the stop token belongs to the
-        response.
+      sampling: how tokens are drawn and when a response ends.
       samples_per_prompt: K; sample k of prompt b is the row ``b * K + k``.
 
     Returns:
@@ -85,21 +117,12 @@ def generate(
       its ``logp`` is 0.
 
     Raises:
-      ValueError: a setting is out of range, or a row may outgrow the model's context.
+      ValueError: a row may outgrow the model's context, or `samples_per_prompt` is below 1.
     """
-    require_settings(model, prompts, max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
-    return _generate(
-        model,
-        params,
-        prompts,
-        key,
-        max_new_tokens=int(max_new_tokens),
-        temperature=float(temperature),
-        top_k=int(top_k),
-        top_p=float(top_p),
-        stop_ids=tuple(int(i) for i in stop_ids),
-        samples_per_prompt=int(samples_per_prompt),
-    )
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt={samples_per_prompt} must be at least 1")
+    require_room(model, prompts, sampling)
+    return _generate(model, params, prompts, key, sampling=sampling, copies=int(samples_per_prompt))
 
 
 def lower_generate(
@@ -107,10 +130,7 @@ def lower_generate(
     params: Params,
     prompts: PromptBatch,
     key: Key[Array, ""] | jax.ShapeDtypeStruct,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    stop_ids: Sequence[int] = (),
+    sampling: Sampling,
 ) -> jax.stages.Lowered:
     """The program that `generate` would run for such arguments; nothing is sampled.
 
@@ -119,71 +139,41 @@ def lower_generate(
       params: its parameters, or their shapes with shardings.
       prompts: B prompts, or their shapes.
       key: a key, or its shape.
-      max_new_tokens: as in `generate`.
-      temperature: as in `generate`.
-      stop_ids: as in `generate`.
+      sampling: as in `generate`.
 
     Raises:
       ValueError: as `generate`.
     """
-    require_settings(model, prompts, max_new_tokens, temperature, 0, 1.0, 1)
-    stops = tuple(int(i) for i in stop_ids)
-    return _generate.lower(
-        model, params, prompts, key, max_new_tokens=int(max_new_tokens), samples_per_prompt=1,
-        temperature=float(temperature), top_k=0, top_p=1.0, stop_ids=stops,
-    )  # fmt: skip
+    require_room(model, prompts, sampling)
+    return _generate.lower(model, params, prompts, key, sampling=sampling, copies=1)
 
 
-def require_settings(
-    model: Model,
-    prompts: PromptBatch,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    samples_per_prompt: int,
-) -> None:
-    """Refuses settings that are out of range; arguments as for `generate`.
+def require_room(model: Model, prompts: PromptBatch, sampling: Sampling) -> None:
+    """Refuses prompts that leave no room for a whole response in the model's context.
 
     Raises:
-      ValueError: naming the setting, its value and what to choose.
+      ValueError: with the numbers, and what to choose.
     """
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("samples_per_prompt", samples_per_prompt),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must not be negative: choose 0 for greedy decoding")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must not be negative: choose 0 to keep every token")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]: choose 1.0 to keep every token")
     width = prompts.tokens.shape[1]
-    slots = width + max_new_tokens
+    slots = width + sampling.max_new_tokens
     context = getattr(model.config, "context_length", slots)
     if slots > context:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after prompts of {width} slots needs {slots} "
-            "positions, "
+            f"max_new_tokens={sampling.max_new_tokens} after prompts of {width} slots needs {slots} positions, "
             f"more than the context_length={context}: choose at most {context - width}"
         )
 
 
-SETTINGS = ("temperature", "top_k", "top_p", "stop_ids")
-
-
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "samples_per_prompt", *SETTINGS))
-def _generate(model, params, prompts, key, *, max_new_tokens, samples_per_prompt, **sampling) -> Samples:
-    hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + max_new_tokens)
+@partial(jax.jit, static_argnames=("model", "sampling", "copies"))
+def _generate(model, params, prompts, key, *, sampling: Sampling, copies: int) -> Samples:
+    hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + sampling.max_new_tokens)
     params = model.for_decoding(params)
-    keys = row_keys(key, prompts.ids, samples_per_prompt)
-    hidden = jnp.repeat(hidden, samples_per_prompt, axis=0)
-    state = empty_responses(draws(keys, max_new_tokens), cache.repeat(samples_per_prompt))
-    state = append_token(model, params, hidden, state, state.response, **sampling)
-    state = jax.lax.while_loop(lambda s: s.live.any(), partial(another_token, model, params, **sampling), state)
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
+    keys = row_keys(key, prompts.ids, copies)
+    hidden = jnp.repeat(hidden, copies, axis=0)
+    state = empty_responses(draws(keys, sampling.max_new_tokens), cache.repeat(copies))
+    state = append_token(model, params, hidden, state, state.response, sampling)
+    state = jax.lax.while_loop(lambda s: s.live.any(), partial(another_token, model, params, sampling=sampling), state)
+    prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)
     return join_responses(prompts, state.tokens, state.logp, state.counts, state.finished)
 
 
@@ -217,11 +207,11 @@ def empty_responses(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:
     )
 
 
-def another_token(model: Model, params: Params, state: Decoding, **sampling: Any) -> Decoding:
+def another_token(model: Model, params: Params, state: Decoding, sampling: Sampling) -> Decoding:
     """Another token for each live row."""
     response = jnp.where(state.live, state.response, state.tokens.shape[0])
     hidden, state = decode_step(model, params, state)
-    return append_token(model, params, hidden, state, response, **sampling)
+    return append_token(model, params, hidden, state, response, sampling)
 
 
 def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Array, "B D"], Decoding]:
@@ -345,9 +335,7 @@ def append_token(
     hidden: Float[Array, "B D"],
     state: Decoding,
     response: Int[Array, " B"],
-    *,
-    stop_ids: tuple[int, ...],
-    **how: Any,
+    sampling: Sampling,
 ) -> Decoding:
     """Sample the next token of each response in `response`, and append it.
 
@@ -355,8 +343,14 @@ def append_token(
     """
     at = jnp.minimum(response, state.tokens.shape[0] - 1)
     places = state.counts[at]
-    token, logp = sample_token(model.head(params, hidden), state.uniform[at, places], **how)
-    stopped = (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :]).any(axis=1)
+    token, logp = sample_token(
+        model.head(params, hidden),
+        state.uniform[at, places],
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )
+    stopped = (token[:, None] == jnp.asarray(sampling.stop_ids, jnp.int32)[None, :]).any(axis=1)
     return state._replace(
         tokens=state.tokens.at[response, places].set(token, mode="drop"),
         logp=state.logp.at[response, places].set(logp, mode="drop"),

@@ -19,18 +19,33 @@ from jaxtyping import Array, Bool, Int, Key
 
 from rlhf_jax.backends import on_host
 from rlhf_jax.sampling.generate import (
-    SETTINGS,
     Decoding,
+    Sampling,
     another_token,
     append_token,
     draws,
     empty_responses,
     join_responses,
     prefill,
-    require_settings,
+    require_room,
     row_key,
 )
 from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
+
+
+class Begun(NamedTuple):
+    """What begins next: P prompts, and Q responses to them, of which the first `count` are real."""
+
+    prompts: PromptBatch
+    response: Int[np.ndarray, " Q"] | Int[Array, " Q"]
+    """Where each response is kept among the R of `Decoding`."""
+    source: Int[np.ndarray, " Q"] | Int[Array, " Q"]
+    """Which of the prompts it answers."""
+    sample: Int[np.ndarray, " Q"] | Int[Array, " Q"]
+    """Its number among the samples of that prompt, from 0."""
+    count: np.int32 | Int[Array, ""]
+    until: np.int32 | Int[Array, ""]
+    """Decoding goes on until no response waits and at most so many rows are live."""
 
 
 class Waiting(NamedTuple):
@@ -46,31 +61,39 @@ class Waiting(NamedTuple):
     cache: Cache
 
 
+class Rows(NamedTuple):
+    """The rows that responses go through, and where they are placed."""
+
+    count: int = 256
+    """B, responses that are decoded together."""
+    refill: int | None = None
+    """Responses that begin together; None for half the rows of a stream. More take more memory."""
+    streams: int = 1
+    """The rows are cut into this many groups, each decoded by a thread of its own with its share of the
+    prompts. One token at a time does not keep the cores of a CPU busy: two streams are a third
+    faster on two cores. An accelerator wants one. It changes no token either."""
+    sharding: jax.sharding.Sharding | None = None
+    """Where rows live (`sharding.batch_sharding`); None for one device."""
+
+
 def generate_many(
     model: Model,
     params: Params,
     prompts: PromptBatch,
     key: Key[Array, ""],
+    sampling: Sampling,
     *,
     counts: int | Sequence[int] = 1,
-    rows: int = 256,
-    refill: int | None = None,
-    streams: int = 1,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
-    sharding: jax.sharding.Sharding | None = None,
+    rows: Rows = Rows(),  # noqa: B008  (immutable)
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
     """Samples of any number of prompts through a fixed number of rows.
 
     No row waits for the longest response. A row that ends goes on with the next prompt inside the
     decode loop (continuous batching): response lengths are heavy-tailed, and a batch that waits for
-    its longest row computes mostly padding. `refill` prompts are prefilled together and wait for
-    rows, with caches of their own; the host is asked only when none waits. The tokens are those of
-    `generate` for the same key, prompt id and sample (in float32; in bfloat16 a tie may fall
+    its longest row computes mostly padding. `Rows.refill` prompts are prefilled together and wait
+    for rows, with caches of their own; the host is asked only when none waits. The tokens are those
+    of `generate` for the same key, prompt id and sample (in float32; in bfloat16 a tie may fall
     otherwise).
 
     Args:
@@ -78,48 +101,49 @@ def generate_many(
       params: its parameters.
       prompts: N prompts, in host memory; `ids` are their places in the stream.
       key: of this stream of samples.
+      sampling: as in `generate`.
       counts: K, samples of each prompt: one number for all, or N numbers.
-      rows: B, responses that are decoded together.
-      refill: responses that begin together; None for half the rows of a stream. More take more
-        memory.
-      streams: the rows are cut into this many groups, each decoded by a thread of its own with its
-        share of the prompts. One token at a time does not keep the cores of a CPU busy: two streams
-        are a third faster on two cores. An accelerator wants one. It changes no token either.
-      max_new_tokens: tokens, EOS included.
-      temperature: divides the logits; 0 is greedy.
-      top_k: as in `generate`.
-      top_p: as in `generate`.
-      stop_ids: the ids that end a response.
-      sharding: where rows live (`sharding.batch_sharding`); None for one device.
+      rows: how many rows, in how many streams, and where they are placed.
       progress: called with (responses done, responses) after each refill.
 
     Returns:
       `Samples` on the host, prompt by prompt: the K samples of a prompt follow each other.
 
     Raises:
-      ValueError: as `generate`, or when `counts` does not fit the prompts, or `streams` the
+      ValueError: as `generate`, or when `counts` does not fit the prompts, or `rows.streams` the
         devices.
     """
     repeats = np.broadcast_to(np.asarray(counts), prompts.lengths.shape)
     if repeats.min(initial=0) < 0:
         raise ValueError(f"counts={int(repeats.min())} of a prompt must not be negative: 0 leaves the prompt out")
-    require_settings(model, prompts, max_new_tokens, temperature, top_k, top_p, 1)
-    if streams < 1 or (streams > 1 and sharding is not None and len(sharding.device_set) > 1):
-        raise ValueError(f"streams={streams} must be 1 on several devices, and at least 1: pass streams=1")
-    streams = max(1, min(streams, int((repeats > 0).sum())))
-    rows = -(-rows // streams) if sharding is not None else max(1, -(-min(rows, int(repeats.sum())) // streams))
+    require_room(model, prompts, sampling)
+    streams = _streams(rows, repeats)
+    width = -(-rows.count // streams)
+    if rows.sharding is None:  # no more rows than responses
+        width = max(1, -(-min(rows.count, int(repeats.sum())) // streams))
     host = jax.tree.map(np.asarray, prompts)
-    shares = _shares(repeats, streams)
-    queues = [_Queue(jax.tree.map(lambda x, i=i: x[i], host), repeats[i], rows, refill, max_new_tokens) for i in shares]
-    run = partial(
-        _refill_and_decode, model, params, _for_decoding(model, params), key, sharding=sharding,
-        temperature=float(temperature), top_k=int(top_k), top_p=float(top_p),
-        stop_ids=tuple(int(i) for i in stop_ids),
-    )  # fmt: skip
-    slots = prompts.tokens.shape[1] + max_new_tokens
-    _drain_all(queues, lambda queue: _empty(model, queue, slots, max_new_tokens, sharding), run, progress)
+    queues = [
+        _Queue(jax.tree.map(lambda x, i=i: x[i], host), repeats[i], width, rows.refill, sampling.max_new_tokens)
+        for i in _shares(repeats, streams)
+    ]
+    fast = _for_decoding(model, params)
+
+    def run(state: Decoding, begun: Begun) -> Decoding:
+        return _refill_and_decode(model, (params, fast), key, state, begun, sampling=sampling, sharding=rows.sharding)
+
+    slots = prompts.tokens.shape[1] + sampling.max_new_tokens
+    empty = lambda queue: _empty(model, queue, slots, sampling.max_new_tokens, rows.sharding)  # noqa: E731
+    _drain_all(queues, empty, run, progress)
     parts = [queue.samples() for queue in queues]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _streams(rows: Rows, repeats: np.ndarray) -> int:
+    """The streams that there are prompts for."""
+    several = rows.sharding is not None and len(rows.sharding.device_set) > 1
+    if rows.streams < 1 or (rows.streams > 1 and several):
+        raise ValueError(f"streams={rows.streams} must be 1 on several devices, and at least 1: pass streams=1")
+    return max(1, min(rows.streams, int((repeats > 0).sum())))
 
 
 @partial(jax.jit, static_argnames="model")
@@ -166,7 +190,7 @@ def _drain_all(
             while not (queue.empty or stop.is_set()):
                 # Only to dispatch: the program is compiled by one stream, and the others find it.
                 with turn:
-                    state = run(state, *queue.next())
+                    state = run(state, queue.next())
                 queue.collect(state)
                 with turn:
                     progress(sum(q.collected for q in queues), total)
@@ -219,7 +243,7 @@ class _Queue:
     def empty(self) -> bool:
         return self.collected == self.total
 
-    def next(self) -> tuple[PromptBatch, np.ndarray, np.ndarray, np.ndarray, np.int32, np.int32]:
+    def next(self) -> Begun:
         """What begins next, as `_refill_and_decode` takes it.
 
         Prompts; place, prompt and sample of each response; how many; rows that may stay live.
@@ -237,7 +261,7 @@ class _Queue:
         # While more prompts come the loop ends as soon as none waits: no row shall stand idle.
         until = self.rows if self.given < self.total else 0
         prompts = jax.tree.map(lambda x: x[chosen], self.prompts)
-        return prompts, place, source, sample, np.int32(len(jobs)), np.int32(until)
+        return Begun(prompts, place, source, sample, np.int32(len(jobs)), np.int32(until))
 
     def collect(self, state: Decoding) -> None:
         """Take over the responses that have ended."""
@@ -258,43 +282,31 @@ class _Queue:
             return jax.tree.map(np.asarray, rows)
 
 
-@partial(jax.jit, static_argnames=("model", "sharding", *SETTINGS), donate_argnames="state")
-def _refill_and_decode(
-    model,
-    params,
-    fast,
-    key,
-    state,
-    prompts,
-    place,
-    source,
-    sample,
-    count,
-    until,
-    *,
-    sharding,
-    **sampling,
-) -> Decoding:
-    """Begin responses to `prompts` at the places `place`, then decode them.
+@partial(jax.jit, static_argnames=("model", "sharding", "sampling"), donate_argnames="state")
+def _refill_and_decode(model, weights, key, state, begun: Begun, *, sampling: Sampling, sharding) -> Decoding:
+    """Begin responses, then decode them: whenever a row ends, it takes a response that waits.
 
-    Whenever a row ends, it takes a response that waits. Ends when none waits and at most `until`
-    rows are live. `fast` are the parameters for decoding.
+    Ends when none waits and at most ``begun.until`` rows are live. `weights` are the parameters, and
+    those for decoding.
     """
+    params, fast = weights
+    prompts, place, source, sample, count, until = jax.tree.map(jnp.asarray, begun)
     hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
     keys = jax.vmap(partial(row_key, key))(prompts.ids[source], sample)
     state = state._replace(
-        response=jnp.where(state.live, state.response, state.tokens.shape[0]),  # its old place has a new response now
+        # Its old place has a new response now.
+        response=jnp.where(state.live, state.response, state.tokens.shape[0]),
         counts=state.counts.at[place].set(0, mode="drop"),
         finished=state.finished.at[place].set(False, mode="drop"),
         uniform=state.uniform.at[place].set(draws(keys, state.tokens.shape[1]), mode="drop"),
     )
-    state = append_token(model, params, hidden[source], state, place, **sampling)
+    state = append_token(model, params, hidden[source], state, place, sampling)
     waiting = Waiting(place, source, jnp.zeros((), jnp.int32), count, cache)
 
     def advance(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
         # A loop, not a condition: its body works in place, and mostly it does not run.
         state, waiting = jax.lax.while_loop(_may_hand_over, _hand_over, carry)
-        return another_token(model, fast, state, **sampling), waiting
+        return another_token(model, fast, state, sampling), waiting
 
     def goes_on(carry: tuple[Decoding, Waiting]) -> Bool[Array, ""]:
         state, waiting = carry

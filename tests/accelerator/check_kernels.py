@@ -24,8 +24,8 @@ from rlhf_jax.data import text
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import visible
 from rlhf_jax.models.heads import language_model
-from rlhf_jax.sampling.generate import generate
-from rlhf_jax.sampling.refill import generate_many
+from rlhf_jax.sampling.generate import Sampling, generate
+from rlhf_jax.sampling.refill import Rows, generate_many
 
 ROWS, SLOTS = 4, 512
 CONFIG = DecoderConfig(
@@ -138,7 +138,7 @@ def sampler_and_trainer(dtype: str) -> float:
     model = language_model(dataclasses.replace(CONFIG, dtype=dtype))
     params = model.init(jax.random.key(1))
     prompts = text.prompt_batch(np.random.default_rng(0).integers(1, 1024, (8, 200)).tolist(), length=200)
-    samples = generate(model, params, prompts, jax.random.key(2), max_new_tokens=200)
+    samples = generate(model, params, prompts, jax.random.key(2), Sampling(max_new_tokens=200))
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     score = jax.jit(scoring.sequence_log_probs, static_argnums=0)
     logp = score(model, params, samples.tokens, samples.lengths, mask)
@@ -152,8 +152,8 @@ def refill() -> bool:
     prompts = text.prompt_batch(np.random.default_rng(1).integers(1, 1024, (24, 40)).tolist(), length=40)
     settings = {"max_new_tokens": 60, "stop_ids": tuple(range(60))}
     with jax.default_matmul_precision("highest"):
-        together = generate(model, params, prompts, jax.random.key(3), **settings)
-        refilled = generate_many(model, params, prompts, jax.random.key(3), rows=6, **settings)
+        together = generate(model, params, prompts, jax.random.key(3), Sampling(**settings))
+        refilled = generate_many(model, params, prompts, jax.random.key(3), Sampling(**settings), rows=Rows(count=6))
     return bool(np.array_equal(together.tokens, refilled.tokens))
 
 

@@ -81,9 +81,7 @@ def test_a_decoder_gives_the_same_hidden_states_by_either(rows):
 
     def hidden(kernel):
         own = dataclasses.replace(config, attention=kernel)
-        return apply_decoder(
-            own, params, tokens, **Rows(rows[0], positions, rows[1])._asdict()
-        ).hidden
+        return apply_decoder(own, params, tokens, **Rows(rows[0], positions, rows[1])._asdict()).hidden
 
     real = np.asarray(rows[0] > 0)
     np.testing.assert_allclose(hidden("auto")[real], hidden("plain")[real], rtol=1e-4, atol=2e-5)

@@ -18,7 +18,7 @@ from rlhf_jax.data import text
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.models.decoder import apply_decoder, init_decoder
 from rlhf_jax.models.decoding import decoding_params, init_cache
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.types import Cache
 
 ROWS, SLOTS = 5, 150  # more slots than are looked at together, and no multiple of them
@@ -52,9 +52,7 @@ def _cache(config: DecoderConfig) -> Cache:
 
 def _step(config: DecoderConfig, params: dict, cache: Cache):
     tokens, live = jnp.arange(1, ROWS + 1)[:, None], jnp.array([1, 1, 1, 1, 0])[:, None]
-    return apply_decoder(
-        config, params, tokens, segments=live, positions=cache.lengths[:, None], cache=cache
-    )
+    return apply_decoder(config, params, tokens, segments=live, positions=cache.lengths[:, None], cache=cache)
 
 
 def _slots_first(cache: Cache) -> Cache:
@@ -132,13 +130,7 @@ def test_the_sampler_gives_the_log_probs_of_the_trainer(on_nvidia, monkeypatch):
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, model.init(jax.random.key(1)))
     prompts = text.prompt_batch([[3, 4, 5, 6], [7], [8, 9]], length=4)
     samples = generate(
-        model,
-        params,
-        prompts,
-        jax.random.key(2),
-        max_new_tokens=12,
-        stop_ids=(2,),
-        samples_per_prompt=2,
+        model, params, prompts, jax.random.key(2), Sampling(max_new_tokens=12, stop_ids=(2,)), samples_per_prompt=2
     )
     assert len(steps) == 1, "the loop was compiled with other blocks"
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])

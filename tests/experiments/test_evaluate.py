@@ -20,7 +20,7 @@ from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.models import DecoderConfig, language_model
 from rlhf_jax.run import datasets
 from rlhf_jax.run import networks as networks_lib
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import PromptBatch
 from tests import tiny
@@ -42,7 +42,7 @@ def test_kl_is_a_number_for_greedy_samples_too(temperature, monkeypatch):
     """Greedy: both models at temperature 1, whose log-ratio is computed here by hand."""
     policy, other = (MODEL.init(jax.random.key(seed)) for seed in (0, 1))
     prompts = PromptBatch(jnp.ones((3, 4), jnp.int32), jnp.array([2, 3, 4]), jnp.arange(3))
-    drawn = generate(MODEL, policy, prompts, jax.random.key(2), max_new_tokens=6, temperature=temperature)
+    drawn = generate(MODEL, policy, prompts, jax.random.key(2), Sampling(max_new_tokens=6, temperature=temperature))
     samples = jax.tree.map(np.asarray, drawn)
     tokenizer = load_tokenizer(storyland_assets.assets())  # both have it; nothing is encoded here
     networks = [networks_lib.Network(MODEL, params, tokenizer) for params in (policy, other)]

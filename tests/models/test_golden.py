@@ -16,7 +16,7 @@ from rlhf_jax import scoring
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
 from rlhf_jax.models.config import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.types import PromptBatch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
@@ -72,7 +72,7 @@ def test_cached_decoding_agrees_with_whole_rows(name):
     ids, lengths, _ = golden(name)
     model, params, _ = load_hf(GOLDEN / name)
     prompts = PromptBatch(jnp.asarray(ids[:, :6]), jnp.minimum(jnp.asarray(lengths), 6), jnp.arange(3))
-    samples = generate(model, params, prompts, jax.random.key(0), max_new_tokens=8)
+    samples = generate(model, params, prompts, jax.random.key(0), Sampling(max_new_tokens=8))
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     again = scoring.sequence_log_probs(model, params, samples.tokens, samples.lengths, mask)
     np.testing.assert_allclose(samples.logp, again, atol=1e-4)

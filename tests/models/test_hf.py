@@ -22,7 +22,7 @@ from rlhf_jax.data.text import encode_document, lm_rows, stop_ids
 from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
 from rlhf_jax.models.config import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf, hf_config, stored
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.scoring import lm_log_probs
 from rlhf_jax.types import PromptBatch
 from tests import margins
@@ -531,7 +531,7 @@ def test_real_model_greedy_text_is_the_published_one(stories):
     ids = golden["greedy_from_bos"]["ids"]
     bos = PromptBatch(jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32), jnp.zeros((1,), jnp.int32))
     settings = {"max_new_tokens": len(ids) - 1, "temperature": 0.0, "stop_ids": (1,)}
-    greedy = lambda params: generate(model, params, bos, jax.random.key(0), **settings).tokens  # noqa: E731
+    greedy = lambda params: generate(model, params, bos, jax.random.key(0), Sampling(**settings)).tokens  # noqa: E731
     margins.assert_no_near_tie(greedy, params)
     assert greedy(params)[0].tolist() == ids
     # The file keeps the space that the encoder puts before a text.

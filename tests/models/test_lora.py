@@ -11,7 +11,7 @@ from rlhf_jax import optim, steps
 from rlhf_jax.models import init_lora, lora_model, merge_lora, with_lora
 from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_from_language_model, scalar_model
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.types import LMBatch, PromptBatch
 from tests import margins
 
@@ -68,7 +68,7 @@ def test_adapted_layer_by_layer_equals_merged(config, kinds):
 
     def decoded(params):
         greedy = {"max_new_tokens": 6, "temperature": 0.0, "stop_ids": (0,)}
-        return generate(model, params, prompt, jax.random.key(0), **greedy).tokens
+        return generate(model, params, prompt, jax.random.key(0), Sampling(**greedy)).tokens
 
     margins.assert_no_near_tie(decoded, merge_lora(base, adapters, alpha=8))
     np.testing.assert_array_equal(

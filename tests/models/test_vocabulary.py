@@ -18,8 +18,8 @@ from rlhf_jax import log_probs, sharding
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, lora_model, save_hf, scalar_model
 from rlhf_jax.models.vocabulary import unused_ids, with_texts_only
 from rlhf_jax.run import networks, responses
-from rlhf_jax.sampling.generate import sample_token
-from rlhf_jax.sampling.refill import generate_many
+from rlhf_jax.sampling.generate import Sampling, sample_token
+from rlhf_jax.sampling.refill import Rows, generate_many
 from rlhf_jax.types import PromptBatch
 
 CONFIG = DecoderConfig(24, 32, 1, 16, 2)
@@ -70,7 +70,9 @@ def test_a_loaded_model_never_samples_an_id_without_a_text(tied: bool, how: dict
     assert loaded.config == dataclasses.replace(model.config, unused_ids=((18, 24),))
     hidden = jax.random.normal(jax.random.key(3), (64, 16))
     assert jnp.mean(jnp.argmax(model.head(params, hidden), axis=-1) >= 18) > 0.5  # they are what it would draw
-    samples = generate_many(loaded, again, prompts(8), jax.random.key(0), max_new_tokens=8, rows=4, **how)
+    samples = generate_many(
+        loaded, again, prompts(8), jax.random.key(0), Sampling(max_new_tokens=8, **how), rows=Rows(count=4)
+    )
     assert samples.tokens.max() < 18
     save_hf(tmp_path / "again", loaded, again, tokenizer)
     assert load_hf(tmp_path / "again")[0] is loaded

@@ -14,7 +14,7 @@ from rlhf_jax import sharding
 from rlhf_jax.run import compiling, memory
 from rlhf_jax.run.networks import TrainableParams, size
 from rlhf_jax.run.ppo.setup import Setup, sharding_rules, stop_ids
-from rlhf_jax.sampling.generate import lower_generate
+from rlhf_jax.sampling.generate import Sampling, lower_generate
 from rlhf_jax.types import LMBatch, Params, PromptBatch, Rollout, Samples
 
 PHASES = ("rollout", "score", "update")
@@ -51,9 +51,12 @@ def lowered(
         weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
         prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
         return lower_generate(
-            setup.policy.model, weights, prompts, key, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, stop_ids=stop_ids(setup),
-        )  # fmt: skip
+            setup.policy.model,
+            weights,
+            prompts,
+            key,
+            Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop_ids(setup)),
+        )
 
     def score() -> jax.stages.Lowered:
         value = network(setup.trained_value, state.value.params, "value", "whole")

@@ -203,9 +203,8 @@ def test_attention_over_a_cache(backend):
     query = normal(2, ROWS, 3, HEADS, WIDTH, dtype=dtype)
     slots = jnp.array([[0, 1, 2, 3, 4], [0, 1, 12, 12, 12], [12] * 5, [0, 1, 2, 12, 12]])
     more = jnp.array([[5, 6, 7], [2, 3, 4], [0, 1, 12], [3, 12, 12]])
-    seen = (jnp.arange(length) <= more[:, :, None]) & (
-        jnp.arange(length) < more.min(1)[:, None, None] + 3
-    )
+    place = jnp.arange(length)[None, None, :]
+    seen = (place <= more[:, :, None]) & (place < more.min(1)[:, None, None] + 3)
     view = View(jnp.where(seen, 0.0, -1e30)[:, None], None, None)
 
     def run(layout):

@@ -421,11 +421,10 @@ def _fields(batch: Any) -> dict[str, Array]:
 
 
 def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
-    backend = getattr(model.config, "backend", None) or backend_for()
-
     def loss_fn(params: Params, rows: tuple[LMBatch, Array | None]) -> tuple[Mean, Metrics]:
         batch, keys = rows
         key = None if keys is None else keys[0]
+        backend = getattr(model.config, "backend", None) or backend_for()
         of_logp = _traced_once(lambda logp: loss(logp=logp, **_fields(batch)), batch.tokens.shape)
         weights = None
         if backend.head_forward:

@@ -6,9 +6,10 @@ Prints for policy, value network, reference and reward model what lies on each d
 and whether it fits; if not, what to change. The last line with ``--json`` is all of it as JSON.
 
 Two sources, named in the output. *By rule*: bytes of every array from `jax.eval_shape` and the sharding rules (exact),
-activations and caches from the formulas of this file. *Compiled*: the real programs, compiled for as many fake CPU
-devices, with the memory that XLA's CPU compiler counts; it computes in float32 where the config says bfloat16 and
-schedules otherwise than a GPU or TPU, so it is a bound from above for those. ``--no_compile`` leaves it out.
+activations and caches from the formulas of this file. *Compiled*: the real programs in the forms of an accelerator
+(`backends.planned_for_accelerators`), compiled for as many fake CPU devices, with the memory that XLA's CPU compiler
+counts. It computes in float32 where the config says bfloat16 and schedules otherwise than a GPU or TPU, so it is a
+bound from above for those. ``--no_compile`` leaves it out.
 """
 
 from __future__ import annotations

@@ -162,17 +162,17 @@ def joined(layer: Params) -> Params:
     """The layer with each group of `JOINED` as one projection, its outputs side by side.
 
     Few rows keep a small product from using a device well. Not where outputs are spread over
-    devices: those of one projection would have to move. Nor beside adapters, which have inputs of
-    their own.
+    devices: those of one projection would have to move. Nor in a layer with adapters, which have
+    inputs of their own.
     """
     modules: dict[str, dict[str, Any]] = {name: dict(module) for name, module in layer.items()}
+    if any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(layer)):
+        return layer
+    beside = lambda *leaves: jnp.concatenate(leaves, axis=-1)  # noqa: E731
     for name, parts in JOINED.items():
-        module = modules[name]
-        there = all(part in module for part in parts)
-        if there and not any("lora_a" in module[part] for part in parts):
-            together = [module.pop(part) for part in parts]
-            beside = lambda *leaves: jnp.concatenate(leaves, axis=-1)  # noqa: E731
-            module["_".join(parts)] = jax.tree.map(beside, *together)
+        if all(part in modules[name] for part in parts):
+            together = [modules[name].pop(part) for part in parts]
+            modules[name]["_".join(parts)] = jax.tree.map(beside, *together)
     return modules
 
 

@@ -98,8 +98,12 @@ def test_linear(backend, shape):
 @pytest.mark.parametrize("outputs", [48, 20], ids=["tiles", "no tiles"])
 def test_a_decode_layout_computes_the_same_products(backend, outputs):
     layer = {
-        "attention": {name: {"kernel": normal(i, 16, 16)} for i, name in enumerate(("query", "key", "value"))},
-        "mlp": {name: {"kernel": normal(7 + i, 16, outputs)} for i, name in enumerate(("gate", "up"))},
+        "attention": {
+            name: {"kernel": normal(i, 16, 16)} for i, name in enumerate(("query", "key", "value"))
+        },
+        "mlp": {
+            name: {"kernel": normal(7 + i, 16, outputs)} for i, name in enumerate(("gate", "up"))
+        },
     }
     x, laid_out = normal(9, 3, 1, 16), backend.decode_layout(layer)
     for module, names in (("attention", ("query", "key", "value")), ("mlp", ("gate", "up"))):
@@ -124,7 +128,9 @@ def test_head_logits(backend, rows, vocabulary):
 
 def test_residual(backend):
     through = lambda f: lambda x, w: f(f(x + jnp.tanh(x @ w)) * 2)  # noqa: E731
-    same_with_gradients(through(backend.residual), through(PLAIN.residual), normal(0, 2, 3, 4), normal(1, 4, 4))
+    same_with_gradients(
+        through(backend.residual), through(PLAIN.residual), normal(0, 2, 3, 4), normal(1, 4, 4)
+    )
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -182,7 +188,9 @@ def test_attention_of_some_slots(backend, kind):
     query, key, value = operands(dtype_of(backend))
     arguments = backends.take(query, at), key, value
     run = lambda attend: lambda *qkv: attend(*qkv, view, WIDTH)  # noqa: E731
-    same_with_gradients(run(backend.attend_at), run(PLAIN.attend_at), *arguments, real=real[:, :, None, None])
+    same_with_gradients(
+        run(backend.attend_at), run(PLAIN.attend_at), *arguments, real=real[:, :, None, None]
+    )
 
 
 def test_attention_over_a_cache(backend):
@@ -195,11 +203,14 @@ def test_attention_over_a_cache(backend):
     query = normal(2, ROWS, 3, HEADS, WIDTH, dtype=dtype)
     slots = jnp.array([[0, 1, 2, 3, 4], [0, 1, 12, 12, 12], [12] * 5, [0, 1, 2, 12, 12]])
     more = jnp.array([[5, 6, 7], [2, 3, 4], [0, 1, 12], [3, 12, 12]])
-    seen = (jnp.arange(length) <= more[:, :, None]) & (jnp.arange(length) < more.min(1)[:, None, None] + 3)
+    place = jnp.arange(length)[None, None, :]
+    seen = (place <= more[:, :, None]) & (place < more.min(1)[:, None, None] + 3)
     view = View(jnp.where(seen, 0.0, -1e30)[:, None], None, None)
 
     def run(layout):
-        cache = tuple(jnp.zeros(shape, dtype) for shape in layout.shapes(ROWS, length, GROUPS, WIDTH))
+        cache = tuple(
+            jnp.zeros(shape, dtype) for shape in layout.shapes(ROWS, length, GROUPS, WIDTH)
+        )
         assert all(x.shape[layout.head_axis] == GROUPS for x in cache)
         cache = layout.write(cache, slots, key[:, :5], value[:, :5])
         cache = layout.write(cache, more, key[:, 5:], value[:, 5:])
@@ -214,7 +225,9 @@ def test_attention_over_a_cache(backend):
 def body(x, layer, own, positions=None):
     """A block that looks at a whole row and at its number."""
     mixed = jnp.cumsum(x @ own["w"], axis=1) + layer
-    x, mixed = (x, mixed) if positions is None else (backends.take(y, positions) for y in (x, mixed))
+    x, mixed = (
+        (x, mixed) if positions is None else (backends.take(y, positions) for y in (x, mixed))
+    )
     return x + jnp.tanh(mixed), None
 
 
@@ -231,7 +244,10 @@ def test_unstack(backend):
     def run(backend):
         def total(stacked):
             own = backend.unstack(stacked)
-            return sum(jnp.sum(jnp.sin((i + 1) * layer["w"]) * layer["b"][0]) for i, layer in enumerate(own))
+            return sum(
+                jnp.sum(jnp.sin((i + 1) * layer["w"]) * layer["b"][0])
+                for i, layer in enumerate(own)
+            )
 
         stacked = {"w": normal(0, 3, 4, 4), "b": normal(1, 3, 2)}
         return backend.unstack(stacked), jax.jit(jax.grad(total))(stacked)
@@ -295,12 +311,16 @@ def test_rows_that_splash_cannot_divide_or_compare_are_computed_in_blocks():
         program = jax.make_jaxpr(lambda *a: attend(*a, WIDTH))(*cut)
         assert "pallas_call" not in str(program)
     view, _ = view_of("packed")
-    assert "pallas_call" in str(jax.make_jaxpr(lambda *a: attend(*a, WIDTH))(*operands("float32"), view))
+    assert "pallas_call" in str(
+        jax.make_jaxpr(lambda *a: attend(*a, WIDTH))(*operands("float32"), view)
+    )
 
 
 def test_cudnn_gets_no_mask_where_causality_and_lengths_say_the_same(monkeypatch):
     given = {}
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **how: given.update(how) or q)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **how: given.update(how) or q
+    )
     qkv, backend = operands("bfloat16"), make("nvidia", dtype="bfloat16")
     backend.attend(*qkv, view_of("one text")[0], WIDTH)
     assert given.pop("is_causal")

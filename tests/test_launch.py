@@ -56,19 +56,20 @@ def test_a_gpu_node_runs_the_command_and_hands_on_its_status(surroundings, tmp_p
 
 def test_slurm_starts_a_process_for_each_task(surroundings, tmp_path):
     """Two tasks, as srun would start them; SLURM's own variables are tested in tests/test_processes.py."""
+    port = free_port()
     stand_in(
         tmp_path,
         "srun",
         f"""
 while [[ $1 == --* ]]; do shift; done
 for task in 0 1; do
-  "$@" --coordinator_address=127.0.0.1:{free_port()} --num_processes=2 --process_id=$task &
+  "$@" --coordinator_address=127.0.0.1:{port} --num_processes=2 --process_id=$task &
   tasks+=($!)
 done
 for task in "${{tasks[@]}}"; do wait "$task" || exit $?; done""",
     )
     stand_in(tmp_path, "scontrol", "echo requeued >> $CALLS")
-    done = launch("slurm.sbatch", *STAGE, "--workdir=run", env=surroundings, cwd=tmp_path)
+    done = launch("slurm.sbatch", *STAGE, "--workdir=run", env=surroundings | {"SLURM_JOB_ID": "7"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Dry run on 2 x cpu (data=2, fsdp=1, tensor=1)" in done.stdout
     assert not (tmp_path / "calls").exists()
@@ -87,13 +88,17 @@ def test_a_tpu_vm_gets_the_checkout_and_runs_the_command_there(surroundings, tmp
         f"""
 echo "$@" >> $CALLS
 if [[ $4 == scp ]]; then cp "$5" {worker}/rlhf_jax.tgz; exit; fi
-for word in "$@"; do if [[ $word == --command=* ]]; then cd {worker} && bash -c "${{word#--command=}}"; exit; fi; done""",
+for word in "$@"; do
+  if [[ $word == --command=* ]]; then cd {worker} && bash -c "${{word#--command=}}"; exit; fi
+done""",
     )
     stand_in(
         tmp_path,
         "make",
         f"""
-mkdir -p .venv/bin && printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > .venv/bin/python && chmod +x .venv/bin/python""",
+mkdir -p .venv/bin
+printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > .venv/bin/python
+chmod +x .venv/bin/python""",
     )
     address = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=1", "--process_id=0")
     cluster = {"TPU": "my-tpu", "ZONE": "us-central2-b"}

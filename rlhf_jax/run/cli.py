@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import inspect
@@ -54,6 +55,7 @@ def main(
       plan: of a pipeline, which answers a changed config stage by stage, so that it is not refused here:
         ``(config, workdir, overwrite=...)``, called instead of `run` when ``--dry_run`` is given.
     """
+    program = _Program(run, config, workdir, one_process, dry_run, check, plan)
     output.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
@@ -61,7 +63,7 @@ def main(
     several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
     with signals.interrupting(several=several):
         try:
-            status = _main(run, config, workdir, arguments, secrets, one_process, dry_run, check, plan)
+            status = _main(program, arguments, secrets)
         except Exception as error:
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
@@ -71,21 +73,29 @@ def main(
     sys.exit(status)
 
 
-def _main(
-    run: Run, config_default: str, workdir_default: str, argv: list[str], given: list[str] | None = None,
-    one_process: str = "", dry_run: Callable[[ConfigDict], Any] | None = None,
-    check: Callable[[ConfigDict], Any] | None = None,
-    plan: Callable[..., Any] | None = None,
-) -> int:  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What `main` was given beside the arguments."""
+
+    run: Run
+    config: str
+    workdir: str
+    one_process: str
+    dry_run: Callable[[ConfigDict], Any] | None
+    check: Callable[[ConfigDict], Any] | None
+    plan: Callable[..., Any] | None
+
+
+def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
+    """Runs a program; returns its exit status. Secrets of its config are added to `secrets` when they are known."""
     fresh, path, lock, above = False, None, None, []
-    secrets = [] if given is None else given
     try:
         if not argv:
-            if config_default:
-                _look_ahead(check, load_config(config_default), "")  # says what is missing
-            return _say(_usage(run, config_default, workdir_default), 2)
-        flags, overrides = _parse_flags(run, config_default, workdir_default, argv)
-        _check_process_flags(flags, one_process)
+            if program.config:
+                _look_ahead(program.check, load_config(program.config), "")  # says what is missing
+            return _say(_usage(program.run, program.config, program.workdir), 2)
+        flags, overrides = _parse_flags(program.run, program.config, program.workdir, argv)
+        _check_process_flags(flags, program.one_process)
         if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
             sys.path.insert(0, os.getcwd())
         if flags.distributed:
@@ -96,16 +106,16 @@ def _main(
         path = files.local_path("--workdir", flags.workdir)
         _agree_on_command(flags, config)
         if flags.dry_run:
-            _run_dry(dry_run, config) if plan is None else _show_plan(plan, config, flags)
+            _run_dry(program.dry_run, config) if program.plan is None else _show_plan(program.plan, config, flags)
             return 0
-        _look_ahead(check, config, flags.config)
+        _look_ahead(program.check, config, flags.config)
         if processes.index() == 0:
             above = [parent for parent in path.parents if not parent.exists()]
             lock = workdir_lib.claim_workdir(path, overwrite=flags.overwrite)
-            fresh = _enter(path, config, flags, by_stages=plan is not None)
+            fresh = _enter(path, config, flags, by_stages=program.plan is not None)
         workdir_lib.share_workdir(path, fresh)
         with workdir_lib.allow_change(flags.allow_config_change), _another_programs_config(flags.config):
-            run(config, str(path))
+            program.run(config, str(path))
         processes.finish()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if fresh and path is not None:

@@ -123,7 +123,7 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
     if found:
         name = max(found, key=lambda name: found[name].new)
         print(f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays", flush=True)
-    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")  # another process tells its own
     print(f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}", flush=True)
     print(f"The sizes are those of the {platform} compiler. Nothing was trained and nothing was written.", flush=True)
     return found

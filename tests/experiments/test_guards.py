@@ -30,6 +30,7 @@ from rlhf_jax.run import records as run_records
 from rlhf_jax.run.config import load_config
 from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.run.ppo import watch as ppo_watch
+from rlhf_jax.run.ppo.setup import Setup
 from rlhf_jax.run.workdir import allow_change
 from rlhf_jax.types import Mean
 from tests.reliability import kill
@@ -373,7 +374,8 @@ def test_skipped_minibatches_are_named_and_counted_over_iterations(inputs, tmp_p
     """Two minibatches of the first iteration and one of the second make three in a row."""
     config = config_of("ppo", inputs)
     config.guard.max_skipped = 3
-    setup = SimpleNamespace(
+    nothing = Setup._make([None] * len(Setup._fields))
+    setup = nothing._replace(
         prompts=Batches({"x": np.arange(16)}, batch_size=8, seed=0), prompt_ids=[f"p{i}" for i in range(16)]
     )
     skips = guards.Skips(tmp_path, "ppo", config.prompts, limit=3)
@@ -387,7 +389,7 @@ def test_skipped_minibatches_are_named_and_counted_over_iterations(inputs, tmp_p
 
     def watch(metrics: dict, iteration: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ppo, "to_host", lambda m: {k: float(getattr(v, "value", v)) for k, v in m.items()
+            patch.setattr(ppo_watch, "to_host", lambda m: {k: float(getattr(v, "value", v)) for k, v in m.items()
                                                      if k != "skipped_steps"})  # fmt: skip
             ppo_watch.watch(setup, skips, metrics, iteration, config)
 

@@ -27,7 +27,7 @@ from rlhf_jax.data.sources import running_text
 from rlhf_jax.data.text import encode_prompt, encode_response, load_tokenizer
 from rlhf_jax.evaluation.report import check_results
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, save_hf
-from rlhf_jax.run import cli, devices, networks, pretrained
+from rlhf_jax.run import cli, data_flags, devices, networks, pretrained
 from rlhf_jax.run.config import leaf_keys, load_config, record_reads
 from rlhf_jax.run.ppo import settings
 from rlhf_jax.run.ppo import setup as setup_lib
@@ -344,7 +344,7 @@ def test_another_tokenizer_is_refused_before_ppo(made, tmp_path):
 
 
 def test_short_flags_stand_for_config_keys():
-    full = prepare_data.expand
+    full = data_flags.expand
     assert full(["--source=hh_rlhf", "--data_dir=d", "--out", "o"]) == [
         "--config=configs/data/hh_rlhf.py", "--config.data_dir=d", "--workdir=o",
     ]  # fmt: skip
@@ -361,7 +361,7 @@ def test_the_command_of_the_issue_writes_the_files(made, tmp_path, monkeypatch):
     sizes = {k: v for k, v in made.config.items() if isinstance(v, int)}
     flags += [f"--config.{key}={value}" for key, value in sizes.items()]
     with pytest.raises(SystemExit) as ended:
-        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=data_flags.expand(flags))
     assert ended.value.code == 0
     assert (tmp_path / "out" / "rankings.jsonl").read_bytes() == (made.out / "rankings.jsonl").read_bytes()
 
@@ -720,7 +720,7 @@ def test_own_files_from_the_command_line(tmp_path, monkeypatch, capsys):
     flags += ["--config.fractions.test=0.2", "--config.fractions.validation=0.2"]
     flags += [f"--config.{key}={value}" for key, value in files.items()]
     with pytest.raises(SystemExit) as ended:
-        cli.main(prepare_data.run, config="x", workdir="y", argv=prepare_data.expand(flags))
+        cli.main(prepare_data.run, config="x", workdir="y", argv=data_flags.expand(flags))
     assert (ended.value.code, capsys.readouterr().err) == (0, "")
     assert len(read_out(tmp_path / "out", "rankings")) > 10
 

@@ -7,10 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.run import guards
-from rlhf_jax.run.metrics import to_host
+from rlhf_jax.run.metrics import Values, to_host
 from rlhf_jax.run.ppo.setup import Setup
 from rlhf_jax.steps import minibatch_order
-from rlhf_jax.types import Metrics
 
 
 def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.Array]:
@@ -19,7 +18,7 @@ def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.A
     return key, jax.random.fold_in(key, 1)
 
 
-def watch(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, config: ConfigDict) -> None:
+def watch(setup: Setup, skips: guards.Skips, metrics: Values, iteration: int, config: ConfigDict) -> None:
     """Names the scores and minibatches that were left out of the update, and stops a run that has diverged.
 
     Raises:
@@ -44,7 +43,7 @@ def watch(setup: Setup, skips: guards.Skips, metrics: Metrics, iteration: int, c
 
 
 def name_skipped(
-    setup: Setup, skips: guards.Skips, metrics: Metrics, why: str, iteration: int, config: ConfigDict
+    setup: Setup, skips: guards.Skips, metrics: Values, why: str, iteration: int, config: ConfigDict
 ) -> None:
     """Goes through the optimizer steps of an iteration of which some were skipped, and says `why`.
 

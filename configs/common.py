@@ -43,7 +43,10 @@ def pipeline(**stages: ConfigDict) -> ConfigDict:
     """
     shared = {"seed": 0, "base": "", "shapes": {"policy": {}, "reward_model": {}}, "validation_samples": 2}
     shared["smoke"] = False
-    return ConfigDict(shared | stages)
+    config = ConfigDict(shared | stages)
+    for stage in ("sft", "ppo_init"):  # the pipeline fills it in, from `base`
+        config[stage].model = ""
+    return config
 
 
 def data() -> ConfigDict:

@@ -123,6 +123,7 @@ def smoke(config: ConfigDict) -> None:
     """A whole pipeline in under two minutes."""
     for stage in common.STAGES:
         globals()[f"smoke_{'sft' if stage == 'ppo_init' else stage}"](config[stage])
+    config.sft.model = config.ppo_init.model = ""  # the pipeline fills it in, from `base`
     config.base, config.smoke = SMALL_BASE, True
 
 

@@ -255,6 +255,10 @@ def test_another_seed_for_the_whole_is_not_one_that_is_ignored():
     instructgpt.check_shapes(load(seed="3"))
 
 
+def test_another_base_needs_no_second_key():
+    assert not reads.set_in_vain(json.loads(config_lib.to_json(load(base="storyland:base_large"))))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [

@@ -1,4 +1,5 @@
-"""Puts the programs and their configs into the wheel: there is one copy of them, in the checkout."""
+"""Puts the programs and their configs into the wheel: there is one copy of them, in the
+checkout."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 PROGRAMS = ("experiments", "configs")
-"""Folders that a wheel holds below ``rlhf_jax/programs``, where `rlhf_jax.run.programs` finds them."""
+"""Folders that a wheel holds below ``rlhf_jax/programs``, where `rlhf_jax.run.programs` finds
+them."""
 
 
 class BuildWithPrograms(build_py):

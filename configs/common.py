@@ -1,6 +1,8 @@
-"""The keys of each stage with the paper's values (Ouyang et al. 2022); presets and small worlds change them from here.
+"""The keys of each stage with the paper's values (Ouyang et al. 2022); presets and small worlds
+change them from here.
 
-Every value that the paper gives stands here as it gives it. A key that is empty (``""``) is a path to fill in.
+Every value that the paper gives stands here as it gives it. A key that is empty (``""``) is a path
+to fill in.
 """
 
 from ml_collections import ConfigDict
@@ -9,23 +11,29 @@ from rlhf_jax.run.config import fn_spec
 from rlhf_jax.sharding import DECODER_RULES, rules_as_data
 
 ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}
-"""Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the form of 2019."""
+"""Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the
+form of 2019."""
 
-TRAINED = {"train": "all", "lora": {"rank": 16, "alpha": 32.0, "targets": "attention/|mlp/", "layers": None}}
-"""Which parameters are trained: ``all``, ``lora`` adapters (of the last `layers` blocks; None: of all), or of a reward
-model the score ``head`` alone."""
+TRAINED = {
+    "train": "all",
+    "lora": {"rank": 16, "alpha": 32.0, "targets": "attention/|mlp/", "layers": None},
+}
+"""Which parameters are trained: ``all``, ``lora`` adapters (of the last `layers` blocks; None: of
+all), or of a reward model the score ``head`` alone."""
 
 DECODER = {"dtype": "float32", "remat": "none", "unroll": None}
 """How models compute: fields of `DecoderConfig`. Weights are float32 on every setting."""
 
 GUARD = {"spike_std": 20.0, "max_skipped": 5}
-"""A step is skipped when its loss, gradient norm or reward is so many standard deviations above the last 128 (None:
-only when it is not finite), and so many skipped in a row end the run. Not in the paper. Gradient norms of healthy runs
-of storyland reached 13.5 deviations, so 6, as others have it, would have changed them."""
+"""A step is skipped when its loss, gradient norm or reward is so many standard deviations above the
+last 128 (None: only when it is not finite), and so many skipped in a row end the run. Not in the
+paper. Gradient norms of healthy runs of storyland reached 13.5 deviations, so 6, as others have it,
+would have changed them."""
 
 SHARDING = rules_as_data(DECODER_RULES)
-"""How the arrays of a network lie on the mesh: ``((regex, (mesh axes of each dimension)), ..)``; the first regex found
-in an array's path decides. ``()`` puts the whole network on every device. See docs/scaling.md."""
+"""How the arrays of a network lie on the mesh: ``((regex, (mesh axes of each dimension)), ..)``;
+the first regex found in an array's path decides. ``()`` puts the whole network on every device. See
+docs/scaling.md."""
 
 STORYLAND_GOLD = "rlhf_jax.data.storyland.gold:gold_of"
 """The gold scorer of the embedded world; empty where nobody knows the truth."""
@@ -35,13 +43,19 @@ STAGES = ("data", "sft", "ppo_init", "sample", "reward_model", "ppo", "evaluate"
 
 
 def pipeline(**stages: ConfigDict) -> ConfigDict:
-    """The config of ``experiments/instructgpt.py``: a group for each of `STAGES`, and what they share.
+    """The config of ``experiments/instructgpt.py``: a group for each of `STAGES`, and what they
+    share.
 
-    ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty: any), and of each SFT
-    epoch ``validation_samples`` answers to a validation prompt choose the baseline. ``smoke`` says that the sizes are
-    too small for the numbers to mean anything.
+    ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty:
+    any), and of each SFT epoch ``validation_samples`` answers to a validation prompt choose the
+    baseline. ``smoke`` says that the sizes are too small for the numbers to mean anything.
     """
-    shared = {"seed": 0, "base": "", "shapes": {"policy": {}, "reward_model": {}}, "validation_samples": 2}
+    shared = {
+        "seed": 0,
+        "base": "",
+        "shapes": {"policy": {}, "reward_model": {}},
+        "validation_samples": 2,
+    }
     shared["smoke"] = False
     config = ConfigDict(shared | stages)
     for stage in ("sft", "ppo_init"):  # the pipeline fills it in, from `base`
@@ -50,7 +64,9 @@ def pipeline(**stages: ConfigDict) -> ConfigDict:
 
 
 def data() -> ConfigDict:
-    """How much of each kind of data, table 6; the test prompts of table 9; 8 documents an episode, appendix C.4."""
+    """How much of each kind of data, table 6; the test prompts of table 9; 8 documents an episode,
+    appendix C.4.
+    """
     return ConfigDict(
         {
             "source": "storyland",
@@ -161,7 +177,9 @@ def reward_model() -> ConfigDict:
 
 
 def ppo() -> ConfigDict:
-    """PPO-ptx, appendix C.4 (1.3B): 256,000 episodes in iterations of 512, 8 minibatches, one inner epoch."""
+    """PPO-ptx, appendix C.4 (1.3B): 256,000 episodes in iterations of 512, 8 minibatches, one inner
+    epoch.
+    """
     return ConfigDict(
         {
             "name": "ppo_ptx",
@@ -169,7 +187,12 @@ def ppo() -> ConfigDict:
             "mesh": (-1, 1, 1),
             "model": "",
             "decoder": DECODER,
-            "sharding": {"policy": SHARDING, "reference": SHARDING, "value": SHARDING, "reward_model": SHARDING},
+            "sharding": {
+                "policy": SHARDING,
+                "reference": SHARDING,
+                "value": SHARDING,
+                "reward_model": SHARDING,
+            },
             "reward_model": "",
             "text_reward": "",
             "prompts": "",
@@ -183,8 +206,8 @@ def ppo() -> ConfigDict:
             "microbatches": 1,
             "ptx_microbatches": None,
             "score_microbatches": 1,
-            # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the pretraining mix all runs
-            # above this one diverged.
+            # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the
+            # pretraining mix all runs above this one diverged.
             "learning_rate": 8.05e-6,
             "value_learning_rate": 9e-6,
             "schedule": "constant",
@@ -202,8 +225,8 @@ def ppo() -> ConfigDict:
             "missing_eos_score": None,
             "truncation": "terminal",
             "kl": {"controller": "fixed", "coef": 0.02, "target": 6.0, "horizon": 10_000},
-            # The run stops above so many nats a sequence, below so many nats a token, and when the squared error of
-            # the values is so many times the squared score.
+            # The run stops above so many nats a sequence, below so many nats a token, and when the
+            # squared error of the values is so many times the squared score.
             "kl_ceiling": 1e3,
             "entropy_floor": 1e-4,
             "value_error_ceiling": 1e3,
@@ -265,7 +288,15 @@ def evaluate() -> ConfigDict:
 
 def gpt3(layers: int, width: int, heads: int) -> ConfigDict:
     """Sizes of a decoder of the GPT-3 family (vocabulary of GPT-2, 2,048 positions)."""
-    return ConfigDict({"layers": layers, "width": width, "heads": heads, "vocab_size": 50_257, "context_length": 2048})
+    return ConfigDict(
+        {
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "vocab_size": 50_257,
+            "context_length": 2048,
+        }
+    )
 
 
 GPT3_1_3B = (24, 2048, 16)
@@ -274,10 +305,12 @@ GPT3_175B = (96, 12_288, 96)
 
 
 def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
-    """Ouyang et al. 2022, whole, with the values of the 1.3B policy; the reward and value model are 6B for all.
+    """Ouyang et al. 2022, whole, with the values of the 1.3B policy; the reward and value model are
+    6B for all.
 
-    One demonstration and one prompt a row, so that batches count what the paper counts. The labelers, their
-    demonstrations and the gold scorer are storyland's until files of people's work take their place.
+    One demonstration and one prompt a row, so that batches count what the paper counts. The
+    labelers, their demonstrations and the gold scorer are storyland's until files of people's work
+    take their place.
     """
     config = pipeline(
         data=data(), sft=sft(), ppo_init=ppo_init(), sample=sample(), reward_model=reward_model(), ppo=ppo(),
@@ -293,7 +326,9 @@ def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
 
 
 def for_accelerators(config: ConfigDict, mesh: tuple[int, int, int] = (1, -1, 1)) -> None:
-    """Models of billions of parameters: bfloat16 compute, blocks computed again on the way back, weights spread out."""
+    """Models of billions of parameters: bfloat16 compute, blocks computed again on the way back,
+    weights spread out.
+    """
     for stage in STAGES[1:]:
         config[stage].mesh = mesh
         config[stage].decoder.update(dtype="bfloat16", remat="block", unroll=1)

@@ -17,12 +17,24 @@ def data() -> ConfigDict:
         {
             "source": "hh_rlhf",
             "data_dir": "",
-            "subsets": ("helpful-base", "helpful-rejection-sampled", "helpful-online", "harmless-base"),
+            "subsets": (
+                "helpful-base",
+                "helpful-rejection-sampled",
+                "helpful-online",
+                "harmless-base",
+            ),
             "model": BASE,
             "seed": 0,
-            # Which share of the conversations goes where; no conversation is in two parts.
-            # A fifth is held out: over a thousand of the 7,415 published test pairs then measure a reward model.
-            "shares": {"test": 0.15, "validation": 0.05, "demonstrations": 0.2, "ranking": 0.4, "ppo": 0.2},
+            # Which share of the conversations goes where; no conversation is in two parts. A fifth
+            # is held out: over a thousand of the 7,415 published test pairs then measure a reward
+            # model.
+            "shares": {
+                "test": 0.15,
+                "validation": 0.05,
+                "demonstrations": 0.2,
+                "ranking": 0.4,
+                "ppo": 0.2,
+            },
             "demonstrations": 10_000,
             "ranking_prompts": 30_000,
             "ppo_prompts": 30_000,
@@ -41,25 +53,51 @@ def data() -> ConfigDict:
 
 
 def oasst_data() -> ConfigDict:
-    """OpenAssistant's rankings alone. Replies are long, and there are few of them: nearly all go into training."""
+    """OpenAssistant's rankings alone. Replies are long, and there are few of them: nearly all go
+    into training.
+    """
     config = data()
-    config.update(subsets=(), prompt_length=512, response_length=512, ranking_length=2048, ranked_response_length=768)
+    config.update(
+        subsets=(),
+        prompt_length=512,
+        response_length=512,
+        ranking_length=2048,
+        ranked_response_length=768,
+    )
     config.shares.update(test=0.1, validation=0.05, demonstrations=0.05, ranking=0.75, ppo=0.05)
     return config
 
 
 def reward_model(source: str) -> ConfigDict:
-    """The reward model alone, on the files of a data folder (``--config.data=FOLDER``); `source` is held out too."""
+    """The reward model alone, on the files of a data folder (``--config.data=FOLDER``); `source` is
+    held out too.
+    """
     config = common.reward_model()
     config.data = ""
     folder = config.get_ref("data")
-    config.rankings, config.demonstrations = folder + "/rankings.jsonl", folder + "/demonstrations.jsonl"
+    config.rankings, config.demonstrations = (
+        folder + "/rankings.jsonl",
+        folder + "/demonstrations.jsonl",
+    )
     config.evaluation = {f"held_out_{source}": folder + f"/rankings_held_out_{source}.jsonl"}
-    config.update(model=BASE, too_long="drop", clip_norm=1.0, bias_demonstrations=128, score_batch_size=16)
-    if source == "hh_rlhf":  # a frozen trunk, read once: the head then takes a few passes in a second
-        config.update(train="head", row_length=320, batch_size=16, learning_rate=1e-3, epochs=4, save_every=1000)
+    config.update(
+        model=BASE, too_long="drop", clip_norm=1.0, bias_demonstrations=128, score_batch_size=16
+    )
+    if (
+        source == "hh_rlhf"
+    ):  # a frozen trunk, read once: the head then takes a few passes in a second
+        config.update(
+            train="head",
+            row_length=320,
+            batch_size=16,
+            learning_rate=1e-3,
+            epochs=4,
+            save_every=1000,
+        )
     else:
-        config.update(train="lora", row_length=2048, batch_size=2, learning_rate=2e-4, save_every=50)
+        config.update(
+            train="lora", row_length=2048, batch_size=2, learning_rate=2e-4, save_every=50
+        )
     config.lora.layers = 10
     config.decoder.unroll = 1
     return config
@@ -86,10 +124,14 @@ def instructgpt() -> ConfigDict:
         config[stage].decoder.update(unroll=1)
     rows = PROMPT_LENGTH + MAX_NEW_TOKENS
     for stage in (config.sft, config.ppo_init):
-        stage.update(row_length=rows, batch_size=32, learning_rate=2e-5, epochs=2, dropout=0.0, clip_norm=1.0)
+        stage.update(
+            row_length=rows, batch_size=32, learning_rate=2e-5, epochs=2, dropout=0.0, clip_norm=1.0
+        )
     config.sample.update(prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS)
     config.reward_model.evaluation = {"held_out_hh_rlhf": "", "held_out_oasst": ""}
-    config.reward_model.update(row_length=2048, batch_size=16, learning_rate=2e-5, clip_norm=1.0, save_every=200)
+    config.reward_model.update(
+        row_length=2048, batch_size=16, learning_rate=2e-5, clip_norm=1.0, save_every=200
+    )
     config.ppo.update(
         prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=200, episodes=128, learning_rate=5e-6,
         value_learning_rate=1e-5, warmup_iterations=4, value_warmup_iterations=4,
@@ -99,7 +141,11 @@ def instructgpt() -> ConfigDict:
     )  # fmt: skip
     config.ppo.kl.coef = 0.05
     config.evaluate.update(
-        max_new_tokens=MAX_NEW_TOKENS, samples=1, baseline_samples=8, batch_size=64, held_out_row_length=rows
+        max_new_tokens=MAX_NEW_TOKENS,
+        samples=1,
+        baseline_samples=8,
+        batch_size=64,
+        held_out_row_length=rows,
     )
     config.evaluate.few_shot.update(template=FEW_SHOT, stop="\n\n", examples=1, candidates=2)
     return config
@@ -109,7 +155,9 @@ def instructgpt() -> ConfigDict:
 
 
 def few(config: ConfigDict, prompt: int, response: int) -> None:
-    """The lengths of every stage: prompts of at most `prompt` tokens, responses of at most `response`."""
+    """The lengths of every stage: prompts of at most `prompt` tokens, responses of at most
+    `response`.
+    """
     rows = prompt + response
     config.data.update(prompt_length=prompt, response_length=response)
     config.sft.row_length = config.ppo_init.row_length = config.ppo.ptx_row_length = rows
@@ -120,9 +168,13 @@ def few(config: ConfigDict, prompt: int, response: int) -> None:
 
 
 def cpu(config: ConfigDict) -> None:
-    """Short prompts and few steps, half an hour on two cores. It shows that all of it runs, little else."""
+    """Short prompts and few steps, half an hour on two cores. It shows that all of it runs, little
+    else.
+    """
     few(config, 96, 64)
-    config.data.shares.update(test=0.1, demonstrations=0.25)  # those of the recorded run (docs/results.md)
+    config.data.shares.update(
+        test=0.1, demonstrations=0.25
+    )  # those of the recorded run (docs/results.md)
     config.data.update(
         subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=96, ranking_prompts=160,
         ppo_prompts=128, validation_prompts=16, test_prompts=32, held_out_rankings=120, ranked_response_length=128,
@@ -130,7 +182,9 @@ def cpu(config: ConfigDict) -> None:
     )  # fmt: skip
     config.sft.update(epochs=2, batch_size=4)
     config.ppo_init.update(epochs=1, batch_size=4)
-    config.reward_model.update(row_length=640, batch_size=4, max_k=9, bias_demonstrations=64, score_batch_size=16)
+    config.reward_model.update(
+        row_length=640, batch_size=4, max_k=9, bias_demonstrations=64, score_batch_size=16
+    )
     config.ppo.update(
         iterations=6, episodes=8, minibatches=2, warmup_iterations=1, value_warmup_iterations=1,
         ptx_rows_per_episode=0.5, held_out_rows=8, evaluate_every=3, save_every=100,
@@ -140,7 +194,9 @@ def cpu(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """A whole pipeline in a minute with storyland's small model, which knows no English but storyland's."""
+    """A whole pipeline in a minute with storyland's small model, which knows no English but
+    storyland's.
+    """
     few(config, 96, 32)
     config.base, config.smoke = "storyland:base_small", True
     config.data.update(
@@ -155,12 +211,16 @@ def smoke(config: ConfigDict) -> None:
         iterations=1, episodes=8, minibatches=1, warmup_iterations=1, value_warmup_iterations=1, held_out_rows=8,
         ptx_row_length=96, ptx_rows_per_episode=1.0,
     )  # fmt: skip
-    config.evaluate.update(baseline_samples=1, batch_size=8, held_out_batches=1, held_out_row_length=96)
+    config.evaluate.update(
+        baseline_samples=1, batch_size=8, held_out_batches=1, held_out_row_length=96
+    )
     config.evaluate.few_shot.update(candidates=1, trial_prompts=4, examples=1)
 
 
 def smoke_data(config: ConfigDict) -> None:
-    """A few of everything, counted by storyland's tokenizer and short enough for the 256 tokens of its small model."""
+    """A few of everything, counted by storyland's tokenizer and short enough for the 256 tokens of
+    its small model.
+    """
     config.update(
         prompt_length=120, response_length=128, ranked_response_length=128,
         model="storyland:base_small", demonstrations=16, ranking_prompts=16, ppo_prompts=16, validation_prompts=8,

@@ -1,10 +1,14 @@
-"""How people's own files are cleaned and split; `configs/data/jsonl.py` and `convert.py` build on it."""
+"""How people's own files are cleaned and split; `configs/data/jsonl.py` and `convert.py` build on
+it.
+"""
 
 from typing import Any
 
 
 def cleaning() -> dict[str, Any]:
-    """The settings of `experiments/prepare_data.py` from the rows of a file to the files of the stages."""
+    """The settings of `experiments/prepare_data.py` from the rows of a file to the files of the
+    stages.
+    """
     return {
         # Share of the rows that may be bad; they are left out and counted.
         "max_bad_fraction": 0.0,
@@ -22,7 +26,8 @@ def cleaning() -> dict[str, Any]:
         "pii_hook": "rlhf_jax.data.curation:mask_identifiers",
         # Of the training prompts, to be answered and ranked, while there are no rankings.
         "ranking_share": 0.5,
-        # A model whose tokenizer counts the lengths below; "" = no length rule, and the tables count words.
+        # A model whose tokenizer counts the lengths below; "" = no length rule, and the tables
+        # count words.
         "model": "",
         "prompt_length": 1024,
         "response_length": 1024,

@@ -1,4 +1,6 @@
-"""Storyland's numbers for each stage: a million parameters, rows of under a hundred tokens, two CPU cores."""
+"""Storyland's numbers for each stage: a million parameters, rows of under a hundred tokens, two CPU
+cores.
+"""
 
 from ml_collections import ConfigDict
 
@@ -24,21 +26,33 @@ def data() -> ConfigDict:
 def sft() -> ConfigDict:
     """The SFT baseline."""
     config = common.sft()
-    config.update(model=BASE, row_length=128, epochs=3, batch_size=16, learning_rate=1e-3, dropout=0.2, clip_norm=1.0)
+    config.update(
+        model=BASE,
+        row_length=128,
+        epochs=3,
+        batch_size=16,
+        learning_rate=1e-3,
+        dropout=0.2,
+        clip_norm=1.0,
+    )
     return config
 
 
 def ppo_init() -> ConfigDict:
     """The init of PPO."""
     config = common.ppo_init()
-    config.update(model=BASE, row_length=128, batch_size=16, learning_rate=1e-3, dropout=0.1, clip_norm=1.0)
+    config.update(
+        model=BASE, row_length=128, batch_size=16, learning_rate=1e-3, dropout=0.1, clip_norm=1.0
+    )
     return config
 
 
 def sample() -> ConfigDict:
     """Samples to be ranked."""
     config = common.sample()
-    config.update(prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, batch_size=512, labelers=10)
+    config.update(
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, batch_size=512, labelers=10
+    )
     return config
 
 
@@ -64,8 +78,12 @@ def ppo() -> ConfigDict:
 
 
 def overoptimise(config: ConfigDict) -> None:
-    """PPO as it should not be done: hardly a KL penalty, and on and on. The reward model is fooled, gold falls."""
-    config.update(name="ppo_overoptimised", iterations=60, ptx_coef=0.0, schedule="constant", kl_ceiling=1e4)
+    """PPO as it should not be done: hardly a KL penalty, and on and on. The reward model is fooled,
+    gold falls.
+    """
+    config.update(
+        name="ppo_overoptimised", iterations=60, ptx_coef=0.0, schedule="constant", kl_ceiling=1e4
+    )
     config.kl.coef = 0.01
 
 
@@ -109,7 +127,13 @@ def smoke_reward_model(config: ConfigDict) -> None:
 def smoke_ppo(config: ConfigDict) -> None:
     """Two iterations."""
     config.update(
-        iterations=2, episodes=16, minibatches=2, warmup_iterations=0, held_out_rows=8, evaluate_every=1, save_every=1
+        iterations=2,
+        episodes=16,
+        minibatches=2,
+        warmup_iterations=0,
+        held_out_rows=8,
+        evaluate_every=1,
+        save_every=1,
     )
 
 
@@ -133,7 +157,9 @@ def ppo_alone(config: ConfigDict) -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """A preset of a paper at smoke size: its rules and rates stay, models, rows and counts become storyland's."""
+    """A preset of a paper at smoke size: its rules and rates stay, models, rows and counts become
+    storyland's.
+    """
     with config.shapes.unlocked():
         config.shapes.policy, config.shapes.reward_model = ConfigDict(), ConfigDict()
     for stage in common.STAGES[1:]:

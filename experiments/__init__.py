@@ -1,1 +1,3 @@
-"""Experiments: flags and ``run(config, workdir)``; each stage alone, and `instructgpt`, which runs them all."""
+"""Experiments: flags and ``run(config, workdir)``; each stage alone, and `instructgpt`, which runs
+them all.
+"""

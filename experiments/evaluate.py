@@ -1,4 +1,5 @@
-r"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax, samples side by side.
+r"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax,
+samples side by side.
 
 Run:
 
@@ -6,7 +7,8 @@ Run:
         --config.models.sft=runs/sft/epoch-3 --config.models.ppo=runs/ppo/ema \
         --config.reward_model=runs/reward_model/model
 
-Writes ``evaluation.json`` and ``samples.jsonl``. Without a gold scorer (`config.gold` empty) the reward model judges.
+Writes ``evaluation.json`` and ``samples.jsonl``. Without a gold scorer (`config.gold` empty) the
+reward model judges.
 """
 
 from __future__ import annotations
@@ -51,24 +53,46 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
     check(config)
     mesh = devices.start(config.mesh)
-    prompts = datasets.read_prompts(config.prompts, config.limit, tokenizer=networks.tokenizer_of(config.reward_model))
+    prompts = datasets.read_prompts(
+        config.prompts, config.limit, tokenizer=networks.tokenizer_of(config.reward_model)
+    )
     check_contexts(prompts, config)
     reward = networks.load_network(config.reward_model, mesh, config.decoder)
     judge = functions.judge(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
-    results: dict[str, Any] = {"prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed}
+    results: dict[str, Any] = {
+        "prompts": len(prompts),
+        "temperature": config.temperature,
+        "sample_seed": config.seed,
+    }
     answers: dict[str, Answers] = {}
     held_out: dict[str, list[LMBatch]] = {}
-    counts = {BASELINE: config.baseline_samples, "base": config.base_samples, "prompted_base": config.base_samples}
-    jobs = list(paths) + (["prompted_base"] if "base" in paths and config.few_shot.demonstrations else [])
+    counts = {
+        BASELINE: config.baseline_samples,
+        "base": config.base_samples,
+        "prompted_base": config.base_samples,
+    }
+    jobs = list(paths) + (
+        ["prompted_base"] if "base" in paths and config.few_shot.demonstrations else []
+    )
     shown = ("gold_score", "reward_score", "tokens")
-    with StageLog(workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True) as log:
+    with StageLog(
+        workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True
+    ) as log:
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
-            network = networks.load_network(paths["base" if prompted else name], mesh, config.decoder)
+            network = networks.load_network(
+                paths["base" if prompted else name], mesh, config.decoder
+            )
             count = counts.get(name, config.samples)
-            ask = few_shot_prompts(network, reward, judge, prompts, config, mesh) if prompted else bare_prompts
-            answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh, name=name)
+            ask = (
+                few_shot_prompts(network, reward, judge, prompts, config, mesh)
+                if prompted
+                else bare_prompts
+            )
+            answers[name] = answer(
+                network, reward, judge, prompts, ask, count, config, mesh, name=name
+            )
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
                 context = contexts.of_network(network, networks.model_folder(paths[name]))
@@ -80,7 +104,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 results.setdefault("pretraining_loss", {})[name] = loss
             if name in config.kl_of and config.reference:
                 with patiently(f"{name}: KL to the reference"):
-                    results.setdefault("kl", {})[name] = kl_to_reference(network, answers[name], config, mesh)
+                    results.setdefault("kl", {})[name] = kl_to_reference(
+                        network, answers[name], config, mesh
+                    )
                 if not config.temperature:
                     results["kl_temperature"] = kl_temperature(config)
             if answers[name].scored_in_part:
@@ -97,11 +123,14 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
     """Refuses prompts and row lengths beyond the context of any model, before the first is loaded.
 
     Raises:
-      ValueError: a prompt with `max_new_tokens` after it is longer than the context of a model that answers, of the
-        reward model or of the KL reference; a few-shot prompt is; or `held_out_row_length` is.
+      ValueError: a prompt with `max_new_tokens` after it is longer than the context of a model that
+        answers, of the reward model or of the KL reference; a few-shot prompt is; or
+        `held_out_row_length` is.
     """
     paths = {name: path for name, path in config.models.items() if path}
-    asks: dict[str, list[Ask]] = {path: [bare_prompts] for path in (*paths.values(), config.reward_model)}
+    asks: dict[str, list[Ask]] = {
+        path: [bare_prompts] for path in (*paths.values(), config.reward_model)
+    }
     if config.reference:
         asks.setdefault(config.reference, [bare_prompts])
     if "base" in paths and config.few_shot.demonstrations:
@@ -113,10 +142,23 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             continue  # told where the model is loaded
         known: Any = networks.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
         for ask in each:
-            what = config.prompts if ask is bare_prompts else f"{config.prompts} after few_shot.examples"
+            what = (
+                config.prompts
+                if ask is bare_prompts
+                else f"{config.prompts} after few_shot.examples"
+            )
             name = contexts.prompt_of(what, [p.prompt for p in prompts])
-            contexts.check(context, [len(ids) for ids in ask(known, prompts)[0]], name, new=config.max_new_tokens)
-        if config.held_out_text and path in paths.values() and config.held_out_row_length > context.length:
+            contexts.check(
+                context,
+                [len(ids) for ids in ask(known, prompts)[0]],
+                name,
+                new=config.max_new_tokens,
+            )
+        if (
+            config.held_out_text
+            and path in paths.values()
+            and config.held_out_row_length > context.length
+        ):
             read_held_out(known.tokenizer, config, context=context)
 
 
@@ -143,25 +185,33 @@ def check(config: ConfigDict) -> None:
         inputs.check_gold("gold", config.gold, prompts, config.prompts)
 
 
-# ------------------------------------------------------------------------------------------------------- asking
+# ------------------------------------------------------------------------------------------- asking
 
 
 def few_shot_prompts(
     network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt],
     config: ConfigDict, mesh: jax.sharding.Mesh,
 ) -> Ask:  # fmt: skip
-    """Instructions after a few worked examples, the prefix with the highest reward-model score of several.
+    """Instructions after a few worked examples, the prefix with the highest reward-model score of
+    several.
 
-    Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model score).
+    Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model
+    score).
     """
     asks = few_shot_asks(config)
-    slots = max(ask(network, prompts)[1] for ask in asks)  # the same for all, so that they share a compiled program
+    slots = max(
+        ask(network, prompts)[1] for ask in asks
+    )  # the same for all, so that they share a compiled program
     asks = [in_slots(ask, slots) for ask in asks]
 
     trial = prompts[: config.few_shot.trial_prompts]
 
     def score(ask: Ask) -> float:
-        return float(answer(network, reward, None, trial, ask, config.base_samples, config, mesh).reward.mean())
+        return float(
+            answer(
+                network, reward, None, trial, ask, config.base_samples, config, mesh
+            ).reward.mean()
+        )
 
     return max(asks, key=score) if len(asks) > 1 else asks[0]
 
@@ -170,10 +220,12 @@ def answer(
     network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
     count: int, config: ConfigDict, mesh: jax.sharding.Mesh, *, name: str = "samples",
 ) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for the console.
+    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for
+    the console.
 
     Raises:
-      ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the reward model.
+      ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the
+        reward model.
     """
     bare = [p.prompt for p in prompts]
     scored = [len(text.encode_prompt(reward.tokenizer, prompt)) for prompt in bare]
@@ -216,34 +268,50 @@ def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgeme
     judged = scorer.judged(str(prompt.id), response, prompt.prompt)
     if not math.isfinite(judged.score):
         raise ValueError(
-            f"gold={scorer.name} gave {judged.score} for the prompt {str(prompt.id)!r}: an evaluation compares the "
-            "answers to each prompt, return a number for every response or leave the prompt out of its file"
+            f"gold={scorer.name} gave {judged.score} for the prompt {str(prompt.id)!r}: an "
+            "evaluation compares the "
+            "answers to each prompt, return a number for every response or leave the prompt out of "
+            "its file"
         )
     return judged
 
 
-# ----------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def held_out_batches(
-    tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *, context: contexts.Context | None = None
+    tokenizer: Any,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    *,
+    context: contexts.Context | None = None,
 ) -> list[LMBatch]:
-    """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment tax."""
+    """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment
+    tax.
+    """
     rows = read_held_out(tokenizer, config, context=context)
-    return datasets.held_out_batches(rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches)
+    return datasets.held_out_batches(
+        rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches
+    )
 
 
-def read_held_out(tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None) -> LMBatch:
+def read_held_out(
+    tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None
+) -> LMBatch:
     """Packed rows of the held-out text, no piece of it longer than the model's context."""
     length = config.held_out_row_length
-    return datasets.lm_rows(tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length")
+    return datasets.lm_rows(
+        tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length"
+    )
 
 
-def kl_to_reference(network: networks.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+def kl_to_reference(
+    network: networks.Network, said: Answers, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence.
 
-    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from any: there the number is the mean
-    log-ratio of the most likely response, and no estimate of a KL divergence.
+    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from any: there the
+    number is the mean log-ratio of the most likely response, and no estimate of a KL divergence.
     """
     reference = networks.load_network(config.reference, mesh, config.decoder)
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
@@ -253,13 +321,17 @@ def kl_to_reference(network: networks.Network, said: Answers, config: ConfigDict
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
         temperature = kl_temperature(config)
-        own, other = (_log_probs(one.model, one.params, samples, temperature) for one in (network, reference))
+        own, other = (
+            _log_probs(one.model, one.params, samples, temperature) for one in (network, reference)
+        )
         gaps[index] = own - other
     return float(gaps.mean())
 
 
 def kl_temperature(config: ConfigDict) -> float:
-    """The temperature of the distributions that are compared: the sampler's, and 1 for greedy samples."""
+    """The temperature of the distributions that are compared: the sampler's, and 1 for greedy
+    samples.
+    """
     return float(config.temperature or 1.0)
 
 
@@ -272,18 +344,30 @@ def _log_probs(model: Model, params: Params, samples: Samples, temperature: floa
     ).sum(axis=1)
 
 
-def write_samples(path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]) -> None:
+def write_samples(
+    path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]
+) -> None:
     """The first sample of each model to each prompt, with its judgements."""
     lines = []
     for i, p in enumerate(prompts):
         for name, said in answers.items():
             gold = None if said.gold is None else float(said.gold[i, 0])
-            lines.append(Line(p.id, name, chat.readable(p.prompt), said.texts[i][0], gold, float(said.reward[i, 0])))
+            lines.append(
+                Line(
+                    p.id,
+                    name,
+                    chat.readable(p.prompt),
+                    said.texts[i][0],
+                    gold,
+                    float(said.reward[i, 0]),
+                )
+            )
     schema.write_jsonl(path, lines)
 
 
 if __name__ == "__main__":
     cli.main(
         run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
-        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.", check=check,
+        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one "
+            "host.", check=check,
     )  # fmt: skip

@@ -1,13 +1,15 @@
-"""InstructGPT, whole: demonstrations -> SFT -> ranked samples -> reward model -> PPO and PPO-ptx -> evaluation.
+"""InstructGPT, whole: demonstrations -> SFT -> ranked samples -> reward model -> PPO and PPO-ptx ->
+evaluation.
 
 Run:
 
-    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py --workdir=runs/instructgpt
+    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py
+    --workdir=runs/instructgpt
 
-Each stage reads files and writes files, so any of them can be replaced by files of your own. A stage that is done is
-not done again as long as what it reads and what it wrote stay the same; after a change of config the stages that
-depend on it run again, and ``--dry_run`` prints which and why. Writes ``results.json``, ``report.html`` and
-``metrics.jsonl``.
+Each stage reads files and writes files, so any of them can be replaced by files of your own. A
+stage that is done is not done again as long as what it reads and what it wrote stay the same; after
+a change of config the stages that depend on it run again, and ``--dry_run`` prints which and why.
+Writes ``results.json``, ``report.html`` and ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,19 @@ from rlhf_jax.data.prepare.preferences import entries
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline
-from rlhf_jax.run import asking, checks, cli, compiling, datasets, devices, files, memory, networks, pretrained, results
+from rlhf_jax.run import (
+    asking,
+    checks,
+    cli,
+    compiling,
+    datasets,
+    devices,
+    files,
+    memory,
+    networks,
+    pretrained,
+    results,
+)
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import inputs as inputs_lib
 from rlhf_jax.run import pipeline as reads
@@ -45,7 +59,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
     compiling.Compiling.listen()
     pipeline = Pipeline(config, Path(workdir))
     steps = pipeline.plan()
-    with files.written(Path(workdir) / CONFIG_FILE) as file:  # not before the plan: it may refuse the config
+    with files.written(
+        Path(workdir) / CONFIG_FILE
+    ) as file:  # not before the plan: it may refuse the config
         file.write(config_lib.to_json(config) + "\n")
     if config.get("smoke", False):
         print(SMOKE, flush=True)
@@ -79,7 +95,9 @@ def check_shapes(config: ConfigDict) -> None:
     inputs_lib.check_model("base", config.base)
     networks.check_shape("base", config.base, config.shapes.policy)
     if config.reward_model.model:
-        networks.check_shape("reward_model.model", config.reward_model.model, config.shapes.reward_model)
+        networks.check_shape(
+            "reward_model.model", config.reward_model.model, config.shapes.reward_model
+        )
     # PPO comes hours later, from a model of the base's context.
     later = config_lib.unlocked_copy(config.ppo)
     later.update(model=config.base, reward_model=config.reward_model.model)
@@ -87,7 +105,9 @@ def check_shapes(config: ConfigDict) -> None:
 
 
 def check_stages(config: ConfigDict) -> None:
-    """Refuses what a stage would refuse when its turn comes, as far as it can be told without the earlier stages."""
+    """Refuses what a stage would refuse when its turn comes, as far as it can be told without the
+    earlier stages.
+    """
     config_lib.resolve(config.reward_model.loss, available=RANKING_ARGUMENTS)
     sample.draw_k(config.seed, 0, config.sample.min_k, config.sample.max_k)
     try:
@@ -112,10 +132,16 @@ class Pipeline:
             "ppo": lambda folder: self.ppo(folder, ptx=False), "ppo_ptx": lambda folder: self.ppo(folder, ptx=True),
             "evaluation": self.evaluation,
         }  # fmt: skip
-        parts, needs, costs = reads.parts(plain, pretrained.MODELS), reads.needs(plain), reads.costs(plain)
+        parts, needs, costs = (
+            reads.parts(plain, pretrained.MODELS),
+            reads.needs(plain),
+            reads.costs(plain),
+        )
         own = reads.own_data(config.data, pretrained.MODELS, entries)
         self.paths = reads.Paths(self.folder, config.to_dict(), lambda stage: self.done(stage), own)
-        for name in {key.partition("/")[0] for key in own}:  # a file counts by its content, not its name
+        for name in {
+            key.partition("/")[0] for key in own
+        }:  # a file counts by its content, not its name
             del parts["data"]["data"][name]
         stages = [
             Stage(
@@ -131,7 +157,9 @@ class Pipeline:
         )  # fmt: skip
 
     def stage(self, name: str, work: Callable[[str], dict] | None = None) -> dict:
-        """Runs a stage unless it is done, and returns what it returned; `work` has to compute what the stage does."""
+        """Runs a stage unless it is done, and returns what it returned; `work` has to compute what
+        the stage does.
+        """
         return self.stages.stage(name, work)
 
     def done(self, name: str) -> dict:
@@ -139,9 +167,11 @@ class Pipeline:
         return self.stages.result(name)
 
     def plan(self, *, fetch: bool = True) -> list[Step]:
-        """What is to be done with each stage; models of other sizes than the config is for are refused.
+        """What is to be done with each stage; models of other sizes than the config is for are
+        refused.
 
-        A finished run needs its base model no more. Without `fetch` a model that is fetched by name is not looked at.
+        A finished run needs its base model no more. Without `fetch` a model that is fetched by name
+        is not looked at.
         """
         done = all((self.folder / name / "done.json").is_file() for name in STAGES)
         checks = fetch or self.config.base not in pretrained.MODELS
@@ -157,14 +187,22 @@ class Pipeline:
         return self.paths.data(name)
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """The files and models that a stage reads; a model that is fetched by name is known by that name."""
+        """The files and models that a stage reads; a model that is fetched by name is known by that
+        name.
+        """
         found = self.paths.inputs(stage).items()
-        return {name: str(networks.model_folder(path)) for name, path in found if path not in pretrained.MODELS}
+        return {
+            name: str(networks.model_folder(path))
+            for name, path in found
+            if path not in pretrained.MODELS
+        }
 
     def _settings(self, stage: str, **filled: object) -> ConfigDict:
         """The config that a stage is handed: its group, with what the pipeline fills in."""
         unknown = {*filled} - reads.FILLED[stage]
-        assert not unknown, f"the key of stage {stage} counts {unknown}, which are filled in: add them to FILLED"
+        assert not unknown, (
+            f"the key of stage {stage} counts {unknown}, which are filled in: add them to FILLED"
+        )
         config = config_lib.unlocked_copy(self.config[reads.GROUPS[stage]])
         config.update(filled)
         return config
@@ -175,7 +213,9 @@ class Pipeline:
 
     def sft(self, folder: str) -> dict:
         """The SFT model, every epoch of it."""
-        config = self._settings("sft", model=self.config.base, seed=self.config.seed, **self.paths.demonstrations())
+        config = self._settings(
+            "sft", model=self.config.base, seed=self.config.seed, **self.paths.demonstrations()
+        )
         return sft.run(config, folder)
 
     def ppo_init(self, folder: str) -> dict:
@@ -194,7 +234,10 @@ class Pipeline:
         if not self.config.sample.labelers:
             return self.paths.rankings()
         config = self._settings(
-            "samples", models=self.paths.sampled(), prompts=self.data("prompts_ranking"), seed=self.config.seed
+            "samples",
+            models=self.paths.sampled(),
+            prompts=self.data("prompts_ranking"),
+            seed=self.config.seed,
         )
         counts = sample.run(config, folder)
         held = config_lib.unlocked_copy(config)
@@ -206,7 +249,9 @@ class Pipeline:
         return counts
 
     def reward_model(self, folder: str) -> dict:
-        """The reward model, from `reward_model.model` or, where that is empty, the last SFT checkpoint."""
+        """The reward model, from `reward_model.model` or, where that is empty, the last SFT
+        checkpoint.
+        """
         rankings = self.paths.rankings()
         config = self._settings(
             "reward_model", model=self.config.reward_model.model or self.done("sft")["last"], seed=self.config.seed,
@@ -222,7 +267,9 @@ class Pipeline:
         return result
 
     def baseline(self, folder: str) -> dict:
-        """The SFT baseline: the epoch with the best reward-model score on validation prompts, not the lowest loss."""
+        """The SFT baseline: the epoch with the best reward-model score on validation prompts, not
+        the lowest loss.
+        """
         del folder
         mesh = devices.start(self.config.sft.mesh)
         config = self._settings("baseline")
@@ -235,16 +282,31 @@ class Pipeline:
         for row in self.done("sft")["epochs"]:
             network = networks.load_network(self.paths.epoch(row), mesh, config.decoder)
             count = self.config.validation_samples
-            said = evaluate.answer(network, reward, judge, prompts, asking.bare_prompts, count, config, mesh)
+            said = evaluate.answer(
+                network, reward, judge, prompts, asking.bare_prompts, count, config, mesh
+            )
             epochs.append({**row, "path": self.paths.epoch(row), **said.means()})
-            print(f"baseline epoch {row['epoch']}: reward-model score {epochs[-1]['reward_score']:.3f}", flush=True)
+            print(
+                f"baseline epoch {row['epoch']}: reward-model score "
+                f"{epochs[-1]['reward_score']:.3f}",
+                flush=True,
+            )
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])
-        return {"epochs": epochs, "path": best["path"], "epoch": best["epoch"], "lowest_loss_epoch": lowest["epoch"]}
+        return {
+            "epochs": epochs,
+            "path": best["path"],
+            "epoch": best["epoch"],
+            "lowest_loss_epoch": lowest["epoch"],
+        }
 
     def ppo(self, folder: str, *, ptx: bool) -> dict:
         """PPO, with or without the pretraining mix."""
-        own = {"pretraining_text": self.data("corpus")} if ptx else {"pretraining_text": "", "ptx_coef": 0.0}
+        own = (
+            {"pretraining_text": self.data("corpus")}
+            if ptx
+            else {"pretraining_text": "", "ptx_coef": 0.0}
+        )
         stage = "ppo_ptx" if ptx else "ppo"
         config = self._settings(
             stage, name=stage, model=self.done("ppo_init")["last"], seed=self.config.seed,
@@ -268,14 +330,22 @@ class Pipeline:
         found = results.gathered({name: self.stages.record(name) for name in STAGES})
         if self.config.evaluate.gold:
             demonstrations = self.data("demonstrations_validation")
-            found["demonstration_gold_score"] = results.mean_gold_score(demonstrations, self.config.evaluate.gold)
-        found |= {"config": json.loads(config_lib.to_json(self.config)), "versions": results.versions()}
+            found["demonstration_gold_score"] = results.mean_gold_score(
+                demonstrations, self.config.evaluate.gold
+            )
+        found |= {
+            "config": json.loads(config_lib.to_json(self.config)),
+            "versions": results.versions(),
+        }
         files.write_json(self.folder / "results.json", found)
         files.write_lines(
-            self.folder / "metrics.jsonl", (row for name in STAGES for row in results.log_rows(self.folder, name))
+            self.folder / "metrics.jsonl",
+            (row for name in STAGES for row in results.log_rows(self.folder, name)),
         )
         missing = check_results(found)
-        if missing and self.config.evaluate.gold:  # half of the keys speak of a truth that people's data do not hold
+        if (
+            missing and self.config.evaluate.gold
+        ):  # half of the keys speak of a truth that people's data do not hold
             print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
         return found
 
@@ -283,7 +353,9 @@ class Pipeline:
         """Writes ``report.html``; what it says of the config is what each stage recorded."""
         ran = {name: record["config"] for name, record in found["stages"].items()}
         config = {group: ran[stage][group] for stage, group in reads.GROUPS.items()}
-        config |= {"base": found["stages"]["sft"]["inputs"].get("base", {"path": self.config.base})["path"]}
+        config |= {
+            "base": found["stages"]["sft"]["inputs"].get("base", {"path": self.config.base})["path"]
+        }
         return write_report(
             self._shown / "report.html", found,
             results.history(self.folder, ("ppo", "ppo_ptx"), found["sft"]["epochs"]),
@@ -294,5 +366,6 @@ class Pipeline:
 if __name__ == "__main__":
     cli.main(
         run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run, check=check_shapes,
-        one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take --distributed.",
+        one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take "
+            "--distributed.",
     )  # fmt: skip

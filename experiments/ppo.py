@@ -1,13 +1,15 @@
-r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is mixed in (PPO-ptx).
+r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is
+mixed in (PPO-ptx).
 
 Run:
 
     python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo \
         --config.model=runs/ppo_init/epoch-2 --config.reward_model=runs/reward_model/model \
-        --config.prompts=runs/data/prompts_ppo.jsonl --config.pretraining_text=runs/data/corpus.jsonl
+        --config.prompts=runs/data/prompts_ppo.jsonl
+        --config.pretraining_text=runs/data/corpus.jsonl
 
-One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. The model it starts from is
-also the KL reference.
+One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. The model
+it starts from is also the KL reference.
 """
 
 from __future__ import annotations
@@ -27,12 +29,30 @@ from rlhf_jax.data import chat, text
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.rewards import functions
 from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
-from rlhf_jax.run import cli, contexts, datasets, devices, guards, memory, networks, processes, responses, results
+from rlhf_jax.run import (
+    cli,
+    contexts,
+    datasets,
+    devices,
+    guards,
+    memory,
+    networks,
+    processes,
+    responses,
+    results,
+)
 from rlhf_jax.run.config import filled_from
 from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.run.networks import Network, TrainableParams
 from rlhf_jax.run.ppo import programs
-from rlhf_jax.run.ppo.settings import check, check_contexts, check_ptx_rows, judge, losses, update_settings
+from rlhf_jax.run.ppo.settings import (
+    check,
+    check_contexts,
+    check_ptx_rows,
+    judge,
+    losses,
+    update_settings,
+)
 from rlhf_jax.run.ppo.setup import (
     Pieces,
     Setup,
@@ -48,7 +68,13 @@ from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.steps import compile_frozen_step, make_ppo_step, minibatch_order
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Samples, StepFn
 
-SHOW = ("rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens", "held_out_loss")
+SHOW = (
+    "rollout/score",
+    "gold_score",
+    "rollout/kl_nats_per_sequence",
+    "rollout/response_tokens",
+    "held_out_loss",
+)
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
@@ -56,10 +82,15 @@ def run(config: ConfigDict, workdir: str) -> dict:
     check(config)
     mesh = devices.start(config.mesh)
     devices.agree_on_inputs(
-        config.model, config.reward_model, config.prompts, config.pretraining_text, config.held_out_text
+        config.model,
+        config.reward_model,
+        config.prompts,
+        config.pretraining_text,
+        config.held_out_text,
     )
     with memory.phase(
-        "set-up", lower=("config.mesh (more devices)", "config.train=lora", "config.optimizer=adam_bf16")
+        "set-up",
+        lower=("config.mesh (more devices)", "config.train=lora", "config.optimizer=adam_bf16"),
     ):
         setup = prepare(config, mesh)
     settings = Settings(
@@ -81,7 +112,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
 def iterate(
     setup: Setup, state: PPOState, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[PPOState, Metrics]:
-    """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed, iteration)."""
+    """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed,
+    iteration).
+    """
     phase = partial(programs.phase, setup=setup, config=config, mesh=mesh)
     key, order_key = iteration_keys(config, iteration)
 
@@ -103,11 +136,18 @@ def iterate(
     reward = setup.reward.params if setup.reward else None
     with phase("score"):
         rollout, metrics = jax.block_until_ready(
-            pieces.score_and_shape(setup.policy.params, value, reward, samples, state.kl.coef, prompts.ids, scores)
+            pieces.score_and_shape(
+                setup.policy.params, value, reward, samples, state.kl.coef, prompts.ids, scores
+            )
         )
 
-    # Update: epochs x minibatches steps of policy and value network, with pretraining rows mixed in (PPO-ptx).
-    rows = None if setup.pretraining is None else sharding.place_batch(setup.pretraining.at(iteration), mesh)
+    # Update: epochs x minibatches steps of policy and value network, with pretraining rows mixed in
+    # (PPO-ptx).
+    rows = (
+        None
+        if setup.pretraining is None
+        else sharding.place_batch(setup.pretraining.at(iteration), mesh)
+    )
     with phase("update"):
         state, update = jax.block_until_ready(pieces.step(state, rollout, rows, order_key))
     kl = setup.controller.update(state.kl, metrics["rollout/kl_nats_per_sequence"].value)
@@ -117,11 +157,15 @@ def iterate(
 
 
 def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes the average of the policies and the last one as model folders; returns the result of the run."""
+    """Writes the average of the policies and the last one as model folders; returns the result of
+    the run.
+    """
     assert state.policy.ema is not None  # `initial_state` asks for it
     folder = Path(workdir)
     for name, params in (("last", state.policy.params), ("ema", state.policy.ema)):
-        networks.save_network(folder / name, setup.policy._replace(params=setup.trained_policy.merged(params)))
+        networks.save_network(
+            folder / name, setup.policy._replace(params=setup.trained_policy.merged(params))
+        )
     return {
         "ema": str(folder / "ema"),
         "last": str(folder / "last"),
@@ -131,19 +175,25 @@ def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dic
     }
 
 
-# ------------------------------------------------------------------------------------------------- before the loop
+# ---------------------------------------------------------------------------------- before the loop
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
-    """Loads the networks, encodes the prompts and the pretraining text, builds the compiled pieces."""
+    """Loads the networks, encodes the prompts and the pretraining text, builds the compiled
+    pieces.
+    """
     check_contexts(config)
-    policy = networks.load_network(config.model, mesh, config.decoder, rules=sharding_rules(config)["reference"])
+    policy = networks.load_network(
+        config.model, mesh, config.decoder, rules=sharding_rules(config)["reference"]
+    )
     reward, value = reward_and_value(policy, config, mesh)
     records = datasets.read_prompts(config.prompts, tokenizer=policy.tokenizer)
     asked = [r.prompt for r in records]
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
-    ids = datasets.encode_prompts(policy.tokenizer, asked, length=config.prompt_length, where=config.prompts)
+    ids = datasets.encode_prompts(
+        policy.tokenizer, asked, length=config.prompt_length, where=config.prompts
+    )
     rows = text.prompt_batch(ids, length=config.prompt_length)
     prompts = datasets.batches(rows, mesh, batch_size=config.episodes, seed=config.seed)
     context = contexts.of_network(policy, networks.model_folder(config.model))
@@ -152,10 +202,14 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     pretraining = held_out = None
     if config.ptx_coef:
         rows = text_rows(policy.tokenizer, config.pretraining_text, config, context)
-        pretraining = datasets.batches(rows, mesh, batch_size=check_ptx_rows(config), seed=config.seed)
+        pretraining = datasets.batches(
+            rows, mesh, batch_size=check_ptx_rows(config), seed=config.seed
+        )
     if config.held_out_text:
         rows = text_rows(policy.tokenizer, config.held_out_text, config, context)
-        held_out = datasets.held_out_batches(rows, mesh, batch_size=config.held_out_rows, seed=0, most=1)
+        held_out = datasets.held_out_batches(
+            rows, mesh, batch_size=config.held_out_rows, seed=0, most=1
+        )
     one_device = mesh.size == config.microbatches == config.score_microbatches == 1
     pieces = partial(compiled_pieces, config, mesh, policy, value, reward, trained, where)
     return Setup(
@@ -167,7 +221,9 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
 
 def text_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Context) -> LMBatch:
     """Packed rows of a file of plain text, within the policy's context."""
-    return datasets.lm_rows(tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length")
+    return datasets.lm_rows(
+        tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length"
+    )
 
 
 def compiled_pieces(
@@ -175,14 +231,18 @@ def compiled_pieces(
     reward: Network | None, trained: tuple[TrainableParams, TrainableParams], where: PPOState,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
-    """The two compiled pieces after sampling, compiled when first called; the state stays `where` it is."""
+    """The two compiled pieces after sampling, compiled when first called; the state stays `where`
+    it is.
+    """
     make_step = partial(
         make_ppo_step, optimizers=optimizers(config), ppo=update_settings(config), losses=losses(config),
         batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
     )  # fmt: skip
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
-        return make_step(trained[0].model(policy.model, frozen[0]), trained[1].model(value.model, frozen[1]))
+        return make_step(
+            trained[0].model(policy.model, frozen[0]), trained[1].model(value.model, frozen[1])
+        )
 
     score_and_shape = make_score_and_shape(
         rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
@@ -193,11 +253,15 @@ def compiled_pieces(
 
 
 def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
-    """What the run is made of, for its checkpoints: the reference and the reward model are in it by their sha256."""
+    """What the run is made of, for its checkpoints: the reference and the reward model are in it by
+    their sha256.
+    """
     files = {key: config[key] for key in ("prompts", "held_out_text")}
     if config.ptx_coef:
         files["pretraining_text"] = config.pretraining_text
-    models = {key: networks.model_folder(config[key]) for key in ("model", "reward_model") if config[key]}
+    models = {
+        key: networks.model_folder(config[key]) for key in ("model", "reward_model") if config[key]
+    }
     return guards.origin(config, files=files, models=models, tokenizer=setup.policy.tokenizer)
 
 
@@ -206,33 +270,47 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
     check(config)
     mesh = devices.start(config.mesh)
     setup = prepare(config, mesh)
-    return memory.dry_run(programs.programs(setup, config, mesh), mesh, state=programs.staying(setup))
+    return memory.dry_run(
+        programs.programs(setup, config, mesh), mesh, state=programs.staying(setup)
+    )
 
 
-# ------------------------------------------------------------------------------------------------ in an iteration
+# ---------------------------------------------------------------------------------- in an iteration
 
 
 def prompts_of(setup: Setup, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The prompts of an iteration on the devices; the id of each counts the prompts of the whole run."""
+    """The prompts of an iteration on the devices; the id of each counts the prompts of the whole
+    run.
+    """
     ids = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
     return sharding.place_batch(
         dataclasses.replace(setup.prompts.at(iteration), ids=sharding.own_rows(ids, mesh)), mesh
     )
 
 
-def sample(setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict) -> Samples:
-    """Responses of the current policy, under exactly the distribution that is trained: no top-k, no top-p."""
+def sample(
+    setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict
+) -> Samples:
+    """Responses of the current policy, under exactly the distribution that is trained: no top-k, no
+    top-p.
+    """
     return generate(
         setup.policy.model,
         setup.trained_policy.merged(state.policy.params),
         prompts,
         jax.random.fold_in(key, 0),
-        Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop_ids(setup)),
+        Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            stop_ids=stop_ids(setup),
+        ),
     )
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
-    """The pieces that compute two samples to a row, where they fit in the whole rollout and in each minibatch."""
+    """The pieces that compute two samples to a row, where they fit in the whole rollout and in each
+    minibatch.
+    """
     if setup.paired is None:
         return setup.pieces
     lengths, slots = np.asarray(samples.lengths), samples.tokens.shape[1]
@@ -242,7 +320,9 @@ def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDic
 
 
 def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
-    """Stops the run unless policy, reference, sampler and value network agree before the first update."""
+    """Stops the run unless policy, reference, sampler and value network agree before the first
+    update.
+    """
     reward = setup.reward
     step_zero_checks(
         setup.policy.model, setup.value, reward.model if reward else None,
@@ -262,26 +342,40 @@ def response_texts(setup: Setup, samples: Samples, iteration: int) -> list[str]:
     return responses.response_texts(setup.policy.tokenizer, samples, asked)
 
 
-def judge_all(setup: Setup, score: functions.Judge, texts: list[str], iteration: int) -> list[float]:
-    """`score` of each response of an iteration; each process judges its part, and all get the same numbers."""
+def judge_all(
+    setup: Setup, score: functions.Judge, texts: list[str], iteration: int
+) -> list[float]:
+    """`score` of each response of an iteration; each process judges its part, and all get the same
+    numbers.
+    """
     asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
     part = asked[processes.index() :: processes.count()]
-    judged = processes.exchange("scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part])
+    judged = processes.exchange(
+        "scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part]
+    )
     return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
 
 
-def observe(setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict) -> dict[str, Any]:
-    """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining loss."""
+def observe(
+    setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict
+) -> dict[str, Any]:
+    """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining
+    loss.
+    """
     seen: dict[str, Any] = {}
     if setup.gold is not None:
         judged = np.asarray(judge_all(setup, setup.gold, texts, iteration))
         told = judged[np.isfinite(judged)]  # it may abstain
         seen["gold_score"] = float(told.mean()) if len(told) else float("nan")
-    if setup.held_out and (iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations):
+    if setup.held_out and (
+        iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations
+    ):
         policy = setup.trained_policy.whole(state.policy.params)
         seen["held_out_loss"] = lm_loss(setup.policy.model, policy, setup.held_out)
     return seen
 
 
 if __name__ == "__main__":
-    cli.main(run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run, check=check)
+    cli.main(
+        run, config="configs/ppo/storyland.py", workdir="runs/ppo", dry_run=dry_run, check=check
+    )

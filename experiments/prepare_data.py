@@ -1,20 +1,22 @@
-r"""Writes the JSONL files that the stages read: demonstrations, prompts, rankings, plain text; fetches models by name.
+r"""Writes the JSONL files that the stages read: demonstrations, prompts, rankings, plain text;
+fetches models by name.
 
 Run:
 
-    python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
-    python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data
-    python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.demonstrations=FILE
-    python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
-    python experiments/prepare_data.py --data=FILE --columns prompt=question,system=system --out=runs/my_data
-    python experiments/prepare_data.py --model=smollm2
-    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
+    python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data python
+    experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data python
+    experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.demonstrations=FILE
+    python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data python
+    experiments/prepare_data.py --data=FILE --columns prompt=question,system=system
+    --out=runs/my_data python experiments/prepare_data.py --model=smollm2 python
+    experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
 
-``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``, ``--data_dir`` and
-``--model`` for the keys of that name; ``--model`` alone fetches the model and asks it one question. With ``--data`` a
-file of another tool is converted, and ``--source`` is the name of its form (docs/data_sources.md), or left out.
-``--preview`` shows five rows as the model sees them (``--preview=FILE.html`` writes a page), ``--look=FILE`` does that
-and the numbers of the report for a file of records, and prepares nothing.
+``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``,
+``--data_dir`` and ``--model`` for the keys of that name; ``--model`` alone fetches the model and
+asks it one question. With ``--data`` a file of another tool is converted, and ``--source`` is the
+name of its form (docs/data_sources.md), or left out. ``--preview`` shows five rows as the model
+sees them (``--preview=FILE.html`` writes a page), ``--look=FILE`` does that and the numbers of the
+report for a file of records, and prepares nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def run(config: ConfigDict, workdir: str, *, show: bool = True) -> dict:
         _SHOW.reset(shown)
 
 
-# ------------------------------------------------------------------------------------------------------ storyland
+# ---------------------------------------------------------------------------------------- storyland
 
 
 def storyland(config: ConfigDict, folder: Path) -> dict:
@@ -80,15 +82,16 @@ def _write(folder: Path, files: Mapping[str, Iterable[Any]]) -> dict[str, int]:
     return counts
 
 
-# ---------------------------------------------------------------------------------------------- people's preferences
+# ----------------------------------------------------------------------------- people's preferences
 
 
 def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
-    """HH-RLHF pairs and OpenAssistant rankings, cut into parts by conversation, and running English.
+    """HH-RLHF pairs and OpenAssistant rankings, cut into parts by conversation, and running
+    English.
 
-    Rankings, demonstrations and prompts never share a conversation. Writes ``data_report.txt`` too: what was read, what
-    was left out and why. Where `config.data_dir` holds HH-RLHF alone, a line says which files are not written; without
-    `config.subsets` there is OpenAssistant alone.
+    Rankings, demonstrations and prompts never share a conversation. Writes ``data_report.txt`` too:
+    what was read, what was left out and why. Where `config.data_dir` holds HH-RLHF alone, a line
+    says which files are not written; without `config.subsets` there is OpenAssistant alone.
     """
     shares = parts.Parts(config)
     where = config.data_dir or None
@@ -117,7 +120,10 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     # Readers name the split they were asked for; the parts here are others.
     lines = [dataclasses.replace(report, noted={}).summary() for report in reports] + skipped
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
-    lines += ["rankings by number of responses: " + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))]
+    lines += [
+        "rankings by number of responses: "
+        + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))
+    ]
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
     measured = tables.tables(files, lengths.count, tables.identifier())
     _report(folder, [*lines, "", *look.lines(files, config, reports), measured])
@@ -135,15 +141,16 @@ def _report(folder: Path, lines: Sequence[str], *, before: Sequence[str] = ()) -
         print(f"The data are described in {folder / 'data_report.txt'}", flush=True)
 
 
-# -------------------------------------------------------------------------------------------------------- own files
+# ---------------------------------------------------------------------------------------- own files
 
 
 def own_files(config: ConfigDict, folder: Path) -> dict:
-    """A user's own files, cleaned and split. Writes ``data_report.txt``: bad rows, what was left out, the tables.
+    """A user's own files, cleaned and split. Writes ``data_report.txt``: bad rows, what was left
+    out, the tables.
 
-    In this order: rows are read strictly, near-duplicate prompts left out, users capped, records split by user (or
-    organization, or conversation), the splits checked for leaks, personal data taken out of the training split, and
-    what is too long left out.
+    In this order: rows are read strictly, near-duplicate prompts left out, users capped, records
+    split by user (or organization, or conversation), the splits checked for leaks, personal data
+    taken out of the training split, and what is too long left out.
     """
     _check_cleaning(config)
     checks.require(
@@ -161,9 +168,11 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
 
 
 def convert(config: ConfigDict, folder: Path) -> dict:
-    """A file in another tool's form as the files that the stages read. Writes ``data_report.txt`` too.
+    """A file in another tool's form as the files that the stages read. Writes ``data_report.txt``
+    too.
 
-    What was read as what is said first. A file of a few conversations is not split: nothing is held out then.
+    What was read as what is said first. A file of a few conversations is not split: nothing is held
+    out then.
     """
     _check_cleaning(config)
     checks.require(bool(config.data), "data", config.data, "name the file to convert: --data=FILE")
@@ -176,7 +185,12 @@ def convert(config: ConfigDict, folder: Path) -> dict:
     reports = [reading.report]
     sets = {name: parts.with_ids(name, records) for name, records in reading.records.items()}
     fractions = {name: config.fractions[name] for name in own.SPLITS}
-    conversations = {sources.conversation_place(r.prompt) for s in sets.values() for r in s if hasattr(r, "prompt")}
+    conversations = {
+        sources.conversation_place(r.prompt)
+        for s in sets.values()
+        for r in s
+        if hasattr(r, "prompt")
+    }
     if len(conversations) < config.least_conversations and "corpus" not in sets:
         fractions = {"train": 1.0, "validation": 0.0, "test": 0.0}
         said.append(
@@ -186,14 +200,19 @@ def convert(config: ConfigDict, folder: Path) -> dict:
     files, lengths = _cleaned(config, sets, fractions, reports)
     files = {name: records for name, records in files.items() if records}
     if not any(name in files for name in (*own.OWN_FILES, "prompts_ppo")):
-        raise ValueError(f"no record of {config.data} is left to train on: {reading.report.summary()}")
+        raise ValueError(
+            f"no record of {config.data} is left to train on: {reading.report.summary()}"
+        )
     counts = _write(folder, files)
     _report(folder, [*said[1:], *_lines(config, reports, lengths, files, counts)], before=said[:1])
     return counts
 
 
 def _cleaned(
-    config: ConfigDict, sets: dict[str, list[Any]], fractions: dict[str, float], reports: list[schema.DataReport]
+    config: ConfigDict,
+    sets: dict[str, list[Any]],
+    fractions: dict[str, float],
+    reports: list[schema.DataReport],
 ) -> tuple[dict[str, Any], Lengths | None]:
     """The stages' files of records, cleaned and split as the config says, and what was too long."""
     sets = own.deduplicated(sets, config.prefix_length, reports)
@@ -211,12 +230,20 @@ def _cleaned(
         for name, part in split.items():
             advice = f"see what pii_hook={config.pii_hook} does with it, or stop with Ctrl-C and take the row out"
             with told_when_slow(advice) as begin:
-                on_row = lambda place, r, name=name: begin(f"pii_hook: record {place} of {name} (id {r.id})")  # noqa: E731
+                on_row = lambda place, r, name=name: begin(
+                    f"pii_hook: record {place} of {name} (id {r.id})"
+                )
                 part["train"], report = curation.scrub(part["train"], hook, on_row=on_row)
             reports.append(dataclasses.replace(report, source=f"personal data, training {name}"))
-    lengths = Lengths(config, load_tokenizer(networks.model_folder(config.model))) if config.model else None
+    lengths = (
+        Lengths(config, load_tokenizer(networks.model_folder(config.model)))
+        if config.model
+        else None
+    )
     if lengths is not None:
-        split = {k: {name: lengths.fitting(r) for name, r in part.items()} for k, part in split.items()}
+        split = {
+            k: {name: lengths.fitting(r) for name, r in part.items()} for k, part in split.items()
+        }
     return own.stage_files(split, config.ranking_share, config.seed), lengths
 
 
@@ -226,7 +253,11 @@ def _lines(
 ) -> list[str]:  # fmt: skip
     """The report of a user's own data."""
     lines = [report.summary() for report in reports if report.rows]
-    lines += [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())] if lengths else []
+    lines += (
+        [f"left out: {reason}: {n}" for reason, n in sorted(lengths.left_out.items())]
+        if lengths
+        else []
+    )
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
     measured = tables.tables(dict(files), lengths.count if lengths else None, tables.identifier())
     return [*lines, "", *look.lines(files, config, reports), measured]
@@ -240,14 +271,16 @@ def _check_cleaning(config: ConfigDict) -> None:
     checks.require_range("ranking_share", config.ranking_share, low=0.0, high=1.0)
 
 
-# ------------------------------------------------------------------------------------------------ pretrained models
+# -------------------------------------------------------------------------------- pretrained models
 
 
 def pretrained(config: ConfigDict, folder: Path) -> dict:
-    """Fetches and converts a model, and asks it one question: a wrong rotary base or a lost permutation shows here.
+    """Fetches and converts a model, and asks it one question: a wrong rotary base or a lost
+    permutation shows here.
 
     Raises:
-      ValueError: the model is not known, cannot be fetched, or its greedy answer does not hold `config.answer`.
+      ValueError: the model is not known, cannot be fetched, or its greedy answer does not hold
+        `config.answer`.
     """
     path = networks.model_folder(config.model)
     network = networks.load_network(config.model, devices.start((1, -1, 1)), {"unroll": 1})
@@ -266,8 +299,15 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
     )
     answer = network.tokenizer.decode(said.tokens[0, len(ids) : int(said.lengths[0])])
     if config.answer not in answer:
-        raise ValueError(f"{path} continues {config.question!r} with {answer!r}: delete the folder and run again")
-    result = {"model": config.model, "folder": str(path), "question": config.question, "answer": answer}
+        raise ValueError(
+            f"{path} continues {config.question!r} with {answer!r}: delete the folder and run again"
+        )
+    result = {
+        "model": config.model,
+        "folder": str(path),
+        "question": config.question,
+        "answer": answer,
+    }
     write_json(folder / "model.json", result)
     print(f"{config.model} is in {path}\n{config.question}{answer}", flush=True)
     return result
@@ -285,7 +325,12 @@ SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
 
 def dry_run(config: ConfigDict) -> None:
     """Looks at a file (``--look``); the other sources have no dry run."""
-    checks.require(config.source == "look", "--dry_run", True, "only --look=FILE writes nothing: leave --dry_run out")
+    checks.require(
+        config.source == "look",
+        "--dry_run",
+        True,
+        "only --look=FILE writes nothing: leave --dry_run out",
+    )
     look.look(config)
 
 

@@ -2,7 +2,8 @@
 
 Run:
 
-    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large --workdir=runs/pretrain_large
+    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large
+    --workdir=runs/pretrain_large
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.heads import language_model
-from rlhf_jax.run import cli, compiling, contexts, datasets, devices, inputs, memory, networks, results
+from rlhf_jax.run import (
+    cli,
+    compiling,
+    contexts,
+    datasets,
+    devices,
+    inputs,
+    memory,
+    networks,
+    results,
+)
 from rlhf_jax.run.console import Progress
 from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.run.metrics import StageLog, read
@@ -53,7 +64,7 @@ def prepare(config: ConfigDict) -> Setup:
     mesh = devices.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
-    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
+    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)
     with Progress("writing documents", config.documents, unit="documents") as progress:
         written = []
         for done, document in enumerate(documents(0, config.documents), start=1):
@@ -61,7 +72,8 @@ def prepare(config: ConfigDict) -> Setup:
             progress(done)
     rows = text.lm_rows(written, length=config.row_length)
     held_out = text.lm_rows(
-        [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)], length=config.row_length
+        [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)],
+        length=config.row_length,
     )
     context = contexts.Context(config.model.context_length, "config.model")
     for each in (rows, held_out):
@@ -74,7 +86,9 @@ def prepare(config: ConfigDict) -> Setup:
         held_out, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches
     )  # fmt: skip
     state = sharding.place_state(train_state(model.init(jax.random.key(config.seed)), tx), mesh)
-    return Setup(mesh, tokenizer, rows, batches, held, model, compile_step(make_sft_step(model, tx)), state)
+    return Setup(
+        mesh, tokenizer, rows, batches, held, model, compile_step(make_sft_step(model, tx)), state
+    )
 
 
 def check(config: ConfigDict) -> None:
@@ -95,7 +109,9 @@ def programs(setup: Setup) -> memory.Programs:
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter holds."""
+    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter
+    holds.
+    """
     check(config)
     with memory.phase("set-up", lower=("config.documents", "config.row_length")):
         setup = prepare(config)
@@ -110,7 +126,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
         networks.save_network(folder / "model", networks.Network(model, half, tokenizer))
 
     begin = time.monotonic()
-    settings = Settings(workdir, "pretrain", steps, config.evaluate_every, show=("sft/loss", "held_out_loss"))
+    settings = Settings(
+        workdir, "pretrain", steps, config.evaluate_every, show=("sft/loss", "held_out_loss")
+    )
     with (
         memory.phase(
             "train", lower=("config.batch_size", "config.row_length", "config.mesh (more devices)"),
@@ -120,7 +138,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
         Loop(settings, setup.state, on_save=on_save) as loop,
     ):  # fmt: skip
         for step, state in loop:
-            state, metrics = setup.step(state, sharding.place_batch(setup.batches.at(step), setup.mesh), None)
+            state, metrics = setup.step(
+                state, sharding.place_batch(setup.batches.at(step), setup.mesh), None
+            )
             loop.log(metrics)
             loop.done(state)
 
@@ -134,7 +154,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
         "steps": steps,
         "tokens": int((rows.segments > 0).sum()),
         "padding_share": text.padding_share(rows),
-        "command": f"python experiments/pretrain.py --config=configs/pretrain/storyland.py:{config.name}",
+        "command": "python experiments/pretrain.py "
+            f"--config=configs/pretrain/storyland.py:{config.name}",
         "parameters": networks.size(loop.state.params),
         "seed": config.seed,
         "corpus_sha256": storyland_assets.corpus_fingerprint(),

@@ -1,8 +1,10 @@
-r"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch, demonstrations at 0.
+r"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch,
+demonstrations at 0.
 
 Run:
 
-    python experiments/reward_model.py --config=configs/reward_model/storyland.py --workdir=runs/reward_model \
+    python experiments/reward_model.py --config=configs/reward_model/storyland.py
+    --workdir=runs/reward_model \
         --config.model=runs/sft/epoch-3 --config.rankings=runs/samples/rankings.jsonl \
         --config.demonstrations=runs/data/demonstrations.jsonl
 """
@@ -47,7 +49,12 @@ from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
-LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size", "config.mesh")
+LOWER = (
+    "config.microbatches (more, smaller pieces)",
+    "config.decoder.remat=block",
+    "config.batch_size",
+    "config.mesh",
+)
 
 
 class Setup(NamedTuple):
@@ -88,26 +95,42 @@ def run(config: ConfigDict, workdir: str) -> dict:
         Loop(settings, setup.state, origin=made_of, data=config.rankings) as loop,
     ):  # fmt: skip
         for step, state in loop:
-            state, metrics = setup.step(state, sharding.place_batch(setup.batches.at(step), mesh), None)
+            state, metrics = setup.step(
+                state, sharding.place_batch(setup.batches.at(step), mesh), None
+            )
             loop.log(metrics, rows=partial(records.of_step, setup.batches, step))
             loop.done(state)
-    network = center(networks.Network(model, trained.merged(loop.state.params), base.tokenizer), config, mesh)
+    network = center(
+        networks.Network(model, trained.merged(loop.state.params), base.tokenizer), config, mesh
+    )
     guards.check_read(made_of)
     networks.save_network(Path(workdir) / "model", network)
-    result: dict[str, Any] = {"model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded)}
+    result: dict[str, Any] = {
+        "model": str(Path(workdir) / "model"),
+        "steps": steps,
+        "prompts": len(encoded),
+    }
     result |= {"padding_share": text.padding_share(rows), **ranked.tokens(encoded)}
     result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
     result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
-    sets = {name: ranked.held_out(base, path, config) for name, path in config.evaluation.items() if path}
-    scores = score_each(network, [r for rankings, _ in sets.values() for r in rankings], config, mesh)
+    sets = {
+        name: ranked.held_out(base, path, config)
+        for name, path in config.evaluation.items()
+        if path
+    }
+    scores = score_each(
+        network, [r for rankings, _ in sets.values() for r in rankings], config, mesh
+    )
     for name, (rankings, too_long) in sets.items():
         result[name] = {**evaluate(rankings, scores), "left_out_too_long": too_long}
     return results.write_result(Path(workdir) / "reward_model.json", lambda: result)
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, files and models that no run can have, before anything is loaded or written."""
+    """Refuses numbers, files and models that no run can have, before anything is loaded or
+    written.
+    """
     inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("rankings", config.rankings)
@@ -126,7 +149,10 @@ def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
 
 
 def where(
-    config: ConfigDict, rankings: Sequence[schema.Ranking], encoded: Sequence[text.RankedIds], places: Sequence[int]
+    config: ConfigDict,
+    rankings: Sequence[schema.Ranking],
+    encoded: Sequence[text.RankedIds],
+    places: Sequence[int],
 ) -> guards.Records:
     """Which rankings lie in which row."""
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
@@ -153,7 +179,9 @@ def programs(setup: Setup) -> memory.Programs:
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the rankings, builds the step and the state."""
     mesh = devices.start(config.mesh)
-    devices.agree_on_inputs(config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values())
+    devices.agree_on_inputs(
+        config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values()
+    )
     rules = sharding.rules_from_data(config.sharding)
     base = networks.load_network(config.model, mesh, config.decoder, rules=rules)
     rankings = ranked.read_rankings(config.rankings, base.tokenizer)
@@ -164,8 +192,14 @@ def prepare(config: ConfigDict) -> Setup:
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
     model = scalar_model(base.model.config)
-    trained = networks.trainable(scalar_from_language_model(base.params, jax.random.key(config.seed)), config)
-    read, seen = (model, rows) if config.train != "head" else read_trunk(model, trained.frozen, rows, config, mesh)
+    trained = networks.trainable(
+        scalar_from_language_model(base.params, jax.random.key(config.seed)), config
+    )
+    read, seen = (
+        (model, rows)
+        if config.train != "head"
+        else read_trunk(model, trained.frozen, rows, config, mesh)
+    )
     batches = datasets.batches(seen, mesh, batch_size=config.batch_size, seed=config.seed)
     rate = optimizers.schedule(config.schedule, config.learning_rate, batches.steps(config.epochs))
     tx = optimizers.optimizer(config, rate, clip_norm=config.clip_norm)
@@ -186,20 +220,28 @@ def prepare(config: ConfigDict) -> Setup:
 def read_trunk(
     model: Model, trunk: Params, rows: RankingBatch, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Model, RankingBatch]:
-    """A frozen trunk is read once: rows of its hidden states where a score is read, and the model from there on.
+    """A frozen trunk is read once: rows of its hidden states where a score is read, and the model
+    from there on.
 
-    The states take the place of the tokens and each response's end is the place of its state. An epoch over the head
-    then costs next to nothing, so it may take many.
+    The states take the place of the tokens and each response's end is the place of its state. An
+    epoch over the head then costs next to nothing, so it may take many.
     """
-    hidden = in_batches(partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh, "frozen trunk")
-    places: Any = np.broadcast_to(np.arange(hidden.shape[1]).reshape(1, *rows.ends.shape[1:]), rows.ends.shape)
+    hidden = in_batches(
+        partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh, "frozen trunk"
+    )
+    places: Any = np.broadcast_to(
+        np.arange(hidden.shape[1]).reshape(1, *rows.ends.shape[1:]), rows.ends.shape
+    )
     empty: Any = np.zeros(hidden.shape[:2], np.int32)
     seen = RankingBatch(hidden, empty, empty, empty, places.astype(np.int32), rows.ranks)
     return model._replace(apply=lambda params, states, **_: Output(states, None)), seen
 
 
-def in_batches(function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str) -> Any:
-    """A function of rows, `size` of them at a time, with a line of progress under `name` where it takes long.
+def in_batches(
+    function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str
+) -> Any:
+    """A function of rows, `size` of them at a time, with a line of progress under `name` where it
+    takes long.
 
     The last batch is filled up with the last row, so that there is one program.
     """
@@ -218,7 +260,9 @@ _ranking_hidden = jax.jit(scoring.ranking_hidden, static_argnums=0)
 _ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
 
 
-def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> networks.Network:
+def center(
+    network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> networks.Network:
     """The reward model with its bias set so that the labelers' demonstrations score 0 on average.
 
     Source: Ouyang et al. 2022, section 3.5.
@@ -233,17 +277,23 @@ def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mes
     fitting_records = [r for r in records if fits(r)]
     if len(fitting_records) < len(records) and processes.index() == 0:
         print(
-            f"bias: {len(records) - len(fitting_records)} of {len(records)} demonstrations are left out, they are "
+            f"bias: {len(records) - len(fitting_records)} of {len(records)} demonstrations are "
+            "left out, they are "
             f"longer than the context of {context} tokens",
             flush=True,
         )
     records = fitting_records[: config.bias_demonstrations]
     checks.require(
         bool(records), "demonstrations", config.demonstrations,
-        f"none fits the model's context of {context} tokens: give shorter ones, or a model of a longer context",
+        f"none fits the model's context of {context} tokens: give shorter ones, or a model of a "
+        "longer context",
     )  # fmt: skip
     scores = responses_lib.score_responses(
-        network, [r.prompt for r in records], [r.response for r in records], mesh, batch_size=config.score_batch_size
+        network,
+        [r.prompt for r in records],
+        [r.response for r in records],
+        mesh,
+        batch_size=config.score_batch_size,
     )
     head = network.params["score"]
     bias = head["bias"] + quality.demonstration_bias(scores)
@@ -251,21 +301,32 @@ def center(network: networks.Network, config: ConfigDict, mesh: jax.sharding.Mes
 
 
 def score_each(
-    network: networks.Network, rankings: Sequence[schema.Ranking], config: ConfigDict, mesh: jax.sharding.Mesh
+    network: networks.Network,
+    rankings: Sequence[schema.Ranking],
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
 ) -> Scores:
-    """The score of each response, once, however many labelers ranked it; responses to a prompt share its row."""
+    """The score of each response, once, however many labelers ranked it; responses to a prompt
+    share its row.
+    """
     names, items = ranked.distinct_responses(network.tokenizer, rankings, config)
     if not items:
         return {}
     sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in items]
     asked = [group[0][0] for group in names]
-    contexts.check(contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked))
+    contexts.check(
+        contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked)
+    )
     longest = max(sizes)
     length = max(config.row_length, longest)
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)
     scored = in_batches(
-        partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh, "held-out"
+        partial(_ranking_scores, network.model, network.params),
+        rows,
+        config.batch_size,
+        mesh,
+        "held-out",
     )
     return {
         name: float(scored[row, place, k])
@@ -276,4 +337,10 @@ def score_each(
 
 
 if __name__ == "__main__":
-    cli.main(run, config="configs/reward_model/storyland.py", workdir="runs/reward_model", dry_run=dry_run, check=check)
+    cli.main(
+        run,
+        config="configs/reward_model/storyland.py",
+        workdir="runs/reward_model",
+        dry_run=dry_run,
+        check=check,
+    )

@@ -1,12 +1,14 @@
-r"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank them.
+r"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank
+them.
 
 Run:
 
     python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/samples \
         --config.prompts=runs/data/prompts_ranking.jsonl --config.models="('runs/sft/epoch-1',)"
 
-Writes ``samples.jsonl`` (prompt, responses, policies, temperatures); with ``config.labelers > 0`` also
-``rankings.jsonl``, whose prompts must be storyland's, because only there simulated labelers know the truth.
+Writes ``samples.jsonl`` (prompt, responses, policies, temperatures); with ``config.labelers > 0``
+also ``rankings.jsonl``, whose prompts must be storyland's, because only there simulated labelers
+know the truth.
 """
 
 from __future__ import annotations
@@ -41,18 +43,26 @@ def run(config: ConfigDict, workdir: str) -> dict:
     """Samples, ranks, writes; returns counts."""
     check(config)
     mesh = devices.start(config.mesh)
-    prompts = datasets.read_prompts(config.prompts, tokenizer=networks.tokenizer_of("".join(config.models[:1])))
+    prompts = datasets.read_prompts(
+        config.prompts, tokenizer=networks.tokenizer_of("".join(config.models[:1]))
+    )
     for name in config.models:
         check_context(name, prompts, config)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
-    # Response k of a prompt comes from model k mod n: each prompt compares the models with one another.
+    # Response k of a prompt comes from model k mod n: each prompt compares the models with one
+    # another.
     drawn: list[dict[int, str]] = [{} for _ in prompts]
-    share = [[len(range(which, k, len(config.models))) for k in ks] for which in range(len(config.models))]
+    share = [
+        [len(range(which, k, len(config.models))) for k in ks]
+        for which in range(len(config.models))
+    ]
     with StageLog(workdir, "sample", total=sum(ks), show=(), unit="responses", waited=True) as log:
         for which, name in enumerate(config.models):
             network = networks.load_network(name, mesh, config.decoder)
             asked = [p.prompt for p in prompts]
-            ids = datasets.encode_prompts(network.tokenizer, asked, length=config.prompt_length, where=config.prompts)
+            ids = datasets.encode_prompts(
+                network.tokenizer, asked, length=config.prompt_length, where=config.prompts
+            )
             before = sum(sum(counts) for counts in share[:which])
             responses, _ = responses_lib.sample_responses(
                 network, ids, mesh, asked=asked, counts=share[which], prompt_length=config.prompt_length,
@@ -62,7 +72,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
             )  # fmt: skip
             remaining = iter(responses)
             for place, count in enumerate(share[which]):
-                drawn[place] |= {which + n * len(config.models): next(remaining) for n in range(count)}
+                drawn[place] |= {
+                    which + n * len(config.models): next(remaining) for n in range(count)
+                }
     records = [
         Responses(
             prompt.id, prompt.prompt, tuple(drawn[p][k] for k in range(ks[p])),
@@ -73,16 +85,23 @@ def run(config: ConfigDict, workdir: str) -> dict:
     ]  # fmt: skip
     schema.write_jsonl(Path(workdir) / "samples.jsonl", records)
     if config.labelers:
-        rankings = rank(records, group=config.labeler_group, count=config.labelers, labels_each=config.labels_each)
+        rankings = rank(
+            records,
+            group=config.labeler_group,
+            count=config.labelers,
+            labels_each=config.labels_each,
+        )
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
     return {"prompts": len(prompts), "responses": sum(ks)}
 
 
 def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
-    """Refuses prompts that leave a model no room for an answer, before any model is loaded or asked.
+    """Refuses prompts that leave a model no room for an answer, before any model is loaded or
+    asked.
 
     Raises:
-      ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the model's context.
+      ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the
+        model's context.
     """
     folder = networks.model_folder(name)
     context = contexts.of_folder(folder)
@@ -103,13 +122,18 @@ def check(config: ConfigDict) -> None:
     draw_k(config.seed, 0, config.min_k, config.max_k)
     models = config.models
     checks.require(
-        isinstance(models, tuple) and len(models) > 0, "models", models, "pass folders, --config.models=\"('FOLDER',)\""
+        isinstance(models, tuple) and len(models) > 0,
+        "models",
+        models,
+        "pass folders, --config.models=\"('FOLDER',)\"",
     )
     for place, name in enumerate(models):
         try:
             inputs.check_model(f"models[{place}]", name)
         except ValueError as error:
-            raise ValueError(f"{error}; the models are given as --config.models=\"('FOLDER',)\"") from None
+            raise ValueError(
+                f"{error}; the models are given as --config.models=\"('FOLDER',)\""
+            ) from None
     inputs.check_file("prompts", config.prompts)
     prompts = datasets.read_prompts(config.prompts)
     if config.labelers:
@@ -119,15 +143,21 @@ def check(config: ConfigDict) -> None:
 
 def read_samples(path: Path) -> list[Responses]:
     """What `run` wrote to ``samples.jsonl``."""
-    read = lambda row: Responses(  # noqa: E731
-        row.get("id"), _prompt(row), *(tuple(row[name]) for name in ("responses", "policies", "temperatures"))
+    read = lambda row: Responses(
+        row.get("id"),
+        _prompt(row),
+        *(tuple(row[name]) for name in ("responses", "policies", "temperatures")),
     )
     return schema.read_rows(path, read)[0]
 
 
 def _prompt(row: dict[str, Any]) -> schema.Conversation:
     prompt = row["messages"] if "messages" in row else row["prompt"]
-    return prompt if isinstance(prompt, str) else tuple(schema.Message(**message) for message in prompt)
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else tuple(schema.Message(**message) for message in prompt)
+    )
 
 
 def draw_k(seed: int, place: int, low: int, high: int) -> int:
@@ -137,8 +167,11 @@ def draw_k(seed: int, place: int, low: int, high: int) -> int:
     return random.Random(f"k/{seed}/{place}").randint(low, high)
 
 
-def rank(records: Sequence[Responses], *, group: str, count: int, labels_each: int = 1) -> list[schema.Ranking]:
-    """Each prompt's responses ranked by simulated labelers of a group, most by one of them only as in the paper.
+def rank(
+    records: Sequence[Responses], *, group: str, count: int, labels_each: int = 1
+) -> list[schema.Ranking]:
+    """Each prompt's responses ranked by simulated labelers of a group, most by one of them only as
+    in the paper.
 
     Args:
       records: sampled responses to storyland prompts.

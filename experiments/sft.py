@@ -1,4 +1,5 @@
-r"""Supervised fine-tuning on demonstrations: the SFT baseline, and with pretraining text mixed in the init of PPO.
+r"""Supervised fine-tuning on demonstrations: the SFT baseline, and with pretraining text mixed in
+the init of PPO.
 
 Run:
 
@@ -42,7 +43,12 @@ from rlhf_jax.run.metrics import StageLog, read
 from rlhf_jax.steps import compile_frozen_step, make_sft_step, train_state
 from rlhf_jax.types import LMBatch, Params, StepFn, TrainState
 
-LOWER = ("config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size", "config.mesh")
+LOWER = (
+    "config.microbatches (more, smaller pieces)",
+    "config.decoder.remat=block",
+    "config.batch_size",
+    "config.mesh",
+)
 
 
 class Setup(NamedTuple):
@@ -60,7 +66,9 @@ class Setup(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest loss, the last one."""
+    """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest
+    loss, the last one.
+    """
     check(config)
     with memory.phase("set-up", lower=LOWER[1:], rows=config.batch_size, slots=config.row_length):
         setup = prepare(config)
@@ -69,7 +77,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         epoch = math.ceil(step / epoch_steps)
-        networks.save_network(folder / f"epoch-{epoch}", network._replace(params=trained.merged(state.params)))
+        networks.save_network(
+            folder / f"epoch-{epoch}", network._replace(params=trained.merged(state.params))
+        )
         loss = lm_loss(network.model, trained.whole(state.params), held)
         log(step, {"epoch": epoch, "validation_loss": loss})
 
@@ -88,29 +98,42 @@ def run(config: ConfigDict, workdir: str) -> dict:
     ):  # fmt: skip
         for step, state in loop:
             batch = sharding.place_batch(setup.batches.at(step), setup.mesh)
-            key = jax.random.fold_in(jax.random.key(config.seed), step) if config.dropout > 0 else None
+            key = (
+                jax.random.fold_in(jax.random.key(config.seed), step)
+                if config.dropout > 0
+                else None
+            )
             state, metrics = setup.step(state, batch, key)
             loop.log(metrics, rows=partial(setup.records.of_step, setup.batches, step))
             loop.done(state)
     last = folder / f"epoch-{config.epochs}"
-    # Where it was lost after all was done, the last checkpoint holds it too; all processes have to agree on that.
+    # Where it was lost after all was done, the last checkpoint holds it too; all processes have to
+    # agree on that.
     if processes.on_first("last epoch", lambda: not last.exists()):
         networks.save_network(last, network._replace(params=trained.merged(loop.state.params)))
     return results.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, files and models that no run can have, before anything is loaded or written."""
+    """Refuses numbers, files and models that no run can have, before anything is loaded or
+    written.
+    """
     inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("demonstrations", config.demonstrations)
     inputs.check_file("validation", config.validation)
-    inputs.check_file("pretraining_text", config.pretraining_text, required=config.pretraining_fraction > 0)
+    inputs.check_file(
+        "pretraining_text", config.pretraining_text, required=config.pretraining_fraction > 0
+    )
 
 
 def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
     """Losses of the epochs and the folders of the two that matter, from the log."""
-    epochs = [row for row in read(folder / "metrics.jsonl", "sft") if {"validation_loss", "epoch"} <= set(row)]
+    epochs = [
+        row
+        for row in read(folder / "metrics.jsonl", "sft")
+        if {"validation_loss", "epoch"} <= set(row)
+    ]
     checks.require(
         bool(epochs), "metrics.jsonl", str(folder / "metrics.jsonl"),
         "holds no validation loss of this run, somebody changed it: start afresh with --overwrite",
@@ -119,7 +142,10 @@ def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
     losses = [x if isinstance(x := row["validation_loss"], float) else math.inf for row in epochs]
     lowest = epochs[losses.index(min(losses))]["epoch"]
     return {
-        "epochs": [{"epoch": int(row["epoch"]), "validation_loss": row["validation_loss"]} for row in epochs],
+        "epochs": [
+            {"epoch": int(row["epoch"]), "validation_loss": row["validation_loss"]}
+            for row in epochs
+        ],
         "lowest_loss": str(folder / f"epoch-{int(lowest)}"),
         "last": str(folder / f"epoch-{config.epochs}"),
         "padding_share": text.padding_share(rows),
@@ -153,17 +179,25 @@ def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the demonstrations, builds the step and the state."""
     mesh = devices.start(config.mesh)
-    devices.agree_on_inputs(config.model, config.demonstrations, config.validation, config.pretraining_text)
+    devices.agree_on_inputs(
+        config.model, config.demonstrations, config.validation, config.pretraining_text
+    )
     rules = sharding.rules_from_data(config.sharding)
-    network = networks.load_network(config.model, mesh, config.decoder, dropout=config.dropout, rules=rules)
+    network = networks.load_network(
+        config.model, mesh, config.decoder, dropout=config.dropout, rules=rules
+    )
     context = contexts.of_network(network, networks.model_folder(config.model))
-    records, rows = read_demonstrations(network.tokenizer, config.demonstrations, config, context=context)
+    records, rows = read_demonstrations(
+        network.tokenizer, config.demonstrations, config, context=context
+    )
     _, held_out = read_demonstrations(network.tokenizer, config.validation, config, context=context)
     if config.pretraining_fraction:
         rows = mix_in(rows, network.tokenizer, config, context=context)
     batches = datasets.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     held = datasets.held_out_batches(held_out, mesh, batch_size=config.batch_size, seed=config.seed)
-    rate = optimizers.schedule(config.schedule, config.learning_rate, batches.steps(1) * config.epochs)
+    rate = optimizers.schedule(
+        config.schedule, config.learning_rate, batches.steps(1) * config.epochs
+    )
     tx = optimizers.optimizer(config, rate, clip_norm=config.clip_norm)
     trained = networks.trainable(network.params, config)
 
@@ -187,36 +221,47 @@ def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch
 def read_demonstrations(
     tokenizer: Any, path: str, config: ConfigDict, *, context: contexts.Context | None = None
 ) -> tuple[guards.Records, LMBatch]:
-    """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit), and who lies where.
+    """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit), and
+    who lies where.
 
-    Of a conversation the targets are the assistant's turns, all of them or the last (`config.assistant_turns`).
+    Of a conversation the targets are the assistant's turns, all of them or the last
+    (`config.assistant_turns`).
 
     Raises:
-      ValueError: the file is empty, or a demonstration is longer than a row or than the model's `context`.
+      ValueError: the file is empty, or a demonstration is longer than a row or than the model's
+        `context`.
     """
     records = datasets.read_records(path, schema.Demonstration, tokenizer)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
     checks.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
     pieces = [
-        text.encode_demonstration(tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns)
+        text.encode_demonstration(
+            tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns
+        )
         for r in records
     ]
     sizes, limits = [len(ids) for ids, _ in pieces], (config.row_length, config.pieces_per_row)
     if context is not None:
         contexts.check(context, sizes, contexts.record_of(path, len(records)))
-    where = guards.Records(path, [r.id for r in records], sizes, capacity=limits[0], max_items=limits[1])
+    where = guards.Records(
+        path, [r.id for r in records], sizes, capacity=limits[0], max_items=limits[1]
+    )
     return where, text.masked_rows(pieces, length=limits[0], max_pieces=limits[1])
 
 
-def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None = None) -> LMBatch:
+def mix_in(
+    rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None = None
+) -> LMBatch:
     """The rows with pretraining rows among them, `config.pretraining_fraction` of the whole.
 
     Source: Ouyang et al. 2022, appendix C.3 (10% pretraining data in the init of PPO).
     """
     fraction = config.pretraining_fraction
     wanted = round(len(rows.tokens) * fraction / (1 - fraction))
-    pool = datasets.lm_rows(tokenizer, config.pretraining_text, length=config.row_length, context=context)
+    pool = datasets.lm_rows(
+        tokenizer, config.pretraining_text, length=config.row_length, context=context
+    )
     if len(pool.tokens) < wanted:
         raise ValueError(
             f"pretraining_text={config.pretraining_text} gives {len(pool.tokens)} rows and "
@@ -227,4 +272,6 @@ def mix_in(rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contex
 
 
 if __name__ == "__main__":
-    cli.main(run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check)
+    cli.main(
+        run, config="configs/sft/storyland.py", workdir="runs/sft", dry_run=dry_run, check=check
+    )

@@ -1,7 +1,7 @@
 """InstructGPT in JAX: pure array functions, one struct vocabulary, flat readable experiments.
 
-The names here are the public ones. What they share is in `rlhf_jax.types`; the index convention is in
-docs/conventions.md.
+The names here are the public ones. What they share is in `rlhf_jax.types`; the index convention is
+in docs/conventions.md.
 """
 
 __version__ = "0.1.0"
@@ -9,7 +9,14 @@ __version__ = "0.1.0"
 from rlhf_jax.advantages import gae, group_relative, leave_one_out, reward_to_go
 from rlhf_jax.kl_control import adaptive_kl, fixed_kl
 from rlhf_jax.log_probs import token_log_probs
-from rlhf_jax.losses import best_of_loss, dpo_loss, ppo_policy_loss, ppo_value_loss, ranking_loss, sft_loss
+from rlhf_jax.losses import (
+    best_of_loss,
+    dpo_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    ranking_loss,
+    sft_loss,
+)
 from rlhf_jax.models import (
     DecoderConfig,
     gpt2,

@@ -146,5 +146,7 @@ def group_relative(scores: Float[Array, "B K"], *, eps: float | int = 1e-6) -> F
 
 def _group_size(scores: jax.Array) -> int:
     if scores.shape[1] < 2:
-        raise ValueError(f"scores has K={scores.shape[1]} responses a prompt: group advantages need at least 2")
+        raise ValueError(
+            f"scores has K={scores.shape[1]} responses a prompt: group advantages need at least 2"
+        )
     return scores.shape[1]

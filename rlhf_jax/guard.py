@@ -1,4 +1,6 @@
-"""The guard inside a training step: what counts as a bad step, from the numbers of the last sound ones."""
+"""The guard inside a training step: what counts as a bad step, from the numbers of the last sound
+ones.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax.types import GuardState
 
 
-def is_sound(*scalars: Float[Array, ""], norm: Float[Array, ""], limit: float | int | None = None) -> Bool[Array, ""]:
+def is_sound(
+    *scalars: Float[Array, ""], norm: Float[Array, ""], limit: float | int | None = None
+) -> Bool[Array, ""]:
     """Whether a step may be taken: everything finite, and the gradient norm not above `limit`.
 
     Args:
@@ -43,24 +47,27 @@ def guard_state(size: int = 128) -> GuardState:
 
 
 LEAST_SPREAD = 0.05
-"""A spread below this share of the mean counts as this share: numbers that hardly vary do not make trifles spikes."""
+"""A spread below this share of the mean counts as this share: numbers that hardly vary do not make
+trifles spikes."""
 
 
 def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int) -> Bool[Array, ""]:
     """Whether a number of a step lies far above those of the last sound steps.
 
-    ``x > mean + std * max(standard deviation, 0.05 |mean|)`` over the window, for any of the three numbers. False until
-    half of the window is filled, and for a number that has not varied from 0.
+    ``x > mean + std * max(standard deviation, 0.05 |mean|)`` over the window, for any of the three
+    numbers. False until half of the window is filled, and for a number that has not varied from 0.
 
     Args:
       guard: the last sound steps.
-      watched: loss, gradient norm before clipping, and largest absolute reward of this step (0 where there is none).
+      watched: loss, gradient norm before clipping, and largest absolute reward of this step (0
+        where there is none).
       std: how many standard deviations above the mean are too many.
 
     Returns:
       A scalar.
 
-    Source: the rule of OLMo-core, levanter and MaxText (rolling mean and deviation of 128 steps, not before 64).
+    Source: the rule of OLMo-core, levanter and MaxText (rolling mean and deviation of 128 steps,
+    not before 64).
 
     >>> guard = guard_state(4)
     >>> for loss in (1.0, 3.0, 2.0):

@@ -91,7 +91,10 @@ def adaptive_kl(
         if value <= 0:
             raise ValueError(f"{name}={value} must be above 0")
     if clip * n_steps >= horizon:
-        raise ValueError(f"horizon={horizon} lets one update take beta to 0: raise it above {clip * n_steps} episodes")
+        raise ValueError(
+            f"horizon={horizon} lets one update take beta to 0: raise it above {clip * n_steps} "
+            "episodes"
+        )
 
     def update(state: KLState, kl_nats_per_sequence: Float[Array, ""]) -> KLState:
         error = jnp.clip(kl_nats_per_sequence / target - 1, -clip, clip)
@@ -125,4 +128,6 @@ def kl_nats_per_sequence(
 
 def _check_not_negative(name: str, value: float | int) -> None:
     if value < 0:
-        raise ValueError(f"{name}={value} must not be negative: the penalty would reward leaving the reference")
+        raise ValueError(
+            f"{name}={value} must not be negative: the penalty would reward leaving the reference"
+        )

@@ -172,7 +172,9 @@ def weighted_log_prob(
 def _targets(tokens: jax.Array, mask: jax.Array | None, previous: jax.Array | None) -> jax.Array:
     """`previous` with -1 wherever there is no target: what to predict, and from where."""
     if previous is None:
-        previous = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] - 1, tokens.shape)
+        previous = jnp.broadcast_to(
+            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] - 1, tokens.shape
+        )
     return previous if mask is None else jnp.where(mask, previous, -1)
 
 
@@ -200,7 +202,9 @@ def _split(x: jax.Array, chunks: int, columns: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(x.shape[0], chunks, columns, *x.shape[2:]), 0, 1)
 
 
-def _chunks(hidden: jax.Array, head: Head, tokens: jax.Array, previous: jax.Array, chunk: int | None) -> _Chunks:
+def _chunks(
+    hidden: jax.Array, head: Head, tokens: jax.Array, previous: jax.Array, chunk: int | None
+) -> _Chunks:
     """The targets, which have ``previous >= 0``, in chunks of columns from the left of each row."""
     slots = tokens.shape[1]
     columns = _chunk_columns(hidden, head, chunk)
@@ -228,11 +232,13 @@ def _read_targets(
 ) -> Any:
     """``read(logits, tokens)`` where ``previous >= 0``, 0 elsewhere, a chunk at a time."""
     parts = _chunks(hidden, head, tokens, previous, chunk)
-    work = lambda h, targets: read(head(h), targets)  # noqa: E731
+    work = lambda h, targets: read(head(h), targets)
     return jax.tree.map(parts.join, _over_chunks(work, parts.hidden, parts.tokens, parts.is_target))
 
 
-def _over_chunks(work: Callable[..., Any], hidden: jax.Array, tokens: jax.Array, is_target: jax.Array) -> Any:
+def _over_chunks(
+    work: Callable[..., Any], hidden: jax.Array, tokens: jax.Array, is_target: jax.Array
+) -> Any:
     """``work(hidden, tokens)`` of each chunk that has a target, zeros for the others."""
 
     def skip(*piece: jax.Array) -> Any:
@@ -263,7 +269,7 @@ def _weighted_chunks(
             h, tokens, is_target, weights = chunk
 
             def work(sums: Any) -> Any:
-                of_chunk = lambda params, h: read(head(h, *params), tokens)  # noqa: E731
+                of_chunk = lambda params, h: read(head(h, *params), tokens)
                 logp, pull = jax.vjp(of_chunk, params, h)
                 by_params, by_hidden = pull(weights)
                 return jax.tree.map(jnp.add, sums, by_params), (logp, by_hidden)
@@ -302,7 +308,9 @@ def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
 # log-probs
 
 
-def linear_weights(total: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> Float[Array, "B T"] | None:
+def linear_weights(
+    total: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]
+) -> Float[Array, "B T"] | None:
     """The gradient of a loss by its log-probs where they do not change it; else None.
 
     It is read from the program of the gradient: where that does not depend on the log-probs the

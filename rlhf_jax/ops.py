@@ -1,10 +1,12 @@
-"""The equations under every stage, on arrays: shift, masked statistics, KL, shaped rewards, and log-probs from logits.
+"""The equations under every stage, on arrays: shift, masked statistics, KL, shaped rewards, and
+log-probs from logits.
 
-Every per-token array is ``[B, T]`` and entry ``t`` belongs to ``tokens[:, t]``. `previous_index` and `align` are the
-only shift in the package: ``logp[:, t]`` and ``values[:, t]`` are read at the token before ``t``.
+Every per-token array is ``[B, T]`` and entry ``t`` belongs to ``tokens[:, t]``. `previous_index`
+and `align` are the only shift in the package: ``logp[:, t]`` and ``values[:, t]`` are read at the
+token before ``t``.
 
-Masked-out entries may hold anything, NaN included: every function selects its inputs before it computes with them, so
-that neither results nor gradients see what is outside the mask.
+Masked-out entries may hold anything, NaN included: every function selects its inputs before it
+computes with them, so that neither results nor gradients see what is outside the mask.
 
 Shape legend: B rows, T slots of a row, V vocabulary.
 """
@@ -20,17 +22,21 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 
-def previous_index(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
+def previous_index(
+    segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
     """Slot of the token that each token is predicted from, -1 where there is none.
 
-    That is the slot before it in its segment, and for a segment's first token the last token of the parent segment.
+    That is the slot before it in its segment, and for a segment's first token the last token of the
+    parent segment.
 
     Args:
       segments: piece of each slot, 0 for padding; the slots of a piece are contiguous.
       parents: segment that the piece continues, 0 for none; None when no piece has a parent.
 
     Returns:
-      Slots in ``[-1, T)``. Padding and first tokens without a parent get -1: they are never targets.
+      Slots in ``[-1, T)``. Padding and first tokens without a parent get -1: they are never
+      targets.
 
     >>> segments = jnp.array([[1, 1, 2, 2, 3, 0]])  # a prompt, two responses, padding
     >>> previous_index(segments, jnp.array([[0, 0, 1, 1, 1, 0]])).tolist()
@@ -44,7 +50,9 @@ def previous_index(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | Non
         parent_end = jnp.full_like(slots, -1)[None, :]
     else:
         # Compare and reduce fuse into one loop, so no [B, T, T] array is written.
-        visible = (segments[:, None, :] == parents[:, :, None]) & (slots[None, :] < slots[:, None])[None]
+        visible = (segments[:, None, :] == parents[:, :, None]) & (slots[None, :] < slots[:, None])[
+            None
+        ]
         visible &= (parents > 0)[:, :, None]
         parent_end = jnp.max(jnp.where(visible, slots[None, None, :], -1), axis=2)
     inside = segments == before
@@ -52,14 +60,16 @@ def previous_index(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | Non
 
 
 def align(x: Shaped[Array, "B T *rest"], previous: Int[Array, "B S"]) -> Shaped[Array, "B S *rest"]:
-    """Read `x` at the token before each token: ``y[b, t] = x[b, previous[b, t]]``, 0 where there is none.
+    """Read `x` at the token before each token: ``y[b, t] = x[b, previous[b, t]]``, 0 where there is
+    none.
 
     Args:
       x: anything that a network computed per token (hidden states, values).
       previous: slots from `previous_index`; -1 gives zeros.
 
     Returns:
-      The same entries under the index convention of the package: entry ``t`` belongs to token ``t``.
+      The same entries under the index convention of the package: entry ``t`` belongs to token
+      ``t``.
 
     >>> align(jnp.array([[5.0, 6.0, 7.0]]), jnp.array([[-1, 0, 1]])).tolist()
     [[0.0, 5.0, 6.0]]
@@ -70,9 +80,13 @@ def align(x: Shaped[Array, "B T *rest"], previous: Int[Array, "B S"]) -> Shaped[
 
 
 def log_probs_from_logits(
-    logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"], *, temperature: Real[ArrayLike, ""] = 1.0
+    logits: Float[Array, "*batch V"],
+    tokens: Int[Array, "*batch"],
+    *,
+    temperature: Real[ArrayLike, ""] = 1.0,
 ) -> Float[Array, "*batch"]:
-    """Log-probability of each token under logits that predict it: ``log softmax(logits / temperature)[token]``.
+    """Log-probability of each token under logits that predict it:
+    ``log softmax(logits / temperature)[token]``.
 
     Args:
       logits: already aligned: ``logits[:, t]`` predicts ``tokens[:, t]``.
@@ -96,7 +110,8 @@ def log_probs_from_logits(
 def entropy_from_logits(
     logits: Float[Array, "*batch V"], *, temperature: Real[ArrayLike, ""] = 1.0
 ) -> Float[Array, "*batch"]:
-    """Entropy of the distribution sampled from: ``-sum_v p_v log p_v`` with ``p = softmax(logits / temperature)``.
+    """Entropy of the distribution sampled from: ``-sum_v p_v log p_v`` with
+    ``p = softmax(logits / temperature)``.
 
     Args:
       logits: one distribution a position; a token with the logit -inf can never be drawn.
@@ -109,13 +124,16 @@ def entropy_from_logits(
     1.0
     """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-    # A masked token (logit -inf) has probability 0 and adds nothing: 0 log 0 is 0 here, and so is its gradient.
+    # A masked token (logit -inf) has probability 0 and adds nothing: 0 log 0 is 0 here, and so is
+    # its gradient.
     never = logp == -jnp.inf
     logp = jnp.where(never, 0.0, logp)
     return -jnp.sum(jnp.where(never, 0.0, jnp.exp(logp)) * logp, axis=-1)
 
 
-def compact(is_target: Bool[Array, "B T"], width: int) -> tuple[Int[Array, "B N"], Int[Array, "B T"]]:
+def compact(
+    is_target: Bool[Array, "B T"], width: int
+) -> tuple[Int[Array, "B N"], Int[Array, "B T"]]:
     """The slots of each row's targets from the left, and the place of each target among them.
 
     Args:
@@ -123,8 +141,8 @@ def compact(is_target: Bool[Array, "B T"], width: int) -> tuple[Int[Array, "B N"
       width: N, places a row; the targets beyond are left out.
 
     Returns:
-      ``(order, place)``: slots, -1 where a row has no more; places, -1 where there is no target. `align` by the one
-      brings targets to the front, by the other back.
+      ``(order, place)``: slots, -1 where a row has no more; places, -1 where there is no target.
+      `align` by the one brings targets to the front, by the other back.
 
     >>> [x.tolist() for x in compact(jnp.array([[False, True, False, True]]), 3)]
     [[[1, 3, -1]], [[-1, 0, -1, 1]]]
@@ -132,14 +150,17 @@ def compact(is_target: Bool[Array, "B T"], width: int) -> tuple[Int[Array, "B N"
     slots = is_target.shape[1]
     number = jnp.sum(is_target, axis=1, dtype=jnp.int32)
     order = jnp.argsort(~is_target, axis=1, stable=True)[:, :width]
-    order = jnp.where(jnp.arange(order.shape[1], dtype=jnp.int32)[None, :] < number[:, None], order, -1)
+    order = jnp.where(
+        jnp.arange(order.shape[1], dtype=jnp.int32)[None, :] < number[:, None], order, -1
+    )
     place = jnp.where(is_target, jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1, -1)
     order = jnp.pad(order, ((0, 0), (0, width - order.shape[1])), constant_values=-1)
     return order, jnp.where(place < width, place, -1) if width < slots else place
 
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean over the entries where `mask` is true: ``sum(mask * x) / sum(mask)``; 0 when there are none.
+    """Mean over the entries where `mask` is true: ``sum(mask * x) / sum(mask)``; 0 when there are
+    none.
 
     Args:
       x: anything; entries outside the mask may be NaN.
@@ -162,7 +183,8 @@ def whiten(
 
     ``y = (x - mean) / sqrt(var + 1e-8)  (+ mean, when shift_mean is False)``, population variance
 
-    Over a global batch the statistics are global: call it once, on the whole rollout, not per device or minibatch.
+    Over a global batch the statistics are global: call it once, on the whole rollout, not per
+    device or minibatch.
 
     Args:
       x: advantages or rewards.
@@ -180,7 +202,8 @@ def whiten(
     """
     x = x.astype(jnp.float32)
     mean = masked_mean(x, mask)
-    # A second pass takes out the rounding error of the mean, which 1 / sqrt(1e-8) would blow up in all-equal batches.
+    # A second pass takes out the rounding error of the mean, which 1 / sqrt(1e-8) would blow up in
+    # all-equal batches.
     mean = mean + masked_mean(x - mean, mask)
     centred = jnp.where(mask, x, mean) - mean
     scaled = centred * lax.rsqrt(masked_mean(jnp.square(centred), mask) + 1e-8)
@@ -188,12 +211,17 @@ def whiten(
 
 
 def kl_estimate(
-    logp: Float[Array, "*shape"], ref_logp: Float[Array, "*shape"], *, kind: Literal["k1", "k2", "k3"] = "k1"
+    logp: Float[Array, "*shape"],
+    ref_logp: Float[Array, "*shape"],
+    *,
+    kind: Literal["k1", "k2", "k3"] = "k1",
 ) -> Float[Array, "*shape"]:
-    """Per-token estimate of ``KL(policy || reference)`` from samples of the policy, with ``d = logp - ref_logp``.
+    """Per-token estimate of ``KL(policy || reference)`` from samples of the policy, with
+    ``d = logp - ref_logp``.
 
-    ``k1 = d`` (unbiased, may be negative), ``k2 = d^2 / 2`` (biased; its expected gradient is that of the KL),
-    ``k3 = exp(-d) - 1 + d`` (unbiased, never negative, its gradient is not that of the KL).
+    ``k1 = d`` (unbiased, may be negative), ``k2 = d^2 / 2`` (biased; its expected gradient is that
+    of the KL), ``k3 = exp(-d) - 1 + d`` (unbiased, never negative, its gradient is not that of the
+    KL).
 
     Inside a loss differentiate k2: the expected gradient of k1 at the policy's own samples is zero.
 
@@ -203,7 +231,8 @@ def kl_estimate(
       kind: which estimator.
 
     Returns:
-      Estimates in nats per token. Mask them; entries must be finite for gradients (`token_log_probs` gives zeros).
+      Estimates in nats per token. Mask them; entries must be finite for gradients
+      (`token_log_probs` gives zeros).
 
     Raises:
       ValueError: if `kind` is unknown.
@@ -245,7 +274,8 @@ def shaped_rewards(
     Returns:
       Rewards, 0 outside the mask. A row without response tokens gets no score.
 
-    Source: Ouyang et al. 2022, eq. 2 (the per-token form of its KL term); Ziegler et al. 2019, section 2.2.
+    Source: Ouyang et al. 2022, eq. 2 (the per-token form of its KL term); Ziegler et al. 2019,
+    section 2.2.
 
     >>> mask = jnp.array([[False, True, True, False]])
     >>> logp, ref_logp = jnp.array([[9.0, -1.0, -2.0, 9.0]]), jnp.array([[0.0, -1.5, -2.0, 0.0]])
@@ -259,9 +289,11 @@ def shaped_rewards(
 
 
 def split_rows(tree: Any, pieces: int, name: str, what: str) -> Any:
-    """``[rows, ...]`` to ``[pieces, rows / pieces, ...]``, row i in piece ``i % pieces``; back by `join_rows`.
+    """``[rows, ...]`` to ``[pieces, rows / pieces, ...]``, row i in piece ``i % pieces``; back by
+    `join_rows`.
 
-    Contiguous pieces would put each on one device of a sharded batch, and XLA would replicate the activations.
+    Contiguous pieces would put each on one device of a sharded batch, and XLA would replicate the
+    activations.
 
     Args:
       tree: arrays with the same first dimension.

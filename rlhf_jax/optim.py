@@ -1,4 +1,6 @@
-"""Optimizers as optax chains, learning-rate schedules, weight averaging, and the guard against bad steps."""
+"""Optimizers as optax chains, learning-rate schedules, weight averaging, and the guard against bad
+steps.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,11 @@ LearningRate = float | int | optax.Schedule
 State = TypeVar("State")
 
 
-def cosine_to(peak: float | int, total_steps: int, *, final_fraction: float | int = 0.1) -> optax.Schedule:
-    """Half a cosine from `peak` at step 0 to ``final_fraction * peak`` at `total_steps`, and that from there on.
+def cosine_to(
+    peak: float | int, total_steps: int, *, final_fraction: float | int = 0.1
+) -> optax.Schedule:
+    """Half a cosine from `peak` at step 0 to ``final_fraction * peak`` at `total_steps`, and that
+    from there on.
 
     ``lr(s) = peak * (f + (1 - f) * (1 + cos(pi * s / total_steps)) / 2)``; no warmup.
 
@@ -47,7 +52,8 @@ def cosine_to(peak: float | int, total_steps: int, *, final_fraction: float | in
 def warmup_then_constant(
     peak: float | int, warmup_steps: int, *, initial_fraction: float | int = 0.1
 ) -> optax.Schedule:
-    """A line from ``initial_fraction * peak`` at step 0 to `peak` at `warmup_steps`, and that from there on.
+    """A line from ``initial_fraction * peak`` at step 0 to `peak` at `warmup_steps`, and that from
+    there on.
 
     Args:
       peak: learning rate after the warmup.
@@ -66,11 +72,16 @@ def warmup_then_constant(
     >>> [round(float(schedule(s)), 3) for s in (0, 2, 4, 99)]
     [0.1, 0.55, 1.0, 1.0]
     """
-    return with_warmup(optax.constant_schedule(peak), warmup_steps, initial_fraction=initial_fraction)
+    return with_warmup(
+        optax.constant_schedule(peak), warmup_steps, initial_fraction=initial_fraction
+    )
 
 
-def with_warmup(schedule: optax.Schedule, warmup_steps: int, *, initial_fraction: float | int = 0.1) -> optax.Schedule:
-    """`schedule`, begun `warmup_steps` later: until then a line from ``initial_fraction`` of its first rate up to it.
+def with_warmup(
+    schedule: optax.Schedule, warmup_steps: int, *, initial_fraction: float | int = 0.1
+) -> optax.Schedule:
+    """`schedule`, begun `warmup_steps` later: until then a line from ``initial_fraction`` of its
+    first rate up to it.
 
     Args:
       schedule: what comes after the warmup, counted from its own step 0.
@@ -121,7 +132,10 @@ def linear_to_zero(peak: float | int, total_steps: int) -> optax.Schedule:
 
 def _require_steps(name: str, steps: int) -> None:
     if steps < 1:
-        raise ValueError(f"{name}={steps} must be at least 1: it counts the optimizer steps of the whole training")
+        raise ValueError(
+            f"{name}={steps} must be at least 1: it counts the optimizer steps of the whole "
+            "training"
+        )
 
 
 def adam(
@@ -138,8 +152,9 @@ def adam(
 
     ``theta -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta)``
 
-    Its state is 8 bytes a parameter, 6 with a bfloat16 first moment. The second moment stays float32: a step changes
-    it by ``1 - b2`` of itself or less, and bfloat16 rounds away what is below 0.4% (all of it for ``b2=0.999``).
+    Its state is 8 bytes a parameter, 6 with a bfloat16 first moment. The second moment stays
+    float32: a step changes it by ``1 - b2`` of itself or less, and bfloat16 rounds away what is
+    below 0.4% (all of it for ``b2=0.999``).
 
     Args:
       learning_rate: a number or a schedule over optimizer steps.
@@ -147,13 +162,17 @@ def adam(
       b2: decay of the second moment.
       eps: added to the root of the corrected second moment.
       weight_decay: decoupled, on kernels and embeddings only (see `decay_mask`).
-      clip_norm: gradients with a larger global norm are scaled down to it first; None for no clipping.
-      first_moment_dtype: what m is kept in, ``"bfloat16"`` for the lean form; None for that of the parameters.
+      clip_norm: gradients with a larger global norm are scaled down to it first; None for no
+        clipping.
+      first_moment_dtype: what m is kept in, ``"bfloat16"`` for the lean form; None for that of the
+        parameters.
 
     Returns:
-      An optax chain whose state remembers the learning rate of its last step (`last_learning_rate`).
+      An optax chain whose state remembers the learning rate of its last step
+      (`last_learning_rate`).
 
-    Source: Ouyang et al. 2022, appendix C (betas); Kingma and Ba 2015; Loshchilov and Hutter 2019 (decay).
+    Source: Ouyang et al. 2022, appendix C (betas); Kingma and Ba 2015; Loshchilov and Hutter 2019
+    (decay).
     """
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=first_moment_dtype)
     return _chain(scale, learning_rate, weight_decay, clip_norm)
@@ -168,7 +187,8 @@ def tf_adam(
     weight_decay: float | int = 0.0,
     clip_norm: float | int | None = None,
 ) -> optax.GradientTransformation:
-    """Adam with epsilon before the bias correction, the form of TensorFlow 1 and so of the 2019 and 2020 code.
+    """Adam with epsilon before the bias correction, the form of TensorFlow 1 and so of the 2019 and
+    2020 code.
 
     ``theta -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``
 
@@ -190,14 +210,18 @@ def tf_adam(
     return _chain(_scale_by_tf_adam(b1, b2, eps), learning_rate, weight_decay, clip_norm)
 
 
-def _scale_by_tf_adam(b1: float | int, b2: float | int, eps: float | int) -> optax.GradientTransformation:
+def _scale_by_tf_adam(
+    b1: float | int, b2: float | int, eps: float | int
+) -> optax.GradientTransformation:
     inner = optax.scale_by_adam(b1=b1, b2=b2)
 
     def update(updates, state, params=None):
         _, state = inner.update(updates, state, params)
         assert isinstance(state, optax.ScaleByAdamState)
         correction = jnp.sqrt(1 - b2**state.count) / (1 - b1**state.count)
-        updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
+        updates = jax.tree.map(
+            lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu
+        )
         return updates, state
 
     return optax.GradientTransformation(inner.init, update)
@@ -213,45 +237,55 @@ def adafactor(
     weight_decay: float | int = 0.0,
     clip_norm: float | int | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor without a first moment: of a matrix's second moments only the sums of its rows and columns are kept.
+    """Adafactor without a first moment: of a matrix's second moments only the sums of its rows and
+    columns are kept.
 
-    ``v_hat = row column^T / mean(row)``, averages of ``g^2 + eps`` that decay by ``1 - t^-decay_rate``;
-    ``u = g / sqrt(v_hat)``; ``theta -= lr * (u / max(1, rms(u) / clip_update) + weight_decay * theta)``
+    ``v_hat = row column^T / mean(row)``, averages of ``g^2 + eps`` that decay by
+    ``1 - t^-decay_rate``; ``u = g / sqrt(v_hat)``;
+    ``theta -= lr * (u / max(1, rms(u) / clip_update) + weight_decay * theta)``
 
-    Its state is next to nothing: ``4 (n + m)`` bytes for a matrix of ``n m`` parameters, where Adam keeps ``8 n m``.
-    Each layer of a stacked leaf has its own rows and columns; `rms` is over the whole leaf. The learning rate is an
-    absolute one, as in `adam`, and not relative to the size of the parameters.
+    Its state is next to nothing: ``4 (n + m)`` bytes for a matrix of ``n m`` parameters, where Adam
+    keeps ``8 n m``. Each layer of a stacked leaf has its own rows and columns; `rms` is over the
+    whole leaf. The learning rate is an absolute one, as in `adam`, and not relative to the size of
+    the parameters.
 
     Args:
       learning_rate: a number or a schedule over optimizer steps.
       decay_rate: how fast the averages lengthen.
       eps: added to squared gradients.
       clip_update: updates with a larger root mean square over a leaf are scaled down to it.
-      factor_from: a leaf whose second longest axis is shorter keeps all second moments (4 bytes a parameter).
+      factor_from: a leaf whose second longest axis is shorter keeps all second moments (4 bytes a
+        parameter).
       weight_decay: decoupled, on kernels and embeddings only.
       clip_norm: as in `adam`.
 
     Returns:
       An optax chain whose state remembers the learning rate of its last step.
 
-    Source: Shazeer and Stern 2018, algorithms 4 and 5 (factors, update clipping, the decay that lengthens).
+    Source: Shazeer and Stern 2018, algorithms 4 and 5 (factors, update clipping, the decay that
+    lengthens).
     """
-    scale = optax.chain(_scale_by_factors(decay_rate, eps, factor_from), optax.clip_by_block_rms(clip_update))
+    scale = optax.chain(
+        _scale_by_factors(decay_rate, eps, factor_from), optax.clip_by_block_rms(clip_update)
+    )
     return _chain(scale, learning_rate, weight_decay, clip_norm)
 
 
 class FactoredMoments(NamedTuple):
-    """Steps taken, and for each parameter ``{"row", "column"}`` or, where it is not factored, ``{"full"}``.
+    """Steps taken, and for each parameter ``{"row", "column"}`` or, where it is not factored,
+    ``{"full"}``.
 
-    The names come after the parameter's own, so that sharding rules for parameters, which end in a parameter's name,
-    do not take these vectors for it: they are replicated.
+    The names come after the parameter's own, so that sharding rules for parameters, which end in a
+    parameter's name, do not take these vectors for it: they are replicated.
     """
 
     count: Int[Array, ""]
     moments: PyTree
 
 
-def _scale_by_factors(decay_rate: float | int, eps: float | int, factor_from: int) -> optax.GradientTransformation:
+def _scale_by_factors(
+    decay_rate: float | int, eps: float | int, factor_from: int
+) -> optax.GradientTransformation:
     inner = optax.scale_by_factored_rms(
         decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=factor_from
     )  # its state has three trees in the shape of the parameters, with one number where there is nothing
@@ -260,11 +294,15 @@ def _scale_by_factors(decay_rate: float | int, eps: float | int, factor_from: in
         def pack(row: Array, column: Array, full: Array) -> dict[str, Array]:
             return {"row": row, "column": column} if row.size > 1 else {"full": full}
 
-        return FactoredMoments(jnp.asarray(state.count), jax.tree.map(pack, state.v_row, state.v_col, state.v))
+        return FactoredMoments(
+            jnp.asarray(state.count), jax.tree.map(pack, state.v_row, state.v_col, state.v)
+        )
 
     def unpacked(state: FactoredMoments, params: PyTree) -> optax.FactoredState:
         def tree(name: str) -> PyTree:
-            return jax.tree.map(lambda p, found: found.get(name, jnp.zeros(1, p.dtype)), params, state.moments)
+            return jax.tree.map(
+                lambda p, found: found.get(name, jnp.zeros(1, p.dtype)), params, state.moments
+            )
 
         return optax.FactoredState(state.count, tree("row"), tree("column"), tree("full"))
 
@@ -281,7 +319,9 @@ def _scale_by_factors(decay_rate: float | int, eps: float | int, factor_from: in
     return optax.GradientTransformation(init, update)
 
 
-def _chain(scale, learning_rate: LearningRate, weight_decay: float | int, clip_norm: float | int | None):
+def _chain(
+    scale, learning_rate: LearningRate, weight_decay: float | int, clip_norm: float | int | None
+):
     parts = [] if clip_norm is None else [_clip_by_global_norm(clip_norm)]
     parts.append(scale)
     if weight_decay:
@@ -290,7 +330,9 @@ def _chain(scale, learning_rate: LearningRate, weight_decay: float | int, clip_n
 
 
 def _clip_by_global_norm(limit: float | int) -> optax.GradientTransformation:
-    """``g * min(1, limit / |g|)``: one factor, where `optax.clip_by_global_norm` writes ``g / |g|`` beside ``g``."""
+    """``g * min(1, limit / |g|)``: one factor, where `optax.clip_by_global_norm` writes ``g / |g|``
+    beside ``g``.
+    """
 
     def update(updates, state, params=None):
         del params
@@ -301,7 +343,9 @@ def _clip_by_global_norm(limit: float | int) -> optax.GradientTransformation:
 
 
 def clip_factor(norm: Float[Array, ""], limit: float | int) -> Float[Array, ""]:
-    """What gradients of this global norm are scaled by, so that it is at most `limit`: ``min(1, limit / norm)``."""
+    """What gradients of this global norm are scaled by, so that it is at most `limit`:
+    ``min(1, limit / norm)``.
+    """
     return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
 
 
@@ -317,7 +361,9 @@ def decay_mask(params: PyTree) -> PyTree:
     >>> decay_mask({"kernel": jnp.ones(2), "bias": jnp.ones(2), "norm": {"scale": jnp.ones(2)}})
     {'bias': False, 'kernel': True, 'norm': {'scale': False}}
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in ("bias", "scale"), params
+    )
 
 
 class LearningRateState(NamedTuple):
@@ -347,7 +393,8 @@ def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
     """Learning rate of the last step, or None when the optimizer does not keep one.
 
     Args:
-      opt_state: of `adam`, `tf_adam`, `adafactor`, or of anything made with `optax.inject_hyperparams`.
+      opt_state: of `adam`, `tf_adam`, `adafactor`, or of anything made with
+        `optax.inject_hyperparams`.
 
     Returns:
       The rate that the last update was scaled by; 0 before the first.
@@ -356,9 +403,11 @@ def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
 
 
 def ema_update(ema: Params, params: Params, *, decay: float | int) -> Params:
-    """Exponential moving average of weights, in float32: ``ema <- decay * ema + (1 - decay) * params``.
+    """Exponential moving average of weights, in float32:
+    ``ema <- decay * ema + (1 - decay) * params``.
 
-    In bfloat16 the increment of 0.8% would round away; so the average is float32 whatever the parameters are.
+    In bfloat16 the increment of 0.8% would round away; so the average is float32 whatever the
+    parameters are.
 
     Args:
       ema: the average so far, float32.
@@ -383,8 +432,8 @@ def ema_update(ema: Params, params: Params, *, decay: float | int) -> Params:
 def keep_unless(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     """`new` when `sound`, else the whole of `old`: weights, moments, counters and average.
 
-    A bad step must leave nothing behind. `optax.apply_if_finite` gives up after a number of bad steps and then applies
-    one; this never does. Whoever runs the loop counts `skipped` and stops.
+    A bad step must leave nothing behind. `optax.apply_if_finite` gives up after a number of bad
+    steps and then applies one; this never does. Whoever runs the loop counts `skipped` and stops.
 
     Args:
       sound: from `is_sound`.

@@ -1,7 +1,9 @@
-"""Samples to a `Rollout`: reference log-probs, values, scores, shaped rewards and advantages in one compiled piece.
+"""Samples to a `Rollout`: reference log-probs, values, scores, shaped rewards and advantages in one
+compiled piece.
 
-The samples come from `generate`. `Rollout.old_logp` are the sampler's own log-probs, and the token ids go on as they
-are. A reward that is a function of texts runs on the host between the two and comes in as `scores`.
+The samples come from `generate`. `Rollout.old_logp` are the sampler's own log-probs, and the token
+ids go on as they are. A reward that is a function of texts runs on the host between the two and
+comes in as `scores`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from rlhf_jax.kl_control import kl_nats_per_sequence
 from rlhf_jax.types import Each, Max, Mean, Metrics, Model, Params, Rollout, Samples
 
 ScoreAndShape = Callable[..., tuple[Rollout, Metrics]]
-"""``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``."""
+"""``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout,
+metrics)``."""
 
 
 def score_samples(model: Model, params: Params, samples: Samples) -> Float[Array, " B"]:
-    """Raw reward-model score of each row, read at its last token (hidden index ``lengths - 1``), EOS included.
+    """Raw reward-model score of each row, read at its last token (hidden index ``lengths - 1``),
+    EOS included.
 
     Args:
       model: a scalar model.
@@ -47,7 +51,8 @@ class Shaping:
     """How scores become rewards and advantages, checked when it is made.
 
     Raises:
-      ValueError: an unknown `truncation`, or a number that no rollout can have; the message names the field.
+      ValueError: an unknown `truncation`, or a number that no rollout can have; the message names
+        the field.
     """
 
     gamma: float | int = 1.0
@@ -57,26 +62,31 @@ class Shaping:
     temperature: float | int = 1.0
     """The sampler's; applied to the reference too, so that KL is 0 while the policies are equal."""
     missing_eos_score: float | int | None = None
-    """Replaces the score of a response that the length limit cut; None to keep what the model says."""
+    """Replaces the score of a response that the length limit cut; None to keep what the model
+    says."""
     truncation: str = "terminal"
-    """``"terminal"`` treats a cut response as ended (value 0 after it, as the parent code does); ``"bootstrap"``
-    continues it with ``V(tokens[:lengths])``."""
+    """``"terminal"`` treats a cut response as ended (value 0 after it, as the parent code does);
+    ``"bootstrap"`` continues it with ``V(tokens[:lengths])``."""
     score_scale: float | int = 1.0
     """Fixed gain, for a reward model normalised as in Ziegler et al. 2019."""
     score_shift: float | int = 0.0
     """Fixed shift."""
     whiten_rewards: bool = False
-    """Scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept, before the
-    advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et al. 2019."""
+    """Scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept,
+    before the advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et
+    al. 2019."""
     microbatches: int = 1
-    """Pieces of the rollout that go through the three networks one after the other; 1 is fastest where memory allows
-    it."""
+    """Pieces of the rollout that go through the three networks one after the other; 1 is fastest
+    where memory allows it."""
     max_new_tokens: int | None = None
-    """Of the sampler: the last blocks then compute responses alone. None where that is not known."""
+    """Of the sampler: the last blocks then compute responses alone. None where that is not
+    known."""
 
     def __post_init__(self):
         if self.truncation not in ("terminal", "bootstrap"):
-            raise ValueError(f"truncation={self.truncation!r} is unknown: choose 'terminal' or 'bootstrap'")
+            raise ValueError(
+                f"truncation={self.truncation!r} is unknown: choose 'terminal' or 'bootstrap'"
+            )
         if self.microbatches < 1:
             raise ValueError(f"microbatches={self.microbatches} must be at least 1")
         for name in ("gamma", "lam"):
@@ -89,11 +99,11 @@ def make_score_and_shape(
 ) -> ScoreAndShape:
     """The compiled piece between sampling and the update.
 
-    ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never ended; then
-    ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
+    ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never
+    ended; then ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
 
-    Rows whose raw score is not finite are masked out whole and counted (``rollout/dropped``, and the `Each`
-    ``dropped_rows``).
+    Rows whose raw score is not finite are masked out whole and counted (``rollout/dropped``, and
+    the `Each` ``dropped_rows``).
 
     Args:
       policy: the policy's architecture, with which the reference is run.
@@ -102,15 +112,17 @@ def make_score_and_shape(
       shaping: from scores to advantages.
 
     Returns:
-      ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout, metrics)``, compiled.
-      `kl_coef` is an array (`KLState.coef`), so that a new value does not compile again; `ids` are the prompts' places
-      in the stream, one a row; `scores` are raw scores from the host, and then `reward_params` may be None.
+      ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout,
+      metrics)``, compiled. `kl_coef` is an array (`KLState.coef`), so that a new value does not
+      compile again; `ids` are the prompts' places in the stream, one a row; `scores` are raw scores
+      from the host, and then `reward_params` may be None.
 
     Raises:
-      ValueError: when called, if there is neither a reward model nor scores, or if `microbatches` does not divide the
-        rows.
+      ValueError: when called, if there is neither a reward model nor scores, or if `microbatches`
+        does not divide the rows.
 
-    Source: Ouyang et al. 2022, section 3.5, eq. 2; Ziegler et al. 2019, released code (missing EOS, scale).
+    Source: Ouyang et al. 2022, section 3.5, eq. 2; Ziegler et al. 2019, released code (missing EOS,
+    scale).
     """
 
     @jax.jit
@@ -131,12 +143,18 @@ def make_score_and_shape(
             missing_eos_score=shaping.missing_eos_score,
         )  # fmt: skip
         score, mask = _without_bad_rows(raw, used, samples)
-        old_logp, ref_logp, values = (jnp.where(mask, x, 0) for x in (samples.logp, ref_logp, values))
+        old_logp, ref_logp, values = (
+            jnp.where(mask, x, 0) for x in (samples.logp, ref_logp, values)
+        )
         rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
         if shaping.whiten_rewards:
             rewards = ops.whiten(rewards, mask, shift_mean=False)
-        bootstrap = None if shaping.truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
-        advantages, returns = gae(rewards, values, mask, gamma=shaping.gamma, lam=shaping.lam, bootstrap=bootstrap)
+        bootstrap = (
+            None if shaping.truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
+        )
+        advantages, returns = gae(
+            rewards, values, mask, gamma=shaping.gamma, lam=shaping.lam, bootstrap=bootstrap
+        )
         rollout = Rollout(
             tokens=samples.tokens,
             mask=mask,
@@ -164,12 +182,16 @@ def _read_networks(
     samples: Samples,
     scores: Float[Array, " B"] | None,
 ) -> tuple[Float[Array, " B"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:
-    """Raw scores, the reference's log-probs of the responses, values before each token and after the last."""
+    """Raw scores, the reference's log-probs of the responses, values before each token and after
+    the last.
+    """
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     rows = (samples.tokens, samples.lengths, mask)
     policy, value, reward = models
     targets = shaping.max_new_tokens
-    ref_logp = scoring.sequence_log_probs(policy, params[0], *rows, temperature=shaping.temperature, targets=targets)
+    ref_logp = scoring.sequence_log_probs(
+        policy, params[0], *rows, temperature=shaping.temperature, targets=targets
+    )
     values, last_value = scoring.sequence_values(value, params[1], *rows, targets=targets)
     return _raw_scores(reward, params[2], samples, scores), ref_logp, values, last_value
 
@@ -183,12 +205,17 @@ def _in_pieces(read: Callable[..., Any], pieces: int, *rows: Any) -> Any:
 
 
 def _raw_scores(
-    reward: Model | None, reward_params: Params | None, samples: Samples, scores: Float[Array, " B"] | None
+    reward: Model | None,
+    reward_params: Params | None,
+    samples: Samples,
+    scores: Float[Array, " B"] | None,
 ) -> Float[Array, " B"]:
     if scores is not None:
         return scores.astype(jnp.float32)
     if reward is None or reward_params is None:
-        raise ValueError("scores=None and there is no reward model: give reward and reward_params, or scores")
+        raise ValueError(
+            "scores=None and there is no reward model: give reward and reward_params, or scores"
+        )
     return score_samples(reward, reward_params, samples)
 
 
@@ -212,7 +239,8 @@ def used_score(
     shift: float | int = 0.0,
     missing_eos_score: float | int | None = None,
 ) -> Float[Array, " B"]:
-    """The score that enters the reward: scaled and shifted, then replaced where the response never ended.
+    """The score that enters the reward: scaled and shifted, then replaced where the response never
+    ended.
 
     Args:
       raw: from the reward model.
@@ -233,7 +261,9 @@ def used_score(
     return score if missing_eos_score is None else jnp.where(finished, score, missing_eos_score)
 
 
-def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float[Array, ""]) -> Metrics:
+def rollout_metrics(
+    rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float[Array, ""]
+) -> Metrics:
     """What to log of a rollout; every mean names what it is a mean over.
 
     Args:
@@ -242,8 +272,9 @@ def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float
       kl_coef: beta of this rollout.
 
     Returns:
-      ``rollout/kl_nats_per_sequence`` is what the adaptive controller wants. ``surprisal_nats_per_token`` is
-      ``-old_logp``, an unbiased estimate of the policy's entropy. Dropped rows count in ``dropped`` only.
+      ``rollout/kl_nats_per_sequence`` is what the adaptive controller wants.
+      ``surprisal_nats_per_token`` is ``-old_logp``, an unbiased estimate of the policy's entropy.
+      Dropped rows count in ``dropped`` only.
     """
     mask = rollout.mask
     valid = jnp.any(mask, axis=1)
@@ -254,7 +285,9 @@ def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float
         return Mean(jnp.sum(jnp.where(valid, x, 0), dtype=jnp.float32), rows)
 
     return {
-        "rollout/kl_nats_per_sequence": kl_nats_per_sequence(rollout.old_logp, rollout.ref_logp, mask),
+        "rollout/kl_nats_per_sequence": kl_nats_per_sequence(
+            rollout.old_logp, rollout.ref_logp, mask
+        ),
         "rollout/kl_k3_nats_per_sequence": Mean(jnp.sum(jnp.where(mask, k3, 0)), rows),
         "rollout/kl_coef": Mean(jnp.asarray(kl_coef, jnp.float32), jnp.float32(1)),
         "rollout/score": over_rows(raw),
@@ -272,9 +305,11 @@ def rollout_metrics(rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float
 
 
 def log_prob_limit(model: Model) -> float:
-    """How far two programs may differ in a token's log-prob, in nats: 1e-4 in float32, 2e-2 in anything coarser.
+    """How far two programs may differ in a token's log-prob, in nats: 1e-4 in float32, 2e-2 in
+    anything coarser.
 
-    Float32 products run in coarser passes on TPU and NVIDIA unless `jax_default_matmul_precision` says otherwise.
+    Float32 products run in coarser passes on TPU and NVIDIA unless `jax_default_matmul_precision`
+    says otherwise.
     """
     precision = jax.config.values["jax_default_matmul_precision"]
     exact_products = backend_for().exact_products or precision in ("highest", "float32")
@@ -304,10 +339,12 @@ def step_zero_checks(
     clip_ratio: float | int = 0.2,
     limit: float | None = None,
 ) -> dict[str, float]:
-    """What must hold before the first update of PPO; each of these has broken somebody's training run.
+    """What must hold before the first update of PPO; each of these has broken somebody's training
+    run.
 
-    Policy and reference through one compiled program agree exactly; the sampler's log-probs and those of a program with
-    a backward pass agree with it within `limit`, so no ratio is clipped; the value network started as the reward model.
+    Policy and reference through one compiled program agree exactly; the sampler's log-probs and
+    those of a program with a backward pass agree with it within `limit`, so no ratio is clipped;
+    the value network started as the reward model.
 
     Args:
       policy: a language model.
@@ -323,23 +360,27 @@ def step_zero_checks(
       What was measured, under the names of the checks.
 
     Raises:
-      ValueError: if a check fails; the message gives the measured value, its limit and the likely cause.
+      ValueError: if a check fails; the message gives the measured value, its limit and the likely
+        cause.
 
-    Source: Huang et al. 2023, "The N implementation details of RLHF with PPO" (first-step invariants).
+    Source: Huang et al. 2023, "The N implementation details of RLHF with PPO" (first-step
+    invariants).
     """
     limit = log_prob_limit(policy) if limit is None else limit
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     score = partial(scoring.sequence_log_probs, policy, temperature=temperature)
     rows = (samples.tokens, samples.lengths, mask)
 
-    # Rows are an argument: a compiled function may not close over arrays that lie on several processes.
+    # Rows are an argument: a compiled function may not close over arrays that lie on several
+    # processes.
     def with_backward_pass(params: Params, *rows: Array) -> Array:
         def loss(params: Params) -> tuple[Array, Array]:
             logp = score(params, *rows)
             return jnp.sum(logp), logp
 
         grads, logp = jax.grad(loss, has_aux=True)(params)
-        # Returned with a zero weight on the gradient, so that the compiler cannot leave the backward pass out.
+        # Returned with a zero weight on the gradient, so that the compiler cannot leave the
+        # backward pass out.
         return logp + 0 * sum(jnp.nan_to_num(g).ravel()[0] for g in jax.tree.leaves(grads))
 
     scoring_program = jax.jit(score)
@@ -364,10 +405,14 @@ def step_zero_checks(
 
 
 _CAUSES = {
-    "reference_gap": "the KL to the reference is not 0: policy and reference must start from the same weights",
-    "sampler_gap": "the sampler draws from another distribution: look at temperature, top_k, top_p and dropout",
-    "update_gap": "the update computes other log-probs than the scoring program: look at dropout and the compute dtype",
-    "clip_fraction": "ratios differ from 1 before any update: look at temperature, top_k, top_p and dropout",
+    "reference_gap": "the KL to the reference is not 0: policy and reference must start from the same "
+    "weights",
+    "sampler_gap": "the sampler draws from another distribution: look at temperature, top_k, top_p and "
+    "dropout",
+    "update_gap": "the update computes other log-probs than the scoring program: look at dropout and the "
+    "compute dtype",
+    "clip_fraction": "ratios differ from 1 before any update: look at temperature, top_k, top_p and "
+    "dropout",
     "value_gap": "the value network must start from the reward model, head and bias included",
 }
 
@@ -376,7 +421,9 @@ def _require_within(measured: dict[str, float], limits: dict[str, float]) -> Non
     for name, found in measured.items():
         # Written so that NaN fails.
         if not found <= limits[name]:
-            raise ValueError(f"step 0: {name}={found:.3g} is above its limit {limits[name]:g}: {_CAUSES[name]}")
+            raise ValueError(
+                f"step 0: {name}={found:.3g} is above its limit {limits[name]:g}: {_CAUSES[name]}"
+            )
 
 
 def _largest(difference: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> float:

@@ -1,7 +1,8 @@
 """A network over finished rows: log-probs, values and scores, under the one index convention.
 
-Everything that reads a network outside of sampling goes through here: the update, the reference, the reward model and
-the checks at step 0. So the policy and its reference run the same program, and a shift can be wrong in one place only.
+Everything that reads a network outside of sampling goes through here: the update, the reference,
+the reward model and the checks at step 0. So the policy and its reference run the same program, and
+a shift can be wrong in one place only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from rlhf_jax.log_probs import token_log_probs, token_log_probs_and_entropy, wei
 from rlhf_jax.types import LMBatch, Model, Output, Params, RankingBatch
 
 
-def row_layout(lengths: Int[Array, " B"], slots: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+def row_layout(
+    lengths: Int[Array, " B"], slots: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """Segments and positions of rows that hold one text each, contiguous from the left.
 
     Args:
@@ -36,8 +39,11 @@ def row_layout(lengths: Int[Array, " B"], slots: int) -> tuple[Int[Array, "B T"]
     return (place < lengths[:, None]).astype(jnp.int32), place
 
 
-def response_mask(prompt_lengths: Int[Array, " B"], lengths: Int[Array, " B"], slots: int) -> Bool[Array, "B T"]:
-    """True on response tokens, EOS included: ``prompt_lengths <= t < lengths``. Ids are never looked at.
+def response_mask(
+    prompt_lengths: Int[Array, " B"], lengths: Int[Array, " B"], slots: int
+) -> Bool[Array, "B T"]:
+    """True on response tokens, EOS included: ``prompt_lengths <= t < lengths``. Ids are never
+    looked at.
 
     Args:
       prompt_lengths: tokens of each prompt.
@@ -55,23 +61,30 @@ def response_mask(prompt_lengths: Int[Array, " B"], lengths: Int[Array, " B"], s
 
 
 def pair_rows(model: Model) -> Model:
-    """The same network, computing rows of one text each two to a row of 7/6 the width: 7/12 of the work.
+    """The same network, computing rows of one text each two to a row of 7/6 the width: 7/12 of the
+    work.
 
-    The longest text shares a row with the shortest, the next one with the next, each a segment of its own; hidden
-    states come back in the order and places of the rows. Samples have heavy-tailed lengths, so a batch as wide as its
-    limits is mostly padding. Ask `pairs_fit` first: where a pair is longer than a row all hidden states are NaN. Meant
-    for rows on one device: over several the exchange of rows costs more than it saves.
+    The longest text shares a row with the shortest, the next one with the next, each a segment of
+    its own; hidden states come back in the order and places of the rows. Samples have heavy-tailed
+    lengths, so a batch as wide as its limits is mostly padding. Ask `pairs_fit` first: where a pair
+    is longer than a row all hidden states are NaN. Meant for rows on one device: over several the
+    exchange of rows costs more than it saves.
 
     Args:
       model: any network; its cache and heads are untouched.
 
     Returns:
-      A `Model` whose `apply` gives the same hidden states up to rounding (on padding they mean nothing).
+      A `Model` whose `apply` gives the same hidden states up to rounding (on padding they mean
+      nothing).
     """
 
-    def apply(params: Params, tokens: Any, *, segments: Any, positions: Any, **others: Any) -> Output:
+    def apply(
+        params: Params, tokens: Any, *, segments: Any, positions: Any, **others: Any
+    ) -> Output:
         del positions
-        assert not any(value is not None for value in others.values()), "rows of one text each, without a cache"
+        assert not any(value is not None for value in others.values()), (
+            "rows of one text each, without a cache"
+        )
         places = jnp.arange(_pair_width(tokens.shape[1]))[None, :]
         lengths = jnp.sum(segments > 0, axis=1)
         tokens = jnp.pad(tokens, ((0, 0), (0, places.shape[1] - tokens.shape[1])))
@@ -89,7 +102,9 @@ def pair_rows(model: Model) -> Model:
         behind = jnp.take_along_axis(hidden, there[:, :, None], axis=1)
         both = jnp.concatenate([hidden[:, : segments.shape[1]], behind])
         fits = jnp.all(lengths[first] + lengths[second] <= places.shape[1])
-        return Output(jnp.where(fits, both[jnp.argsort(jnp.concatenate([first, second]))], jnp.nan), None)
+        return Output(
+            jnp.where(fits, both[jnp.argsort(jnp.concatenate([first, second]))], jnp.nan), None
+        )
 
     return model._replace(apply=apply, picks=False)
 
@@ -98,7 +113,9 @@ def _pair_width(slots: int) -> int:
     return slots * 7 // 6
 
 
-def _longest_with_shortest(lengths: Int[Array, " B"]) -> tuple[Int[Array, " B2"], Int[Array, " B2"]]:
+def _longest_with_shortest(
+    lengths: Int[Array, " B"],
+) -> tuple[Int[Array, " B2"], Int[Array, " B2"]]:
     order = jnp.argsort(lengths)
     return order[::-1][: len(order) // 2], order[: len(order) // 2]
 
@@ -111,13 +128,16 @@ def pairs_fit(lengths: ArrayLike, slots: int) -> bool:
       slots: T.
 
     Returns:
-      True where B is even and in each batch the longest and the shortest fit into ``7/6 T`` slots, and so on.
+      True where B is even and in each batch the longest and the shortest fit into ``7/6 T`` slots,
+      and so on.
 
     >>> pairs_fit(np.array([5, 2, 3, 4]), 6), pairs_fit(np.array([6, 3, 2, 4]), 6), pairs_fit(np.array([1]), 6)
     (True, False, False)
     """
     ordered = np.sort(np.asarray(lengths), axis=-1)
-    return ordered.shape[-1] % 2 == 0 and bool(np.all(ordered + ordered[..., ::-1] <= _pair_width(slots)))
+    return ordered.shape[-1] % 2 == 0 and bool(
+        np.all(ordered + ordered[..., ::-1] <= _pair_width(slots))
+    )
 
 
 def sequence_log_probs(
@@ -130,7 +150,8 @@ def sequence_log_probs(
     temperature: Real[ArrayLike, ""] = 1.0,
     targets: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Log-probs of the masked-in tokens: ``logp[:, t] = log p(tokens[t] | tokens[:t])`` at `temperature`.
+    """Log-probs of the masked-in tokens: ``logp[:, t] = log p(tokens[t] | tokens[:t])`` at
+    `temperature`.
 
     Args:
       model: a language model.
@@ -139,8 +160,8 @@ def sequence_log_probs(
       lengths: tokens of each row.
       mask: which tokens to read, `response_mask` in PPO.
       temperature: the sampler's; policy, old policy and reference must share it.
-      targets: the most tokens that `mask` has in a row, `max_new_tokens` in PPO; None for any number. The last block is
-        computed for so many tokens a row. A row that has more is NaN.
+      targets: the most tokens that `mask` has in a row, `max_new_tokens` in PPO; None for any
+        number. The last block is computed for so many tokens a row. A row that has more is NaN.
 
     Returns:
       Log-probs in nats, float32, 0 outside `mask`. Dropout is off.
@@ -161,7 +182,9 @@ def sequence_log_probs_and_entropy(
     temperature: Real[ArrayLike, ""] = 1.0,
     targets: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`sequence_log_probs` and, from the same logits, the entropy of the distribution of each token, in nats."""
+    """`sequence_log_probs` and, from the same logits, the entropy of the distribution of each
+    token, in nats.
+    """
     own, head = _targets(tokens, mask, targets), partial(model.head, params)
     hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
     how = {"previous": own.previous, "temperature": temperature}
@@ -172,8 +195,9 @@ def sequence_log_probs_and_entropy(
 class _Targets(NamedTuple):
     """The targets of rows: all slots as they are, or at most N of each row, moved to its front.
 
-    `at` are the slots that predict them, None for all; `previous` names the same among what is computed at these.
-    `place` brings what was read back to the slots of the row, and `fits` says whether a row has no more than N.
+    `at` are the slots that predict them, None for all; `previous` names the same among what is
+    computed at these. `place` brings what was read back to the slots of the row, and `fits` says
+    whether a row has no more than N.
     """
 
     at: Int[Array, "B N"] | None
@@ -191,7 +215,9 @@ class _Targets(NamedTuple):
 
 
 def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
-    """The targets `mask` of rows of one text each, of which a row has at most `targets`; None for any number."""
+    """The targets `mask` of rows of one text each, of which a row has at most `targets`; None for
+    any number.
+    """
     if targets is None or targets >= tokens.shape[1]:
         return _Targets(None, tokens, mask)
     order, place = ops.compact(mask, targets)
@@ -242,7 +268,8 @@ def lm_weighted_log_prob(
     *,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """The weighted sum of `lm_log_probs`, whose gradient is computed in the forward pass, and they themselves.
+    """The weighted sum of `lm_log_probs`, whose gradient is computed in the forward pass, and they
+    themselves.
 
     Args:
       model: a language model.
@@ -272,7 +299,8 @@ def sequence_values(
 ) -> tuple[Float[Array, "B T"], Float[Array, " B"]]:
     """Values before each token and after the last one.
 
-    ``values[:, t] = V(tokens[:t])``, read at hidden index ``t - 1``; ``last = V(tokens[:lengths])``.
+    ``values[:, t] = V(tokens[:t])``, read at hidden index ``t - 1``;
+    ``last = V(tokens[:lengths])``.
 
     Args:
       model: a scalar model.
@@ -280,11 +308,13 @@ def sequence_values(
       tokens: rows of one text each.
       lengths: tokens of each row, at least 1.
       mask: which values are wanted; None for all.
-      targets: the most tokens that `mask` has in a row, as in `sequence_log_probs`; None for any number.
+      targets: the most tokens that `mask` has in a row, as in `sequence_log_probs`; None for any
+        number.
 
     Returns:
-      ``(values, last)``. For a value network `last` is the bootstrap of a truncated row, one place after the last entry
-      of `values`; for a reward model it is the score (`sequence_scores` computes it alone).
+      ``(values, last)``. For a value network `last` is the bootstrap of a truncated row, one place
+      after the last entry of `values`; for a reward model it is the score (`sequence_scores`
+      computes it alone).
     """
     values, last = _read_values(model, params, tokens, lengths, mask, targets, lengths[:, None] - 1)
     return values, last[:, 0]
@@ -299,23 +329,39 @@ def response_values(
     *,
     targets: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Values before each token that `mask` names, as in `sequence_values`; the one after the last is not computed."""
-    return _read_values(model, params, tokens, lengths, mask, targets, jnp.zeros((len(tokens), 0), jnp.int32))[0]
+    """Values before each token that `mask` names, as in `sequence_values`; the one after the last
+    is not computed.
+    """
+    return _read_values(
+        model, params, tokens, lengths, mask, targets, jnp.zeros((len(tokens), 0), jnp.int32)
+    )[0]
 
 
 def _read_values(
-    model: Model, params: Params, tokens: Array, lengths: Array, mask: Array | None, targets: int | None, also: Array
+    model: Model,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    mask: Array | None,
+    targets: int | None,
+    also: Array,
 ) -> tuple[Array, Array]:
-    """Values before the tokens of `mask`, at most `targets` a row, and those read at the slots `also` ``[B, M]``."""
+    """Values before the tokens of `mask`, at most `targets` a row, and those read at the slots
+    `also` ``[B, M]``.
+    """
     if mask is None or targets is None or targets + also.shape[1] >= tokens.shape[1]:
         scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths))
         segments, _ = row_layout(lengths, tokens.shape[1])
-        return ops.align(scalars, ops.previous_index(segments)), jnp.take_along_axis(scalars, also, axis=1)
+        return ops.align(scalars, ops.previous_index(segments)), jnp.take_along_axis(
+            scalars, also, axis=1
+        )
     order, place = ops.compact(mask, targets)
     at = jnp.concatenate([jnp.maximum(order - 1, 0), also], axis=1)
     scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths, at))
     values = ops.align(jnp.where(order > 0, scalars[:, :targets], 0), place)
-    return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[:, targets:]
+    return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[
+        :, targets:
+    ]
 
 
 def sequence_scores(
@@ -334,7 +380,8 @@ def sequence_scores(
 
 
 def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[Array, "B NK D"]:
-    """Hidden state at the last token of each ranked response; the K responses of a prompt share one forward row.
+    """Hidden state at the last token of each ranked response; the K responses of a prompt share one
+    forward row.
 
     Args:
       model: any network.
@@ -342,7 +389,8 @@ def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[A
       batch: shared-prefix rows.
 
     Returns:
-      The states that the head reads, ``n * K + k`` for response k of prompt n; they mean nothing where it is absent.
+      The states that the head reads, ``n * K + k`` for response k of prompt n; they mean nothing
+      where it is absent.
     """
     ends = jnp.maximum(batch.ends.reshape(batch.ends.shape[0], -1), 0)
     rows = {"segments": batch.segments, "positions": batch.positions, "parents": batch.parents}

@@ -1,6 +1,8 @@
-"""Where arrays live: one mesh ``(data, fsdp, tensor)``, ordered regex rules for parameters, batches by rows.
+"""Where arrays live: one mesh ``(data, fsdp, tensor)``, ordered regex rules for parameters, batches
+by rows.
 
-One device is the mesh ``(1, 1, 1)``; there is no other path. Data parallel as `pmap` users know it is ``(n, 1, 1)``.
+One device is the mesh ``(1, 1, 1)``; there is no other path. Data parallel as `pmap` users know it
+is ``(n, 1, 1)``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 P = PartitionSpec
 
 DECODER_RULES: Rules = (
-    # Blocks are stacked: axis 0 is the layer. Column-parallel into a branch, row-parallel out of it.
+    # Blocks are stacked: axis 0 is the layer. Column-parallel into a branch, row-parallel out of
+    # it.
     (r"blocks/attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(attention/out|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
@@ -41,17 +44,19 @@ DECODER_RULES: Rules = (
     (r"(embed|positions)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"unembed/kernel$", P(("fsdp", "tensor"), None)),
 )
-"""Rules for `rlhf_jax.models.decoder`; optimizer moments and EMA have the same paths inside, so they follow.
-Norms, scalar heads and counters are replicated."""
+"""Rules for `rlhf_jax.models.decoder`; optimizer moments and EMA have the same paths inside, so
+they follow. Norms, scalar heads and counters are replicated."""
 
 T = TypeVar("T")
 
 
 def rules_from_data(rules: Sequence[Any], *, field: str = "sharding") -> Rules:
-    """Rules as they stand in a config: ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
+    """Rules as they stand in a config:
+    ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
 
     Args:
-      rules: for each dimension None, the name of a mesh axis, or a tuple of names; ``()`` replicates everything.
+      rules: for each dimension None, the name of a mesh axis, or a tuple of names; ``()``
+        replicates everything.
       field: of the config, for errors.
 
     Returns:
@@ -65,18 +70,27 @@ def rules_from_data(rules: Sequence[Any], *, field: str = "sharding") -> Rules:
     """
     found = []
     for rule in rules:
-        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)):
+        if not (
+            isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)
+        ):
             raise ValueError(f"{field}: {rule!r} is not a pair (regex, (axes of dimension 0, ..))")
         pattern, axes = rule
         for group in axes:
             for name in (group,) if isinstance(group, str) else group or ():
                 if name not in AXES:
-                    raise ValueError(f"{field}: {rule!r} names the mesh axis {name!r}: the axes are {', '.join(AXES)}")
+                    raise ValueError(
+                        f"{field}: {rule!r} names the mesh axis {name!r}: the axes are "
+                        f"{', '.join(AXES)}"
+                    )
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
-        found.append((pattern, P(*(tuple(group) if isinstance(group, list) else group for group in axes))))
+            raise ValueError(
+                f"{field}: {pattern!r} is not a regular expression ({error})"
+            ) from None
+        found.append(
+            (pattern, P(*(tuple(group) if isinstance(group, list) else group for group in axes)))
+        )
     return tuple(found)
 
 
@@ -104,11 +118,14 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
     devices = jax.devices() if devices is None else list(devices)
     sizes = tuple(int(n) for n in shape)
     if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise ValueError(f"mesh shape {sizes} must be three sizes (data, fsdp, tensor), at most one of them -1")
+        raise ValueError(
+            f"mesh shape {sizes} must be three sizes (data, fsdp, tensor), at most one of them -1"
+        )
     known = math.prod(n for n in sizes if n != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(
-            f"mesh shape {sizes} (data, fsdp, tensor) needs {known} devices and there are {len(devices)}: "
+            f"mesh shape {sizes} (data, fsdp, tensor) needs {known} devices and there are "
+            f"{len(devices)}: "
             f"choose sizes that multiply to {len(devices)}, or -1 for one of them"
         )
     sizes = tuple(len(devices) // known if n == -1 else n for n in sizes)
@@ -116,7 +133,8 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
 
 
 def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECODER_RULES) -> PyTree:
-    """A sharding for each leaf: the first rule whose regex is found in the leaf's path, else replicated.
+    """A sharding for each leaf: the first rule whose regex is found in the leaf's path, else
+    replicated.
 
     Paths read like ``policy/params/blocks/mlp/up/kernel`` or ``opt_state/0/mu/embed/embedding``.
 
@@ -129,8 +147,9 @@ def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECOD
       The same tree of `NamedSharding`: for `jax.device_put`, `compile_step` and checkpoints.
 
     Raises:
-      ValueError: if a rule does not fit a leaf: more axes than the leaf has, or a size that the mesh does not divide.
-        Nothing is replicated silently; put a rule for that leaf before the others.
+      ValueError: if a rule does not fit a leaf: more axes than the leaf has, or a size that the
+        mesh does not divide. Nothing is replicated silently; put a rule for that leaf before the
+        others.
     """
 
     def place(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
@@ -149,14 +168,20 @@ def _step_name(step: object) -> str:
     return str(step)
 
 
-def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
+def _check_fits(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> None:
     if len(spec) > len(shape):
-        raise ValueError(f"rule {spec} has more axes than {name} of shape {shape}: put a rule for it before that one")
+        raise ValueError(
+            f"rule {spec} has more axes than {name} of shape {shape}: put a rule for it before "
+            "that one"
+        )
     for dimension, axes in enumerate(spec):
         pieces = _axes_size(mesh, axes)
         if shape[dimension] % pieces:
             raise ValueError(
-                f"{name} of shape {shape} does not divide: mesh axes {axes} cut dimension {dimension} into {pieces}. "
+                f"{name} of shape {shape} does not divide: mesh axes {axes} cut dimension "
+                f"{dimension} into {pieces}. "
                 f"Choose another mesh, or put the rule ({name!r}, PartitionSpec()) first"
             )
 
@@ -165,7 +190,9 @@ def _axes_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) ->
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     for name in names:
         if name not in mesh.shape:
-            raise ValueError(f"a rule names the mesh axis {name!r}: the axes are {', '.join(mesh.shape)}")
+            raise ValueError(
+                f"a rule names the mesh axis {name!r}: the axes are {', '.join(mesh.shape)}"
+            )
     return math.prod(mesh.shape[name] for name in names)
 
 
@@ -175,15 +202,18 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole: for batches, rollouts and `make_ppo_step(batch_sharding=...)`."""
+    """Rows over data and fsdp, everything else whole: for batches, rollouts and
+    `make_ppo_step(batch_sharding=...)`.
+    """
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch this process reads: ``(index, count)`` for ``Batches(process_index=, process_count=)``.
+    """Which share of a batch this process reads: ``(index, count)`` for
+    ``Batches(process_index=, process_count=)``.
 
-    Where the tensor axis goes over several processes they hold the same rows and have the same share. Where a topology
-    mixes the rows of processes each reads the whole batch, ``(0, 1)``.
+    Where the tensor axis goes over several processes they hold the same rows and have the same
+    share. Where a topology mixes the rows of processes each reads the whole batch, ``(0, 1)``.
 
     Args:
       mesh: from `make_mesh`.
@@ -199,8 +229,13 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
-    """The share of `process` where ``owners[piece]`` are the processes that hold a piece of the rows."""
-    held = {int(owner): {*np.flatnonzero((owners == owner).any(axis=1)).tolist()} for owner in np.unique(owners)}
+    """The share of `process` where ``owners[piece]`` are the processes that hold a piece of the
+    rows.
+    """
+    held = {
+        int(owner): {*np.flatnonzero((owners == owner).any(axis=1)).tolist()}
+        for owner in np.unique(owners)
+    }
     size = len(held[process])
     shares = [set(range(start, start + size)) for start in range(0, len(owners), size)]
     if any(pieces not in shares for pieces in held.values()):
@@ -232,10 +267,12 @@ def own_rows(batch: T, mesh: Mesh) -> T:
 
 
 def place_batch(batch: T, mesh: Mesh) -> T:
-    """Put a batch on the devices, rows over data and fsdp; with several processes each gives its share of the rows.
+    """Put a batch on the devices, rows over data and fsdp; with several processes each gives its
+    share of the rows.
 
     Args:
-      batch: a struct of numpy arrays with rows first, this process's `batch_share` of the global batch.
+      batch: a struct of numpy arrays with rows first, this process's `batch_share` of the global
+        batch.
       mesh: from `make_mesh`.
 
     Returns:
@@ -274,7 +311,8 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
     """Put parameters or a whole training state on the devices as `rules` say.
 
     Args:
-      state: a tree of arrays that every process holds in full, or of arrays that lie on the devices of all already.
+      state: a tree of arrays that every process holds in full, or of arrays that lie on the devices
+        of all already.
       mesh: from `make_mesh`.
       rules: ordered.
 
@@ -290,16 +328,20 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
 def _place(leaf: Any, place: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(jnp.copy, out_shardings=place)(leaf)
-    # device_put would share the shard that is on the right device already, and a donating step would then delete it.
-    # Over several processes it would also send the whole array around, to compare.
+    # device_put would share the shard that is on the right device already, and a donating step
+    # would then delete it. Over several processes it would also send the whole array around, to
+    # compare.
     whole = np.array(leaf)
     if place.is_fully_addressable:
         return jax.device_put(whole, place)
     return jax.make_array_from_callback(whole.shape, place, lambda window: whole[window])
 
 
-def build_state(make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES) -> tuple[T, T]:
-    """``make(*arguments)``, computed where its leaves belong: no device and no host ever holds more than its part.
+def build_state(
+    make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES
+) -> tuple[T, T]:
+    """``make(*arguments)``, computed where its leaves belong: no device and no host ever holds more
+    than its part.
 
     Args:
       make: a function of arrays, such as ``lambda params: train_state(params, tx)``.
@@ -308,7 +350,8 @@ def build_state(make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: R
       rules: ordered.
 
     Returns:
-      ``(tree, shardings)``: what `make` returned, always new arrays, and `tree_shardings` of it for `compile_step`.
+      ``(tree, shardings)``: what `make` returned, always new arrays, and `tree_shardings` of it for
+      `compile_step`.
 
     Raises:
       ValueError: as `tree_shardings`.

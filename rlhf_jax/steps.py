@@ -1,13 +1,15 @@
-"""Training steps as pure functions: supervised, reward model, PPO, PPO-ptx. `compile_step` is the only jit of a step.
+"""Training steps as pure functions: supervised, reward model, PPO, PPO-ptx. `compile_step` is the
+only jit of a step.
 
-A step takes everything from its arguments and returns the new state and metrics. Losses are functions of arrays; a step
-binds their arguments by name from what it has (`POLICY_ARGUMENTS` and the other tuples below), so that a loss of your
-own needs no other file. Each loss comes back as a total and a count: gradients are summed over micro-batches and
-divided once, and any number of micro-batches gives the same step.
+A step takes everything from its arguments and returns the new state and metrics. Losses are
+functions of arrays; a step binds their arguments by name from what it has (`POLICY_ARGUMENTS` and
+the other tuples below), so that a loss of your own needs no other file. Each loss comes back as a
+total and a count: gradients are summed over micro-batches and divided once, and any number of
+micro-batches gives the same step.
 
-A step whose loss or gradient norm is not finite, or lies far above those of the last sound steps (`spike_std`),
-leaves the state as it was and reports ``skipped``. So `TrainState.step` counts applied updates; the place in the data
-is the loop's own counter.
+A step whose loss or gradient norm is not finite, or lies far above those of the last sound steps
+(`spike_std`), leaves the state as it was and reports ``skipped``. So `TrainState.step` counts
+applied updates; the place in the data is the loop's own counter.
 """
 
 from __future__ import annotations
@@ -44,7 +46,15 @@ from rlhf_jax.types import (
     StepFn,
     TrainState,
 )
-from rlhf_jax.update import Gradient, Limits, LossOfBatch, accumulate_grads, add_up, update_both, update_one
+from rlhf_jax.update import (
+    Gradient,
+    Limits,
+    LossOfBatch,
+    accumulate_grads,
+    add_up,
+    update_both,
+    update_one,
+)
 
 LM_ARGUMENTS = ("logp", *(field.name for field in dataclasses.fields(LMBatch)))
 """What the loss of `make_sft_step` and the `ptx_loss` may name."""
@@ -61,7 +71,7 @@ VALUE_ARGUMENTS = ("values", *(field.name for field in dataclasses.fields(Rollou
 T = TypeVar("T")
 
 
-# --------------------------------------------------------------------------------------------- the steps
+# ---------------------------------------------------------------------------------------- the steps
 
 
 def make_sft_step(
@@ -80,15 +90,18 @@ def make_sft_step(
     Args:
       model: a language model.
       tx: an optimizer from `rlhf_jax.optim`, or any optax chain.
-      loss: arguments by name from `LM_ARGUMENTS`. Where it is linear in the log-probs a quarter of the head's work is
-        saved (`log_probs.weighted_log_prob`).
-      microbatches: pieces of the batch that go through the model one after the other; must divide its rows.
+      loss: arguments by name from `LM_ARGUMENTS`. Where it is linear in the log-probs a quarter of
+        the head's work is saved (`log_probs.weighted_log_prob`).
+      microbatches: pieces of the batch that go through the model one after the other; must divide
+        its rows.
       spike_limit: skip the step when the gradient norm is above it; None for no fixed limit.
-      spike_std: skip the step when loss or gradient norm is more standard deviations above the mean of the last sound
-        steps (`guard.is_spike`); None not to. Asks for a state with a window: ``train_state(..., guard=True)``.
+      spike_std: skip the step when loss or gradient norm is more standard deviations above the mean
+        of the last sound steps (`guard.is_spike`); None not to. Asks for a state with a window:
+        ``train_state(..., guard=True)``.
 
     Returns:
-      ``(TrainState, LMBatch, key) -> (TrainState, metrics)``. The key turns dropout on; None leaves it off.
+      ``(TrainState, LMBatch, key) -> (TrainState, metrics)``. The key turns dropout on; None leaves
+      it off.
 
     Raises:
       ValueError: if `loss` asks for something that is not there.
@@ -98,7 +111,9 @@ def make_sft_step(
     bound = bind_arguments(loss, LM_ARGUMENTS, name="loss")
     loss_fn = _lm_loss_fn(model, bound)
 
-    def step(state: TrainState, batch: LMBatch, key: Key[Array, ""] | None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: LMBatch, key: Key[Array, ""] | None
+    ) -> tuple[TrainState, Metrics]:
         # One key a row, so that each micro-batch finds its own.
         keys = None if key is None else jax.random.split(key, batch.tokens.shape[0])
         grads = accumulate_grads(loss_fn, state.params, (batch, keys), microbatches)
@@ -125,12 +140,14 @@ def make_reward_step(
       model: a scalar model.
       tx: an optimizer.
       loss: arguments by name from `RANKING_ARGUMENTS`.
-      microbatches: must divide the rows of the batch; never splits a prompt, because a prompt lies in one row.
+      microbatches: must divide the rows of the batch; never splits a prompt, because a prompt lies
+        in one row.
       spike_limit: as in `make_sft_step`.
       spike_std: as in `make_sft_step`.
 
     Returns:
-      ``(TrainState, RankingBatch, key) -> (TrainState, metrics)``. Dropout is off and the key unused.
+      ``(TrainState, RankingBatch, key) -> (TrainState, metrics)``. Dropout is off and the key
+      unused.
 
     Raises:
       ValueError: if `loss` asks for something that is not there.
@@ -142,7 +159,9 @@ def make_reward_step(
     def loss_fn(params: Params, batch: RankingBatch) -> tuple[Mean, Metrics]:
         return bound(rewards=scoring.ranking_scores(model, params, batch), ranks=batch.ranks)
 
-    def step(state: TrainState, batch: RankingBatch, key: Key[Array, ""] | None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: RankingBatch, key: Key[Array, ""] | None
+    ) -> tuple[TrainState, Metrics]:
         del key
         grads = accumulate_grads(loss_fn, state.params, batch, microbatches)
         gradient = Gradient.of(*grads, name="reward")
@@ -178,17 +197,18 @@ class PPO:
     ptx_microbatches: int | None = None
     """`microbatches` for the pretraining rows; None for the same number."""
     ptx_clip_norm: float | int | None = None
-    """Largest norm of ``ptx_coef * grad L_ptx / n_ptx_tokens`` alone. One clip over the sum (in the policy's optimizer)
-    would let a large pretraining term shrink the PPO term."""
+    """Largest norm of ``ptx_coef * grad L_ptx / n_ptx_tokens`` alone. One clip over the sum (in the
+    policy's optimizer) would let a large pretraining term shrink the PPO term."""
     ema_decay: float | int = 0.992
     """Of the policy's average, updated every optimizer step where the state keeps one."""
     spike_limit: float | int | None = None
     """Skip a minibatch when the gradient norm of a network is above it; None for no fixed limit."""
     spike_std: float | int | None = None
-    """As in `make_sft_step`, for both networks; of the value network the largest reward of a minibatch counts too."""
+    """As in `make_sft_step`, for both networks; of the value network the largest reward of a
+    minibatch counts too."""
     max_new_tokens: int | None = None
-    """Of the sampler: the last block of each network then computes responses alone. None where that is not known; a row
-    with a longer response gives a loss that is not finite."""
+    """Of the sampler: the last block of each network then computes responses alone. None where that
+    is not known; a row with a longer response gives a loss that is not finite."""
 
     def __post_init__(self):
         for name in ("epochs", "minibatches", "microbatches", "ptx_microbatches", "max_new_tokens"):
@@ -215,7 +235,9 @@ class Losses(NamedTuple):
 
 
 class Optimizers(NamedTuple):
-    """One optimizer per network; their schedules count optimizer steps, ``epochs * minibatches`` per rollout."""
+    """One optimizer per network; their schedules count optimizer steps, ``epochs * minibatches``
+    per rollout.
+    """
 
     policy: optax.GradientTransformation
     value: optax.GradientTransformation
@@ -227,16 +249,18 @@ def make_ppo_step(
     optimizers: Optimizers,
     ppo: PPO = PPO(),
     *,
-    losses: Losses = Losses(),  # noqa: B008
+    losses: Losses = Losses(),
     batch_sharding: jax.sharding.Sharding | None = None,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> StepFn:
-    """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix of PPO-ptx.
+    """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix
+    of PPO-ptx.
 
-    ``grad = grad L_policy / n_tokens + ptx_coef * grad L_ptx / n_ptx_tokens``, then one optimizer step per minibatch.
+    ``grad = grad L_policy / n_tokens + ptx_coef * grad L_ptx / n_ptx_tokens``, then one optimizer
+    step per minibatch.
 
-    The value network has its own loss and optimizer, and no pretraining term. Both networks step together: a minibatch
-    with a non-finite number or a spike in either leaves both as they were.
+    The value network has its own loss and optimizer, and no pretraining term. Both networks step
+    together: a minibatch with a non-finite number or a spike in either leaves both as they were.
 
     Args:
       policy: a language model.
@@ -244,13 +268,15 @@ def make_ppo_step(
       optimizers: of the policy and of the value network.
       ppo: the numbers of the update.
       losses: of the policy, of the value network and of the pretraining rows.
-      batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the compiler choose.
-      rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows` computes two to a row.
+      batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the
+        compiler choose.
+      rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows`
+        computes two to a row.
 
     Returns:
-      ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch` are spread over the
-      optimizer steps; without one the step is plain PPO. The key orders the minibatches. The `Each` ``skipped_steps``
-      is 1 for the optimizer steps that were left out.
+      ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch`
+      are spread over the optimizer steps; without one the step is plain PPO. The key orders the
+      minibatches. The `Each` ``skipped_steps`` is 1 for the optimizer steps that were left out.
 
     Raises:
       ValueError: if a loss asks for something that is not there, or a batch does not divide.
@@ -261,7 +287,9 @@ def make_ppo_step(
     policy_loss = bind_arguments(losses.policy, POLICY_ARGUMENTS, name="policy_loss")
     value_loss = bind_arguments(losses.value, VALUE_ARGUMENTS, name="value_loss")
     ptx_loss = bind_arguments(losses.ptx, LM_ARGUMENTS, name="ptx_loss")
-    policy_fn = _policy_loss_fn(rollout_model(policy), policy_loss, ppo.temperature, ppo.max_new_tokens)
+    policy_fn = _policy_loss_fn(
+        rollout_model(policy), policy_loss, ppo.temperature, ppo.max_new_tokens
+    )
     value_fn = _value_loss_fn(rollout_model(value), value_loss, ppo.max_new_tokens)
     ptx_fn = _lm_loss_fn(policy, ptx_loss)
 
@@ -275,12 +303,19 @@ def make_ppo_step(
         return gradient.plus(ptx, coef=ppo.ptx_coef, clip_norm=ppo.ptx_clip_norm)
 
     def value_gradient(params: Params, rows: Rollout) -> Gradient:
-        gradient = Gradient.of(*accumulate_grads(value_fn, params, rows, ppo.microbatches), name="value")
+        gradient = Gradient.of(
+            *accumulate_grads(value_fn, params, rows, ppo.microbatches), name="value"
+        )
         return gradient._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
 
-    def optimizer_step(rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]):
+    def optimizer_step(
+        rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]
+    ):
         rows, lm_rows = _constrain((_minibatch(rollout, index[0]), index[1]), batch_sharding)
-        gradients = policy_gradient(states[0].params, rows, lm_rows), value_gradient(states[1].params, rows)
+        gradients = (
+            policy_gradient(states[0].params, rows, lm_rows),
+            value_gradient(states[1].params, rows),
+        )
         limits = Limits(ppo.spike_limit, ppo.spike_std)
         return update_both(states, optimizers, gradients, ema_decay=ppo.ema_decay, limits=limits)
 
@@ -288,26 +323,40 @@ def make_ppo_step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]
     ) -> tuple[PPOState, Metrics]:
         if ppo.whiten_advantages:
-            rollout = dataclasses.replace(rollout, advantages=ops.whiten(rollout.advantages, rollout.mask))
-        order = minibatch_order(key, rollout.tokens.shape[0], epochs=ppo.epochs, minibatches=ppo.minibatches)
+            rollout = dataclasses.replace(
+                rollout, advantages=ops.whiten(rollout.advantages, rollout.mask)
+            )
+        order = minibatch_order(
+            key, rollout.tokens.shape[0], epochs=ppo.epochs, minibatches=ppo.minibatches
+        )
         lm_rows = lm_batch if ppo.ptx_coef != 0 else None
-        lm_rows = ops.split_rows(lm_rows, ppo.epochs * ppo.minibatches, "epochs * minibatches", "pretraining batch")
-        states, metrics = lax.scan(partial(optimizer_step, rollout), (state.policy, state.value), (order, lm_rows))
-        state = dataclasses.replace(state, policy=states[0], value=states[1], iteration=state.iteration + 1)
+        lm_rows = ops.split_rows(
+            lm_rows, ppo.epochs * ppo.minibatches, "epochs * minibatches", "pretraining batch"
+        )
+        states, metrics = lax.scan(
+            partial(optimizer_step, rollout), (state.policy, state.value), (order, lm_rows)
+        )
+        state = dataclasses.replace(
+            state, policy=states[0], value=states[1], iteration=state.iteration + 1
+        )
         return state, add_up(metrics)
 
     return step
 
 
-def compile_step(step: StepFn, *, state_sharding: PyTree | None = None, donate: bool = True) -> StepFn:
+def compile_step(
+    step: StepFn, *, state_sharding: PyTree | None = None, donate: bool = True
+) -> StepFn:
     """Compile a step: the only `jit` of a step in the package.
 
-    The state is donated: its buffers become those of the new state, and the old one must not be used again. Anything
-    frozen (the KL reference) therefore needs its own copy, which `train_state` makes.
+    The state is donated: its buffers become those of the new state, and the old one must not be
+    used again. Anything frozen (the KL reference) therefore needs its own copy, which `train_state`
+    makes.
 
     Args:
       step: from a ``make_*_step``.
-      state_sharding: `sharding.tree_shardings` of the state, so that it stays where it was placed; None on one device.
+      state_sharding: `sharding.tree_shardings` of the state, so that it stays where it was placed;
+        None on one device.
       donate: False keeps the old state alive, at twice the memory.
 
     Returns:
@@ -320,15 +369,21 @@ def compile_step(step: StepFn, *, state_sharding: PyTree | None = None, donate: 
 
 
 def compile_frozen_step(
-    make_step: Callable[[Any], StepFn], frozen: PyTree, *, state_sharding: PyTree | None = None, donate: bool = True
+    make_step: Callable[[Any], StepFn],
+    frozen: PyTree,
+    *,
+    state_sharding: PyTree | None = None,
+    donate: bool = True,
 ) -> StepFn:
-    """Compile a step over weights that it reads and never changes: LoRA, or a trained head on a frozen trunk.
+    """Compile a step over weights that it reads and never changes: LoRA, or a trained head on a
+    frozen trunk.
 
-    `frozen` is an argument of the compiled program: neither a constant in it (a second copy) nor donated (it may be the
-    KL reference too). The state holds only what is trained.
+    `frozen` is an argument of the compiled program: neither a constant in it (a second copy) nor
+    donated (it may be the KL reference too). The state holds only what is trained.
 
     Args:
-      make_step: ``frozen -> step``, for example ``lambda base: make_sft_step(lora_model(model, base, alpha=16), tx)``.
+      make_step: ``frozen -> step``, for example
+        ``lambda base: make_sft_step(lora_model(model, base, alpha=16), tx)``.
       frozen: a tree of arrays; empty where everything is trained.
       state_sharding: as in `compile_step`.
       donate: as in `compile_step`.
@@ -343,13 +398,16 @@ def compile_frozen_step(
 
     if state_sharding is None:
         return partial(jax.jit(step, donate_argnums=donated), frozen)
-    return partial(jax.jit(step, donate_argnums=donated, out_shardings=(state_sharding, None)), frozen)
+    return partial(
+        jax.jit(step, donate_argnums=donated, out_shardings=(state_sharding, None)), frozen
+    )
 
 
 def train_state(
     params: Params, tx: optax.GradientTransformation, *, ema: bool = False, guard: bool = False
 ) -> TrainState:
-    """A network at step 0, on copies of `params`, so that a donating step cannot touch what was passed in.
+    """A network at step 0, on copies of `params`, so that a donating step cannot touch what was
+    passed in.
 
     Args:
       params: initial weights.
@@ -364,18 +422,22 @@ def train_state(
     average = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params) if ema else None
     window = guards.guard_state() if guard else None
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step=step, params=params, opt_state=tx.init(params), ema=average, guard=window)
+    return TrainState(
+        step=step, params=params, opt_state=tx.init(params), ema=average, guard=window
+    )
 
 
-# ------------------------------------------------------------------------------------- gradients and rows
+# ------------------------------------------------------------------------------- gradients and rows
 
 
 def minibatch_order(
     key: Key[Array, ""], rows: int, *, epochs: int, minibatches: int
 ) -> Int[Array, "steps rows_of_minibatch"]:
-    """Which rows each optimizer step takes: every row once an epoch, in a new random order each time.
+    """Which rows each optimizer step takes: every row once an epoch, in a new random order each
+    time.
 
-    With one minibatch a step takes all rows, and no loss depends on their order: they stay as they are.
+    With one minibatch a step takes all rows, and no loss depends on their order: they stay as they
+    are.
 
     Args:
       key: of the iteration.
@@ -398,12 +460,16 @@ def minibatch_order(
         raise ValueError(f"epochs={epochs} must be at least 1: every rollout is used once or more")
     if minibatches == 1:
         return jnp.tile(jnp.arange(rows), (epochs, 1))
-    orders = [jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)]
+    orders = [
+        jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)
+    ]
     return jnp.concatenate([order.reshape(-1, minibatches).T for order in orders])
 
 
 def _minibatch(rollout: Rollout, rows: Int[Array, " B"]) -> Rollout:
-    """Rows of the rollout; all of them are in their order (`minibatch_order`), and nothing is gathered."""
+    """Rows of the rollout; all of them are in their order (`minibatch_order`), and nothing is
+    gathered.
+    """
     return rollout if len(rows) == len(rollout.ids) else jax.tree.map(lambda x: x[rows], rollout)
 
 
@@ -413,7 +479,7 @@ def _constrain(tree: T, sharding: jax.sharding.Sharding | None) -> T:
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, sharding), tree)
 
 
-# ------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def _fields(batch: Any) -> dict[str, Array]:
@@ -443,12 +509,16 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
 def _traced_once(
     loss: Callable[[Array], tuple[Mean, Metrics]], shape: tuple[int, ...]
 ) -> Callable[[Array], tuple[Mean, Metrics]]:
-    """`loss` as the program that it is: whatever that is used for, the user's function is called once."""
+    """`loss` as the program that it is: whatever that is used for, the user's function is called
+    once.
+    """
     program, constants = jax.closure_convert(loss, jnp.zeros(shape, jnp.float32))
     return lambda logp: program(logp, *constants)
 
 
-def _policy_loss_fn(model: Model, loss: BoundLoss, temperature: float | int, targets: int | None = None) -> LossOfBatch:
+def _policy_loss_fn(
+    model: Model, loss: BoundLoss, temperature: float | int, targets: int | None = None
+) -> LossOfBatch:
     how = {"temperature": temperature, "targets": targets}
 
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:

@@ -70,7 +70,9 @@ class Max:
 
 @struct
 class Each:
-    """One number for each optimizer step, or row, of an iteration, in order: for the loop to act on, never logged."""
+    """One number for each optimizer step, or row, of an iteration, in order: for the loop to act
+    on, never logged.
+    """
 
     value: jax.Array
 
@@ -116,17 +118,19 @@ class Model(NamedTuple):
 
     Attributes:
       init: ``(key) -> params``.
-      apply: ``(params, tokens, *, segments, positions, parents=None, cache=None, key=None) -> Output``;
+      apply:
+        ``(params, tokens, *, segments, positions, parents=None, cache=None, key=None) -> Output``;
         `key` turns dropout on.
-      head: ``(params, hidden) -> logits [..., V]`` for a language model, ``scalars [...]`` for reward and value models;
-        float32.
+      head: ``(params, hidden) -> logits [..., V]`` for a language model, ``scalars [...]`` for
+        reward and value models; float32.
       init_cache: ``(batch, length) -> Cache`` with all rows empty.
-      config: what the functions were built from (a frozen dataclass), so that a saved model can be described.
-      for_decoding: ``(params) -> params`` as `apply` with a cache and `head` read them fastest; the sampler calls it
-        once a rollout.
-      picks: whether `apply` also takes ``at [B, N]``, slots of each row: `Output.hidden` is then that of those alone,
-        ``[B, N, D]``, and the last block computes no others. And whether it takes ``lengths [B]``, the tokens of rows
-        that hold one text each.
+      config: what the functions were built from (a frozen dataclass), so that a saved model can be
+        described.
+      for_decoding: ``(params) -> params`` as `apply` with a cache and `head` read them fastest; the
+        sampler calls it once a rollout.
+      picks: whether `apply` also takes ``at [B, N]``, slots of each row: `Output.hidden` is then
+        that of those alone, ``[B, N, D]``, and the last block computes no others. And whether it
+        takes ``lengths [B]``, the tokens of rows that hold one text each.
     """
 
     init: Callable[[jax.Array], Params]

@@ -1,4 +1,6 @@
-"""One optimizer step: the gradient of a batch, what is logged of it, the verdict of the guard, the states after it."""
+"""One optimizer step: the gradient of a batch, what is logged of it, the verdict of the guard, the
+states after it.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,20 @@ T = TypeVar("T")
 def accumulate_grads(
     loss_fn: LossOfBatch, params: PyTree, batch: PyTree, microbatches: int = 1
 ) -> tuple[PyTree, Mean, Metrics]:
-    """Gradient of a loss over a batch, a micro-batch at a time: totals are differentiated and divided once.
+    """Gradient of a loss over a batch, a micro-batch at a time: totals are differentiated and
+    divided once.
 
     ``grads = (sum_i d total_i / d params) / sum_i count_i``
 
-    A mean of micro-batch means would weigh tokens of short rows more; this is the gradient of the whole batch.
+    A mean of micro-batch means would weigh tokens of short rows more; this is the gradient of the
+    whole batch.
 
     Args:
       loss_fn: ``(params, micro-batch) -> (Mean, metrics)``.
       params: what to differentiate by.
       batch: a tree of arrays with the same number of rows.
-      microbatches: how many pieces; row i goes to piece ``i % microbatches``, so that rows stay on their device.
+      microbatches: how many pieces; row i goes to piece ``i % microbatches``, so that rows stay on
+        their device.
 
     Returns:
       Gradients (float32; 0 when nothing was counted), the loss and the metrics of the whole batch.
@@ -98,9 +103,14 @@ class Gradient(NamedTuple):
         scale = optim.clip_factor(self.norm, limit)
         return self._replace(grads=jax.tree.map(lambda g: scale * g, self.grads))
 
-    def plus(self, other: Gradient, *, coef: float | int, clip_norm: float | int | None) -> Gradient:
-        """``self + coef * other``, the second term clipped alone; logs their cosine and the norm of the sum."""
-        # Not `vdot`: it flattens, and pieces of a matrix have no flat form, so each device would get all layers whole.
+    def plus(
+        self, other: Gradient, *, coef: float | int, clip_norm: float | int | None
+    ) -> Gradient:
+        """``self + coef * other``, the second term clipped alone; logs their cosine and the norm of
+        the sum.
+        """
+        # Not `vdot`: it flattens, and pieces of a matrix have no flat form, so each device would
+        # get all layers whole.
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), self.grads, other.grads)
         dot = sum(jax.tree.leaves(products))
         cosine = dot / jnp.maximum(optax.tree.norm(self.grads) * other.norm, 1e-12)
@@ -120,7 +130,9 @@ class Gradient(NamedTuple):
     @property
     def watched(self) -> Array:
         """The three numbers that the window of the guard remembers of a step."""
-        return jnp.stack([jnp.asarray(x, jnp.float32) for x in (self.mean_loss, self.norm, self.reward)])
+        return jnp.stack(
+            [jnp.asarray(x, jnp.float32) for x in (self.mean_loss, self.norm, self.reward)]
+        )
 
 
 class Limits(NamedTuple):
@@ -155,20 +167,32 @@ def update_both(
     Raises:
       ValueError: `limits.std` is set and a state has no window.
     """
-    sound, verdict = _verdict(((gradients[0], states[0].guard), (gradients[1], states[1].guard)), limits)
+    sound, verdict = _verdict(
+        ((gradients[0], states[0].guard), (gradients[1], states[1].guard)), limits
+    )
 
     def apply_both(states: tuple[TrainState, TrainState]) -> tuple[TrainState, TrainState]:
         policy = _apply(states[0], optimizers[0], gradients[0], ema_decay)
         return policy, _apply(states[1], optimizers[1], gradients[1], ema_decay)
 
     new = optim.step_where(sound, apply_both, states)
-    metrics = gradients[0].metrics | gradients[1].metrics | verdict | {"skipped_steps": Each(jnp.float32(~sound))}
+    metrics = (
+        gradients[0].metrics
+        | gradients[1].metrics
+        | verdict
+        | {"skipped_steps": Each(jnp.float32(~sound))}
+    )
     metrics |= _learning_rate("policy", new[0]) | _learning_rate("value", new[1])
     return new, metrics
 
 
 def update_one(
-    state: TrainState, optimizer: optax.GradientTransformation, gradient: Gradient, *, name: str, limits: Limits
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    gradient: Gradient,
+    *,
+    name: str,
+    limits: Limits,
 ) -> tuple[TrainState, Metrics]:
     """One network takes an optimizer step, unless it is skipped.
 
@@ -193,7 +217,9 @@ def update_one(
 def _verdict(
     gradients: tuple[tuple[Gradient, GuardState | None], ...], limits: Limits
 ) -> tuple[Bool[Array, ""], Metrics]:
-    """Whether the networks may step, all or none: everything finite and, where it is looked for, no spike."""
+    """Whether the networks may step, all or none: everything finite and, where it is looked for, no
+    spike.
+    """
     finite, calm = jnp.bool_(True), jnp.bool_(True)
     for gradient, window in gradients:
         finite &= guards.is_sound(*gradient.losses, gradient.reward, norm=gradient.norm)
@@ -201,14 +227,20 @@ def _verdict(
             calm &= gradient.norm <= limits.norm
         if limits.std is not None:
             if window is None:
-                raise ValueError(f"spike_std={limits.std} needs a window in the state: train_state(..., guard=True)")
+                raise ValueError(
+                    f"spike_std={limits.std} needs a window in the state: train_state(..., "
+                    "guard=True)"
+                )
             calm &= ~guards.is_spike(window, gradient.watched, std=limits.std)
     sound = finite & calm
     return sound, {"skipped": once(~sound), "spiked": once(finite & ~calm)}
 
 
 def _apply(
-    state: TrainState, optimizer: optax.GradientTransformation, gradient: Gradient, ema_decay: float | int | None
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    gradient: Gradient,
+    ema_decay: float | int | None,
 ) -> TrainState:
     """The state after an optimizer step that is sound."""
     updates, opt_state = optimizer.update(gradient.grads, state.opt_state, state.params)
@@ -217,7 +249,9 @@ def _apply(
     if ema is not None and ema_decay is not None:
         ema = optim.ema_update(ema, params, decay=ema_decay)
     window = None if state.guard is None else guards.remember(state.guard, gradient.watched)
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=window)
+    return TrainState(
+        step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=window
+    )
 
 
 def _learning_rate(name: str, state: TrainState) -> Metrics:

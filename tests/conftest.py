@@ -52,7 +52,11 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; a worker takes them in this order (``--no-loadscope-reorder``)."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 MAPPINGS = 20_000
@@ -79,7 +83,9 @@ def _few_mappings() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
-    assert jax.device_count() == DEVICES, "JAX was initialised before conftest.py could ask for 8 CPU devices"
+    assert jax.device_count() == DEVICES, (
+        "JAX was initialised before conftest.py could ask for 8 CPU devices"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +109,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def local_only(self: socket.socket, address: object) -> None:
         if self.family != socket.AF_UNIX:
             assert isinstance(address, tuple)
-            assert str(address[0]) in ("127.0.0.1", "::1", "localhost"), f"a test wants to reach {address}"
+            assert str(address[0]) in ("127.0.0.1", "::1", "localhost"), (
+                f"a test wants to reach {address}"
+            )
         connect(self, address)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
@@ -121,7 +129,9 @@ def data_dir() -> Path:
     """The folder of real data sets (HH-RLHF, OpenAssistant, tiny checkpoints) that `RLHF_JAX_DATA` names."""
     value = os.environ.get("RLHF_JAX_DATA", "")
     if not value:
-        pytest.skip("RLHF_JAX_DATA is not set: it names the folder of real data sets this test reads")
+        pytest.skip(
+            "RLHF_JAX_DATA is not set: it names the folder of real data sets this test reads"
+        )
     if not Path(value).is_dir():
         pytest.fail(f"RLHF_JAX_DATA={value} is not a folder")
     return Path(value)

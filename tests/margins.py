@@ -31,10 +31,14 @@ def nudged(params: Any, seed: int, size: float = NUDGE) -> Any:
     return jax.tree.map(move, params)
 
 
-def assert_no_near_tie(result: Callable[[Any], Any], params: Any, *, size: float = NUDGE, times: int = 2) -> None:
+def assert_no_near_tie(
+    result: Callable[[Any], Any], params: Any, *, size: float = NUDGE, times: int = 2
+) -> None:
     """Fails unless `result` of `params` is that of nudged ones: choose other inputs (a seed, say) where it does."""
     wanted = jax.tree.map(np.asarray, result(params))
     for seed in range(times):
         found = jax.tree.map(np.asarray, result(nudged(params, seed, size)))
         same = jax.tree.map(np.array_equal, found, wanted)
-        assert all(jax.tree.leaves(same)), "two numbers nearly tie: rounding would decide; choose another seed"
+        assert all(jax.tree.leaves(same)), (
+            "two numbers nearly tie: rounding would decide; choose another seed"
+        )

@@ -50,7 +50,9 @@ def main() -> None:
     )  # fmt: skip
     plan.as_accelerator()
     devices.start((1, 1, 1))
-    cpu_process.keep_freed_memory(False)  # freed pieces leave, so that resident memory is what is in use
+    cpu_process.keep_freed_memory(
+        False
+    )  # freed pieces leave, so that resident memory is what is in use
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     policy, value = plan.models(config)
     ruled = plan.plan_by_rule(config, mesh)
@@ -66,7 +68,10 @@ def main() -> None:
         result = jax.block_until_ready(compiled(*given))
         peak = resident("VmHWM") - before
         by_rule = ruled.phases[name] - ruled.stays - ruled.batch
-        print(json.dumps({"phase": name, "compiled": told.new, "by_rule": by_rule, "measured": peak}), flush=True)
+        print(
+            json.dumps({"phase": name, "compiled": told.new, "by_rule": by_rule, "measured": peak}),
+            flush=True,
+        )
         del result, given
 
 

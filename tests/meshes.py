@@ -29,7 +29,9 @@ from tests import margins, tiny
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
 if os.environ.get("RLHF_JAX_SLOW_TESTS"):
     MESHES = (*MESHES, (1, 8, 1), (2, 4, 1))
-CONFIG = DecoderConfig(tiny.VOCABULARY + 1, 16, 1, 16, 4, kv_heads=2, mlp_width=16, positions="learned", unroll=1)
+CONFIG = DecoderConfig(
+    tiny.VOCABULARY + 1, 16, 1, 16, 4, kv_heads=2, mlp_width=16, positions="learned", unroll=1
+)
 KEY, TX = jax.random.key(0), optim.adam(1e-3)
 ROWS = 16
 
@@ -50,13 +52,17 @@ def prompts() -> PromptBatch:
     """Prompts of different lengths."""
     random = np.random.default_rng(1)
     lengths = random.integers(1, 5, ROWS).astype(np.int32)
-    return PromptBatch(random.integers(0, 7, (ROWS, 4)).astype(np.int32), lengths, np.arange(ROWS, dtype=np.int32))
+    return PromptBatch(
+        random.integers(0, 7, (ROWS, 4)).astype(np.int32), lengths, np.arange(ROWS, dtype=np.int32)
+    )
 
 
 def pieces(tree) -> dict[str, float]:
     """Bytes of one device over bytes of the whole, of the matrices of a tree."""
     named = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in named if x.ndim > 1}
+    leaves = {
+        jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in named if x.ndim > 1
+    }
     return {name: x.addressable_shards[0].data.size / x.size for name, x in leaves.items()}
 
 
@@ -65,7 +71,11 @@ def twice(step, state, *batches) -> tuple[dict[str, float], dict[str, float], in
     found = {}
     for i in range(2):
         state, metrics = step(state, *batches)
-        found |= {f"{name}/{i}": float(metric.value) for name, metric in metrics.items() if metric.value.ndim == 0}
+        found |= {
+            f"{name}/{i}": float(metric.value)
+            for name, metric in metrics.items()
+            if metric.value.ndim == 0
+        }
     jitted = step.func if isinstance(step, partial) else step
     return found, pieces(state), jitted._cache_size()
 
@@ -76,7 +86,9 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
     config = dataclasses.replace(CONFIG, mesh=mesh)
     policy, value = language_model(config), scalar_model(config)
     place = lambda tree: sharding.place_batch(jax.tree.map(np.asarray, tree), mesh)  # noqa: E731
-    weights = [jax.device_get(model.init(KEY)) for model in (language_model(CONFIG), scalar_model(CONFIG))]
+    weights = [
+        jax.device_get(model.init(KEY)) for model in (language_model(CONFIG), scalar_model(CONFIG))
+    ]
     params = [sharding.place_state(w, mesh) for w in weights]
     train_state = partial(steps.train_state, tx=TX)
 
@@ -91,7 +103,9 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
     ppo = ppo_steps(mesh, policy, value, params, place)
 
     settings = {"max_new_tokens": 6, "temperature": 1.5, "stop_ids": (2,)}
-    if shape == MESHES[0]:  # what is discrete may be compared between meshes, because no two numbers nearly tie
+    if (
+        shape == MESHES[0]
+    ):  # what is discrete may be compared between meshes, because no two numbers nearly tie
 
         def accuracies(p):
             built, _ = sharding.build_state(train_state, p, mesh=mesh)
@@ -100,7 +114,8 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
 
         margins.assert_no_near_tie(accuracies, params[1])
         margins.assert_no_near_tie(
-            lambda p: generate(policy, p, place(prompts()), KEY, Sampling(**settings)).tokens, params[0]
+            lambda p: generate(policy, p, place(prompts()), KEY, Sampling(**settings)).tokens,
+            params[0],
         )
     samples = generate(policy, params[0], place(prompts()), KEY, Sampling(**settings))
     many = generate_many(
@@ -112,8 +127,16 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
         rows=Rows(count=8, refill=3, sharding=sharding.batch_sharding(mesh)),
     )
     cache = policy.init_cache(8, 10)
-    result = {"mesh": shape, "tokens": np.asarray(samples.tokens).tolist(), "refilled": many.tokens.tolist()}
-    result |= {"finished": int(np.sum(samples.finished)), "cache": pieces(cache), "batch": pieces(place(prompts()))}
+    result = {
+        "mesh": shape,
+        "tokens": np.asarray(samples.tokens).tolist(),
+        "refilled": many.tokens.tolist(),
+    }
+    result |= {
+        "finished": int(np.sum(samples.finished)),
+        "cache": pieces(cache),
+        "batch": pieces(place(prompts())),
+    }
     result |= {"samples": pieces(samples)}
     done = {"sft": sft, "reward": reward, "ppo": ppo}
     for name, (metrics, held, compiled) in done.items():
@@ -123,9 +146,15 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
 
 def ppo_steps(mesh, policy, value, params, place):
     """Two PPO steps with the pretraining mix; the value network is replicated, the policy is not."""
-    _, where = sharding.build_state(partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh)
-    _, small_where = sharding.build_state(partial(steps.train_state, tx=TX), params[1], mesh=mesh, rules=())
-    whole = jax.tree.map(lambda _: sharding.replicated(mesh), (KLState(jnp.float32(0.02)), jnp.zeros((), jnp.int32)))
+    _, where = sharding.build_state(
+        partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh
+    )
+    _, small_where = sharding.build_state(
+        partial(steps.train_state, tx=TX), params[1], mesh=mesh, rules=()
+    )
+    whole = jax.tree.map(
+        lambda _: sharding.replicated(mesh), (KLState(jnp.float32(0.02)), jnp.zeros((), jnp.int32))
+    )
     where = PPOState(where, small_where, *whole)
     rollout = tiny.rollout(ROWS, tiny.LANGUAGE.init(KEY))
     old = jax.jit(partial(scoring.sequence_log_probs, language_model(CONFIG)))(
@@ -144,13 +173,19 @@ def ppo_steps(mesh, policy, value, params, place):
     batches = place(dataclasses.replace(rollout, old_logp=old)), place(tiny.lm_batch(2 * ROWS)), KEY
 
     def ran(value_params):
-        made, _ = sharding.build_state(partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh)
-        small, _ = sharding.build_state(partial(steps.train_state, tx=TX), value_params, mesh=mesh, rules=())
+        made, _ = sharding.build_state(
+            partial(steps.train_state, tx=TX, ema=True), params[0], mesh=mesh
+        )
+        small, _ = sharding.build_state(
+            partial(steps.train_state, tx=TX), value_params, mesh=mesh, rules=()
+        )
         rest = jax.device_put((KLState(jnp.float32(0.02)), jnp.zeros((), jnp.int32)), whole)
         return twice(step, PPOState(made, small, *rest), *batches)
 
     if mesh.size == 1:  # see `on_mesh`; no ratio of the policy comes near its clip either
-        margins.assert_no_near_tie(lambda p: [v for k, v in ran(p)[0].items() if "clip_fraction" in k], params[1])
+        margins.assert_no_near_tie(
+            lambda p: [v for k, v in ran(p)[0].items() if "clip_fraction" in k], params[1]
+        )
     found = ran(params[1])
     assert max(found[0][f"policy/log_ratio_max/{i}"] for i in range(2)) < 0.1
     return found
@@ -159,7 +194,9 @@ def ppo_steps(mesh, policy, value, params, place):
 def rematerialised() -> None:
     """A program that XLA is known to warn of, so that the test which finds no warning could have found one."""
     mesh = sharding.make_mesh((2, 4, 1))
-    rows = jax.device_put(jnp.ones((8, 6, 16)), jax.sharding.NamedSharding(mesh, P(("data", "fsdp"))))
+    rows = jax.device_put(
+        jnp.ones((8, 6, 16)), jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+    )
     width = jax.sharding.NamedSharding(mesh, P(None, None, "fsdp"))
     jax.jit(lambda x: jax.lax.with_sharding_constraint(x * 2, width) + 1)(rows).block_until_ready()
 

@@ -46,7 +46,11 @@ def test_gae_equals_a_loop_on_ragged_rows(seed, gamma, lam, truncated):
     bootstrap = np.float32([0.5, -1.0, 2.0, 0.0]) if truncated else np.zeros(4, np.float32)
     expected = gae_by_loops(rewards, values, starts, ends, gamma, lam, bootstrap)
     inputs = [jnp.asarray(x) for x in (rewards, values, mask)]
-    options = {"gamma": jnp.float32(gamma), "lam": jnp.float32(lam), "bootstrap": jnp.asarray(bootstrap)}
+    options = {
+        "gamma": jnp.float32(gamma),
+        "lam": jnp.float32(lam),
+        "bootstrap": jnp.asarray(bootstrap),
+    }
     got, returns = gae(*inputs, **options)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     np.testing.assert_allclose(returns, np.where(mask, expected + values, 0), atol=1e-5)
@@ -61,7 +65,9 @@ def test_gae_does_not_see_anything_outside_the_mask(poison):
     """PITFALLS 14: the value after the last token is 0, whatever stands in the padding."""
     rewards, values, mask, *_ = ragged(3)
     clean = gae(*(jnp.asarray(x) for x in (rewards, values, mask)))
-    dirty = gae(*(jnp.asarray(np.where(mask, x, poison)) for x in (rewards, values)), jnp.asarray(mask))
+    dirty = gae(
+        *(jnp.asarray(np.where(mask, x, poison)) for x in (rewards, values)), jnp.asarray(mask)
+    )
     for a, b in zip(clean, dirty, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(np.asarray(b)[~mask], 0)
@@ -72,7 +78,9 @@ def test_gae_by_hand_on_a_padded_row():
     # delta_1 = 3 + 0.5 * 8 - 2 = 5; delta_0 = 1 + 0.5 * 2 - 1 = 1; A_1 = 5; A_0 = 1 + 0.25 * 5 = 2.25
     rewards, values = jnp.array([[7.0, 1.0, 3.0, 9.0]]), jnp.array([[7.0, 1.0, 2.0, 9.0]])
     mask = jnp.array([[False, True, True, False]])
-    got, returns = advantages.gae(rewards, values, mask, gamma=0.5, lam=0.5, bootstrap=jnp.array([8.0]))
+    got, returns = advantages.gae(
+        rewards, values, mask, gamma=0.5, lam=0.5, bootstrap=jnp.array([8.0])
+    )
     assert got.tolist() == [[0.0, 2.25, 5.0, 0.0]]
     assert returns.tolist() == [[0.0, 3.25, 7.0, 0.0]]
 
@@ -94,7 +102,9 @@ def test_gae_at_lambda_one_plus_values_is_reward_to_go(seed, gamma):
         for t in range(start, end):
             expected[b, t] = sum(gamma**k * r for k, r in enumerate(rewards[b, t:end]))
     np.testing.assert_allclose(returns, expected, atol=1e-5)
-    np.testing.assert_allclose(reward_to_go(inputs[0], inputs[2], gamma=jnp.float32(gamma)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        reward_to_go(inputs[0], inputs[2], gamma=jnp.float32(gamma)), expected, atol=1e-5
+    )
 
 
 def test_gae_at_lambda_zero_is_the_one_step_error():

@@ -39,11 +39,29 @@ MAY_IMPORT = {
     "models": {"types", "ops", "backends", "run.files", "run.processes", "data"},
     "sampling": {"types", "ops", "backends", "models"},
     "scoring": {"types", "ops", "log_probs", "models"},
-    "rollout": {"types", "ops", "backends", "advantages", "models", "sampling", "scoring", "kl_control"},
+    "rollout": {
+        "types",
+        "ops",
+        "backends",
+        "advantages",
+        "models",
+        "sampling",
+        "scoring",
+        "kl_control",
+    },
     # The frame of HTML pages: the data have a preview as a page, evaluation the report of a run.
     "pages": set(),
     "data": {"types", "run.files", "pages"},
-    "evaluation": {"types", "ops", "log_probs", "sampling", "scoring", "data", "run.files", "pages"},
+    "evaluation": {
+        "types",
+        "ops",
+        "log_probs",
+        "sampling",
+        "scoring",
+        "data",
+        "run.files",
+        "pages",
+    },
     "rewards": {"run.config"},
     "labeling": {"types", "data", "pages"},
     "run.__init__": set(),
@@ -70,7 +88,15 @@ MAY_IMPORT = {
     "run.contexts": {"data", "models", "run.files"},
     "run.datasets": {"types", "sharding", "data", "run.contexts", "run.processes"},
     "run.data_flags": {"data", "run.checks", "run.look", "run.programs"},
-    "run.devices": {"backends", "sharding", "data", "run.compiling", "run.files", "run.networks", "run.processes"},
+    "run.devices": {
+        "backends",
+        "sharding",
+        "data",
+        "run.compiling",
+        "run.files",
+        "run.networks",
+        "run.processes",
+    },
     "run.files": set(),
     "run.guards": {
         "data",
@@ -152,7 +178,15 @@ MAY_IMPORT = {
         "run.networks",
         "run.processes",
     },
-    "run.results": {"data", "evaluation", "run.config", "run.files", "run.metrics", "run.processes", "run.records"},
+    "run.results": {
+        "data",
+        "evaluation",
+        "run.config",
+        "run.files",
+        "run.metrics",
+        "run.processes",
+        "run.records",
+    },
     "run.secrets": set(),
     "run.signals": {"run.processes"},
     "run.stages": {"run.config", "run.files", "run.plans", "run.records"},
@@ -228,7 +262,9 @@ def test_who_may_import_whom(path):
     for name in imports(path):
         if name.startswith("rlhf_jax.") and name != "rlhf_jax.__version__":
             other = part_of(tuple(name.split(".")[1:]))
-            assert other == here or other in MAY_IMPORT[here], f"{name_of(path)} may not import {name}"
+            assert other == here or other in MAY_IMPORT[here], (
+                f"{name_of(path)} may not import {name}"
+            )
 
 
 @pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=name_of)
@@ -265,21 +301,42 @@ def test_one_place_says_how_text_becomes_ids(path):
             called = ast.unparse(node.func)
             owner, _, method = called.rpartition(".")
             asked = called if called.endswith("tokenizer") else owner if method in ENCODES else ""
-            assert asked.split(".")[-1] != "tokenizer", f"{name_of(path)}:{node.lineno} asks a tokenizer for ids"
+            assert asked.split(".")[-1] != "tokenizer", (
+                f"{name_of(path)}:{node.lineno} asks a tokenizer for ids"
+            )
 
 
 def test_the_path_from_samples_to_update_knows_no_tokenizer():
     """PITFALL 34: no text in between, so sampled ids cannot come back as others."""
     for path in MODULES:
-        if part(path) in {"sampling", "rollout", "scoring", "steps", "advantages", "losses", "ops", "log_probs"}:
-            foreign = {n for n in imports(path) if n.split(".")[0] in ("transformers", "tokenizers") or ".data" in n}
+        if part(path) in {
+            "sampling",
+            "rollout",
+            "scoring",
+            "steps",
+            "advantages",
+            "losses",
+            "ops",
+            "log_probs",
+        }:
+            foreign = {
+                n
+                for n in imports(path)
+                if n.split(".")[0] in ("transformers", "tokenizers") or ".data" in n
+            }
             assert not foreign, f"{name_of(path)} imports {foreign}"
-            called = {n.func.attr for n in ast.walk(ast.parse(path.read_text())) if is_method_call(n)}
-            assert not {name for name in called if "decode" in name or "encode" in name}, name_of(path)
+            called = {
+                n.func.attr for n in ast.walk(ast.parse(path.read_text())) if is_method_call(n)
+            }
+            assert not {name for name in called if "decode" in name or "encode" in name}, name_of(
+                path
+            )
 
 
 def test_only_experiments_and_the_room_that_runs_them_read_a_config():
-    readers = {part(p) for p in MODULES if any(name.startswith("ml_collections") for name in imports(p))}
+    readers = {
+        part(p) for p in MODULES if any(name.startswith("ml_collections") for name in imports(p))
+    }
     outside = {name for name in readers if not name.startswith("run.")}
     assert not outside, f"library functions take plain arguments: {outside}"
 
@@ -291,10 +348,14 @@ def test_a_step_is_jitted_in_one_place():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("jit"):
-                assert "step" not in ast.unparse(node), f"{name_of(path)}:{node.lineno} compiles a step"
+                assert "step" not in ast.unparse(node), (
+                    f"{name_of(path)}:{node.lineno} compiles a step"
+                )
         for function in functions(path):
             if any("jit" in ast.unparse(d) for d in function.decorator_list):
-                assert "step" not in function.name, f"{name_of(path)}:{function.lineno} compiles a step"
+                assert "step" not in function.name, (
+                    f"{name_of(path)}:{function.lineno} compiles a step"
+                )
 
 
 def test_no_drawer_for_odds_and_ends():
@@ -346,7 +407,9 @@ def test_public_functions_are_annotated():
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare += [f"{name_of(path)}:{node.name}({a.arg})" for a in arguments if a.annotation is None]
+            bare += [
+                f"{name_of(path)}:{node.name}({a.arg})" for a in arguments if a.annotation is None
+            ]
             bare += [f"{name_of(path)}:{node.name} -> ?"] * (node.returns is None)
     assert not bare, bare
 
@@ -381,7 +444,9 @@ def test_no_tracked_file_names_a_machine_or_an_index():
         except UnicodeDecodeError:
             continue
         found += [
-            f"{name_of(path)}: {what}: {m[0]}" for what, pattern in UNWANTED.items() for m in pattern.finditer(text)
+            f"{name_of(path)}: {what}: {m[0]}"
+            for what, pattern in UNWANTED.items()
+            for m in pattern.finditer(text)
         ]
     assert not found, "\n".join(found)
 

@@ -49,13 +49,23 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_
 
 def fresh_state() -> PPOState:
     def network(key, width):
-        params = {"block.0": {"w": jax.random.normal(key, (4, width)), "b": jnp.zeros(width, jnp.bfloat16)}}
+        params = {
+            "block.0": {
+                "w": jax.random.normal(key, (4, width)),
+                "b": jnp.zeros(width, jnp.bfloat16),
+            }
+        }
         return TrainState(
-            step=jnp.int32(0), params=params, opt_state=TX.init(params), ema=jax.tree.map(jnp.copy, params)
+            step=jnp.int32(0),
+            params=params,
+            opt_state=TX.init(params),
+            ema=jax.tree.map(jnp.copy, params),
         )
 
     policy, value = network(jax.random.key(0), 5), network(jax.random.key(1), 1)
-    return PPOState(policy=policy, value=value, kl=KLState(coef=jnp.float32(0.1)), iteration=jnp.int32(0))
+    return PPOState(
+        policy=policy, value=value, kl=KLState(coef=jnp.float32(0.1)), iteration=jnp.int32(0)
+    )
 
 
 @jax.jit
@@ -66,7 +76,9 @@ def step_of_everything(state: PPOState) -> PPOState:
     def train(s, key):
         x = jax.random.normal(key, (8, 4))
         grads = jax.grad(
-            lambda p: jnp.square(x @ p["block.0"]["w"] + p["block.0"]["b"].astype(jnp.float32)[None] - 1).mean()
+            lambda p: jnp.square(
+                x @ p["block.0"]["w"] + p["block.0"]["b"].astype(jnp.float32)[None] - 1
+            ).mean()
         )(s.params)
         updates, opt_state = TX.update(grads, s.opt_state, s.params)
         params = optax.apply_updates(s.params, updates)
@@ -85,7 +97,9 @@ def test_resume_restores_all_state_bit_for_bit(tmp_path):
     for _ in range(5):
         state = step_of_everything(state)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, state, extra={"config": {"lr": 0.1 + 0.2}, "position": 5, "by_rank": {10: 1, 9: 2}})
+        checkpoints.save(
+            5, state, extra={"config": {"lr": 0.1 + 0.2}, "position": 5, "by_rank": {10: 1, 9: 2}}
+        )
     del state
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest_good() == 5
@@ -109,12 +123,16 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
 
 def test_restore_onto_another_mesh_gives_equal_values(tmp_path):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    rows, columns = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("fsdp",), (None, "data")))
+    rows, columns = (
+        NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("fsdp",), (None, "data"))
+    )
     w = jnp.arange(64.0).reshape(8, 8)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jax.device_put(w, rows)})
         for target in (rows, columns, jax.sharding.SingleDeviceSharding(jax.devices()[3])):
-            restored, _ = checkpoints.restore(1, {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=target)})
+            restored, _ = checkpoints.restore(
+                1, {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=target)}
+            )
             assert restored["w"].sharding == target
             np.testing.assert_array_equal(restored["w"], w)
 
@@ -160,7 +178,9 @@ def test_a_non_finite_state_is_never_saved(tmp_path, bad):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, small())
         with pytest.raises(FloatingPointError, match=r"step 2 is not finite \(inner\.v\)"):
-            checkpoints.save(2, {"inner": {"v": jnp.array([0.0, bad], jnp.bfloat16)}, "n": jnp.int32(1)})
+            checkpoints.save(
+                2, {"inner": {"v": jnp.array([0.0, bad], jnp.bfloat16)}, "n": jnp.int32(1)}
+            )
         assert checkpoints.newest_good() == 1
     refuse_non_finite(small(), "the state")
 
@@ -182,8 +202,14 @@ def test_steps_go_up_and_leaves_are_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"w": jnp.zeros((4, 4)), "n": jnp.int32(0)}, r"w: stored float32\(3, 4\), config makes float32\(4, 4\)"),
-        ({"w": jnp.zeros((3, 4), jnp.bfloat16), "n": jnp.int32(0)}, r"w: stored float32.*config makes bfloat16"),
+        (
+            {"w": jnp.zeros((4, 4)), "n": jnp.int32(0)},
+            r"w: stored float32\(3, 4\), config makes float32\(4, 4\)",
+        ),
+        (
+            {"w": jnp.zeros((3, 4), jnp.bfloat16), "n": jnp.int32(0)},
+            r"w: stored float32.*config makes bfloat16",
+        ),
         ({"w": jnp.zeros((3, 4))}, r"n: stored int32\(\), config makes absent"),
         ({"w": jnp.zeros((3, 4)), "n": jnp.int32(0), "lora": jnp.zeros(1)}, r"lora: stored absent"),
     ],
@@ -225,7 +251,11 @@ def saved(root: Path, steps=(10, 20, 30)) -> None:
 def test_any_damaged_file_falls_back_to_the_step_before_and_the_next_save_works(tmp_path, kind):
     saved(tmp_path / "template")
     template = tmp_path / "template"
-    files = [p.relative_to(template) for p in (template / "30").rglob("*") if p.is_file() and p.stat().st_size]
+    files = [
+        p.relative_to(template)
+        for p in (template / "30").rglob("*")
+        if p.is_file() and p.stat().st_size
+    ]
     files.append(Path("manifests/30.json"))
     assert len(files) > 5
     for i, name in enumerate(files):
@@ -266,7 +296,10 @@ def test_when_all_are_damaged_training_never_restarts_silently(tmp_path):
     for step in (10, 20, 30):
         DAMAGE["delete"](max((tmp_path / str(step)).rglob("d/*"), key=lambda p: p.stat().st_size))
     for _ in range(2):  # the second start finds only the quarantine
-        with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(ValueError, match=r"every checkpoint .* is damaged"),
+        ):
             checkpoints.newest_good()
     assert len([p for p in (tmp_path / "quarantine").iterdir() if p.is_dir()]) == 3
 
@@ -291,7 +324,10 @@ def test_a_lost_seal_of_the_only_checkpoint_is_damage_and_no_fresh_start(tmp_pat
     saved(tmp_path, (5,))
     (tmp_path / "manifests" / "5.json").unlink()
     for _ in range(2):
-        with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(ValueError, match=r"every checkpoint .* is damaged"),
+        ):
             checkpoints.newest_good()
 
 
@@ -301,7 +337,9 @@ def test_a_lost_seal_of_the_only_checkpoint_is_damage_and_no_fresh_start(tmp_pat
 def child(code: str, *args: object, **kw) -> subprocess.Popen:
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     argv = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen(
+        argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw
+    )
 
 
 def test_a_full_disk_is_said_clearly_and_harms_nothing(tmp_path):
@@ -350,7 +388,9 @@ def test_a_file_in_the_place_of_the_checkpoints_is_no_fresh_start(tmp_path):
     (tmp_path / "checkpoints").write_text("not a folder")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("checkpoints", "link"):
-        with pytest.raises(OSError, match=f"{name} is no folder: checkpoints could not be written there"):
+        with pytest.raises(
+            OSError, match=f"{name} is no folder: checkpoints could not be written there"
+        ):
             Checkpoints(tmp_path / name).newest_good()
     assert (tmp_path / "checkpoints").read_text() == "not a folder"
 

@@ -85,7 +85,9 @@ def test_fn_spec_fields_are_the_keyword_only_defaults(lab):
 def test_fn_spec_refuses_unknown_and_missing_arguments(lab):
     with pytest.raises(ValueError, match="did you mean 'dual'"):
         config_lib.fn_spec(f"{lab}:dual_clip", duall=1)
-    (Path(sys.path[0]) / "needy_losses.py").write_text("def needs(logp, *, coef):\n    return logp * coef\n")
+    (Path(sys.path[0]) / "needy_losses.py").write_text(
+        "def needs(logp, *, coef):\n    return logp * coef\n"
+    )
     with pytest.raises(ValueError, match="needs a value for coef"):
         config_lib.fn_spec("needy_losses:needs")
     assert config_lib.resolve(config_lib.fn_spec("needy_losses:needs", coef=3))(2) == 6
@@ -118,7 +120,9 @@ def test_an_import_error_inside_the_users_module_is_not_hidden(tmp_path, monkeyp
 def test_resolve_checks_arguments_against_what_is_available(lab):
     available = ("logp", "old_logp", "advantages", "rewards")
     assert config_lib.resolve(config_lib.fn_spec(f"{lab}:dual_clip"), available)(1, 2, 3) == 1
-    with pytest.raises(ValueError, match=r"'rewrads'.*did you mean 'rewards'.*Available: logp, old_logp"):
+    with pytest.raises(
+        ValueError, match=r"'rewrads'.*did you mean 'rewards'.*Available: logp, old_logp"
+    ):
         config_lib.resolve(f"{lab}:wrong", available)
     with pytest.raises(ValueError, match="no keyword-only argument 'clip'"):
         config_lib.resolve(ConfigDict({"fn": f"{lab}:dual_clip", "clip": 1.0}), available)
@@ -134,14 +138,22 @@ def test_overrides_take_the_type_of_the_key(config_file):
     )  # fmt: skip
     assert (config.lr, config.seed, config.betas, config.clip_value) == (3.0, 7, (0.8, 0.9), None)
     assert isinstance(config.lr, float)
-    assert (config.name, config.nothing, config.ptx, config.ppo.minibatches) == ("12", 0.5, False, 4)
+    assert (config.name, config.nothing, config.ptx, config.ppo.minibatches) == (
+        "12",
+        0.5,
+        False,
+        4,
+    )
     assert config_lib.resolve(config.policy_loss)(0) == (0, 1, 0.1)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"ppo.minibatchs": "4"}, r"config.ppo has no key 'minibatchs'; did you mean 'minibatches'"),
+        (
+            {"ppo.minibatchs": "4"},
+            r"config.ppo has no key 'minibatchs'; did you mean 'minibatches'",
+        ),
         ({"ppp.minibatches": "4"}, r"config has no key 'ppp'; did you mean 'ppo'"),
         ({"seed.x": "4"}, r"config.seed is a value, not a group"),
         ({"seed": "0.5"}, r"config.seed=0.5 must be a int"),
@@ -160,15 +172,22 @@ def test_a_wrong_override_is_refused_with_the_nearest_name(config_file, override
 def test_variants_and_swaps_in_the_argument_of_a_config_file(config_file):
     assert config_lib.load_config(config_file).ppo.minibatches == 8
     config = config_lib.load_config(
-        f"{config_file}:smoke,seed=3,policy_loss=my_lab_losses:dual_clip", {"policy_loss.dual": "2.5"}
+        f"{config_file}:smoke,seed=3,policy_loss=my_lab_losses:dual_clip",
+        {"policy_loss.dual": "2.5"},
     )
     assert (config.ppo.minibatches, config.seed) == (2, 3)
-    assert config.policy_loss.to_dict() == {"fn": "my_lab_losses:dual_clip", "clip_ratio": 0.2, "dual": 2.5}
+    assert config.policy_loss.to_dict() == {
+        "fn": "my_lab_losses:dual_clip",
+        "clip_ratio": 0.2,
+        "dual": 2.5,
+    }
     with pytest.raises(ValueError, match="did you mean 'smoke'"):
         config_lib.load_config(f"{config_file}:smok")
 
 
-@pytest.mark.parametrize(("arg", "message"), [("typo", "did you mean 'minibatches'"), ("wrong_type", "minibatches")])
+@pytest.mark.parametrize(
+    ("arg", "message"), [("typo", "did you mean 'minibatches'"), ("wrong_type", "minibatches")]
+)
 def test_a_misspelt_key_set_in_python_is_a_users_error(config_file, arg, message):
     with pytest.raises(ValueError, match=message):
         config_lib.load_config(f"{config_file}:{arg}")
@@ -194,14 +213,17 @@ def test_every_file_that_is_no_config_is_refused(tmp_path):
 
 def test_validation_names_field_value_and_fix():
     with pytest.raises(
-        ValueError, match=r"^minibatches=6 must divide the rollout batch of 16: choose 1, 2, 4, 8 or 16$"
+        ValueError,
+        match=r"^minibatches=6 must divide the rollout batch of 16: choose 1, 2, 4, 8 or 16$",
     ):
         checks.require_divides("minibatches", 6, 16, "the rollout batch")
     with pytest.raises(ValueError, match="choose"):
         checks.require_divides("minibatches", 0, 16, "the rollout batch")
     with pytest.raises(ValueError, match=r"choose 7, 8, 9, 10, 12 or 14$"):
         checks.require_divides("minibatches", 11, 5040, "the rollout batch")
-    with pytest.raises(ValueError, match=r"dtype='bf16' must be one of float32, bfloat16; did you mean 'bfloat16'"):
+    with pytest.raises(
+        ValueError, match=r"dtype='bf16' must be one of float32, bfloat16; did you mean 'bfloat16'"
+    ):
         checks.require_one_of("dtype", "bf16", ("float32", "bfloat16"))
     for bad in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"gamma=.* must be >= 0.0 and <= 1.0"):
@@ -213,7 +235,11 @@ def test_validation_names_field_value_and_fix():
 
 def test_json_round_trip_keeps_everything_but_secrets():
     config = ConfigDict(
-        {"a": {"lr": 0.1 + 0.2, "betas": (0.9, (1, 2)), "n": None}, "flag": True, "eos_token": "<|eos|>"}
+        {
+            "a": {"lr": 0.1 + 0.2, "betas": (0.9, (1, 2)), "n": None},
+            "flag": True,
+            "eos_token": "<|eos|>",
+        }
     )
     assert config_lib.from_json(config_lib.to_json(config)) == config
     secret = "canary-4711"
@@ -222,7 +248,9 @@ def test_json_round_trip_keeps_everything_but_secrets():
         "hubToken", "authorization", "credentials", "aws_secret_access_key", "private_key", "passphrase", "HF_TOKEN",
     ):  # fmt: skip
         assert secret not in config_lib.to_json(ConfigDict({"nested": {key: secret}})), key
-        assert secret not in config_lib.to_json(ConfigDict({key: {"inner": (1, ("a", (secret,)))}})), key
+        assert secret not in config_lib.to_json(
+            ConfigDict({key: {"inner": (1, ("a", (secret,)))}})
+        ), key
     for key in (
         "tokenizer",
         "max_new_tokens",
@@ -263,7 +291,16 @@ def test_record_reads_sees_each_way_of_reading_and_not_the_storing():
     config, reads = config_lib.record_reads(source)
     config_lib.to_json(config)
     assert not reads
-    assert config_lib.leaf_keys(config) == {"a", "b.c", "b.d.e", "f", "g", "spec.fn", "spec.low", "spec.high"}
+    assert config_lib.leaf_keys(config) == {
+        "a",
+        "b.c",
+        "b.d.e",
+        "f",
+        "g",
+        "spec.fn",
+        "spec.low",
+        "spec.high",
+    }
     assert config.a == 1
     assert config.b["c"] == 2
     assert config.get("f") == 4
@@ -291,7 +328,9 @@ def test_a_run_folder_is_made_resumed_and_set_aside(tmp_path):
 
 def test_keys_that_change_no_number_may_change_and_are_printed(tmp_path, capsys):
     run = tmp_path / "run"
-    config = ConfigDict({"ppo": {"lr": 1.0, "save_every": 5, "kl_ceiling": 9.0}, "guard": {"max_skipped": 5}})
+    config = ConfigDict(
+        {"ppo": {"lr": 1.0, "save_every": 5, "kl_ceiling": 9.0}, "guard": {"max_skipped": 5}}
+    )
     prepare_workdir(run, config)
     config.ppo.update(save_every=7, kl_ceiling=8.0)
     config.guard.max_skipped = 6
@@ -308,13 +347,21 @@ def test_keys_that_change_no_number_may_change_and_are_printed(tmp_path, capsys)
 
 def test_another_config_goes_on_from_a_checkpoint_only(tmp_path, config_file, capsys):
     """A program that has none would write its outputs over, one part of a run after the other with its own config."""
-    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.name=other", "--allow_config_change"]
+    flags = [
+        f"--config={config_file}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.name=other",
+        "--allow_config_change",
+    ]
     prepare_workdir(tmp_path / "run", config_lib.load_config(str(config_file)))
     ran: list[str] = []
     with pytest.raises(SystemExit) as ended:
         cli.main(lambda config, workdir: ran.append(config.name), argv=flags)
     assert ended.value.code == 2
-    assert "no checkpoint to go on from: choose another workdir, or --overwrite" in capsys.readouterr().err
+    assert (
+        "no checkpoint to go on from: choose another workdir, or --overwrite"
+        in capsys.readouterr().err
+    )
     assert not ran
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] != "other"
     (tmp_path / "run" / "checkpoints" / "manifests").mkdir(parents=True)
@@ -339,11 +386,17 @@ def test_a_pipeline_answers_a_changed_config_itself(tmp_path, config_file, capsy
     with pytest.raises(SystemExit) as ended:
         cli.main(lambda *a: None, argv=flags, plan=plan)
     assert ended.value.code == 0
-    assert (tmp_path / "run" / "config.json").read_text() == stored  # the pipeline writes it when it accepts it
+    assert (
+        tmp_path / "run" / "config.json"
+    ).read_text() == stored  # the pipeline writes it when it accepts it
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     with pytest.raises(SystemExit) as ended:
-        cli.main(lambda *a: None, argv=[flags[0], f"--workdir={tmp_path / 'thesis'}", "--dry_run"], plan=plan)
+        cli.main(
+            lambda *a: None,
+            argv=[flags[0], f"--workdir={tmp_path / 'thesis'}", "--dry_run"],
+            plan=plan,
+        )
     assert ended.value.code == 2
 
 
@@ -371,7 +424,10 @@ def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, overwrite):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_model_folder_has_a_config_and_is_no_run(tmp_path, overwrite):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for claim in (claim_workdir, lambda path, overwrite: prepare_workdir(path, ConfigDict(), overwrite=overwrite)):
+    for claim in (
+        claim_workdir,
+        lambda path, overwrite: prepare_workdir(path, ConfigDict(), overwrite=overwrite),
+    ):
         with pytest.raises(ValueError, match="not a run of this program"):
             claim(tmp_path, overwrite=overwrite)
     assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
@@ -387,7 +443,9 @@ def test_links_in_the_place_of_a_run_or_out_of_it_are_refused(tmp_path):
             claim_workdir(tmp_path / name)
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "precious")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is a symbolic link out of the run folder"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl is a symbolic link out of the run folder"
+    ):
         claim_workdir(tmp_path / "run")
     assert not (tmp_path / "nowhere").exists()
     assert (tmp_path / "precious").read_text() == "precious"
@@ -401,7 +459,10 @@ def test_a_run_in_use_is_refused_with_the_process_and_a_kill_frees_it(tmp_path):
         print("locked", flush=True)
         time.sleep(600)
     """
-    argv, env = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv, env = (
+        [sys.executable, "-c", textwrap.dedent(code)],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
@@ -455,7 +516,9 @@ def command(tmp_path, config_file):
     def call(*flags: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "program.py", "--config=x.py", "--workdir=out/run", *flags]
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+        )
 
     return call
 
@@ -471,7 +534,11 @@ def test_the_command_line_runs_and_takes_overrides(command, tmp_path):
     ("flags", "status", "message"),
     [
         (["--config.ppo.minibatchs=4"], 2, "did you mean 'minibatches'"),
-        (["--config.ppo.minibatches=6"], 2, "ppo.minibatches=6 must divide the rollout batch of 16"),
+        (
+            ["--config.ppo.minibatches=6"],
+            2,
+            "ppo.minibatches=6 must divide the rollout batch of 16",
+        ),
         (["--wrokdir=x"], 2, "did you mean '--workdir'"),
         (["--config=y.py"], 2, "no config file y.py"),
         (["--config.name=disk"], 1, "No space left on device"),
@@ -493,9 +560,17 @@ def test_a_users_mistake_is_one_line_without_a_traceback(command, tmp_path, flag
 def test_a_signal_ends_a_run_with_the_documented_status(command, tmp_path, number, status, name):
     """Where no stage saves one is enough; in a call that does not return the second one ends it."""
     del command  # it wrote the program
-    argv = [sys.executable, "program.py", "--config=x.py", "--workdir=out/run", f"--config.name={name}"]
+    argv = [
+        sys.executable,
+        "program.py",
+        "--config=x.py",
+        "--workdir=out/run",
+        f"--config.name={name}",
+    ]
     environ, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
-    with subprocess.Popen(argv, cwd=tmp_path, env=environ, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        argv, cwd=tmp_path, env=environ, stdout=pipe, stderr=pipe, text=True
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(1.0)  # into the call
@@ -507,7 +582,9 @@ def test_a_signal_ends_a_run_with_the_documented_status(command, tmp_path, numbe
         sent = time.monotonic()
         _, err = process.communicate(timeout=110)
     assert process.returncode == status
-    assert time.monotonic() - sent < 100  # far less than the calls above take, far more than a slow machine needs
+    assert (
+        time.monotonic() - sent < 100
+    )  # far less than the calls above take, far more than a slow machine needs
     assert "Stopped" in err
     assert "The same command goes on" in err
     assert "Traceback" not in err

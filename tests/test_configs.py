@@ -18,7 +18,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common as values
-from experiments import evaluate, instructgpt, ppo, prepare_data, pretrain, reward_model, sample, sft
+from experiments import (
+    evaluate,
+    instructgpt,
+    ppo,
+    prepare_data,
+    pretrain,
+    reward_model,
+    sample,
+    sft,
+)
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.data.text import load_tokenizer
@@ -41,7 +50,13 @@ from rlhf_jax.types import KLState, LMBatch, PPOState, RankingBatch, Rollout
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*/*.py"))
-PRESETS = ("instructgpt_1_3b", "instructgpt_6b", "instructgpt_175b", "stiennon_tldr", "ziegler_stylistic")
+PRESETS = (
+    "instructgpt_1_3b",
+    "instructgpt_6b",
+    "instructgpt_175b",
+    "stiennon_tldr",
+    "ziegler_stylistic",
+)
 
 
 def load(name: str, **overrides: str) -> ConfigDict:
@@ -63,7 +78,9 @@ def test_every_config_file_resolves_with_and_without_its_variants(file):
     path = f"{ROOT}/{file}"
     plain, smoke = load_config(path), load_config(f"{path}:smoke")
     assert leaf_keys(plain) >= {k for k in leaf_keys(smoke) if not k.startswith("shapes.")}
-    assert json.dumps(plain.to_dict(), sort_keys=True) != json.dumps(smoke.to_dict(), sort_keys=True)
+    assert json.dumps(plain.to_dict(), sort_keys=True) != json.dumps(
+        smoke.to_dict(), sort_keys=True
+    )
     assert plain.is_locked
 
 
@@ -264,7 +281,9 @@ NUMBERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name in PRESETS for key in NUMBERS[name]])
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name in PRESETS for key in NUMBERS[name]]
+)
 def test_preset_value_is_the_papers(name, key):
     value = preset(name)
     for part in key.split("."):
@@ -290,7 +309,9 @@ def test_ppo_arithmetic_of_the_paper():
     assert (config.episodes // config.minibatches, steps) == (64, 8)
     assert (config.iterations * config.episodes, config.iterations * steps) == (256_000, 4_000)
     assert config.ptx_rows_per_episode * config.episodes / steps == 512
-    assert round(256_000 / preset("instructgpt_1_3b").data.ppo_prompts, 1) == 8.2  # visits of a prompt
+    assert (
+        round(256_000 / preset("instructgpt_1_3b").data.ppo_prompts, 1) == 8.2
+    )  # visits of a prompt
 
 
 @pytest.mark.parametrize("name", ["stiennon_tldr", "ziegler_stylistic"])
@@ -302,8 +323,14 @@ def test_a_million_episodes_need_1954_iterations(name):
 def test_supervised_steps_of_the_paper():
     """12,725 x 16 / 32 = 6,363 steps of SFT (an epoch's last batch is filled up here), 33,207 / 64 = 519 of rewards."""
     config = preset("instructgpt_1_3b")
-    demonstrations = Batches({"row": np.zeros(config.data.demonstrations)}, batch_size=config.sft.batch_size, seed=0)
-    prompts = Batches({"row": np.zeros(config.data.ranking_prompts)}, batch_size=config.reward_model.batch_size, seed=0)
+    demonstrations = Batches(
+        {"row": np.zeros(config.data.demonstrations)}, batch_size=config.sft.batch_size, seed=0
+    )
+    prompts = Batches(
+        {"row": np.zeros(config.data.ranking_prompts)},
+        batch_size=config.reward_model.batch_size,
+        seed=0,
+    )
     assert demonstrations.steps(config.sft.epochs) == 6_363
     assert demonstrations.steps(1) * config.sft.epochs - 6_363 < config.sft.epochs
     assert prompts.steps(config.reward_model.epochs) == 519
@@ -318,7 +345,9 @@ def test_learning_rates_over_the_run():
     linear = optimizers.schedule("linear", 1.0, 10)
     np.testing.assert_allclose([linear(0), linear(9), linear(10)], [1.0, 0.1, 0.0], atol=1e-6)
     later = optimizers.schedule("linear", 1.0, 14, warmup=4)
-    np.testing.assert_allclose([later(0), later(4), later(13), later(14)], [0.1, 1.0, 0.1, 0.0], atol=1e-6)
+    np.testing.assert_allclose(
+        [later(0), later(4), later(13), later(14)], [0.1, 1.0, 0.1, 0.0], atol=1e-6
+    )
     with pytest.raises(ValueError, match="leaves none for schedule=linear"):
         optimizers.schedule("linear", 1.0, 10, warmup=10)
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
@@ -379,14 +408,18 @@ def test_preset_takes_an_abstract_step_of_each_kind_at_its_real_size(name):
     tx = optimizers.optimizer(config.sft, 1e-5)
     state = jax.eval_shape(lambda p: train_state(p, tx), weights[0])
     batch = lm_batch(config.sft.batch_size, config.sft.row_length)
-    after, metrics = jax.eval_shape(make_sft_step(policy, tx, microbatches=config.sft.microbatches), state, batch, None)
+    after, metrics = jax.eval_shape(
+        make_sft_step(policy, tx, microbatches=config.sft.microbatches), state, batch, None
+    )
     assert abstract(after) == abstract(state)
     assert "sft/loss" in metrics
 
     state = jax.eval_shape(lambda p: train_state(p, tx), weights[1])
     rows = config.reward_model.batch_size
     slots, k = (rows, config.reward_model.row_length), (rows, 1, config.reward_model.max_k)
-    rankings = RankingBatch(ints(*slots), ints(*slots), ints(*slots), ints(*slots), ints(*k), ints(*k))
+    rankings = RankingBatch(
+        ints(*slots), ints(*slots), ints(*slots), ints(*slots), ints(*k), ints(*k)
+    )
     loss = resolve(config.reward_model.loss, available=("rewards", "ranks"))
     after, metrics = jax.eval_shape(make_reward_step(value, tx, loss=loss), state, rankings, None)
     assert abstract(after) == abstract(state)
@@ -425,11 +458,18 @@ def ppo_step(config: ConfigDict, policy, value, weights, key):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("instructgpt_1_3b", 1.3), ("instructgpt_6b", 6.7), ("instructgpt_175b", 174.6), ("ziegler_stylistic", 0.124)],
+    [
+        ("instructgpt_1_3b", 1.3),
+        ("instructgpt_6b", 6.7),
+        ("instructgpt_175b", 174.6),
+        ("ziegler_stylistic", 0.124),
+    ],
 )
 def test_preset_sizes_have_the_parameters_of_their_name(name, billions):
     policy, _ = networks(preset(name))
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0))))
+    count = sum(
+        math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0)))
+    )
     np.testing.assert_allclose(count / 1e9, billions, rtol=0.015)
 
 
@@ -449,13 +489,23 @@ def ran(tmp_path_factory) -> dict[str, SimpleNamespace]:
         config = load(name, **{key.replace("__", "."): value for key, value in overrides.items()})
         recorded, reads = record_reads(config)
         result = run_stage(recorded, str(folder / stage))
-        stages[stage] = SimpleNamespace(config=config, unread=leaf_keys(config) - reads, result=result)
+        stages[stage] = SimpleNamespace(
+            config=config, unread=leaf_keys(config) - reads, result=result
+        )
         return result
 
     few = dict.fromkeys(
-        ("demonstrations", "ranking_prompts", "ppo_prompts", "validation_prompts", "test_prompts"), "16"
+        ("demonstrations", "ranking_prompts", "ppo_prompts", "validation_prompts", "test_prompts"),
+        "16",
     )
-    run("data", prepare_data.run, "data/storyland:smoke", **few, documents="100", held_out_documents="40")
+    run(
+        "data",
+        prepare_data.run,
+        "data/storyland:smoke",
+        **few,
+        documents="100",
+        held_out_documents="40",
+    )
     data = {p.stem: str(p) for p in (folder / "data").glob("*.jsonl")}
     run(
         "pretrain", pretrain.run, "pretrain/storyland:smoke",
@@ -514,7 +564,11 @@ def test_no_config_key_is_declared_and_never_read(ran, stage):
 def test_number_of_optimizer_steps_is_epochs_times_minibatches(ran):
     """Of the PPO stage itself: no key of the loop is without effect."""
     config, result = ran["ppo"].config, ran["ppo"].result
-    assert result["optimizer_steps"] == config.iterations * config.epochs * config.minibatches == 2 * 3 * 2
+    assert (
+        result["optimizer_steps"]
+        == config.iterations * config.epochs * config.minibatches
+        == 2 * 3 * 2
+    )
     assert result["episodes"] == config.iterations * config.episodes
 
 
@@ -531,8 +585,13 @@ def test_every_file_below_configs_belongs_to_a_stage_that_ran(ran):
 
 def test_base_model_of_another_size_is_refused(tmp_path):
     model = tiny_model(tmp_path / "base")
-    config, reads = record_reads(load("instructgpt/instructgpt_1_3b", **{"base": model, "reward_model.model": model}))
-    with pytest.raises(ValueError, match=r"base=.* has context_length=512 and this config is for context_length=2048"):
+    config, reads = record_reads(
+        load("instructgpt/instructgpt_1_3b", **{"base": model, "reward_model.model": model})
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"base=.* has context_length=512 and this config is for context_length=2048",
+    ):
         instructgpt.check_shapes(config)
     with pytest.raises(ValueError, match="base is empty: pass the folder"):
         instructgpt.check_shapes(preset("instructgpt_1_3b"))
@@ -548,12 +607,24 @@ def test_base_model_of_another_size_is_refused(tmp_path):
 def test_pipeline_hands_its_own_keys_and_each_group_to_the_stages(tmp_path, monkeypatch):
     """`base` and `seed` reach the stages, and each stage gets its own group."""
     given = {}
-    monkeypatch.setattr(sft, "run", lambda config, folder: given.setdefault(folder, config.to_dict()) and {"last": "x"})
-    monkeypatch.setattr(instructgpt.Pipeline, "done", lambda self, name: {"last": name, "model": name})
-    monkeypatch.setattr(ppo, "run", lambda config, folder: given.setdefault(folder, config.to_dict()))
+    monkeypatch.setattr(
+        sft,
+        "run",
+        lambda config, folder: given.setdefault(folder, config.to_dict()) and {"last": "x"},
+    )
+    monkeypatch.setattr(
+        instructgpt.Pipeline, "done", lambda self, name: {"last": name, "model": name}
+    )
+    monkeypatch.setattr(
+        ppo, "run", lambda config, folder: given.setdefault(folder, config.to_dict())
+    )
     monkeypatch.setattr(ranked, "read_rankings", lambda path: [])
     monkeypatch.setattr(instructgpt, "agreement", lambda rankings: 0.5)
-    monkeypatch.setattr(reward_model, "run", lambda config, folder: given.setdefault(folder, config.to_dict()) and {})
+    monkeypatch.setattr(
+        reward_model,
+        "run",
+        lambda config, folder: given.setdefault(folder, config.to_dict()) and {},
+    )
     config = load("instructgpt/storyland:smoke", seed="7", base="my_base")
     pipeline = instructgpt.Pipeline(config, tmp_path)
     pipeline.sft("sft")

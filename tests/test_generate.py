@@ -37,7 +37,9 @@ def _prompts(lengths=(3, 6, 1, 4), ids=None, width=None) -> PromptBatch:
 def _sample(prompts=None, key=0, params=PARAMS, *, samples_per_prompt=1, **changes):
     sampling = Sampling(**{"max_new_tokens": 8, "stop_ids": (2,)} | changes)
     prompts = prompts or _prompts()
-    return generate(MODEL, params, prompts, jax.random.key(key), sampling, samples_per_prompt=samples_per_prompt)
+    return generate(
+        MODEL, params, prompts, jax.random.key(key), sampling, samples_per_prompt=samples_per_prompt
+    )
 
 
 def _surely(prompts=None, **kwargs):
@@ -70,7 +72,9 @@ def test_rows_are_prompt_response_padding_without_a_gap():
     for row in range(12):
         length, end = int(prompts.lengths[row // k]), int(samples.lengths[row])
         assert int(samples.prompt_lengths[row]) == length
-        np.testing.assert_array_equal(samples.tokens[row, :length], prompts.tokens[row // k, :length])
+        np.testing.assert_array_equal(
+            samples.tokens[row, :length], prompts.tokens[row // k, :length]
+        )
         assert (samples.tokens[row, end:] == 0).all()
         assert length < end <= length + 8
         assert (samples.logp[row, :length] == 0).all()
@@ -97,7 +101,9 @@ def test_greedy_equals_whole_forwards_of_single_unpadded_rows():
     for row, response in enumerate(_responses(samples)):
         prompt = prompts.tokens[row, : int(prompts.lengths[row])].tolist()
         tokens = jnp.asarray([prompt + response])
-        predicted = MODEL.head(PARAMS, _hidden(tokens, jnp.asarray([tokens.shape[1]]))).argmax(-1)[0]
+        predicted = MODEL.head(PARAMS, _hidden(tokens, jnp.asarray([tokens.shape[1]]))).argmax(-1)[
+            0
+        ]
         assert predicted[len(prompt) - 1 : -1].tolist() == response
 
 
@@ -110,7 +116,9 @@ def test_same_key_same_bits_and_other_keys_differ():
 
 def test_equal_prompts_and_samples_of_one_prompt_differ():
     """PITFALLS 50."""
-    same = PromptBatch(tokens=jnp.full((3, 2), 5), lengths=jnp.full((3,), 2), ids=jnp.asarray([0, 1, 2]))
+    same = PromptBatch(
+        tokens=jnp.full((3, 2), 5), lengths=jnp.full((3,), 2), ids=jnp.asarray([0, 1, 2])
+    )
     responses = _responses(_sample(same, samples_per_prompt=2, temperature=2.0))
     assert len({tuple(r) for r in responses}) == 6
 
@@ -120,7 +128,11 @@ def test_batching_and_padding_change_no_token():
     prompts = _prompts(ids=[5, 9, 11, 12])
     whole = _responses(_surely(prompts, samples_per_prompt=2))
     order = [2, 0]
-    part = PromptBatch(prompts.tokens[jnp.asarray(order)], prompts.lengths[jnp.asarray(order)], jnp.asarray([11, 5]))
+    part = PromptBatch(
+        prompts.tokens[jnp.asarray(order)],
+        prompts.lengths[jnp.asarray(order)],
+        jnp.asarray([11, 5]),
+    )
     assert _responses(_sample(part, samples_per_prompt=2)) == whole[4:6] + whole[0:2]
     wide = _prompts(ids=[5, 9, 11, 12], width=9)
     assert _responses(_sample(wide, samples_per_prompt=2)) == whole
@@ -128,7 +140,10 @@ def test_batching_and_padding_change_no_token():
 
 
 def test_a_shorter_limit_gives_the_same_beginning():
-    long, short = _responses(_surely(stop_ids=())), _responses(_sample(stop_ids=(), max_new_tokens=3))
+    long, short = (
+        _responses(_surely(stop_ids=())),
+        _responses(_sample(stop_ids=(), max_new_tokens=3)),
+    )
     assert short == [r[:3] for r in long]
 
 
@@ -161,7 +176,11 @@ def test_token_zero_may_be_sampled_and_counts():
     """PITFALLS 4, 11: padding has id 0, and so may a real token; only lengths tell them apart."""
     favour = jax.tree.map(jnp.zeros_like, PARAMS)
     samples = generate(
-        MODEL, favour, _prompts(), jax.random.key(0), Sampling(max_new_tokens=5, temperature=0.0, stop_ids=())
+        MODEL,
+        favour,
+        _prompts(),
+        jax.random.key(0),
+        Sampling(max_new_tokens=5, temperature=0.0, stop_ids=()),
     )
     assert _responses(samples) == [[0] * 5] * 4
 
@@ -208,7 +227,9 @@ def test_sampled_frequencies_match_the_softmax_at_the_temperature():
     tokens, _ = sample_token(logits, draws(keys, 4)[:, 3], temperature=0.5, top_k=0, top_p=1.0)
     expected = probabilities**2 / (probabilities**2).sum()
     # Four standard errors of a share of 20,000 draws.
-    np.testing.assert_allclose(np.bincount(np.asarray(tokens), minlength=4) / 20_000, expected, atol=0.015)
+    np.testing.assert_allclose(
+        np.bincount(np.asarray(tokens), minlength=4) / 20_000, expected, atol=0.015
+    )
 
 
 def test_every_token_of_a_vocabulary_that_is_no_square_can_be_drawn():
@@ -216,7 +237,9 @@ def test_every_token_of_a_vocabulary_that_is_no_square_can_be_drawn():
     for size in (1, 2, 7, 1152):
         keys = jax.random.split(jax.random.key(0), 20 * size)
         logits = jnp.zeros((20 * size, size))
-        tokens, logp = sample_token(logits, draws(keys, 1)[:, 0], temperature=1.0, top_k=0, top_p=1.0)
+        tokens, logp = sample_token(
+            logits, draws(keys, 1)[:, 0], temperature=1.0, top_k=0, top_p=1.0
+        )
         assert set(np.asarray(tokens).tolist()) <= set(range(size))
         # With 20 draws a token, one is missed with probability exp(-20).
         assert len(set(np.asarray(tokens).tolist())) == size
@@ -268,11 +291,20 @@ def test_prompts_may_want_different_numbers_of_samples(streams):
         progress=lambda done, total: seen.append((done, total)),
         rows=Rows(count=3, streams=streams),
     )
-    assert _responses(many) == [whole[4 * p + k] for p, count in enumerate(counts) for k in range(count)]
+    assert _responses(many) == [
+        whole[4 * p + k] for p, count in enumerate(counts) for k in range(count)
+    ]
     assert seen == sorted(seen)
     assert seen[-1] == (7, 7)
     with pytest.raises(ValueError, match="counts=-1"):
-        generate_many(MODEL, PARAMS, prompts, jax.random.key(0), Sampling(max_new_tokens=2), counts=[1, 1, -1, 1])
+        generate_many(
+            MODEL,
+            PARAMS,
+            prompts,
+            jax.random.key(0),
+            Sampling(max_new_tokens=2),
+            counts=[1, 1, -1, 1],
+        )
 
 
 def test_one_program_is_compiled_for_all_streams():
@@ -354,9 +386,15 @@ def test_a_bad_setting_names_field_value_and_fix(change, named):
 
 def test_the_decode_loop_moves_no_weights():
     sampling = Sampling(max_new_tokens=8, stop_ids=(2,))
-    program = jax.make_jaxpr(lambda p: _generate(MODEL, p, _prompts(), jax.random.key(0), sampling=sampling, copies=1))
+    program = jax.make_jaxpr(
+        lambda p: _generate(MODEL, p, _prompts(), jax.random.key(0), sampling=sampling, copies=1)
+    )
     kernels = {leaf.shape[1:] for leaf in jax.tree.leaves(PARAMS["blocks"]) if leaf.ndim == 3}
-    bodies = [e.params["body_jaxpr"].jaxpr for e in _equations(program(PARAMS).jaxpr) if e.primitive.name == "while"]
+    bodies = [
+        e.params["body_jaxpr"].jaxpr
+        for e in _equations(program(PARAMS).jaxpr)
+        if e.primitive.name == "while"
+    ]
     loop = max(bodies, key=lambda body: len(body.eqns))
     made = {out.aval.shape for equation in _equations(loop) for out in equation.outvars}
     assert (4, 1, 24) in made, "the MLP is in the loop"
@@ -367,7 +405,9 @@ def _equations(jaxpr):
     """All equations of a program, those of its inner programs too."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from _equations(inner)

@@ -78,7 +78,9 @@ def test_fixed_kl_refuses_a_negative_coefficient():
 def test_kl_is_a_mean_over_sequences_of_a_sum_over_tokens(poison):
     """PITFALLS 29 and 42: not a token mean, nothing from padding, rows without a response not counted."""
     mask = np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
-    logp = np.where(mask, np.float32([[0, -1, -2, -1], [0, -0.5, 0, 0], [0, 0, 0, 0]]), np.float32(poison))
+    logp = np.where(
+        mask, np.float32([[0, -1, -2, -1], [0, -0.5, 0, 0], [0, 0, 0, 0]]), np.float32(poison)
+    )
     ref_logp = np.where(mask, np.float32(-1.5), np.float32(-poison))
     kl = kl_nats_per_sequence(*(jnp.asarray(x) for x in (logp, ref_logp, mask)))
     assert float(kl.value) == pytest.approx(((0.5 - 0.5 + 0.5) + 1.0) / 2)

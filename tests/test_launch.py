@@ -40,16 +40,27 @@ def stand_in(folder: Path, name: str, script: str) -> None:
     file.chmod(0o755)
 
 
-def launch(recipe: str, *argv: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    recipe: str, *argv: str, env: dict[str, str], cwd: Path
+) -> subprocess.CompletedProcess[str]:
     command = [str(LAUNCH / recipe), *argv]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=400)
+    return subprocess.run(
+        command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=400
+    )
 
 
 def test_a_gpu_node_runs_the_command_and_hands_on_its_status(surroundings, tmp_path):
     done = launch("gpu_node.sh", *STAGE, "--workdir=run", env=surroundings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Dry run on 1 x cpu" in done.stdout
-    wrong = launch("gpu_node.sh", "ppo", "--config=ppo/storylnd", "--workdir=run", env=surroundings, cwd=tmp_path)
+    wrong = launch(
+        "gpu_node.sh",
+        "ppo",
+        "--config=ppo/storylnd",
+        "--workdir=run",
+        env=surroundings,
+        cwd=tmp_path,
+    )
     assert wrong.returncode == 2  # a mistake is not tried again
     assert "no config file ppo/storylnd" in wrong.stderr
 
@@ -69,7 +80,13 @@ done
 for task in "${{tasks[@]}}"; do wait "$task" || exit $?; done""",
     )
     stand_in(tmp_path, "scontrol", "echo requeued >> $CALLS")
-    done = launch("slurm.sbatch", *STAGE, "--workdir=run", env=surroundings | {"SLURM_JOB_ID": "7"}, cwd=tmp_path)
+    done = launch(
+        "slurm.sbatch",
+        *STAGE,
+        "--workdir=run",
+        env=surroundings | {"SLURM_JOB_ID": "7"},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "Dry run on 2 x cpu (data=2, fsdp=1, tensor=1)" in done.stdout
     assert not (tmp_path / "calls").exists()
@@ -100,9 +117,15 @@ mkdir -p .venv/bin
 printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > .venv/bin/python
 chmod +x .venv/bin/python""",
     )
-    address = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=1", "--process_id=0")
+    address = (
+        f"--coordinator_address=127.0.0.1:{free_port()}",
+        "--num_processes=1",
+        "--process_id=0",
+    )
     cluster = {"TPU": "my-tpu", "ZONE": "us-central2-b"}
-    done = launch("tpu_vm.sh", *STAGE, "--workdir=run", *address, env=surroundings | cluster, cwd=ROOT)
+    done = launch(
+        "tpu_vm.sh", *STAGE, "--workdir=run", *address, env=surroundings | cluster, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     assert "Dry run on 1 x cpu" in done.stdout
     copied, unpacked, started = (tmp_path / "calls").read_text().splitlines()
@@ -118,7 +141,12 @@ def test_the_pods_of_gke_run_a_command_that_the_package_knows(surroundings, tmp_
     python, *command = pod["containers"][0]["command"]
     assert python == "python"
     done = subprocess.run(
-        [sys.executable, *command], env=surroundings, cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        env=surroundings,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2  # there is no cluster around it, which it says before anything else
     assert "--distributed found no SLURM, Open MPI, TPU pod or GKE job" in done.stderr

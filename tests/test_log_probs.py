@@ -33,7 +33,9 @@ def head(weights: jax.Array, hidden: jax.Array) -> jax.Array:
     return hidden @ weights
 
 
-def language_case(seed: int = 0, rows: int = 3, slots: int = 11, width: int = 5, vocabulary: int = 7):
+def language_case(
+    seed: int = 0, rows: int = 3, slots: int = 11, width: int = 5, vocabulary: int = 7
+):
     rng = np.random.default_rng(seed)
     hidden = jnp.asarray(rng.normal(size=(rows, slots, width)).astype(np.float32))
     weights = jnp.asarray(rng.normal(size=(width, vocabulary)).astype(np.float32))
@@ -59,7 +61,9 @@ def test_log_prob_equals_the_bigram_table_entry():
     """PITFALLS 3: logits at t score token t + 1, and nothing else does."""
     table = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], np.float32))
     tokens = np.array([[0, 1, 2, 0, 0], [2, 2, 1, 0, 1]], np.int32)
-    logp = token_log_probs(jax.nn.one_hot(tokens, 3), functools.partial(head, jnp.asarray(table)), jnp.asarray(tokens))
+    logp = token_log_probs(
+        jax.nn.one_hot(tokens, 3), functools.partial(head, jnp.asarray(table)), jnp.asarray(tokens)
+    )
     expected = np.zeros(tokens.shape)
     for b, t in itertools.product(range(2), range(1, 5)):
         expected[b, t] = table[tokens[b, t - 1], tokens[b, t]]
@@ -109,12 +113,17 @@ def test_token_log_probs_refuse_a_chunk_below_one():
 
 def test_token_log_probs_have_the_gradient_of_the_dense_formula():
     hidden, weights, tokens, mask = language_case()
-    previous = ops.previous_index(jnp.array([[1] * 3 + [2] * 4 + [3] * 4] * 3), jnp.array([[0] * 3 + [1] * 8] * 3))
+    previous = ops.previous_index(
+        jnp.array([[1] * 3 + [2] * 4 + [3] * 4] * 3), jnp.array([[0] * 3 + [1] * 8] * 3)
+    )
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=mask.shape).astype(np.float32))
 
     def chunked(hidden, weights):
         options = {"previous": previous, "temperature": 0.8, "chunk": 3}
-        return jnp.sum(cotangent * token_log_probs(hidden, functools.partial(head, weights), tokens, mask, **options))
+        return jnp.sum(
+            cotangent
+            * token_log_probs(hidden, functools.partial(head, weights), tokens, mask, **options)
+        )
 
     def dense(hidden, weights):
         logits = head(weights, ops.align(hidden, previous)) / 0.8
@@ -133,7 +142,9 @@ def test_token_log_probs_have_the_gradient_of_the_dense_formula():
 
 def weighted(hidden, weights, tokens, mask, by_target, *, known, chunk=3):
     """``(2 * sum(by_target * logp), logp)``, with its gradient computed on the way forward where it is `known`."""
-    previous = ops.previous_index(jnp.array([[1] * 3 + [2] * 4 + [3] * 4] * 3), jnp.array([[0] * 3 + [1] * 8] * 3))
+    previous = ops.previous_index(
+        jnp.array([[1] * 3 + [2] * 4 + [3] * 4] * 3), jnp.array([[0] * 3 + [1] * 8] * 3)
+    )
     read, how = functools.partial(head, weights), {"temperature": 0.8, "chunk": chunk}
     if known:
         previous = jnp.where(mask, previous, -1)
@@ -155,7 +166,9 @@ def test_the_weighted_sum_has_the_value_and_gradient_of_the_plain_one(masked):
         with_aux = jax.value_and_grad(run, (0, 1), has_aux=True)
         return jax.jit(with_aux)(hidden, weights, tokens, mask, by_target)
 
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), gradients(True), gradients(False))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-6), gradients(True), gradients(False)
+    )
 
 
 def test_the_gradient_of_the_weighted_sum_is_taken_while_the_logits_are_there():
@@ -167,7 +180,11 @@ def test_the_gradient_of_the_weighted_sum_is_taken_while_the_logits_are_there():
         return weighted(hidden, weights, tokens, mask, by_target, known=known)[0]
 
     def without_weights(x):
-        return jnp.full_like(x, jnp.nan) if x.shape == weights.shape and bool(jnp.all(x == weights)) else x
+        return (
+            jnp.full_like(x, jnp.nan)
+            if x.shape == weights.shape and bool(jnp.all(x == weights))
+            else x
+        )
 
     _, pull = jax.vjp(total, weights)
     blind = jax.tree.map(without_weights, pull)
@@ -187,7 +204,9 @@ def test_no_gradient_reaches_the_log_probs_beside_the_weighted_sum():
 
 LINEAR = {
     "supervised": lambda logp, mask: sft_loss(logp, mask)[0].total,
-    "weighted": lambda logp, mask: -jnp.vdot(jnp.linspace(0, 1, logp.size), jnp.where(mask, logp, 0).ravel()),
+    "weighted": lambda logp, mask: (
+        -jnp.vdot(jnp.linspace(0, 1, logp.size), jnp.where(mask, logp, 0).ravel())
+    ),
     "affine": lambda logp, mask: 3 - jax.jit(jnp.sum)(jnp.where(mask, logp, 1)) / 2,
 }
 OTHERS = {
@@ -236,7 +255,9 @@ def arrays_of(jaxpr) -> set[tuple[int, ...]]:
     shapes = set()
     for eqn in jaxpr.eqns:
         shapes |= {tuple(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape")}
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for inner in jax.tree.leaves(
+            eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 shapes |= arrays_of(getattr(inner, "jaxpr", inner))
     return shapes
@@ -265,9 +286,13 @@ def test_default_chunk_bounds_logits_and_keeps_small_vocabularies_in_few_pieces(
     monkeypatch.setattr(log_probs, "CHUNK_TOKENS", 16)
     hidden, weights, tokens, _ = language_case(rows=4, slots=64, vocabulary=50)
     shapes = arrays_of(
-        jax.make_jaxpr(lambda h: token_log_probs(h, functools.partial(head, weights), tokens))(hidden).jaxpr
+        jax.make_jaxpr(lambda h: token_log_probs(h, functools.partial(head, weights), tokens))(
+            hidden
+        ).jaxpr
     )
-    assert max(int(np.prod(s)) for s in shapes if s and s[-1] == 50) == 4 * 21 * 50  # ceil(4096 // 50 / 4) columns
+    assert (
+        max(int(np.prod(s)) for s in shapes if s and s[-1] == 50) == 4 * 21 * 50
+    )  # ceil(4096 // 50 / 4) columns
 
 
 def test_chunks_without_a_target_cost_no_head_work():
@@ -285,7 +310,9 @@ def test_chunks_without_a_target_cost_no_head_work():
     jax.effects_barrier()
     assert len(calls) == 1
     calls.clear()
-    token_log_probs(hidden, counted, tokens, jnp.zeros(tokens.shape, bool), chunk=4).block_until_ready()
+    token_log_probs(
+        hidden, counted, tokens, jnp.zeros(tokens.shape, bool), chunk=4
+    ).block_until_ready()
     jax.effects_barrier()
     assert not calls
 
@@ -311,7 +338,9 @@ def test_rows_stay_on_their_device():
 
 def test_bf16_logits_are_normalised_in_float32():
     """PITFALLS 36: a log-softmax in bf16 is off by 1e-2; this one is exact for the logits it was given."""
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32) * 4).astype(jnp.bfloat16)
+    logits = jnp.asarray(
+        np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32) * 4
+    ).astype(jnp.bfloat16)
     tokens = jnp.array([0, 1, 2, 299])
     exact = np.float64(np.asarray(logits.astype(jnp.float32)))
     expected = exact[np.arange(4), tokens] - np.log(np.sum(np.exp(exact), axis=1))
@@ -328,7 +357,9 @@ def test_log_probs_do_not_see_a_shift_of_the_logits_and_sum_to_one(shift, temper
     tokens = jnp.array([0, 1, 2, 3, 5])
     plain = ops.log_probs_from_logits(logits, tokens, temperature=temperature)
     shifted = ops.log_probs_from_logits(logits + shift, tokens, temperature=temperature)
-    np.testing.assert_allclose(plain, shifted, atol=1e-4)  # float32 keeps 50 + x to 4e-6, divided by T = 0.2
+    np.testing.assert_allclose(
+        plain, shifted, atol=1e-4
+    )  # float32 keeps 50 + x to 4e-6, divided by T = 0.2
     everything = ops.log_probs_from_logits(
         jnp.tile(logits[:, None], (1, 6, 1)),
         jnp.tile(jnp.arange(6)[None], (5, 1)),

@@ -25,9 +25,18 @@ FAST = f"{FLAGS} --xla_llvm_disable_expensive_passes=true"  # a compiler that hu
 def ran() -> SimpleNamespace:
     """All meshes in one process; what its compiler said of the recipe, and of a program that it is known to warn of."""
     # A program out of the cache is not compiled and warns of nothing.
-    environment = os.environ | {"XLA_FLAGS": FAST, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = os.environ | {
+        "XLA_FLAGS": FAST,
+        "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.meshes"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.meshes"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -77,11 +86,15 @@ def test_weights_moments_average_cache_and_batches_lie_in_pieces(ran, shape):
     data, fsdp, tensor = shape
     found = ran.meshes[shape]
     for kind in ("sft", "reward", "ppo"):
-        held = {k: v for k, v in found[kind]["pieces"].items() if k.endswith(("kernel", "embedding"))}
+        held = {
+            k: v for k, v in found[kind]["pieces"].items() if k.endswith(("kernel", "embedding"))
+        }
         policy = {k: v for k, v in held.items() if not k.startswith("value/")}
         assert len(policy) >= 3 * 8  # weights and two moments
         assert set(policy.values()) == {1 / (fsdp * tensor)}, kind
-        assert all(v == 1.0 for k, v in held.items() if k.startswith("value/"))  # its rules replicate it
+        assert all(
+            v == 1.0 for k, v in held.items() if k.startswith("value/")
+        )  # its rules replicate it
     assert any(name.startswith("policy/ema/") for name in found["ppo"]["pieces"])
     assert set(found["batch"].values()) == set(found["samples"].values()) == {1 / (data * fsdp)}
     keys = {v for k, v in found["cache"].items() if k.startswith(("keys", "values"))}

@@ -47,12 +47,20 @@ def test_to_host_divides_totals_with_one_fetch(monkeypatch):
         "lr": 0.25,
         "n": jnp.int32(7),
     }
-    assert metrics.to_host(measured) == {"loss": 1.5, "empty": 0.0, "norm": 3.0, "lr": 0.25, "n": 7.0}
+    assert metrics.to_host(measured) == {
+        "loss": 1.5,
+        "empty": 0.0,
+        "norm": 3.0,
+        "lr": 0.25,
+        "n": 7.0,
+    }
     assert len(fetches) == 1
 
 
 def log_steps(tmp_path, steps, *, writers=(), stage="sft", resume_step=0, total=10, **kw):
-    with metrics.StageLog(tmp_path, stage, total=total, resume_step=resume_step, screen=SILENT, **kw) as log:
+    with metrics.StageLog(
+        tmp_path, stage, total=total, resume_step=resume_step, screen=SILENT, **kw
+    ) as log:
         for writer in writers:
             log.add_writer(writer)
         for step in steps:
@@ -127,7 +135,10 @@ def test_the_last_step_is_written_when_the_loop_is_interrupted(tmp_path):
 def test_plain_console_prints_now_and_then_and_at_the_end():
     out = io.StringIO()
     console = Console(
-        "reward_model", 100, show=("loss", "accuracy"), screen=Screen(every=10.0, stream=out, clock=Clock(2.0))
+        "reward_model",
+        100,
+        show=("loss", "accuracy"),
+        screen=Screen(every=10.0, stream=out, clock=Clock(2.0)),
     )
     for step in range(1, 101):
         console.update(step, {"loss": 0.5, "accuracy": 0.75, "hidden": 1.0})
@@ -197,7 +208,9 @@ def test_tensorboard_writer_names_scalars_by_stage(monkeypatch, tmp_path):
         def flush(self):
             pass
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(
+        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
     log_steps(tmp_path, [1], writers=[metrics.tensorboard_writer(tmp_path)])
     assert scalars == [("sft/loss", 0.5, 1)]
 
@@ -208,7 +221,10 @@ def test_two_records_of_a_step_are_one_line(tmp_path):
         log(1, {"loss": 2.0})
         log(2, {"loss": 1.0})
         log(2, {"validation_loss": 3.0})
-    records = [{k: v for k, v in r.items() if k != "time"} for r in metrics.read(tmp_path / "metrics.jsonl")]
+    records = [
+        {k: v for k, v in r.items() if k != "time"}
+        for r in metrics.read(tmp_path / "metrics.jsonl")
+    ]
     assert records == [
         {"step": 1, "stage": "sft", "loss": 2.0},
         {"step": 2, "stage": "sft", "loss": 1.0, "validation_loss": 3.0},

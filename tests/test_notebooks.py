@@ -33,7 +33,10 @@ def test_notebooks_are_committed_without_outputs(path: Path):
 
 
 def test_notebooks_share_one_set_up_cell_for_a_colab_tpu():
-    first = [next(c.source for c in nbformat.read(p, as_version=4).cells if c.cell_type == "code") for p in NOTEBOOKS]
+    first = [
+        next(c.source for c in nbformat.read(p, as_version=4).cells if c.cell_type == "code")
+        for p in NOTEBOOKS
+    ]
     assert len(set(first)) == 1
     assert "setup_env.py" in first[0]
     assert "COLAB_RELEASE_TAG" in first[0]
@@ -69,7 +72,10 @@ def test_notebook_runs_and_draws(path: Path, runs: Path, installed: Path):  # no
         "IPYTHONDIR": str(runs.parent / "ipython"),
     }
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(runs.parent)}}
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(runs.parent)}},
     )
     client.execute(env=env)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

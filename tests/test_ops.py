@@ -52,7 +52,9 @@ def rows_with_parents(draw):
 def test_previous_index_is_the_token_before_in_segment_or_the_parents_last(row):
     segments, parents = row
     width = 24  # one compiled program for all examples
-    segments, parents = (np.pad(x, ((0, 0), (0, width - x.shape[1]))).astype(np.int32) for x in (segments, parents))
+    segments, parents = (
+        np.pad(x, ((0, 0), (0, width - x.shape[1]))).astype(np.int32) for x in (segments, parents)
+    )
     got = jax.jit(ops.previous_index)(jnp.asarray(segments), jnp.asarray(parents))
     np.testing.assert_array_equal(got, previous_by_loops(segments, parents))
     alone = jax.jit(ops.previous_index)(jnp.asarray(segments))
@@ -64,7 +66,9 @@ def test_previous_index_takes_any_segment_ids_and_ignores_parents_of_padding():
     parents = jnp.array([[0, 0, 70, 70, 70, 9]])
     assert ops.previous_index(segments, parents).tolist() == [[-1, 0, 1, 2, -1, -1]]
     # A parent that is not there (cut away) or stands later in the row cannot be attended to: no predecessor.
-    assert ops.previous_index(segments, jnp.array([[9, 9, 5, 5, 0, 0]])).tolist() == [[-1, 0, -1, 2, -1, -1]]
+    assert ops.previous_index(segments, jnp.array([[9, 9, 5, 5, 0, 0]])).tolist() == [
+        [-1, 0, -1, 2, -1, -1]
+    ]
 
 
 def test_align_reads_any_trailing_shape_and_keeps_dtype():
@@ -72,7 +76,9 @@ def test_align_reads_any_trailing_shape_and_keeps_dtype():
     previous = np.array([[-1, 0, 0, 3], [2, -1, 1, -1]], np.int32)
     got = ops.align(jnp.asarray(x), jnp.asarray(previous))
     for b, t in np.ndindex(2, 4):
-        np.testing.assert_array_equal(got[b, t], x[b, previous[b, t]] if previous[b, t] >= 0 else 0 * x[0, 0])
+        np.testing.assert_array_equal(
+            got[b, t], x[b, previous[b, t]] if previous[b, t] >= 0 else 0 * x[0, 0]
+        )
     assert ops.align(jnp.array([[True, True]]), jnp.array([[-1, 0]])).tolist() == [[False, True]]
     assert ops.align(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[0, 1]])).dtype == jnp.bfloat16
 
@@ -154,7 +160,9 @@ def test_whiten_of_single_or_equal_entries_is_zero(value, count):
     mask = jnp.arange(8) < count
     x = jnp.where(mask, jnp.float32(value), jnp.nan)
     np.testing.assert_array_equal(whiten(x, mask), np.zeros(8))
-    np.testing.assert_array_equal(whiten(x, mask, shift_mean=False), jnp.where(mask, jnp.float32(value), 0))
+    np.testing.assert_array_equal(
+        whiten(x, mask, shift_mean=False), jnp.where(mask, jnp.float32(value), 0)
+    )
     assert np.isfinite(whiten_gradient(x, mask)).all()
 
 
@@ -162,8 +170,13 @@ def test_whiten_over_devices_is_global():
     """PITFALLS 19: eight devices give the advantages of one."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     x, mask = ragged(2, (16, 9))
-    placed = [jax.device_put(jnp.asarray(a), NamedSharding(mesh, PartitionSpec("data"))) for a in (x, mask)]
-    np.testing.assert_allclose(whiten(*placed), whiten(jnp.asarray(x), jnp.asarray(mask)), atol=1e-6)
+    placed = [
+        jax.device_put(jnp.asarray(a), NamedSharding(mesh, PartitionSpec("data")))
+        for a in (x, mask)
+    ]
+    np.testing.assert_allclose(
+        whiten(*placed), whiten(jnp.asarray(x), jnp.asarray(mask)), atol=1e-6
+    )
 
 
 # --- KL ---------------------------------------------------------------------------------------------------------------
@@ -174,12 +187,16 @@ def test_kl_estimators_by_hand():
     d = np.array([1.0, -1.5, 0.0])
     np.testing.assert_allclose(ops.kl_estimate(logp, ref_logp), d)
     np.testing.assert_allclose(ops.kl_estimate(logp, ref_logp, kind="k2"), d**2 / 2)
-    np.testing.assert_allclose(ops.kl_estimate(logp, ref_logp, kind="k3"), np.exp(-d) - 1 + d, rtol=1e-6)
+    np.testing.assert_allclose(
+        ops.kl_estimate(logp, ref_logp, kind="k3"), np.exp(-d) - 1 + d, rtol=1e-6
+    )
 
 
 def test_unknown_kl_estimator_is_refused_by_name():
     checked = ops.kl_estimate
-    inner = getattr(checked, "__wrapped__", checked)  # the type checker of the tests would refuse it first
+    inner = getattr(
+        checked, "__wrapped__", checked
+    )  # the type checker of the tests would refuse it first
     with pytest.raises(ValueError, match="kind='k4' is no KL estimator"):
         inner(jnp.zeros(1), jnp.zeros(1), kind="k4")
 
@@ -206,9 +223,13 @@ def test_kl_estimators_in_a_loss_have_the_expected_gradients_they_state():
     """PITFALLS 27: k1 has zero mean gradient, k2 the KL's, k3 neither; expectation over all three tokens, exactly."""
 
     def expected_gradient(kind):
-        def at(logits):  # samples are constants, as in training: no gradient through the sampling weights
+        def at(
+            logits,
+        ):  # samples are constants, as in training: no gradient through the sampling weights
             logp = jax.nn.log_softmax(logits)
-            return jnp.sum(jax.lax.stop_gradient(jnp.exp(logp)) * ops.kl_estimate(logp, REF_LOGP, kind=kind))
+            return jnp.sum(
+                jax.lax.stop_gradient(jnp.exp(logp)) * ops.kl_estimate(logp, REF_LOGP, kind=kind)
+            )
 
         return jax.grad(at)(LOGITS)
 
@@ -216,7 +237,9 @@ def test_kl_estimators_in_a_loss_have_the_expected_gradients_they_state():
     assert float(jnp.max(jnp.abs(kl_gradient))) > 0.05
     np.testing.assert_allclose(expected_gradient("k1"), 0, atol=1e-6)
     np.testing.assert_allclose(expected_gradient("k2"), kl_gradient, atol=1e-6)
-    reverse = jax.grad(lambda x: jnp.sum(jnp.exp(REF_LOGP) * (REF_LOGP - jax.nn.log_softmax(x))))(LOGITS)
+    reverse = jax.grad(lambda x: jnp.sum(jnp.exp(REF_LOGP) * (REF_LOGP - jax.nn.log_softmax(x))))(
+        LOGITS
+    )
     np.testing.assert_allclose(expected_gradient("k3"), reverse, atol=1e-6)
     assert float(jnp.max(jnp.abs(expected_gradient("k3") - kl_gradient))) > 0.02
 
@@ -270,9 +293,13 @@ def test_kl_reward_lowers_the_exact_kl():
     """PITFALLS 28: reward 0, beta 1, one policy-gradient step from a perturbed policy."""
     logp = jax.nn.log_softmax(LOGITS)
     mask = jnp.ones((3, 1), bool)
-    tokens = jnp.arange(3)  # each token once, weighted by its probability: the exact policy gradient
+    tokens = jnp.arange(
+        3
+    )  # each token once, weighted by its probability: the exact policy gradient
 
-    rewards = shaped_rewards(jnp.zeros(3), logp[:, None], REF_LOGP[:, None], mask, kl_coef=1.0)[:, 0]
+    rewards = shaped_rewards(jnp.zeros(3), logp[:, None], REF_LOGP[:, None], mask, kl_coef=1.0)[
+        :, 0
+    ]
 
     def objective(logits):
         ratio = jnp.exp(ops.log_probs_from_logits(jnp.tile(logits[None], (3, 1)), tokens) - logp)

@@ -42,7 +42,9 @@ def _path(tx, grads):
 
 
 @pytest.mark.parametrize(("make", "tf_form"), [(optim.adam, False), (optim.tf_adam, True)])
-@pytest.mark.parametrize("scale", [1.0, 1e-5])  # gradients of the size of epsilon tell the two forms apart
+@pytest.mark.parametrize(
+    "scale", [1.0, 1e-5]
+)  # gradients of the size of epsilon tell the two forms apart
 def test_adam_epsilon_form_against_numpy(make, tf_form, scale):
     grads = scale * np.array([1.0, -0.5, 0.25, 2.0, -1.0])
     expected = _numpy_adam(grads, lr=0.1, b1=0.9, b2=0.95, eps=1e-5, tf_form=tf_form)
@@ -54,14 +56,18 @@ def test_adam_epsilon_form_against_numpy(make, tf_form, scale):
 
 def test_tf_adam_first_step_is_smaller_by_the_root_of_the_correction():
     # theta_1 = -lr * g / (|g| + eps / sqrt(1 - b2)) with g = eps: 1 / (1 + 1 / sqrt(0.05)) against 1 / 2.
-    assert _path(optim.tf_adam(1.0, eps=1e-3), [1e-3])[0] == pytest.approx(-1 / (1 + 0.05**-0.5), rel=1e-4)
+    assert _path(optim.tf_adam(1.0, eps=1e-3), [1e-3])[0] == pytest.approx(
+        -1 / (1 + 0.05**-0.5), rel=1e-4
+    )
     assert _path(optim.adam(1.0, eps=1e-3), [1e-3])[0] == pytest.approx(-0.5, rel=1e-4)
 
 
 def test_default_betas_are_the_papers():
     # After one step of g = 1 the moments are 1 - b1 and 1 - b2.
     tx = optim.adam(1.0)
-    _, state = tx.update({"w": jnp.float32(1.0)}, tx.init({"w": jnp.float32(0.0)}), {"w": jnp.float32(0.0)})
+    _, state = tx.update(
+        {"w": jnp.float32(1.0)}, tx.init({"w": jnp.float32(0.0)}), {"w": jnp.float32(0.0)}
+    )
     moments = optax.tree_utils.tree_get(state, "mu"), optax.tree_utils.tree_get(state, "nu")
     assert [round(float(x["w"]), 4) for x in moments] == [0.1, 0.05]
 
@@ -151,7 +157,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("sound", [True, False])
 def test_a_step_behind_the_guard_is_a_select_of_old_and_new(tx, sound):
-    params = {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "bias": jnp.ones(4, jnp.bfloat16)}
+    params = {
+        "kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4),
+        "bias": jnp.ones(4, jnp.bfloat16),
+    }
     old = (params, tx.init(params))
 
     def step(state):
@@ -211,7 +220,9 @@ LEAN = {
     "adam_bf16": functools.partial(optim.adam, first_moment_dtype="bfloat16"),
     "adafactor": optim.adafactor,
 }
-RATE = optim.cosine_to(4e-3, 60)  # as the paper's: without a decay a method without a first moment stays noisy
+RATE = optim.cosine_to(
+    4e-3, 60
+)  # as the paper's: without a decay a method without a first moment stays noisy
 
 
 def _counting(seed: int) -> LMBatch:
@@ -281,13 +292,19 @@ def test_adafactor_is_the_formula_of_its_docstring():
     row, column, full = np.zeros((2, 3)), np.zeros((2, 4)), np.zeros(2)
     for t in range(1, 4):
         grads = {"kernel": noise.normal(size=(2, 3, 4)), "bias": noise.normal(size=2)}
-        updates, state = tx.update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), state, params)
+        updates, state = tx.update(
+            jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), state, params
+        )
         decay = 1 - t**-0.8
         square = grads["kernel"] ** 2 + 1e-30
-        row, column = decay * row + (1 - decay) * square.mean(2), decay * column + (1 - decay) * square.mean(1)
+        row, column = (
+            decay * row + (1 - decay) * square.mean(2),
+            decay * column + (1 - decay) * square.mean(1),
+        )
         full = decay * full + (1 - decay) * (grads["bias"] ** 2 + 1e-30)
         wanted = {
-            "kernel": grads["kernel"] / np.sqrt(np.einsum("lr,lc->lrc", row / row.mean(1, keepdims=True), column)),
+            "kernel": grads["kernel"]
+            / np.sqrt(np.einsum("lr,lc->lrc", row / row.mean(1, keepdims=True), column)),
             "bias": grads["bias"] / np.sqrt(full),
         }
         for name, u in wanted.items():
@@ -297,7 +314,11 @@ def test_adafactor_is_the_formula_of_its_docstring():
 
 @pytest.mark.parametrize("name", ["adam_bf16", "adafactor"])
 def test_lean_states_are_placed_by_the_rules_and_give_the_same_step(name):
-    mesh, tx, model = sharding.make_mesh((2, 2, 2)), LEAN[name](1e-2, clip_norm=1.0), language_model(SMALL)
+    mesh, tx, model = (
+        sharding.make_mesh((2, 2, 2)),
+        LEAN[name](1e-2, clip_norm=1.0),
+        language_model(SMALL),
+    )
     state = steps.train_state(model.init(jax.random.key(0)), tx)
     shardings = sharding.tree_shardings(state, mesh)
     placed = sharding.place_state(state, mesh)
@@ -309,7 +330,9 @@ def test_lean_states_are_placed_by_the_rules_and_give_the_same_step(name):
     together, _ = steps.compile_step(step, state_sharding=shardings)(placed, batch, None)
     assert jax.tree.map(lambda x: x.sharding, together) == shardings
     # float32 in another order of summation; an update is at most 1e-2.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), alone.params, together.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), alone.params, together.params
+    )
 
 
 @pytest.mark.parametrize("name", ["adam_bf16", "adafactor"])
@@ -336,7 +359,9 @@ def test_bfloat16_compute_with_float32_masters_trains_as_float32_does(adam_losse
 
 
 def test_float16_is_refused_with_the_alternative():
-    with pytest.raises(ValueError, match=r"dtype='float16' is unknown: choose one of float32, bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"dtype='float16' is unknown: choose one of float32, bfloat16"
+    ):
         dataclasses.replace(SMALL, dtype="float16")
 
 

@@ -21,7 +21,9 @@ PROGRAMS = ("experiments", "configs")
 
 def run(*argv: object, cwd: Path, **environ: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environ
-    done = subprocess.run([str(a) for a in argv], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(a) for a in argv], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -30,19 +32,43 @@ def run(*argv: object, cwd: Path, **environ: str) -> str:
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that no build folder is left in the checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "rlhf_jax", *PROGRAMS):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "rlhf_jax",
+        *PROGRAMS,
+    ):
         run("cp", "-r", ROOT / name, source, cwd=ROOT)
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        source,
+        cwd=out,
+    )
     (path,) = out.glob("rlhf_jax-*.whl")
     return path
 
 
 def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
-    names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.split("/")[0].endswith(".dist-info")}
+    names = {
+        n for n in zipfile.ZipFile(wheel).namelist() if not n.split("/")[0].endswith(".dist-info")
+    }
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "rlhf_jax").rglob("*.py")}
     assets = {p.relative_to(ROOT).as_posix() for p in ASSETS.rglob("*") if p.is_file()}
     templates = {
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "rlhf_jax").rglob("*") if p.suffix in {".jinja", ".css"}
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "rlhf_jax").rglob("*")
+        if p.suffix in {".jinja", ".css"}
     }
     assert "rlhf_jax/pages/page.html.jinja" in templates
     programs = {
@@ -89,7 +115,18 @@ print("ok", rlhf_jax.__version__)
 def installed(wheel, tmp_path_factory) -> Path:
     """The wheel, installed where a program finds it by PYTHONPATH."""
     target = tmp_path_factory.mktemp("installed") / "site"
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=target.parent)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        target,
+        wheel,
+        cwd=target.parent,
+    )
     return target
 
 
@@ -103,20 +140,37 @@ def test_the_installed_command_trains_what_the_checkout_trains(installed, tmp_pa
     data = tmp_path / "data"
     command = (sys.executable, installed / "bin" / "rlhf-jax")
     outside = {"PYTHONPATH": str(installed), "XLA_FLAGS": ""}
-    run(*command, "prepare_data", "--config=data/storyland:smoke", f"--workdir={data}", cwd=tmp_path, **outside)
+    run(
+        *command,
+        "prepare_data",
+        "--config=data/storyland:smoke",
+        f"--workdir={data}",
+        cwd=tmp_path,
+        **outside,
+    )
     flags = [
         f"--config.demonstrations={data / 'demonstrations.jsonl'}",
         f"--config.validation={data / 'demonstrations_validation.jsonl'}",
         "--config.epochs=1",
     ]
     (tmp_path / "elsewhere").mkdir()
-    run(*command, "sft", "--config=sft/storyland:smoke", "--workdir=run", *flags, cwd=tmp_path / "elsewhere", **outside)
+    run(
+        *command,
+        "sft",
+        "--config=sft/storyland:smoke",
+        "--workdir=run",
+        *flags,
+        cwd=tmp_path / "elsewhere",
+        **outside,
+    )
     run(
         sys.executable, ROOT / "experiments" / "sft.py", f"--config={ROOT}/configs/sft/storyland.py:smoke",
         f"--workdir={tmp_path / 'run'}", *flags, cwd=ROOT, PYTHONPATH=str(ROOT), XLA_FLAGS="",
     )  # fmt: skip
     for name in ("config.json", "sft.json", "epoch-1/model.safetensors"):
-        assert (tmp_path / "elsewhere" / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+        assert (tmp_path / "elsewhere" / "run" / name).read_bytes() == (
+            tmp_path / "run" / name
+        ).read_bytes(), name
 
 
 def test_the_command_names_its_programs(capsys):
@@ -138,7 +192,13 @@ def setup_env(monkeypatch):
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("ACCELERATOR", "COLAB_RELEASE_TAG", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "COLAB_TPU_ADDR"):
+    for name in (
+        "ACCELERATOR",
+        "COLAB_RELEASE_TAG",
+        "TPU_ACCELERATOR_TYPE",
+        "TPU_WORKER_ID",
+        "COLAB_TPU_ADDR",
+    ):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -171,7 +231,9 @@ def installs(module, monkeypatch, tmp_path, *extras: str) -> list[list[str]]:
     calls = []
 
     def run(argv, **_):
-        constraint = Path(argv[argv.index("--constraint") + 1]).read_text() if "--constraint" in argv else ""
+        constraint = (
+            Path(argv[argv.index("--constraint") + 1]).read_text() if "--constraint" in argv else ""
+        )
         calls.append([*argv, constraint])
         return subprocess.CompletedProcess(argv, 0)
 
@@ -183,10 +245,14 @@ def installs(module, monkeypatch, tmp_path, *extras: str) -> list[list[str]]:
     return calls
 
 
-def test_set_up_installs_again_only_when_something_changed(setup_env, monkeypatch, tmp_path, capsys):
+def test_set_up_installs_again_only_when_something_changed(
+    setup_env, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("ACCELERATOR", "cpu")
     (call,) = installs(setup_env, monkeypatch, tmp_path)
-    assert any(part.endswith("[gguf]") for part in call)  # a command of the README reads a GGUF file
+    assert any(
+        part.endswith("[gguf]") for part in call
+    )  # a command of the README reads a GGUF file
     assert "accelerator: cpu" in capsys.readouterr().out
     assert not installs(setup_env, monkeypatch, tmp_path)
     (call,) = installs(setup_env, monkeypatch, tmp_path, "dev")
@@ -200,7 +266,9 @@ def test_set_up_installs_again_only_when_something_changed(setup_env, monkeypatc
 
 
 def test_what_set_up_always_installs_is_in_the_developers_extra_too(setup_env):
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     (inner,) = [name for name in extras["dev"] if name.startswith("rlhf_jax[")]
     assert set(inner.removeprefix("rlhf_jax[").removesuffix("]").split(",")) >= setup_env.ALWAYS
     assert set(extras) >= setup_env.ALWAYS
@@ -219,7 +287,9 @@ def test_colab_keeps_its_own_jax(setup_env, monkeypatch, tmp_path, capsys):
 
 
 def test_make_says_what_is_missing_when_there_is_no_python():
-    done = subprocess.run(["make", "run", "PYTHON="], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "run", "PYTHON="], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "Python 3.11 or newer is needed" in done.stderr
 

@@ -29,6 +29,10 @@ def test_every_pitfall_has_a_guard():
 
 def test_every_test_that_is_named_exists():
     named = {guard for guards in rows().values() for guard in guards}
-    missing = [name for name in sorted(named) if name.split("::")[1] not in functions_of(name.split("::")[0])]
+    missing = [
+        name
+        for name in sorted(named)
+        if name.split("::")[1] not in functions_of(name.split("::")[0])
+    ]
     assert not missing, missing
     assert "test_of_nothing" not in functions_of("tests/test_pitfalls.py")

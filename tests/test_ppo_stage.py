@@ -44,8 +44,12 @@ def inputs(folder: Path) -> dict[str, str]:
     save_hf(folder / "model", model, params, tokenizer)
     reward_params = scalar_from_language_model(params, jax.random.key(1))
     save_hf(folder / "reward", scalar_model(model.config), reward_params, tokenizer)
-    write_jsonl(folder / "prompts.jsonl", [Prompt("Write a story.", id=f"p{i}") for i in range(EPISODES)])
-    write_jsonl(folder / "text.jsonl", [PlainText(f"A dog and a cat. Number {i}.") for i in range(40)])
+    write_jsonl(
+        folder / "prompts.jsonl", [Prompt("Write a story.", id=f"p{i}") for i in range(EPISODES)]
+    )
+    write_jsonl(
+        folder / "text.jsonl", [PlainText(f"A dog and a cat. Number {i}.") for i in range(40)]
+    )
     return {
         "model": str(folder / "model"),
         "reward_model": str(folder / "reward"),
@@ -94,7 +98,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, compiled: list[str]) -> Simpl
     def compile_and_tell(*arguments):
         compiled.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_process, "has_accelerator", lambda: True)  # on a CPU nothing is compiled ahead
+            patch.setattr(
+                cpu_process, "has_accelerator", lambda: True
+            )  # on a CPU nothing is compiled ahead
             compile_ahead(*arguments)
         ahead.extend(compiled)
         compiled.clear()
@@ -105,7 +111,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, compiled: list[str]) -> Simpl
         patch.setattr(programs, "compile_ahead", compile_and_tell)
         result = ppo.run(config, str(folder / "whole"))
         in_iterations = list(compiled)
-        patch.setattr(ppo, "check_step_zero", lambda *_: None)  # passed a moment ago, and compiles five programs
+        patch.setattr(
+            ppo, "check_step_zero", lambda *_: None
+        )  # passed a moment ago, and compiles five programs
         patch.setattr(ppo, "iterate", pull_the_plug)
         with pytest.raises(KeyboardInterrupt):
             ppo.run(config, str(folder / "cut"))
@@ -129,7 +137,9 @@ def column(runs: SimpleNamespace, name: str) -> list[float]:
 def test_a_cut_run_that_goes_on_ends_bit_for_bit_like_a_whole_one(runs):
     """PITFALLS 49, J7: weights, average, moments, KL coefficient, keys, rate and place in the data; no line twice."""
     whole, cut = runs.folder / "whole", runs.folder / "cut"
-    assert len(runs.sampled) == ITERATIONS + 3 + (ITERATIONS - 2)  # it did start again from its checkpoint
+    assert len(runs.sampled) == ITERATIONS + 3 + (
+        ITERATIONS - 2
+    )  # it did start again from its checkpoint
     for i, tokens in enumerate(runs.sampled[ITERATIONS:]):
         np.testing.assert_array_equal(tokens, runs.sampled[i if i < 3 else i - 1])
     for name in ("last", "ema"):
@@ -171,7 +181,9 @@ def test_kl_controller_is_stepped_once_a_rollout(runs):
     coef, kl = column(runs, "rollout/kl_coef"), column(runs, "rollout/kl_nats_per_sequence")
     expected = [runs.config.kl.coef]
     for value in kl:
-        expected.append(expected[-1] * (1 + np.clip(value / TARGET - 1, -0.2, 0.2) * EPISODES / HORIZON))
+        expected.append(
+            expected[-1] * (1 + np.clip(value / TARGET - 1, -0.2, 0.2) * EPISODES / HORIZON)
+        )
     np.testing.assert_allclose([*coef, runs.result["kl_coef"]], expected, rtol=1e-5)
 
 
@@ -180,7 +192,9 @@ def test_learning_rate_reaches_its_end_with_the_last_optimizer_step(runs):
     total = ITERATIONS * OPTIMIZER_STEPS
     assert runs.result["optimizer_steps"] == total
     rates = PEAK * (1 - np.arange(total) / total)
-    np.testing.assert_allclose(column(runs, "policy/lr"), rates.reshape(ITERATIONS, -1).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        column(runs, "policy/lr"), rates.reshape(ITERATIONS, -1).mean(axis=1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["warmup_iterations", "value_warmup_iterations"])
@@ -190,7 +204,9 @@ def test_a_warmup_as_long_as_the_run_is_refused_by_its_name(name):
     config = get_config(f"iterations=5,{name}=4")
     settings.validate(config)
     config[name] = 5
-    with pytest.raises(ValueError, match=f"^{name}=5: leaves none of iterations=5 for schedule=cosine"):
+    with pytest.raises(
+        ValueError, match=f"^{name}=5: leaves none of iterations=5 for schedule=cosine"
+    ):
         settings.validate(config)
     config.schedule = "constant"
     settings.validate(config)
@@ -219,20 +235,30 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     setups = []
     with pytest.MonkeyPatch.context() as patch:
         prepare = ppo.prepare
-        patch.setattr(ppo, "prepare", lambda *arguments: setups.append(prepare(*arguments)) or setups[-1])
+        patch.setattr(
+            ppo, "prepare", lambda *arguments: setups.append(prepare(*arguments)) or setups[-1]
+        )
         ppo.run(config, str(folder / "run"))
     return SimpleNamespace(folder=folder, setup=setups[0])
 
 
 def test_policy_and_reference_reward_model_and_value_network_share_their_base(lora_run):
     setup = lora_run.setup
-    for network, trained in ((setup.policy, setup.trained_policy), (setup.reward, setup.trained_value)):
+    for network, trained in (
+        (setup.policy, setup.trained_policy),
+        (setup.reward, setup.trained_value),
+    ):
         kernel = network.params["blocks"]["mlp"]["up"]["kernel"]
         assert trained.frozen["blocks"]["mlp"]["up"]["kernel"] is kernel
         assert trained.whole(trained.params)["blocks"]["mlp"]["up"]["kernel"] is kernel
         assert not kernel.is_deleted()  # the step donates its state and nothing else
-    sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (setup.state.policy, setup.policy.params)]
-    assert sizes[0] < sizes[1]  # weights, moments and average of the adapters, beside one copy of the network
+    sizes = [
+        sum(x.nbytes for x in jax.tree.leaves(tree))
+        for tree in (setup.state.policy, setup.policy.params)
+    ]
+    assert (
+        sizes[0] < sizes[1]
+    )  # weights, moments and average of the adapters, beside one copy of the network
 
 
 def test_adapters_are_trained_and_what_is_saved_is_merged(lora_run):
@@ -261,17 +287,29 @@ def test_the_stage_itself_gives_the_same_on_a_mesh_with_all_axes(runs, monkeypat
     for iteration, expected in enumerate(history(runs.folder / "whole")[:2]):
         # Tokens of two meshes can be compared where rounding, grown by the first update, does not choose them.
         margins.assert_no_near_tie(
-            partial(drawn, setup, state, iteration, config, mesh), state.policy.params, size=(1e-5, 1e-4)[iteration]
+            partial(drawn, setup, state, iteration, config, mesh),
+            state.policy.params,
+            size=(1e-5, 1e-4)[iteration],
         )
         state, found = ppo.iterate(setup, state, iteration, config, mesh)
         found = to_host(found)
         assert shards(state.policy.params) == shards(state.policy.ema) == {0.25}
         assert shards(state.value.params) == {1.0}
-        np.testing.assert_array_equal(found["rollout/response_tokens"], expected["rollout/response_tokens"])
-        for name in ("rollout/score", "rollout/kl_nats_per_sequence", "policy/loss", "policy/grad_norm", "value/loss"):
+        np.testing.assert_array_equal(
+            found["rollout/response_tokens"], expected["rollout/response_tokens"]
+        )
+        for name in (
+            "rollout/score",
+            "rollout/kl_nats_per_sequence",
+            "policy/loss",
+            "policy/grad_norm",
+            "value/loss",
+        ):
             # The rate of this run is large: after 4 steps of Adam rounding has grown.
             limit = 2e-5 if iteration == 0 else 2e-3
-            np.testing.assert_allclose(found[name], expected[name], rtol=limit, atol=limit, err_msg=name)
+            np.testing.assert_allclose(
+                found[name], expected[name], rtol=limit, atol=limit, err_msg=name
+            )
     assert setup.pieces.step.func._cache_size() == 1
 
 
@@ -279,9 +317,17 @@ def drawn(setup, state, iteration: int, config, mesh, params) -> jax.Array:
     """The tokens of an iteration, sampled with `params`."""
     state = dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=params))
     places = np.arange(iteration * EPISODES, (iteration + 1) * EPISODES, dtype=np.int32)
-    prompts = sharding.place_batch(dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh)
-    return ppo.sample(setup, state, prompts, watch.iteration_keys(config, iteration)[0], config).tokens
+    prompts = sharding.place_batch(
+        dataclasses.replace(setup.prompts.at(iteration), ids=places), mesh
+    )
+    return ppo.sample(
+        setup, state, prompts, watch.iteration_keys(config, iteration)[0], config
+    ).tokens
 
 
 def kernels(params) -> list[jax.Array]:
-    return [x for path, x in jax.tree_util.tree_leaves_with_path(params) if "kernel" in jax.tree_util.keystr(path)]
+    return [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if "kernel" in jax.tree_util.keystr(path)
+    ]

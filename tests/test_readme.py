@@ -32,7 +32,9 @@ class Block(NamedTuple):
 
 
 def blocks(markdown: str) -> list[Block]:
-    found = re.findall(r"^```(\w+) readme-test *(\S*)\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"^```(\w+) readme-test *(\S*)\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL
+    )
     return [Block(*groups) for groups in found]
 
 
@@ -55,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in (("ppo_init/epoch-2", language_model), ("reward_model/model", scalar_model)):
         model = make(config)
         (run / name).parent.mkdir()
-        networks.save_network(run / name, networks.Network(model, model.init(jax.random.key(0)), tokenizer))
+        networks.save_network(
+            run / name, networks.Network(model, model.init(jax.random.key(0)), tokenizer)
+        )
     return folder
 
 
@@ -65,10 +69,19 @@ def test_the_readme_has_its_examples():
     assert "<!-- results -->" in README
 
 
-@pytest.mark.parametrize("block", [b for b in blocks(README) if not b.file], ids=lambda b: b.language)
+@pytest.mark.parametrize(
+    "block", [b for b in blocks(README) if not b.file], ids=lambda b: b.language
+)
 def test_examples_of_the_readme_run(block: Block, folder: Path):
-    env = os.environ | {"XLA_FLAGS": "", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    argv = ["bash", "-euc", block.text] if block.language == "bash" else [sys.executable, "-c", block.text]
+    env = os.environ | {
+        "XLA_FLAGS": "",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    argv = (
+        ["bash", "-euc", block.text]
+        if block.language == "bash"
+        else [sys.executable, "-c", block.text]
+    )
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     if block.language == "bash":
@@ -79,7 +92,9 @@ def test_examples_of_the_readme_run(block: Block, folder: Path):
     elif "make_ppo_step" in block.text:
         assert "policy loss" in done.stdout
     else:
-        losses = [float(loss) for loss in re.findall(r"^loss (\S+) nats", done.stdout, flags=re.MULTILINE)]
+        losses = [
+            float(loss) for loss in re.findall(r"^loss (\S+) nats", done.stdout, flags=re.MULTILINE)
+        ]
         assert len(losses) == 10
         assert losses[-1] < losses[0]
 
@@ -88,17 +103,25 @@ def test_every_command_of_the_readme_names_real_files_and_keys():
     """The stage-by-stage commands are too long to run here: their scripts, configs and keys must exist."""
     from rlhf_jax.run.config import load_config
 
-    commands = re.findall(r"^python (experiments/\w+\.py) --config=(\S+)((?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
+    commands = re.findall(
+        r"^python (experiments/\w+\.py) --config=(\S+)((?:.*\\\n)*.*)$", README, flags=re.MULTILINE
+    )
     assert len(commands) >= 8
     for script, config, rest in commands:
         assert (ROOT / script).is_file(), script
         flags = re.findall(r"--config\.([\w.]+)=(\"[^\"]*\"|\S*)", rest)
-        overrides = {key: value.strip('"') for key, value in flags if not key.startswith("policy_loss")}
+        overrides = {
+            key: value.strip('"') for key, value in flags if not key.startswith("policy_loss")
+        }
         load_config(str(ROOT / config), overrides)
 
 
 def test_links_of_the_readme_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r' src(?:set)?="([^"]+)"', README)
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(
+        r' src(?:set)?="([^"]+)"', README
+    )
     for target in targets:
         assert (ROOT / target).exists(), target
-    assert all((ROOT / target).stat().st_size < 200_000 for target in targets if target.endswith(".png"))
+    assert all(
+        (ROOT / target).stat().st_size < 200_000 for target in targets if target.endswith(".png")
+    )

@@ -21,7 +21,10 @@ PRESETS = {"configs/common.py": "configs/instructgpt/instructgpt_1_3b.py"}
 def links(page: Path) -> list[tuple[str, str]]:
     """What each link to code says, and the file it leads to, relative to the root."""
     found = LINK.findall(page.read_text(encoding="utf-8"))
-    return [(text, (page.parent / target).resolve().relative_to(ROOT).as_posix()) for text, target in found]
+    return [
+        (text, (page.parent / target).resolve().relative_to(ROOT).as_posix())
+        for text, target in found
+    ]
 
 
 def defined(file: str) -> set[str]:
@@ -49,7 +52,9 @@ def value_at(config: Any, key: str) -> Any:
     return config
 
 
-SYMBOLS = [link for page in (RECIPE, ROOT / "README.md") for link in links(page) if "=" not in link[0]]
+SYMBOLS = [
+    link for page in (RECIPE, ROOT / "README.md") for link in links(page) if "=" not in link[0]
+]
 VALUES = [link for link in links(RECIPE) if "=" in link[0]]
 
 
@@ -72,7 +77,9 @@ def test_the_page_has_its_links():
 
 
 def test_every_row_of_the_recipe_leads_to_code():
-    rows = [line for line in RECIPE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [
+        line for line in RECIPE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     heads = ("| in the paper ", "| equation ", "| open ")
     bare = [row for row in rows if not row.startswith(heads) and not LINK.search(row)]
     assert not bare, bare
@@ -87,7 +94,11 @@ INVENTED = {"configs/ppo/x.py", "tests/test_x.py"}
 def test_every_path_that_a_page_names_exists(page: Path):
     """Paths are those of the checkout, or begin inside the package: ``run/files.py``."""
     named = set(PATH.findall(page.read_text(encoding="utf-8"))) - INVENTED
-    missing = [path for path in named if not any((top / path).exists() for top in (ROOT, ROOT / "rlhf_jax"))]
+    missing = [
+        path
+        for path in named
+        if not any((top / path).exists() for top in (ROOT, ROOT / "rlhf_jax"))
+    ]
     assert not missing, missing
 
 

@@ -87,7 +87,10 @@ def test_keyword_only_arguments_are_hyperparameters():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("foreign", r"wants the argument 'reference', which is not available here. Available: prompt, response, prom"),
+        (
+            "foreign",
+            r"wants the argument 'reference', which is not available here. Available: prompt, response, prom",
+        ),
         ("three", "wants the argument 'a'"),
         ("question", "wants the argument 'answer'"),
         ("nothing", "takes none of prompt, response, prompt_id"),
@@ -138,20 +141,27 @@ async def later(response):
 def test_what_is_no_number_is_told_with_prompt_and_function(returned, shown):
     judge = functions.judge(lambda response: returned)
     with pytest.raises(
-        ValueError, match=rf"test_rewards:.*lambda.* returned {shown}.*for the prompt 'p/7'.*None to leave"
+        ValueError,
+        match=rf"test_rewards:.*lambda.* returned {shown}.*for the prompt 'p/7'.*None to leave",
     ):
         judge("p/7", "text")
 
 
 def test_an_async_function_is_told():
-    with pytest.raises(ValueError, match=r"returned a coroutine .it is an async function. for the prompt 'p'"):
+    with pytest.raises(
+        ValueError, match=r"returned a coroutine .it is an async function. for the prompt 'p'"
+    ):
         functions.judge(later)("p", "text")
 
 
 @pytest.mark.parametrize(
     ("name", "response", "told"),
     [
-        ("divides", "", r"my_judges:divides failed for the prompt 'p/3': \S*my_judges.py:\d+: ZeroDivisionError"),
+        (
+            "divides",
+            "",
+            r"my_judges:divides failed for the prompt 'p/3': \S*my_judges.py:\d+: ZeroDivisionError",
+        ),
         ("breaks", "no json", r"my_judges.py:\d+: JSONDecodeError"),
         ("breaks", "[]", r"my_judges.py:\d+: TypeError"),
     ],

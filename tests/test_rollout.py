@@ -25,7 +25,10 @@ from rlhf_jax.types import KLState, Model, Output, PPOState, PromptBatch, Sample
 from tests import tiny
 
 KEY = jax.random.key(0)
-LM_PARAMS, SCALAR_PARAMS = tiny.LANGUAGE.init(jax.random.key(1)), tiny.SCALAR.init(jax.random.key(2))
+LM_PARAMS, SCALAR_PARAMS = (
+    tiny.LANGUAGE.init(jax.random.key(1)),
+    tiny.SCALAR.init(jax.random.key(2)),
+)
 
 
 def _no_cache(batch, length):
@@ -39,14 +42,18 @@ def _nothing(key):
 # A network whose scalar is the position id: it shows where values are read.
 POSITION = Model(
     _nothing,
-    lambda params, tokens, *, segments, positions, **_: Output(positions[..., None].astype(jnp.float32), None),
+    lambda params, tokens, *, segments, positions, **_: Output(
+        positions[..., None].astype(jnp.float32), None
+    ),
     lambda params, hidden: hidden[..., 0],
     _no_cache,
 )
 # A language model that is a table: row i holds the logits of what follows token i.
 BIGRAM = Model(
     _nothing,
-    lambda params, tokens, *, segments, positions, **_: Output(jax.nn.one_hot(tokens, params["table"].shape[0]), None),
+    lambda params, tokens, *, segments, positions, **_: Output(
+        jax.nn.one_hot(tokens, params["table"].shape[0]), None
+    ),
     lambda params, hidden: hidden @ params["table"],
     _no_cache,
 )
@@ -59,12 +66,20 @@ def samples(logp_noise: float = 0.0) -> Samples:
     mask = scoring.response_mask(prompt_lengths, lengths, tiny.SLOTS)
     logp = tiny.log_probs(LM_PARAMS, tokens, lengths, mask)
     noise = logp_noise * jax.random.normal(jax.random.key(4), logp.shape)
-    return Samples(tokens, prompt_lengths, lengths, jnp.where(mask, logp + noise, 0), jnp.array([True, False, True]))
+    return Samples(
+        tokens,
+        prompt_lengths,
+        lengths,
+        jnp.where(mask, logp + noise, 0),
+        jnp.array([True, False, True]),
+    )
 
 
 @lru_cache  # tests with the same settings share one compiled program
 def score_and_shape(**options):
-    return rollouts.make_score_and_shape(tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, Shaping(**options))
+    return rollouts.make_score_and_shape(
+        tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, Shaping(**options)
+    )
 
 
 def shape(rows: Samples, *, scores=None, kl_coef=0.0, **options):
@@ -88,7 +103,9 @@ def test_log_probs_are_the_table_entries():
     mask = scoring.response_mask(jnp.array([1]), lengths, 4)
     logp = scoring.sequence_log_probs(BIGRAM, {"table": table}, tokens, lengths, mask)
     expected = np.asarray(jax.nn.log_softmax(table))
-    np.testing.assert_allclose(logp[0], [0, expected[1, 3], expected[3, 0], expected[0, 2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        logp[0], [0, expected[1, 3], expected[3, 0], expected[0, 2]], rtol=1e-6
+    )
 
 
 def test_sampled_ids_reach_the_rollout_unchanged():
@@ -96,7 +113,9 @@ def test_sampled_ids_reach_the_rollout_unchanged():
     random = np.random.default_rng(0)
     for _ in range(3):
         tokens = jnp.asarray(random.integers(0, tiny.VOCABULARY, (3, tiny.SLOTS)), jnp.int32)
-        np.testing.assert_array_equal(shape(dataclasses.replace(samples(), tokens=tokens))[0].tokens, tokens)
+        np.testing.assert_array_equal(
+            shape(dataclasses.replace(samples(), tokens=tokens))[0].tokens, tokens
+        )
 
 
 def test_scores_and_values_do_not_depend_on_the_amount_of_padding():
@@ -136,10 +155,13 @@ def test_two_to_a_row_gives_the_same_log_probs_values_and_gradients(lengths):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, paired)
     params = scalar.init(KEY)
     (values, last), (paired_values, paired_last) = (
-        scoring.sequence_values(model, params, tokens, lengths) for model in (scalar, scoring.pair_rows(scalar))
+        scoring.sequence_values(model, params, tokens, lengths)
+        for model in (scalar, scoring.pair_rows(scalar))
     )
     np.testing.assert_allclose(paired_last, last, atol=1e-5)
-    np.testing.assert_allclose(jnp.where(mask, paired_values, 0), jnp.where(mask, values, 0), atol=1e-5)
+    np.testing.assert_allclose(
+        jnp.where(mask, paired_values, 0), jnp.where(mask, values, 0), atol=1e-5
+    )
 
 
 RAGGED = (jnp.asarray([1, 4, 2, 3]), jnp.asarray([7, 6, 3, 9]))
@@ -156,8 +178,12 @@ def test_the_last_block_computes_responses_alone_and_nothing_changes(shape):
 
     def read(params, targets):
         where = (tokens, lengths, mask)
-        logp = scoring.sequence_log_probs(language, params[0], *where, temperature=0.7, targets=targets)
-        both = scoring.sequence_log_probs_and_entropy(language, params[0], *where, temperature=0.7, targets=targets)
+        logp = scoring.sequence_log_probs(
+            language, params[0], *where, temperature=0.7, targets=targets
+        )
+        both = scoring.sequence_log_probs_and_entropy(
+            language, params[0], *where, temperature=0.7, targets=targets
+        )
         values, last = scoring.sequence_values(scalar, params[1], *where, targets=targets)
         alone = scoring.response_values(scalar, params[1], *where, targets=targets)
         out = (logp, *both, jnp.where(mask, values, 0), jnp.where(mask, alone, 0), last)
@@ -176,7 +202,9 @@ def test_a_response_longer_than_was_said_gives_no_number():
     slots, (prompts, lengths) = 12, RAGGED
     tokens, mask = jnp.zeros((4, slots), jnp.int32), scoring.response_mask(prompts, lengths, slots)
     language, scalar = language_model(DECODER), scalar_model(DECODER)
-    logp = scoring.sequence_log_probs(language, language.init(KEY), tokens, lengths, mask, targets=5)
+    logp = scoring.sequence_log_probs(
+        language, language.init(KEY), tokens, lengths, mask, targets=5
+    )
     values, _ = scoring.sequence_values(scalar, scalar.init(KEY), tokens, lengths, mask, targets=5)
     alone = scoring.response_values(scalar, scalar.init(KEY), tokens, lengths, mask, targets=5)
     for found in (logp, values, alone):
@@ -190,13 +218,17 @@ def test_pairs_that_do_not_fit_are_told_and_give_no_number():
     assert not scoring.pairs_fit(lengths, 12)
     model = scoring.pair_rows(language_model(DECODER))
     segments, positions = scoring.row_layout(lengths, 12)
-    hidden = model.apply(model.init(KEY), jnp.zeros((4, 12), jnp.int32), segments=segments, positions=positions).hidden
+    hidden = model.apply(
+        model.init(KEY), jnp.zeros((4, 12), jnp.int32), segments=segments, positions=positions
+    ).hidden
     assert bool(jnp.isnan(hidden).all())
 
 
 def test_values_are_read_one_token_before_and_scores_at_the_last_one():
     """PITFALL 4: values of response token t is the scalar at position prompt_len - 1 + t."""
-    values, last = scoring.sequence_values(POSITION, {}, jnp.zeros((2, 6), jnp.int32), jnp.array([6, 3]))
+    values, last = scoring.sequence_values(
+        POSITION, {}, jnp.zeros((2, 6), jnp.int32), jnp.array([6, 3])
+    )
     np.testing.assert_array_equal(values[0], [0, 0, 1, 2, 3, 4])
     np.testing.assert_array_equal(last, [5, 2])
 
@@ -206,7 +238,9 @@ def test_kl_to_an_equal_reference_is_zero_at_any_temperature():
     model = language_model(DecoderConfig(11, 16, 1, 8, 2))
     params = jax.tree.map(lambda x: 4 * x, model.init(KEY))
     prompts = PromptBatch(jnp.ones((3, 4), jnp.int32), jnp.array([2, 3, 4]), jnp.arange(3))
-    drawn = generate(model, params, prompts, KEY, Sampling(max_new_tokens=6, temperature=0.7, stop_ids=(0,)))
+    drawn = generate(
+        model, params, prompts, KEY, Sampling(max_new_tokens=6, temperature=0.7, stop_ids=(0,))
+    )
     scalar = scalar_model(model.config)
     scalar_params = scalar.init(KEY)
     fn = rollouts.make_score_and_shape(model, scalar, scalar, Shaping(temperature=0.7))
@@ -223,7 +257,9 @@ def test_shaped_rewards_and_metrics_equal_hand_sums_on_ragged_rows():
     rollout, metrics = shape(rows, scores=scores, kl_coef=beta, missing_eos_score=-1.0)
     mask = np.asarray(rollout.mask)
     assert mask.sum(axis=1).tolist() == [3, 7, 1]
-    difference = [(np.asarray(rollout.old_logp) - np.asarray(rollout.ref_logp))[b][mask[b]] for b in range(3)]
+    difference = [
+        (np.asarray(rollout.old_logp) - np.asarray(rollout.ref_logp))[b][mask[b]] for b in range(3)
+    ]
     kl = np.mean([d.sum() for d in difference])
     k3 = np.mean([np.sum(np.exp(-d) - 1 + d) for d in difference])
     used = np.array([1.0, -1.0, 0.5])
@@ -245,7 +281,9 @@ def test_shaped_rewards_and_metrics_equal_hand_sums_on_ragged_rows():
     assert not metrics.pop("dropped_rows").value.any()
     assert {name.removeprefix("rollout/") for name in metrics} == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(metrics[f"rollout/{name}"].value, value, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            metrics[f"rollout/{name}"].value, value, rtol=1e-4, atol=1e-5, err_msg=name
+        )
     np.testing.assert_allclose(
         rollout.rewards[0, 2:5], -beta * difference[0] + np.array([0, 0, 1.0]), rtol=1e-4, atol=1e-6
     )
@@ -271,7 +309,9 @@ def test_rewards_are_whitened_over_response_tokens_with_their_mean_kept():
     rollout = shape(rows, scores=scores, kl_coef=0.1, whiten_rewards=True)[0]
     mask = np.asarray(plain.mask)
     raw, white = np.asarray(plain.rewards)[mask], np.asarray(rollout.rewards)[mask]
-    np.testing.assert_allclose(white, (raw - raw.mean()) / raw.std() + raw.mean(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        white, (raw - raw.mean()) / raw.std() + raw.mean(), rtol=1e-4, atol=1e-5
+    )
     assert not np.any(np.asarray(rollout.rewards)[~mask])
 
 
@@ -281,7 +321,9 @@ def test_missing_eos_rule_looks_at_finished_and_not_at_ids():
     raw = jnp.array([5.0, 6.0, 7.0])
     assert shape(rows, scores=raw, missing_eos_score=-1.0)[0].score.tolist() == [5, -1, 7]
     assert shape(rows, scores=raw)[0].score.tolist() == [5, 6, 7]
-    scaled = shape(rows, scores=raw, missing_eos_score=-1.0, score_scale=2.0, score_shift=0.5)[0].score
+    scaled = shape(rows, scores=raw, missing_eos_score=-1.0, score_scale=2.0, score_shift=0.5)[
+        0
+    ].score
     assert scaled.tolist() == [10.5, -1, 14.5]
 
 
@@ -295,7 +337,9 @@ def test_an_outlier_in_a_suppressed_row_changes_nothing_else():
 def test_a_cut_response_is_an_end_or_is_bootstrapped_as_asked():
     """PITFALL 15: at lambda 1 the return of the first token is the reward to go, plus V(tokens[:lengths]) if cut."""
     fn = {
-        t: rollouts.make_score_and_shape(tiny.LANGUAGE, POSITION, shaping=Shaping(lam=1.0, truncation=t))
+        t: rollouts.make_score_and_shape(
+            tiny.LANGUAGE, POSITION, shaping=Shaping(lam=1.0, truncation=t)
+        )
         for t in ("terminal", "bootstrap")
     }
     rows, scores = samples(), jnp.array([1.0, 1.0, 1.0])
@@ -323,8 +367,12 @@ def test_pieces_of_the_rollout_give_the_rows_of_the_whole_in_their_order():
             shape(ragged, scores=scores, kl_coef=0.3, microbatches=n) for n in (1, 3)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, pieces)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), metrics, piece_metrics)
-    with pytest.raises(ValueError, match="score_microbatches=2 must divide the rollout of 3: choose 1 or 3"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), metrics, piece_metrics
+        )
+    with pytest.raises(
+        ValueError, match="score_microbatches=2 must divide the rollout of 3: choose 1 or 3"
+    ):
         shape(ragged, microbatches=2)
 
 
@@ -333,7 +381,9 @@ def test_scores_come_from_the_reward_model_or_from_the_host():
     model_scores = rollouts.score_samples(tiny.SCALAR, SCALAR_PARAMS, rows)
     # Two compiled programs: equal up to rounding.
     np.testing.assert_allclose(shape(rows)[0].score, model_scores, rtol=1e-5)
-    np.testing.assert_array_equal(shape(rows, scores=jnp.array([1.0, 2.0, 3.0]))[0].score, [1, 2, 3])
+    np.testing.assert_array_equal(
+        shape(rows, scores=jnp.array([1.0, 2.0, 3.0]))[0].score, [1, 2, 3]
+    )
     fn = rollouts.make_score_and_shape(tiny.LANGUAGE, tiny.SCALAR)
     with pytest.raises(ValueError, match="there is no reward model"):
         fn(LM_PARAMS, SCALAR_PARAMS, None, rows, jnp.float32(0.1), jnp.arange(3))
@@ -374,7 +424,13 @@ def test_the_kl_penalty_lowers_the_exact_kl():
     drawn = Samples(rows, jnp.ones(512, jnp.int32), lengths, logp, jnp.ones(512, bool))
     zero = POSITION._replace(head=lambda params, hidden: 0.0 * hidden[..., 0] * params["w"])
     fn = rollouts.make_score_and_shape(BIGRAM, zero)
-    arguments = ({"table": jnp.asarray(reference)}, {"w": jnp.ones(())}, None, drawn, jnp.float32(1.0))
+    arguments = (
+        {"table": jnp.asarray(reference)},
+        {"w": jnp.ones(())},
+        None,
+        drawn,
+        jnp.float32(1.0),
+    )
     rollout, metrics = fn(*arguments, jnp.arange(512), jnp.zeros(512))
     before = exact_kl(policy["table"])
     assert float(metrics["rollout/kl_nats_per_sequence"].value) == pytest.approx(before, rel=0.2)
@@ -385,19 +441,32 @@ def test_the_kl_penalty_lowers_the_exact_kl():
         kl=KLState(jnp.float32(1.0)),
         iteration=jnp.zeros((), jnp.int32),
     )
-    state, _ = jax.jit(steps.make_ppo_step(BIGRAM, zero, steps.Optimizers(tx, tx), steps.PPO(minibatches=1)))(
-        state, rollout, None, KEY
-    )
+    state, _ = jax.jit(
+        steps.make_ppo_step(BIGRAM, zero, steps.Optimizers(tx, tx), steps.PPO(minibatches=1))
+    )(state, rollout, None, KEY)
     assert exact_kl(state.policy.params["table"]) < 0.95 * before
 
 
 # ------------------------------------------------------------------------------------------- step 0
 
 
-def check(rows=None, *, policy=LM_PARAMS, ref=LM_PARAMS, value=SCALAR_PARAMS, reward=SCALAR_PARAMS, **options):
+def check(
+    rows=None,
+    *,
+    policy=LM_PARAMS,
+    ref=LM_PARAMS,
+    value=SCALAR_PARAMS,
+    reward=SCALAR_PARAMS,
+    **options,
+):
     rows = samples() if rows is None else rows
     return rollouts.step_zero_checks(
-        tiny.LANGUAGE, tiny.SCALAR, tiny.SCALAR, InitialParams(policy, ref, value, reward), rows, **options
+        tiny.LANGUAGE,
+        tiny.SCALAR,
+        tiny.SCALAR,
+        InitialParams(policy, ref, value, reward),
+        rows,
+        **options,
     )
 
 
@@ -418,7 +487,9 @@ def test_step_zero_refuses_another_reference():
 
 
 def test_step_zero_refuses_log_probs_of_another_sampler():
-    with pytest.raises(ValueError, match=r"sampler_gap=.* is above its limit 0.0001: .*temperature"):
+    with pytest.raises(
+        ValueError, match=r"sampler_gap=.* is above its limit 0.0001: .*temperature"
+    ):
         check(temperature=0.9)
     with pytest.raises(ValueError, match="sampler_gap=nan"):
         check(dataclasses.replace(samples(), logp=jnp.full((3, tiny.SLOTS), jnp.nan)))
@@ -426,7 +497,9 @@ def test_step_zero_refuses_log_probs_of_another_sampler():
 
 def _generated(model, params, **settings):
     prompts = PromptBatch(jnp.ones((8, 4), jnp.int32), jnp.array([2, 3, 4, 1] * 2), jnp.arange(8))
-    return generate(model, params, prompts, KEY, Sampling(max_new_tokens=6, stop_ids=(0,), **settings))
+    return generate(
+        model, params, prompts, KEY, Sampling(max_new_tokens=6, stop_ids=(0,), **settings)
+    )
 
 
 def test_step_zero_refuses_samples_of_a_truncated_distribution():
@@ -463,7 +536,9 @@ def test_step_zero_refuses_clipped_ratios_even_under_a_loose_limit():
 def test_step_zero_refuses_a_value_network_that_lost_the_bias():
     """PITFALL 31: V(whole sequence) is the raw score, bias included."""
     reward = SCALAR_PARAMS | {"head": SCALAR_PARAMS["head"] | {"bias": jnp.float32(0.5)}}
-    with pytest.raises(ValueError, match=r"value_gap=0.5 is above its limit 0.0001: .*bias included"):
+    with pytest.raises(
+        ValueError, match=r"value_gap=0.5 is above its limit 0.0001: .*bias included"
+    ):
         check(reward=reward)
     assert "value_gap" in check(value=reward, reward=reward)
 
@@ -471,7 +546,10 @@ def test_step_zero_refuses_a_value_network_that_lost_the_bias():
 def test_step_zero_limit_follows_the_compute_dtype():
     config = DecoderConfig(11, 16, 1, 8, 2)
     assert rollouts.log_prob_limit(language_model(config)) == 1e-4
-    assert rollouts.log_prob_limit(language_model(dataclasses.replace(config, dtype="bfloat16"))) == 2e-2
+    assert (
+        rollouts.log_prob_limit(language_model(dataclasses.replace(config, dtype="bfloat16")))
+        == 2e-2
+    )
 
 
 @pytest.mark.parametrize(

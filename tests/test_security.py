@@ -27,7 +27,9 @@ from rlhf_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [
-    p for folder in ("rlhf_jax", "experiments", "configs", "tools") for p in sorted((ROOT / folder).rglob("*.py"))
+    p
+    for folder in ("rlhf_jax", "experiments", "configs", "tools")
+    for p in sorted((ROOT / folder).rglob("*.py"))
 ]
 LLAMA = DecoderConfig(1200, 16, 1, 16, 2, mlp_width=24, tied=False)
 
@@ -88,10 +90,15 @@ def dangers(tree: ast.AST) -> set[str]:
             name = ast.unparse(node.func)
             if isinstance(node.func, ast.Name) and name in CALLS:
                 found.add(name)
-            if name.endswith(("read_pickle", "torch.load", "import_module")) or name in ("np.load", "numpy.load"):
+            if name.endswith(("read_pickle", "torch.load", "import_module")) or name in (
+                "np.load",
+                "numpy.load",
+            ):
                 found.add(name)
             found |= {
-                k.arg for k in node.keywords if k.arg in ("allow_pickle", "shell") and ast.unparse(k.value) != "False"
+                k.arg
+                for k in node.keywords
+                if k.arg in ("allow_pickle", "shell") and ast.unparse(k.value) != "False"
             }
             if isinstance(node.func, ast.Attribute) and node.func.attr in (
                 "exec_module",
@@ -106,7 +113,9 @@ def dangers(tree: ast.AST) -> set[str]:
 ALLOWED = {
     "rlhf_jax/run/config.py": {"importlib.import_module"},  # the user's own functions
     "rlhf_jax/run/config_file.py": {"exec_module"},  # the user's own config file
-    "rlhf_jax/run/metrics.py": {"importlib.import_module"},  # tensorboardX, wandb: two names in the source
+    "rlhf_jax/run/metrics.py": {
+        "importlib.import_module"
+    },  # tensorboardX, wandb: two names in the source
 }
 
 
@@ -114,7 +123,9 @@ ALLOWED = {
 def test_no_program_runs_the_content_of_a_file(path: Path):
     name = path.relative_to(ROOT).as_posix()
     found = dangers(ast.parse(path.read_text()))
-    if name.startswith("tools/peers/"):  # other libraries, for speed only; nothing of ours imports them
+    if name.startswith(
+        "tools/peers/"
+    ):  # other libraries, for speed only; nothing of ours imports them
         found -= {"torch"} | {n for n in found if n.startswith("torch.")}
     assert found <= ALLOWED.get(name, set()), name
 
@@ -130,7 +141,9 @@ def test_the_look_for_code_can_fail():
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json",
                                   "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])  # fmt: skip
-def test_a_pickle_by_another_name_is_refused_and_never_loaded(model: Path, tmp_path: Path, name: str):
+def test_a_pickle_by_another_name_is_refused_and_never_loaded(
+    model: Path, tmp_path: Path, name: str
+):
     (model / name).write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
     with pytest.raises(ValueError, match=f"(?s)({name}|tokenizer).*(corrupt|cannot be read)"):
         load_hf(model)
@@ -163,7 +176,9 @@ def test_a_pickle_disguised_as_a_checkpoint_is_put_aside(tmp_path: Path, capsys)
     (tmp_path / "run" / "3" / "state").write_bytes(bomb)
     (tmp_path / "run" / "4").write_bytes(bomb)
     (tmp_path / "run" / "manifests" / "4.json").write_bytes(bomb)
-    largest = max((tmp_path / "run" / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    largest = max(
+        (tmp_path / "run" / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
     largest.write_bytes(bomb)
     with Checkpoints(tmp_path / "run") as saved:
         assert saved.newest_good() == 1
@@ -190,15 +205,25 @@ def test_code_in_a_model_folder_is_never_run(model: Path, tmp_path: Path, tokeni
         "tokenizers.py",
     ):
         (model / name).write_text(code)
-    auto = {key: ["evil.Evil", "evil.Evil"] for key in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM")}
+    auto = {
+        key: ["evil.Evil", "evil.Evil"]
+        for key in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM")
+    }
     change(model / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil", trust_remote_code=True,
            processor_class="evil.Evil", custom_pipelines={"x": {"impl": "evil.Evil"}})  # fmt: skip
-    change(model / "config.json", auto_map=auto, trust_remote_code=True, custom_pipelines={"x": {"impl": "evil.Evil"}})
+    change(
+        model / "config.json",
+        auto_map=auto,
+        trust_remote_code=True,
+        custom_pipelines={"x": {"impl": "evil.Evil"}},
+    )
     monkeypatch.chdir(model)
     _, _, loaded = load_hf(model)
     again = text.load_tokenizer(model)
     assert (
-        text.tokenizer_fingerprint(loaded) == text.tokenizer_fingerprint(again) == text.tokenizer_fingerprint(tokenizer)
+        text.tokenizer_fingerprint(loaded)
+        == text.tokenizer_fingerprint(again)
+        == text.tokenizer_fingerprint(tokenizer)
     )
     assert not ran.exists()
 
@@ -249,7 +274,10 @@ def test_what_a_template_may_not_see_is_empty_to_it(tokenizer):
         tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token,
         chat_template="{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}" + hidden,
     )  # fmt: skip
-    assert chatty.decode(text.encode_prompt(chatty, (Message("user", "Hello"),))) == f"Hello{tokenizer.eos_token}"
+    assert (
+        chatty.decode(text.encode_prompt(chatty, (Message("user", "Hello"),)))
+        == f"Hello{tokenizer.eos_token}"
+    )
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "", ".hidden", "x" * 200, None])
@@ -260,7 +288,9 @@ def test_a_chat_template_has_no_path_for_a_name(model: Path, tokenizer, tmp_path
     for load in (load_hf, text.load_tokenizer):
         with pytest.raises(ValueError, match="names a chat template"):
             load(model)
-    chatty = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="x")
+    chatty = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="x"
+    )
     chatty.chat_template = {"default": "x", name: "evil"}
     built = language_model(LLAMA)
     with pytest.raises(ValueError, match="names a chat template"):
@@ -271,7 +301,9 @@ def test_a_chat_template_has_no_path_for_a_name(model: Path, tokenizer, tmp_path
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-@pytest.mark.parametrize("name", [*FILES, "model.safetensors.index.json", "chat_template.jinja", "added_tokens.json"])
+@pytest.mark.parametrize(
+    "name", [*FILES, "model.safetensors.index.json", "chat_template.jinja", "added_tokens.json"]
+)
 def test_a_link_out_of_a_model_folder_is_refused(model: Path, tmp_path: Path, name: str):
     outside = tmp_path / f"outside-{name}"
     if (model / name).exists():
@@ -327,7 +359,9 @@ def test_absurd_numbers_in_a_model_description_are_named(model: Path, fields: di
         load_hf(model)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"]
+)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -350,7 +384,9 @@ def test_json_of_a_model_folder_has_limits(model: Path, name: str, content: str,
 def test_files_of_a_model_folder_have_a_size(model: Path, name: str):
     with (model / name).open("ab") as file:
         file.truncate(files.LIMITS[name] + 1)  # a hole: it takes no space
-    with pytest.raises(ValueError, match=rf"{name} has [\d,]+ bytes, more than the limit of {files.LIMITS[name]:,}"):
+    with pytest.raises(
+        ValueError, match=rf"{name} has [\d,]+ bytes, more than the limit of {files.LIMITS[name]:,}"
+    ):
         load_hf(model)
 
 
@@ -394,7 +430,9 @@ def test_tensor_names_never_become_paths(model: Path, tmp_path: Path):
     before = everything(tmp_path)
     tensors = safetensors.numpy.load_file(model / "model.safetensors")
     for name in ("../../etc/x", "/etc/x", "..\\x", "a/../../x", "~/x", "\0", "", "x" * 9000):
-        safetensors.numpy.save_file(tensors | {name: np.zeros(1, np.float32)}, model / "model.safetensors")
+        safetensors.numpy.save_file(
+            tensors | {name: np.zeros(1, np.float32)}, model / "model.safetensors"
+        )
         with pytest.raises(ValueError, match="would be left out") as refused:
             load_hf(model)
         assert repr(name[:100]) in str(refused.value)
@@ -402,7 +440,9 @@ def test_tensor_names_never_become_paths(model: Path, tmp_path: Path):
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "ABSOLUTE", "sub/x.safetensors", "", 3, None, ["x"], ".."])
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "ABSOLUTE", "sub/x.safetensors", "", 3, None, ["x"], ".."]
+)
 def test_an_index_cannot_name_a_file_elsewhere(model: Path, tmp_path: Path, shard):
     """With all tensors there it is refused for its name; with one missing nothing outside is opened."""
     tensors = safetensors.numpy.load_file(model / "model.safetensors")
@@ -441,7 +481,9 @@ def test_names_of_checkpoint_leaves_never_become_paths(tmp_path: Path):
         saved.wait()
         restored, _ = saved.restore(1, state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    assert {p.relative_to(tmp_path).parts[:3] for p in everything(tmp_path) if p.is_file()} == {("a", "b", "run")}
+    assert {p.relative_to(tmp_path).parts[:3] for p in everything(tmp_path) if p.is_file()} == {
+        ("a", "b", "run")
+    }
     assert not [p for p in everything(tmp_path) if "evil" in p.name]
 
 
@@ -471,13 +513,20 @@ GGUF = {
     "many fields": gguf_file(count=2**60),
     "an endless array": gguf_file(KEY + struct.pack("<IIQ", 9, 0, 2**60)),
     "an endless array of strings": gguf_file(KEY + struct.pack("<IIQ", 9, 8, 2**60)),
-    "arrays in arrays": gguf_file(KEY + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100, tail=b"\0" * 9000),
+    "arrays in arrays": gguf_file(
+        KEY + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100, tail=b"\0" * 9000
+    ),
     "a long string": gguf_file(KEY + struct.pack("<IQ", 8, 2**62)),
     "a long key": gguf_file(struct.pack("<Q", 2**63) + b"x"),
     "an unknown type": gguf_file(KEY + struct.pack("<IQ", 77, 0)),
-    "many dimensions": gguf_file(gguf_string(b"t") + struct.pack("<I", 2**31), tensors=1, count=0, tail=b"\0" * 99),
+    "many dimensions": gguf_file(
+        gguf_string(b"t") + struct.pack("<I", 2**31), tensors=1, count=0, tail=b"\0" * 99
+    ),
     "a huge tensor": gguf_file(
-        gguf_string(b"t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0), tensors=1, count=0, tail=b"\0" * 99
+        gguf_string(b"t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0),
+        tensors=1,
+        count=0,
+        tail=b"\0" * 99,
     ),
     "cut": gguf_file(KEY)[:-4],
     "nothing": b"",
@@ -492,7 +541,9 @@ def test_a_hostile_gguf_header_is_refused_at_once(tmp_path: Path, kind: str):
         load_hf(tmp_path / "x.gguf")
 
 
-@pytest.mark.parametrize("numbers", [(0,) * 7, (-1, 1, 1, 1, 1, 1, 1), (2**30,) * 7, (4, 4, 2**31 - 1, 1, 1, 8, 8)])
+@pytest.mark.parametrize(
+    "numbers", [(0,) * 7, (-1, 1, 1, 1, 1, 1, 1), (2**30,) * 7, (4, 4, 2**31 - 1, 1, 1, 8, 8)]
+)
 def test_a_hostile_llama2c_header_is_refused(tmp_path: Path, numbers: tuple[int, ...]):
     (tmp_path / "x.bin").write_bytes(struct.pack("<7i", *numbers) + b"\0" * 64)
     with pytest.raises(ValueError, match=r"x\.bin|must be at least 1"):
@@ -505,14 +556,22 @@ def test_a_hostile_llama2c_header_is_refused(tmp_path: Path, numbers: tuple[int,
 def test_a_line_has_a_largest_size(tmp_path: Path):
     line = b'{"prompt": "' + b"x" * schema.LINE_LIMIT + b'"}\n'
     (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "p"}\n' + line)
-    with pytest.raises(ValueError, match=rf"x\.jsonl:2: the line has [\d,]+ bytes, the limit is {schema.LINE_LIMIT:,}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"x\.jsonl:2: the line has [\d,]+ bytes, the limit is {schema.LINE_LIMIT:,}",
+    ):
         schema.read_jsonl(tmp_path / "x.jsonl", schema.Prompt)
 
 
 def test_a_file_that_unpacks_to_far_more_is_refused(tmp_path: Path):
     packed = gzip.compress(bytes(2**20)) * 100  # 100 MB of zeros in 100 KB
     (tmp_path / "bomb.jsonl.gz").write_bytes(packed)
-    with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz unpacks to more than 200 times its [\d,]+ bytes"):
+    with pytest.raises(
+        ValueError, match=r"bomb\.jsonl\.gz unpacks to more than 200 times its [\d,]+ bytes"
+    ):
         schema.read_jsonl(tmp_path / "bomb.jsonl.gz", schema.Prompt)
-    schema.write_jsonl(tmp_path / "fine.jsonl.gz", [schema.Prompt("the same " * 9000, id=str(i)) for i in range(99)])
+    schema.write_jsonl(
+        tmp_path / "fine.jsonl.gz",
+        [schema.Prompt("the same " * 9000, id=str(i)) for i in range(99)],
+    )
     assert len(schema.read_jsonl(tmp_path / "fine.jsonl.gz", schema.Prompt)[0]) == 99

@@ -72,10 +72,17 @@ def test_adapters_lie_as_the_kernels_they_are_added_to():
     """Inputs and outputs of an adapter go over the axes of the kernel's; moments follow."""
     base = jax.eval_shape(language_model(LLAMA).init, jax.random.key(0))
     state = jax.eval_shape(
-        lambda base: steps.train_state(init_lora(base, jax.random.key(0), rank=4), optim.adam(1e-3)), base
+        lambda base: steps.train_state(
+            init_lora(base, jax.random.key(0), rank=4), optim.adam(1e-3)
+        ),
+        base,
     )
-    placed = jax.tree_util.tree_leaves_with_path(sharding.tree_shardings(state, sharding.make_mesh((2, 2, 2))))
-    specs = {jax.tree_util.keystr(path, simple=True, separator="/"): where.spec for path, where in placed}
+    placed = jax.tree_util.tree_leaves_with_path(
+        sharding.tree_shardings(state, sharding.make_mesh((2, 2, 2)))
+    )
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): where.spec for path, where in placed
+    }
     assert specs["params/blocks/mlp/up/lora_a"] == P(None, "fsdp")
     assert specs["params/blocks/mlp/up/lora_b"] == P(None, None, "tensor")
     assert specs["params/blocks/mlp/down/lora_a"] == P(None, "tensor")
@@ -86,7 +93,10 @@ def test_adapters_lie_as_the_kernels_they_are_added_to():
 
 
 def test_rules_are_data_and_come_back_from_it():
-    assert sharding.rules_from_data(sharding.rules_as_data(sharding.DECODER_RULES)) == sharding.DECODER_RULES
+    assert (
+        sharding.rules_from_data(sharding.rules_as_data(sharding.DECODER_RULES))
+        == sharding.DECODER_RULES
+    )
     assert sharding.rules_from_data([["kernel", [None, ["fsdp", "tensor"]]]]) == (
         ("kernel", P(None, ("fsdp", "tensor"))),
     )
@@ -98,7 +108,10 @@ def test_rules_are_data_and_come_back_from_it():
     [
         ("kernel", "is not a pair"),
         (("kernel", "fsdp"), "is not a pair"),
-        (("kernel", (None, "model")), "names the mesh axis 'model': the axes are data, fsdp, tensor"),
+        (
+            ("kernel", (None, "model")),
+            "names the mesh axis 'model': the axes are data, fsdp, tensor",
+        ),
         (("kernel(", ("fsdp",)), "is not a regular expression"),
     ],
 )
@@ -114,7 +127,11 @@ def test_a_state_is_built_in_its_place_from_arrays_that_stay():
     state, where = sharding.build_state(make, params, mesh=mesh)
     assert jax.tree.map(lambda x: x.sharding, state) == where
     tiny.assert_bit_equal(state, make(params))
-    shared = {shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(params) for shard in x.addressable_shards}
+    shared = {
+        shard.data.unsafe_buffer_pointer()
+        for x in jax.tree.leaves(params)
+        for shard in x.addressable_shards
+    }
     for leaf in jax.tree.leaves(state):
         pointers = {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}
         assert not pointers & shared  # a step that donates the state leaves `params` alone
@@ -135,7 +152,9 @@ def test_the_first_rule_that_matches_decides_and_no_rule_replicates():
 def test_rules_that_do_not_fit_name_the_leaf_and_the_fix():
     mesh = sharding.make_mesh((2, 2, 2))
     tree = {"embed": {"embedding": jnp.ones((5, 4))}}
-    with pytest.raises(ValueError, match=r"embed/embedding of shape \(5, 4\) .* cut dimension 0 into 2"):
+    with pytest.raises(
+        ValueError, match=r"embed/embedding of shape \(5, 4\) .* cut dimension 0 into 2"
+    ):
         sharding.tree_shardings(tree, mesh, (("embed", P("fsdp")),))
     with pytest.raises(ValueError, match="more axes than embed/embedding"):
         sharding.tree_shardings(tree, mesh, (("embed", P(None, None, "fsdp")),))
@@ -152,8 +171,12 @@ def test_rows_of_a_batch_go_over_data_and_fsdp():
 
 
 def test_a_batch_that_does_not_divide_names_rows_and_fix():
-    with pytest.raises(ValueError, match=r"batch of 6 rows \(tokens\) .* data=2 x fsdp=2: choose a multiple of 4"):
-        sharding.place_batch(jax.tree.map(np.asarray, tiny.lm_batch(6)), sharding.make_mesh((2, 2, 2)))
+    with pytest.raises(
+        ValueError, match=r"batch of 6 rows \(tokens\) .* data=2 x fsdp=2: choose a multiple of 4"
+    ):
+        sharding.place_batch(
+            jax.tree.map(np.asarray, tiny.lm_batch(6)), sharding.make_mesh((2, 2, 2))
+        )
 
 
 def test_a_placed_state_keeps_its_numbers():

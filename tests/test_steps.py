@@ -33,10 +33,16 @@ BOTH = steps.Optimizers(SGD, SGD)
 
 @lru_cache  # tests with the same settings share one compiled program
 def ppo_step(policy_tx=SGD, value_tx=SGD, **options):
-    losses = {name: options.pop(f"{name}_loss") for name in ("policy", "value", "ptx") if f"{name}_loss" in options}
+    losses = {
+        name: options.pop(f"{name}_loss")
+        for name in ("policy", "value", "ptx")
+        if f"{name}_loss" in options
+    }
     txs = steps.Optimizers(policy_tx, value_tx)
     return jax.jit(
-        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, txs, steps.PPO(**options), losses=steps.Losses(**losses))
+        steps.make_ppo_step(
+            tiny.LANGUAGE, tiny.SCALAR, txs, steps.PPO(**options), losses=steps.Losses(**losses)
+        )
     )
 
 
@@ -100,8 +106,12 @@ def test_the_pretraining_loss_is_called_once_a_ppo_step():
 # ------------------------------------------------------------------------------------------- counting steps
 
 
-@pytest.mark.parametrize(("epochs", "minibatches", "microbatches"), [(1, 8, 1), (2, 4, 2), (3, 1, 8)])
-def test_optimizer_steps_are_epochs_times_minibatches_whatever_the_microbatches(epochs, minibatches, microbatches):
+@pytest.mark.parametrize(
+    ("epochs", "minibatches", "microbatches"), [(1, 8, 1), (2, 4, 2), (3, 1, 8)]
+)
+def test_optimizer_steps_are_epochs_times_minibatches_whatever_the_microbatches(
+    epochs, minibatches, microbatches
+):
     state, rollout = start()
     step = ppo_step(epochs=epochs, minibatches=minibatches, microbatches=microbatches)
     state, metrics = step(state, rollout, None, KEY)
@@ -117,7 +127,9 @@ def test_learning_rate_schedule_counts_optimizer_steps_and_ends_where_it_should(
     for iteration in range(2):
         state, metrics = step(state, rollout, None, jax.random.fold_in(KEY, iteration))
     assert float(optim.last_learning_rate(state.policy.opt_state)) == pytest.approx(1e-3 / 16)
-    assert value_of(metrics, "policy/lr") == pytest.approx(1e-3 * np.mean(np.arange(1, 9) / 16), rel=1e-5)
+    assert value_of(metrics, "policy/lr") == pytest.approx(
+        1e-3 * np.mean(np.arange(1, 9) / 16), rel=1e-5
+    )
 
 
 def test_every_row_is_visited_once_an_epoch_in_a_new_order():
@@ -126,7 +138,9 @@ def test_every_row_is_visited_once_an_epoch_in_a_new_order():
     epochs = order.reshape(3, 64)
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = np.asarray(steps.minibatch_order(jax.random.fold_in(KEY, 1), 64, epochs=1, minibatches=8))
+    other = np.asarray(
+        steps.minibatch_order(jax.random.fold_in(KEY, 1), 64, epochs=1, minibatches=8)
+    )
     assert not np.array_equal(other, order[:8])
 
 
@@ -143,17 +157,27 @@ def test_one_minibatch_takes_all_rows_as_they_are_and_their_order_does_not_matte
 
 def test_one_compilation_for_many_iterations():
     state, rollout = start()
-    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)))
+    step = steps.compile_step(
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2))
+    )
     for iteration in range(3):
-        state, _ = step(state, rollout, tiny.lm_batch(8, iteration), jax.random.fold_in(KEY, iteration))
+        state, _ = step(
+            state, rollout, tiny.lm_batch(8, iteration), jax.random.fold_in(KEY, iteration)
+        )
     assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"minibatches": 6}, "minibatches=6 must divide the rollout batch of 8: choose 1, 2, 4 or 8"),
-        ({"minibatches": 2, "microbatches": 3}, "microbatches=3 must divide the batch of 4: choose 1, 2 or 4"),
+        (
+            {"minibatches": 6},
+            "minibatches=6 must divide the rollout batch of 8: choose 1, 2, 4 or 8",
+        ),
+        (
+            {"minibatches": 2, "microbatches": 3},
+            "microbatches=3 must divide the batch of 4: choose 1, 2 or 4",
+        ),
         ({"minibatches": 8}, "epochs \\* minibatches=8 must divide the pretraining batch of 12"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
     ],
@@ -169,7 +193,9 @@ def test_batches_that_do_not_divide_are_refused_with_the_choices(options, messag
 
 def test_microbatches_give_the_gradient_of_the_whole_ragged_batch():
     params, batch = tiny.LANGUAGE.init(KEY), tiny.lm_batch(8)
-    loss_fn = steps._lm_loss_fn(tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
+    loss_fn = steps._lm_loss_fn(
+        tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss")
+    )
     accumulate = jax.jit(partial(update.accumulate_grads, loss_fn), static_argnums=2)
     whole, loss, _ = accumulate(params, (batch, None), 1)
     for microbatches in (2, 8):
@@ -177,7 +203,10 @@ def test_microbatches_give_the_gradient_of_the_whole_ragged_batch():
         assert tiny.distance(grads, whole) < 1e-6
         np.testing.assert_allclose(split_loss.value, loss.value, rtol=1e-6)
     # The mean of micro-batch means is another gradient: the rows are ragged enough to tell.
-    means = [accumulate(params, (jax.tree.map(lambda x, i=i: x[i : i + 1], batch), None), 1)[0] for i in range(8)]
+    means = [
+        accumulate(params, (jax.tree.map(lambda x, i=i: x[i : i + 1], batch), None), 1)[0]
+        for i in range(8)
+    ]
     assert tiny.distance(jax.tree.map(lambda *g: sum(g) / 8, *means), whole) > 1e-2
 
 
@@ -185,11 +214,15 @@ def test_microbatches_do_not_change_a_ppo_step():
     state, rollout = start()
     lm_batch = tiny.lm_batch(16)
     plain, metrics = ppo_step(minibatches=1)(state, rollout, lm_batch, KEY)
-    split, split_metrics = ppo_step(minibatches=1, microbatches=8, ptx_microbatches=4)(state, rollout, lm_batch, KEY)
+    split, split_metrics = ppo_step(minibatches=1, microbatches=8, ptx_microbatches=4)(
+        state, rollout, lm_batch, KEY
+    )
     assert tiny.distance(split.policy.params, plain.policy.params) < 1e-6
     assert tiny.distance(split.value.params, plain.value.params) < 1e-6
     for name, metric in metrics.items():
-        np.testing.assert_allclose(split_metrics[name].value, metric.value, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            split_metrics[name].value, metric.value, rtol=1e-4, atol=1e-6, err_msg=name
+        )
 
 
 def test_microbatches_are_split_strided_so_that_rows_stay_on_their_device():
@@ -198,9 +231,12 @@ def test_microbatches_are_split_strided_so_that_rows_stay_on_their_device():
     split = jax.jit(lambda x: ops.split_rows(x, 4, "microbatches", "batch"))
     np.testing.assert_array_equal(split(x)[1, :, 0], np.arange(1, 32, 4))
     program = split.lower(x).compile().as_text()
-    assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+    assert not any(
+        word in program for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    )
     contiguous = jax.jit(
-        lambda x: x.reshape(4, 8, 1) * 1.0, out_shardings=NamedSharding(mesh, PartitionSpec(None, "data"))
+        lambda x: x.reshape(4, 8, 1) * 1.0,
+        out_shardings=NamedSharding(mesh, PartitionSpec(None, "data")),
     )
     program = contiguous.lower(x).compile().as_text()
     assert any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
@@ -223,7 +259,9 @@ def test_only_targets_have_a_say_in_the_sft_loss():
     batch = dataclasses.replace(batch, mask=batch.mask & (batch.positions >= prompt))
     state = steps.train_state(params, SGD)
     _, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, SGD))(state, batch, None)
-    hidden = tiny.LANGUAGE.apply(params, batch.tokens, segments=batch.segments, positions=batch.positions).hidden
+    hidden = tiny.LANGUAGE.apply(
+        params, batch.tokens, segments=batch.segments, positions=batch.positions
+    ).hidden
     logp = np.asarray(jax.nn.log_softmax(tiny.LANGUAGE.head(params, hidden)))
     tokens, lengths = np.asarray(batch.tokens), np.asarray(batch.segments.sum(axis=1))
     spots = [(b, t) for b in range(3) for t in range(int(prompt[b, 0]), lengths[b])]
@@ -301,7 +339,9 @@ def test_norm_is_logged_before_clipping_and_clipping_bounds_the_update():
     huge = lambda logp, mask: Mean(-1e6 * jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask))  # noqa: E731
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
     state = steps.train_state(tiny.LANGUAGE.init(KEY), tx)
-    new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=huge))(state, tiny.lm_batch(8), None)
+    new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=huge))(
+        state, tiny.lm_batch(8), None
+    )
     update = jax.tree.map(jnp.subtract, new.params, state.params)
     assert float(optax.tree.norm(update)) == pytest.approx(1.0, rel=1e-3)
     assert value_of(metrics, "sft/grad_norm") > 1e4
@@ -340,7 +380,9 @@ def test_reference_is_neither_moved_nor_donated():
     score = jax.jit(partial(scoring.sequence_log_probs, tiny.LANGUAGE))
     tiny.assert_bit_equal(score(state.policy.params, *where), score(reference, *where))
     step = steps.compile_step(
-        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, steps.Optimizers(tx, tx), steps.PPO(minibatches=4))
+        steps.make_ppo_step(
+            tiny.LANGUAGE, tiny.SCALAR, steps.Optimizers(tx, tx), steps.PPO(minibatches=4)
+        )
     )
     for iteration in range(3):
         state, _ = step(state, rollout, None, jax.random.fold_in(KEY, iteration))
@@ -350,12 +392,15 @@ def test_reference_is_neither_moved_nor_donated():
 
 def test_compiled_step_donates_its_state():
     state, rollout = start()
-    step = steps.compile_step(steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)))
+    step = steps.compile_step(
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2))
+    )
     step(state, rollout, None, KEY)
     assert state.policy.params["embed"].is_deleted()
     state, rollout = start()
     step = steps.compile_step(
-        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)), donate=False
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)),
+        donate=False,
     )
     step(state, rollout, None, KEY)
     assert not state.policy.params["embed"].is_deleted()
@@ -366,11 +411,17 @@ def test_compiled_step_donates_its_state():
 
 @jax.jit
 def _gradients(state, rollout, lm_batch):
-    whitened = dataclasses.replace(rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask))
-    policy_fn = steps._policy_loss_fn(
-        tiny.LANGUAGE, bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"), 1.0
+    whitened = dataclasses.replace(
+        rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask)
     )
-    lm_fn = steps._lm_loss_fn(tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss"))
+    policy_fn = steps._policy_loss_fn(
+        tiny.LANGUAGE,
+        bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"),
+        1.0,
+    )
+    lm_fn = steps._lm_loss_fn(
+        tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss")
+    )
     ppo = update.accumulate_grads(policy_fn, state.policy.params, whitened)[0]
     return ppo, update.accumulate_grads(lm_fn, state.policy.params, (lm_batch, None))[0]
 
@@ -383,8 +434,12 @@ def test_ptx_and_ppo_gradients_add_up_in_one_optimizer_step():
     expected = jax.tree.map(lambda p, a, b: p - (a + 3.0 * b), state.policy.params, ppo, ptx)
     assert int(new.policy.step) == 1
     assert tiny.distance(new.policy.params, expected) < 1e-6
-    assert value_of(metrics, "policy/grad_norm") == pytest.approx(float(optax.tree.norm(ppo)), rel=1e-5)
-    assert value_of(metrics, "ptx/grad_norm") == pytest.approx(float(optax.tree.norm(ptx)), rel=1e-5)
+    assert value_of(metrics, "policy/grad_norm") == pytest.approx(
+        float(optax.tree.norm(ppo)), rel=1e-5
+    )
+    assert value_of(metrics, "ptx/grad_norm") == pytest.approx(
+        float(optax.tree.norm(ptx)), rel=1e-5
+    )
     cosine = optax.tree.vdot(ppo, ptx) / (optax.tree.norm(ppo) * optax.tree.norm(ptx))
     assert value_of(metrics, "ptx/cosine") == pytest.approx(float(cosine), abs=1e-5)
 
@@ -393,16 +448,22 @@ def test_ptx_gradient_is_that_of_the_summed_loss():
     """RECIPE 58: one loss ``ppo + gamma * ptx`` has the gradient that the two passes accumulate."""
     state, rollout = start()
     lm_batch = tiny.lm_batch(16)
-    whitened = dataclasses.replace(rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask))
+    whitened = dataclasses.replace(
+        rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask)
+    )
 
     def summed(params):
-        logp = scoring.sequence_log_probs(tiny.LANGUAGE, params, whitened.tokens, whitened.lengths, whitened.mask)
+        logp = scoring.sequence_log_probs(
+            tiny.LANGUAGE, params, whitened.tokens, whitened.lengths, whitened.mask
+        )
         ppo, _ = ppo_policy_loss(logp, whitened.old_logp, whitened.advantages, whitened.mask)
         ptx, _ = sft_loss(scoring.lm_log_probs(tiny.LANGUAGE, params, lm_batch), lm_batch.mask)
         return ppo.value + 27.8 * ptx.value
 
     new, _ = ppo_step(minibatches=1)(state, rollout, lm_batch, KEY)
-    expected = jax.tree.map(jnp.subtract, state.policy.params, jax.jit(jax.grad(summed))(state.policy.params))
+    expected = jax.tree.map(
+        jnp.subtract, state.policy.params, jax.jit(jax.grad(summed))(state.policy.params)
+    )
     assert tiny.distance(new.policy.params, expected) < 1e-6
 
 
@@ -411,7 +472,9 @@ def test_ptx_coef_zero_is_plain_ppo_bit_for_bit():
     tx = optim.adam(1e-2)
     state, rollout = start(tx, tx)
     plain, _ = ppo_step(tx, tx, minibatches=4)(state, rollout, None, KEY)
-    zero, metrics = ppo_step(tx, tx, minibatches=4, ptx_coef=0)(state, rollout, tiny.lm_batch(16), KEY)
+    zero, metrics = ppo_step(tx, tx, minibatches=4, ptx_coef=0)(
+        state, rollout, tiny.lm_batch(16), KEY
+    )
     tiny.assert_bit_equal(zero, plain)
     assert "ptx/loss" not in metrics
 
@@ -422,18 +485,24 @@ def test_pretraining_rows_are_spread_over_the_optimizer_steps():
     _, metrics = ppo_step(optax.sgd(0.0), minibatches=4, epochs=2)(state, rollout, batch, KEY)
     assert float(metrics["ptx/loss"].count) == int(batch.mask.sum())
     logp = scoring.lm_log_probs(tiny.LANGUAGE, state.policy.params, batch)
-    assert value_of(metrics, "ptx/loss") == pytest.approx(float(sft_loss(logp, batch.mask)[0].value), rel=1e-5)
+    assert value_of(metrics, "ptx/loss") == pytest.approx(
+        float(sft_loss(logp, batch.mask)[0].value), rel=1e-5
+    )
 
 
 def test_a_large_pretraining_term_can_be_clipped_alone():
     state, rollout = start()
     lm_batch = tiny.lm_batch(16)
     ppo, ptx = _gradients(state, rollout, lm_batch)
-    new, metrics = ppo_step(minibatches=1, ptx_coef=1e3, ptx_clip_norm=0.5)(state, rollout, lm_batch, KEY)
+    new, metrics = ppo_step(minibatches=1, ptx_coef=1e3, ptx_clip_norm=0.5)(
+        state, rollout, lm_batch, KEY
+    )
     scale = 0.5 / float(optax.tree.norm(ptx))
     expected = jax.tree.map(lambda p, a, b: p - (a + scale * b), state.policy.params, ppo, ptx)
     assert tiny.distance(new.policy.params, expected) < 1e-6
-    assert value_of(metrics, "ptx/grad_norm") == pytest.approx(float(optax.tree.norm(ptx)), rel=1e-5)
+    assert value_of(metrics, "ptx/grad_norm") == pytest.approx(
+        float(optax.tree.norm(ptx)), rel=1e-5
+    )
     clipped, _ = ppo_step(minibatches=1, ppo_clip_norm=0.01)(state, rollout, None, KEY)
     update = jax.tree.map(jnp.subtract, clipped.policy.params, state.policy.params)
     assert float(optax.tree.norm(update)) == pytest.approx(0.01, rel=1e-3)
@@ -447,12 +516,16 @@ def test_ema_is_updated_once_an_optimizer_step_in_float32():
     path = [state.policy.params]
     current = state
     order = steps.minibatch_order(KEY, 8, epochs=1, minibatches=4)
-    whitened = dataclasses.replace(rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask))
+    whitened = dataclasses.replace(
+        rollout, advantages=steps.ops.whiten(rollout.advantages, rollout.mask)
+    )
     one = ppo_step(optax.sgd(0.5), minibatches=1, whiten_advantages=False)
     for index in order:
         current, _ = one(current, tiny.take(whitened, index), None, KEY)
         path.append(current.policy.params)
-    closed = jax.tree.map(lambda *p: 0.9**4 * p[0] + 0.1 * sum(0.9 ** (4 - i) * p[i] for i in range(1, 5)), *path)
+    closed = jax.tree.map(
+        lambda *p: 0.9**4 * p[0] + 0.1 * sum(0.9 ** (4 - i) * p[i] for i in range(1, 5)), *path
+    )
     step = ppo_step(optax.sgd(0.5), minibatches=4, microbatches=2, ema_decay=0.9)
     new, _ = step(state, rollout, None, KEY)
     assert tiny.distance(new.policy.params, path[-1]) < 1e-5
@@ -488,7 +561,9 @@ def test_a_non_finite_supervised_step_is_skipped_and_counted(bad):
     tx = optim.adam(1e-2)
     state = steps.train_state(tiny.LANGUAGE.init(KEY), tx)
     broken = lambda logp, mask: Mean(bad * jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask))  # noqa: E731
-    new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=broken))(state, tiny.lm_batch(8), None)
+    new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=broken))(
+        state, tiny.lm_batch(8), None
+    )
     tiny.assert_bit_equal(new, state)
     assert value_of(metrics, "skipped") == 1
 
@@ -530,7 +605,9 @@ def _spoilt(kind: str):
 
 
 def _flagged(batch: LMBatch) -> LMBatch:
-    return dataclasses.replace(batch, segments=jnp.where(batch.segments > 0, batch.segments + FLAGGED, 0))
+    return dataclasses.replace(
+        batch, segments=jnp.where(batch.segments > 0, batch.segments + FLAGGED, 0)
+    )
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -557,7 +634,9 @@ def test_a_bad_step_k_leaves_a_run_as_if_it_had_never_been(kind):
 def test_a_spike_is_skipped_and_told_from_a_number_that_is_not_finite():
     state = steps.train_state(tiny.LANGUAGE.init(KEY), SGD, guard=True)
     state = dataclasses.replace(state, params=jax.tree.map(lambda x: 0.1 * x, state.params))
-    step = jax.jit(steps.make_sft_step(tiny.LANGUAGE, optim.adam(1e-4), loss=_spoilt("spike"), spike_std=6.0))
+    step = jax.jit(
+        steps.make_sft_step(tiny.LANGUAGE, optim.adam(1e-4), loss=_spoilt("spike"), spike_std=6.0)
+    )
     state = dataclasses.replace(state, opt_state=optim.adam(1e-4).init(state.params))
     for i in range(64):
         state, metrics = step(state, tiny.lm_batch(8, i), None)
@@ -604,12 +683,20 @@ def test_a_loss_gets_what_it_names_and_nothing_else():
     seen = {}
 
     def loss(logp, mask, ref_logp, entropy, score, *, beta=0.5):
-        seen.update(logp=logp.shape, ref_logp=ref_logp.shape, entropy=entropy.shape, score=score.shape, beta=beta)
+        seen.update(
+            logp=logp.shape,
+            ref_logp=ref_logp.shape,
+            entropy=entropy.shape,
+            score=score.shape,
+            beta=beta,
+        )
         total = jnp.sum(jnp.where(mask, beta * (logp - ref_logp) - 0.01 * entropy, 0))
         return Mean(total, jnp.sum(mask)), {"mine": Mean(total, jnp.sum(mask))}
 
     state, rollout = start()
-    _, metrics = ppo_step(minibatches=2, policy_loss=partial(loss, beta=0.25))(state, rollout, None, KEY)
+    _, metrics = ppo_step(minibatches=2, policy_loss=partial(loss, beta=0.25))(
+        state, rollout, None, KEY
+    )
     shape = (4, tiny.SLOTS)
     assert seen == {"logp": shape, "ref_logp": shape, "entropy": shape, "score": (4,), "beta": 0.25}
     assert "policy/mine" in metrics
@@ -631,8 +718,16 @@ def test_entropy_is_computed_only_for_a_loss_that_names_it(monkeypatch):
     ("make", "name", "listed"),
     [
         (lambda loss: steps.make_sft_step(tiny.LANGUAGE, SGD, loss=loss), "loss", "logp"),
-        (lambda loss: steps.make_reward_step(tiny.SCALAR, SGD, loss=loss), "loss", "rewards, ranks"),
-        (lambda loss: ppo_step(policy_loss=loss), "policy_loss", "logp, entropy, tokens, mask, old_logp, ref_logp"),
+        (
+            lambda loss: steps.make_reward_step(tiny.SCALAR, SGD, loss=loss),
+            "loss",
+            "rewards, ranks",
+        ),
+        (
+            lambda loss: ppo_step(policy_loss=loss),
+            "policy_loss",
+            "logp, entropy, tokens, mask, old_logp, ref_logp",
+        ),
         (lambda loss: ppo_step(value_loss=loss), "value_loss", "values, tokens, mask"),
         (lambda loss: ppo_step(ptx_loss=loss), "ptx_loss", "logp, tokens"),
     ],
@@ -688,12 +783,16 @@ def test_reward_step_learns_the_ranking_in_one_forward_a_row():
     tx = optim.adam(3e-2)
     state, batch = steps.train_state(REWARD_MODEL.init(KEY), tx), _ranking_batch(4, 4)
     calls = []
-    counting = REWARD_MODEL._replace(apply=lambda *a, **kw: calls.append(a[1].shape) or REWARD_MODEL.apply(*a, **kw))
+    counting = REWARD_MODEL._replace(
+        apply=lambda *a, **kw: calls.append(a[1].shape) or REWARD_MODEL.apply(*a, **kw)
+    )
     step = steps.compile_step(steps.make_reward_step(counting, tx))
     state, first = step(state, batch, KEY)
     for _ in range(40):
         state, last = step(state, batch, KEY)
-    assert set(calls) == {batch.tokens.shape}  # PITFALL 45: K responses in one row, never K (K - 1) forwards
+    assert set(calls) == {
+        batch.tokens.shape
+    }  # PITFALL 45: K responses in one row, never K (K - 1) forwards
     assert value_of(last, "reward/loss") < 0.5 * value_of(first, "reward/loss")
     assert value_of(last, "reward/accuracy") > 0.9
     assert int(state.step) == 41
@@ -701,12 +800,16 @@ def test_reward_step_learns_the_ranking_in_one_forward_a_row():
 
 def test_absent_responses_have_neither_score_nor_gradient():
     params, batch = REWARD_MODEL.init(KEY), _ranking_batch(2, 3)
-    absent = dataclasses.replace(batch, ranks=batch.ranks.at[:, :, 2].set(-1), ends=batch.ends.at[:, :, 2].set(0))
+    absent = dataclasses.replace(
+        batch, ranks=batch.ranks.at[:, :, 2].set(-1), ends=batch.ends.at[:, :, 2].set(0)
+    )
     poisoned = dataclasses.replace(absent, ends=absent.ends.at[:, :, 2].set(1))
 
     @jax.jit  # with the batch as an argument both are runs of one program
     def gradient(params, batch):
-        loss = lambda p: ranking_loss(scoring.ranking_scores(REWARD_MODEL, p, batch), batch.ranks)[0].value  # noqa: E731
+        loss = lambda p: (
+            ranking_loss(scoring.ranking_scores(REWARD_MODEL, p, batch), batch.ranks)[0].value
+        )  # noqa: E731
         return jax.grad(loss)(params)
 
     tiny.assert_bit_equal(gradient(params, absent), gradient(params, poisoned))
@@ -721,7 +824,10 @@ def test_whitening_over_eight_devices_equals_one():
     placed = sharding.place_batch(jax.tree.map(np.asarray, rollout), sharding.make_mesh((8, 1, 1)))
     whiten = jax.jit(steps.ops.whiten)
     np.testing.assert_allclose(
-        whiten(placed.advantages, placed.mask), whiten(rollout.advantages, rollout.mask), rtol=2e-5, atol=2e-5
+        whiten(placed.advantages, placed.mask),
+        whiten(rollout.advantages, rollout.mask),
+        rtol=2e-5,
+        atol=2e-5,
     )
 
 

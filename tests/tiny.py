@@ -29,13 +29,18 @@ def _init(key, head_shape):
     return {
         "embed": jax.random.normal(keys[0], (VOCABULARY, WIDTH)),
         "places": 0.3 * jax.random.normal(keys[1], (SLOTS, WIDTH)),
-        "head": {"kernel": jax.random.normal(keys[2], head_shape), "bias": jnp.zeros(head_shape[1:])},
+        "head": {
+            "kernel": jax.random.normal(keys[2], head_shape),
+            "bias": jnp.zeros(head_shape[1:]),
+        },
     }
 
 
 def _logits(params, hidden):
     bias = params["head"]["bias"]
-    return hidden @ params["head"]["kernel"] + jnp.broadcast_to(bias, (*hidden.shape[:-1], *bias.shape))
+    return hidden @ params["head"]["kernel"] + jnp.broadcast_to(
+        bias, (*hidden.shape[:-1], *bias.shape)
+    )
 
 
 def _scalars(params, hidden):
@@ -101,7 +106,9 @@ def ppo_state(policy_tx, value_tx, *, ema: bool = True) -> PPOState:
 
 def take(rows: Rollout, index) -> Rollout:
     """Some rows of a struct."""
-    return dataclasses.replace(rows, **{f.name: getattr(rows, f.name)[index] for f in dataclasses.fields(rows)})
+    return dataclasses.replace(
+        rows, **{f.name: getattr(rows, f.name)[index] for f in dataclasses.fields(rows)}
+    )
 
 
 def assert_bit_equal(tree, other) -> None:
@@ -115,4 +122,6 @@ def distance(tree, other) -> float:
     """Norm of the difference over the norm of `other`."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in leaves]
-    return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs)))
+    return float(
+        np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs))
+    )

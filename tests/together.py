@@ -31,12 +31,21 @@ def write_inputs(folder: Path) -> Path:
     params = model.init(jax.random.key(0))
     save_hf(folder / "model", model, params, tokenizer)
     save_hf(
-        folder / "reward", scalar_model(model.config), scalar_from_language_model(params, jax.random.key(1)), tokenizer
+        folder / "reward",
+        scalar_model(model.config),
+        scalar_from_language_model(params, jax.random.key(1)),
+        tokenizer,
     )
     asked = [f"Write a story about number {i}." for i in range(24)]
     told = [f"A dog and a cat met. They saw the number {i}." for i in range(24)]
-    write_jsonl(folder / "demonstrations.jsonl", [Demonstration(p, r) for p, r in zip(asked, told, strict=True)])
-    ranked = [Ranking(p, (r, "A cat is here.", "No."), (0, 1, 2)) for p, r in zip(asked, told, strict=True)]
+    write_jsonl(
+        folder / "demonstrations.jsonl",
+        [Demonstration(p, r) for p, r in zip(asked, told, strict=True)],
+    )
+    ranked = [
+        Ranking(p, (r, "A cat is here.", "No."), (0, 1, 2))
+        for p, r in zip(asked, told, strict=True)
+    ]
     write_jsonl(folder / "rankings.jsonl", ranked)
     write_jsonl(folder / "prompts.jsonl", [Prompt(p, id=f"p{i}") for i, p in enumerate(asked)])
     write_jsonl(folder / "text.jsonl", [PlainText(r) for r in told])
@@ -99,7 +108,11 @@ class Together:
                 environment |= _slurm(i, count, port)
                 extra = ["--distributed"]
             elif count > 1:
-                extra = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+                extra = [
+                    f"--coordinator_address=127.0.0.1:{port}",
+                    f"--num_processes={count}",
+                    f"--process_id={i}",
+                ]
             if count > 1:
                 extra += [f"--heartbeat_timeout={heartbeat}"]
             paths = [folder / f"{name}{i}.txt" for name in ("out", "err")]
@@ -124,7 +137,14 @@ class Together:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            ended.append(Ended(process.returncode, out.read_text(), err.read_text(), time.monotonic() - self.begun))
+            ended.append(
+                Ended(
+                    process.returncode,
+                    out.read_text(),
+                    err.read_text(),
+                    time.monotonic() - self.begun,
+                )
+            )
         return ended
 
     def until(self, path: Path, text: str, timeout: float = 120) -> None:

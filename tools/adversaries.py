@@ -1,12 +1,14 @@
-"""Prints what adversaries that search find in storyland's gold scorer, as the rows of docs/storyland.md.
+"""Prints what adversaries that search find in storyland's gold scorer, as the rows of
+docs/storyland.md.
 
 Run:
 
     python tools/adversaries.py best_of --model=storyland:base_large
     python tools/adversaries.py samples --model=runs/ppo_gold/ema
 
-``best_of`` draws 256 responses to each of 20 test prompts and shows the one that gold likes best; ``samples`` shows
-one response to each, of a policy that was trained on the gold scorer itself (`text_reward` of experiments/ppo.py).
+``best_of`` draws 256 responses to each of 20 test prompts and shows the one that gold likes best;
+``samples`` shows one response to each, of a policy that was trained on the gold scorer itself
+(`text_reward` of experiments/ppo.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ PROMPTS, BEST_OF, SLOTS = 20, 256, 48
 
 def main() -> None:
     """Parses the command line, samples and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("how", choices=("best_of", "samples"))
     parser.add_argument("--model", required=True, help="a model folder, or storyland:base_large")
     parser.add_argument("--seed", type=int, default=0)
@@ -31,13 +35,17 @@ def main() -> None:
     mesh = devices.start((-1, 1, 1))
     network = networks.load_network(args.model, mesh)
     tasks = [task("test", index) for index in range(PROMPTS)]
-    ids = datasets.encode_prompts(network.tokenizer, [t.prompt for t in tasks], length=SLOTS, where="test prompts")
+    ids = datasets.encode_prompts(
+        network.tokenizer, [t.prompt for t in tasks], length=SLOTS, where="test prompts"
+    )
     count = BEST_OF if args.how == "best_of" else 1
     texts, _ = responses.sample_responses(
         network, ids, mesh, counts=count, prompt_length=SLOTS, max_new_tokens=SLOTS, temperature=1.0, seed=args.seed,
         batch_size=256,
     )  # fmt: skip
-    scores = np.array([gold(tasks[i // count], t).score for i, t in enumerate(texts)]).reshape(PROMPTS, count)
+    scores = np.array([gold(tasks[i // count], t).score for i, t in enumerate(texts)]).reshape(
+        PROMPTS, count
+    )
     for i, asked in enumerate(tasks):
         best = int(scores[i].argmax())
         print(f"| {scores[i, best]:.2f} | {asked.prompt} | {texts[i * count + best]!r} |")

@@ -1,19 +1,22 @@
-r"""How fast the parts of the recipe are: steps, decoding, a PPO iteration, next to the hardware and to other libraries.
+r"""How fast the parts of the recipe are: steps, decoding, a PPO iteration, next to the hardware and
+to other libraries.
 
     python tools/benchmark.py sft                       # supervised step, every token a target
-    python tools/benchmark.py reward --k=9              # K-way reward model step in shared-prefix rows
-    python tools/benchmark.py decode                    # sampling with a cache
-    python tools/benchmark.py ppo --epochs=4            # a whole PPO iteration, and its three pieces
-    python tools/benchmark.py slots                     # ragged responses: refilled rows against static batches
-    python tools/benchmark.py sft_epoch --data=FILE     # an epoch over real ragged text, packed
+    python tools/benchmark.py reward --k=9              # K-way reward model step in shared-prefix
+    rows python tools/benchmark.py decode                    # sampling with a cache python
+    tools/benchmark.py ppo --epochs=4            # a whole PPO iteration, and its three pieces
+    python tools/benchmark.py slots                     # ragged responses: refilled rows against
+    static batches python tools/benchmark.py sft_epoch --data=FILE     # an epoch over real ragged
+    text, packed
 
-``--peer=trl|transformers|tunix`` runs that library on the same work in a virtual environment of its own, in turn
-(A B A B), and prints the ratios. ``--sweep=batch=1,2,4,8`` repeats a suite over a size. ``--json`` makes the last line
-one JSON object. Random weights and tokens; nothing is downloaded but a peer's packages.
+``--peer=trl|transformers|tunix`` runs that library on the same work in a virtual environment of its
+own, in turn (A B A B), and prints the ratios. ``--sweep=batch=1,2,4,8`` repeats a suite over a
+size. ``--json`` makes the last line one JSON object. Random weights and tokens; nothing is
+downloaded but a peer's packages.
 
-FLOPs are those of matrix products and causal attention, with the head at target positions only; what the last block
-need not compute, because nobody reads it, counts as done, so that figures compare. The "matrix rate" is that of a plain
-matrix product measured in the same process.
+FLOPs are those of matrix products and causal attention, with the head at target positions only;
+what the last block need not compute, because nobody reads it, counts as done, so that figures
+compare. The "matrix rate" is that of a plain matrix product measured in the same process.
 """
 
 from __future__ import annotations
@@ -73,12 +76,13 @@ class Work(NamedTuple):
     tokens: int
     flops: float
     floor_s: Callable[[], float] | None = None
-    """Time below which the hardware cannot go, where it is not the matrix rate that decides; found after the steps."""
+    """Time below which the hardware cannot go, where it is not the matrix rate that decides; found
+    after the steps."""
     pieces: Callable[[], dict[str, float]] | None = None
     """Seconds of the parts of a step, measured after the whole."""
 
 
-# --------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def decoder(a: argparse.Namespace, context: int) -> DecoderConfig:
@@ -87,17 +91,29 @@ def decoder(a: argparse.Namespace, context: int) -> DecoderConfig:
     if a.family == "gpt2":
         return gpt2(a.vocab, context, a.layers, a.width, a.heads, **common_fields)
     return DecoderConfig(
-        a.vocab, context, a.layers, a.width, a.heads, kv_heads=a.kv_heads, mlp_width=a.mlp_width, **common_fields
+        a.vocab,
+        context,
+        a.layers,
+        a.width,
+        a.heads,
+        kv_heads=a.kv_heads,
+        mlp_width=a.mlp_width,
+        **common_fields,
     )
 
 
 def forward_flops(
-    config: DecoderConfig, lengths: Sequence[int], *, targets: int, seen: float | None = None, read: int | None = None
+    config: DecoderConfig,
+    lengths: Sequence[int],
+    *,
+    targets: int,
+    seen: float | None = None,
+    read: int | None = None,
 ) -> float:
     """Of one forward pass: 2 per weight and token, 4 E per head and visible pair, 2 D V per target.
 
-    `read` are the tokens whose hidden states are wanted, where not all are: the last block is computed for them alone,
-    but for keys and values, and for their share of the pairs.
+    `read` are the tokens whose hidden states are wanted, where not all are: the last block is
+    computed for them alone, but for keys and values, and for their share of the pairs.
     """
     tokens = sum(lengths)
     share = 1.0 if read is None else read / tokens
@@ -105,7 +121,9 @@ def forward_flops(
     mlp = (3 if config.activation in ("swiglu", "geglu") else 2) * config.mlp_width
     pairs = sum(t * (t + 1) / 2 for t in lengths) if seen is None else seen
     own = 2 * config.width * (query + mlp) * tokens + 4 * config.heads * config.head_dim * pairs
-    blocks = (config.layers - 1 + share) * own + config.layers * 2 * config.width * key_value * tokens
+    blocks = (
+        config.layers - 1 + share
+    ) * own + config.layers * 2 * config.width * key_value * tokens
     return blocks + 2 * config.width * config.vocab_size * targets
 
 
@@ -114,7 +132,7 @@ def random_tokens(a: argparse.Namespace, i: int, *shape: int) -> np.ndarray:
     return np.random.default_rng([a.seed, i]).integers(1, a.vocab, size=shape, dtype=np.int32)
 
 
-# -------------------------------------------------------------------------------------------------- suites
+# ------------------------------------------------------------------------------------------- suites
 
 
 def sft(a: argparse.Namespace) -> Work:
@@ -126,19 +144,28 @@ def sft(a: argparse.Namespace) -> Work:
     places = np.broadcast_to(np.arange(length, dtype=np.int32), whole.shape)
 
     def batch(i: int) -> LMBatch:
-        return LMBatch(*map(jnp.asarray, (random_tokens(a, i, *whole.shape), whole, places, targets)))
+        return LMBatch(
+            *map(jnp.asarray, (random_tokens(a, i, *whole.shape), whole, places, targets))
+        )
 
-    tokens, flops = whole.size, 3 * forward_flops(model.config, [length] * a.batch, targets=int(targets.sum()))
+    tokens, flops = (
+        whole.size,
+        3 * forward_flops(model.config, [length] * a.batch, targets=int(targets.sum())),
+    )
     return Work(_trained(a, model, make_sft_step, batch), tokens, flops)
 
 
 def sft_epoch(a: argparse.Namespace) -> Work:
-    """An epoch over the texts of ``--data``, packed; a step takes as many tokens as ``--batch`` texts have."""
+    """An epoch over the texts of ``--data``, packed; a step takes as many tokens as ``--batch``
+    texts have.
+    """
     documents = read_ids(a)
     sizes = [len(ids) for ids in documents]
     length = -(-max(sizes) // 64) * 64
     rows = text.lm_rows(documents, length=length)
-    batches = Batches(rows, batch_size=max(1, round(a.batch * np.mean(sizes) / length)), seed=a.seed)
+    batches = Batches(
+        rows, batch_size=max(1, round(a.batch * np.mean(sizes) / length)), seed=a.seed
+    )
     model, steps = language_model(decoder(a, length)), batches.steps(1)
     flops = 3 * forward_flops(model.config, sizes, targets=int(rows.mask.sum()))
     step = _trained(a, model, make_sft_step, lambda i: jax.tree.map(jnp.asarray, batches.at(i)))
@@ -150,7 +177,9 @@ def sft_epoch(a: argparse.Namespace) -> Work:
 
 
 def read_ids(a: argparse.Namespace) -> list[list[int]]:
-    """Token ids of the demonstrations in ``--data``, by the tokenizer of ``--model``; or of a file that holds ids."""
+    """Token ids of the demonstrations in ``--data``, by the tokenizer of ``--model``; or of a file
+    that holds ids.
+    """
     with open(a.data, encoding="utf-8") as lines:
         first = json.loads(lines.readline())
         if "input_ids" in first:
@@ -159,14 +188,19 @@ def read_ids(a: argparse.Namespace) -> list[list[int]]:
     tokenizer = text.load_tokenizer(networks.model_folder(a.model))
     records, _ = schema.read_jsonl(a.data, schema.Demonstration)
     ids = [
-        [*text.encode_prompt(tokenizer, r.prompt), *text.encode_answer(tokenizer, r.prompt, r.response)]
+        [
+            *text.encode_prompt(tokenizer, r.prompt),
+            *text.encode_answer(tokenizer, r.prompt, r.response),
+        ]
         for r in records
     ]
     return [each for each in ids if len(each) <= a.longest]
 
 
 def reward(a: argparse.Namespace) -> Work:
-    """A reward-model step on ``--batch`` prompts of ``--k`` ranked responses, a prompt and its responses in a row."""
+    """A reward-model step on ``--batch`` prompts of ``--k`` ranked responses, a prompt and its
+    responses in a row.
+    """
     rows = [ranking_rows(a, i) for i in range(2)]
     length = rows[0].tokens.shape[1]
     model = scalar_model(decoder(a, a.prompt_len + a.new_tokens))
@@ -180,7 +214,12 @@ def ranking_rows(a: argparse.Namespace, i: int) -> Any:
     """`a.batch` rows: a prompt of `prompt_len` tokens and its `k` responses of `new_tokens`."""
     ids = random_tokens(a, i, a.batch, a.prompt_len + a.k * a.new_tokens).tolist()
     split = [
-        (row[: a.prompt_len], np.reshape(row[a.prompt_len :], (a.k, -1)).tolist(), tuple(range(a.k))) for row in ids
+        (
+            row[: a.prompt_len],
+            np.reshape(row[a.prompt_len :], (a.k, -1)).tolist(),
+            tuple(range(a.k)),
+        )
+        for row in ids
     ]
     length = a.prompt_len + a.k * a.new_tokens
     return jax.tree.map(jnp.asarray, text.ranking_rows(split, length=length, max_k=a.k))
@@ -191,7 +230,9 @@ def _shared_pairs(a: argparse.Namespace) -> float:
     return a.prompt_len * (a.prompt_len + 1) / 2 + a.k * (a.new_tokens * a.prompt_len + own)
 
 
-def _trained(a: argparse.Namespace, model: Model, make_step: Any, batch: Callable[[int], Any]) -> Callable[[int], Any]:
+def _trained(
+    a: argparse.Namespace, model: Model, make_step: Any, batch: Callable[[int], Any]
+) -> Callable[[int], Any]:
     """A training step that carries its state from call to call."""
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
     step_fn = compile_step(make_step(model, tx))
@@ -216,11 +257,15 @@ def decode(a: argparse.Namespace) -> Work:
         return prefill / matrix_rate(a.dtype) + (a.new_tokens - 1) * decode_floor(a, params, config)
 
     run = partial(generate, model, params, sampling=Sampling(max_new_tokens=a.new_tokens))
-    return Work(lambda i: run(prompts_of(a, i), jax.random.key(i)), a.batch * a.new_tokens, flops, floor)
+    return Work(
+        lambda i: run(prompts_of(a, i), jax.random.key(i)), a.batch * a.new_tokens, flops, floor
+    )
 
 
 def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> float:
-    """Seconds a decode step takes at least: its weights and cache read once, or its products at the matrix rate."""
+    """Seconds a decode step takes at least: its weights and cache read once, or its products at the
+    matrix rate.
+    """
     middle = a.prompt_len + a.new_tokens / 2
     cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
     size = jnp.dtype(a.dtype).itemsize
@@ -232,7 +277,9 @@ def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> f
 def _language_model(a: argparse.Namespace) -> tuple[Model, Any]:
     model = language_model(decoder(a, a.prompt_len + a.new_tokens))
     params = jax.jit(model.init)(jax.random.key(a.seed))
-    if a.dtype != "float32":  # sampling reads the weights once a token: as narrow as they are computed with
+    if (
+        a.dtype != "float32"
+    ):  # sampling reads the weights once a token: as narrow as they are computed with
         params = jax.tree.map(lambda x: x.astype(a.dtype), params)
     return model, params
 
@@ -253,18 +300,38 @@ def ppo(a: argparse.Namespace) -> Work:
     policy, scalar = language_model(config), scalar_model(config)
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
     shape = make_score_and_shape(policy, scalar, scalar, Shaping(max_new_tokens=a.new_tokens))
-    settings = PPO(ptx_coef=0.0, epochs=a.epochs, minibatches=a.minibatches, max_new_tokens=a.new_tokens)
+    settings = PPO(
+        ptx_coef=0.0, epochs=a.epochs, minibatches=a.minibatches, max_new_tokens=a.new_tokens
+    )
     step_fn = compile_step(make_ppo_step(policy, scalar, Optimizers(tx, tx), settings))
     reference, critic = (jax.jit(m.init)(jax.random.key(a.seed)) for m in (policy, scalar))
-    held = [PPOState(train_state(reference, tx), train_state(critic, tx), KLState(jnp.float32(0.05)), jnp.int32(0))]
+    held = [
+        PPOState(
+            train_state(reference, tx),
+            train_state(critic, tx),
+            KLState(jnp.float32(0.05)),
+            jnp.int32(0),
+        )
+    ]
 
     def sample(i: int) -> Samples:
         return generate(
-            policy, held[0].policy.params, prompts_of(a, i), jax.random.key(i), Sampling(max_new_tokens=a.new_tokens)
+            policy,
+            held[0].policy.params,
+            prompts_of(a, i),
+            jax.random.key(i),
+            Sampling(max_new_tokens=a.new_tokens),
         )
 
     def to_score(samples: Samples) -> tuple[Any, ...]:
-        return reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch)
+        return (
+            reference,
+            held[0].value.params,
+            critic,
+            samples,
+            held[0].kl.coef,
+            jnp.arange(a.batch),
+        )
 
     def score(samples: Samples) -> Any:
         return shape(*to_score(samples))
@@ -278,10 +345,14 @@ def ppo(a: argparse.Namespace) -> Work:
         rollout = jax.eval_shape(score, samples)[0]
         weights, key = held[0].policy.params, jax.random.key(0)
         yield compiling.lower(step_fn, held[0], rollout, None, key)
-        yield lower_generate(policy, weights, prompts_of(a, 0), key, Sampling(max_new_tokens=a.new_tokens))
+        yield lower_generate(
+            policy, weights, prompts_of(a, 0), key, Sampling(max_new_tokens=a.new_tokens)
+        )
         yield shape.lower(*to_score(samples))
 
-    compile_ahead = functools.cache(lambda: compiling.compile_together(programs()))  # as `ppo.run` does
+    compile_ahead = functools.cache(
+        lambda: compiling.compile_together(programs())
+    )  # as `ppo.run` does
 
     def step(i: int) -> Any:
         compile_ahead()
@@ -296,7 +367,10 @@ def ppo(a: argparse.Namespace) -> Work:
             "score_s": partial(score, samples),
             "update_s": partial(update, rollout, 2),
         }
-        return {name: statistics.median(_timed(lambda i, f=f: f(), range(a.steps))) for name, f in parts.items()}
+        return {
+            name: statistics.median(_timed(lambda i, f=f: f(), range(a.steps)))
+            for name, f in parts.items()
+        }
 
     return Work(step, a.batch * length, _ppo_flops(a, config), pieces=pieces)
 
@@ -309,10 +383,12 @@ def _ppo_flops(a: argparse.Namespace, config: DecoderConfig) -> float:
 
 
 def slots(a: argparse.Namespace) -> Work:
-    """Ragged responses, ``--prompts`` of them through ``--batch`` rows: a row that ends takes the next prompt.
+    """Ragged responses, ``--prompts`` of them through ``--batch`` rows: a row that ends takes the
+    next prompt.
 
-    A quarter of the limit is their mean: each token ends its response with probability ``4 / new_tokens``. `pieces`
-    is the same work in static batches, which wait for their longest response.
+    A quarter of the limit is their mean: each token ends its response with probability
+    ``4 / new_tokens``. `pieces` is the same work in static batches, which wait for their longest
+    response.
     """
     model, params = _language_model(a)
     stop = tuple(range(round(4 * a.vocab / a.new_tokens)))
@@ -322,22 +398,39 @@ def slots(a: argparse.Namespace) -> Work:
     def refilled(i: int, streams: int = 1) -> Samples:
         key = jax.random.key(i)
         return generate_many(
-            model, params, prompts, key, Sampling(**settings), rows=Rows(count=a.batch, streams=streams)
+            model,
+            params,
+            prompts,
+            key,
+            Sampling(**settings),
+            rows=Rows(count=a.batch, streams=streams),
         )
 
     def static(i: int) -> list[Samples]:
-        parts = [jax.tree.map(lambda x, s=s: x[s : s + a.batch], prompts) for s in range(0, a.prompts, a.batch)]
+        parts = [
+            jax.tree.map(lambda x, s=s: x[s : s + a.batch], prompts)
+            for s in range(0, a.prompts, a.batch)
+        ]
         return [
-            jax.device_get(generate(model, params, part, jax.random.key(i), Sampling(**settings))) for part in parts
+            jax.device_get(generate(model, params, part, jax.random.key(i), Sampling(**settings)))
+            for part in parts
         ]
 
     def pieces() -> dict[str, float]:
         one, many = refilled(0), static(0)
         same = np.array_equal(one.tokens, np.concatenate([part.tokens for part in many]))
-        assert same or a.dtype != "float32", "refilled rows and static batches drew different tokens"
-        streams = responses.sampling_streams(sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1]))
+        assert same or a.dtype != "float32", (
+            "refilled rows and static batches drew different tokens"
+        )
+        streams = responses.sampling_streams(
+            sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
+        )
         refilled(0, streams)
-        runs = {"static_s": static, "refilled_s": refilled, "refilled_streams_s": partial(refilled, streams=streams)}
+        runs = {
+            "static_s": static,
+            "refilled_s": refilled,
+            "refilled_streams_s": partial(refilled, streams=streams),
+        }
         found = {name: statistics.median(times) for name, times in _in_turn(runs, a.steps).items()}
         lengths = one.lengths - one.prompt_lengths
         return found | {
@@ -348,13 +441,25 @@ def slots(a: argparse.Namespace) -> Work:
 
     lengths = refilled(0).lengths
     tokens = int(lengths.sum()) - a.prompts * a.prompt_len
-    return Work(refilled, tokens, forward_flops(model.config, lengths.tolist(), targets=tokens), pieces=pieces)
+    return Work(
+        refilled,
+        tokens,
+        forward_flops(model.config, lengths.tolist(), targets=tokens),
+        pieces=pieces,
+    )
 
 
-SUITES = {"sft": sft, "sft_epoch": sft_epoch, "reward": reward, "decode": decode, "ppo": ppo, "slots": slots}
+SUITES = {
+    "sft": sft,
+    "sft_epoch": sft_epoch,
+    "reward": reward,
+    "decode": decode,
+    "ppo": ppo,
+    "slots": slots,
+}
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def _timed(step: Callable[[int], Any], numbers: Sequence[int]) -> list[float]:
@@ -378,23 +483,32 @@ def _in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, li
 def matrix_rate(dtype: str) -> float:
     """FLOP/s of a plain matrix product in this process."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)  # ones would run faster than real numbers
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(
+        dtype
+    )  # ones would run faster than real numbers
     product = jax.jit(lambda x: x @ x)
     return 2 * size**3 / _seconds_each(lambda: product(x))
 
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes/s at which weights can be read: a matrix larger than any cache times a few rows, or doubled."""
+    """Bytes/s at which weights can be read: a matrix larger than any cache times a few rows, or
+    doubled.
+    """
     matrix = jax.random.normal(jax.random.key(0), (8192, 8192))
     rows = jnp.ones((8, 8192), jnp.float32)
-    product, double = jax.jit(lambda rows, matrix: rows @ matrix), jax.jit(lambda matrix: 2 * matrix)
+    product, double = (
+        jax.jit(lambda rows, matrix: rows @ matrix),
+        jax.jit(lambda matrix: 2 * matrix),
+    )
     read = matrix.nbytes / _seconds_each(lambda: product(rows, matrix))
     return max(read, 2 * matrix.nbytes / _seconds_each(lambda: double(matrix)))
 
 
 def _seconds_each(run: Callable[[], Any], *, together: int = 5) -> float:
-    """Of the fastest of some rounds; calls are given out together, so that the wait for the device counts little."""
+    """Of the fastest of some rounds; calls are given out together, so that the wait for the device
+    counts little.
+    """
 
     def round_of_calls(_: int) -> Any:
         return [run() for _ in range(together)]
@@ -443,7 +557,10 @@ def show(found: dict[str, Any]) -> str:
         ("model GFLOP/s", f"{found['flops_per_s'] / 1e9:,.1f}"),
         ("matrix products, same process", f"{found['matrix_flops_per_s'] / 1e9:,.1f} GFLOP/s"),
         ("share of the matrix rate", f"{found['share_of_matrix_rate']:.1%}"),
-        ("times the floor", f"{found['times_the_floor']:.2f}" if "times_the_floor" in found else None),
+        (
+            "times the floor",
+            f"{found['times_the_floor']:.2f}" if "times_the_floor" in found else None,
+        ),
         *((name, f"{found[name] * 1e3:.1f} ms") for name in PIECES if name in found),
         *((name, f"{found[name]:.2f}") for name in RATIOS if name in found),
         ("compiling, first step", f"{found['compile_s']:.1f} s"),
@@ -451,22 +568,29 @@ def show(found: dict[str, Any]) -> str:
     ]
     shown = [(name, value) for name, value in rows if value]
     width = max(len(name) for name, _ in shown)
-    return "\n".join([f"{found['suite']} on {found['device']}", *(f"  {n:<{width}}  {v}" for n, v in shown)])
+    return "\n".join(
+        [f"{found['suite']} on {found['device']}", *(f"  {n:<{width}}  {v}" for n, v in shown)]
+    )
 
 
 PIECES = ("rollout_s", "score_s", "update_s", "static_s", "refilled_s", "refilled_streams_s")
 RATIOS = ("static_over_refilled", "static_over_refilled_streams", "mean_response_tokens")
 
 
-# ------------------------------------------------------------------------------------- sweeps, peers, flags
+# ----------------------------------------------------------------------------- sweeps, peers, flags
 
 
 def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """The suite at each value of one flag, each in a process of its own; cost beside that of the first."""
+    """The suite at each value of one flag, each in a process of its own; cost beside that of the
+    first.
+    """
     name, _, values = a.sweep.partition("=")
     runs = [run_script(a, [f"--{name}={value}"]) for value in values.split(",")]
     first = runs[0]["s_per_step_median"]
-    print(f"\n{a.suite} by {name}\n{name:>12}  ms/step  of the first  tokens/s  of matrix rate  peak MB")
+    print(
+        f"\n{a.suite} by {name}\n{name:>12}  ms/step  of the first  tokens/s  of matrix rate  peak "
+        "MB"
+    )
     for value, run in zip(values.split(","), runs, strict=True):
         step = run["s_per_step_median"]
         print(f"{value:>12}  {step * 1e3:7.1f}  {step / first:12.2f}  {run['tokens_per_s']:8,.0f}  "
@@ -474,7 +598,9 @@ def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
     return runs
 
 
-def run_script(a: argparse.Namespace, extra: Sequence[str], command: Sequence[str] = ()) -> dict[str, Any]:
+def run_script(
+    a: argparse.Namespace, extra: Sequence[str], command: Sequence[str] = ()
+) -> dict[str, Any]:
     """Runs a suite in a process of its own, ours or a peer's; its JSON."""
     command = list(command or [sys.executable, "-m", "tools.benchmark"])
     names = (*SHARED, *OWN) if "tools.benchmark" in command else SHARED
@@ -497,21 +623,32 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
             a.data = write_ids(read_ids(a), Path(folder) / "ids.jsonl")
         rounds = []
         for number in range(a.rounds):
-            ours, theirs = run_script(a, own), run_script(a, a.peer_flags.split(), [python, str(script)])
+            ours, theirs = (
+                run_script(a, own),
+                run_script(a, a.peer_flags.split(), [python, str(script)]),
+            )
             rounds.append((ours, theirs))
             print(f"round {number + 1}: rlhf_jax {ours['s_per_step_median']:.4f} s, {a.peer} "
                   f"{theirs['s_per_step_median']:.4f} s, peak {ours['peak_rss_mb']:,.0f} and "
                   f"{theirs['peak_rss_mb']:,.0f} MB", flush=True)  # fmt: skip
-    found = ratios(rounds) | {"peer": a.peer, "suite": a.suite, "compile_cold_s": rounds[0][0]["compile_s"]}
+    found = ratios(rounds) | {
+        "peer": a.peer,
+        "suite": a.suite,
+        "compile_cold_s": rounds[0][0]["compile_s"],
+    }
     found |= {"compile_warm_s": rounds[-1][0]["compile_s"]} if a.rounds > 1 else {}
-    print(f"\n{a.suite}: {found['ratio_median']:.2f} times {a.peer} by medians ({found['ratio_min']:.2f} by fastest "
-          f"steps); rounds {', '.join(f'{x:.2f}' for x in found['ratio_of_each_round'])}; peak memory "
+    print(f"\n{a.suite}: {found['ratio_median']:.2f} times {a.peer} by medians "
+        f"({found['ratio_min']:.2f} by fastest "
+          f"steps); rounds {', '.join(f'{x:.2f}' for x in found['ratio_of_each_round'])}; peak "
+          "memory "
           f"{found['memory_ratio']:.2f} of the peer's")  # fmt: skip
     return found | {"ours": rounds[-1][0], "theirs": rounds[-1][1]}
 
 
 def ratios(rounds: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Their time over ours: of the median over rounds of the medians, of the fastest steps, and of each round."""
+    """Their time over ours: of the median over rounds of the medians, of the fastest steps, and of
+    each round.
+    """
 
     def over(name: str, pick: Callable[[list[float]], float]) -> float:
         return pick([b[name] for _, b in rounds]) / pick([a[name] for a, _ in rounds])
@@ -531,10 +668,17 @@ def write_ids(documents: Sequence[Sequence[int]], path: Path) -> str:
 
 
 def peer_python(a: argparse.Namespace) -> str:
-    """The Python of the peer's environment: ``--peer_python``, or one made in the user's cache folder when needed."""
+    """The Python of the peer's environment: ``--peer_python``, or one made in the user's cache
+    folder when needed.
+    """
     if a.peer_python:
         return a.peer_python
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "peers" / a.peer
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "rlhf_jax"
+        / "peers"
+        / a.peer
+    )
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         print(f"Installing {', '.join(PEERS[a.peer])} in {folder} ...", flush=True)
@@ -560,21 +704,37 @@ OWN_SIZES = {"reward": {"prompt_len": 96, "new_tokens": 32}}
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; a suite's own defaults fill in what is not given."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("suite", choices=SUITES)
     for name, value in SIZES.items():
         p.add_argument(f"--{name}", type=type(value), default=None, help=f"default {value}")
     p.add_argument("--remat", default="none", choices=("none", "block"))
-    p.add_argument("--unroll", type=int, default=0, help="blocks an iteration of the layer scan, 0 = all")
+    p.add_argument(
+        "--unroll", type=int, default=0, help="blocks an iteration of the layer scan, 0 = all"
+    )
     p.add_argument("--prompts", type=int, default=64, help="slots: how many prompts")
     p.add_argument("--data", default="", help="sft_epoch: demonstrations as JSON lines")
     p.add_argument("--model", default="smollm2", help="sft_epoch: whose tokenizer")
     p.add_argument("--longest", type=int, default=512, help="sft_epoch: longer texts are left out")
-    p.add_argument("--cache", default="", help="folder of compiled programs; empty: a new one, so that all is compiled")
-    p.add_argument("--sweep", default="", metavar="FLAG=A,B,..", help="repeat over the values of a size")
+    p.add_argument(
+        "--cache",
+        default="",
+        help="folder of compiled programs; empty: a new one, so that all is compiled",
+    )
+    p.add_argument(
+        "--sweep", default="", metavar="FLAG=A,B,..", help="repeat over the values of a size"
+    )
     p.add_argument("--peer", default="", choices=("", *PEERS))
-    p.add_argument("--peer_python", default="", help="Python of the peer's environment; empty: made when first needed")
-    p.add_argument("--peer_flags", default="", help="more flags for the peer's script, in one string")
+    p.add_argument(
+        "--peer_python",
+        default="",
+        help="Python of the peer's environment; empty: made when first needed",
+    )
+    p.add_argument(
+        "--peer_flags", default="", help="more flags for the peer's script, in one string"
+    )
     p.add_argument("--rounds", type=int, default=2, help="of ours and the peer's in turn")
     p.add_argument("--json", action="store_true", help="the last line is one JSON object")
     a = p.parse_args(argv)
@@ -588,10 +748,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     """Refuses flags that do not fit together, before anything runs."""
     if a.suite == "sft_epoch" and not Path(a.data).is_file():
-        p.error(f"--data={a.data!r} is no file: pass demonstrations as JSON lines (experiments/prepare_data.py)")
+        p.error(
+            f"--data={a.data!r} is no file: pass demonstrations as JSON lines "
+            "(experiments/prepare_data.py)"
+        )
     if a.sweep and a.sweep.partition("=")[0] not in SIZES:
-        p.error(f"--sweep={a.sweep!r} names no size: choose one of {', '.join(SIZES)}, as in --sweep=batch=1,2,4")
-    for name in ("layers", "width", "heads", "vocab", "batch", "prompt_len", "new_tokens", "k", "steps", "warmup"):
+        p.error(
+            f"--sweep={a.sweep!r} names no size: choose one of {', '.join(SIZES)}, as in "
+            "--sweep=batch=1,2,4"
+        )
+    for name in (
+        "layers",
+        "width",
+        "heads",
+        "vocab",
+        "batch",
+        "prompt_len",
+        "new_tokens",
+        "k",
+        "steps",
+        "warmup",
+    ):
         if getattr(a, name) < 1:
             p.error(f"--{name}={getattr(a, name)} must be at least 1")
     if a.width % a.heads:

@@ -1,15 +1,18 @@
-r"""Planning on paper: memory and time of a PPO run on a mesh of chips, without a chip and without a model on disk.
+r"""Planning on paper: memory and time of a PPO run on a mesh of chips, without a chip and without a
+model on disk.
 
     python tools/plan.py --config=configs/ppo/instructgpt_175b.py --mesh=1,32,8 --chip=H100
 
-Prints for policy, value network, reference and reward model what lies on each device, FLOPs and time of an iteration,
-and whether it fits; if not, what to change. The last line with ``--json`` is all of it as JSON.
+Prints for policy, value network, reference and reward model what lies on each device, FLOPs and
+time of an iteration, and whether it fits; if not, what to change. The last line with ``--json`` is
+all of it as JSON.
 
-Two sources, named in the output. *By rule*: bytes of every array from `jax.eval_shape` and the sharding rules (exact),
-activations and caches from the formulas of this file. *Compiled*: the real programs in the forms of an accelerator
-(`backends.planned_for_accelerators`), compiled for as many fake CPU devices, with the memory that XLA's CPU compiler
-counts. It computes in float32 where the config says bfloat16 and schedules otherwise than a GPU or TPU, so it is a
-bound from above for those. ``--no_compile`` leaves it out.
+Two sources, named in the output. *By rule*: bytes of every array from `jax.eval_shape` and the
+sharding rules (exact), activations and caches from the formulas of this file. *Compiled*: the real
+programs in the forms of an accelerator (`backends.planned_for_accelerators`), compiled for as many
+fake CPU devices, with the memory that XLA's CPU compiler counts. It computes in float32 where the
+config says bfloat16 and schedules otherwise than a GPU or TPU, so it is a bound from above for
+those. ``--no_compile`` leaves it out.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ CHIPS = {
     "H100": Chip(989.5e12, 80e9, 3.35e12),
     # NVIDIA H200 Tensor Core GPU datasheet, SXM; half of the figure with sparsity.
     "H200": Chip(989.5e12, 141e9, 4.8e12),
-    # NVIDIA DGX B200 datasheet, an eighth of the system (1,440 GB, 64 TB/s); half of the figure with sparsity.
+    # NVIDIA DGX B200 datasheet, an eighth of the system (1,440 GB, 64 TB/s); half of the figure
+    # with sparsity.
     "B200": Chip(2250e12, 180e9, 8.0e12),
     # Google Cloud documentation, "TPU v4": 275 TFLOP/s, 32 GiB, 1,200 GB/s.
     "TPUv4": Chip(275e12, 32 * 2**30, 1.2e12),
@@ -72,7 +76,8 @@ CHIPS = {
 }
 
 USABLE = 0.92
-"""Share of a chip's memory that programs get: the runtime, collectives and fragmentation take the rest (our choice)."""
+"""Share of a chip's memory that programs get: the runtime, collectives and fragmentation take the
+rest (our choice)."""
 
 GIB = 2**30
 
@@ -111,7 +116,7 @@ class Plan(NamedTuple):
         return max(self.phases.values())
 
 
-# ------------------------------------------------------------------------------------------------- the networks
+# ------------------------------------------------------------------------------------- the networks
 
 
 def ppo_config(config: ConfigDict) -> ConfigDict:
@@ -124,13 +129,17 @@ def ppo_config(config: ConfigDict) -> ConfigDict:
 
 
 def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
-    """Policy and value network (the reward model has its shape) from `config.shapes`, else from the models' folders."""
+    """Policy and value network (the reward model has its shape) from `config.shapes`, else from the
+    models' folders.
+    """
     shapes = config.get("shapes") or {}
 
     def decoder_of(role: str, folder: str) -> DecoderConfig:
         if shapes.get(role):
             return gpt2(**shapes[role], **config.decoder, mesh=mesh)
-        checks.require(bool(folder), role, folder, "the config has no shapes: pass the folder of a model")
+        checks.require(
+            bool(folder), role, folder, "the config has no shapes: pass the folder of a model"
+        )
         found = config_from_hf(results.read_json(networks_lib.model_folder(folder) / "config.json"))
         return dataclasses.replace(found, **config.decoder, mesh=mesh)
 
@@ -140,7 +149,9 @@ def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
 
 
 def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -> setup_lib.Setup:
-    """What `ppo.prepare` makes, with shapes and shardings in the place of arrays, and without text."""
+    """What `ppo.prepare` makes, with shapes and shardings in the place of arrays, and without
+    text.
+    """
     rules = setup_lib.sharding_rules(config)
 
     def placed(make: Any, *arguments: Any, role: str) -> Any:
@@ -166,12 +177,17 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
     coefficient: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     iteration: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = PPOState(
-        placed(partial(train_state, tx=policy_tx, ema=True, guard=True), parts[0].params, role="policy"),
+        placed(
+            partial(train_state, tx=policy_tx, ema=True, guard=True), parts[0].params, role="policy"
+        ),
         placed(partial(train_state, tx=value_tx, guard=True), parts[1].params, role="value"),
         KLState(coefficient),
         iteration,
     )
-    networks = networks_lib.Network(policy, reference, None), networks_lib.Network(value, reward, None)
+    networks = (
+        networks_lib.Network(policy, reference, None),
+        networks_lib.Network(value, reward, None),
+    )
     judged = None if config.text_reward else networks[1]
     pieces: Any = None
     if isinstance(mesh, Mesh):
@@ -179,11 +195,25 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
         pieces = ppo.compiled_pieces(config, mesh, networks[0], networks[1], judged, parts, where)
     none: Any = None  # a plan has no prompts and no controller
     return setup_lib.Setup(
-        networks[0], judged, value, *parts, [], [], none, None, [], none, pieces, None, state, None, None
+        networks[0],
+        judged,
+        value,
+        *parts,
+        [],
+        [],
+        none,
+        None,
+        [],
+        none,
+        pieces,
+        None,
+        state,
+        None,
+        None,
     )
 
 
-# ------------------------------------------------------------------------------------------------------ by rule
+# ------------------------------------------------------------------------------------------ by rule
 
 
 def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
@@ -194,8 +224,8 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
       mesh: ``(data, fsdp, tensor)``; an `AbstractMesh` will do.
 
     Returns:
-      The plan. Arrays are counted exactly; activations are an estimate (docs/scaling.md has the formulas and how far
-      they were off where we could measure).
+      The plan. Arrays are counted exactly; activations are an estimate (docs/scaling.md has the
+      formulas and how far they were off where we could measure).
 
     Raises:
       ValueError: the mesh does not divide the batch or an array.
@@ -216,14 +246,26 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     step_rows, scored = episodes / config.minibatches / micro, episodes / config.score_microbatches
     policy_work = max(
         train(policy, step_rows, slots, head=True),
-        train(policy, ptx_rows / per_step / ptx_micro, config.ptx_row_length, head=True) if ptx_rows else 0,
+        train(policy, ptx_rows / per_step / ptx_micro, config.ptx_row_length, head=True)
+        if ptx_rows
+        else 0,
     )
     held, state = memory.held, setup.state
     grads = [held(memory.abstract(s.params)) for s in (state.policy, state.value)]
     copies = 1 + bool(ptx_rows), 1
     accumulated = max(grads) * (micro > 1 or ptx_micro > 1)
     shape = policy.config
-    cache = episodes / rows * slots * shape.layers * 2 * shape.kv_heads * shape.head_dim / tensor * dtype
+    cache = (
+        episodes
+        / rows
+        * slots
+        * shape.layers
+        * 2
+        * shape.kv_heads
+        * shape.head_dim
+        / tensor
+        * dtype
+    )
     networks = {
         "policy": Network(
             held(state.policy.params), held(state.policy.opt_state), held(state.policy.ema), grads[0] * copies[0],
@@ -238,7 +280,9 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
             held(setup.reward.params) if setup.reward else 0, activations=forward(value, scored, slots, head=False)
         ),
     }  # fmt: skip
-    batch = (episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13) / rows
+    batch = (
+        episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13
+    ) / rows
     decoding = held(setup.policy.params["blocks"]) * dtype / 4
     stays = sum(n.parameters + n.optimizer + n.average for n in networks.values())
     prefill = forward(policy, episodes, config.prompt_length, head=False, keys=slots)
@@ -278,18 +322,28 @@ def check_rows(config: ConfigDict, shards: int) -> None:
     for key, count in pieces.items():
         checks.require(
             count % shards == 0 and count > 0, key, config[key],
-            f"leaves {count} rows for data x fsdp = {shards} devices: choose a mesh or a {key} that divides",
+            f"leaves {count} rows for data x fsdp = {shards} devices: choose a mesh or a {key} "
+            "that divides",
         )  # fmt: skip
 
 
 def activations(
-    model: Model, rows: float, slots: int, *, head: bool, tensor: int, row_shards: int, backward: bool, keys: int = 0
+    model: Model,
+    rows: float,
+    slots: int,
+    *,
+    head: bool,
+    tensor: int,
+    row_shards: int,
+    backward: bool,
+    keys: int = 0,
 ) -> float:
     """Bytes on a device while `rows` rows go through a network, an estimate.
 
-    Forward: the inputs of a block, its widest pieces and the attention scores of one layer. Backward: besides, what
-    every layer keeps (its input alone under ``remat="block"``) and the gradients of those pieces. Weights of two layers
-    that are gathered from the fsdp axis and, for a language model, a chunk of logits three times.
+    Forward: the inputs of a block, its widest pieces and the attention scores of one layer.
+    Backward: besides, what every layer keeps (its input alone under ``remat="block"``) and the
+    gradients of those pieces. Weights of two layers that are gathered from the fsdp axis and, for a
+    language model, a chunk of logits three times.
     """
     shape: DecoderConfig = model.config
     own = rows / row_shards
@@ -299,11 +353,21 @@ def activations(
     gates = 3 if shape.activation in ("swiglu", "geglu") else 2
     block = tokens * size * (4 * shape.width + heads + gates * shape.mlp_width / tensor)
     scores = own * shape.heads / tensor * slots * (keys or slots) * 4
-    layer = shape.width * (heads * tensor + (gates if gates == 3 else 2) * shape.mlp_width) * size / tensor
+    layer = (
+        shape.width
+        * (heads * tensor + (gates if gates == 3 else 2) * shape.mlp_width)
+        * size
+        / tensor
+    )
     gathered = 2 * layer if row_shards > 1 else 0
     logits = 0.0
     if head:
-        logits = max(ACCELERATOR.logits_per_chunk, rows * shape.vocab_size) / row_shards * 4 * (3 if backward else 2)
+        logits = (
+            max(ACCELERATOR.logits_per_chunk, rows * shape.vocab_size)
+            / row_shards
+            * 4
+            * (3 if backward else 2)
+        )
     if not backward:
         logits = min(logits, 2 * 4 * tokens * shape.vocab_size)  # all there are
         return block + scores * (1 + size / 4) + gathered + logits
@@ -312,10 +376,12 @@ def activations(
 
 
 def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dict[str, float]:
-    """FLOPs of an iteration over all devices: 2 a weight and token forward, three times that with the backward pass.
+    """FLOPs of an iteration over all devices: 2 a weight and token forward, three times that with
+    the backward pass.
 
-    A block that is computed again (``remat="block"``) costs a fourth pass. Attention is counted over every slot of
-    the row, 4 x layers x slots x query width a token; kernels that leave out later keys do about half of that.
+    A block that is computed again (``remat="block"``) costs a fourth pass. Attention is counted
+    over every slot of the row, 4 x layers x slots x query width a token; kernels that leave out
+    later keys do about half of that.
     """
     slots, tokens = (
         config.prompt_length + config.max_new_tokens,
@@ -329,9 +395,19 @@ def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dic
         return 2.0 * weights + 4.0 * shape.layers * length * shape.heads * shape.head_dim
 
     passes = 4 if config.decoder.remat == "block" else 3
-    update = config.epochs * tokens * passes * (forward(policy, slots, True) + forward(value, slots, False))
-    update += ptx_rows * config.ptx_row_length * passes * forward(policy, config.ptx_row_length, True)
-    score = tokens * (forward(policy, slots, True) + forward(value, slots, False) * (1 if config.text_reward else 2))
+    update = (
+        config.epochs
+        * tokens
+        * passes
+        * (forward(policy, slots, True) + forward(value, slots, False))
+    )
+    update += (
+        ptx_rows * config.ptx_row_length * passes * forward(policy, config.ptx_row_length, True)
+    )
+    score = tokens * (
+        forward(policy, slots, True)
+        + forward(value, slots, False) * (1 if config.text_reward else 2)
+    )
     rows = config.episodes
     return {
         "prefill": rows * config.prompt_length * forward(policy, slots, False),
@@ -341,28 +417,37 @@ def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dic
     }
 
 
-def seconds(plan: Plan, config: ConfigDict, devices: int, chip: Chip, utilization: float) -> dict[str, float]:
-    """Time of each phase of an iteration: compute at a share of the peak; decoding by what it must read.
+def seconds(
+    plan: Plan, config: ConfigDict, devices: int, chip: Chip, utilization: float
+) -> dict[str, float]:
+    """Time of each phase of an iteration: compute at a share of the peak; decoding by what it must
+    read.
 
-    A decode step reads every weight (each device the part of its tensor slice) and the cache once; longer responses
-    than these it never makes, so the figure is a floor of a full-length rollout. No time is counted for communication.
+    A decode step reads every weight (each device the part of its tensor slice) and the cache once;
+    longer responses than these it never makes, so the figure is a floor of a full-length rollout.
+    No time is counted for communication.
     """
     rate = devices * chip.peak * utilization
-    decode = max(config.max_new_tokens * plan.decode_bytes / chip.bandwidth, plan.flops["decode"] / rate)
+    decode = max(
+        config.max_new_tokens * plan.decode_bytes / chip.bandwidth, plan.flops["decode"] / rate
+    )
     found = {"generate": plan.flops["prefill"] / rate + decode, "score": plan.flops["score"] / rate}
     return found | {"update": plan.flops["update"] / rate}
 
 
-# ----------------------------------------------------------------------------------------------------- compiled
+# ----------------------------------------------------------------------------------------- compiled
 
 SHORT = (2, 4)
-"""Layers of the models that the rollout is compiled for: its layers are unrolled, so its memory is a line in them."""
+"""Layers of the models that the rollout is compiled for: its layers are unrolled, so its memory is
+a line in them."""
 
 
 def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
-    """Memory of the three programs as the compiler of `mesh`'s devices counts it, with the config's real sizes.
+    """Memory of the three programs as the compiler of `mesh`'s devices counts it, with the config's
+    real sizes.
 
-    Score and update are compiled whole. The rollout is compiled with 2 and 4 layers and extended to all in a line.
+    Score and update are compiled whole. The rollout is compiled with 2 and 4 layers and extended to
+    all in a line.
     """
     found = {}
     policy, value = models(config, mesh)
@@ -373,12 +458,19 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
     layers = policy.config.layers
     short = []
     for count in SHORT:
-        small = language_model(dataclasses.replace(policy.config, layers=min(count, layers), unroll=None))
+        small = language_model(
+            dataclasses.replace(policy.config, layers=min(count, layers), unroll=None)
+        )
         [(_, compiled)] = _programs(config, mesh, small, value, ("rollout",))
         short.append(memory.needs(compiled))
     if None not in short:
-        line = [b + (b - a) / (SHORT[1] - SHORT[0]) * (layers - SHORT[1]) for a, b in zip(*short, strict=True)]
-        found = {"rollout": memory.Needs(*map(round, line)) if layers > SHORT[1] else short[1]} | found
+        line = [
+            b + (b - a) / (SHORT[1] - SHORT[0]) * (layers - SHORT[1])
+            for a, b in zip(*short, strict=True)
+        ]
+        found = {
+            "rollout": memory.Needs(*map(round, line)) if layers > SHORT[1] else short[1]
+        } | found
     return found
 
 
@@ -387,7 +479,9 @@ def _programs(
 ) -> Sequence[tuple[str, jax.stages.Compiled]]:
     """Programs in the forms that they have on a GPU or TPU, although they are compiled for CPUs."""
     with planned_for_accelerators():
-        return list(programs.programs(abstract_setup(config, mesh, policy, value), config, mesh, names))
+        return list(
+            programs.programs(abstract_setup(config, mesh, policy, value), config, mesh, names)
+        )
 
 
 def as_accelerator() -> None:
@@ -395,15 +489,21 @@ def as_accelerator() -> None:
 
     Call it before devices are found, which is when XLA reads its flags.
     """
-    # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no accelerator has.
+    # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no
+    # accelerator has.
     cpu_process.ask_xla("xla_cpu_experimental_ynn_fusion_type", "")
 
 
-# ------------------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 def run(
-    config: ConfigDict, shape: Sequence[int], *, chip: str, utilization: float = 0.4, compile_too: bool = True
+    config: ConfigDict,
+    shape: Sequence[int],
+    *,
+    chip: str,
+    utilization: float = 0.4,
+    compile_too: bool = True,
 ) -> dict[str, Any]:
     """Prints the plan and returns it.
 
@@ -450,8 +550,14 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
     """Prints the tables by rule."""
     names = ", ".join(f"{name}={n}" for name, n in zip(sharding.AXES, result["mesh"], strict=True))
     counts = ", ".join(f"{name} {n / 1e9:.2f}B" for name, n in result["parameters"].items())
-    print(f"{config.name} on {result['devices']} x {result['chip']}, mesh ({names}); parameters: {counts}")
-    print(f"\nMemory of each device in GiB, by rule (eval_shape and sharding rules; {config.decoder.dtype} compute)")
+    print(
+        f"{config.name} on {result['devices']} x {result['chip']}, mesh ({names}); parameters: "
+        f"{counts}"
+    )
+    print(
+        "\nMemory of each device in GiB, by rule (eval_shape and sharding rules; "
+        f"{config.decoder.dtype} compute)"
+    )
     columns = Network._fields
     print(f"  {'':<13}" + "".join(f"{c:>12}" for c in columns))
     for name, network in plan.networks.items():
@@ -466,12 +572,19 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
         )
     total = sum(result["seconds"].values())
     hours = total * config.iterations / 3600
-    print(f"  an iteration of {config.episodes} episodes: {total:.3g} s; {config.iterations} of them: {hours:.3g} h")
     print(
-        f"  Time: products at {utilization:.0%} of the public bfloat16 peak; decoding at the floor of memory bandwidth;"
+        f"  an iteration of {config.episodes} episodes: {total:.3g} s; {config.iterations} of "
+        f"them: {hours:.3g} h"
+    )
+    print(
+        f"  Time: products at {utilization:.0%} of the public bfloat16 peak; decoding at the floor "
+        "of memory bandwidth;"
     )
     print("  all responses at full length; no communication (each decode step also gathers")
-    print(f"  {plan.gathered / GIB:.2f} GiB of weights over the fsdp axis: prefer tensor to fsdp where that is much).")
+    print(
+        f"  {plan.gathered / GIB:.2f} GiB of weights over the fsdp axis: prefer tensor to fsdp "
+        "where that is much)."
+    )
     verdict = "fits" if result["fits"] else "DOES NOT FIT"
     room = f"{result['room'] / GIB:.1f} GiB, {USABLE:.0%} of the {result['chip']}"
     print(f"\n{verdict}: {plan.peak / GIB:.1f} GiB of {room}", flush=True)
@@ -479,20 +592,32 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
 
 def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
     """Prints what the compiler says beside the rule."""
-    print("\nMemory of each device in GiB, compiled (XLA's CPU compiler: float32 inside, so from above for bfloat16)")
-    print(f"  {'phase':<10}{'arguments':>12}{'new outputs':>13}{'temporary':>12}{'with what stays':>17}")
+    print(
+        "\nMemory of each device in GiB, compiled (XLA's CPU compiler: float32 inside, so from "
+        "above for bfloat16)"
+    )
+    print(
+        "  "
+        f"{'phase':<10}{'arguments':>12}{'new outputs':>13}{'temporary':>12}{'with what stays':>17}"
+    )
     for name, told in needed.items():
         new = told.outputs - told.reused
         print(
-            f"  {name:<10}{told.arguments / GIB:>12.2f}{new / GIB:>13.2f}{told.temporary / GIB:>12.2f}"
+            "  "
+            f"{name:<10}{told.arguments / GIB:>12.2f}{new / GIB:>13.2f}{told.temporary / GIB:>12.2f}"
             f"{(plan.stays + plan.batch + told.new) / GIB:>17.2f}"
         )
-    print(f"  The rollout is compiled with {SHORT[0]} and {SHORT[1]} layers and extended to all in a line.")
+    print(
+        f"  The rollout is compiled with {SHORT[0]} and {SHORT[1]} layers and extended to all in a "
+        "line."
+    )
 
 
 def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) -> list[str]:
     """What to change so that it fits, the phases that do not first."""
-    lines = [f"{name} needs {size / GIB:.1f} GiB" for name, size in plan.phases.items() if size > room]
+    lines = [
+        f"{name} needs {size / GIB:.1f} GiB" for name, size in plan.phases.items() if size > room
+    ]
     if plan.phases["update"] > room and config.decoder.remat == "none":
         lines.append("set config.decoder.remat=block: blocks are computed again on the way back")
     rows = shape[0] * shape[1]
@@ -500,14 +625,22 @@ def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) ->
     if plan.phases["update"] > room and config.microbatches < most:
         lines.append(f"raise config.microbatches to {most}: one row a device at a time")
     if config.ptx_coef and plan.phases["update"] > room:
-        most = round(config.ptx_rows_per_episode * config.episodes) // (config.epochs * config.minibatches) // rows
+        most = (
+            round(config.ptx_rows_per_episode * config.episodes)
+            // (config.epochs * config.minibatches)
+            // rows
+        )
         if (config.ptx_microbatches or config.microbatches) < most:
             lines.append(f"raise config.ptx_microbatches to {most}")
     if plan.phases["score"] > room and config.score_microbatches < config.episodes // rows:
-        lines.append(f"raise config.score_microbatches to {config.episodes // rows}: one row a device at a time")
+        lines.append(
+            f"raise config.score_microbatches to {config.episodes // rows}: one row a device at a "
+            "time"
+        )
     if plan.phases["rollout"] > room:
         lines.append(
-            "the cache is config.episodes x (prompt_length + max_new_tokens) slots: lower one, or more devices"
+            "the cache is config.episodes x (prompt_length + max_new_tokens) slots: lower one, or "
+            "more devices"
         )
     if config.train == "all":
         lines.append("config.train=lora keeps moments, average and gradients of adapters alone")
@@ -515,14 +648,19 @@ def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) ->
     if mesh:
         found, micro = mesh
         settings = ", ".join(f"{k}={v}" for k, v in micro.items())
-        lines.append(f"fits on {math.prod(found)} devices: --mesh={','.join(map(str, found))} with {settings}")
+        lines.append(
+            f"fits on {math.prod(found)} devices: --mesh={','.join(map(str, found))} with "
+            f"{settings}"
+        )
     return lines
 
 
 def smallest_mesh(
     config: ConfigDict, room: float, *, at_least: int = 1
 ) -> tuple[tuple[int, ...], dict[str, int]] | None:
-    """The first mesh of a power of two on which it fits with a row a device at a time, and those micro-batches."""
+    """The first mesh of a power of two on which it fits with a row a device at a time, and those
+    micro-batches.
+    """
     steps = config.epochs * config.minibatches
     for power in range(max(0, at_least - 1).bit_length(), 13):
         for tensor in (1, 2, 4, 8):
@@ -530,7 +668,11 @@ def smallest_mesh(
             rows = config.episodes // config.minibatches
             if shape[1] < 1 or rows % shape[1]:
                 continue
-            ptx = round(config.ptx_rows_per_episode * config.episodes) // steps if config.ptx_coef else 0
+            ptx = (
+                round(config.ptx_rows_per_episode * config.episodes) // steps
+                if config.ptx_coef
+                else 0
+            )
             micro = {
                 "microbatches": rows // shape[1], "ptx_microbatches": max(1, ptx // shape[1]),
                 "score_microbatches": config.episodes // shape[1],
@@ -548,21 +690,43 @@ def smallest_mesh(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a PPO config with shapes, or a pipeline")
     parser.add_argument(
-        "--mesh", default="", metavar="DATA,FSDP,TENSOR", help="default: the config's, where it is fixed"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="a PPO config with shapes, or a pipeline",
+    )
+    parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="DATA,FSDP,TENSOR",
+        help="default: the config's, where it is fixed",
     )
     parser.add_argument("--chip", default="H100", help=", ".join(CHIPS))
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak that matrix products reach")
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        help="share of the peak that matrix products reach",
+    )
     parser.add_argument("--no_compile", action="store_true", help="by rule only, in a second")
     parser.add_argument("--json", action="store_true", help="the last line is the plan as JSON")
     flags, rest = parser.parse_known_args(argv)
     try:
-        overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag)
+        overrides = dict(
+            flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag
+        )
         unknown = [flag for flag in rest if not (flag.startswith("--config.") and "=" in flag)]
-        checks.require(not unknown, "flag", " ".join(unknown), "is unknown; keys of the config: --config.KEY=VALUE")
+        checks.require(
+            not unknown,
+            "flag",
+            " ".join(unknown),
+            "is unknown; keys of the config: --config.KEY=VALUE",
+        )
         config = config_lib.load_config(flags.config, overrides)
         shape = mesh_shape(flags.mesh, ppo_config(config))
         if not flags.no_compile:

@@ -1,8 +1,10 @@
-"""Makes `.venv` ready for this checkout; run by `make`, needs nothing but Python 3.11 or newer and a package index.
+"""Makes `.venv` ready for this checkout; run by `make`, needs nothing but Python 3.11 or newer and
+a package index.
 
-It installs when `pyproject.toml`, the accelerator or the wanted extras changed since the last time (a stamp in the
-environment tells) and is done in a moment otherwise. ``ACCELERATOR=cpu|cuda|tpu`` overrides what it finds. In Colab it
-installs into the runtime's own Python and leaves the runtime's jax as it is.
+It installs when `pyproject.toml`, the accelerator or the wanted extras changed since the last time
+(a stamp in the environment tells) and is done in a moment otherwise. ``ACCELERATOR=cpu|cuda|tpu``
+overrides what it finds. In Colab it installs into the runtime's own Python and leaves the runtime's
+jax as it is.
 """
 
 from __future__ import annotations
@@ -35,19 +37,26 @@ RUNTIME = (
 )
 GOOGLE_PCI = "0x1ae0"
 ALWAYS = {"gguf"}
-"""Extras that a command of the README needs (``prepare_data.py --model=smollm2`` reads GGUF); ``dev`` has them too."""
+"""Extras that a command of the README needs (``prepare_data.py --model=smollm2`` reads GGUF);
+``dev`` has them too."""
 
 
 def main() -> None:
     """Reads the wanted extras from the command line and sets up."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--extras", default="", help="comma separated extras of pyproject.toml, such as dev")
+    parser.add_argument(
+        "--extras", default="", help="comma separated extras of pyproject.toml, such as dev"
+    )
     extras = {name for name in parser.parse_args().extras.split(",") if name}
     extras |= ALWAYS - (ALWAYS if "dev" in extras else set())
     accelerator, why = choose_accelerator()
     if in_colab():
         say(f"Colab: using the runtime's Python and its jax {version('jax')}, never upgraded here")
-        python, stamp, constraints = Path(sys.executable), ROOT / "build" / "setup.json", runtime_versions()
+        python, stamp, constraints = (
+            Path(sys.executable),
+            ROOT / "build" / "setup.json",
+            runtime_versions(),
+        )
     else:
         python, stamp, constraints = venv_python(), VENV / "setup.json", []
         extras |= {accelerator} - {"cpu"}
@@ -74,10 +83,14 @@ def choose_accelerator() -> tuple[str, str]:
 
 
 def has_tpu() -> bool:
-    """Whether this host has TPU chips: their device files, Google's PCI vendor, or the names a TPU VM is given."""
+    """Whether this host has TPU chips: their device files, Google's PCI vendor, or the names a TPU
+    VM is given.
+    """
     if any(Path("/dev").glob("accel*")):
         return True
-    if any(os.environ.get(name) for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "COLAB_TPU_ADDR")):
+    if any(
+        os.environ.get(name) for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "COLAB_TPU_ADDR")
+    ):
         return True
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
     return Path("/dev/vfio").is_dir() and any(read(path) == GOOGLE_PCI for path in vendors)
@@ -96,20 +109,25 @@ def in_colab() -> bool:
 def venv_python() -> Path:
     """The Python of `.venv`, made when it is missing or no longer starts."""
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if python.exists() and succeeds(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
+    if python.exists() and succeeds(
+        python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"
+    ):
         return python
     say(f"making {VENV.name} with Python {sys.version.split()[0]}")
     try:
         venv.create(VENV, with_pip=True, clear=VENV.exists())
     except subprocess.CalledProcessError:
         fail(
-            "this Python cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)"
+            "this Python cannot make a virtual environment: install its venv module (Debian: apt "
+            "install python3-venv)"
         )
     return python
 
 
 def install(python: Path, extras: list[str], constraints: list[str]) -> None:
-    """Installs the checkout (editable) with its extras; `constraints` are versions to leave as they are."""
+    """Installs the checkout (editable) with its extras; `constraints` are versions to leave as they
+    are.
+    """
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     say(f"installing rlhf_jax{[*extras] if extras else ''} (minutes the first time)")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -117,8 +135,13 @@ def install(python: Path, extras: list[str], constraints: list[str]) -> None:
         file.flush()
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         pip += ["--constraint", file.name] if constraints else []
-        if subprocess.run([str(part) for part in [*pip, "--editable", target]], cwd=ROOT, check=False).returncode:
-            fail("the installation failed (see above): is a package index reachable, is the disk full?")
+        if subprocess.run(
+            [str(part) for part in [*pip, "--editable", target]], cwd=ROOT, check=False
+        ).returncode:
+            fail(
+                "the installation failed (see above): is a package index reachable, is the disk "
+                "full?"
+            )
 
 
 def runtime_versions() -> list[str]:
@@ -127,7 +150,9 @@ def runtime_versions() -> list[str]:
 
 
 def is_current(stamp: Path, extras: set[str]) -> bool:
-    """Whether the last installation was of this pyproject.toml and had these extras; an accelerator may be swapped."""
+    """Whether the last installation was of this pyproject.toml and had these extras; an accelerator
+    may be swapped.
+    """
     try:
         done = json.loads(stamp.read_text())
     except (OSError, ValueError):
@@ -152,7 +177,10 @@ def version(name: str) -> str:
 def succeeds(*command: object) -> bool:
     """Whether a command is there and exits with 0."""
     argv = [str(part) for part in command]
-    return bool(shutil.which(argv[0])) and subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    return (
+        bool(shutil.which(argv[0]))
+        and subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    )
 
 
 def read(path: Path) -> str:

@@ -1,10 +1,11 @@
-"""A file in another tool's form: recognised or named, read, split by conversation, written as the stages read it.
+"""A file in another tool's form: recognised or named, read, split by conversation, written as the
+stages read it.
 
-The forms are those of docs/data_sources.md: alpaca, dolly, sharegpt, openai, trl, hh, oasst, rated, argilla,
-label_studio, jsonl. Without ``--source`` the form is recognised by the columns, and said.
+The forms are those of docs/data_sources.md: alpaca, dolly, sharegpt, openai, trl, hh, oasst, rated,
+argilla, label_studio, jsonl. Without ``--source`` the form is recognised by the columns, and said.
 
-python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
-python experiments/prepare_data.py --data=FILE --columns prompt=question,system=system --out=runs/my_data
+python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data python
+experiments/prepare_data.py --data=FILE --columns prompt=question,system=system --out=runs/my_data
 """
 
 from ml_collections import ConfigDict

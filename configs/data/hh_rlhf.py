@@ -14,5 +14,7 @@ from rlhf_jax.run.config import apply_arg
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
     config = hh_rlhf.data()
-    config.preview = ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    config.preview = (
+        ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    )
     return apply_arg(config, arg, smoke=hh_rlhf.smoke_data)

@@ -1,6 +1,8 @@
-"""Your own files: read strictly, near-duplicates out, a cap per user, split by user, personal data out of training.
+"""Your own files: read strictly, near-duplicates out, a cap per user, split by user, personal data
+out of training.
 
-The files are JSON lines as docs/data_curation.md describes them; give those you have, at least one with prompts.
+The files are JSON lines as docs/data_curation.md describes them; give those you have, at least one
+with prompts.
 
 python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.prompts=prompts.jsonl
 """

@@ -1,6 +1,8 @@
-"""One look at a file of records: what a model would learn from it by mistake, and some rows as the model sees them.
+"""One look at a file of records: what a model would learn from it by mistake, and some rows as the
+model sees them.
 
-python experiments/prepare_data.py --look=FILE.jsonl --model=storyland:base_large --preview=rows.html
+python experiments/prepare_data.py --look=FILE.jsonl --model=storyland:base_large
+--preview=rows.html
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "source": "look",
             "data": "",  # the file, JSON lines as docs/data.md describes them
             "max_bad_fraction": 0.0,  # share of the rows that may be bad; they are left out and counted
-            # The model that will be trained: its tokenizer and template show the rows as tokens; "" = as texts.
+            # The model that will be trained: its tokenizer and template show the rows as tokens; ""
+            # = as texts.
             "model": "",
             "preview": "",  # a page to write, such as rows.html; "" = on the screen
             "rows": 5,

@@ -1,4 +1,5 @@
-"""The data files of OpenAssistant alone: rankings of 2 to 9 replies, the best replies as demonstrations.
+"""The data files of OpenAssistant alone: rankings of 2 to 9 replies, the best replies as
+demonstrations.
 
 Without ``data_dir`` they are downloaded from the Hugging Face hub.
 
@@ -14,7 +15,9 @@ from rlhf_jax.run.config import apply_arg
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
     config = hh_rlhf.oasst_data()
-    config.preview = ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    config.preview = (
+        ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    )
     return apply_arg(config, arg, smoke=smoke)
 
 

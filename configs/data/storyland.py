@@ -12,5 +12,7 @@ from rlhf_jax.run.config import apply_arg
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
     config = storyland.data()
-    config.preview = ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    config.preview = (
+        ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
+    )
     return apply_arg(config, arg, smoke=storyland.smoke_data)

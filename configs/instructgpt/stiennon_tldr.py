@@ -1,27 +1,32 @@
 r"""Summaries of Reddit posts, 1.3B: the recipe of Stiennon et al. 2020 on this pipeline.
 
-Paper: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325 (sections 3.2 to 3.4, appendices B.1 and B.2); lengths of
-prompts and summaries from its released code.
+Paper: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325 (sections 3.2 to 3.4, appendices B.1
+and B.2); lengths of prompts and summaries from its released code.
 
-    python experiments/instructgpt.py --config=configs/instructgpt/stiennon_tldr.py --workdir=runs/stiennon_tldr \
+    python experiments/instructgpt.py --config=configs/instructgpt/stiennon_tldr.py
+    --workdir=runs/stiennon_tldr \
         --config.base=models/gpt-1.3b
 
 The paper's 6.7B models differ in ``sft.learning_rate`` and ``ppo_init.learning_rate`` 2.83e-5,
-``reward_model.learning_rate`` 5e-6, ``ppo.learning_rate`` and ``ppo.value_learning_rate`` 7e-6, ``ppo.episodes`` 256
-and ``ppo.iterations`` 3907.
+``reward_model.learning_rate`` 5e-6, ``ppo.learning_rate`` and ``ppo.value_learning_rate`` 7e-6,
+``ppo.episodes`` 256 and ``ppo.iterations`` 3907.
 
 Where it departs from the paper:
 
-- The data are storyland's, as many as the paper had posts and comparisons; posts and people's comparisons take their
-  place as files. Pairs come from the SFT model alone, not from several policies and the reference summaries.
-- The pipeline trains the init of PPO once more, with the values of the SFT model; the paper takes the SFT model itself.
-  It also runs PPO twice, since there is no pretraining mix: the second run is the first again.
+- The data are storyland's, as many as the paper had posts and comparisons; posts and people's
+  comparisons take their place as files. Pairs come from the SFT model alone, not from several
+  policies and the reference summaries.
+- The pipeline trains the init of PPO once more, with the values of the SFT model; the paper takes
+  the SFT model itself. It also runs PPO twice, since there is no pretraining mix: the second run is
+  the first again.
 - The reward model is one seed, not the best of 3 to 10.
-- Responses are padded on the right; the paper pads prompts on the left and cuts long posts at a paragraph.
+- Responses are padded on the right; the paper pads prompts on the left and cuts long posts at a
+  paragraph.
 - bfloat16 compute over float32 weights; the paper has fp16 activations over float32 weights.
-- Not in the paper, so ours: temperature 1 of samples and rollouts, one minibatch a pass, clips of 0.2, whitened
-  advantages, no average of weights, cosines that end at 10%, Adam's betas and epsilon, the learning rate of the value
-  network (that of the policy), no dropout, no rule for a missing end of text.
+- Not in the paper, so ours: temperature 1 of samples and rollouts, one minibatch a pass, clips of
+  0.2, whitened advantages, no average of weights, cosines that end at 10%, Adam's betas and
+  epsilon, the learning rate of the value network (that of the policy), no dropout, no rule for a
+  missing end of text.
 """
 
 from ml_collections import ConfigDict
@@ -43,9 +48,15 @@ def get_config(arg: str = "") -> ConfigDict:
         ranking_prompts=64_832,
         test_prompts=6_158,
     )
-    config.sft.update(epochs=1, batch_size=128, learning_rate=6.35e-5, dropout=0.0, row_length=POST + SUMMARY)
+    config.sft.update(
+        epochs=1, batch_size=128, learning_rate=6.35e-5, dropout=0.0, row_length=POST + SUMMARY
+    )
     config.ppo_init.update(
-        epochs=1, batch_size=128, learning_rate=6.35e-5, row_length=POST + SUMMARY, pretraining_fraction=0.0
+        epochs=1,
+        batch_size=128,
+        learning_rate=6.35e-5,
+        row_length=POST + SUMMARY,
+        pretraining_fraction=0.0,
     )
     config.sample.update(min_k=2, max_k=2, prompt_length=POST, max_new_tokens=SUMMARY)
     config.reward_model.update(
@@ -59,5 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )  # fmt: skip
     config.ppo.kl.coef = 0.05
     # At temperature 0 all samples of a prompt are equal, and the KL of samples has no meaning.
-    config.evaluate.update(max_new_tokens=SUMMARY, temperature=0.0, samples=1, baseline_samples=1, kl_of=())
+    config.evaluate.update(
+        max_new_tokens=SUMMARY, temperature=0.0, samples=1, baseline_samples=1, kl_of=()
+    )
     return apply_arg(config, arg, smoke=storyland.shrink)

@@ -1,9 +1,10 @@
 """The whole of InstructGPT on storyland in ten minutes on two CPU cores: what `make run` runs.
 
-    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py --workdir=runs/instructgpt
+    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py
+    --workdir=runs/instructgpt
 
-``:smoke`` only shows that every stage runs. Where it departs from the paper is in the report, beside the paper's
-values.
+``:smoke`` only shows that every stage runs. Where it departs from the paper is in the report,
+beside the paper's values.
 """
 
 from ml_collections import ConfigDict

@@ -1,26 +1,29 @@
-r"""Continuing book excerpts in a wished style, GPT-2 124M: the recipe of Ziegler et al. 2019 on this pipeline.
+r"""Continuing book excerpts in a wished style, GPT-2 124M: the recipe of Ziegler et al. 2019 on
+this pipeline.
 
-Paper: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (sections 2 and 3.1); values from its released code, whose
-experiments of one million episodes these are.
+Paper: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (sections 2 and 3.1); values from its
+released code, whose experiments of one million episodes these are.
 
-    python experiments/instructgpt.py --config=configs/instructgpt/ziegler_stylistic.py --workdir=runs/ziegler \
+    python experiments/instructgpt.py --config=configs/instructgpt/ziegler_stylistic.py
+    --workdir=runs/ziegler \
         --config.base=models/gpt2
 
 Where it departs from the paper and its code:
 
-- The value network is separate, initialised from the reward model, with an optimizer of its own; the parent has a
-  value head of zeros on the policy's trunk, and its loss times 0.1.
-- The reward model's scores are centred on demonstrations after training; the parent scales them to mean 0 and
-  variance 1 over 256 samples of the reference policy, before and after training.
+- The value network is separate, initialised from the reward model, with an optimizer of its own;
+  the parent has a value head of zeros on the policy's trunk, and its loss times 0.1.
+- The reward model's scores are centred on demonstrations after training; the parent scales them to
+  mean 0 and variance 1 over 256 samples of the reference policy, before and after training.
 - Its network starts from the SFT model with a fresh head; the parent's from GPT-2.
-- The policy is fine-tuned first, so that it learns to end its texts (the rates of that are ours); the parent starts
-  from GPT-2 as it is.
-- A response ends at the end-of-text token. The parent samples 24 tokens, cuts at the first full stop from the 16th
-  token on, and scores -1 where there is none; here -1 is for a response that did not end in 24 tokens.
+- The policy is fine-tuned first, so that it learns to end its texts (the rates of that are ours);
+  the parent starts from GPT-2 as it is.
+- A response ends at the end-of-text token. The parent samples 24 tokens, cuts at the first full
+  stop from the 16th token on, and scores -1 where there is none; here -1 is for a response that did
+  not end in 24 tokens.
 - Rewards are whitened over the rollout, which with one minibatch a pass is what the parent does.
 - The learning rate falls at every optimizer step; the parent's at every iteration.
-- Labels are of one batch, from the first policy; the paper's main runs go on collecting. Data and labelers are
-  storyland's until files of people's work take their place.
+- Labels are of one batch, from the first policy; the paper's main runs go on collecting. Data and
+  labelers are storyland's until files of people's work take their place.
 - The pipeline runs PPO twice, since there is no pretraining mix: the second run is the first again.
 - Adam's betas are TensorFlow's.
 """
@@ -48,9 +51,15 @@ def get_config(arg: str = "") -> ConfigDict:
             epochs=1, batch_size=32, learning_rate=5e-5, dropout=0.0, row_length=QUERY + RESPONSE,
             pretraining_fraction=0.0,
         )  # fmt: skip
-    config.sample.update(min_k=4, max_k=4, temperature=0.7, prompt_length=QUERY, max_new_tokens=RESPONSE)
+    config.sample.update(
+        min_k=4, max_k=4, temperature=0.7, prompt_length=QUERY, max_new_tokens=RESPONSE
+    )
     config.reward_model.update(
-        max_k=4, row_length=QUERY + 4 * RESPONSE, batch_size=32, learning_rate=5e-5, bias_demonstrations=256
+        max_k=4,
+        row_length=QUERY + 4 * RESPONSE,
+        batch_size=32,
+        learning_rate=5e-5,
+        bias_demonstrations=256,
     )
     config.reward_model.loss = fn_spec("rlhf_jax.losses.ranking:best_of_loss")
     config.ppo.update(

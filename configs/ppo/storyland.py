@@ -2,7 +2,8 @@
 
 python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
 
-``:overoptimised`` shows what happens without a leash: the reward model's score rises while the gold score falls.
+``:overoptimised`` shows what happens without a leash: the reward model's score rises while the gold
+score falls.
 """
 
 from ml_collections import ConfigDict
@@ -13,4 +14,6 @@ from rlhf_jax.run.config import apply_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``:overoptimised`` a warning, ``key=value`` overrides."""
-    return apply_arg(storyland.ppo(), arg, smoke=storyland.smoke_ppo, overoptimised=storyland.overoptimise)
+    return apply_arg(
+        storyland.ppo(), arg, smoke=storyland.smoke_ppo, overoptimised=storyland.overoptimise
+    )

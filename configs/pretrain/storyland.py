@@ -1,7 +1,7 @@
 """Pretraining of the two base models that come with the package.
 
-``:large`` is a Llama (4 x 128), ``:small`` a GPT-2 (2 x 64); ``:smoke`` only shows that it runs. The results are in
-``rlhf_jax/data/storyland/assets/*/pretrain.json``.
+``:large`` is a Llama (4 x 128), ``:small`` a GPT-2 (2 x 64); ``:smoke`` only shows that it runs.
+The results are in ``rlhf_jax/data/storyland/assets/*/pretrain.json``.
 """
 
 from ml_collections import ConfigDict
@@ -52,4 +52,6 @@ def _small(config: ConfigDict) -> None:
 
 def _smoke(config: ConfigDict) -> None:
     _small(config)
-    config.update(name="smoke", documents=400, held_out_documents=100, held_out_batches=1, evaluate_every=10)
+    config.update(
+        name="smoke", documents=400, held_out_documents=100, held_out_batches=1, evaluate_every=10
+    )

@@ -1,10 +1,12 @@
-r"""A reward model on rankings of up to 9 replies (OpenAssistant): SmolLM2-135M-Instruct, LoRA in its last ten blocks.
+r"""A reward model on rankings of up to 9 replies (OpenAssistant): SmolLM2-135M-Instruct, LoRA in
+its last ten blocks.
 
-    python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data
-    python experiments/reward_model.py --config=configs/reward_model/oasst.py --workdir=runs/oasst_reward \
+    python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data python
+    experiments/reward_model.py --config=configs/reward_model/oasst.py --workdir=runs/oasst_reward \
         --config.data=runs/oasst_data
 
-A prompt and its K replies share a row; ``reward_model.json`` tells the tokens beside those of one row a reply.
+A prompt and its K replies share a row; ``reward_model.json`` tells the tokens beside those of one
+row a reply.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
 """The reward model of storyland.
 
-python experiments/reward_model.py --config=configs/reward_model/storyland.py --workdir=runs/reward_model
+python experiments/reward_model.py --config=configs/reward_model/storyland.py
+--workdir=runs/reward_model
 """
 
 from ml_collections import ConfigDict

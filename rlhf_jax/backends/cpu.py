@@ -43,7 +43,9 @@ def _linear_of_tiles(x: Array, tiles: Array, bias: Array | None) -> Array:
     return outputs if bias is None else outputs + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def times_tiles(x: Float[Array, "*B I"], tiles: Float[Array, "N O I"], **how: Any) -> Float[Array, "*B NO"]:
+def times_tiles(
+    x: Float[Array, "*B I"], tiles: Float[Array, "N O I"], **how: Any
+) -> Float[Array, "*B NO"]:
     """``x W`` with W transposed and cut into N tiles, for a few rows: about half the time.
 
     The weights of a decode step come from memory, not from a cache. So they are stored in the order
@@ -75,7 +77,9 @@ def joined_in_tiles(layer: Params) -> Params:
     return decode_layout(plain.joined(layer))
 
 
-def head_logits(hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+def head_logits(
+    hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]
+) -> Float[Array, "... V"]:
     """`plain.head_logits`, over tiles of the embedding where there are few rows."""
     few = hidden.size <= plain.FEW_ROWS * hidden.shape[-1]
     tiles = tile(embedding.astype(jnp.float32)) if few else None
@@ -107,8 +111,8 @@ def _residual_forward(x: Array) -> tuple[Array, Array]:
 def _residual_backward(some: Array, gradient: Array) -> tuple[Array]:
     # Only NaN differs from itself, which the compiler cannot exclude. Where the residual stream is
     # NaN its gradient is NaN too, so nothing is hidden from the guard of a step.
-    as_it_is = lambda g: g  # noqa: E731
-    lost = lambda g: jnp.full_like(g, jnp.nan)  # noqa: E731
+    as_it_is = lambda g: g
+    lost = lambda g: jnp.full_like(g, jnp.nan)
     return (lax.cond(some == some, as_it_is, lost, gradient),)
 
 
@@ -147,7 +151,7 @@ def unstack(blocks: PyTree) -> tuple[PyTree, ...]:
     give the same numbers, so it need not hold; as constants the compiler would fold them.
     """
     some = jax.tree.leaves(blocks)[0]
-    numbers = lambda: tuple(jnp.int32(layer) for layer in range(some.shape[0]))  # noqa: E731
+    numbers = lambda: tuple(jnp.int32(layer) for layer in range(some.shape[0]))
     unknown = lax.cond(some.ravel()[0] > 0, numbers, numbers)
     index = partial(lax.dynamic_index_in_dim, keepdims=False)
     return tuple(jax.tree.map(partial(index, index=layer), blocks) for layer in unknown)
@@ -184,7 +188,7 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
     types = jax.tree.map(wider, jax.eval_shape(step, old) if narrow else old, old)
 
     def widen(state: State) -> State:
-        cast = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)  # noqa: E731
+        cast = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)
         return jax.tree.map(cast, state, types)
 
     return lax.cond(sound, lambda old: widen(step(old)), widen, old)

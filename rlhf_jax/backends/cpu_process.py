@@ -1,4 +1,6 @@
-"""What a process on a CPU asks of glibc, of Python's garbage collector and of XLA, once, before devices are found."""
+"""What a process on a CPU asks of glibc, of Python's garbage collector and of XLA, once, before
+devices are found.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ import jax
 
 
 def settle(*, large: bool = False) -> None:
-    """Prepares a process for training where no accelerator may be found; call it before devices are.
+    """Prepares a process for training where no accelerator may be found; call it before devices
+    are.
 
-    Tracing makes so many objects that Python looks for garbage again and again, among all that was imported too: that
-    is frozen once. The rest is for the CPU alone.
+    Tracing makes so many objects that Python looks for garbage again and again, among all that was
+    imported too: that is frozen once. The rest is for the CPU alone.
 
     Args:
       large: whether the models are so large that memory is scarcer than the time to fault it in.
@@ -28,23 +31,30 @@ def settle(*, large: bool = False) -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether JAX may find a GPU or TPU: its plugin is installed and not ruled out. Devices are not touched."""
-    installed = bool(metadata.entry_points(group="jax_plugins")) or util.find_spec("libtpu") is not None
+    """Whether JAX may find a GPU or TPU: its plugin is installed and not ruled out. Devices are not
+    touched.
+    """
+    installed = (
+        bool(metadata.entry_points(group="jax_plugins")) or util.find_spec("libtpu") is not None
+    )
     return installed and jax.config.values["jax_platforms"] != "cpu"
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Has glibc keep what is freed, for the next step; elsewhere it does nothing. Call it before devices are found.
+    """Has glibc keep what is freed, for the next step; elsewhere it does nothing. Call it before
+    devices are found.
 
-    XLA takes the scratch memory of a CPU step from malloc. By default such large pieces go back to the system after
-    each step and are faulted in page by page in the next one: on a virtual machine of two cores an SFT step of a
-    million parameters took 1.3 to 1.6 times as long. Not all faults go: what XLA's own threads free beyond 64 MB is
-    still handed back. One arena for all threads would keep that too, but compiling then takes a quarter longer.
+    XLA takes the scratch memory of a CPU step from malloc. By default such large pieces go back to
+    the system after each step and are faulted in page by page in the next one: on a virtual machine
+    of two cores an SFT step of a million parameters took 1.3 to 1.6 times as long. Not all faults
+    go: what XLA's own threads free beyond 64 MB is still handed back. One arena for all threads
+    would keep that too, but compiling then takes a quarter longer.
 
-    With ``keep=False`` large pieces go back at once again, as by default: a model of 135M parameters in PPO held 19 GB
-    otherwise. So they do, above 32 MiB, where glibc takes large pages (`make` asks it to): faults are few then, and a
-    PPO step of 5M parameters whose scratch memory was kept ran 3% faster and held up to a third more, because a small
-    piece may lie in the way of the next step's.
+    With ``keep=False`` large pieces go back at once again, as by default: a model of 135M
+    parameters in PPO held 19 GB otherwise. So they do, above 32 MiB, where glibc takes large pages
+    (`make` asks it to): faults are few then, and a PPO step of 5M parameters whose scratch memory
+    was kept ran 3% faster and held up to a third more, because a small piece may lie in the way of
+    the next step's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -60,8 +70,8 @@ def keep_freed_memory(keep: bool = True) -> None:
 def release_freed_memory() -> None:
     """Hands back to the system what a stage has freed; elsewhere than under glibc it does nothing.
 
-    `keep_freed_memory` keeps it for the next step, but the next stage has arrays of other sizes, and what is kept adds
-    up.
+    `keep_freed_memory` keeps it for the next step, but the next stage has arrays of other sizes,
+    and what is kept adds up.
     """
     gc.collect()
     trim()
@@ -77,7 +87,8 @@ def trim() -> None:
 def compile_lightly() -> None:
     """Asks XLA for LLVM's level 1 where nothing was asked for. Call it before devices are found.
 
-    Programs compiled in a fifth less time and ran as fast (measured on PPO's, whose time is in matrix products).
+    Programs compiled in a fifth less time and ran as fast (measured on PPO's, whose time is in
+    matrix products).
     """
     ask_xla("xla_backend_optimization_level", "1")
 

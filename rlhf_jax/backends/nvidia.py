@@ -101,7 +101,9 @@ SLOTS_FIRST = KVCache(_shapes, 2, _write, _masked)
 """Keys and values ``[B, S, G, E]``, as cuDNN and `nvidia_decode` read them."""
 
 
-def decode_blocks(ordinary: Callable[..., Any], config: Any, params: Any, x: Array, cache: Any, *others: Any) -> Any:
+def decode_blocks(
+    ordinary: Callable[..., Any], config: Any, params: Any, x: Array, cache: Any, *others: Any
+) -> Any:
     """`plain.decode_blocks` by the kernels of `nvidia_decode` where they fit the step."""
     from rlhf_jax.backends import nvidia_decode  # Pallas is slow to import, and for this alone
 

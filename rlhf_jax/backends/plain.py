@@ -53,7 +53,9 @@ def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return x
 
 
-def head_logits(hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+def head_logits(
+    hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]
+) -> Float[Array, "... V"]:
     """``hidden . embedding^T`` in float32: the logits of a head that is tied to the embedding."""
     return head_product("...d,vd->...v", hidden, embedding)
 
@@ -74,7 +76,9 @@ FEW_ROWS = 64
 them."""
 
 
-def narrow_head_logits(hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+def narrow_head_logits(
+    hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]
+) -> Float[Array, "... V"]:
     """`head_logits`, where few rows read bfloat16 weights as they are: their products are exact."""
     few = hidden.size <= FEW_ROWS * hidden.shape[-1]
     if few and hidden.dtype == embedding.dtype == jnp.bfloat16:
@@ -108,12 +112,16 @@ def over_layers_to_positions(
     if positions is None:
         return scan(body, x, blocks, unroll)
     below = depth(blocks) - 1
-    first, last = (jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below))
+    first, last = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below)
+    )
     x = scan(body, x, first, unroll) if below else x
     return body(x, jnp.asarray(below), last, positions=positions)[0]
 
 
-def scan(body: Body, x: Array, blocks: PyTree, unroll: int | None, *, layers: range | None = None) -> Array:
+def scan(
+    body: Body, x: Array, blocks: PyTree, unroll: int | None, *, layers: range | None = None
+) -> Array:
     """`body` over stacked layers, which have the numbers `layers`; None for all from 0."""
 
     def step(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
@@ -131,17 +139,21 @@ def depth(blocks: PyTree) -> int:
 
 def unstack(blocks: PyTree) -> tuple[PyTree, ...]:
     """Each layer's parameters out of the stacks."""
-    take_layer = lambda layer: jax.tree.map(lambda leaf: leaf[layer], blocks)  # noqa: E731
+    take_layer = lambda layer: jax.tree.map(lambda leaf: leaf[layer], blocks)
     return tuple(map(take_layer, range(depth(blocks))))
 
 
-def all_then_take(block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]) -> tuple[Array, Any]:
+def all_then_take(
+    block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]
+) -> tuple[Array, Any]:
     """The last block over all slots, of which `positions` are taken: right for any placement."""
     x, cache = block()
     return take(x, positions), cache
 
 
-def only_positions(block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]) -> tuple[Array, Any]:
+def only_positions(
+    block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]
+) -> tuple[Array, Any]:
     """The last block for `positions` alone, where activations are on one device."""
     return block(positions=positions)
 
@@ -168,7 +180,7 @@ def joined(layer: Params) -> Params:
     modules: dict[str, dict[str, Any]] = {name: dict(module) for name, module in layer.items()}
     if any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(layer)):
         return layer
-    beside = lambda *leaves: jnp.concatenate(leaves, axis=-1)  # noqa: E731
+    beside = lambda *leaves: jnp.concatenate(leaves, axis=-1)
     for name, parts in JOINED.items():
         if all(part in modules[name] for part in parts):
             together = [modules[name].pop(part) for part in parts]

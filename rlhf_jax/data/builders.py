@@ -285,7 +285,8 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
 
 _OUYANG = {
     "homepage": "https://arxiv.org/abs/2203.02155",
-    "citation": "Long Ouyang et al. Training language models to follow instructions with human feedback. 2022. "
+    "citation": "Long Ouyang et al. Training language models to follow instructions with human feedback. "
+    "2022. "
     "arXiv:2203.02155",
 }
 
@@ -300,7 +301,8 @@ class InstructGptSft(_JsonLines, skip_registration=True):
     kind = schema.Demonstration
     base = "demonstrations"
     about: ClassVar = {
-        "description": "Prompts with the answer a labeler wrote (supervised fine-tuning), from your own JSON lines.",
+        "description": "Prompts with the answer a labeler wrote (supervised fine-tuning), from your own JSON "
+        "lines.",
         "license": _OWN,
         **_OUYANG,
     }
@@ -313,7 +315,8 @@ class InstructGptRm(_JsonLines, skip_registration=True):
     kind = schema.Ranking
     base = "rankings"
     about: ClassVar = {
-        "description": "K responses to a prompt with a labeler's ranks (reward model), from your own JSON lines. "
+        "description": "K responses to a prompt with a labeler's ranks (reward model), from your own JSON "
+        "lines. "
         "Rank 0 is the best, equal ranks tie, -1 is not ranked.",
         "license": _OWN,
         **_OUYANG,
@@ -374,11 +377,13 @@ class HhRlhf(_Conversations, skip_registration=True):
 
     name = "hh_rlhf"
     about: ClassVar = {
-        "description": "Pairs of assistant replies with a crowdworker's preference: helpfulness and harmlessness. "
+        "description": "Pairs of assistant replies with a crowdworker's preference: helpfulness and "
+        "harmlessness. "
         "Some of it is offensive on purpose.",
         "homepage": "https://github.com/anthropics/hh-rlhf",
         "license": "MIT, Copyright (c) 2022 Anthropic",
-        "citation": "Yuntao Bai et al. Training a Helpful and Harmless Assistant with Reinforcement Learning from "
+        "citation": "Yuntao Bai et al. Training a Helpful and Harmless Assistant with Reinforcement "
+        "Learning from "
         "Human Feedback. 2022. arXiv:2204.05862",
     }
 
@@ -398,7 +403,8 @@ class OasstRankings(_Conversations, skip_registration=True):
         "description": "Replies to one context with the ranks that volunteers gave them.",
         "homepage": "https://huggingface.co/datasets/OpenAssistant/oasst1",
         "license": "Apache-2.0",
-        "citation": "Andreas Koepf et al. OpenAssistant Conversations: Democratizing Large Language Model Alignment. "
+        "citation": "Andreas Koepf et al. OpenAssistant Conversations: Democratizing Large Language Model "
+        "Alignment. "
         "2023. arXiv:2304.07327",
     }
 
@@ -430,7 +436,8 @@ class PlainText(_Builder, skip_registration=True):
         "description": "Documents of running text.",
         "homepage": "https://arxiv.org/abs/1609.07843",
         "license": "WikiText-2 (the download): CC BY-SA 3.0. Of other files the owner decides.",
-        "citation": "WikiText-2: Stephen Merity et al. Pointer Sentinel Mixture Models. 2016. arXiv:1609.07843",
+        "citation": "WikiText-2: Stephen Merity et al. Pointer Sentinel Mixture Models. 2016. "
+        "arXiv:1609.07843",
     }
 
     def __init__(

@@ -165,7 +165,8 @@ def encode_conversation(
         raise ValueError(f'turns={turns!r} must be "all" or "last"')
     if not messages or messages[-1].role != "assistant":
         raise ValueError(
-            'the last message of a conversation to learn from must have the role "assistant": add one'
+            'the last message of a conversation to learn from must have the role "assistant": add '
+            "one"
         )
     ids, mask = encode_messages(tokenizer, messages[:-1])
     reply = encode_reply(tokenizer, messages[:-1], messages[-1].content)

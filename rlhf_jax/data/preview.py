@@ -385,7 +385,8 @@ def as_text(
     if tokens:
         trained = paint([Piece("like this", "trained")], marks)
         special = [f"{paint([piece], marks)} {piece.ids[0]}" for piece in special_pieces(shown)]
-        lines = [f"Trained on: {trained}. Line breaks: {marks['newline']}. Special tokens, and their ids: "
+        lines = [f"Trained on: {trained}. Line breaks: {marks['newline']}. Special tokens, and their "
+            "ids: "
                  f"{', '.join(special) or 'none'}."]  # fmt: skip
     for row in shown:
         lines += ["", _strong(row.title, colour)]

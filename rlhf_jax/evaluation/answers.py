@@ -1,4 +1,6 @@
-"""The answers of several models to the same prompts, compared: win rates, scores, parts, lengths, best of n."""
+"""The answers of several models to the same prompts, compared: win rates, scores, parts, lengths,
+best of n.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ BEST_OF = "best_of_4"
 
 
 class Answers(NamedTuple):
-    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens, all ``[N, S]``.
+    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens,
+    all ``[N, S]``.
 
     `gold` is None where nobody knows the truth.
     """
@@ -30,25 +33,35 @@ class Answers(NamedTuple):
     tokens: np.ndarray
     samples: Samples
     scored_in_part: int = 0
-    """Responses whose text takes more tokens than the reward model's context leaves: scored as far as they fit."""
+    """Responses whose text takes more tokens than the reward model's context leaves: scored as far
+    as they fit."""
 
     def means(self) -> dict[str, float]:
         """Mean scores and length."""
         gold = {} if self.gold is None else {"gold_score": float(self.gold.mean())}
-        return gold | {"reward_score": float(self.reward.mean()), "tokens": float(self.tokens.mean())}
+        return gold | {
+            "reward_score": float(self.reward.mean()),
+            "tokens": float(self.tokens.mean()),
+        }
 
 
 def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> dict[str, Any]:
-    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths, best-of-n.
+    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths,
+    best-of-n.
 
     Without gold scores the keys that speak of them are left out.
 
     Args:
       answers: of each model to the same prompts.
-      asked: the text of each prompt: rows of one prompt count as one. None says that each is another.
+      asked: the text of each prompt: rows of one prompt count as one. None says that each is
+        another.
     """
     raw, answers = answers, same_score_for_same_text(answers)
-    groups = np.unique(np.array(asked), return_inverse=True)[1] if asked and len(set(asked)) < len(asked) else None
+    groups = (
+        np.unique(np.array(asked), return_inverse=True)[1]
+        if asked and len(set(asked)) < len(asked)
+        else None
+    )
     baseline = answers[BASELINE]
     others = {name: said for name, said in answers.items() if name != BASELINE}
     # Best of 4 meets the samples it was not chosen from.
@@ -58,15 +71,22 @@ def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> 
     fields = {"win_rate_vs_sft": "gold"} if has_gold else {}
     for key, field in (fields | {"win_rate_vs_sft_by_reward_model": "reward"}).items():
         rates = {
-            m: win_rate(getattr(a, field), getattr(baseline, field), groups=groups)._asdict() for m, a in others.items()
+            m: win_rate(getattr(a, field), getattr(baseline, field), groups=groups)._asdict()
+            for m, a in others.items()
         }
         if best is not None:
-            rates[BEST_OF] = win_rate(best[field], getattr(baseline, field)[:, 4:], groups=groups)._asdict()
+            rates[BEST_OF] = win_rate(
+                best[field], getattr(baseline, field)[:, 4:], groups=groups
+            )._asdict()
         results[key] = rates
     for key, field in fields.items():
         results[f"{key}_length_controlled"] = {
             m: length_controlled_win_rate(
-                getattr(a, field), getattr(baseline, field), a.tokens, baseline.tokens, groups=groups
+                getattr(a, field),
+                getattr(baseline, field),
+                a.tokens,
+                baseline.tokens,
+                groups=groups,
             )._asdict()
             for m, a in others.items()
         }
@@ -86,8 +106,8 @@ def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> 
 def same_score_for_same_text(answers: dict[str, Answers]) -> dict[str, Answers]:
     """The answers, with one reward-model score wherever the same was answered to a prompt.
 
-    A text that two models gave was scored in two batches, and its two scores may differ by rounding (in bfloat16 by
-    one in a hundred). Neither of them is better.
+    A text that two models gave was scored in two batches, and its two scores may differ by rounding
+    (in bfloat16 by one in a hundred). Neither of them is better.
     """
     first: dict[tuple[int, str], float] = {}
     settled = {}

@@ -1,4 +1,6 @@
-"""How well a reward model's scores agree with rankings: accuracy with its interval, whole and in bins."""
+"""How well a reward model's scores agree with rankings: accuracy with its interval, whole and in
+bins.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,25 @@ MARGIN_QUANTILES = np.linspace(0, 1, 6)
 
 
 LENGTH_EDGES = np.array([-1e4, -50.0, -15.0, 0.0, 1.0, 16.0, 51.0, 1e4])
-"""Bins of (words of the preferred response) - (words of the other one); the middle bin holds equal lengths."""
+"""Bins of (words of the preferred response) - (words of the other one); the middle bin holds equal
+lengths."""
 
 
 def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
-    """Accuracy on strict pairs with its interval, whole and in bins; the rule "longer is better" beside it."""
+    """Accuracy on strict pairs with its interval, whole and in bins; the rule "longer is better"
+    beside it.
+    """
     grid, ranks, lengths = pad_ranked(rankings, scores)
-    # Several labelers' rankings of one prompt say the same thing twice: the prompt is the unit of the intervals.
-    number = {prompt: place for place, prompt in enumerate(dict.fromkeys(r.prompt for r in rankings))}
+    # Several labelers' rankings of one prompt say the same thing twice: the prompt is the unit of
+    # the intervals.
+    number = {
+        prompt: place for place, prompt in enumerate(dict.fromkeys(r.prompt for r in rankings))
+    }
     groups = np.array([number[r.prompt] for r in rankings])
     calibration = quality.calibration(grid, ranks)
-    margins = np.unique(np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES))
+    margins = np.unique(
+        np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES)
+    )
     by_margin = quality.accuracy_by_margin(grid, ranks, edges=margins) if len(margins) > 1 else None
     by_length = quality.accuracy_by_length_difference(grid, ranks, lengths, edges=LENGTH_EDGES)
     length_only = quality.length_only_accuracy(lengths, ranks, groups=groups)
@@ -56,10 +66,16 @@ def _lists(table: Any) -> dict[str, list[float | None]]:
     return {name: [None if x != x else x for x in column] for name, column in columns.items()}
 
 
-def pad_ranked(rankings: Sequence[schema.Ranking], scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad_ranked(
+    rankings: Sequence[schema.Ranking], scores: Scores
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores, ranks and lengths (words) of each ranking as ``[N, K]`` with -1 for absent ranks."""
     k = max(len(r.responses) for r in rankings)
-    grid, ranks, lengths = np.zeros((len(rankings), k)), np.full((len(rankings), k), -1), np.zeros((len(rankings), k))
+    grid, ranks, lengths = (
+        np.zeros((len(rankings), k)),
+        np.full((len(rankings), k), -1),
+        np.zeros((len(rankings), k)),
+    )
     for row, ranking in enumerate(rankings):
         count = len(ranking.responses)
         grid[row, :count] = [scores[ranking.prompt, response] for response in ranking.responses]

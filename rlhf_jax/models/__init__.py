@@ -1,7 +1,12 @@
 """The networks: one decoder, its heads, and weights in and out. Only this folder knows flax nnx."""
 
 from rlhf_jax.models.config import DecoderConfig, gpt2
-from rlhf_jax.models.heads import init_score, language_model, scalar_from_language_model, scalar_model
+from rlhf_jax.models.heads import (
+    init_score,
+    language_model,
+    scalar_from_language_model,
+    scalar_model,
+)
 from rlhf_jax.models.hf import config_from_hf, hf_config, load_hf, load_llama2c, save_hf
 from rlhf_jax.models.lora import init_lora, lora_model, merge_lora, with_lora
 

@@ -132,7 +132,9 @@ class DecoderConfig:
         return backend_for(self.attention, mesh=self.mesh, dtype=self.dtype, head_dim=self.head_dim)
 
 
-def gpt2(vocab_size: int, context_length: int, layers: int, width: int, heads: int, **overrides) -> DecoderConfig:
+def gpt2(
+    vocab_size: int, context_length: int, layers: int, width: int, heads: int, **overrides
+) -> DecoderConfig:
     """A decoder of the GPT-2 family: learned positions, LayerNorm, tanh-GELU, biases, tied head."""
     family = {
         "positions": "learned",
@@ -159,20 +161,32 @@ def _validate(config: DecoderConfig) -> None:
             raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
     if config.heads % config.kv_heads:
         divisors = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
-        raise ValueError(f"kv_heads={config.kv_heads} must divide heads={config.heads}: choose one of {divisors}")
+        raise ValueError(
+            f"kv_heads={config.kv_heads} must divide heads={config.heads}: choose one of {divisors}"
+        )
     if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout} must lie in [0, 1): it is the share of activations set to 0")
+        raise ValueError(
+            f"dropout={config.dropout} must lie in [0, 1): it is the share of activations set to 0"
+        )
     if config.unroll is not None and not 1 <= config.unroll <= config.layers:
-        raise ValueError(f"unroll={config.unroll} must lie in 1..layers={config.layers}: choose 1 or leave it None")
+        raise ValueError(
+            f"unroll={config.unroll} must lie in 1..layers={config.layers}: choose 1 or leave it "
+            "None"
+        )
     _validate_positions(config)
 
 
 def _validate_positions(config: DecoderConfig) -> None:
     if config.positions == "rotary" and config.head_dim % 2:
-        raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions: set head_dim, width or heads")
+        raise ValueError(
+            f"head_dim={config.head_dim} must be even for rotary positions: set head_dim, width or "
+            "heads"
+        )
     scaling = config.rotary_scaling
     if scaling is not None and not 0 < scaling.low < scaling.high:
-        raise ValueError(f"rotary_scaling={scaling} must have 0 < low < high: copy it from config.json")
+        raise ValueError(
+            f"rotary_scaling={scaling} must have 0 < low < high: copy it from config.json"
+        )
     if config.window < 0 or config.window_every < 1:
         raise ValueError(
             f"window={config.window} must be at least 0 and "

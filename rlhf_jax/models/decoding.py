@@ -40,7 +40,9 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     )
 
 
-def with_tokens(cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]) -> tuple[Cache, Int[Array, "B T"]]:
+def with_tokens(
+    cache: Cache, segments: Int[Array, "B T"], slots: Int[Array, "B T"]
+) -> tuple[Cache, Int[Array, "B T"]]:
     """The cache with the new tokens' segments and lengths, and the slots for their keys."""
     # Padding aims past the end, and mode="drop" leaves it out.
     slots = jnp.where(segments > 0, slots, cache.segments.shape[1])
@@ -125,5 +127,8 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
         return leaf.astype(config.dtype) if computes else leaf
 
     layout = config.backend.decode_layout
-    layers = [layout(jax.tree_util.tree_map_with_path(narrow, layer)) for layer in layers_of(config, params["blocks"])]
+    layers = [
+        layout(jax.tree_util.tree_map_with_path(narrow, layer))
+        for layer in layers_of(config, params["blocks"])
+    ]
     return params | {"blocks": tuple(layers)}

@@ -46,7 +46,9 @@ def language_model(config: DecoderConfig) -> Model:
         params = init_decoder(config, jax.random.fold_in(key, 0))
         if not config.tied:
             shape = (config.width, config.vocab_size)
-            params["unembed"] = {"kernel": 0.02 * jax.random.normal(jax.random.fold_in(key, 1), shape)}
+            params["unembed"] = {
+                "kernel": 0.02 * jax.random.normal(jax.random.fold_in(key, 1), shape)
+            }
         return params
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -69,7 +71,9 @@ probability is 0.
 """
 
 
-def _masked(logits: Float[Array, "... V"], unused: tuple[tuple[int, int], ...]) -> Float[Array, "... V"]:
+def _masked(
+    logits: Float[Array, "... V"], unused: tuple[tuple[int, int], ...]
+) -> Float[Array, "... V"]:
     """`NEVER` in the place of the logits of `unused`; without any the logits themselves."""
     if not unused:
         return logits
@@ -119,7 +123,9 @@ def scalar_model(config: DecoderConfig) -> Model:
 
     def head(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, " ..."]:
         score = params["score"]
-        return head_product("...d,d->...", hidden, score["weight"]) + score["bias"].astype(jnp.float32)
+        return head_product("...d,d->...", hidden, score["weight"]) + score["bias"].astype(
+            jnp.float32
+        )
 
     return _model(config, init, head)
 
@@ -139,4 +145,6 @@ def scalar_from_language_model(params: Params, key: Array) -> Params:
     step that donates its state.
     """
     width = params["embed"]["embedding"].shape[1]
-    return {name: value for name, value in params.items() if name != "unembed"} | {"score": init_score(width, key)}
+    return {name: value for name, value in params.items() if name != "unembed"} | {
+        "score": init_score(width, key)
+    }

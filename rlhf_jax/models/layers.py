@@ -108,7 +108,9 @@ class Attention(nnx.Module):
         else:
             self.query, self.key, self.value = into(heads), into(groups), into(groups)
         std = _residual_std(config)
-        self.out = Linear(config, heads, config.width, bias=config.bias == "all", std=std, rngs=rngs)
+        self.out = Linear(
+            config, heads, config.width, bias=config.bias == "all", std=std, rngs=rngs
+        )
         if config.qk_norm:
             self.query_norm = _head_norm(config, rngs=rngs)
             self.key_norm = _head_norm(config, rngs=rngs)
@@ -153,7 +155,7 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Queries ``[B, T, H, E]``, keys and values ``[B, T, G, E]``."""
         heads, groups = self.config.heads, self.config.kv_heads
-        by_head = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+        by_head = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)
         if hasattr(self, "query_key_value"):
             together = by_head(self.query_key_value(x))
             query, key, value = jnp.split(together, [heads, heads + groups], axis=2)
@@ -241,7 +243,9 @@ class Embedding(nnx.Module):
         self.factor = config.width**0.5 if config.embedding_scaled else 1.0
         self.mesh = config.mesh
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
         """Embed tokens, with their learned positions where the family has them."""
         x = look_up(self.mesh, self.embed, tokens) * self.factor
         if not hasattr(self, "positions"):

@@ -1,8 +1,8 @@
 r"""Low-rank adaptation: a few trained arrays beside frozen weights, as functions on dicts.
 
-A projection ``y = x W`` whose dict also holds ``lora_a`` and ``lora_b`` computes ``y = x W + x A
-B`` (see `layers.Linear`); the model itself is the same. What is trained (`init_lora`) is a small
-dict of its own:
+A projection ``y = x W`` whose dict also holds ``lora_a`` and ``lora_b`` computes
+``y = x W + x A B`` (see `layers.Linear`); the model itself is the same. What is trained
+(`init_lora`) is a small dict of its own:
 
     trained = init_lora(base, key, rank=16)                        # blocks/attention/query/{lora_a,
     lora_b}, ... step = compile_frozen_step(lambda base: make_sft_step(lora_model(model, base,
@@ -32,7 +32,9 @@ TARGETS = r"attention/|mlp/"
 """All projections of the blocks."""
 
 
-def init_lora(base: Params, key: Array, *, rank: int, targets: str = TARGETS, layers: int | None = None) -> Params:
+def init_lora(
+    base: Params, key: Array, *, rank: int, targets: str = TARGETS, layers: int | None = None
+) -> Params:
     """Fresh adapters: ``A ~ N(0, 1 / inputs)`` (variance) and ``B = 0``, which change nothing.
 
     Args:
@@ -55,11 +57,16 @@ def init_lora(base: Params, key: Array, *, rank: int, targets: str = TARGETS, la
     depth: int = next(iter(kernels.values())).shape[0]
     count = depth if layers is None else layers
     if rank < 1 or not 1 <= count <= depth:
-        raise ValueError(f"rank={rank} must be at least 1 and layers={layers} 1 to {depth}, the blocks of the model")
+        raise ValueError(
+            f"rank={rank} must be at least 1 and layers={layers} 1 to {depth}, the blocks of the "
+            "model"
+        )
     chosen = [path for path in kernels if re.search(targets, "/".join(("blocks", *path)))]
     if not chosen:
         names = sorted("/".join(("blocks", *path)) for path in kernels)
-        raise ValueError(f"targets={targets!r} finds no kernel: write a regex that is found in one of {names}")
+        raise ValueError(
+            f"targets={targets!r} finds no kernel: write a regex that is found in one of {names}"
+        )
     adapters = {}
     for place, path in enumerate(chosen):
         _, inputs, outputs = kernels[path].shape

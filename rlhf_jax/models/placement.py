@@ -34,7 +34,9 @@ def spread_rows(mesh: Mesh | None, x: Float[Array, "B *rest"]) -> Float[Array, "
     return spread(mesh, x, ROWS, *[None] * (x.ndim - 1))
 
 
-def look_up(mesh: Mesh | None, table: Callable[[Array], Array], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def look_up(
+    mesh: Mesh | None, table: Callable[[Array], Array], ids: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
     """Rows of a table that is in pieces of the width, brought to the devices of their rows.
 
     It goes in small moves, forward and (the gradient) backward: pieces are joined over tensor, then

@@ -75,7 +75,9 @@ def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
     if not beyond:
         return
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-    ordinary = [t for t in beyond if t not in added or not added[t].special or _from_text(tokenizer, t)]
+    ordinary = [
+        t for t in beyond if t not in added or not added[t].special or _from_text(tokenizer, t)
+    ]
     if ordinary:
         raise ValueError(
             f"the tokenizer in {where} has {len(tokenizer)} tokens, more than the model's "
@@ -99,7 +101,10 @@ def _from_text(tokenizer: Any, token: str) -> bool:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE" or model.get("ignore_merges") or len(token) == 1:
         return True
-    merged = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model["merges"])
+    merged = (
+        "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+        for merge in model["merges"]
+    )
     return token in merged
 
 

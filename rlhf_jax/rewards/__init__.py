@@ -1,1 +1,3 @@
-"""Rewards that are computed from texts: functions of a researcher's own, and the gold scorer of a small world."""
+"""Rewards that are computed from texts: functions of a researcher's own, and the gold scorer of a
+small world.
+"""

@@ -1,13 +1,16 @@
-"""Functions that judge a text: their arguments bound by name, their results checked, their mistakes told.
+"""Functions that judge a text: their arguments bound by name, their results checked, their mistakes
+told.
 
-``config.text_reward`` and ``config.gold`` name a function, ``package.module:function``. It names what it wants to
-see, as a loss does: any of `ARGUMENTS`. Keyword-only arguments are hyperparameters (`rlhf_jax.run.config.fn_spec`)::
+``config.text_reward`` and ``config.gold`` name a function, ``package.module:function``. It names
+what it wants to see, as a loss does: any of `ARGUMENTS`. Keyword-only arguments are hyperparameters
+(`rlhf_jax.run.config.fn_spec`)::
 
     def score(prompt, response, *, longest=200):
         return float("because" in response) - len(response) / longest
 
-A function of two arguments of other names gets ``(prompt id, response)``. It returns a number, or an object with a
-number ``score`` (and, for an evaluation, ``parts``). None abstains: the score is NaN, which leaves the response out.
+A function of two arguments of other names gets ``(prompt id, response)``. It returns a number, or
+an object with a number ``score`` (and, for an evaluation, ``parts``). None abstains: the score is
+NaN, which leaves the response out.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Any
 from rlhf_jax.run import config as config_lib
 
 ARGUMENTS = ("prompt", "response", "prompt_id")
-"""What a function may name: the prompt as the data hold it (text, or messages), the response, the prompt's id."""
+"""What a function may name: the prompt as the data hold it (text, or messages), the response, the
+prompt's id."""
 
 
 class FunctionFailed(ValueError):
@@ -42,12 +46,14 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A function of texts, called as ``(prompt_id, response, prompt)`` whatever arguments it names itself.
+    """A function of texts, called as ``(prompt_id, response, prompt)`` whatever arguments it names
+    itself.
 
     Attributes:
       name: ``module:function``, for messages.
       function: the user's function, hyperparameters bound.
-      wants: for each of its arguments in turn: the name it is passed by (None: by its place) and which of `ARGUMENTS`.
+      wants: for each of its arguments in turn: the name it is passed by (None: by its place) and
+        which of `ARGUMENTS`.
     """
 
     name: str
@@ -66,7 +72,8 @@ class Judge:
         """The score and its parts.
 
         Raises:
-          FunctionFailed: the function raised an error; function, prompt, the error and its line are named.
+          FunctionFailed: the function raised an error; function, prompt, the error and its line are
+            named.
           ValueError: what it returned is no number; prompt and function are named.
         """
         known = {"prompt_id": prompt_id, "response": response, "prompt": prompt}
@@ -76,13 +83,18 @@ class Judge:
             found = self.function(*in_place, **by_name)
         except Exception as error:
             raise FunctionFailed(
-                f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; what was saved before is intact, "
+                f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; what was saved "
+                "before is intact, "
                 "mend the function and give the same command again"
             ) from error
         try:
-            return Judgement(number(getattr(found, "score", found)), getattr(found, "parts", None) or {})
+            return Judgement(
+                number(getattr(found, "score", found)), getattr(found, "parts", None) or {}
+            )
         except ValueError as error:
-            raise ValueError(f"{self.name} returned {error} for the prompt {prompt_id!r}: {_MEND}") from None
+            raise ValueError(
+                f"{self.name} returned {error} for the prompt {prompt_id!r}: {_MEND}"
+            ) from None
 
 
 _MEND = "return a number, an object with a number score, or None to leave the response out"
@@ -92,10 +104,12 @@ def judge(spec: Any) -> Judge:
     """The function that `spec` names, ready to judge.
 
     Args:
-      spec: ``"module:function"``, a `rlhf_jax.run.config.fn_spec`, a function, or a `Judge`, which is returned.
+      spec: ``"module:function"``, a `rlhf_jax.run.config.fn_spec`, a function, or a `Judge`, which
+        is returned.
 
     Raises:
-      ValueError: there is no such function, it lacks a hyperparameter, or it wants an argument that is not there.
+      ValueError: there is no such function, it lacks a hyperparameter, or it wants an argument that
+        is not there.
     """
     if isinstance(spec, Judge):
         return spec
@@ -135,8 +149,12 @@ def bound(name: str, function: Callable[..., Any]) -> tuple[tuple[str | None, st
     if not places and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return legacy
     if others:
-        # ``f(name, response)``, as before names were bound, unless a name says that it wants something else there.
-        swapped = required[0].name in ("prompt", "response") or required[-1].name in ("prompt", "prompt_id")
+        # ``f(name, response)``, as before names were bound, unless a name says that it wants
+        # something else there.
+        swapped = required[0].name in ("prompt", "response") or required[-1].name in (
+            "prompt",
+            "prompt_id",
+        )
         if len(required) == 2 and not swapped:
             return legacy
         raise ValueError(
@@ -152,7 +170,8 @@ def bound(name: str, function: Callable[..., Any]) -> tuple[tuple[str | None, st
         wants += [(what, what) for what in ARGUMENTS if what not in named]
     if not wants:
         raise ValueError(
-            f"{name} takes none of {', '.join(ARGUMENTS)}: it would say the same of every response; name what it judges"
+            f"{name} takes none of {', '.join(ARGUMENTS)}: it would say the same of every "
+            "response; name what it judges"
         )
     return tuple(wants)
 
@@ -166,7 +185,8 @@ def _keyword_only(function: Callable[..., Any]) -> list[str]:
 
 
 def number(value: Any) -> float:
-    """What a function returned as a float: NaN for None; numbers of any library count, texts and lists do not.
+    """What a function returned as a float: NaN for None; numbers of any library count, texts and
+    lists do not.
 
     >>> number(True), number(2), number(None)
     (1.0, 2.0, nan)
@@ -182,7 +202,11 @@ def number(value: Any) -> float:
         getattr(value, "close", lambda: None)()
         raise ValueError("a coroutine (it is an async function)")
     shape = getattr(value, "shape", ())
-    if not hasattr(value, "__float__") or isinstance(value, complex) or (shape is not None and tuple(shape) != ()):
+    if (
+        not hasattr(value, "__float__")
+        or isinstance(value, complex)
+        or (shape is not None and tuple(shape) != ())
+    ):
         shown = f" of shape {tuple(shape)}" if shape else ""
         raise ValueError(f"a {type(value).__name__}{shown}, {' '.join(repr(value).split())[:60]}")
     try:
@@ -192,9 +216,13 @@ def number(value: Any) -> float:
 
 
 def _where(error: Exception) -> str:
-    """``my_lab.py:12: ZeroDivisionError: division by zero``: the last line of the user's own files, if there is one."""
+    """``my_lab.py:12: ZeroDivisionError: division by zero``: the last line of the user's own files,
+    if there is one.
+    """
     frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [f for f in frames if "site-packages" not in f.filename and "/lib/python" not in f.filename]
+    own = [
+        f for f in frames if "site-packages" not in f.filename and "/lib/python" not in f.filename
+    ]
     last = (own or frames)[-1:]
     place = f"{last[0].filename}:{last[0].lineno}: " if last else ""
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -31,7 +31,9 @@ def few_shot_asks(config: ConfigDict) -> list[Ask]:
     asks: list[Ask] = []
     for _ in range(shots.candidates):
         chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
-        asks.append(_with_prefix([(chat.readable(r.prompt), r.response) for r in chosen], shots.template))
+        asks.append(
+            _with_prefix([(chat.readable(r.prompt), r.response) for r in chosen], shots.template)
+        )
     return asks
 
 
@@ -43,7 +45,10 @@ def in_slots(ask: Ask, slots: int) -> Ask:
 def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
     def ask(network: Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
         shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
-        texts = [shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip() for p in prompts]
+        texts = [
+            shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip()
+            for p in prompts
+        ]
         ids = [text.encode_opening(network.tokenizer, t) for t in texts]
         return ids, -(-max(map(len, ids)) // 16) * 16
 
@@ -52,5 +57,7 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
 
 @functools.cache
 def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Tokens whose text begins with `text`: where the prompted base model has said its answer and goes on."""
+    """Tokens whose text begins with `text`: where the prompted base model has said its answer and
+    goes on.
+    """
     return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(text))

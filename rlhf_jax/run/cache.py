@@ -1,4 +1,6 @@
-"""The user's cache folder: compiled programs and fetched models, kept over runs. A run goes on where there is none."""
+"""The user's cache folder: compiled programs and fetched models, kept over runs. A run goes on
+where there is none.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ def folder(*names: str) -> Path | None:
     """``~/.cache/rlhf_jax/NAMES`` (or below ``XDG_CACHE_HOME``), made where it is missing.
 
     Returns:
-      The folder, or None: there is no home, or it cannot be written there (a container, a read-only disk).
+      The folder, or None: there is no home, or it cannot be written there (a container, a read-only
+      disk).
 
     Source: XDG Base Directory Specification; a relative ``XDG_CACHE_HOME`` is to be ignored.
     """

@@ -1,11 +1,13 @@
-"""Checkpoints that can be trusted: atomic, sealed with checksums, put aside (never deleted) when damaged.
+"""Checkpoints that can be trusted: atomic, sealed with checksums, put aside (never deleted) when
+damaged.
 
-Folder layout: ``<step>/`` (Orbax), ``manifests/<step>.json`` (the seal: sha256 of each file, shape and dtype of each
-leaf, the `extra` of the caller), ``quarantine/`` (damaged or unfinished steps, renamed). The seal is written last, so
-a step without one was never finished, and one flipped byte in an array file, which Orbax loads without a word, is seen.
+Folder layout: ``<step>/`` (Orbax), ``manifests/<step>.json`` (the seal: sha256 of each file, shape
+and dtype of each leaf, the `extra` of the caller), ``quarantine/`` (damaged or unfinished steps,
+renamed). The seal is written last, so a step without one was never finished, and one flipped byte
+in an array file, which Orbax loads without a word, is seen.
 
-What is sealed survives a power cut: all files of the step and all folders around them are on the disk before the seal
-is written, and the seal is before an older step goes.
+What is sealed survives a power cut: all files of the step and all folders around them are on the
+disk before the seal is written, and the seal is before an older step goes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ import numpy as np
 from rlhf_jax.run import files, processes
 from rlhf_jax.run.files import json_digest, read_json, sha256, write_json
 
-__all__ = ["FORMAT", "Checkpoints", "json_digest", "refuse_non_finite", "sealed_steps", "write_json"]
+__all__ = [
+    "FORMAT",
+    "Checkpoints",
+    "json_digest",
+    "refuse_non_finite",
+    "sealed_steps",
+    "write_json",
+]
 
 FORMAT = 1
 _PATIENCE = 30.0
@@ -36,7 +45,8 @@ _PATIENCE = 30.0
 
 
 class Checkpoints:
-    """The checkpoints of one run or stage, in a ``with`` block; saving goes on in the background while training does.
+    """The checkpoints of one run or stage, in a ``with`` block; saving goes on in the background
+    while training does.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0)}
@@ -51,13 +61,15 @@ class Checkpoints:
 
     Args:
       root: the folder; made at the first save.
-      keep: how many steps to keep, the newest; None keeps all. Only steps sealed by this class are ever removed.
+      keep: how many steps to keep, the newest; None keeps all. Only steps sealed by this class are
+        ever removed.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, keep: int | None = 3):
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1, or None to keep every checkpoint")
-        # Only those who save need it: a second and 25 MB less for those who import the package to compute.
+        # Only those who save need it: a second and 25 MB less for those who import the package to
+        # compute.
         from orbax.checkpoint import v1
 
         logging.getLogger("absl").addFilter(_not_told_twice)
@@ -71,7 +83,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         try:
             self.wait()
         except OSError as failed:
@@ -81,7 +95,7 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
 
-    # ------------------------------------------------------------------------------------------------------ saving
+    # --------------------------------------------------------------------------------------- saving
 
     def save(self, step: int, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
         """Starts saving; `state` may be donated or changed as soon as this returns.
@@ -94,24 +108,40 @@ class Checkpoints:
         Raises:
           FloatingPointError: a leaf is not finite; nothing is written.
           ValueError: an older step, or a leaf that is no array.
-          OSError: this or the previous save could not be written; the steps sealed before are as they were.
+          OSError: this or the previous save could not be written; the steps sealed before are as
+            they were.
         """
         self.wait()
-        processes.barrier("save")  # else a slow process looks for older steps when the others write this one
+        processes.barrier(
+            "save"
+        )  # else a slow process looks for older steps when the others write this one
         leaves = _named_leaves(state)
         newest = max(self.steps(), default=-1)
         if step <= newest:
-            raise ValueError(f"step={step} must be larger than the newest checkpoint in {self.root}, {newest}")
+            raise ValueError(
+                f"step={step} must be larger than the newest checkpoint in {self.root}, {newest}"
+            )
         refuse_non_finite(leaves, f"the state of step {step}")
-        seal = {"format": FORMAT, "step": step, "extra": dict(extra or {}), "leaves": _signature(leaves)}
-        seal = json.loads(json.dumps(seal, allow_nan=False))  # refuse what JSON cannot hold before anything is written
+        seal = {
+            "format": FORMAT,
+            "step": step,
+            "extra": dict(extra or {}),
+            "leaves": _signature(leaves),
+        }
+        seal = json.loads(
+            json.dumps(seal, allow_nan=False)
+        )  # refuse what JSON cannot hold before anything is written
         with self._cleaned_up(step):
             if jax.process_index() == 0:
                 files.make_folder(self.root / "manifests")
                 if os.path.lexists(self.root / str(step)):
                     self._quarantine(step, "it was never finished")
-            processes.barrier("folder")  # what lies there is out of the way before any process writes
-            writing = self._orbax.save_async(str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size})
+            processes.barrier(
+                "folder"
+            )  # what lies there is out of the way before any process writes
+            writing = self._orbax.save_async(
+                str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size}
+            )
         self._pending = self._worker.submit(self._finish, step, writing, seal)
 
     def wait(self) -> None:
@@ -127,7 +157,9 @@ class Checkpoints:
             if jax.process_index() == 0:
                 seal["files"] = _checksums(self.root / str(step))
                 write_json(self._manifest(step), seal | {"sha256": json_digest(seal)})
-                files.touch(self.root / "manifests" / "sealed")  # from here on it is damage when no step has its seal
+                files.touch(
+                    self.root / "manifests" / "sealed"
+                )  # from here on it is damage when no step has its seal
             processes.barrier("sealed")  # so that `wait` means the same on all of them
         self._verified.add(step)
         if jax.process_index() == 0:
@@ -136,15 +168,19 @@ class Checkpoints:
     def _make_durable(self, step: int) -> None:
         """Waits until the files of a step, their folders and its name are on the disk.
 
-        Each process asks for all files: on a network file system only the machine that wrote a file holds what is not
-        on the disk yet. Process 0 may have renamed the folder just now, which another machine sees a little later.
+        Each process asks for all files: on a network file system only the machine that wrote a file
+        holds what is not on the disk yet. Process 0 may have renamed the folder just now, which
+        another machine sees a little later.
         """
         folder = self.root / str(step)
         processes.barrier("written")
         until = time.monotonic() + _PATIENCE
         while not folder.is_dir():
             if time.monotonic() > until:
-                raise OSError(f"{folder} is not to be seen by process {processes.index()}: is it a shared folder?")
+                raise OSError(
+                    f"{folder} is not to be seen by process {processes.index()}: is it a shared "
+                    "folder?"
+                )
             time.sleep(0.05)
         files.sync_tree(folder)
         files.sync(self.root)
@@ -161,46 +197,69 @@ class Checkpoints:
                 if not self._manifest(step).exists():
                     files.remove(self.root / str(step))
             kept = [s for s in self.steps() if s != step]
-            still = f"the checkpoint of step {max(kept)} is intact" if kept else "there is no earlier one"
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            still = (
+                f"the checkpoint of step {max(kept)} is intact"
+                if kept
+                else "there is no earlier one"
+            )
+            reason = (
+                str(error).strip().splitlines()[0][:300]
+                if str(error).strip()
+                else type(error).__name__
+            )
             raise OSError(
-                f"the checkpoint of step {step} could not be written to {self.root} ({reason}); {still}. "
-                "Free disk space, or choose a workdir that can be written, and give the same command again."
+                f"the checkpoint of step {step} could not be written to {self.root} ({reason}); "
+                f"{still}. "
+                "Free disk space, or choose a workdir that can be written, and give the same "
+                "command again."
             ) from error
 
     def _prune(self) -> None:
-        """Removes the oldest steps; the newest one is durable, with its seal, when this is called."""
+        """Removes the oldest steps; the newest one is durable, with its seal, when this is
+        called.
+        """
         sealed = self.steps()
         for step in sealed[: -self._keep] if self._keep else []:
-            self._manifest(step).unlink()  # the seal first: a half-removed step is then an unfinished one
-            files.sync(self.root / "manifests")  # before the files go, also as a power cut leaves it
+            self._manifest(
+                step
+            ).unlink()  # the seal first: a half-removed step is then an unfinished one
+            files.sync(
+                self.root / "manifests"
+            )  # before the files go, also as a power cut leaves it
             files.remove(self.root / str(step))
 
-    # ----------------------------------------------------------------------------------------------------- finding
+    # -------------------------------------------------------------------------------------- finding
 
     def steps(self) -> list[int]:
         """The sealed steps, oldest first; their files were not checked (`newest_good` does)."""
         return sealed_steps(self.root)
 
     def newest_good(self) -> int | None:
-        """The newest step whose files are what was sealed; bad and unfinished steps above it are put in quarantine.
+        """The newest step whose files are what was sealed; bad and unfinished steps above it are
+        put in quarantine.
 
         Returns:
           The step, or None when nothing was ever saved here.
 
         Raises:
-          ValueError: there were checkpoints, and every one is damaged. Training never restarts silently.
+          ValueError: there were checkpoints, and every one is damaged. Training never restarts
+            silently.
           OSError: a file lies in the place of the folder.
         """
         if os.path.lexists(self.root) and not self.root.is_dir():
-            raise OSError(f"{self.root} is no folder: checkpoints could not be written there; move it away")
+            raise OSError(
+                f"{self.root} is no folder: checkpoints could not be written there; move it away"
+            )
         chosen = processes.on_first("newest good step", self._newest_good)
         self._verified |= {chosen} - {-1, -2}  # by process 0, for all
         if processes.count() > 1:
-            processes.agree("resume step", {f"the newest good step in {self.root}": self._sealed(chosen)})
+            processes.agree(
+                "resume step", {f"the newest good step in {self.root}": self._sealed(chosen)}
+            )
         if chosen == -2:
             raise ValueError(
-                f"every checkpoint in {self.root} is damaged (they are in {self.root / 'quarantine'}): "
+                f"every checkpoint in {self.root} is damaged (they are in "
+                f"{self.root / 'quarantine'}): "
                 "restore one from a backup, or start afresh with --overwrite (keeps this run aside)"
             )
         return chosen if chosen >= 0 else None
@@ -222,7 +281,8 @@ class Checkpoints:
                 self._verified.add(step)
                 return step
             self._quarantine(step, damage)
-        # Unfinished steps where none was ever sealed are what kills during the very first save leave.
+        # Unfinished steps where none was ever sealed are what kills during the very first save
+        # leave.
         seals = [*self.root.glob("manifests/*.json"), *self.root.glob("quarantine/*.json")]
         return -2 if seals or (self.root / "manifests" / "sealed").exists() else -1
 
@@ -259,26 +319,29 @@ class Checkpoints:
     def _manifest(self, step: int) -> Path:
         return self.root / "manifests" / f"{step}.json"
 
-    # --------------------------------------------------------------------------------------------------- restoring
+    # ------------------------------------------------------------------------------------ restoring
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """The state saved at `step`, bit for bit, with the shardings of `abstract_state`.
 
         Args:
           step: what `newest_good` returned, or any sealed step.
-          abstract_state: a tree like the saved one, of arrays or `jax.ShapeDtypeStruct`s (with shardings on a mesh).
+          abstract_state: a tree like the saved one, of arrays or `jax.ShapeDtypeStruct`s (with
+            shardings on a mesh).
 
         Returns:
           ``(state, extra)``.
 
         Raises:
-          ValueError: no such step, or the config makes another state: the first leaves that differ are named and
-            nothing is put in quarantine.
+          ValueError: no such step, or the config makes another state: the first leaves that differ
+            are named and nothing is put in quarantine.
           OSError: the files of the step are damaged.
         """
         self.wait()
         if step not in self.steps():
-            raise ValueError(f"there is no checkpoint of step {step} in {self.root}; there are: {self.steps()}")
+            raise ValueError(
+                f"there is no checkpoint of step {step} in {self.root}; there are: {self.steps()}"
+            )
         damage = None if step in self._verified else self._damage(step)
         if damage:
             raise OSError(f"the checkpoint of step {step} in {self.root} is damaged: {damage}")
@@ -286,17 +349,25 @@ class Checkpoints:
         wanted = _named_leaves(abstract_state)
         _check_signature(step, seal["leaves"], _signature(wanted))
         specs = {name: _spec(leaf) for name, leaf in wanted.items()}
-        stored = self._orbax.load(str(self.root / str(step)), {k: v for k, v in specs.items() if v.size})
-        empty = {k: jnp.zeros(v.shape, v.dtype, device=v.sharding) for k, v in specs.items() if not v.size}
+        stored = self._orbax.load(
+            str(self.root / str(step)), {k: v for k, v in specs.items() if v.size}
+        )
+        empty = {
+            k: jnp.zeros(v.shape, v.dtype, device=v.sharding)
+            for k, v in specs.items()
+            if not v.size
+        }
         leaves = [{**stored, **empty}[name] for name in specs]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), seal["extra"]
 
 
-# --------------------------------------------------------------------------------------------------------- the tree
+# ----------------------------------------------------------------------------------------- the tree
 
 
 def refuse_non_finite(tree: Any, what: str) -> None:
-    """Raises a FloatingPointError that names the leaves of `tree` with NaN or infinity; one fetch from the device."""
+    """Raises a FloatingPointError that names the leaves of `tree` with NaN or infinity; one fetch
+    from the device.
+    """
     leaves = {k: v for k, v in _named_leaves(tree).items() if jnp.issubdtype(v.dtype, jnp.inexact)}
     finite = jax.device_get(_all_finite(leaves))
     bad = [name for name in leaves if not finite[name]]
@@ -310,12 +381,16 @@ def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, in tree order; a flat dict of arrays asks nothing of the containers' types."""
+    """Leaves by their path, in tree order; a flat dict of arrays asks nothing of the containers'
+    types.
+    """
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise ValueError(f"{name} is a {type(leaf).__name__}: a checkpoint holds arrays, data goes in extra")
+            raise ValueError(
+                f"{name} is a {type(leaf).__name__}: a checkpoint holds arrays, data goes in extra"
+            )
         if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise ValueError(f"{name} is {leaf.dtype}, which JAX would narrow: convert it first")
         assert name not in leaves, f"two leaves are called {name}"
@@ -333,24 +408,32 @@ def _check_signature(step: int, stored: dict[str, Any], wanted: dict[str, Any]) 
 
     names = [n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n)]
     if names:
-        lines = [f"{n}: stored {show(stored.get(n))}, config makes {show(wanted.get(n))}" for n in names[:3]]
+        lines = [
+            f"{n}: stored {show(stored.get(n))}, config makes {show(wanted.get(n))}"
+            for n in names[:3]
+        ]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"the checkpoint of step {step} is of another model or optimizer ({'; '.join(lines)}{more}): "
+            f"the checkpoint of step {step} is of another model or optimizer "
+            f"({'; '.join(lines)}{more}): "
             "use the config it was made with, or another workdir"
         )
 
 
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def sealed_steps(root: Path) -> list[int]:
-    """The steps in a folder of checkpoints that have a seal, oldest first; their files were not checked."""
+    """The steps in a folder of checkpoints that have a seal, oldest first; their files were not
+    checked.
+    """
     names = root.glob("manifests/*.json")
     return sorted(int(p.stem) for p in names if _is_step(p.stem) and (root / p.stem).is_dir())
 
@@ -365,16 +448,26 @@ def _is_step(name: str) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """sha256 of each file. A link is refused: what it leads to is not ours and may change or go at any time."""
+    """sha256 of each file. A link is refused: what it leads to is not ours and may change or go at
+    any time.
+    """
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
             raise OSError(f"{path.name} is a symbolic link")
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): sha256(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:
-    """Drops the traceback that Orbax logs of a save that fails in a thread: `save` or `wait` raises the same error."""
-    return not (record.exc_info and "orbax" in record.pathname and "_SignalingThread" in str(record.msg))
+    """Drops the traceback that Orbax logs of a save that fails in a thread: `save` or `wait` raises
+    the same error.
+    """
+    return not (
+        record.exc_info and "orbax" in record.pathname and "_SignalingThread" in str(record.msg)
+    )
 
 
 def _warn(text: str) -> None:

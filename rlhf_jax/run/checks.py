@@ -25,7 +25,9 @@ def require_divides(field: str, value: int, whole: int, what: str) -> None:
     if value >= 1 and whole % value == 0:
         return
     divisors = [str(n) for n in range(1, whole + 1) if whole % n == 0]
-    choices = divisors if len(divisors) <= 8 else sorted(divisors, key=lambda n: abs(int(n) - value))[:6]
+    choices = (
+        divisors if len(divisors) <= 8 else sorted(divisors, key=lambda n: abs(int(n) - value))[:6]
+    )
     *head, last = sorted(choices, key=int)
     listed = f"{', '.join(head)} or {last}" if head else last
     raise ValueError(f"{field}={value} must divide {what} of {whole}: choose {listed}")
@@ -40,7 +42,9 @@ def require_one_of(field: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{field}={value!r} must be one of {', '.join(names)}{hint}")
 
 
-def require_range(field: str, value: float, *, low: float | None = None, high: float | None = None) -> None:
+def require_range(
+    field: str, value: float, *, low: float | None = None, high: float | None = None
+) -> None:
     """Refuses a number outside ``low <= value <= high`` (None: no bound), NaN included."""
     if not ((low is None or value >= low) and (high is None or value <= high)) or value != value:
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
@@ -52,10 +56,16 @@ def require_name(field: str, name: str) -> str:
 
     >>> require_name("config.name", "../ppo")
     Traceback (most recent call last):
-    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first
+    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', a letter
+      or digit first
     """
     good = bool(PLAIN_NAME.fullmatch(name))
-    require(good, field, name, "a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first")
+    require(
+        good,
+        field,
+        name,
+        "a name is 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first",
+    )
     return name
 
 

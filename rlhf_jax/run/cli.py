@@ -1,4 +1,6 @@
-"""The command line of an experiment: flags, exit status, and what all processes of a run agree on first."""
+"""The command line of an experiment: flags, exit status, and what all processes of a run agree on
+first.
+"""
 
 from __future__ import annotations
 
@@ -34,33 +36,42 @@ def main(
     dry_run: Callable[[ConfigDict], Any] | None = None, check: Callable[[ConfigDict], Any] | None = None,
     plan: Callable[..., Any] | None = None,
 ) -> None:  # fmt: skip
-    """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``, exits.
+    """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``,
+    exits.
 
     ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
-    ``--allow_config_change``, ``--dry_run``, ``--distributed`` (several processes: they agree on config, versions and
-    run folder first and end together, see `rlhf_jax.run.processes`). A user's mistake is one line on stderr and exit
-    status 2; a machine that refuses (disk, permission, memory, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at
-    the next step boundary where a stage saves, elsewhere at once, and the second one at once everywhere; processes
-    that stopped together 143. Other errors are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one always.
-    No text on stderr holds a secret (`redact`).
+    ``--allow_config_change``, ``--dry_run``, ``--distributed`` (several processes: they agree on
+    config, versions and run folder first and end together, see `rlhf_jax.run.processes`). A user's
+    mistake is one line on stderr and exit status 2; a machine that refuses (disk, permission,
+    memory, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next step boundary where a
+    stage saves, elsewhere at once, and the second one at once everywhere; processes that stopped
+    together 143. Other errors are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one
+    always. No text on stderr holds a secret (`redact`).
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
       config: the config file when ``--config`` is not given.
       workdir: the run folder when ``--workdir`` is not given.
       argv: the arguments; None reads the command line.
-      one_process: for a program that cannot run as several processes: what to do instead of ``--distributed``.
-      dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder is made then.
-      check: called with the config before the run folder is touched, so that what it refuses changes nothing there.
-      plan: of a pipeline, which answers a changed config stage by stage, so that it is not refused here:
-        ``(config, workdir, overwrite=...)``, called instead of `run` when ``--dry_run`` is given.
+      one_process: for a program that cannot run as several processes: what to do instead of
+        ``--distributed``.
+      dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder
+        is made then.
+      check: called with the config before the run folder is touched, so that what it refuses
+        changes nothing there.
+      plan: of a pipeline, which answers a changed config stage by stage, so that it is not refused
+        here: ``(config, workdir, overwrite=...)``, called instead of `run` when ``--dry_run`` is
+        given.
     """
     program = _Program(run, config, workdir, one_process, dry_run, check, plan)
     output.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
     sys.excepthook = functools.partial(_show_bug, secrets)
-    several = any(a.startswith(("--distributed", "--coordinator_address", "--num_processes")) for a in arguments)
+    several = any(
+        a.startswith(("--distributed", "--coordinator_address", "--num_processes"))
+        for a in arguments
+    )
     with signals.interrupting(several=several):
         try:
             status = _main(program, arguments, secrets)
@@ -87,7 +98,9 @@ class _Program:
 
 
 def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
-    """Runs a program; returns its exit status. Secrets of its config are added to `secrets` when they are known."""
+    """Runs a program; returns its exit status. Secrets of its config are added to `secrets` when
+    they are known.
+    """
     fresh, path, lock, above = False, None, None, []
     try:
         if not argv:
@@ -106,7 +119,9 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
         path = files.local_path("--workdir", flags.workdir)
         _agree_on_command(flags, config)
         if flags.dry_run:
-            _run_dry(program.dry_run, config) if program.plan is None else _show_plan(program.plan, config, flags)
+            _run_dry(program.dry_run, config) if program.plan is None else _show_plan(
+                program.plan, config, flags
+            )
             return 0
         _look_ahead(program.check, config, flags.config)
         if processes.index() == 0:
@@ -114,7 +129,10 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
             lock = workdir_lib.claim_workdir(path, overwrite=flags.overwrite)
             fresh = _enter(path, config, flags, by_stages=program.plan is not None)
         workdir_lib.share_workdir(path, fresh)
-        with workdir_lib.allow_change(flags.allow_config_change), _another_programs_config(flags.config):
+        with (
+            workdir_lib.allow_change(flags.allow_config_change),
+            _another_programs_config(flags.config),
+        ):
             program.run(config, str(path))
         processes.finish()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
@@ -122,13 +140,17 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
             workdir_lib.remove_unused(path, above)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
             raise
-        text = redact(f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets)
+        text = redact(
+            f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets
+        )
         return _say(text, getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1))
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
         status = 128 + getattr(stop, "signal_number", signal.SIGINT)
         status = STOPPED_TOGETHER if processes.stopping_together() else status
-        return _say(f"\nStopped{detail}. The same command goes on from the last checkpoint.", status)
+        return _say(
+            f"\nStopped{detail}. The same command goes on from the last checkpoint.", status
+        )
     finally:
         if lock is not None:
             lock.close()
@@ -136,10 +158,13 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
 
 
 def _usage(run: Run, config: str, workdir: str) -> str:
-    """One line for somebody who gave no flag at all: nothing starts by accident, and nothing is written."""
+    """One line for somebody who gave no flag at all: nothing starts by accident, and nothing is
+    written.
+    """
     program = Path(inspect.getfile(inspect.unwrap(run))).name
     return (
-        f"usage: {program} --config={config or 'FILE[:ARG]'} --workdir={workdir or 'DIR'} [--config.KEY=VALUE ..]; "
+        f"usage: {program} --config={config or 'FILE[:ARG]'} --workdir={workdir or 'DIR'} "
+        "[--config.KEY=VALUE ..]; "
         "give one flag at least, the others are as shown here; --help lists all"
     )
 
@@ -153,7 +178,9 @@ def _look_ahead(check: Callable[[ConfigDict], Any] | None, config: ConfigDict, p
 
 @contextlib.contextmanager
 def _another_programs_config(path: str) -> Iterator[None]:
-    """A key that the program reads and the config lacks: the config was written for another program."""
+    """A key that the program reads and the config lacks: the config was written for another
+    program.
+    """
     try:
         yield
     except (AttributeError, KeyError) as error:
@@ -166,7 +193,9 @@ def _another_programs_config(path: str) -> Iterator[None]:
 
 
 def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stages: bool) -> bool:
-    """Stores the config of a new run, or compares it with the stored one; a pipeline's stages compare their own."""
+    """Stores the config of a new run, or compares it with the stored one; a pipeline's stages
+    compare their own.
+    """
     if by_stages and (path / workdir_lib.CONFIG_FILE).is_file():
         return False
     if flags.allow_config_change:
@@ -176,7 +205,10 @@ def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stag
 
 def _show_plan(plan: Callable[..., Any], config: ConfigDict, flags: argparse.Namespace) -> None:
     workdir_lib.refuse_foreign(Path(flags.workdir))
-    with workdir_lib.allow_change(flags.allow_config_change), _another_programs_config(flags.config):
+    with (
+        workdir_lib.allow_change(flags.allow_config_change),
+        _another_programs_config(flags.config),
+    ):
         plan(config, flags.workdir, overwrite=flags.overwrite)
 
 
@@ -188,7 +220,9 @@ def _run_dry(dry_run: Callable[[ConfigDict], Any] | None, config: ConfigDict) ->
     processes.finish()
 
 
-def _show_bug(secrets: Sequence[str], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _show_bug(
+    secrets: Sequence[str], kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
     """Python's own report of an error nobody caught, without secrets."""
     _say(redact("".join(traceback.format_exception(kind, error, trace)), secrets).rstrip("\n"), 1)
 
@@ -201,7 +235,9 @@ def _disk(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """Our own errors speak for themselves; one from inside a library may be a bug, so it says how to see more."""
+    """Our own errors speak for themselves; one from inside a library may be a bug, so it says how
+    to see more.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return " (RLHF_JAX_TRACEBACK=1 shows where)" if "site-packages" in frame.filename else ""
 
@@ -212,10 +248,11 @@ def _say(text: str, status: int) -> int:
     return status
 
 
-# ------------------------------------------------------------------------------------------------ several processes
+# -------------------------------------------------------------------------------- several processes
 
 STOPPED_TOGETHER = 143
-"""Exit status of all processes when one of them got SIGTERM (or Ctrl-C) and all have saved the same step."""
+"""Exit status of all processes when one of them got SIGTERM (or Ctrl-C) and all have saved the same
+step."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """What must have one version in all processes, beside this package."""
@@ -225,7 +262,10 @@ def _check_process_flags(flags: argparse.Namespace, one_process: str) -> None:
     address = (flags.coordinator_address, flags.num_processes, flags.process_id)
     flags.distributed = flags.distributed or any(flag is not None for flag in address)
     if flags.distributed and one_process:
-        raise ValueError(f"--distributed: this program runs as one process, on all devices of its host. {one_process}")
+        raise ValueError(
+            "--distributed: this program runs as one process, on all devices of its host. "
+            f"{one_process}"
+        )
     if flags.heartbeat_timeout < 1:
         raise ValueError(f"--heartbeat_timeout={flags.heartbeat_timeout} must be at least 1 second")
 
@@ -238,9 +278,13 @@ def _start_processes(flags: argparse.Namespace) -> None:
 
 
 def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
-    """Before any work and any device: all processes run one command with one set of versions and of flags."""
+    """Before any work and any device: all processes run one command with one set of versions and of
+    flags.
+    """
     plain = json.loads(to_json(config))
-    facts: dict[str, Any] = {f"config.{key}": value_at(plain, key) for key in sorted(leaf_keys(config))}
+    facts: dict[str, Any] = {
+        f"config.{key}": value_at(plain, key) for key in sorted(leaf_keys(config))
+    }
     facts |= {f"--{name}": getattr(flags, name) for name in ("overwrite", "allow_config_change")}
     facts |= {f"the version of {name}": metadata.version(name) for name in PACKAGES}
     facts |= numerics.meaning() | numerics.rounding()
@@ -248,7 +292,9 @@ def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _end_together(why: str, status: int, trace: str = "") -> None:
-    """With several processes: ends all of them with `status`, unless all are on their way out from one step."""
+    """With several processes: ends all of them with `status`, unless all are on their way out from
+    one step.
+    """
     if processes.count() == 1:
         return
     if status == STOPPED_TOGETHER:
@@ -258,7 +304,7 @@ def _end_together(why: str, status: int, trace: str = "") -> None:
     processes.fail(why.removeprefix("Error: "), status)
 
 
-# --------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,20 +314,44 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+def _parse_flags(
+    run: Run, config: str, workdir: str, argv: list[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
     doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
     parser = _Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config is a flag too: --config.KEY=VALUE",
     )  # fmt: skip
-    parser.add_argument("--config", default=config or None, required=not config, metavar="FILE[:ARG]", help=config)
-    parser.add_argument("--workdir", default=workdir or None, required=not workdir, metavar="DIR", help=workdir)
-    parser.add_argument("--overwrite", action="store_true", help="start afresh; an earlier run is renamed, not deleted")
-    parser.add_argument("--allow_config_change", action="store_true", help="resume although the config changed")
-    parser.add_argument("--distributed", action="store_true", help="one process of several (SLURM, GKE, TPU pod, MPI)")
-    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0, where nothing else tells it")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="how many, with --coordinator_address")
-    parser.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1, with --coordinator_address")
+    parser.add_argument(
+        "--config", default=config or None, required=not config, metavar="FILE[:ARG]", help=config
+    )
+    parser.add_argument(
+        "--workdir", default=workdir or None, required=not workdir, metavar="DIR", help=workdir
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start afresh; an earlier run is renamed, not deleted",
+    )
+    parser.add_argument(
+        "--allow_config_change", action="store_true", help="resume although the config changed"
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one process of several (SLURM, GKE, TPU pod, MPI)",
+    )
+    parser.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="of process 0, where nothing else tells it",
+    )
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="how many, with --coordinator_address"
+    )
+    parser.add_argument(
+        "--process_id", type=int, metavar="I", help="0 to N - 1, with --coordinator_address"
+    )
     parser.add_argument(
         "--heartbeat_timeout", type=int, default=processes.HEARTBEAT_SECONDS, metavar="SECONDS",
         help="silence after which a process is taken for dead and the others end",
@@ -289,12 +359,16 @@ def _parse_flags(run: Run, config: str, workdir: str, argv: list[str]) -> tuple[
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="compile every phase, print its memory, do nothing else; of a pipeline: print the plan of its stages",
+        help="compile every phase, print its memory, do nothing else; of a pipeline: print the plan "
+        "of its stages",
     )
     flags, rest = parser.parse_known_args(argv)
     for name in ("config", "workdir"):
         if not getattr(flags, name):
-            raise ValueError(f"--{name} is empty: give a {'file' if name == 'config' else 'folder'}, --{name}=PATH")
+            raise ValueError(
+                f"--{name} is empty: give a {'file' if name == 'config' else 'folder'}, "
+                f"--{name}=PATH"
+            )
     overrides: dict[str, str] = {}
     while rest:
         flag, equals, value = rest.pop(0).partition("=")

@@ -1,4 +1,6 @@
-"""Compiled programs: kept between runs, counted in seconds, compiled side by side where that is faster."""
+"""Compiled programs: kept between runs, counted in seconds, compiled side by side where that is
+faster.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 class Compiling:
     """Seconds that XLA has compiled in this process, cache look-ups included.
 
-    What the compiler took and freed, up to 300 MB for a step, goes back to the system after each longer compilation:
-    the first step's arrays would come on top of it.
+    What the compiler took and freed, up to 300 MB for a step, goes back to the system after each
+    longer compilation: the first step's arrays would come on top of it.
     """
 
     seconds = 0.0
@@ -49,7 +51,10 @@ class Compiling:
 
     @classmethod
     def _add(cls, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event in (_COMPILED, "/jax/core/compile/jaxpr_to_mlir_module_duration") and not cls._together:
+        if (
+            event in (_COMPILED, "/jax/core/compile/jaxpr_to_mlir_module_duration")
+            and not cls._together
+        ):
             cls.seconds += duration_secs
         if event == _COMPILED and duration_secs > 0.5:
             cpu_process.trim()
@@ -66,14 +71,16 @@ class Compiling:
 
 
 def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
-    """Compiles programs side by side, while the next ones are traced; their functions then find them compiled.
+    """Compiles programs side by side, while the next ones are traced; their functions then find
+    them compiled.
 
-    The three of PPO take half the time of one after the other on a GPU. Not on a CPU, whose cores a compiler keeps busy
-    as it is: nothing is done there; nor with several processes, which might not compile in the same order.
+    The three of PPO take half the time of one after the other on a GPU. Not on a CPU, whose cores a
+    compiler keeps busy as it is: nothing is done there; nor with several processes, which might not
+    compile in the same order.
 
     Args:
-      programs: from ``jit(..).lower(..)``, each made when it is asked for, the longest first. What fails is left out:
-        it fails again where its function is called, and is told there.
+      programs: from ``jit(..).lower(..)``, each made when it is asked for, the longest first. What
+        fails is left out: it fails again where its function is called, and is told there.
     """
     if not cpu_process.has_accelerator() or processes.count() > 1:
         return
@@ -83,7 +90,9 @@ def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
 
 
 def lower(step: StepFn, *arguments: Any) -> jax.stages.Lowered:
-    """The program of a step from `compile_step` or `compile_frozen_step` for such arguments, not yet compiled."""
+    """The program of a step from `compile_step` or `compile_frozen_step` for such arguments, not
+    yet compiled.
+    """
     frozen = step.args if isinstance(step, functools.partial) else ()
     function: Any = step.func if isinstance(step, functools.partial) else step
     return function.lower(*frozen, *arguments)

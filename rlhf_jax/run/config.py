@@ -1,8 +1,11 @@
-"""Configs: functions chosen by name, overrides from the command line, errors that name the field and the fix.
+"""Configs: functions chosen by name, overrides from the command line, errors that name the field
+and the fix.
 
-A config file is Python with ``get_config(arg: str = "") -> ConfigDict``. A loss is swapped without touching the
-package: ``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")`` makes the keyword-only defaults of
-that function fields, and `resolve` turns the fields back into a function whose arguments were checked at start-up.
+A config file is Python with ``get_config(arg: str = "") -> ConfigDict``. A loss is swapped without
+touching the
+package: ``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")`` makes the
+keyword-only defaults of that function fields, and `resolve` turns the fields back into a function
+whose arguments were checked at start-up.
 """
 
 from __future__ import annotations
@@ -25,24 +28,27 @@ from rlhf_jax.run import checks, config_file, files, programs
 from rlhf_jax.run.files import read_json
 from rlhf_jax.run.secrets import REDACTED, is_secret, redact
 
-# ------------------------------------------------------------------------------------------- functions by name
+# -------------------------------------------------------------------------------- functions by name
 
 
 T = TypeVar("T")
 
 
 def fn_spec(fn: str, **overrides: Any) -> ConfigDict:
-    """A function as data: its name ``"module:function"`` and its keyword-only defaults as fields to override.
+    """A function as data: its name ``"module:function"`` and its keyword-only defaults as fields to
+    override.
 
     Args:
       fn: where the function lives, ``"package.module:function"``.
       **overrides: values for keyword-only arguments, required ones included.
 
     Returns:
-      A ConfigDict with the field ``fn`` and one field for each keyword-only argument that is plain data.
+      A ConfigDict with the field ``fn`` and one field for each keyword-only argument that is plain
+      data.
 
     Raises:
-      ValueError: the function does not exist, has no such keyword-only argument, or one without a default is missing.
+      ValueError: the function does not exist, has no such keyword-only argument, or one without a
+        default is missing.
 
     >>> fn_spec("rlhf_jax.run.checks:require_range", low=0.0).to_dict()
     {'fn': 'rlhf_jax.run.checks:require_range', 'high': None, 'low': 0.0}
@@ -50,15 +56,21 @@ def fn_spec(fn: str, **overrides: Any) -> ConfigDict:
     keywords = _keyword_only(import_fn(fn))
     for name in overrides:
         if name not in keywords:
-            raise ValueError(f"{fn} has no keyword-only argument {name!r}{checks.nearest(name, keywords)}")
+            raise ValueError(
+                f"{fn} has no keyword-only argument {name!r}{checks.nearest(name, keywords)}"
+            )
     missing = [k for k, p in keywords.items() if p.default is p.empty and k not in overrides]
     if missing:
-        raise ValueError(f"{fn} needs a value for {', '.join(missing)}: fn_spec({fn!r}, {missing[0]}=...)")
+        raise ValueError(
+            f"{fn} needs a value for {', '.join(missing)}: fn_spec({fn!r}, {missing[0]}=...)"
+        )
     defaults = {k: p.default for k, p in keywords.items() if _is_plain(p.default)}
     return ConfigDict({"fn": fn} | defaults | overrides)
 
 
-def resolve(spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str] | None = None) -> Callable[..., Any]:
+def resolve(
+    spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str] | None = None
+) -> Callable[..., Any]:
     """The function a `fn_spec` names, its keyword-only arguments bound.
 
     Args:
@@ -69,7 +81,8 @@ def resolve(spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str]
       ``functools.partial(function, **fields)``.
 
     Raises:
-      ValueError: no such function, an unknown field, or an argument that is not in `available` (which is listed).
+      ValueError: no such function, an unknown field, or an argument that is not in `available`
+        (which is listed).
     """
     fields = {"fn": spec} if isinstance(spec, str) else {key: spec[key] for key in spec}
     name = fields.pop("fn", None)
@@ -79,7 +92,9 @@ def resolve(spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str]
     keywords = _keyword_only(fn)
     for key in fields:
         if key not in keywords:
-            raise ValueError(f"{name} has no keyword-only argument {key!r}{checks.nearest(key, keywords)}")
+            raise ValueError(
+                f"{name} has no keyword-only argument {key!r}{checks.nearest(key, keywords)}"
+            )
     missing = [k for k, p in keywords.items() if p.default is p.empty and k not in fields]
     if missing:
         raise ValueError(f"{name} needs a value for {', '.join(missing)}")
@@ -89,7 +104,8 @@ def resolve(spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str]
 
 
 def filled_from(kind: Callable[..., T], config: ConfigDict, **others: Any) -> T:
-    """A frozen dataclass of settings (`steps.PPO`, `rollout.Shaping`) from the keys of a config that are its fields.
+    """A frozen dataclass of settings (`steps.PPO`, `rollout.Shaping`) from the keys of a config
+    that are its fields.
 
     Args:
       kind: the dataclass; it checks its own numbers.
@@ -114,12 +130,15 @@ def import_fn(name: str) -> Callable[..., Any]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module is there; something it imports is not
         raise ValueError(
-            f"no module {error.name!r} for {name!r}: run from the folder that holds it, or add that to PYTHONPATH"
+            f"no module {error.name!r} for {name!r}: run from the folder that holds it, or add "
+            "that to PYTHONPATH"
         ) from None
     fn = getattr(module, attribute, None)
     if not callable(fn):
         public = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise ValueError(f"module {module_name} has no function {attribute!r}{checks.nearest(attribute, public)}")
+        raise ValueError(
+            f"module {module_name} has no function {attribute!r}{checks.nearest(attribute, public)}"
+        )
     return fn
 
 
@@ -133,8 +152,10 @@ def _check_arguments(name: str, fn: Callable[..., Any], available: tuple[str, ..
             continue
         if key not in available and p.default is p.empty:
             raise ValueError(
-                f"{name} wants the argument {key!r}, which is not available here{checks.nearest(key, available)}. "
-                f"Available: {', '.join(available)}. A hyperparameter must be keyword-only (after *)."
+                f"{name} wants the argument {key!r}, which is not available "
+                f"here{checks.nearest(key, available)}. "
+                f"Available: {', '.join(available)}. A hyperparameter must be keyword-only (after "
+                "*)."
             )
 
 
@@ -144,19 +165,21 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-# ------------------------------------------------------------------------------------------------- reading configs
+# ---------------------------------------------------------------------------------- reading configs
 
 
 def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The locked config of a file, ``"configs/ppo/x.py"`` or ``"configs/ppo/x.py:arg"``, with `overrides` on top.
+    """The locked config of a file, ``"configs/ppo/x.py"`` or ``"configs/ppo/x.py:arg"``, with
+    `overrides` on top.
 
     Args:
-      path_and_arg: path of a Python file with ``get_config(arg)``; what follows the colon is `arg`. A config that comes
-        with the package has a short name too: ``"ppo/storyland"``.
+      path_and_arg: path of a Python file with ``get_config(arg)``; what follows the colon is `arg`.
+        A config that comes with the package has a short name too: ``"ppo/storyland"``.
       overrides: dotted keys and values as text, as they stand on a command line.
 
     Raises:
-      ValueError: no such file, no `get_config`, an unknown key (with the nearest name), a value of the wrong type.
+      ValueError: no such file, no `get_config`, an unknown key (with the nearest name), a value of
+        the wrong type.
     """
     if re.match(r"[\w+.-]+:/", path_and_arg):
         files.local_path("--config", path_and_arg)
@@ -179,13 +202,19 @@ def _stored_run(path: Path) -> ConfigDict:
     """The config that a run stored, to run it again."""
     stored = read_json(path)
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} holds a {type(stored).__name__}, no config: {config_file.FORMS[0]}")
+        raise ValueError(
+            f"{path} holds a {type(stored).__name__}, no config: {config_file.FORMS[0]}"
+        )
     if {"model_type", "architectures"} & set(stored):
-        raise ValueError(f"{path} describes a model: pass its folder as the model; {config_file.FORMS[0]}")
+        raise ValueError(
+            f"{path} describes a model: pass its folder as the model; {config_file.FORMS[0]}"
+        )
     try:
         return ConfigDict(_tuples(stored))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no config that a run stored ({error}): {config_file.FORMS[0]}") from None
+        raise ValueError(
+            f"{path} is no config that a run stored ({error}): {config_file.FORMS[0]}"
+        ) from None
 
 
 def _without_gaps(path: str, config: ConfigDict) -> ConfigDict:
@@ -194,12 +223,15 @@ def _without_gaps(path: str, config: ConfigDict) -> ConfigDict:
         plain = config.to_dict()
         gaps = [key for key in sorted(leaf_keys(config)) if REDACTED in str(value_at(plain, key))]
         if gaps:
-            raise ValueError(f"{path} was stored without the secret {gaps[0]}: pass --config.{gaps[0]}=VALUE")
+            raise ValueError(
+                f"{path} was stored without the secret {gaps[0]}: pass --config.{gaps[0]}=VALUE"
+            )
     return config
 
 
 def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], Any]) -> ConfigDict:
-    """Applies the argument of a config file: variants by name, then ``key=value`` overrides, separated by commas.
+    """Applies the argument of a config file: variants by name, then ``key=value`` overrides,
+    separated by commas.
 
     Args:
       config: the config to change, in place.
@@ -218,7 +250,9 @@ def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], A
         if "=" in piece:
             continue
         if piece not in variants:
-            raise ValueError(f"no variant {piece!r}{checks.nearest(piece, variants)}, or write key=value")
+            raise ValueError(
+                f"no variant {piece!r}{checks.nearest(piece, variants)}, or write key=value"
+            )
         with _as_user_error(f"variant {piece!r}"):
             variants[piece](config)
     return override(config, dict(piece.split("=", 1) for piece in pieces if "=" in piece))
@@ -240,12 +274,16 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
             parent, seen = _member(parent, name, seen), f"{seen}.{name}"
         value = _parse(f"config.{key}", text, _member(parent, leaf, seen))
         with parent.ignore_type():
-            parent[leaf] = value.lock() if isinstance(value, ConfigDict) and config.is_locked else value
+            parent[leaf] = (
+                value.lock() if isinstance(value, ConfigDict) and config.is_locked else value
+            )
     return config
 
 
 def _unfold(parent: Any, name: str) -> None:
-    """Makes a function that is chosen by its name alone a group, so that its hyperparameters can be set."""
+    """Makes a function that is chosen by its name alone a group, so that its hyperparameters can be
+    set.
+    """
     chosen = parent.get(name) if isinstance(parent, ConfigDict) else None
     if name in ("text_reward", "gold") and isinstance(chosen, str) and chosen:
         spec = fn_spec(chosen)
@@ -262,10 +300,14 @@ def _member(parent: Any, name: str, seen: str) -> Any:
 
 
 def _parse(field: str, text: str, current: Any) -> Any:
-    """`text` as a value of the type of `current`; "None" is allowed everywhere (a check elsewhere may refuse it)."""
+    """`text` as a value of the type of `current`; "None" is allowed everywhere (a check elsewhere
+    may refuse it).
+    """
     if isinstance(current, ConfigDict):
         if "fn" not in current:
-            raise ValueError(f"{field} is a group: set one of {', '.join(f'{field}.{k}' for k in current)}")
+            raise ValueError(
+                f"{field} is a group: set one of {', '.join(f'{field}.{k}' for k in current)}"
+            )
         return fn_spec(text) if text else ""
     if text == "None":
         return None
@@ -297,7 +339,7 @@ def _as_user_error(where: str) -> Iterator[None]:
         raise
 
 
-# ------------------------------------------------------------------------------------------------------ JSON, secrets
+# ------------------------------------------------------------------------------------ JSON, secrets
 
 
 def to_json(config: ConfigDict) -> str:
@@ -318,24 +360,33 @@ def from_json(text: str) -> ConfigDict:
 
 
 def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
-    """Plain data; under a secret's key (`secret`) whatever it holds is hidden, groups and tuples included."""
+    """Plain data; under a secret's key (`secret`) whatever it holds is hidden, groups and tuples
+    included.
+    """
     secret = secret or is_secret(key)
     if isinstance(value, FieldReference):
         value = value.get()
-    if isinstance(value, ConfigDict):  # references kept: it goes around __getitem__, for storing a key is not using it
+    if isinstance(
+        value, ConfigDict
+    ):  # references kept: it goes around __getitem__, for storing a key is not using it
         return {k: _plain(v, k, secret) for k, v in value.items(preserve_field_references=True)}
     if isinstance(value, tuple | list):
         return [_plain(v, key, secret) for v in value]
     if isinstance(value, dict):
         return {str(k): _plain(v, str(k), secret) for k, v in value.items()}
-    if secret and value and (isinstance(value, str) or (type(value) is int and "token" not in key.lower())):
+    if (
+        secret
+        and value
+        and (isinstance(value, str) or (type(value) is int and "token" not in key.lower()))
+    ):
         return REDACTED  # a number under a key like token_id is an id
     if isinstance(value, str):
         return redact(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     raise ValueError(
-        f"config.{key} holds a {type(value).__name__}: only numbers, text, tuples and groups can be stored"
+        f"config.{key} holds a {type(value).__name__}: only numbers, text, tuples and groups can "
+        "be stored"
     )
 
 
@@ -366,11 +417,12 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> li
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ who reads which key
+# ------------------------------------------------------------------------------ who reads which key
 
 
 def record_reads(config: ConfigDict) -> tuple[ConfigDict, set[str]]:
-    """A copy of `config` that notes each key as it is read, so that a test can show that no key is without effect.
+    """A copy of `config` that notes each key as it is read, so that a test can show that no key is
+    without effect.
 
     >>> config, reads = record_reads(ConfigDict({"ppo": {"lr": 1e-5, "epochs": 1}}))
     >>> config.ppo.lr, sorted(reads), sorted(leaf_keys(config) - reads)
@@ -384,7 +436,11 @@ def leaf_keys(config: ConfigDict, prefix: str = "") -> set[str]:
     """The dotted name of every value of the config, without reading it."""
     keys = set()
     for key, value in config.items(preserve_field_references=True):
-        keys |= leaf_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}"}
+        keys |= (
+            leaf_keys(value, f"{prefix}{key}.")
+            if isinstance(value, ConfigDict)
+            else {f"{prefix}{key}"}
+        )
     return keys
 
 
@@ -404,7 +460,11 @@ class _Recording(ConfigDict):
         object.__setattr__(self, "_prefix", prefix)
         object.__setattr__(self, "_reads", reads)
         for key, value in source.items():
-            self[key] = _Recording(value, f"{prefix}{key}.", reads) if isinstance(value, ConfigDict) else value
+            self[key] = (
+                _Recording(value, f"{prefix}{key}.", reads)
+                if isinstance(value, ConfigDict)
+                else value
+            )
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
@@ -421,7 +481,8 @@ PATHS = frozenset(
 
 
 def refuse_addresses(config: ConfigDict) -> None:
-    """Refuses a config that names data or models by addresses such as ``gs://bucket/data``, before anything is read.
+    """Refuses a config that names data or models by addresses such as ``gs://bucket/data``, before
+    anything is read.
 
     >>> refuse_addresses(ConfigDict({"tracker": "https://example.org", "prompts": "data/prompts.jsonl"}))
 

@@ -1,7 +1,9 @@
-"""Config files: a Python file with ``get_config(arg)``, run so that a mistake in it is told as one line.
+"""Config files: a Python file with ``get_config(arg)``, run so that a mistake in it is told as one
+line.
 
-A config is a program of its author, so it may fail in any way a program can. Whatever it raises becomes a ValueError
-that names its file and line; errors that this package raised on its behalf already name the field, and stay.
+A config is a program of its author, so it may fail in any way a program can. Whatever it raises
+becomes a ValueError that names its file and line; errors that this package raised on its behalf
+already name the field, and stay.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def check(path: Path) -> Path:
     """`path`, if a config may stand there: a regular file whose name ends in .py or .json.
 
     Raises:
-      ValueError: it is missing, a folder, a pipe, or of another kind; the message says what is near.
+      ValueError: it is missing, a folder, a pipe, or of another kind; the message says what is
+        near.
     """
     if path.is_dir():
         stored = path / "config.json"
@@ -35,16 +38,22 @@ def check(path: Path) -> Path:
         there = f": pass a file, such as {', '.join(found)}" if found else f": {FORMS[0]}"
         raise ValueError(f"config {path} is a folder{there}")
     if not path.exists():
-        raise ValueError(f"no config file {path}{_near(path) or f': pass --config=FILE[:ARG]; {FORMS[0]}'}")
+        raise ValueError(
+            f"no config file {path}{_near(path) or f': pass --config=FILE[:ARG]; {FORMS[0]}'}"
+        )
     if not path.is_file():
-        raise ValueError(f"config {path} is not a regular file but a pipe or a device: save it to a file first")
+        raise ValueError(
+            f"config {path} is not a regular file but a pipe or a device: save it to a file first"
+        )
     if path.suffix not in (".py", ".json"):
         raise ValueError(f"config {path} is neither .py nor .json: {FORMS[0]}")
     return path
 
 
 def _near(path: Path) -> str:
-    """The file that was probably meant: the name of a module, a name without its end, or a slip of the finger."""
+    """The file that was probably meant: the name of a module, a name without its end, or a slip of
+    the finger.
+    """
     for meant in (path.with_name(f"{path.name}.py"), Path(f"{str(path).replace('.', '/')}.py")):
         if meant.is_file():
             return f"; did you mean {str(meant)!r}?"
@@ -74,7 +83,11 @@ def load(path: Path) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     function = getattr(module, "get_config", None)
     if not callable(function):
-        what = "has no function get_config(arg)" if function is None else "gives the name get_config to no function"
+        what = (
+            "has no function get_config(arg)"
+            if function is None
+            else "gives the name get_config to no function"
+        )
         raise ValueError(f"{path} {what}: {FORMS[0]}")
 
     def get_config(*arg: str) -> Any:
@@ -85,21 +98,28 @@ def load(path: Path) -> Callable[..., Any]:
 
 
 def _arguments(function: Callable[..., Any], arg: tuple[str, ...], path: Path) -> tuple[str, ...]:
-    """What to call ``get_config`` with: one that takes an argument gets "" where the command line has none."""
+    """What to call ``get_config`` with: one that takes an argument gets "" where the command line
+    has none.
+    """
     places = [
         p
         for p in inspect.signature(function).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
     ]
     if arg and not places:
-        raise ValueError(f"get_config of {path} takes no argument and got {arg[0]!r}: leave out what follows the colon")
+        raise ValueError(
+            f"get_config of {path} takes no argument and got {arg[0]!r}: leave out what follows "
+            "the colon"
+        )
     required = [p for p in places if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     return arg or ("",) * min(1, len(required))
 
 
 @contextlib.contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Whatever the config at `path` raises becomes a ValueError of one line with its file and line."""
+    """Whatever the config at `path` raises becomes a ValueError of one line with its file and
+    line.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -116,7 +136,11 @@ def told(path: Path) -> Iterator[None]:
 def _place(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in (str(path), str(path.resolve()))]
+    own = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename in (str(path), str(path.resolve()))
+    ]
     return f"{path}:{own[-1].lineno}" if own else str(path)
 
 
@@ -131,7 +155,9 @@ def _said(error: BaseException) -> str:
 
 
 def library_mistake(error: BaseException) -> str:
-    """A missing or misspelt key or a wrong type, told by the config library, in our words; "" for any other error."""
+    """A missing or misspelt key or a wrong type, told by the config library, in our words; "" for
+    any other error.
+    """
     if not isinstance(error, AttributeError | KeyError | TypeError):
         return ""
     cause = error.args[0] if error.args else error

@@ -1,8 +1,8 @@
 """What a long program says while it works: how far it is, how fast, and how long it will take.
 
-The time that is left is honest from the second step on. The first step compiles the program, later ones may compile
-another form of it, and neither says how long the next step takes: intervals in which the compiler ran are left out of
-the rate (`Rate`).
+The time that is left is honest from the second step on. The first step compiles the program, later
+ones may compile another form of it, and neither says how long the next step takes: intervals in
+which the compiler ran are left out of the rate (`Rate`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ SHORT = {"kl_nats_per_sequence": "kl", "response_tokens": "tokens", "held_out_lo
 class Stream(Protocol):
     """What the console needs of a text stream; `sys.stdout`, a file and a `StringIO` are such."""
 
-    def write(self, text: str, /) -> int: ...  # noqa: D102
-    def flush(self) -> None: ...  # noqa: D102
-    def isatty(self) -> bool: ...  # noqa: D102
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+    def isatty(self) -> bool: ...
 
 
 class Screen(NamedTuple):
@@ -60,9 +60,10 @@ class Screen(NamedTuple):
 class Rate:
     """Seconds that a step takes, from the times at which steps were done.
 
-    Left out are the time before the first step that is told (it compiles), and intervals in which the compiler ran.
-    One single interval of more than `OUTLIER` times the median is left out too: a compilation that nobody counted, or
-    a computer that slept. Two or more of them come again and again, as an evaluation between steps does, and count.
+    Left out are the time before the first step that is told (it compiles), and intervals in which
+    the compiler ran. One single interval of more than `OUTLIER` times the median is left out too: a
+    compilation that nobody counted, or a computer that slept. Two or more of them come again and
+    again, as an evaluation between steps does, and count.
 
     >>> rate = Rate()
     >>> for step, now in ((1, 60.0), (2, 61.0), (3, 62.0), (4, 92.0), (5, 93.0)):
@@ -81,10 +82,15 @@ class Rate:
         self._compiling: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
 
     def add(self, step: int, now: float, *, compiled: bool = False) -> None:
-        """Takes down that `step` steps were done at the time `now`, and whether the compiler ran since the last."""
+        """Takes down that `step` steps were done at the time `now`, and whether the compiler ran
+        since the last.
+        """
         last, self._last = self._last, (step, now)
         if last is None or step <= last[0]:
-            self._last = last or (step, now)  # a second word about a step is part of the next interval
+            self._last = last or (
+                step,
+                now,
+            )  # a second word about a step is part of the next interval
             return
         intervals = self._compiling if compiled else self._plain
         intervals.append((step - last[0], now - last[1]))
@@ -104,13 +110,15 @@ class Rate:
 
 
 class Console:
-    """Progress of one stage: a bar that is redrawn on a terminal, a plain line now and then elsewhere.
+    """Progress of one stage: a bar that is redrawn on a terminal, a plain line now and then
+    elsewhere.
 
     Args:
       stage: its name.
       total: how many steps it has.
       resume_step: the step it goes on from.
-      show: metrics to show, in order; those that a step lacks, or that do not fit the line, are left out.
+      show: metrics to show, in order; those that a step lacks, or that do not fit the line, are
+        left out.
       unit: what a step is, in the plural: ``iterations``, ``responses``.
       quiet: nothing is shown in the first seconds: work that is done by then needs no line.
       screen: where lines appear, and how often.
@@ -126,7 +134,7 @@ class Console:
         show: Sequence[str] = ("loss",),
         unit: str = "steps",
         quiet: float = 0.0,
-        screen: Screen = Screen(),  # noqa: B008  (immutable)
+        screen: Screen = Screen(),
         compilations: Callable[[], int] | None = None,
     ):
         self._stage, self._total, self._show = stage, total, tuple(show)
@@ -136,7 +144,12 @@ class Console:
         self._unit, self._quiet = unit, quiet
         self._compilations = compilations or Compilations.count
         self._compiled = self._compilations()
-        self._step, self._begun, self._started, self._rate = resume_step, resume_step, screen.clock(), Rate()
+        self._step, self._begun, self._started, self._rate = (
+            resume_step,
+            resume_step,
+            screen.clock(),
+            Rate(),
+        )
         self._last_line = -math.inf
         self._open_line = ""
 
@@ -148,7 +161,9 @@ class Console:
         if now - self._started < self._quiet:
             return
         if self._live:
-            self._open_line = self._line(now, numbers, shutil.get_terminal_size((WIDTH, 24)).columns - 1)
+            self._open_line = self._line(
+                now, numbers, shutil.get_terminal_size((WIDTH, 24)).columns - 1
+            )
             self._stream.write(f"\r{self._open_line}\x1b[K")
         elif step >= self._total or (step > self._begun and now - self._last_line >= self._every):
             self._last_line = now
@@ -194,7 +209,9 @@ class Console:
         shown = ""
         if pace:
             shown = (
-                f"  {1 / pace:.1f} {self._unit}/s" if pace <= 1 else f"  {pace:.1f} s/{self._unit.removesuffix('s')}"
+                f"  {1 / pace:.1f} {self._unit}/s"
+                if pace <= 1
+                else f"  {pace:.1f} s/{self._unit.removesuffix('s')}"
             )
         if self._step >= self._total:
             return f"{shown}  took {duration(now - self._started)}"
@@ -202,7 +219,8 @@ class Console:
 
 
 class Progress:
-    """Progress of a loop that has no log: nothing at all where it is short, and process 0 alone speaks.
+    """Progress of a loop that has no log: nothing at all where it is short, and process 0 alone
+    speaks.
 
     >>> with Progress("scoring", 4, unit="rows") as done:
     ...     for row in range(1, 5):
@@ -223,7 +241,7 @@ class Progress:
         *,
         unit: str,
         quiet: float = PATIENCE,
-        screen: Screen = Screen(),  # noqa: B008  (immutable)
+        screen: Screen = Screen(),
     ) -> None:
         if processes.index():
             screen = screen._replace(stream=io.StringIO())
@@ -254,7 +272,9 @@ def patiently(
         wait = after
         while not over.wait(wait):
             out, wait = sys.stdout if stream is None else stream, every
-            with contextlib.suppress(ValueError, OSError):  # closed meanwhile: the work itself goes on
+            with contextlib.suppress(
+                ValueError, OSError
+            ):  # closed meanwhile: the work itself goes on
                 out.write(f"{what}: {duration(time.monotonic() - begun)} so far\n")
                 out.flush()
 
@@ -271,7 +291,9 @@ def patiently(
 
 
 class Compilations:
-    """Counts the programs that this process compiles, those that were found in the cache on disk included."""
+    """Counts the programs that this process compiles, those that were found in the cache on disk
+    included.
+    """
 
     _count = 0
     _listening = False
@@ -300,4 +322,8 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return (
+        f"{whole // 60}m{whole % 60:02d}s"
+        if whole < 3600
+        else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    )

@@ -1,8 +1,10 @@
-"""How many positions a model has, and the refusal of rows that need more, before anything is computed.
+"""How many positions a model has, and the refusal of rows that need more, before anything is
+computed.
 
-Learned positions (GPT-2) end where their table ends: beyond it a hidden state is NaN. Rotary positions can be computed
-for any place, and beyond those that the model was trained on what comes out means nothing. Both are refused alike. What
-counts is the largest position that a row uses: the pieces of a packed row begin at 0 each, and padding uses none.
+Learned positions (GPT-2) end where their table ends: beyond it a hidden state is NaN. Rotary
+positions can be computed for any place, and beyond those that the model was trained on what comes
+out means nothing. Both are refused alike. What counts is the largest position that a row uses: the
+pieces of a packed row begin at 0 each, and padding uses none.
 """
 
 from __future__ import annotations
@@ -37,16 +39,20 @@ class Context(NamedTuple):
     field: str = ""
 
     def __str__(self) -> str:
-        """For a message: ``the context of runs/sft/epoch-1 is 1024 tokens (n_positions=1024 in its config.json)``."""
+        """For a message: ``the context of runs/sft/epoch-1 is 1024 tokens (n_positions=1024 in its
+        config.json)``.
+        """
         of = f" of {self.model}" if self.model else " of the model"
         source = f" ({self.field} in its config.json)" if self.field else ""
         return f"the context{of} is {self.length} tokens{source}"
 
 
 def of_folder(folder: Path) -> Context:
-    """The context of a model on disk, from its config.json alone, so that a refusal comes before loading weights.
+    """The context of a model on disk, from its config.json alone, so that a refusal comes before
+    loading weights.
 
-    Where there is no config.json (a GGUF file, a wrong path) the length is None: whoever loads the model tells.
+    Where there is no config.json (a GGUF file, a wrong path) the length is None: whoever loads the
+    model tells.
 
     Raises:
       ValueError: config.json is damaged or of an unknown kind.
@@ -72,7 +78,9 @@ def of_network(network: Any, folder: Path | None = None) -> Context:
     return found if found.length == length else Context(length, str(folder))
 
 
-def check(context: Context, sizes: Sequence[int], where: Callable[[int], str], *, new: int = 0) -> None:
+def check(
+    context: Context, sizes: Sequence[int], where: Callable[[int], str], *, new: int = 0
+) -> None:
     """Refuses rows that need more positions than the model has.
 
     Args:
@@ -93,27 +101,33 @@ def check(context: Context, sizes: Sequence[int], where: Callable[[int], str], *
     others = f" (and {more} more are too long)" if more else ""
     if new:
         raise ValueError(
-            f"{where(longest)} has {sizes[longest]} tokens and max_new_tokens={new} come after it, together "
+            f"{where(longest)} has {sizes[longest]} tokens and max_new_tokens={new} come after it, "
+            "together "
             f"{sizes[longest] + new}, but {context}{others}: lower max_new_tokens, or {ADVICE}"
         )
-    raise ValueError(f"{where(longest)} has {sizes[longest]} tokens and {context}{others}: {ADVICE}")
+    raise ValueError(
+        f"{where(longest)} has {sizes[longest]} tokens and {context}{others}: {ADVICE}"
+    )
 
 
 def check_slots(context: Context, slots: int, what: str) -> None:
-    """Refuses a config whose rows may need more positions than the model has; `what` names the keys and their values.
+    """Refuses a config whose rows may need more positions than the model has; `what` names the keys
+    and their values.
 
     Raises:
       ValueError: they may.
     """
     if context.length is not None and slots > context.length:
         raise ValueError(
-            f"{what} takes {slots} positions and {context}: lower it to at most {context.length}, or use a model "
+            f"{what} takes {slots} positions and {context}: lower it to at most {context.length}, "
+            "or use a model "
             "with a longer context"
         )
 
 
 def check_rows(context: Context, rows: Any, what: str) -> None:
-    """Refuses packed rows in which a piece is longer than the context; `what` names the key of their length.
+    """Refuses packed rows in which a piece is longer than the context; `what` names the key of
+    their length.
 
     Raises:
       ValueError: one is.
@@ -123,7 +137,9 @@ def check_rows(context: Context, rows: Any, what: str) -> None:
 
 
 def record_of(path: Any, count: int) -> Callable[[int], str]:
-    """Names record i of the `count` records of a JSONL file: by its line, where each line that is not empty is one."""
+    """Names record i of the `count` records of a JSONL file: by its line, where each line that is
+    not empty is one.
+    """
 
     def name(i: int) -> str:
         try:
@@ -131,7 +147,9 @@ def record_of(path: Any, count: int) -> Callable[[int], str]:
         except ValueError:
             lines = []
         filled = [number for number, line in enumerate(lines, start=1) if line.strip()]
-        return f"{path}:{filled[i]}" if len(filled) == count else f"{path}: record {i + 1} of {count}"
+        return (
+            f"{path}:{filled[i]}" if len(filled) == count else f"{path}: record {i + 1} of {count}"
+        )
 
     return name
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from rlhf_jax.data import sources
 from rlhf_jax.run import checks, look, programs
 
-FORM_NAMES = {"hh_rlhf": "hh", "own": "jsonl", "ultrafeedback": "rated", "messages": "openai", "trl_pairs": "trl"}
+FORM_NAMES = {
+    "hh_rlhf": "hh",
+    "own": "jsonl",
+    "ultrafeedback": "rated",
+    "messages": "openai",
+    "trl_pairs": "trl",
+}
 """Other names under which people know a form."""
 
 
@@ -22,7 +28,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     >>> expand(["--source=alpaca", "--data=f.json", "--columns", "prompt=question"])[:2]
     ['--config=configs/data/convert.py', '--config.form=alpaca']
     >>> expand(["--look=rows.jsonl", "--preview"])
-    ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl', '--config.preview=terminal']
+    ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl',
+    '--config.preview=terminal']
 
     Raises:
       ValueError: ``--source`` names none, or one that there is not.
@@ -51,31 +58,53 @@ def expand(argv: Sequence[str]) -> list[str]:
         if flag == "--source":
             _check_source(value, converts)
         if flag == "--source" and _is_form(value, converts):
-            full += ["--config=configs/data/convert.py", f"--config.form={FORM_NAMES.get(value, value)}"]
+            full += [
+                "--config=configs/data/convert.py",
+                f"--config.form={FORM_NAMES.get(value, value)}",
+            ]
             continue
         value = f"configs/data/{value}.py" if flag == "--source" else value
         full.append(short.get(flag, flag) + equals + value)
     named = any(flag.startswith("--config=") or flag == "--config" for flag in full)
-    model = next((flag.partition("=")[2] for flag in full if flag.startswith("--config.model=")), "")
+    model = next(
+        (flag.partition("=")[2] for flag in full if flag.startswith("--config.model=")), ""
+    )
     if converts and not named:
         full = ["--config=configs/data/convert.py", *full]
     elif model and not named:
-        workdir = [] if any(flag.startswith("--workdir") for flag in full) else [f"--workdir=runs/{model}"]
+        workdir = (
+            []
+            if any(flag.startswith("--workdir") for flag in full)
+            else [f"--workdir=runs/{model}"]
+        )
         full = ["--config=configs/data/pretrained.py", *workdir, *full]
     return full
 
 
 def _check_source(name: str, converts: bool) -> None:
-    """Refuses a source that is neither a form nor a config of its own; an argument may follow it (``NAME:ARG``)."""
+    """Refuses a source that is neither a form nor a config of its own; an argument may follow it
+    (``NAME:ARG``).
+    """
     own = programs.root() / "configs" / "data"
     config = f"{name.partition(':')[0]}.py"
-    if converts or name in sources.FORMS or Path("configs/data", config).is_file() or (own / config).is_file():
+    if (
+        converts
+        or name in sources.FORMS
+        or Path("configs/data", config).is_file()
+        or (own / config).is_file()
+    ):
         return
-    known = sorted({*sources.FORMS, *(path.stem for path in own.glob("[a-z]*.py"))} - {"convert", "look"})
+    known = sorted(
+        {*sources.FORMS, *(path.stem for path in own.glob("[a-z]*.py"))} - {"convert", "look"}
+    )
     checks.require_one_of("--source", name, known)
 
 
 def _is_form(name: str, converts: bool) -> bool:
     """Whether ``--source=NAME`` names a form of a file, and not a config of its own."""
     own = programs.root() / "configs" / "data" / f"{name}.py"
-    return converts or (name in sources.FORMS and not own.is_file() and not Path(f"configs/data/{name}.py").is_file())
+    return converts or (
+        name in sources.FORMS
+        and not own.is_file()
+        and not Path(f"configs/data/{name}.py").is_file()
+    )

@@ -19,15 +19,19 @@ from rlhf_jax.types import LMBatch
 def read_records(
     path: str | os.PathLike[str], kind: type[schema.Record], tokenizer: Any = None, **reading: Any
 ) -> list[schema.Record]:
-    """`schema.read_jsonl`, and a line on the screen where a chat template wrote texts of the file before.
+    """`schema.read_jsonl`, and a line on the screen where a chat template wrote texts of the file
+    before.
 
     Args:
       path: the file.
       kind: of its records.
-      tokenizer: whose special tokens are looked for too; None looks for those of well-known models alone.
+      tokenizer: whose special tokens are looked for too; None looks for those of well-known models
+        alone.
       **reading: further arguments of `schema.read_jsonl`.
     """
-    records, report = schema.read_jsonl(path, kind, special_tokens=templated.pattern(tokenizer), **reading)
+    records, report = schema.read_jsonl(
+        path, kind, special_tokens=templated.pattern(tokenizer), **reading
+    )
     note = report and templated.note(records, report, tokenizer)
     if note and processes.index() == 0:
         print(note, flush=True)
@@ -61,7 +65,8 @@ def encode_prompts(
     if len(ids[longest]) > length:
         raise ValueError(
             f"{where}: a prompt has {len(ids[longest])} tokens and prompt_length is {length} "
-            f"({chat.readable(prompts[longest])[:60]!r}...): raise prompt_length or leave the prompt out"
+            f"({chat.readable(prompts[longest])[:60]!r}...): raise prompt_length or leave the "
+            "prompt out"
         )
     return ids
 
@@ -83,10 +88,14 @@ def lm_rows(
       ValueError: a piece of a document needs more positions than the model has.
     """
     documents = read_records(path, schema.PlainText, tokenizer)
-    ids = [text.encode_document(tokenizer, d.text, eos_id=tokenizer.eos_token_id) for d in documents]
+    ids = [
+        text.encode_document(tokenizer, d.text, eos_id=tokenizer.eos_token_id) for d in documents
+    ]
     rows = text.lm_rows(ids, length=length)
     if context is not None:
-        contexts.check_rows(context, rows, f"{path}: a piece of a document in rows of {key}={length}")
+        contexts.check_rows(
+            context, rows, f"{path}: a piece of a document in rows of {key}={length}"
+        )
     return rows
 
 
@@ -99,7 +108,8 @@ def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -
 def held_out_batches(
     rows: LMBatch, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, most: int | None = None
 ) -> list[LMBatch]:
-    """Rows of text to measure a loss on, placed, each of them once: what fills up the last batch is no target.
+    """Rows of text to measure a loss on, placed, each of them once: what fills up the last batch is
+    no target.
 
     Args:
       rows: all of them.

@@ -17,11 +17,12 @@ from rlhf_jax.run.networks import model_folder
 def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
     """The device mesh of a stage, ``(-1, 1, 1)`` for data parallel over all devices.
 
-    Compiled programs are kept in a cache folder of the user, so that a second run starts at once; where none can be
-    written they are compiled each time.
+    Compiled programs are kept in a cache folder of the user, so that a second run starts at once;
+    where none can be written they are compiled each time.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or there are none of the platform that JAX is told to use.
+      ValueError: the mesh does not fit the devices, or there are none of the platform that JAX is
+        told to use.
     """
     cpu_process.settle()
     keep_compiled()
@@ -34,7 +35,9 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
             raise
         platforms = jax.config.values["jax_platforms"]
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"JAX_PLATFORMS={platforms}: {reason}; unset it to use what this machine has") from error
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms}: {reason}; unset it to use what this machine has"
+        ) from error
 
 
 def agree_on_inputs(*paths: str) -> None:
@@ -49,4 +52,7 @@ def agree_on_inputs(*paths: str) -> None:
     for path in paths:
         files.local_path("the input", path)
     if processes.count() > 1:
-        processes.agree("inputs", {f"what is in {path}": files.digest(model_folder(path)) for path in paths if path})
+        processes.agree(
+            "inputs",
+            {f"what is in {path}": files.digest(model_folder(path)) for path in paths if path},
+        )

@@ -1,17 +1,19 @@
-"""Files: written so that a power cut loses nothing that was called done, read as if somebody else wrote them.
+"""Files: written so that a power cut loses nothing that was called done, read as if somebody else
+wrote them.
 
-Writing. A file is on the disk when its bytes and the entry of its folder are: `written`, `write_json` and
-`write_lines` put a whole file in place of the old one, `put_folder` a whole folder, `append_line` a line at the end,
-and each returns only when that would survive a power cut. Nothing else in the package writes a file of a run
-(``tests/run/test_files.py`` reads the syntax trees for it).
+Writing. A file is on the disk when its bytes and the entry of its folder are: `written`,
+`write_json` and `write_lines` put a whole file in place of the old one, `put_folder` a whole
+folder, `append_line` a line at the end, and each returns only when that would survive a power cut.
+Nothing else in the package writes a file of a run (``tests/run/test_files.py`` reads the syntax
+trees for it).
 
-Paths. Everything is read from and written to a file system that the operating system has mounted; `local_path`
-refuses addresses such as ``gs://bucket/run``, which `Path` would turn into a local folder named ``gs:``. A bucket has
-no renaming of folders and no sync, which all of this stands on.
+Paths. Everything is read from and written to a file system that the operating system has mounted;
+`local_path` refuses addresses such as ``gs://bucket/run``, which `Path` would turn into a local
+folder named ``gs:``. A bucket has no renaming of folders and no sync, which all of this stands on.
 
-Reading. Model folders, tokenizers and checkpoints come from other people. What they hold is parsed with limits, never
-executed, and a name found in one never becomes a path. Each refusal is a ValueError with the file, the value and the
-limit.
+Reading. Model folders, tokenizers and checkpoints come from other people. What they hold is parsed
+with limits, never executed, and a name found in one never becomes a path. Each refusal is a
+ValueError with the file, the value and the limit.
 """
 
 from __future__ import annotations
@@ -31,15 +33,16 @@ from typing import IO, Any, NoReturn
 
 StrPath = str | os.PathLike[str]
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 @contextlib.contextmanager
 def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """A stream whose content becomes `path` when the block ends without an error, and survives a power cut then.
+    """A stream whose content becomes `path` when the block ends without an error, and survives a
+    power cut then.
 
-    Until that moment `path` is what it was. The stream writes to a temporary file beside it, which is synced, renamed
-    over `path`, and made permanent by syncing the folder.
+    Until that moment `path` is what it was. The stream writes to a temporary file beside it, which
+    is synced, renamed over `path`, and made permanent by syncing the folder.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -50,10 +53,12 @@ def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
 
     Args:
       path: the file; its folder is made where it is missing.
-      binary: whether the stream takes bytes; otherwise it takes text and writes UTF-8 with lines ending in LF.
+      binary: whether the stream takes bytes; otherwise it takes text and writes UTF-8 with lines
+        ending in LF.
 
     Raises:
-      OSError: it could not be written; what was there before still is, and no half file is left beside it.
+      OSError: it could not be written; what was there before still is, and no half file is left
+        beside it.
     """
     path = local_path("the file to write", path)
     make_folder(path.parent)
@@ -100,7 +105,8 @@ def append_line(path: StrPath, row: Any) -> None:
 def appending(path: StrPath) -> IO[str]:
     """Opens a text file to append lines to it, for a log that many lines are written to.
 
-    The entry of a new file in its folder is on the disk when this returns; its lines are after `flush`.
+    The entry of a new file in its folder is on the disk when this returns; its lines are after
+    `flush`.
     """
     path = local_path("the file to write", path)
     make_folder(path.parent)
@@ -124,7 +130,9 @@ def touch(path: StrPath) -> None:
 
 
 def rename(source: StrPath, target: StrPath) -> None:
-    """Renames a file or a folder; the new name, and that the old one is gone, survive a power cut."""
+    """Renames a file or a folder; the new name, and that the old one is gone, survive a power
+    cut.
+    """
     source, target = Path(source), Path(target)
     source.rename(target)
     sync(target.parent)
@@ -133,7 +141,9 @@ def rename(source: StrPath, target: StrPath) -> None:
 
 
 def make_folder(folder: StrPath) -> Path:
-    """Makes a folder and those above it where they are missing, so that they survive a power cut."""
+    """Makes a folder and those above it where they are missing, so that they survive a power
+    cut.
+    """
     folder = local_path("the folder to write", folder)
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +176,9 @@ def sync(path: StrPath) -> None:
 
 
 def sync_tree(folder: StrPath) -> None:
-    """Waits until all files and folders below `folder`, and itself, are on the disk: what libraries wrote there."""
+    """Waits until all files and folders below `folder`, and itself, are on the disk: what libraries
+    wrote there.
+    """
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not os.path.islink(os.path.join(root, name)):
@@ -175,9 +187,11 @@ def sync_tree(folder: StrPath) -> None:
 
 
 def put_folder(temporary: StrPath, folder: StrPath) -> None:
-    """Puts a finished folder in the place of another: after a power cut one of the two is there, whole.
+    """Puts a finished folder in the place of another: after a power cut one of the two is there,
+    whole.
 
-    The old one is ``<folder>.old`` between the two renames; `settle_folder` brings it back after a crash there.
+    The old one is ``<folder>.old`` between the two renames; `settle_folder` brings it back after a
+    crash there.
 
     Args:
       temporary: the finished folder, on the same file system.
@@ -194,7 +208,9 @@ def put_folder(temporary: StrPath, folder: StrPath) -> None:
 
 
 def settle_folder(folder: StrPath) -> None:
-    """Ends what a crash in `put_folder` left: brings the old folder back where no new one is, removes leftovers."""
+    """Ends what a crash in `put_folder` left: brings the old folder back where no new one is,
+    removes leftovers.
+    """
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     if os.path.lexists(old) and not os.path.lexists(folder):
@@ -203,7 +219,9 @@ def settle_folder(folder: StrPath) -> None:
 
 
 def remove(*paths: StrPath) -> None:
-    """Removes files, links and whole folders; what is not there is fine. Of a link only the link goes."""
+    """Removes files, links and whole folders; what is not there is fine. Of a link only the link
+    goes.
+    """
     for path in map(Path, paths):
         if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
@@ -212,7 +230,9 @@ def remove(*paths: StrPath) -> None:
 
 
 def remove_unfinished(folder: StrPath) -> None:
-    """Removes what `written` left beside its files in `folder` where the process was killed in the middle of it."""
+    """Removes what `written` left beside its files in `folder` where the process was killed in the
+    middle of it.
+    """
     for path in Path(folder).glob(".*.tmp"):
         if _UNFINISHED.fullmatch(path.name):
             remove(path)
@@ -228,10 +248,11 @@ def _umask() -> int:
     return mask
 
 
-# --------------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
 
 _ADDRESS = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
-"""``gs://bucket/run``, and ``gs:/bucket/run``, which `Path` makes of it. A drive (``C:/runs``) has one letter."""
+"""``gs://bucket/run``, and ``gs:/bucket/run``, which `Path` makes of it. A drive (``C:/runs``) has
+one letter."""
 
 
 def local_path(what: str, value: StrPath) -> Path:
@@ -241,7 +262,8 @@ def local_path(what: str, value: StrPath) -> Path:
     'runs/sft'
     >>> local_path("workdir", "gs://bucket/run")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: workdir='gs://bucket/run' is an address (gs://), and only paths on local or network disks are ...
+    ValueError: workdir='gs://bucket/run' is an address (gs://), and only paths on local or network
+      disks are ...
 
     Args:
       what: the flag, config key or use of the path, for the message.
@@ -258,16 +280,20 @@ def local_path(what: str, value: StrPath) -> Path:
     rest = re.split(r"[?#]", (found["rest"] if found else text.partition("://")[2]).lstrip("/"))[0]
     shown = f"{scheme}://{rest.rpartition('@')[2]}"[:200]
     raise ValueError(
-        f"{what}={shown!r} is an address ({scheme}://), and only paths on local or network disks are supported: "
-        "mount it, or copy what is read from it; let runs write to a disk and copy them there at their end"
+        f"{what}={shown!r} is an address ({scheme}://), and only paths on local or network disks "
+        "are supported: "
+        "mount it, or copy what is read from it; let runs write to a disk and copy them there at "
+        "their end"
     )
 
 
 def links_out_of(folder: StrPath) -> Iterator[Path]:
-    """The links below `folder`, at any depth, that lead out of it: to another folder, a file elsewhere, or nowhere.
+    """The links below `folder`, at any depth, that lead out of it: to another folder, a file
+    elsewhere, or nowhere.
 
-    A link that stays inside is fine, and so is one that leads in a circle. Links are never followed, so this ends, and
-    it looks at no file's content: a folder of ten thousand entries takes a few hundredths of a second.
+    A link that stays inside is fine, and so is one that leads in a circle. Links are never
+    followed, so this ends, and it looks at no file's content: a folder of ten thousand entries
+    takes a few hundredths of a second.
     """
     root = os.path.realpath(folder)
     inside = os.path.join(root, "")
@@ -278,7 +304,7 @@ def links_out_of(folder: StrPath) -> Iterator[Path]:
                 yield Path(folder) / os.path.relpath(path, root)
 
 
-# ------------------------------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------------ what is there
 
 
 def sha256(path: StrPath) -> str:
@@ -297,13 +323,16 @@ def json_digest(data: Any) -> str:
 
 
 def contents(root: StrPath) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of a file, or of every file below a folder, by names relative to it (``""`` for a file).
+    """Size and sha256 of a file, or of every file below a folder, by names relative to it (``""``
+    for a file).
 
     Returns:
-      ``{"sub/name": {"bytes": 12, "sha256": "..."}}``, sorted by name, without hidden temporary files (``.*.tmp``).
+      ``{"sub/name": {"bytes": 12, "sha256": "..."}}``, sorted by name, without hidden temporary
+      files (``.*.tmp``).
 
     Raises:
-      OSError: nothing is there, or a link is: what it leads to is not ours and may change or go at any time.
+      OSError: nothing is there, or a link is: what it leads to is not ours and may change or go at
+        any time.
     """
     root = Path(root)
     if root.is_symlink():
@@ -343,7 +372,7 @@ def _content(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 MEBIBYTE = 2**20
 
@@ -372,8 +401,9 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def check_file(file: str | os.PathLike[str], *, limit: int | None = None) -> Path:
     """`file`, if it is a regular file of its folder, not larger than `limit` bytes.
 
-    A link may lead to another place in the folder, or to where the Hugging Face cache keeps what its snapshot folders
-    link to (``../../blobs``); nowhere else, so that a model folder cannot hand in a file of its reader's machine.
+    A link may lead to another place in the folder, or to where the Hugging Face cache keeps what
+    its snapshot folders link to (``../../blobs``); nowhere else, so that a model folder cannot hand
+    in a file of its reader's machine.
 
     Args:
       file: its path.
@@ -390,12 +420,21 @@ def check_file(file: str | os.PathLike[str], *, limit: int | None = None) -> Pat
     if not real.is_file():
         raise ValueError(f"{file} is not a regular file: put a plain file there")
     blobs = folder.parent.parent / "blobs"
-    if not (real.is_relative_to(folder) or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))):
-        raise ValueError(f"{file} is a link out of its folder, to {real}: copy that file there if it belongs to it")
+    if not (
+        real.is_relative_to(folder)
+        or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))
+    ):
+        raise ValueError(
+            f"{file} is a link out of its folder, to {real}: copy that file there if it belongs to "
+            "it"
+        )
     most = LIMITS.get(file.name) if limit is None else limit
     size = real.stat().st_size
     if most is not None and size > most:
-        raise ValueError(f"{file} has {size:,} bytes, more than the limit of {most:,}: it is not what its name says")
+        raise ValueError(
+            f"{file} has {size:,} bytes, more than the limit of {most:,}: it is not what its name "
+            "says"
+        )
     return file
 
 
@@ -430,8 +469,12 @@ def parse_json(data: bytes, where: str) -> Any:
         if is_nested_deeper(found, NESTING):
             raise RecursionError
     except RecursionError:
-        raise ValueError(f"{where} is corrupt (nested deeper than the limit of {NESTING}): copy it again") from None
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, too many digits, a key given twice
+        raise ValueError(
+            f"{where} is corrupt (nested deeper than the limit of {NESTING}): copy it again"
+        ) from None
+    except (
+        ValueError
+    ) as error:  # UnicodeDecodeError, JSONDecodeError, too many digits, a key given twice
         raise ValueError(f"{where} is corrupt ({str(error)[:200]}): copy it again") from None
     return found
 
@@ -459,11 +502,13 @@ def is_nested_deeper(value: Any, most: int) -> bool:
 
 
 def check_tokenizer(folder: str | os.PathLike[str]) -> Path:
-    """The ``tokenizer.json`` of a folder, after a look at every file that the tokenizer library would read there.
+    """The ``tokenizer.json`` of a folder, after a look at every file that the tokenizer library
+    would read there.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      ValueError: a file is no regular one, too large or no JSON object, or a chat template has a name that is no name.
+      ValueError: a file is no regular one, too large or no JSON object, or a chat template has a
+        name that is no name.
     """
     folder = Path(folder)
     check_file(folder / "tokenizer.json")
@@ -476,24 +521,34 @@ def check_tokenizer(folder: str | os.PathLike[str]) -> Path:
         templates = content.get("chat_template") if name == "tokenizer_config.json" else None
         if isinstance(templates, list):
             for entry in templates:
-                check_template_name(entry.get("name") if isinstance(entry, dict) else entry, str(folder / name))
-    for file in (folder / "chat_template.jinja", *folder.glob("*_chat_templates/*"), *folder.glob("chat_templates/*")):
+                check_template_name(
+                    entry.get("name") if isinstance(entry, dict) else entry, str(folder / name)
+                )
+    for file in (
+        folder / "chat_template.jinja",
+        *folder.glob("*_chat_templates/*"),
+        *folder.glob("chat_templates/*"),
+    ):
         if file.exists() or file.is_symlink():
             check_file(file, limit=LIMITS["chat_template.jinja"])
     return folder / "tokenizer.json"
 
 
 def check_template_name(name: Any, where: str) -> None:
-    """Refuses a chat template whose name could not be the name of a file: saving a tokenizer makes it one.
+    """Refuses a chat template whose name could not be the name of a file: saving a tokenizer makes
+    it one.
 
     Raises:
       ValueError: it could not.
     """
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-        raise ValueError(f"{where} names a chat template {str(name)[:80]!r}: names are letters, digits, '.', '_', '-'")
+        raise ValueError(
+            f"{where} names a chat template {str(name)[:80]!r}: names are letters, digits, '.', "
+            "'_', '-'"
+        )
 
 
-# -------------------------------------------------------------------------------------------------------- GGUF files
+# --------------------------------------------------------------------------------------- GGUF files
 
 _GGUF_SCALARS = dict(zip(range(13), (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8), strict=True))
 """Type of a GGUF value -> its bytes; 8 is a string, 9 an array."""
@@ -505,7 +560,8 @@ _GGUF_ENTRIES = 10**6
 def check_gguf(path: Path) -> None:
     """Walks the header of a GGUF file, in which no count and no length may go beyond the file.
 
-    The reader of the gguf package believes them: an array of 2**60 entries keeps it busy until memory ends.
+    The reader of the gguf package believes them: an array of 2**60 entries keeps it busy until
+    memory ends.
 
     Raises:
       ValueError: one does, or the file is no GGUF file.
@@ -518,7 +574,9 @@ def check_gguf(path: Path) -> None:
         if magic != b"GGUF" or version not in (2, 3):
             header.refuse(f"it begins with {magic!r} and version {version}")
         if max(tensors, fields) > _GGUF_ENTRIES:
-            header.refuse(f"{tensors:,} tensors and {fields:,} fields, the limit is {_GGUF_ENTRIES:,}")
+            header.refuse(
+                f"{tensors:,} tensors and {fields:,} fields, the limit is {_GGUF_ENTRIES:,}"
+            )
         for _ in range(fields):
             header.string()
             header.value(header.number(4))

@@ -1,7 +1,9 @@
-"""What watches over a run (docs/guards.md): skipped steps are counted and named, and a resumed run is the same run.
+"""What watches over a run (docs/guards.md): skipped steps are counted and named, and a resumed run
+is the same run.
 
-The guard inside the compiled step (`guard.is_spike`) decides; here its decisions are told, and too many in a row stop
-the run. `origin` is what a checkpoint says of the run beside its arrays, and `check_origin` compares it on resume.
+The guard inside the compiled step (`guard.is_spike`) decides; here its decisions are told, and too
+many in a row stop the run. `origin` is what a checkpoint says of the run beside its arrays, and
+`check_origin` compares it on resume.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ SHOWN = 64
 
 
 class Records:
-    """Which records of a data file lie in which row: a row that packs several (best fit) names them all.
+    """Which records of a data file lie in which row: a row that packs several (best fit) names them
+    all.
 
     Args:
       path: the file, for the message.
@@ -60,7 +63,9 @@ class Records:
         self._places = range(len(self._ids)) if places is None else places
 
     def of(self, rows: Iterable[int]) -> list[tuple[int, str | None]]:
-        """The place in the file and the id of each record in these rows; rows of other text (mixed in) have none."""
+        """The place in the file and the id of each record in these rows; rows of other text (mixed
+        in) have none.
+        """
         wanted = [int(row) for row in rows]
         if self._sizes is None:
             items = wanted
@@ -69,7 +74,9 @@ class Records:
             items = [item for row in wanted if row < len(packed) for item in packed[row]]
         return [(int(self._places[i]), self._ids[i]) for i in items if i < len(self._ids)]
 
-    def of_step(self, batches: Batches, step: int) -> tuple[list[int], list[tuple[int, str | None]]]:
+    def of_step(
+        self, batches: Batches, step: int
+    ) -> tuple[list[int], list[tuple[int, str | None]]]:
         """The rows of a step and the records in them."""
         rows = batches.indices(step).tolist()
         return rows, self.of(rows)
@@ -90,9 +97,11 @@ class Event(NamedTuple):
 
 
 class Skips:
-    """Counts what a stage leaves out, prints and logs its records, and stops the stage after too many in a row.
+    """Counts what a stage leaves out, prints and logs its records, and stops the stage after too
+    many in a row.
 
-    The counts travel in the checkpoint (`counts`), so a run that is resumed stops where the whole one would.
+    The counts travel in the checkpoint (`counts`), so a run that is resumed stops where the whole
+    one would.
 
     Args:
       workdir: folder of the stage; `FILE` in it gets one line for each event.
@@ -116,7 +125,9 @@ class Skips:
         checks.require_range("guard.max_skipped", limit, low=1)
         self._file, self._stage, self._path, self._limit = Path(workdir) / FILE, stage, path, limit
         kept = counts or {}
-        self._total, self._in_a_row, self._taken = (int(kept.get(k, 0)) for k in ("skipped", "in_a_row", "taken"))
+        self._total, self._in_a_row, self._taken = (
+            int(kept.get(k, 0)) for k in ("skipped", "in_a_row", "taken")
+        )
         self._run: list[Event] = []
         self._waiting: tuple[metrics.Values, Callable[[], Event]] | None = None
         if self._writes:
@@ -127,7 +138,9 @@ class Skips:
         """Steps skipped, skipped in a row up to now, and taken: JSON data for a checkpoint."""
         return {"skipped": self._total, "in_a_row": self._in_a_row, "taken": self._taken}
 
-    def watch(self, step: int, measured: metrics.Values, rows: Callable[[], tuple[list[int], list]]) -> None:
+    def watch(
+        self, step: int, measured: metrics.Values, rows: Callable[[], tuple[list[int], list]]
+    ) -> None:
         """Hands in a step; it is looked at when the next one is, so that the device never waits.
 
         Args:
@@ -143,7 +156,9 @@ class Skips:
         self._waiting = (told, lambda: Event(step, "step", "", *rows()))
 
     def flush(self, *, last: bool = False) -> None:
-        """Looks at the step that waits: before a checkpoint, and at the end (`last`), where one step must be taken."""
+        """Looks at the step that waits: before a checkpoint, and at the end (`last`), where one
+        step must be taken.
+        """
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             measured, event = waiting
@@ -190,7 +205,8 @@ class Skips:
         step = self._run[-1].step if self._run else 0
         raise FloatingPointError(
             f"{self._stage} stopped at {step}: {what} left out, {reasons or 'not finite'}; "
-            f"{named(records, self._path)} (all are in {self._file}). What was saved before is intact. Look at these "
+            f"{named(records, self._path)} (all are in {self._file}). What was saved before is "
+            "intact. Look at these "
             f"records, or lower learning_rate (guard.max_skipped={self._limit})"
         )
 
@@ -213,7 +229,7 @@ def named(records: Sequence[tuple[int, str | None]], path: str) -> str:
     return f"records {', '.join(shown)}{more} of {path} (from 0)"
 
 
-# ------------------------------------------------------------------------------------------------- the same run
+# ------------------------------------------------------------------------------------- the same run
 
 
 def origin(
@@ -223,16 +239,18 @@ def origin(
     models: Mapping[str, str | os.PathLike[str]],
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What a run is made of, for `Checkpoints.save(extra=...)`: config without secrets, data, models, flags, versions.
+    """What a run is made of, for `Checkpoints.save(extra=...)`: config without secrets, data,
+    models, flags, versions.
 
-    The fingerprint of a data file is that of the bytes which this run has parsed (`rlhf_jax.data.parsed`), and that of
-    a model is of the files it was loaded from. Several processes compare theirs here.
+    The fingerprint of a data file is that of the bytes which this run has parsed
+    (`rlhf_jax.data.parsed`), and that of a model is of the files it was loaded from. Several
+    processes compare theirs here.
 
     Args:
       config: of the stage.
       files: config key -> the data file it names; empty paths are left out.
-      models: config key -> the folder or file of a model that is read and not trained further in place: the KL
-        reference, the reward model, what training starts from.
+      models: config key -> the folder or file of a model that is read and not trained further in
+        place: the KL reference, the reward model, what training starts from.
       tokenizer: of the stage.
 
     Raises:
@@ -258,7 +276,8 @@ def origin(
 
 
 def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Refuses to go on from a checkpoint of another run; with ``--allow_config_change`` it says what differs.
+    """Refuses to go on from a checkpoint of another run; with ``--allow_config_change`` it says
+    what differs.
 
     Args:
       stored: the `extra` of the checkpoint.
@@ -268,40 +287,55 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
       What differs and changes numbers, a line each; `changed_config` keeps them with the step.
 
     Raises:
-      ValueError: data, tokenizer, reference or reward model are not the same, or a config key or a flag of JAX or XLA
-        that changes numbers.
+      ValueError: data, tokenizer, reference or reward model are not the same, or a config key or a
+        flag of JAX or XLA that changes numbers.
     """
     if "config" not in stored:
         return []  # a checkpoint of somebody's own loop
-    moved = {*current["data"], *current["models"]}  # these are compared by content, wherever they lie
+    moved = {
+        *current["data"],
+        *current["models"],
+    }  # these are compared by content, wherever they lie
     changes = [
-        line for line in config_lib.diff(stored["config"], current["config"]) if line.partition(":")[0] not in moved
+        line
+        for line in config_lib.diff(stored["config"], current["config"])
+        if line.partition(":")[0] not in moved
     ]
     changes = changing_numbers(changes)
     for group in ("data", "models"):
         changes += _changed_files(stored[group], current[group])
     if stored["tokenizer"] != current["tokenizer"]:
         changes.append("tokenizer: another one encodes the texts")
-    changes += numerics.differences(stored.get("numerics", current["numerics"]), current["numerics"])
+    changes += numerics.differences(
+        stored.get("numerics", current["numerics"]), current["numerics"]
+    )
     if changes and not change_allowed():
         raise ValueError(
-            f"this run was begun with something else ({'; '.join(changes)}): put it back, choose another workdir, "
+            f"this run was begun with something else ({'; '.join(changes)}): put it back, choose "
+            "another workdir, "
             "or --allow_config_change to go on all the same"
         )
     notes = changes + config_lib.diff(stored["versions"], current["versions"], "version of ")
     if "numerics" in stored:
         notes += numerics.differences(stored["rounding"], current["rounding"])
     else:
-        notes.append("flags of JAX: those it was begun with are not known, its checkpoint is of an older version")
+        notes.append(
+            "flags of JAX: those it was begun with are not known, its checkpoint is of an older "
+            "version"
+        )
     if notes and jax.process_index() == 0:
-        print(f"Note: the run goes on although it differs from its beginning: {'; '.join(notes)}", flush=True)
+        print(
+            f"Note: the run goes on although it differs from its beginning: {'; '.join(notes)}",
+            flush=True,
+        )
     return changes
 
 
 def changed_config(
     stored: Mapping[str, Any], changes: Sequence[str], *, step: int, steps: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """From which step on a run has gone on with something else, for the `extra` of its next checkpoints.
+    """From which step on a run has gone on with something else, for the `extra` of its next
+    checkpoints.
 
     Args:
       stored: the `extra` of the checkpoint.
@@ -310,14 +344,16 @@ def changed_config(
       steps: of the whole run.
 
     Returns:
-      ``{"config_changes": [{"from_step": 30, "changes": [..]}, ..]}``, or nothing when nothing was ever changed.
+      ``{"config_changes": [{"from_step": 30, "changes": [..]}, ..]}``, or nothing when nothing was
+      ever changed.
 
     Raises:
       ValueError: there are changes and no step is left that they could apply to.
     """
     if changes and step >= steps:
         raise ValueError(
-            f"all {steps} steps were done with something else ({'; '.join(changes)}), so that no step is left for the "
+            f"all {steps} steps were done with something else ({'; '.join(changes)}), so that no "
+            "step is left for the "
             "change: put it back, choose another workdir, or --overwrite (keeps the old run aside)"
         )
     history = [*stored.get("config_changes", [])]
@@ -334,18 +370,24 @@ def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
             changes.append(f"{key}: {'absent' if old is None else old['path']} -> "
                            f"{'absent' if new is None else new['path']}")  # fmt: skip
         elif old["sha256"] != new["sha256"]:
-            changes.append(f"{key}: the content of {new['path']} has changed{_which(old['sha256'], new['sha256'])}")
+            changes.append(
+                f"{key}: the content of {new['path']} has "
+                f"changed{_which(old['sha256'], new['sha256'])}"
+            )
     return changes
 
 
 def _which(old: Any, new: Any) -> str:
     if isinstance(old, str) or isinstance(new, str):
         return f" (sha256 {str(old)[:12]}.. -> {str(new)[:12]}..)"
-    return f" ({', '.join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))})"
+    return (
+        f" ({', '.join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))})"
+    )
 
 
 def check_read(made_of: Mapping[str, Any]) -> None:
-    """Refuses data that were read after the fingerprint `made_of` was taken and are not what it says.
+    """Refuses data that were read after the fingerprint `made_of` was taken and are not what it
+    says.
 
     Raises:
       ValueError: a file changed in between; the message names it.
@@ -353,8 +395,10 @@ def check_read(made_of: Mapping[str, Any]) -> None:
     for key, each in made_of.get("data", {}).items():
         if parsed.of(each["path"]).sha256 != each["sha256"]:
             raise ValueError(
-                f"{key}: {each['path']} changed while this run trained: put back what it held and give the same "
-                "command again (the checkpoints are intact), or choose another workdir for the new content"
+                f"{key}: {each['path']} changed while this run trained: put back what it held and "
+                "give the same "
+                "command again (the checkpoints are intact), or choose another workdir for the new "
+                "content"
             )
 
 
@@ -373,7 +417,8 @@ def _model_print(key: str, path: Path) -> dict[str, Any]:
     changed = parsed.changed_since_loading(path)
     if changed:
         raise ValueError(
-            f"{key}: {', '.join(changed)} of {path} changed while this run loaded it: start again when nothing writes "
+            f"{key}: {', '.join(changed)} of {path} changed while this run loaded it: start again "
+            "when nothing writes "
             "there any more"
         )
     return {"path": str(path), "sha256": prints}

@@ -1,7 +1,8 @@
-"""What a program is given, looked at before anything is loaded, computed or written: files, models, prompts, numbers.
+"""What a program is given, looked at before anything is loaded, computed or written: files, models,
+prompts, numbers.
 
-Loading a model and compiling a step take a minute; a path that leads nowhere is found in a millisecond. Each refusal
-names the key, what was found there, and the flag that mends it.
+Loading a model and compiling a step take a minute; a path that leads nowhere is found in a
+millisecond. Each refusal names the key, what was found there, and the flag that mends it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rlhf_jax.sharding import rules_from_data
 
 LANGUAGE, REWARD = "language model", "reward model"
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def check_file(field: str, path: str, *, required: bool = True) -> None:
@@ -45,12 +46,16 @@ def check_file(field: str, path: str, *, required: bool = True) -> None:
     if file.is_dir():
         inside = sorted(str(p) for p in file.glob("*.json*"))[:8]
         there = f", such as {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{field}={path} is a folder: pass one file{there} with --config.{field}=FILE")
+        raise ValueError(
+            f"{field}={path} is a folder: pass one file{there} with --config.{field}=FILE"
+        )
     if not file.exists():
         hint = _near(file) or f"check the path (relative ones are below {Path.cwd()})"
         raise ValueError(f"{field}={path} does not exist: {hint}")
     if not file.is_file():
-        raise ValueError(f"{field}={path} is a pipe or a device: save it to a file first and pass that")
+        raise ValueError(
+            f"{field}={path} is a pipe or a device: save it to a file first and pass that"
+        )
     if not file.stat().st_size:
         raise ValueError(f"{field}={path} is empty, it has no byte: check how it was made")
     if not os.access(file, os.R_OK):
@@ -68,7 +73,7 @@ def _near(file: Path) -> str:
     return f"did you mean {str(file.with_name(close[0]))!r}?" if close else ""
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
@@ -80,20 +85,28 @@ def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
       kind: `LANGUAGE` or `REWARD`.
 
     Raises:
-      ValueError: it is forgotten, missing, no model folder, without a tokenizer, or of the other kind.
+      ValueError: it is forgotten, missing, no model folder, without a tokenizer, or of the other
+        kind.
     """
     if not isinstance(name, str):
         raise ValueError(f"{field}={name!r} is no path: pass the folder of a {kind}")
     if not name:
-        raise ValueError(f"{field} is empty: pass the folder of a {kind} with --config.{field}=FOLDER")
+        raise ValueError(
+            f"{field} is empty: pass the folder of a {kind} with --config.{field}=FOLDER"
+        )
     known = name.startswith(networks.SHIPPED) or name in pretrained.MODELS
     folder = Path(name) if name in pretrained.MODELS else networks.model_folder(name)
     if not known:
         _check_folder(field, folder)
     elif name not in pretrained.MODELS and not folder.is_dir():
-        shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        shipped = (
+            sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
+            if folder.parent.is_dir()
+            else []
+        )
         raise ValueError(
-            f"{field}={name} is not shipped: choose one of {', '.join(networks.SHIPPED + n for n in shipped)}"
+            f"{field}={name} is not shipped: choose one of "
+            f"{', '.join(networks.SHIPPED + n for n in shipped)}"
         )
     found = LANGUAGE if known or folder.suffix == ".gguf" else kind_of(folder)
     if found and found != kind:
@@ -113,28 +126,44 @@ def _check_folder(field: str, folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ValueError(
-            f"{name} is no folder: pass the folder that holds config.json, model.safetensors, tokenizer.json"
+            f"{name} is no folder: pass the folder that holds config.json, model.safetensors, "
+            "tokenizer.json"
         )
     if not (folder / "config.json").exists() or (folder / "run.lock").exists():
-        inside = sorted(str(p.parent) for p in folder.glob("*/config.json") if (p.parent / "tokenizer.json").exists())
-        there = f": pass one of the models in it, {', '.join(inside[:8])}" if inside else ": pass the folder of a model"
+        inside = sorted(
+            str(p.parent)
+            for p in folder.glob("*/config.json")
+            if (p.parent / "tokenizer.json").exists()
+        )
+        there = (
+            f": pass one of the models in it, {', '.join(inside[:8])}"
+            if inside
+            else ": pass the folder of a model"
+        )
         raise ValueError(f"{name} holds no model (a config.json with its weights){there}")
     description = files.read_json(folder / "config.json")
     if not isinstance(description, dict) or "model_type" not in description:
-        raise ValueError(f"{name} holds a config.json that describes no model (no model_type): copy the model again")
+        raise ValueError(
+            f"{name} holds a config.json that describes no model (no model_type): copy the model "
+            "again"
+        )
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
 
 
 def kind_of(folder: Path) -> str:
-    """`REWARD` for a folder with a score head, `LANGUAGE` for one without; "" where its files cannot be read."""
+    """`REWARD` for a folder with a score head, `LANGUAGE` for one without; "" where its files
+    cannot be read.
+    """
     try:
         description = files.read_json(folder / "config.json")
         names = _tensor_names(folder)
     except (OSError, ValueError, safetensors.SafetensorError):
         return ""  # loading it says what is wrong
     architectures = " ".join(map(str, description.get("architectures") or []))
-    scores = any(name.split(".")[-2:-1] in (["score"], ["classifier"], ["v_head"]) for name in names)
+    scores = any(
+        name.split(".")[-2:-1] in (["score"], ["classifier"], ["v_head"]) for name in names
+    )
     if scores or "SequenceClassification" in architectures:
         return REWARD
     return LANGUAGE if names else ""
@@ -149,13 +178,14 @@ def _tensor_names(folder: Path) -> list[str]:
         return list(stored.keys())
 
 
-# ------------------------------------------------------------------------------------------- prompts of a known world
+# ------------------------------------------------------------------------- prompts of a known world
 
 GOLD_OF_STORYLAND = "rlhf_jax.data.storyland.gold:gold_of"
 
 
 def check_known(field: str, without: str, prompts: Sequence[schema.Prompt], path: str) -> None:
-    """Refuses prompts whose truth storyland does not know, where its labelers or its gold scorer are to judge.
+    """Refuses prompts whose truth storyland does not know, where its labelers or its gold scorer
+    are to judge.
 
     Args:
       field: the setting that asks for them, as in ``gold=rlhf_jax.data.storyland.gold:gold_of``.
@@ -174,7 +204,8 @@ def check_known(field: str, without: str, prompts: Sequence[schema.Prompt], path
             known = False
         if not known:
             raise ValueError(
-                f"{field} knows storyland's prompts alone, and record {place} (from 0) of {path} has "
+                f"{field} knows storyland's prompts alone, and record {place} (from 0) of {path} "
+                "has "
                 f"id={prompt.id!r}, {text[:40]!r}: {without} goes without it"
             )
 
@@ -186,7 +217,7 @@ def check_gold(field: str, gold: Any, prompts: Sequence[schema.Prompt], path: st
         check_known(f"{field}={name}", f"--config.{field}= (empty)", prompts, path)
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(
@@ -210,12 +241,21 @@ AT_LEAST: Mapping[str, float] = {
 }  # fmt: skip
 """The smallest value of each number that a stage cannot run without; None is none."""
 
-BELOW = {"dropout": 1.0, "pretraining_fraction": 1.0, "b1": 1.0, "b2": 1.0, "gamma": 1.0000001, "lam": 1.0000001}
+BELOW = {
+    "dropout": 1.0,
+    "pretraining_fraction": 1.0,
+    "b1": 1.0,
+    "b2": 1.0,
+    "gamma": 1.0000001,
+    "lam": 1.0000001,
+}
 """Numbers that stay below a limit."""
 
 OR_NONE = {
     **dict.fromkeys(("pieces_per_row", "prompts_per_row", "limit", "ptx_microbatches"), 1),
-    **dict.fromkeys(("clip_norm", "ppo_clip_norm", "ptx_clip_norm", "value_clip_norm", "spike_std"), 1e-30),
+    **dict.fromkeys(
+        ("clip_norm", "ppo_clip_norm", "ptx_clip_norm", "value_clip_norm", "spike_std"), 1e-30
+    ),
 }
 """The smallest value of each number that may be None."""
 
@@ -234,8 +274,8 @@ def check_settings(config: ConfigDict) -> None:
     """Refuses numbers and words that no run can have, in every group.
 
     Raises:
-      ValueError: a number as `check_numbers` refuses it; another word than those of `ONE_OF`; a decoder that
-        `DecoderConfig` refuses; sharding rules that are none.
+      ValueError: a number as `check_numbers` refuses it; another word than those of `ONE_OF`; a
+        decoder that `DecoderConfig` refuses; sharding rules that are none.
     """
     check_numbers(config)
     _check_words(config, "")
@@ -255,9 +295,13 @@ def _check_words(config: ConfigDict, group: str) -> None:
 
 
 def _check_decoder(settings: ConfigDict, field: str) -> None:
-    """A small decoder with these settings has to be one: the sizes come from the model's folder later."""
+    """A small decoder with these settings has to be one: the sizes come from the model's folder
+    later.
+    """
     try:
-        DecoderConfig(vocab_size=8, context_length=8, width=8, heads=1, layers=1, **settings.to_dict())
+        DecoderConfig(
+            vocab_size=8, context_length=8, width=8, heads=1, layers=1, **settings.to_dict()
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{field}: {error}") from None
 
@@ -271,19 +315,28 @@ def _check_sharding(rules: Any, field: str) -> None:
 
 
 def check_numbers(config: ConfigDict, group: str = "") -> None:
-    """Refuses numbers that no run can have, in every group: a batch of 0 rows, a negative rate, NaN.
+    """Refuses numbers that no run can have, in every group: a batch of 0 rows, a negative rate,
+    NaN.
 
     Raises:
       ValueError: a number is below its least value, not below its limit, or None.
     """
-    # References kept: this goes around __getitem__, for a number that was only looked at is not one that a run uses.
+    # References kept: this goes around __getitem__, for a number that was only looked at is not one
+    # that a run uses.
     for key, value in config.items(preserve_field_references=True):
         value = value.get() if isinstance(value, FieldReference) else value
         if isinstance(value, ConfigDict):
             check_numbers(value, f"{group}{key}.")
         elif key in AT_LEAST or (key in OR_NONE and value is not None):
             least, limit = AT_LEAST.get(key, OR_NONE.get(key, 0)), BELOW.get(key, float("inf"))
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < limit:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not least <= value < limit
+            ):
                 bounds = f"at least {least}" if least in (0, 1) else "more than 0"
                 bounds += f" and {'below' if limit <= 1 else 'at most'} 1" if key in BELOW else ""
-                raise ValueError(f"{group}{key}={value!r} must be a number of {bounds}: --config.{group}{key}=NUMBER")
+                raise ValueError(
+                    f"{group}{key}={value!r} must be a number of {bounds}: "
+                    f"--config.{group}{key}=NUMBER"
+                )

@@ -1,9 +1,10 @@
-r"""One look at data before training on them: the numbers of `rlhf_jax.data.overview`, some rows as the model sees them.
+r"""One look at data before training on them: the numbers of `rlhf_jax.data.overview`, some rows as
+the model sees them.
 
 Run:
 
-    python experiments/prepare_data.py --look=FILE.jsonl
-    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
+    python experiments/prepare_data.py --look=FILE.jsonl python experiments/prepare_data.py
+    --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from rlhf_jax.run import files, networks
 from rlhf_jax.run.checks import require, require_range
 
 TERMINAL = "terminal"
-"""The value of `config.preview` that shows the rows on the screen; another one is the name of a page."""
+"""The value of `config.preview` that shows the rows on the screen; another one is the name of a
+page."""
 
 
 def look(config: ConfigDict) -> None:
-    """Prints the numbers and some rows of `config.data`, a file of records; writes nothing but the page.
+    """Prints the numbers and some rows of `config.data`, a file of records; writes nothing but the
+    page.
 
     Raises:
       ValueError: the file is missing, holds bad rows or no records.
@@ -36,17 +39,27 @@ def look(config: ConfigDict) -> None:
     records, report = read(config.data, max_bad_fraction=config.max_bad_fraction)
     tokenizer = load_tokenizer(networks.model_folder(config.model)) if config.model else None
     print(report.summary() + "\n\n" + _table(records, tokenizer, {}) + "\n", flush=True)
-    _show(records, config.preview or TERMINAL, config.data, tokenizer, config.rows, config.assistant_turns)
+    _show(
+        records,
+        config.preview or TERMINAL,
+        config.data,
+        tokenizer,
+        config.rows,
+        config.assistant_turns,
+    )
 
 
 def lines(
-    record_files: Mapping[str, Iterable[Any]], config: ConfigDict, reports: Sequence[schema.DataReport] = ()
+    record_files: Mapping[str, Iterable[Any]],
+    config: ConfigDict,
+    reports: Sequence[schema.DataReport] = (),
 ) -> list[str]:
     """The table for a data report, as its lines; shows rows where `config.preview` asks for it.
 
     Args:
       record_files: the records that are written, by file.
-      config: of `prepare_data`; its `model` (where it has one) counts tokens and encodes the preview.
+      config: of `prepare_data`; its `model` (where it has one) counts tokens and encodes the
+        preview.
       reports: of the readers; the columns they left aside are told.
     """
     records = [record for each in record_files.values() for record in each]
@@ -64,12 +77,18 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
     """The records of a file whose kind its first row shows, and the report.
 
     Raises:
-      ValueError: as of `schema.read_jsonl`; a first row that is no record of any kind names the ways to convert it.
+      ValueError: as of `schema.read_jsonl`; a first row that is no record of any kind names the
+        ways to convert it.
     """
     first = next(iter(schema.first_rows(path)), {})
     names = set(first)
     last = first.get("messages")
-    answered = isinstance(last, list) and last and isinstance(last[-1], dict) and last[-1].get("role") == "assistant"
+    answered = (
+        isinstance(last, list)
+        and last
+        and isinstance(last[-1], dict)
+        and last[-1].get("role") == "assistant"
+    )
     if "responses" in names or "ranks" in names:
         kind: type = schema.Ranking
     elif "text" in names:
@@ -81,10 +100,14 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
     else:
         raise ValueError(
             sources.advice(path)
-            or f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and is no record of ours: "
-            "convert the file first with --source=FORM --data=FILE --out=FOLDER (docs/data_sources.md lists the forms)"
+            or f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and "
+            "is no record of ours: "
+            "convert the file first with --source=FORM --data=FILE --out=FOLDER "
+            "(docs/data_sources.md lists the forms)"
         )
-    return schema.read_jsonl(path, kind, max_bad_fraction=max_bad_fraction, allow_empty_responses=True)
+    return schema.read_jsonl(
+        path, kind, max_bad_fraction=max_bad_fraction, allow_empty_responses=True
+    )
 
 
 def _table(records: Sequence[Any], tokenizer: Any, aside: Mapping[str, int]) -> str:
@@ -93,17 +116,34 @@ def _table(records: Sequence[Any], tokenizer: Any, aside: Mapping[str, int]) -> 
 
 
 def _show(
-    records: Sequence[Any], where: str, title: str, tokenizer: Any, count: int = preview.ROWS, turns: str = "all"
+    records: Sequence[Any],
+    where: str,
+    title: str,
+    tokenizer: Any,
+    count: int = preview.ROWS,
+    turns: str = "all",
 ) -> None:
     """The rows on the screen, or as a page at `where`."""
     shown = preview.rows(records, tokenizer, count=count, assistant_turns=turns)
     if where == TERMINAL:
         ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
         colour = preview.colours(sys.stdout)
-        print(preview.as_text(shown, tokens=tokenizer is not None, colour=colour, ascii_only=ascii_only), flush=True)
+        print(
+            preview.as_text(
+                shown, tokens=tokenizer is not None, colour=colour, ascii_only=ascii_only
+            ),
+            flush=True,
+        )
         return
-    require(where.endswith((".html", ".htm")), "preview", where, "name a page that ends in .html, or nothing")
+    require(
+        where.endswith((".html", ".htm")),
+        "preview",
+        where,
+        "name a page that ends in .html, or nothing",
+    )
     table = _table(records, tokenizer, {})
     with files.written(where) as file:
-        file.write(preview_page.page(shown, title=title, tokens=tokenizer is not None, report=table))
+        file.write(
+            preview_page.page(shown, title=title, tokens=tokenizer is not None, report=table)
+        )
     print(f"{len(shown)} rows as the model sees them: {where}", flush=True)

@@ -1,4 +1,6 @@
-"""The training loop of a stage: it resumes, saves, stops when it is asked to, logs, and counts the steps left out."""
+"""The training loop of a stage: it resumes, saves, stops when it is asked to, logs, and counts the
+steps left out.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,11 @@ class Settings:
 
 
 class Loop:
-    """The steps that a stage has left, in a ``with`` block: the first is the one after its newest checkpoint.
+    """The steps that a stage has left, in a ``with`` block: the first is the one after its newest
+    checkpoint.
 
-    Each step hands in its metrics (`log`) and then the new state (`done`), where the loop saves and where it stops::
+    Each step hands in its metrics (`log`) and then the new state (`done`), where the loop saves and
+    where it stops::
 
         with Loop(settings, state) as loop:
             for step, state in loop:
@@ -57,8 +61,8 @@ class Loop:
       state: the state at step 0, placed; a checkpoint is restored with its shardings.
       origin: `guards.origin` of the stage, stored in each checkpoint and compared on resume.
       data: path of the data file that is named when steps are skipped.
-      on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end, before the
-        checkpoint that says it was called: a kill in between repeats it.
+      on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end,
+        before the checkpoint that says it was called: a kill in between repeats it.
     """
 
     def __init__(
@@ -76,11 +80,18 @@ class Loop:
     def __enter__(self) -> Loop:
         settings, folder = self.settings, Path(self.settings.workdir)
         with contextlib.ExitStack() as entered:
-            self._saved = entered.enter_context(checkpoint.Checkpoints(folder / "checkpoints", keep=settings.keep))
+            self._saved = entered.enter_context(
+                checkpoint.Checkpoints(folder / "checkpoints", keep=settings.keep)
+            )
             self._asked_to_stop = entered.enter_context(signals.stop_requests())
             counts = self._resume()
             self.skips = guards.Skips(
-                folder, settings.stage, self._data, limit=settings.max_skipped, resume_step=self.step, counts=counts
+                folder,
+                settings.stage,
+                self._data,
+                limit=settings.max_skipped,
+                resume_step=self.step,
+                counts=counts,
             )
             self._log = entered.enter_context(
                 StageLog(
@@ -95,13 +106,17 @@ class Loop:
         return self._entered.__exit__(*error)
 
     def _resume(self) -> Mapping[str, int] | None:
-        """Restores the newest checkpoint, if there is one of this very run; returns its counts of skipped steps."""
+        """Restores the newest checkpoint, if there is one of this very run; returns its counts of
+        skipped steps.
+        """
         self.step = self._saved.newest_good() or 0
         if not self.step:
             return None
         self.state, stored = self._saved.restore(self.step, self.state)
         changes = guards.check_origin(stored, self._origin)
-        self._origin |= guards.changed_config(stored, changes, step=self.step, steps=self.settings.steps)
+        self._origin |= guards.changed_config(
+            stored, changes, step=self.step, steps=self.settings.steps
+        )
         return stored.get("skips")
 
     @property
@@ -115,13 +130,15 @@ class Loop:
             yield self.step, self.state
             assert self.step == before + 1, "each step hands its state to `done` once"
 
-    def log(self, metrics: Values, *, rows: Callable[[], tuple[list[int], list]] | None = None) -> None:
+    def log(
+        self, metrics: Values, *, rows: Callable[[], tuple[list[int], list]] | None = None
+    ) -> None:
         """Takes the metrics of the step that is under way.
 
         Args:
           metrics: of this step.
-          rows: tells the rows and records of the step, called only if its guard skipped it. A stage that counts its
-            own (PPO, by minibatches) leaves it out and uses `skips`.
+          rows: tells the rows and records of the step, called only if its guard skipped it. A stage
+            that counts its own (PPO, by minibatches) leaves it out and uses `skips`.
 
         Raises:
           FloatingPointError: too many steps in a row were skipped; their records are named.
@@ -131,7 +148,8 @@ class Loop:
             self.skips.watch(self.step + 1, metrics, rows)
 
     def done(self, state: Any) -> None:
-        """Takes the state after the step; saves where it is time to, and stops where somebody asked for it.
+        """Takes the state after the step; saves where it is time to, and stops where somebody asked
+        for it.
 
         Raises:
           FloatingPointError: the state is not finite, or all steps were skipped.
@@ -151,4 +169,6 @@ class Loop:
         if stopping:
             self._saved.wait()
             unit = self.settings.unit.removesuffix("s")
-            raise KeyboardInterrupt(f"{self.settings.stage} at {unit} {self.step} of {self.settings.steps}")
+            raise KeyboardInterrupt(
+                f"{self.settings.stage} at {unit} {self.step} of {self.settings.steps}"
+            )

@@ -1,4 +1,6 @@
-"""Memory: what the compiled phases of a stage need, told before any work; an error that says it where it ran out."""
+"""Memory: what the compiled phases of a stage need, told before any work; an error that says it
+where it ran out.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,16 @@ def needs(compiled: jax.stages.Compiled) -> Needs | None:
     if found is None:
         return None
     return Needs(
-        found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes, found.alias_size_in_bytes
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.alias_size_in_bytes,
     )
 
 
 def held(*trees: Any) -> int:
-    """Bytes on each device of arrays, or of shapes with shardings; an array that two trees share counts once.
+    """Bytes on each device of arrays, or of shapes with shardings; an array that two trees share
+    counts once.
 
     >>> held({"a": (x := jax.numpy.zeros(3)), "b": x})
     12
@@ -71,7 +77,9 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
     if shardings is None:
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), tree)
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
     )
 
 
@@ -88,7 +96,7 @@ def readable(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-# ------------------------------------------------------------------------------------------------------- dry run
+# ------------------------------------------------------------------------------------------ dry run
 
 
 def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[str, Needs]:
@@ -97,7 +105,8 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
     Args:
       programs: the phases.
       mesh: of the stage.
-      state: bytes on each device that stay while the stage runs: weights, moments, average, frozen networks.
+      state: bytes on each device that stay while the stage runs: weights, moments, average, frozen
+        networks.
 
     Returns:
       What each phase needs.
@@ -105,7 +114,10 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
     platform = mesh.devices.flat[0].platform
     shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(f"Dry run on {mesh.size} x {platform} ({shape}): memory of each device", flush=True)
-    print(f"  {'weights and optimizer states':<34}{readable(state):>12}  stay from start to end", flush=True)
+    print(
+        f"  {'weights and optimizer states':<34}{readable(state):>12}  stay from start to end",
+        flush=True,
+    )
     found, begun = {}, time.monotonic()
     for name, compiled in programs:
         seconds, begun = time.monotonic() - begun, time.monotonic()
@@ -115,21 +127,34 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
             continue
         found[name] = told
         print(
-            f"  {name:<12}arguments {readable(told.arguments):>10}  outputs {readable(told.outputs):>10} "
+            f"  {name:<12}arguments {readable(told.arguments):>10}  outputs "
+            f"{readable(told.outputs):>10} "
             f"({readable(told.reused)} in their place)  temporary {readable(told.temporary):>10}  "
             f"compiled in {seconds:.1f} s",
             flush=True,
         )
     if found:
         name = max(found, key=lambda name: found[name].new)
-        print(f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays", flush=True)
-    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")  # another process tells its own
-    print(f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}", flush=True)
-    print(f"The sizes are those of the {platform} compiler. Nothing was trained and nothing was written.", flush=True)
+        print(
+            f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays",
+            flush=True,
+        )
+    limit = (mesh.local_devices[0].memory_stats() or {}).get(
+        "bytes_limit"
+    )  # another process tells its own
+    print(
+        f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}",
+        flush=True,
+    )
+    print(
+        f"The sizes are those of the {platform} compiler. Nothing was trained and nothing was "
+        "written.",
+        flush=True,
+    )
     return found
 
 
-# --------------------------------------------------------------------------------------------------- out of memory
+# ------------------------------------------------------------------------------------ out of memory
 
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.IGNORECASE)
 
@@ -138,9 +163,11 @@ _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.IGNORE
 def phase(
     name: str, *, lower: Sequence[str], programs: Callable[[], Programs] = lambda: (), **sizes: int
 ) -> Iterator[None]:
-    """Turns running out of memory in the block into an error that names the phase, its sizes and what to lower.
+    """Turns running out of memory in the block into an error that names the phase, its sizes and
+    what to lower.
 
-    Devices work in the background: the block should wait for what it computes, or the next phase gets the blame.
+    Devices work in the background: the block should wait for what it computes, or the next phase
+    gets the blame.
 
     Args:
       name: of the phase, as in `programs`.
@@ -152,7 +179,11 @@ def phase(
       OutOfMemory: instead of RESOURCE_EXHAUSTED, bad_alloc or MemoryError. Everything else passes.
     """
     try:
-        with patiently("set-up, reading models and data") if name == "set-up" else contextlib.nullcontext():
+        with (
+            patiently("set-up, reading models and data")
+            if name == "set-up"
+            else contextlib.nullcontext()
+        ):
             yield
     except OutOfMemory:
         raise
@@ -161,20 +192,26 @@ def phase(
             raise
         listed = ", ".join(f"{key}={value:,}" for key, value in sizes.items())
         raise OutOfMemory(
-            f"out of memory in the phase {name} ({listed}). {_compiled_needs(name, programs)}{_devices()}"
-            f"Lower or change {', '.join(lower)}; --dry_run tells each phase's memory before any work. "
+            f"out of memory in the phase {name} ({listed}). "
+            f"{_compiled_needs(name, programs)}{_devices()}"
+            f"Lower or change {', '.join(lower)}; --dry_run tells each phase's memory before any "
+            "work. "
             f"What was saved before is intact. ({_first_line(error)})"
         ) from error
 
 
 def _compiled_needs(name: str, programs: Callable[[], Programs]) -> str:
-    with contextlib.suppress(Exception):  # memory is short: to say less is better than another error
+    with contextlib.suppress(
+        Exception
+    ):  # memory is short: to say less is better than another error
         for other, compiled in programs():
             told = needs(compiled) if other == name else None
             if told is not None:
                 return (
-                    f"Its program asks each device for {readable(told.temporary)} of temporary memory, beside "
-                    f"{readable(told.arguments)} of arguments and {readable(told.outputs - told.reused)} of new "
+                    f"Its program asks each device for {readable(told.temporary)} of temporary "
+                    "memory, beside "
+                    f"{readable(told.arguments)} of arguments and "
+                    f"{readable(told.outputs - told.reused)} of new "
                     "outputs. "
                 )
     return ""

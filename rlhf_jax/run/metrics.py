@@ -1,4 +1,6 @@
-"""Where numbers go: JSON lines always, a live line on the console, TensorBoard and Weights & Biases as extras."""
+"""Where numbers go: JSON lines always, a live line on the console, TensorBoard and Weights & Biases
+as extras.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from rlhf_jax.run.console import Console, Screen, patiently
 from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
-"""Metrics by name: `Mean`, `Max`, arrays or numbers. A name may hold slashes, as in ``policy/clip_fraction``."""
+"""Metrics by name: `Mean`, `Max`, arrays or numbers. A name may hold slashes, as in
+``policy/clip_fraction``."""
 
 Writer = Callable[[int, str, dict[str, float]], None]
 """Takes ``(step, stage, floats)``."""
@@ -30,7 +33,8 @@ FILE = "metrics.jsonl"
 
 
 def to_host(metrics: Values) -> dict[str, float]:
-    """Metrics as Python floats, fetched from the device together; a `Mean` is divided, on the host in float64.
+    """Metrics as Python floats, fetched from the device together; a `Mean` is divided, on the host
+    in float64.
 
     An `Each` is left out: it is no number.
 
@@ -38,8 +42,12 @@ def to_host(metrics: Values) -> dict[str, float]:
     >>> to_host({"loss": Mean(jnp.float32(6), jnp.float32(4)), "norm": Max(jnp.float32(2)), "lr": 0.5})
     {'loss': 1.5, 'norm': 2.0, 'lr': 0.5}
     """
-    fetched = jax.device_get({name: value for name, value in metrics.items() if not isinstance(value, Each)})
-    return {name: _number(fetched[name]) for name in metrics if name in fetched}  # in the caller's order, not JAX's
+    fetched = jax.device_get(
+        {name: value for name, value in metrics.items() if not isinstance(value, Each)}
+    )
+    return {
+        name: _number(fetched[name]) for name in metrics if name in fetched
+    }  # in the caller's order, not JAX's
 
 
 def _number(value: Any) -> float:
@@ -52,19 +60,21 @@ def _number(value: Any) -> float:
 class StageLog:
     """Records one stage of a run: ``log(step, metrics)`` once a step, in a ``with`` block.
 
-    A step's numbers are fetched when the next step has been handed in, so the device never waits for the console.
+    A step's numbers are fetched when the next step has been handed in, so the device never waits
+    for the console.
 
     Args:
       workdir: the run folder; lines are appended to ``metrics.jsonl`` in it.
       stage: the name of the stage, ``"sft"``.
       total: how many steps the stage has.
-      resume_step: the step training goes on from (0: a fresh start). Lines of this stage with a later step are dropped
-        first, so that each step appears once although its checkpoint was older.
+      resume_step: the step training goes on from (0: a fresh start). Lines of this stage with a
+        later step are dropped first, so that each step appears once although its checkpoint was
+        older.
       show: the metrics for the console, in order; those that a step lacks are left out.
       unit: what a step is, in the plural: ``iterations``, ``responses``.
       screen: where lines appear, and how often.
-      waited: whether a step is over when it is handed in, as where a host loop waits for it; a training step is still
-        being computed then, and is timed when its numbers have arrived.
+      waited: whether a step is over when it is handed in, as where a host loop waits for it; a
+        training step is still being computed then, and is timed when its numbers have arrived.
     """
 
     def __init__(
@@ -76,7 +86,7 @@ class StageLog:
         resume_step: int = 0,
         show: Sequence[str] = ("loss",),
         unit: str = "steps",
-        screen: Screen = Screen(),  # noqa: B008  (immutable)
+        screen: Screen = Screen(),
         waited: bool = False,
     ):
         # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
@@ -91,19 +101,27 @@ class StageLog:
         self._console = Console(stage, total, resume_step, show=show, unit=unit, screen=screen)
         self._pending: tuple[int, float, Values] | None = None
         self._clock, self._handed_in = screen.clock if waited else None, 0.0
-        # Until the first step is handed in nothing else would be said, and it may compile for minutes.
+        # Until the first step is handed in nothing else would be said, and it may compile for
+        # minutes.
         self._first = contextlib.ExitStack()
         self._first.enter_context(
-            patiently(f"{stage}: the first {unit.removesuffix('s')} of {total}, which compiles", stream=screen.stream)
+            patiently(
+                f"{stage}: the first {unit.removesuffix('s')} of {total}, which compiles",
+                stream=screen.stream,
+            )
         )
 
     def add_writer(self, writer: Writer) -> None:
-        """Hands every record to `writer` too, such as `tensorboard_writer`; from process 0 alone."""
+        """Hands every record to `writer` too, such as `tensorboard_writer`; from process 0
+        alone.
+        """
         if processes.index() == 0:
             self._writers.append(writer)
 
     def __call__(self, step: int, metrics: Values) -> None:
-        """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step become one line."""
+        """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step
+        become one line.
+        """
         self._first.close()
         previous, self._pending = self._pending, (step, time.time(), metrics)
         if previous and previous[0] == step:
@@ -113,7 +131,9 @@ class StageLog:
         self._handed_in = self._clock() if self._clock else 0.0
 
     def flush(self) -> None:
-        """Writes what is pending to the disk, waiting for the device: before a checkpoint, and at the end."""
+        """Writes what is pending to the disk, waiting for the device: before a checkpoint, and at
+        the end.
+        """
         pending, self._pending = self._pending, None
         if pending:
             self._write(*pending)
@@ -131,7 +151,9 @@ class StageLog:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the stage will still take, as its console shows it; None while that is not known."""
+        """How long the stage will still take, as its console shows it; None while that is not
+        known.
+        """
         return self._console.seconds_left
 
     def __enter__(self) -> StageLog:
@@ -150,13 +172,19 @@ class StageLog:
 
 
 def to_line(step: int, stage: str, when: float, numbers: Mapping[str, float]) -> str:
-    """One record as a line of JSON; a number that is not finite becomes null, which every JSON reader accepts.
+    """One record as a line of JSON; a number that is not finite becomes null, which every JSON
+    reader accepts.
 
     >>> to_line(3, "sft", 0.0, {"loss": 1.5, "norm": float("inf")}).strip()
     '{"step": 3, "stage": "sft", "time": 0.0, "loss": 1.5, "norm": null}'
     """
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return json.dumps({"step": step, "stage": stage, "time": round(when, 3), **finite}, allow_nan=False) + "\n"
+    return (
+        json.dumps(
+            {"step": step, "stage": stage, "time": round(when, 3), **finite}, allow_nan=False
+        )
+        + "\n"
+    )
 
 
 def read(path: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
@@ -170,7 +198,8 @@ def read(path: str | os.PathLike[str], stage: str | None = None) -> list[dict[st
 
 
 def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
-    """Rewrites the file without the lines of `stage` after `step` and without a cut-off line; all or nothing.
+    """Rewrites the file without the lines of `stage` after `step` and without a cut-off line; all
+    or nothing.
 
     Returns:
       How many lines were dropped.
@@ -180,12 +209,16 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
         return 0
     if not path.is_file():
         raise ValueError(f"{path} is no regular file: move it away, the run writes its log there")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()  # a crash may leave bytes of no encoding
+    lines = path.read_text(
+        encoding="utf-8", errors="replace"
+    ).splitlines()  # a crash may leave bytes of no encoding
     kept = [line for line in lines if _keeps(_record(line), stage, step)]
     damaged = sum(_record(line) is None for line in lines[:-1] if line.strip())
     if damaged:
         # The last line may be torn by a crash; one before it was changed by somebody else.
-        print(f"Warning: {damaged} damaged lines of {path} are left out", file=sys.stderr, flush=True)
+        print(
+            f"Warning: {damaged} damaged lines of {path} are left out", file=sys.stderr, flush=True
+        )
     if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
         with files.written(path) as file:
             file.writelines(line + "\n" for line in kept)
@@ -205,17 +238,25 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
-    """Whether a line can be one of ours: its step is a number, and no number is infinite or endless."""
+    """Whether a line can be one of ours: its step is a number, and no number is infinite or
+    endless.
+    """
     numbers = [value for value in record.values() if isinstance(value, int | float)]
     step = record.get("step", 0)
-    return isinstance(step, int | float) and not isinstance(step, bool) and all(abs(v) < 1e300 for v in numbers)
+    return (
+        isinstance(step, int | float)
+        and not isinstance(step, bool)
+        and all(abs(v) < 1e300 for v in numbers)
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- extras
+# ------------------------------------------------------------------------------------------- extras
 
 
 def tensorboard_writer(logdir: str | os.PathLike[str]) -> Writer:
-    """A writer of TensorBoard event files (the extra ``tensorboard``); scalars are named ``stage/metric``."""
+    """A writer of TensorBoard event files (the extra ``tensorboard``); scalars are named
+    ``stage/metric``.
+    """
     board = _extra("tensorboardX", "tensorboard").SummaryWriter(str(logdir))
 
     def write(step: int, stage: str, numbers: dict[str, float]) -> None:
@@ -226,7 +267,9 @@ def tensorboard_writer(logdir: str | os.PathLike[str]) -> Writer:
     return write
 
 
-def wandb_writer(*, project: str, name: str | None = None, run_id: str | None = None, mode: str = "online") -> Writer:
+def wandb_writer(
+    *, project: str, name: str | None = None, run_id: str | None = None, mode: str = "online"
+) -> Writer:
     """A writer to Weights & Biases (the extra ``wandb``); the key comes from the environment only.
 
     Args:
@@ -239,8 +282,12 @@ def wandb_writer(*, project: str, name: str | None = None, run_id: str | None = 
     run = wandb.init(project=project, name=name, id=run_id, mode=mode, resume="allow")
 
     def write(step: int, stage: str, numbers: dict[str, float]) -> None:
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")  # each stage counts its own steps
-        run.log({f"{stage}/{key}": value for key, value in numbers.items()} | {f"{stage}/step": step})
+        run.define_metric(
+            f"{stage}/*", step_metric=f"{stage}/step"
+        )  # each stage counts its own steps
+        run.log(
+            {f"{stage}/{key}": value for key, value in numbers.items()} | {f"{stage}/step": step}
+        )
 
     return write
 
@@ -252,5 +299,6 @@ def _extra(module: str, extra: str) -> Any:
         if error.name != module:
             raise
         raise ValueError(
-            f'the {extra} writer needs the package {module}: pip install "rlhf_jax[{extra}]", or switch it off'
+            f'the {extra} writer needs the package {module}: pip install "rlhf_jax[{extra}]", or '
+            "switch it off"
         ) from None

@@ -1,4 +1,6 @@
-"""Networks: models on disk, read onto a mesh and written back, and which of their parameters a stage trains."""
+"""Networks: models on disk, read onto a mesh and written back, and which of their parameters a
+stage trains.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that there is no PyTorch, which is as wanted
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # it would say that there is no PyTorch, which is as wanted
 
 import contextlib
 
@@ -49,7 +53,9 @@ class Network(NamedTuple):
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by name (``smollm2``)."""
+    """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by
+    name (``smollm2``).
+    """
     if name.startswith(SHIPPED):
         return storyland_assets.assets() / checks.require_name("model", name.removeprefix(SHIPPED))
     return pretrained.folder(name) if name in pretrained.MODELS else files.local_path("model", name)
@@ -64,7 +70,8 @@ def load_network(
     Args:
       name: a folder, or a shipped model.
       mesh: where the parameters go.
-      decoder: how it computes (`config.decoder`): fields of `DecoderConfig` such as dtype and remat.
+      decoder: how it computes (`config.decoder`): fields of `DecoderConfig` such as dtype and
+        remat.
       dropout: residual dropout, for training.
       rules: how the parameters lie on the mesh.
 
@@ -78,7 +85,9 @@ def load_network(
         parsed.loading(folder)
         model, params, tokenizer = load_hf(folder, shardings=shardings)
     except FileNotFoundError as error:
-        raise ValueError(f"model {name!r} cannot be read: {error}; pass the folder of a model") from None
+        raise ValueError(
+            f"model {name!r} cannot be read: {error}; pass the folder of a model"
+        ) from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
     if size(params) > LARGE:
@@ -89,7 +98,8 @@ def load_network(
 
 
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
-    """Writes a model folder all or nothing: a crash leaves the old one, here or as ``<folder>.old``, or none.
+    """Writes a model folder all or nothing: a crash leaves the old one, here or as
+    ``<folder>.old``, or none.
 
     All processes call it, process 0 writes. The folder survives a power cut when this returns.
 
@@ -109,32 +119,39 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
         if first:
             files.settle_folder(folder)
         raise OSError(
-            f"the model could not be written to {folder} ({error}); what was saved before is intact. Free disk space, "
+            f"the model could not be written to {folder} ({error}); what was saved before is "
+            "intact. Free disk space, "
             "or choose a workdir that can be written, and give the same command again."
         ) from error
     processes.barrier("model saved")
 
 
 def check_shape(field: str, name: str, shape: Mapping[str, Any] | ConfigDict) -> None:
-    """Refuses a model on disk whose decoder is not the one a preset speaks of; an empty `shape` takes any.
+    """Refuses a model on disk whose decoder is not the one a preset speaks of; an empty `shape`
+    takes any.
 
     Raises:
       ValueError: a size differs, or there is no such model.
     """
     if not name:
-        raise ValueError(f"{field} is empty: pass the folder of a pretrained model with --config.{field}=FOLDER")
+        raise ValueError(
+            f"{field} is empty: pass the folder of a pretrained model with --config.{field}=FOLDER"
+        )
     found = config_from_hf(read_json(model_folder(name) / "config.json"))
     for key, wanted in shape.items():
         if getattr(found, key) != wanted:
             raise ValueError(
-                f"{field}={name} has {key}={getattr(found, key)} and this config is for {key}={wanted}: "
+                f"{field}={name} has {key}={getattr(found, key)} and this config is for "
+                f"{key}={wanted}: "
                 "choose another model, or set the size under --config.shapes"
             )
 
 
 def type_of(model: Model) -> Callable[..., Model]:
     """The function that builds this kind of model from a `DecoderConfig`."""
-    return scalar_model if "score" in jax.eval_shape(model.init, jax.random.key(0)) else language_model
+    return (
+        scalar_model if "score" in jax.eval_shape(model.init, jax.random.key(0)) else language_model
+    )
 
 
 def size(params: Params) -> int:
@@ -143,17 +160,21 @@ def size(params: Params) -> int:
 
 
 def tokenizer_of(name: str) -> Any:
-    """The tokenizer of a model that is loaded later; None where it cannot be had, which loading the model then says."""
+    """The tokenizer of a model that is loaded later; None where it cannot be had, which loading the
+    model then says.
+    """
     with contextlib.suppress(ValueError, OSError):
         return text.load_tokenizer(model_folder(name))
     return None
 
 
-# ------------------------------------------------------------------------------------------- which parameters train
+# --------------------------------------------------------------------------- which parameters train
 
 
 class TrainableParams(NamedTuple):
-    """The parameters that a stage trains, beside those that stay frozen. The frozen arrays are shared, never copied."""
+    """The parameters that a stage trains, beside those that stay frozen. The frozen arrays are
+    shared, never copied.
+    """
 
     params: Params
     """What the optimizer sees, at step 0: all parameters, or LoRA adapters and a score head."""
@@ -166,7 +187,9 @@ class TrainableParams(NamedTuple):
         return lora_model(model, frozen, alpha=self.alpha)
 
     def whole(self, params: Params) -> Params:
-        """Trained and frozen parameters together, for `Model.apply`; the frozen arrays are shared."""
+        """Trained and frozen parameters together, for `Model.apply`; the frozen arrays are
+        shared.
+        """
         return with_lora(self.frozen, params, alpha=self.alpha)
 
     def merged(self, params: Params) -> Params:
@@ -175,23 +198,35 @@ class TrainableParams(NamedTuple):
 
 
 def trainable(params: Params, config: ConfigDict) -> TrainableParams:
-    """What `config.train` asks for: ``all`` parameters, ``lora`` adapters (`config.lora`), or the score ``head`` alone.
+    """What `config.train` asks for: ``all`` parameters, ``lora`` adapters (`config.lora`), or the
+    score ``head`` alone.
 
-    With ``lora`` a score head is trained whole, beside the adapters of the trunk. A head alone starts at 0: its problem
-    is convex, and what a random head says is noise that a few thousand pairs would have to unlearn first.
+    With ``lora`` a score head is trained whole, beside the adapters of the trunk. A head alone
+    starts at 0: its problem is convex, and what a random head says is noise that a few thousand
+    pairs would have to unlearn first.
 
     Raises:
-      ValueError: another word, ``head`` for a language model, or adapters that do not fit the model.
+      ValueError: another word, ``head`` for a language model, or adapters that do not fit the
+        model.
     """
     checks.require_one_of("train", config.train, TRAIN)
-    rank, alpha, targets, layers = (config.lora[name] for name in ("rank", "alpha", "targets", "layers"))
+    rank, alpha, targets, layers = (
+        config.lora[name] for name in ("rank", "alpha", "targets", "layers")
+    )
     if config.train == "all":
         return TrainableParams(params, {}, alpha)
     frozen = {name: part for name, part in params.items() if name != "score"}
     own = {name: part for name, part in params.items() if name == "score"}
     if config.train == "lora":
-        own |= init_lora(frozen, jax.random.key(config.seed), rank=rank, targets=targets, layers=layers)
+        own |= init_lora(
+            frozen, jax.random.key(config.seed), rank=rank, targets=targets, layers=layers
+        )
     else:
         own = jax.tree.map(jnp.zeros_like, own)
-    checks.require(bool(own), "train", config.train, "needs a reward model; for a language model use lora or all")
+    checks.require(
+        bool(own),
+        "train",
+        config.train,
+        "needs a reward model; for a language model use lora or all",
+    )
     return TrainableParams(own, frozen, alpha)

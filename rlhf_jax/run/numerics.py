@@ -1,13 +1,14 @@
-"""Which settings outside of the config change the numbers of a run: flags of JAX, of XLA, and the environment.
+"""Which settings outside of the config change the numbers of a run: flags of JAX, of XLA, and the
+environment.
 
-Two sets of them are told apart. `meaning` holds what makes another computation of the same config: another random
-generator, other types, another precision. A run never goes on under other ones in silence. `rounding` holds what
-leaves the computation as it is and may change the order in which numbers are summed: the compiler's effort, the kind
-and the number of devices, the number of processes. There a run may go on; it then ends within rounding and not bit
-for bit.
+Two sets of them are told apart. `meaning` holds what makes another computation of the same config:
+another random generator, other types, another precision. A run never goes on under other ones in
+silence. `rounding` holds what leaves the computation as it is and may change the order in which
+numbers are summed: the compiler's effort, the kind and the number of devices, the number of
+processes. There a run may go on; it then ends within rounding and not bit for bit.
 
-What only logs, caches, checks or places is in neither set. A flag that this module has never heard of, of another
-JAX, counts as one that may change rounding.
+What only logs, caches, checks or places is in neither set. A flag that this module has never heard
+of, of another JAX, counts as one that may change rounding.
 """
 
 from __future__ import annotations
@@ -165,8 +166,8 @@ HARMLESS = frozenset({
     "jax_xla_backend",
     "mock_num_gpu_processes",
 })  # fmt: skip
-"""Flags of JAX that log, cache, check, visit or place, and change no number. Where a device is named, the kind and the
-number of devices that were found stand in `surroundings`."""
+"""Flags of JAX that log, cache, check, visit or place, and change no number. Where a device is
+named, the kind and the number of devices that were found stand in `surroundings`."""
 
 _XLA_MEANING = re.compile(
     r"fast_math|fast_min_max|excess_precision|precision|strict_dot|_ftz|denormal|deterministic"
@@ -181,7 +182,8 @@ _ENVIRONMENT = ("NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC", "TF_DETERMINIS
 
 
 def meaning() -> dict[str, Any]:
-    """Settings under which the same config would be another computation, by name; no device is looked for.
+    """Settings under which the same config would be another computation, by name; no device is
+    looked for.
 
     Flags of JAX stand under their own names (``jax_enable_x64``), those of XLA with two dashes
     (``--xla_cpu_enable_fast_math``) and variables of the environment as they are.
@@ -192,14 +194,20 @@ def meaning() -> dict[str, Any]:
 
 
 def rounding() -> dict[str, Any]:
-    """Settings that may change the order of sums, by name, unknown flags among them; no device is looked for."""
+    """Settings that may change the order of sums, by name, unknown flags among them; no device is
+    looked for.
+    """
     values = jax.config.values.items()
     found = {name: _plain(value) for name, value in values if name not in MEANING | HARMLESS}
-    return found | {name: value for name, value in _xla_flags().items() if not _XLA_MEANING.search(name)}
+    return found | {
+        name: value for name, value in _xla_flags().items() if not _XLA_MEANING.search(name)
+    }
 
 
 def surroundings() -> dict[str, Any]:
-    """What the program runs on: kind and number of devices, number of processes. It looks for devices."""
+    """What the program runs on: kind and number of devices, number of processes. It looks for
+    devices.
+    """
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -225,7 +233,9 @@ def unclassified() -> set[str]:
 
 
 def _xla_flags() -> dict[str, str]:
-    """The flags given to XLA (and to the TPU's library) that may change a number, as ``--name`` -> value."""
+    """The flags given to XLA (and to the TPU's library) that may change a number, as ``--name`` ->
+    value.
+    """
     found = {}
     for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         for flag in _words(os.environ.get(variable, "")):
@@ -236,7 +246,9 @@ def _xla_flags() -> dict[str, str]:
 
 
 def _words(flags: str) -> list[str]:
-    """The flags of a variable; one that begins with no dash names a file that holds them, as XLA reads it."""
+    """The flags of a variable; one that begins with no dash names a file that holds them, as XLA
+    reads it.
+    """
     flags = flags.strip()
     if flags and not flags.startswith("-"):
         path = Path(flags)
@@ -249,7 +261,11 @@ def _words(flags: str) -> list[str]:
 
 def _plain(value: Any) -> Any:
     """A value of a flag as JSON data: enumerations by their name."""
-    return value if value is None or isinstance(value, bool | int | float | str) else getattr(value, "name", str(value))
+    return (
+        value
+        if value is None or isinstance(value, bool | int | float | str)
+        else getattr(value, "name", str(value))
+    )
 
 
 def _shown(value: Any) -> str:

@@ -21,10 +21,12 @@ SCHEDULES = ("cosine", "linear", "constant")
 def optimizer(
     config: ConfigDict, learning_rate: optim.LearningRate, *, clip_norm: float | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer that `config` asks for: ``optimizer`` and, for the forms of Adam, ``b1, b2, adam_eps``.
+    """The optimizer that `config` asks for: ``optimizer`` and, for the forms of Adam,
+    ``b1, b2, adam_eps``.
 
-    ``adam``, ``tf_adam`` (the form of 2019), ``adam_bf16`` (first moment in bfloat16) or ``adafactor``, which has a
-    factored second moment and no first one, and does not read those three.
+    ``adam``, ``tf_adam`` (the form of 2019), ``adam_bf16`` (first moment in bfloat16) or
+    ``adafactor``, which has a factored second moment and no first one, and does not read those
+    three.
     """
     adams = {
         "adam": optim.adam,
@@ -41,7 +43,8 @@ def optimizer(
 def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Schedule:
     """The learning rate over `steps` optimizer steps.
 
-    ``cosine`` falls to 10%, ``linear`` to 0, ``constant`` stays at `peak`; the first `warmup` steps lead up to it.
+    ``cosine`` falls to 10%, ``linear`` to 0, ``constant`` stays at `peak`; the first `warmup` steps
+    lead up to it.
 
     Raises:
       ValueError: an unknown name, or a warmup that leaves no steps.
@@ -49,6 +52,11 @@ def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Sc
     checks.require_one_of("schedule", name, SCHEDULES)
     if name == "constant":
         return optim.warmup_then_constant(peak, warmup)
-    checks.require(warmup < steps, "warmup", warmup, f"of {steps} steps leaves none for schedule={name}: lower it")
+    checks.require(
+        warmup < steps,
+        "warmup",
+        warmup,
+        f"of {steps} steps leaves none for schedule={name}: lower it",
+    )
     after = optim.cosine_to if name == "cosine" else optim.linear_to_zero
     return optim.with_warmup(after(peak, steps - warmup), warmup)

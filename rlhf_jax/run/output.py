@@ -1,8 +1,10 @@
 """The console may go away; the run does not.
 
-Whoever starts a run may close its output (``| head``, a lost terminal, ``>&-``, a full disk behind ``> log``). What a
-run writes there is a copy of what its files hold, so losing the reader must not lose hours of work, nor end in a
-traceback: from then on its output goes nowhere, and that is said once on the other stream, where one is left.
+Whoever starts a run may close its output (``| head``, a lost terminal, ``>&-``, a full disk behind
+``> log``). What a run writes there is a copy of what its files hold, so losing the reader must not
+lose hours of work, nor end in a
+traceback: from then on its output goes nowhere, and that is said once on the other stream, where
+  one is left.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 
 
 class _Lasting(io.FileIO):
-    """A file descriptor whose first failed write turns it into one that takes everything and keeps nothing."""
+    """A file descriptor whose first failed write turns it into one that takes everything and keeps
+    nothing.
+    """
 
     def __init__(self, handle: int, name: str):
         super().__init__(handle, "w", closefd=False)
@@ -28,20 +32,21 @@ class _Lasting(io.FileIO):
             _to_nowhere(self.fileno())
             other = sys.stderr if self._told == "standard output" else None
             if other is not None:
-                note = (
-                    f"Warning: {self._told} cannot be written any more ({error.strerror}): the run goes on without it"
-                )
+                note = f"Warning: {self._told} cannot be written any more ({error.strerror}): the run goes on without it"
                 print(note, file=other, flush=True)
             return len(data)
 
 
 def outlive_readers() -> None:
-    """Makes standard output and standard error last when nobody reads them, or when they were closed at the start."""
+    """Makes standard output and standard error last when nobody reads them, or when they were
+    closed at the start.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # Otherwise the next file that is opened gets this number, and prints of libraries go into it.
+            # Otherwise the next file that is opened gets this number, and prints of libraries go
+            # into it.
             _to_nowhere(number)
     sys.stdout = _lasting(sys.stdout, 1, "standard output")
     sys.stderr = _lasting(sys.stderr, 2, "standard error")

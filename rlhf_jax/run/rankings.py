@@ -24,16 +24,21 @@ def read_rankings(path: str, tokenizer: Any = None) -> list[schema.Ranking]:
     return rankings
 
 
-def encode_ranking(tokenizer: Any, ranking: schema.Ranking) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
+def encode_ranking(
+    tokenizer: Any, ranking: schema.Ranking
+) -> tuple[list[int], list[list[int]], tuple[int, ...]]:
     """A ranking as token ids, each response with the token that ends it."""
-    responses = [text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses]
+    responses = [
+        text.encode_answer(tokenizer, ranking.prompt, response) for response in ranking.responses
+    ]
     return text.encode_prompt(tokenizer, ranking.prompt), responses, ranking.ranks
 
 
 def fitting(
     encoded: Sequence[text.RankedIds], config: ConfigDict, context: int
 ) -> tuple[list[text.RankedIds], list[int]]:
-    """The rankings that fit a row and the model's `context`, and their places; the others are an error, or dropped.
+    """The rankings that fit a row and the model's `context`, and their places; the others are an
+    error, or dropped.
 
     Raises:
       ValueError: one does not fit and `config.too_long` is "error", or none does.
@@ -45,15 +50,19 @@ def fitting(
     places = [i for i, (size, longest) in pairs if size <= config.row_length and longest <= context]
     if (config.too_long == "error" and len(places) < len(encoded)) or not places:
         raise ValueError(
-            f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest takes {max(whole)} tokens"
-            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the model's context is "
+            f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest "
+            f"takes {max(whole)} tokens"
+            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the "
+            "model's context is "
             f"{context}: raise row_length, shorten the data, or leave them out with too_long=drop"
         )
     return [encoded[i] for i in places], places
 
 
 def held_out(network: Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
-    """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many do not."""
+    """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many
+    do not.
+    """
     rankings = read_rankings(path)
     if config.too_long == "error":
         return rankings, 0
@@ -63,7 +72,8 @@ def held_out(network: Network, path: str, config: ConfigDict) -> tuple[list[sche
 
 
 def check_evaluation(base: Network, config: ConfigDict) -> None:
-    """Refuses evaluation rankings beyond the model's context before training; with ``too_long="drop"`` none are.
+    """Refuses evaluation rankings beyond the model's context before training; with
+    ``too_long="drop"`` none are.
 
     Raises:
       ValueError: a prompt with one of its responses is longer than the context.
@@ -79,11 +89,14 @@ def check_evaluation(base: Network, config: ConfigDict) -> None:
 
 
 def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
-    """Tokens of one pass over rankings in rows that share the prompt, and what one row a response would cost."""
+    """Tokens of one pass over rankings in rows that share the prompt, and what one row a response
+    would cost.
+    """
     responses = sum(len(ids) for _, each, _ in encoded for ids in each)
     return {
         "tokens": responses + sum(len(prompt) for prompt, _, _ in encoded),
-        "tokens_in_separate_rows": responses + sum(len(prompt) * len(each) for prompt, each, _ in encoded),
+        "tokens_in_separate_rows": responses
+        + sum(len(prompt) * len(each) for prompt, each, _ in encoded),
     }
 
 
@@ -97,7 +110,9 @@ def distinct_responses(
     names: list[list[tuple[schema.Conversation, str]]] = []
     items: list[text.RankedIds] = []
     for prompt, responses in asked.items():
-        prompt_ids, encoded, _ = encode_ranking(tokenizer, schema.Ranking(prompt, tuple(responses), ()))
+        prompt_ids, encoded, _ = encode_ranking(
+            tokenizer, schema.Ranking(prompt, tuple(responses), ())
+        )
         sizes = [len(ids) for ids in encoded]
         room = max([config.row_length - len(prompt_ids), *sizes])
         for group in text.best_fit(sizes, capacity=room, max_items=config.max_k):

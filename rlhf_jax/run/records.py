@@ -1,8 +1,10 @@
-"""What is known of a finished stage: the key of what it was made from, and sha256 and size of everything it wrote.
+"""What is known of a finished stage: the key of what it was made from, and sha256 and size of
+everything it wrote.
 
-A stage lives in ``<run>/<name>/``. ``done.json`` in it is its record, written last. A stage that was begun and has not
-ended has ``begun.json`` instead. All paths in a record are relative to the run folder, so that the folder can be moved
-and copied: a path is made again from where the record is read.
+A stage lives in ``<run>/<name>/``. ``done.json`` in it is its record, written last. A stage that
+was begun and has not ended has ``begun.json`` instead. All paths in a record are relative to the
+run folder, so that the folder can be moved and copied: a path is made again from where the record
+is read.
 """
 
 from __future__ import annotations
@@ -25,17 +27,19 @@ DONE = "done.json"
 BEGUN = "begun.json"
 CHECKPOINTS = "checkpoints"
 ASIDE = "aside"
-"""Folder of a run that holds the outputs of before, each in the folder of the moment in which it was moved there."""
+"""Folder of a run that holds the outputs of before, each in the folder of the moment in which it
+was moved there."""
 
 FORMAT = 1
 
-# ------------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
 
 
 def relative(value: Any, root: Path) -> tuple[Any, list[list[str | int]]]:
     """JSON data whose paths below `root` are relative to it, and where in the data those are.
 
-    A path is a text that begins with `root` itself, as a stage that was handed a folder below it returns it.
+    A path is a text that begins with `root` itself, as a stage that was handed a folder below it
+    returns it.
 
     >>> relative({"model": "/run/sft/epoch-1", "loss": 0.5}, Path("/run"))
     ({'model': 'sft/epoch-1', 'loss': 0.5}, [['model']])
@@ -83,11 +87,12 @@ def absolute(value: Any, places: Sequence[Sequence[str | int]], root: Path) -> A
     return value
 
 
-# ----------------------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------ outputs
 
 
 def names(folder: Path) -> dict[str, Path]:
-    """Every file and link of a stage's folder by its name in it, but for checkpoints, which have their own seals.
+    """Every file and link of a stage's folder by its name in it, but for checkpoints, which have
+    their own seals.
 
     The records themselves and temporary files that a kill left behind are no outputs.
     """
@@ -117,17 +122,24 @@ def outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What is wrong with the outputs of a stage: name -> ``it is missing``, ``it is empty``, ..; sizes are seen first.
+    """What is wrong with the outputs of a stage: name -> ``it is missing``, ``it is empty``, ..;
+    sizes are seen first.
 
     Args:
       folder: of the stage.
       recorded: what `outputs` returned when the stage had ended.
     """
     found = names(folder)
-    bad = {name: trouble for name, entry in recorded.items() if (trouble := _trouble(found.get(name), entry))}
+    bad = {
+        name: trouble
+        for name, entry in recorded.items()
+        if (trouble := _trouble(found.get(name), entry))
+    }
     if bad:
         return bad  # it is made again in any case: no need to read the rest
-    changed = [name for name, entry in recorded.items() if files.sha256(found[name]) != entry["sha256"]]
+    changed = [
+        name for name, entry in recorded.items() if files.sha256(found[name]) != entry["sha256"]
+    ]
     return dict.fromkeys(changed, "its bytes have changed")
 
 
@@ -151,7 +163,8 @@ def strangers(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
 
 
 def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path | None:
-    """Moves a stage's folder, or some of its files, to ``<run>/aside/<time>/<stage>``; nothing is deleted.
+    """Moves a stage's folder, or some of its files, to ``<run>/aside/<time>/<stage>``; nothing is
+    deleted.
 
     Args:
       run: the run folder.
@@ -188,7 +201,9 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
     folder = run / stage
     if os.path.lexists(folder):
         written = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
-        if any(path.is_symlink() or (path.name != BEGUN and path.stat().st_size) for path in written):
+        if any(
+            path.is_symlink() or (path.name != BEGUN and path.stat().st_size) for path in written
+        ):
             return False
         shutil.rmtree(folder)
     files.rename(place, folder)
@@ -199,7 +214,9 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
 
 
 def _free(place: Path, stage: str) -> Path:
-    """A folder for `stage` below `place` that is not there yet; two moves may come within one second."""
+    """A folder for `stage` below `place` that is not there yet; two moves may come within one
+    second.
+    """
     attempt, number = place / stage, 1
     while os.path.lexists(attempt):
         number += 1
@@ -207,7 +224,7 @@ def _free(place: Path, stage: str) -> Path:
     return attempt
 
 
-# ------------------------------------------------------------------------------------------------------------ inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 _NO_INPUT = re.compile(r"^(readme.*|license.*|licence.*|notice.*|.*\.md)$", re.IGNORECASE)
 """Files of a folder that say something to people and nothing to a program."""
@@ -216,8 +233,8 @@ _NO_INPUT = re.compile(r"^(readme.*|license.*|licence.*|notice.*|.*\.md)$", re.I
 def digest(path: Path) -> str | dict[str, str]:
     """sha256 of a file, or of each file of a folder by its name in it; links to files are followed.
 
-    Of a model folder (it has a ``config.json``) only the files in the folder itself count and its chat templates,
-    because nothing else is read.
+    Of a model folder (it has a ``config.json``) only the files in the folder itself count and its
+    chat templates, because nothing else is read.
 
     Raises:
       ValueError: nothing is there, or something that is neither a file nor a folder.
@@ -250,11 +267,14 @@ def is_input(name: str) -> bool:
 _FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-def functions(config: Any, known: Sequence[str] = ("rlhf_jax", "experiments", "configs")) -> dict[str, str]:
-    """sha256 of the source of each module that the config names as ``module:function``, but for our own packages.
+def functions(
+    config: Any, known: Sequence[str] = ("rlhf_jax", "experiments", "configs")
+) -> dict[str, str]:
+    """sha256 of the source of each module that the config names as ``module:function``, but for our
+    own packages.
 
-    A loss of one's own is a part of the algorithm as a number of the config is. What the module imports is not looked
-    at.
+    A loss of one's own is a part of the algorithm as a number of the config is. What the module
+    imports is not looked at.
 
     Args:
       config: plain data.
@@ -290,11 +310,13 @@ def _source(module: str) -> Path | None:
     return origin if origin is not None and origin.suffix == ".py" and origin.is_file() else None
 
 
-# ------------------------------------------------------------------------------------------------- writing, reading
+# --------------------------------------------------------------------------------- writing, reading
 
 
 def write(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a record with the sha256 of itself, as the very last thing of a stage; returns what was written."""
+    """Writes a record with the sha256 of itself, as the very last thing of a stage; returns what
+    was written.
+    """
     plain = json.loads(json.dumps({"format": FORMAT, **record}))
     plain["sha256"] = files.json_digest(plain)
     files.write_json(path, plain)
@@ -325,7 +347,9 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest sealed checkpoint of a stage, None where there is none; its files are checked when it is read."""
+    """The newest sealed checkpoint of a stage, None where there is none; its files are checked when
+    it is read.
+    """
     return max(sealed_steps(folder / CHECKPOINTS), default=None)
 
 
@@ -335,7 +359,11 @@ def config_changes(folder: Path) -> list[Any]:
     if step is None:
         return []
     try:
-        return list(files.read_json(folder / CHECKPOINTS / "manifests" / f"{step}.json")["extra"]["config_changes"])
+        return list(
+            files.read_json(folder / CHECKPOINTS / "manifests" / f"{step}.json")["extra"][
+                "config_changes"
+            ]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -1,4 +1,6 @@
-"""Responses of a language model to prompts, sampled in batches, and the scores that a reward model gives them."""
+"""Responses of a language model to prompts, sampled in batches, and the scores that a reward model
+gives them.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,11 @@ def sample_responses(
       network: a language model.
       prompts: token ids.
       mesh: where to sample.
-      asked: what the ids stand for, prompt by prompt: after messages a response ends as the chat template ends a turn.
-        Without it EOS ends every response.
+      asked: what the ids stand for, prompt by prompt: after messages a response ends as the chat
+        template ends a turn. Without it EOS ends every response.
       counts: responses to each prompt, one number for all or one each.
-      prompt_length: slots of the prompts; fewer where the model's context leaves no more beside `max_new_tokens`.
+      prompt_length: slots of the prompts; fewer where the model's context leaves no more beside
+        `max_new_tokens`.
       max_new_tokens: longest response, EOS included.
       temperature: of sampling; 0 is greedy.
       seed: with each prompt's place and the number of the response the only source of randomness.
@@ -69,25 +72,37 @@ def sample_responses(
         network.params,
         text.prompt_batch(prompts, length=prompt_length),
         jax.random.key(seed),
-        Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids)),
+        Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids)
+        ),
         counts=counts,
         progress=progress,
         rows=Rows(
-            count=-(-batch_size // data) * data, streams=sampling_streams(mesh), sharding=sharding.batch_sharding(mesh)
+            count=-(-batch_size // data) * data,
+            streams=sampling_streams(mesh),
+            sharding=sharding.batch_sharding(mesh),
         ),
     )
-    each = [p for p, k in zip(asked, np.broadcast_to(counts, len(asked)), strict=True) for _ in range(k)]
+    each = [
+        p for p, k in zip(asked, np.broadcast_to(counts, len(asked)), strict=True) for _ in range(k)
+    ]
     return response_texts(network.tokenizer, samples, each), samples
 
 
 def sampling_streams(mesh: jax.sharding.Mesh) -> int:
-    """Two on a CPU of two cores or more, which one stream does not keep busy; one on accelerators."""
+    """Two on a CPU of two cores or more, which one stream does not keep busy; one on
+    accelerators.
+    """
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return 2 if alone and cores > 1 else 1
 
 
-def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conversation] = ()) -> list[str]:
+def response_texts(
+    tokenizer: Any, samples: Samples, asked: Sequence[schema.Conversation] = ()
+) -> list[str]:
     """The responses as text, for people and judges; the token ids go on to an update as they are.
 
     Args:
@@ -98,11 +113,16 @@ def response_texts(tokenizer: Any, samples: Samples, asked: Sequence[schema.Conv
     fetched = processes.gather(samples)
     rows = [
         row[start:end].tolist()
-        for row, start, end in zip(fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True)
+        for row, start, end in zip(
+            fetched.tokens, fetched.prompt_lengths, fetched.lengths, strict=True
+        )
     ]
     ends = text.stop_ids(tokenizer, asked)
     prompts = asked or [""] * len(rows)
-    return [text.decode_answer(tokenizer, p, ids, stop_ids=ends) for p, ids in zip(prompts, rows, strict=True)]
+    return [
+        text.decode_answer(tokenizer, p, ids, stop_ids=ends)
+        for p, ids in zip(prompts, rows, strict=True)
+    ]
 
 
 def score_responses(
@@ -116,12 +136,17 @@ def score_responses(
     """Raw reward-model score of each response to its prompt, one number each.
 
     Raises:
-      ValueError: a prompt with its response is longer than the model's context; nothing is computed then.
+      ValueError: a prompt with its response is longer than the model's context; nothing is computed
+        then.
     """
-    return score_rows(network, scoring_rows(network, prompts, responses), mesh, batch_size=batch_size)
+    return score_rows(
+        network, scoring_rows(network, prompts, responses), mesh, batch_size=batch_size
+    )
 
 
-def scoring_rows(network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]) -> list[list[int]]:
+def scoring_rows(
+    network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]
+) -> list[list[int]]:
     """Ids of each prompt with its whole response, as the reward model was trained on them.
 
     Raises:
@@ -144,8 +169,9 @@ def fitting_scoring_rows(
 ) -> tuple[list[list[int]], int]:
     """`scoring_rows` of sampled responses, and how many are scored only as far as they fit.
 
-    Text that is encoded again may take more tokens than were sampled: another tokenizer, or bytes that are no text. The
-    ids beyond the context are left out then, as PPO scores a response that `max_new_tokens` ended.
+    Text that is encoded again may take more tokens than were sampled: another tokenizer, or bytes
+    that are no text. The ids beyond the context are left out then, as PPO scores a response that
+    `max_new_tokens` ended.
 
     Raises:
       ValueError: a prompt alone fills the model's context.
@@ -159,7 +185,8 @@ def fitting_scoring_rows(
         if room < 1:
             raise ValueError(
                 f"scoring: the prompt {chat.readable(prompt)[:60]!r}.. has {len(asked)} tokens and "
-                f"{contexts.of_network(network)}, which leaves nothing for a response: {contexts.ADVICE}"
+                f"{contexts.of_network(network)}, which leaves nothing for a response: "
+                f"{contexts.ADVICE}"
             )
         cut += len(said) > room
         rows.append([*asked, *said[:room]])
@@ -183,11 +210,15 @@ def score_rows(
     return scores
 
 
-def by_length(lengths: ArrayLike, batch_size: int, *, most: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows in batches of like lengths, so that little padding is computed: their indices and the slots they need.
+def by_length(
+    lengths: ArrayLike, batch_size: int, *, most: int | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches of like lengths, so that little padding is computed: their indices and the
+    slots they need.
 
-    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few compiled programs,
-    but never more than `most`: a model has no positions beyond its context, not even for padding.
+    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few
+    compiled programs, but never more than `most`: a model has no positions beyond its context, not
+    even for padding.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")

@@ -34,7 +34,9 @@ SFT_CURVES = {
 }
 
 
-def history(folder: Path, stages: Sequence[str], epochs: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+def history(
+    folder: Path, stages: Sequence[str], epochs: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict]]:
     """The curves of the report: each iteration of the PPO `stages`, and each SFT epoch.
 
     Args:
@@ -61,7 +63,10 @@ def samples(file: Path, count: int = 12) -> list[dict]:
             continue
         row = json.loads(line)
         entry = by_prompt.setdefault(row["prompt"], {"prompt": row["prompt"], "responses": {}})
-        entry["responses"][row["model"]] = {"text": row["response"], "gold_score": row.get("gold_score")}
+        entry["responses"][row["model"]] = {
+            "text": row["response"],
+            "gold_score": row.get("gold_score"),
+        }
     return list(by_prompt.values())[:count]
 
 
@@ -84,7 +89,9 @@ def gathered(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **recorded["evaluation"]["result"],
         **reward_model_results(rewards),
-        "reward_model": {k: rewards[k] for k in ("prompts", "responses", "pairs", "steps", "padding_share")},
+        "reward_model": {
+            k: rewards[k] for k in ("prompts", "responses", "pairs", "steps", "padding_share")
+        },
         "sft": recorded["baseline"]["result"],
         "seconds": seconds,
         "peak_memory_mb": max(record["peak_memory_mb"] for record in recorded.values()),
@@ -99,13 +106,25 @@ def mean_gold_score(path: str, gold: Any) -> float:
     return float(np.mean([judge(str(r.id), r.response).score for r in records]))
 
 
-STATED = ("config", "inputs", "key", "version", "seconds", "compile_seconds", "peak_memory_mb", "config_changes")
+STATED = (
+    "config",
+    "inputs",
+    "key",
+    "version",
+    "seconds",
+    "compile_seconds",
+    "peak_memory_mb",
+    "config_changes",
+)
 """What ``results.json`` says of each stage."""
 
 
 def stated(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What each stage was run with and what it cost, from the records of all."""
-    return {name: {key: record[key] for key in STATED if key in record} for name, record in recorded.items()}
+    return {
+        name: {key: record[key] for key in STATED if key in record}
+        for name, record in recorded.items()
+    }
 
 
 def versions() -> dict[str, str]:
@@ -118,14 +137,21 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {"python": platform.python_version(), **found, "device": device, "machine": platform.machine()}
+    return {
+        "python": platform.python_version(),
+        **found,
+        "device": device,
+        "machine": platform.machine(),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------- of one stage
+# ------------------------------------------------------------------------------------- of one stage
 
 
 def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
-    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes get it."""
+    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes
+    get it.
+    """
 
     def made() -> Any:
         result = make()
@@ -147,4 +173,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run the stage that makes it first") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run the stage that makes it again") from None
+        raise ValueError(
+            f"{path} is damaged ({error}): run the stage that makes it again"
+        ) from None

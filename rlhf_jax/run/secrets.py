@@ -1,13 +1,15 @@
-"""Secrets: which names and texts hold one, and how they are kept out of everything that a run writes.
+"""Secrets: which names and texts hold one, and how they are kept out of everything that a run
+writes.
 
-A value is a secret for one of two reasons. Its *name* says so (``HF_TOKEN``, ``db_password``, ``DATABASE_URL``), or its
-*shape* does: the tokens of well-known services, private keys, the user part of a URL, a cookie or an authorization
-header. `is_secret` judges names, `redact` cleans texts, and `known_secrets` and `secrets_in` collect the values that
-this process was given, so that they are found again in a text that does not say what they are.
+A value is a secret for one of two reasons. Its *name* says so (``HF_TOKEN``, ``db_password``,
+``DATABASE_URL``), or its *shape* does: the tokens of well-known services, private keys, the user
+part of a URL, a cookie or an authorization header. `is_secret` judges names, `redact` cleans texts,
+and `known_secrets` and `secrets_in` collect the values that this process was given, so that they
+are found again in a text that does not say what they are.
 
-What is no secret must stay readable: a path below the working directory, ``eos_token``, ``max_tokens``. Hence names
-are compared word by word, never by parts of a word, and values that are paths, numbers or plain words are not searched
-for in texts.
+What is no secret must stay readable: a path below the working directory, ``eos_token``,
+``max_tokens``. Hence names are compared word by word, never by parts of a word, and values that are
+paths, numbers or plain words are not searched for in texts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from urllib.parse import quote
 
 REDACTED = "<redacted>"
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def _set_of(text: str) -> frozenset[str]:
@@ -100,7 +102,8 @@ _ABOUT = _set_of(
 
 
 def is_secret(key: str) -> bool:
-    """Whether the name of a config key, variable, column or header says that its value is to be kept from others.
+    """Whether the name of a config key, variable, column or header says that its value is to be
+    kept from others.
 
     >>> [is_secret(key) for key in ("hf_token", "apiKey", "GITHUB_PAT", "MYSQL_PWD", "DATABASE_URL", "Set-Cookie")]
     [True, True, True, True, True, True]
@@ -114,21 +117,38 @@ def is_secret(key: str) -> bool:
     before, last = words[:-1], words[-1]
     if last in _ABOUT:
         # An identifier is told like any number, but for those that let somebody in.
-        return last == "id" and (before[-1:] in (["session"], ["secret"]) or before[-2:] == ["access", "key"])
+        return last == "id" and (
+            before[-1:] in (["session"], ["secret"]) or before[-2:] == ["access", "key"]
+        )
     if _ALWAYS & set(words) or any(_PASSWORD.search(word) for word in words):
         return True
     if "token" in words:
         return _is_token(words)
     if last == "tokens" and before:
-        return before[-1] in ("api", "access", "auth", "refresh", "bearer", "hf", "github", "gitlab")
+        return before[-1] in (
+            "api",
+            "access",
+            "auth",
+            "refresh",
+            "bearer",
+            "hf",
+            "github",
+            "gitlab",
+        )
     if "key" in words or "keys" in words:
         return _is_key(name, words)
-    if last in ("pass", "pwd") and (_ACCOUNTS & set(before) or (last == "pwd" and not name.isupper())):
+    if last in ("pass", "pwd") and (
+        _ACCOUNTS & set(before) or (last == "pwd" and not name.isupper())
+    ):
         return True
     if last in ("pwd", "pat", "auth"):
         return bool(before) or last == "auth" or name.isupper()
     if last in ("url", "uri", "string", "str"):
-        return bool(_STORES & set(before)) or before[-1:] in (["connection"], ["conn"]) or before[-1:] == ["webhook"]
+        return (
+            bool(_STORES & set(before))
+            or before[-1:] in (["connection"], ["conn"])
+            or before[-1:] == ["webhook"]
+        )
     return last in ("sshpass", "sig") and len(words) == 1
 
 
@@ -146,7 +166,9 @@ def _is_token(words: Sequence[str]) -> bool:
 
 
 def _is_key(name: str, words: Sequence[str]) -> bool:
-    """A key opens something when the word before it says so; in capitals, as variables are, unless it says not."""
+    """A key opens something when the word before it says so; in capitals, as variables are, unless
+    it says not.
+    """
     for place, word in enumerate(words):
         if word not in ("key", "keys") or place == 0:
             continue
@@ -159,7 +181,7 @@ def _is_key(name: str, words: Sequence[str]) -> bool:
     return False
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 _SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -177,10 +199,15 @@ _SHAPES = re.compile(
 """Tokens that say by their first letters what they are, each as its service documents it."""
 
 _PRIVATE_KEY = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]{0,40}-----|\Z)", re.DOTALL
+    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]{0,40}-----|\Z)",
+    re.DOTALL,
 )
-_WEBHOOK = re.compile(r"(?<=hooks\.slack\.com/services/)[\w/]{10,}|(?<=discord\.com/api/webhooks/)[\w/-]{10,}")
-_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")  # one slash is left where the text went through a Path
+_WEBHOOK = re.compile(
+    r"(?<=hooks\.slack\.com/services/)[\w/]{10,}|(?<=discord\.com/api/webhooks/)[\w/-]{10,}"
+)
+_USER_INFO = re.compile(
+    r"(?<=:/)(/?)[^/\s?#]+@"
+)  # one slash is left where the text went through a Path
 _HARD_USER_INFO = re.compile(r"(?<=://)[^\s/@:]{1,200}:(?!\d{1,5}[/?#])[^\s@]{1,500}@")
 """A password with ``/``, ``?`` or ``#`` in it; digits after the colon are a port."""
 _AUTHORIZATION = re.compile(
@@ -188,16 +215,24 @@ _AUTHORIZATION = re.compile(
 )
 _BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
 _BASIC = re.compile(r"(?<=[Bb]asic )(?=[^\s]*[a-z][^\s]*[A-Z]|[^\s]*[\d=])[A-Za-z0-9+/]{8,}={0,2}")
-_COOKIE = re.compile(r"(?i)(?P<head>\b(?:set-)?cookie[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[\w.$-]+=[^\n\"']*")
-_SIGNED_URL = re.compile(r"(?i)(?<=[?&])(?P<key>sig|signature|key|x-amz-signature|x-goog-signature)=[^\s&\"']+")
+_COOKIE = re.compile(
+    r"(?i)(?P<head>\b(?:set-)?cookie[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[\w.$-]+=[^\n\"']*"
+)
+_SIGNED_URL = re.compile(
+    r"(?i)(?<=[?&])(?P<key>sig|signature|key|x-amz-signature|x-goog-signature)=[^\s&\"']+"
+)
 _VALUE = r"""(?P<value>"[^"\n]*"|'[^'\n]*'|\{[^{}\n]*\}|[^\s&;,)"']+)"""
-# The key begins where its letters begin, or a long word without "=" would be read again from each of its letters.
+# The key begins where its letters begin, or a long word without "=" would be read again from each
+# of its letters.
 _ASSIGNED = re.compile(r"(?<![\w.-])(?P<key>[\w.-]++)(?P<equals>=)" + _VALUE)
 _QUOTED = re.compile(
     r"""(?P<key>["'][\w.-]{1,100}["'])(?P<equals>\s{0,4}:\s{0,4})(?P<value>"[^"\n]*"|'[^'\n]*'|[\w.+/=-]+)"""
 )
-_FLAG = re.compile(r"(?P<key>(?<!\S)--?[A-Za-z][\w.-]*)(?P<equals>[ ]+)(?P<value>(?![a-z]+(?:\s|$))[^\s-]\S*)")
-"""A word after a flag is a sentence's (``--config.hub_token needs a value``), not the flag's value."""
+_FLAG = re.compile(
+    r"(?P<key>(?<!\S)--?[A-Za-z][\w.-]*)(?P<equals>[ ]+)(?P<value>(?![a-z]+(?:\s|$))[^\s-]\S*)"
+)
+"""A word after a flag is a sentence's (``--config.hub_token needs a value``), not the flag's
+value."""
 
 _CONNECTION = re.compile(
     r"(?i)(?P<key>(?<=;)\s?(?:password|pwd|accountkey|sharedaccesskey))(?P<equals>=)(?P<value>[^;\n\"']+)"
@@ -206,7 +241,8 @@ _CONNECTION = re.compile(
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` without what is secret by its name or shape, and without `secrets`, however they are written in it.
+    """`text` without what is secret by its name or shape, and without `secrets`, however they are
+    written in it.
 
     >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
     '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
@@ -230,20 +266,36 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 def _without_value(match: re.Match[str]) -> str:
     key, value = match["key"].strip("\"' -"), match["value"].strip("\"'")
-    # As an assignment ``PWD=`` is a shell's working directory or, in a connection string, a password.
+    # As an assignment ``PWD=`` is a shell's working directory or, in a connection string, a
+    # password.
     named = is_secret(key) or (key.lower() == "pwd" and not value.startswith(("/", "~")))
-    if not named or not value or value.startswith(REDACTED) or _is_path(value) or _means_nothing(value):
+    if (
+        not named
+        or not value
+        or value.startswith(REDACTED)
+        or _is_path(value)
+        or _means_nothing(value)
+    ):
         return match[0]
     return f"{match['key']}{match['equals']}{REDACTED}"
 
 
 def _means_nothing(value: str) -> bool:
-    """Whether a value is none, or the place of one in our own advice (``pass --config.hub_token=VALUE``)."""
-    return value.lower() in ("none", "null", "true", "false") or value in ("VALUE", "FILE", "FOLDER", "NUMBER")
+    """Whether a value is none, or the place of one in our own advice
+    (``pass --config.hub_token=VALUE``).
+    """
+    return value.lower() in ("none", "null", "true", "false") or value in (
+        "VALUE",
+        "FILE",
+        "FOLDER",
+        "NUMBER",
+    )
 
 
 def _without(text: str, secret: str) -> str:
-    """`text` without `secret` as it is, as a URL or JSON writes it; a short or wordlike one only as a whole word."""
+    """`text` without `secret` as it is, as a URL or JSON writes it; a short or wordlike one only as
+    a whole word.
+    """
     for form in {secret, quote(secret, safe=""), quote(secret), json.dumps(secret)[1:-1]}:
         if len(form) < _SHORTEST or form.isalpha() or form.isdigit():
             text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", REDACTED, text)
@@ -252,10 +304,11 @@ def _without(text: str, secret: str) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 _SHORTEST = 6
-"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are words."""
+"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are
+words."""
 
 _LONGEST_WORD = 10
 """Letters up to which a value in one case is taken for a word: ``AUTH=disabled`` hides nothing."""
@@ -270,10 +323,12 @@ _COMMON = _set_of(
 
 
 def known_secrets(argv: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> list[str]:
-    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command line.
+    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command
+    line.
 
     Args:
-      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, and the password of a URL.
+      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, and the password of a
+        URL.
       environ: variables by name; None takes those of this process.
     """
     found: list[str] = []
@@ -289,14 +344,17 @@ def known_secrets(argv: Sequence[str] = (), environ: Mapping[str, str] | None = 
 
 
 def secrets_in(plain: Any, key: str = "") -> list[str]:
-    """Secret values of a config as plain data: those under a secret's key, at any depth, and parts of URLs.
+    """Secret values of a config as plain data: those under a secret's key, at any depth, and parts
+    of URLs.
 
     >>> secrets_in({"seed": 1, "hub": {"api_key": "k-123456"}, "key": "user"})
     ['k-123456']
     """
     if isinstance(plain, Mapping):
         # What lies under a secret's key is secret whatever its own name is.
-        inner = [secrets_in(value, key if is_secret(key) else str(name)) for name, value in plain.items()]
+        inner = [
+            secrets_in(value, key if is_secret(key) else str(name)) for name, value in plain.items()
+        ]
     elif isinstance(plain, list | tuple):
         inner = [secrets_in(value, key) for value in plain]
     else:
@@ -306,7 +364,9 @@ def secrets_in(plain: Any, key: str = "") -> list[str]:
 
 
 def _searched_for(name: str, value: str) -> list[str]:
-    """The value of a secret's variable, unless finding it in a text would blank out words, numbers or paths."""
+    """The value of a secret's variable, unless finding it in a text would blank out words, numbers
+    or paths.
+    """
     parts = _parts_of(value)
     if len(value) < _SHORTEST or _is_path(value):
         return parts
@@ -321,7 +381,9 @@ def _searched_for(name: str, value: str) -> list[str]:
 
 
 def _parts_of(value: str) -> list[str]:
-    """Password and shape within a value whose name says nothing: of a URL, a header, a connection string."""
+    """Password and shape within a value whose name says nothing: of a URL, a header, a connection
+    string.
+    """
     found = [m[0] for m in _SHAPES.finditer(value)]
     for url in (*_USER_INFO.finditer(value), *_HARD_USER_INFO.finditer(value)):
         found += [part for part in [url[0].strip("/@").split(":", 1)[-1]] if len(part) >= _SHORTEST]

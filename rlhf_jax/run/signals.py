@@ -1,4 +1,6 @@
-"""Signals, all of them: Ctrl-C and SIGTERM where no stage runs, a stop between two steps where one does, a timer."""
+"""Signals, all of them: Ctrl-C and SIGTERM where no stage runs, a stop between two steps where one
+does, a timer.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,17 @@ from typing import Any
 
 from rlhf_jax.run import processes
 
-# ----------------------------------------------------------------------------------------------------- whole programs
+# ----------------------------------------------------------------------------------- whole programs
 
 
 @contextlib.contextmanager
 def interrupting(*, several: bool) -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise KeyboardInterrupt where no stage has its own way to stop; the second one ends at once.
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt where no stage has its own way to stop; the second
+    one ends at once.
 
-    At once means also while XLA compiles, when Python's own handlers have to wait: the signals' numbers are read by a
-    thread of its own. With several processes JAX answers SIGTERM for all of them together and nothing is done here.
+    At once means also while XLA compiles, when Python's own handlers have to wait: the signals'
+    numbers are read by a thread of its own. With several processes JAX answers SIGTERM for all of
+    them together and nothing is done here.
     """
     if several or threading.current_thread() is not threading.main_thread():
         yield
@@ -35,7 +39,9 @@ def interrupting(*, several: bool) -> Iterator[None]:
         raise stop
 
     def swallowed(unraisable: Any) -> None:
-        """A destructor or a callback from C cannot raise: the interrupt that hit one there is sent anew."""
+        """A destructor or a callback from C cannot raise: the interrupt that hit one there is sent
+        anew.
+        """
         number = getattr(unraisable.exc_value, "signal_number", None)
         if number is None:
             return told(unraisable)
@@ -44,11 +50,15 @@ def interrupting(*, several: bool) -> Iterator[None]:
 
     own: list[int] = []
     told, sys.unraisablehook = sys.unraisablehook, swallowed
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_the_second, args=(reader, own), name="signals", daemon=True).start()
+    threading.Thread(
+        target=_end_at_the_second, args=(reader, own), name="signals", daemon=True
+    ).start()
     try:
         yield
     finally:
@@ -60,11 +70,14 @@ def interrupting(*, several: bool) -> Iterator[None]:
 
 
 _SAME = 1.0
-"""Seconds within which a second SIGTERM is the first one sent twice, as srun and a container's init do."""
+"""Seconds within which a second SIGTERM is the first one sent twice, as srun and a container's init
+do."""
 
 
 def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
-    """Ends the process at the second signal that `reader` tells of; those in `own` this process sent itself."""
+    """Ends the process at the second signal that `reader` tells of; those in `own` this process
+    sent itself.
+    """
     first: tuple[int, float] | None = None
     while number := reader.recv(1)[:1]:
         if number[0] not in (signal.SIGINT, signal.SIGTERM):
@@ -83,10 +96,14 @@ def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
 
 
 def end_quietly(status: int) -> None:
-    """Has a program that was stopped end with `status` whatever signal still comes while it takes itself down."""
+    """Has a program that was stopped end with `status` whatever signal still comes while it takes
+    itself down.
+    """
     if threading.current_thread() is threading.main_thread():
         _answer_signals(lambda *_: os._exit(status))  # while threads are waited for
-        atexit.register(_answer_signals, signal.SIG_IGN)  # the milliseconds in which Python takes itself down
+        atexit.register(
+            _answer_signals, signal.SIG_IGN
+        )  # the milliseconds in which Python takes itself down
 
 
 def _answer_signals(handler: Any) -> None:
@@ -94,17 +111,19 @@ def _answer_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------------- between two steps
+# -------------------------------------------------------------------------------- between two steps
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two steps.
+    """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two
+    steps.
 
-    In the block ``stop(step)`` is true once somebody asked: save and leave. A second signal interrupts at once. A
-    KeyboardInterrupt that leaves the block carries the signal's number as `signal_number`, for the exit status. A
-    signal that came after the last question is handed on when the block ends, so none is lost. With several processes
-    all get the same answer at the same step, from JAX's own handler (ours would replace it).
+    In the block ``stop(step)`` is true once somebody asked: save and leave. A second signal
+    interrupts at once. A KeyboardInterrupt that leaves the block carries the signal's number as
+    `signal_number`, for the exit status. A signal that came after the last question is handed on
+    when the block ends, so none is lost. With several processes all get the same answer at the same
+    step, from JAX's own handler (ours would replace it).
 
     >>> with stop_requests() as stop:
     ...     stop(0)
@@ -132,10 +151,14 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             heard.set()
         return bool(asked)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may handle signals
         yield lambda step: False
         return
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     except KeyboardInterrupt as interrupt:
@@ -156,7 +179,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def _ctrl_c_as_preemption() -> Iterator[None]:
-    """The first Ctrl-C becomes a SIGTERM to this process, which all processes then hear of; the second interrupts."""
+    """The first Ctrl-C becomes a SIGTERM to this process, which all processes then hear of; the
+    second interrupts.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -178,7 +203,7 @@ def _note(text: str) -> None:
     print(f"Warning: {text}", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------------------------------- slow items
+# --------------------------------------------------------------------------------------- slow items
 
 Begin = Callable[[str], None]
 """Called with the name of each item as its work begins."""
@@ -186,16 +211,21 @@ Begin = Callable[[str], None]
 
 @contextlib.contextmanager
 def told_when_slow(advice: str, *, seconds: float = 30.0) -> Iterator[Begin]:
-    """A function to call as each item begins; an item that takes longer than `seconds` is named on stderr.
+    """A function to call as each item begins; an item that takes longer than `seconds` is named on
+    stderr.
 
-    The timer of the process (SIGALRM) is used and given back. Where there is none (Windows, a thread that is not the
-    main one) nothing is said.
+    The timer of the process (SIGALRM) is used and given back. Where there is none (Windows, a
+    thread that is not the main one) nothing is said.
 
     Args:
       advice: what to do about it; ends the line.
-      seconds: how long an item may take in silence; after each further span of this length it is named again.
+      seconds: how long an item may take in silence; after each further span of this length it is
+        named again.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield lambda name: None
         return
     at = {"name": "the first item", "spans": 0}
@@ -208,7 +238,11 @@ def told_when_slow(advice: str, *, seconds: float = 30.0) -> Iterator[Begin]:
         del number, frame
         at["spans"] = int(at["spans"]) + 1
         taken = int(at["spans"]) * seconds
-        print(f"{at['name']} has taken {taken:g} s and is not done: {advice}", file=sys.stderr, flush=True)
+        print(
+            f"{at['name']} has taken {taken:g} s and is not done: {advice}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     before = signal.signal(signal.SIGALRM, tell)
     try:

@@ -1,9 +1,11 @@
-"""The stages of a pipeline: each is a function of its config and its inputs, and is done when its outputs say so.
+"""The stages of a pipeline: each is a function of its config and its inputs, and is done when its
+outputs say so.
 
-The key of a stage is a sha256 of what it reads: its part of the config, the content of its input files and models, the
-source of functions of the user's own that the config names, and the version of its algorithm. At each start `Stages`
-compares keys and outputs with the records of the run folder, says which stages are kept and which run and why, and
-computes only those. What was there before is set aside and never overwritten.
+The key of a stage is a sha256 of what it reads: its part of the config, the content of its input
+files and models, the source of functions of the user's own that the config names, and the version
+of its algorithm. At each start `Stages` compares keys and outputs with the records of the run
+folder, says which stages are kept and which run and why, and computes only those. What was there
+before is set aside and never overwritten.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Stage:
       inputs: its files and models, asked for when all that it `needs` is done.
       named: what the user calls an input, where that is not its path: ``storyland:base_large``.
       version: of its algorithm, raised by hand when its numbers change.
-      cost: how much it computes, in a unit that all stages of the pipeline share; None where nobody knows.
+      cost: how much it computes, in a unit that all stages of the pipeline share; None where nobody
+        knows.
     """
 
     name: str
@@ -88,7 +91,7 @@ class Stages:
         self._digests: dict[str, Any] = {}
         self._records: dict[str, tuple[Any, tuple[dict[str, Any] | None, str]]] = {}
 
-    # ------------------------------------------------------------------------------------------------ what is done
+    # --------------------------------------------------------------------------------- what is done
 
     def record(self, name: str) -> dict[str, Any]:
         """The record of a finished stage.
@@ -119,14 +122,14 @@ class Stages:
         record = self.record(name)
         return records.absolute(record["result"], record["paths"], self.folder)
 
-    # ----------------------------------------------------------------------------------------------------- planning
+    # ------------------------------------------------------------------------------------- planning
 
     def plan(self) -> list[Step]:
         """What is to be done with each stage; nothing is computed and nothing is written.
 
         Raises:
-          ValueError: a stage that is half done was begun with something else, and that is not allowed; or an input of
-            a stage that has to run is not there.
+          ValueError: a stage that is half done was begun with something else, and that is not
+            allowed; or an input of a stage that has to run is not there.
         """
         steps: dict[str, Step] = {}
         for stage in self._stages.values():
@@ -134,7 +137,9 @@ class Stages:
         return list(steps.values())
 
     def _decide(self, stage: Stage, before: Mapping[str, Step]) -> Step:
-        """What is to be done with `stage`, when `before` is still to be done with the stages before it."""
+        """What is to be done with `stage`, when `before` is still to be done with the stages before
+        it.
+        """
         folder = self.folder / stage.name
         # What is repaired comes out as it was: that was a function of the same things.
         waiting = [n for n in stage.needs if n in before and before[n].action in ("run", "resume")]
@@ -171,8 +176,12 @@ class Stages:
         return Step(stage.name, "keep", self._gone(stage))
 
     def _gone(self, stage: Stage) -> tuple[str, ...]:
-        """A word on the user's files that are not there any more; what was made of them is still what it was."""
-        missing = [(n, p) for n, p in stage.inputs().items() if not self._owner(p) and not Path(p).exists()]
+        """A word on the user's files that are not there any more; what was made of them is still
+        what it was.
+        """
+        missing = [
+            (n, p) for n, p in stage.inputs().items() if not self._owner(p) and not Path(p).exists()
+        ]
         return tuple(f"its input {name} ({path}) is not there any more" for name, path in missing)
 
     def _half_done(self, stage: Stage, step: int, waiting: Sequence[str], spread: bool) -> Step:
@@ -181,8 +190,10 @@ class Stages:
         changes = [] if begun is None else self._changes(stage, begun, waiting, spread)
         if changes and not self._allow:
             raise ValueError(
-                f"stage {stage.name} is half done (checkpoint of step {step}) and was begun with something else "
-                f"({'; '.join(changes)}): put it back, choose another workdir, or --allow_config_change to go on from "
+                f"stage {stage.name} is half done (checkpoint of step {step}) and was begun with "
+                "something else "
+                f"({'; '.join(changes)}): put it back, choose another workdir, or "
+                "--allow_config_change to go on from "
                 f"that step; to begin the stage anew move {self._shown}/{stage.name} away"
             )
         why = [f"goes on from its checkpoint of step {step}"]
@@ -190,22 +201,29 @@ class Stages:
             why.append(f"with something else from there on: {'; '.join(changes)}")
         return Step(stage.name, "resume", tuple(why), changed=bool(changes))
 
-    def _changes(self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str], spread: bool) -> list[str]:
-        """What a stage was made from and what it would be made from now, where they differ, a line for each.
+    def _changes(
+        self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str], spread: bool
+    ) -> list[str]:
+        """What a stage was made from and what it would be made from now, where they differ, a line
+        for each.
 
         Args:
           stage: as it is now.
           record: as it was.
           waiting: stages that it reads and that run first, so that their outputs are not known.
-          spread: whether those are made from something else than before; if not, they will write what they wrote,
-            which is looked at then.
+          spread: whether those are made from something else than before; if not, they will write
+            what they wrote, which is looked at then.
         """
         changes = [f"config.{line}" for line in diff(record["config"], self._config(stage))]
         changes = [line.replace(": ", " ", 1) for line in changes]
         if record["version"] != stage.version:
             changes.append(f"version of the algorithm {record['version']} -> {stage.version}")
         now = records.functions(stage.config)
-        changes += [f"the source of {name} has changed" for name in now if record["functions"].get(name) != now[name]]
+        changes += [
+            f"the source of {name} has changed"
+            for name in now
+            if record["functions"].get(name) != now[name]
+        ]
         if waiting:
             return [*changes, *(f"reads {name}" for name in waiting if spread)]
         return changes + self._changed_inputs(stage, record["inputs"])
@@ -219,19 +237,25 @@ class Stages:
                 continue
             same_place = self._place_of(stage, name, now[name]) == before[name]["path"]
             try:
-                content = self._digest(now[name], missing=before[name]["sha256"] if same_place else None)
-            except (
-                ValueError
-            ) as error:  # another path than before that leads nowhere is a slip, not a file that is gone
+                content = self._digest(
+                    now[name], missing=before[name]["sha256"] if same_place else None
+                )
+            except ValueError as error:  # another path than before that leads nowhere is a slip, not a file that is gone
                 raise ValueError(f"{name} of stage {stage.name}: {error}") from None
             if content != before[name]["sha256"]:
                 owner = self._owner(now[name])
-                which = f"{owner} wrote another {name}" if owner else f"the content of {name} ({now[name]}) has changed"
+                which = (
+                    f"{owner} wrote another {name}"
+                    if owner
+                    else f"the content of {name} ({now[name]}) has changed"
+                )
                 changes.append(which)
         return changes
 
     def _require_inputs(self, stage: Stage, waiting: Sequence[str]) -> None:
-        """Refuses a stage that has to run and misses a file, before the stages ahead of it are computed."""
+        """Refuses a stage that has to run and misses a file, before the stages ahead of it are
+        computed.
+        """
         if waiting or not all(self._is_done(name) for name in stage.needs):
             return
         for name, path in stage.inputs().items():
@@ -243,7 +267,7 @@ class Stages:
     def _is_done(self, name: str) -> bool:
         return self._read(name)[0] is not None
 
-    # ------------------------------------------------------------------------------------------------------ the key
+    # -------------------------------------------------------------------------------------- the key
 
     def _config(self, stage: Stage) -> dict[str, Any]:
         return records.without(json.loads(json.dumps(stage.config)), self._harmless)
@@ -263,11 +287,14 @@ class Stages:
         }
 
     def _place_of(self, stage: Stage, name: str, path: str) -> str:
-        """Where an input lies, as a record says it: what the user calls it, or a path, in the run folder relative."""
+        """Where an input lies, as a record says it: what the user calls it, or a path, in the run
+        folder relative.
+        """
         return stage.named.get(name) or records.relative(path, self.folder)[0]
 
     def _digest(self, path: str, *, missing: Any = None) -> Any:
-        """The content of an input: of a stage's output what its record says, of other files what is in them.
+        """The content of an input: of a stage's output what its record says, of other files what is
+        in them.
 
         Args:
           path: a file or a folder.
@@ -298,10 +325,12 @@ class Stages:
             if other.startswith(f"{name}/") and records.is_input(other)
         }
         if not inside:
-            raise ValueError(f"stage {owner} of {self._shown} wrote no {name}, which a later stage reads")
+            raise ValueError(
+                f"stage {owner} of {self._shown} wrote no {name}, which a later stage reads"
+            )
         return inside
 
-    # ------------------------------------------------------------------------------------------------------ running
+    # -------------------------------------------------------------------------------------- running
 
     def run(self, steps: Sequence[Step] | None = None) -> None:
         """Says what is to be done, and does it; `steps` is a plan that was just made."""
@@ -312,11 +341,16 @@ class Stages:
             self.stage(step.stage, planned=step)
 
     def _clear_digests(self) -> None:
-        """A user's file may change between the plan and its use: it is read again for each stage."""
+        """A user's file may change between the plan and its use: it is read again for each
+        stage.
+        """
         self._digests.clear()
 
-    def stage(self, name: str, work: Callable[[str], Any] | None = None, *, planned: Step | None = None) -> Any:
-        """Does with one stage what is to be done, all stages that it needs being done; returns its result.
+    def stage(
+        self, name: str, work: Callable[[str], Any] | None = None, *, planned: Step | None = None
+    ) -> Any:
+        """Does with one stage what is to be done, all stages that it needs being done; returns its
+        result.
 
         Args:
           name: of the stage.
@@ -344,7 +378,11 @@ class Stages:
         parts = self.parts(stage)
         if step.action == "run":
             begun, _ = records.read(folder / records.BEGUN)
-            same = begun is not None and begun["key"] == self._key(parts) and not (folder / records.DONE).exists()
+            same = (
+                begun is not None
+                and begun["key"] == self._key(parts)
+                and not (folder / records.DONE).exists()
+            )
             if not same:
                 moved = records.set_aside(self.folder, stage.name)
                 self._tell_moved(moved)
@@ -352,9 +390,13 @@ class Stages:
         try:
             result, places = records.relative(_plain(self._begun(stage, parts)), self.folder)
         except BaseException:
-            # A config that the stage refuses, or a stop at once, must not cost what was done before.
+            # A config that the stage refuses, or a stop at once, must not cost what was done
+            # before.
             if moved is not None and records.put_back(self.folder, stage.name, moved):
-                self._say(f"stage {stage.name} has written nothing: what was there before is back in its place")
+                self._say(
+                    f"stage {stage.name} has written nothing: what was there before is back in its "
+                    "place"
+                )
             raise
         self._require_unchanged(stage, parts)
         after = self._measure()
@@ -372,12 +414,16 @@ class Stages:
             "cost": stage.cost,
         }
         changes = records.config_changes(folder)
-        records.write(folder / records.DONE, record | ({"config_changes": changes} if changes else {}))
+        records.write(
+            folder / records.DONE, record | ({"config_changes": changes} if changes else {})
+        )
         files.remove(folder / records.BEGUN)
         self._intact.add(stage.name)
 
     def _begun(self, stage: Stage, parts: Mapping[str, Any]) -> Any:
-        """Works, with a word in the stage's folder of what it is made from; returns the stage's result."""
+        """Works, with a word in the stage's folder of what it is made from; returns the stage's
+        result.
+        """
         folder = self.folder / stage.name
         files.make_folder(folder)
         path, step = folder / records.BEGUN, records.newest_step(folder)
@@ -397,17 +443,22 @@ class Stages:
         return files.json_digest({**parts, "inputs": inputs})
 
     def _require_unchanged(self, stage: Stage, parts: Mapping[str, Any]) -> None:
-        """Refuses to call a stage done whose input was changed while it ran: its key would be of another file."""
+        """Refuses to call a stage done whose input was changed while it ran: its key would be of
+        another file.
+        """
         self._clear_digests()
         for name, path in stage.inputs().items():
             if not self._owner(path) and self._digest(path) != parts["inputs"][name]["sha256"]:
                 raise ValueError(
-                    f"{name} ({path}) changed while the stage {stage.name} ran: nobody knows which of it was read. "
+                    f"{name} ({path}) changed while the stage {stage.name} ran: nobody knows which "
+                    "of it was read. "
                     "Give the same command again when it is complete"
                 )
 
     def _repair(self, stage: Stage, step: Step) -> None:
-        """Makes damaged outputs again: from the newest checkpoint where that gives them back, else from scratch."""
+        """Makes damaged outputs again: from the newest checkpoint where that gives them back, else
+        from scratch.
+        """
         folder, record = self.folder / stage.name, self.record(stage.name)
         bad = records.damage(folder, record["outputs"])
         strange = records.strangers(folder, record["outputs"])
@@ -421,7 +472,9 @@ class Stages:
             self._say(f"stage {stage.name}: made again from its checkpoint of step {newest}")
             try:
                 stage.work(str(folder))
-            except ValueError as error:  # its checkpoints are damaged too, and the program has said so
+            except (
+                ValueError
+            ) as error:  # its checkpoints are damaged too, and the program has said so
                 self._say(f"stage {stage.name}: {error}")
             files.sync_tree(folder)
             bad = records.damage(folder, record["outputs"])
@@ -432,9 +485,12 @@ class Stages:
         self._tell_moved(records.set_aside(self.folder, stage.name))
         self._compute(stage, step._replace(action="run"))
         made = self.record(stage.name)["outputs"]
-        other = [n for n, e in record["outputs"].items() if made.get(n) != e and not records.is_log(n)]
+        other = [
+            n for n, e in record["outputs"].items() if made.get(n) != e and not records.is_log(n)
+        ]
         self._say(
-            f"stage {stage.name}: {', '.join(other[:5])} came out differently; what reads it runs again"
+            f"stage {stage.name}: {', '.join(other[:5])} came out differently; what reads it runs "
+            "again"
             if other
             else f"stage {stage.name}: all its outputs are what they were"
         )
@@ -443,14 +499,16 @@ class Stages:
         if place is not None:
             self._say(f"What was there before is in {self._shown}/{place.relative_to(self.folder)}")
 
-    # ----------------------------------------------------------------------------------------------------- progress
+    # ------------------------------------------------------------------------------------- progress
 
     def _place(self, name: str) -> str:
         order = list(self._stages)
         return f"{order.index(name) + 1} of {len(order)}: {name}"
 
     def _left(self, name: str) -> str:
-        """The time that this stage and those after it will take, where there is something to tell it from."""
+        """The time that this stage and those after it will take, where there is something to tell
+        it from.
+        """
         order = list(self._stages)
         left = 0.0
         for later in order[order.index(name) :]:
@@ -463,10 +521,16 @@ class Stages:
         minutes = round(left / 60)
         if minutes < 1:
             return "  (under a minute to the end)"
-        return f"  (about {minutes} min to the end)" if minutes < 100 else f"  (about {left / 3600:.0f} h to the end)"
+        return (
+            f"  (about {minutes} min to the end)"
+            if minutes < 100
+            else f"  (about {left / 3600:.0f} h to the end)"
+        )
 
     def _expected(self, stage: Stage) -> float | None:
-        """Seconds from an earlier run of the stage, in proportion to what it computes; else from the other stages."""
+        """Seconds from an earlier run of the stage, in proportion to what it computes; else from
+        the other stages.
+        """
         aside = sorted((self.folder / records.ASIDE).glob(f"*/{stage.name}"), reverse=True)
         for folder in (self.folder / stage.name, *aside):
             seen, _ = records.read(folder / records.DONE)
@@ -474,7 +538,9 @@ class Stages:
                 scale = stage.cost / seen["cost"] if stage.cost and seen.get("cost") else 1.0
                 return seen["seconds"] * scale
         done = [self._read(name)[0] for name in self._stages]
-        known = [(r["seconds"], r["cost"]) for r in done if r and r.get("cost") and r.get("seconds")]
+        known = [
+            (r["seconds"], r["cost"]) for r in done if r and r.get("cost") and r.get("seconds")
+        ]
         if stage.cost == 0:
             return 0.0
         if stage.cost is None or not known:

@@ -1,4 +1,6 @@
-"""The folder of a run: claimed by one process, holding the config it was begun with, never overwritten."""
+"""The folder of a run: claimed by one process, holding the config it was begun with, never
+overwritten.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,24 @@ CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
 """Marks a folder as a run of this program and is locked while a process works in it."""
 
-HARMLESS = ("save_every", "evaluate_every", "keep", "max_skipped", "kl_ceiling", "entropy_floor", "value_error_ceiling")
-"""Keys, in any group, that change when a run saves, measures or gives up, and no number of its training."""
+HARMLESS = (
+    "save_every",
+    "evaluate_every",
+    "keep",
+    "max_skipped",
+    "kl_ceiling",
+    "entropy_floor",
+    "value_error_ceiling",
+)
+"""Keys, in any group, that change when a run saves, measures or gives up, and no number of its
+training."""
 
 _CHANGE_ALLOWED = contextvars.ContextVar("change_allowed", default=False)
 
 
 def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -> IO[str]:
-    """Makes the run folder where it is missing and locks it for this process, whose end by any means unlocks it.
+    """Makes the run folder where it is missing and locks it for this process, whose end by any
+    means unlocks it.
 
     Args:
       workdir: the folder of a run: new, empty, or made by this program.
@@ -45,7 +57,8 @@ def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -
       The open lock file; closing it gives the folder free.
 
     Raises:
-      ValueError: the folder is not ours (a file, a link, a folder with other files), or a live process works in it.
+      ValueError: the folder is not ours (a file, a link, a folder with other files), or a live
+        process works in it.
     """
     path = files.local_path("workdir", workdir)
     refuse_foreign(path)
@@ -54,27 +67,42 @@ def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -
             _move_aside(path)
     files.make_folder(path)
     lock = _lock(path)
-    files.sync(path)  # the mark that the folder is ours is on the disk before anything else is written there
+    files.sync(
+        path
+    )  # the mark that the folder is ours is on the disk before anything else is written there
     files.remove_unfinished(path)  # the lock is ours, so nobody is at work on them
     return lock
 
 
 def refuse_foreign(path: Path) -> None:
-    """A run folder holds our lock file, or nothing; no link in it, at any depth, leads to somewhere else."""
+    """A run folder holds our lock file, or nothing; no link in it, at any depth, leads to somewhere
+    else.
+    """
     name = f"workdir={str(path)!r}"
     if path.is_symlink():
-        raise ValueError(f"{name} is a symbolic link: pass the folder it leads to, {os.path.realpath(path)}")
+        raise ValueError(
+            f"{name} is a symbolic link: pass the folder it leads to, {os.path.realpath(path)}"
+        )
     if not path.exists():
         return
     half = {"config.tmp"}  # all that a kill at the very start left in earlier versions
-    ours = path.is_dir() and ((path / LOCK_FILE).is_file() or {p.name for p in path.iterdir()} <= half)
+    ours = path.is_dir() and (
+        (path / LOCK_FILE).is_file() or {p.name for p in path.iterdir()} <= half
+    )
     if not ours:
-        older = f" (one of an earlier version: add an empty file {LOCK_FILE})" if (path / CONFIG_FILE).exists() else ""
-        raise ValueError(f"{name} is not a run of this program{older}: choose another, it is left as it is")
+        older = (
+            f" (one of an earlier version: add an empty file {LOCK_FILE})"
+            if (path / CONFIG_FILE).exists()
+            else ""
+        )
+        raise ValueError(
+            f"{name} is not a run of this program{older}: choose another, it is left as it is"
+        )
     link = next(files.links_out_of(path), None)
     if link is not None:
         raise ValueError(
-            f"{link} is a symbolic link out of the run folder, to {os.path.realpath(link)}: move what it leads to "
+            f"{link} is a symbolic link out of the run folder, to {os.path.realpath(link)}: move "
+            "what it leads to "
             "there instead, or remove the link"
         )
 
@@ -88,7 +116,9 @@ def _move_aside(path: Path) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Opens and locks the lock file; the kernel drops the lock with the process, so none is ever stale."""
+    """Opens and locks the lock file; the kernel drops the lock with the process, so none is ever
+    stale.
+    """
     file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     try:
         if fcntl is not None:
@@ -98,10 +128,15 @@ def _lock(path: Path) -> IO[str]:
         holder = file.read(200).strip() or "another process"
         file.close()
         raise ValueError(
-            f"workdir={str(path)!r} is in use by {holder}: wait for its end or stop it, or choose another workdir"
+            f"workdir={str(path)!r} is in use by {holder}: wait for its end or stop it, or choose "
+            "another workdir"
         ) from None
     except OSError as error:  # a file system without locks
-        print(f"Warning: {path} cannot be locked ({error}): start only one process on it", file=sys.stderr, flush=True)
+        print(
+            f"Warning: {path} cannot be locked ({error}): start only one process on it",
+            file=sys.stderr,
+            flush=True,
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -119,7 +154,9 @@ def changing_numbers(changes: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def allow_change(allowed: bool = True) -> Iterator[None]:
-    """What ``--allow_config_change`` does, for a notebook: in this block a run may go on although it has changed."""
+    """What ``--allow_config_change`` does, for a notebook: in this block a run may go on although
+    it has changed.
+    """
     token = _CHANGE_ALLOWED.set(allowed)
     try:
         yield
@@ -133,12 +170,17 @@ def change_allowed() -> bool:
 
 
 def prepare_workdir(
-    workdir: str | os.PathLike[str], config: ConfigDict, *, overwrite: bool = False, allow_config_change: bool = False
+    workdir: str | os.PathLike[str],
+    config: ConfigDict,
+    *,
+    overwrite: bool = False,
+    allow_config_change: bool = False,
 ) -> bool:
-    """Makes the run folder and stores the config in it, or finds there the run that is to be resumed.
+    """Makes the run folder and stores the config in it, or finds there the run that is to be
+    resumed.
 
-    Nothing is ever deleted: `overwrite` renames an earlier run to ``<workdir>.old-<time>``. Keys of `HARMLESS` may
-    change; what changed is printed.
+    Nothing is ever deleted: `overwrite` renames an earlier run to ``<workdir>.old-<time>``. Keys of
+    `HARMLESS` may change; what changed is printed.
 
     Args:
       workdir: the folder of this run.
@@ -150,7 +192,8 @@ def prepare_workdir(
       True when the folder is new, False when a run in it goes on.
 
     Raises:
-      ValueError: the folder holds something else, or a run with another config (the differences are listed).
+      ValueError: the folder holds something else, or a run with another config (the differences are
+        listed).
     """
     path = files.local_path("workdir", workdir)
     stored = path / CONFIG_FILE
@@ -165,10 +208,13 @@ def prepare_workdir(
         if refused and not allow_config_change:
             raise ValueError(
                 f"{path} holds a run with another config ({'; '.join(refused[:20])}): "
-                "choose another workdir, or --overwrite (keeps the old run aside), or --allow_config_change to go on"
+                "choose another workdir, or --overwrite (keeps the old run aside), or "
+                "--allow_config_change to go on"
             )
         if changes:
-            print(f"The run in {path} goes on with another config: {'; '.join(changes)}", flush=True)
+            print(
+                f"The run in {path} goes on with another config: {'; '.join(changes)}", flush=True
+            )
     files.touch(path / LOCK_FILE)
     with files.written(stored) as file:
         file.write(text + "\n")
@@ -186,19 +232,25 @@ def _stored_config(path: Path) -> dict[str, Any]:
 
 
 def require_checkpoint(path: Path, config: ConfigDict) -> None:
-    """Refuses to go on with another config where there is no step to go on from: outputs would be written over."""
+    """Refuses to go on with another config where there is no step to go on from: outputs would be
+    written over.
+    """
     if not (path / CONFIG_FILE).is_file() or checkpoint.was_saved(path / "checkpoints"):
         return
-    changes = changing_numbers(diff(_stored_config(path / CONFIG_FILE), json.loads(to_json(config))))
+    changes = changing_numbers(
+        diff(_stored_config(path / CONFIG_FILE), json.loads(to_json(config)))
+    )
     if changes:
         raise ValueError(
-            f"{path} holds a run with another config ({'; '.join(changes[:20])}) and no checkpoint to go on from: "
+            f"{path} holds a run with another config ({'; '.join(changes[:20])}) and no checkpoint "
+            "to go on from: "
             "choose another workdir, or --overwrite (keeps the old run aside)"
         )
 
 
 def remove_unused(path: Path, above: Sequence[Path] = ()) -> None:
-    """Takes back a run folder in which nothing but our config was written: a refused config leaves no trace.
+    """Takes back a run folder in which nothing but our config was written: a refused config leaves
+    no trace.
 
     Args:
       path: the run folder.
@@ -214,7 +266,9 @@ def remove_unused(path: Path, above: Sequence[Path] = ()) -> None:
 
 
 def share_workdir(path: Path, fresh: bool) -> None:
-    """Refuses a run folder that is another one on another host: checkpoints are written by all processes together."""
+    """Refuses a run folder that is another one on another host: checkpoints are written by all
+    processes together.
+    """
     if processes.count() == 1:
         return
     if fresh:
@@ -226,7 +280,9 @@ def share_workdir(path: Path, fresh: bool) -> None:
         time.sleep(0.1)
     try:
         facts = "the folder of process 0" if seen else f"another folder ({path.absolute()})"
-        processes.agree("workdir", {f"workdir={str(path)!r} (one folder that all hosts share)": facts})
+        processes.agree(
+            "workdir", {f"workdir={str(path)!r} (one folder that all hosts share)": facts}
+        )
     finally:
         if processes.index() == 0:
             token.unlink(missing_ok=True)

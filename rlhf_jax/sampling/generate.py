@@ -87,9 +87,13 @@ class Sampling:
                 f"temperature={self.temperature} must not be negative: choose 0 for greedy decoding"
             )
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must not be negative: choose 0 to keep every token")
+            raise ValueError(
+                f"top_k={self.top_k} must not be negative: choose 0 to keep every token"
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]: choose 1.0 to keep every token")
+            raise ValueError(
+                f"top_p={self.top_p} must lie in (0, 1]: choose 1.0 to keep every token"
+            )
 
 
 def generate(
@@ -159,25 +163,32 @@ def require_room(model: Model, prompts: PromptBatch, sampling: Sampling) -> None
     context = getattr(model.config, "context_length", slots)
     if slots > context:
         raise ValueError(
-            f"max_new_tokens={sampling.max_new_tokens} after prompts of {width} slots needs {slots} positions, "
+            f"max_new_tokens={sampling.max_new_tokens} after prompts of {width} slots needs "
+            f"{slots} positions, "
             f"more than the context_length={context}: choose at most {context - width}"
         )
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "copies"))
 def _generate(model, params, prompts, key, *, sampling: Sampling, copies: int) -> Samples:
-    hidden, cache = prefill(model, params, prompts, slots=prompts.tokens.shape[1] + sampling.max_new_tokens)
+    hidden, cache = prefill(
+        model, params, prompts, slots=prompts.tokens.shape[1] + sampling.max_new_tokens
+    )
     params = model.for_decoding(params)
     keys = row_keys(key, prompts.ids, copies)
     hidden = jnp.repeat(hidden, copies, axis=0)
     state = empty_responses(draws(keys, sampling.max_new_tokens), cache.repeat(copies))
     state = append_token(model, params, hidden, state, state.response, sampling)
-    state = jax.lax.while_loop(lambda s: s.live.any(), partial(another_token, model, params, sampling=sampling), state)
+    state = jax.lax.while_loop(
+        lambda s: s.live.any(), partial(another_token, model, params, sampling=sampling), state
+    )
     prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)
     return join_responses(prompts, state.tokens, state.logp, state.counts, state.finished)
 
 
-def prefill(model: Model, params: Params, prompts: PromptBatch, *, slots: int) -> tuple[Float[Array, "B D"], Cache]:
+def prefill(
+    model: Model, params: Params, prompts: PromptBatch, *, slots: int
+) -> tuple[Float[Array, "B D"], Cache]:
     """The hidden state of each prompt's last token, and a cache of `slots` slots per row."""
     batch, width = prompts.tokens.shape
     places = jnp.broadcast_to(jnp.arange(width), (batch, width))
@@ -214,7 +225,9 @@ def another_token(model: Model, params: Params, state: Decoding, sampling: Sampl
     return append_token(model, params, hidden, state, response, sampling)
 
 
-def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Array, "B D"], Decoding]:
+def decode_step(
+    model: Model, params: Params, state: Decoding
+) -> tuple[Float[Array, "B D"], Decoding]:
     """Feed each live row's last token: its hidden state and the advanced cache.
 
     The hidden state predicts the next token.
@@ -232,12 +245,16 @@ def decode_step(model: Model, params: Params, state: Decoding) -> tuple[Float[Ar
     return output.hidden[:, 0], state._replace(cache=output.cache)
 
 
-def row_key(key: Key[Array, ""], prompt_id: Int[Array, ""], sample: Int[Array, ""]) -> Key[Array, ""]:
+def row_key(
+    key: Key[Array, ""], prompt_id: Int[Array, ""], sample: Int[Array, ""]
+) -> Key[Array, ""]:
     """The key of one response, whatever row decodes it."""
     return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample)
 
 
-def row_keys(key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int) -> Key[Array, " BK"]:
+def row_keys(
+    key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int
+) -> Key[Array, " BK"]:
     """One key per row: ``fold_in(fold_in(key, prompt id), k)``."""
     samples = jnp.arange(samples_per_prompt)
     fold = jax.vmap(jax.vmap(partial(row_key, key), (None, 0)), (0, None))
@@ -247,7 +264,7 @@ def row_keys(key: Key[Array, ""], ids: Int[Array, " B"], samples_per_prompt: int
 def draws(keys: Key[Array, " B"], max_new_tokens: int) -> Float[Array, "B N 2"]:
     """Two numbers in [0, 1) for each token of each row, from ``fold_in(row's key, place)``."""
     places = jnp.arange(max_new_tokens)
-    one = lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,))  # noqa: E731
+    one = lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,))
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, places)
 
 
@@ -278,12 +295,18 @@ def sample_token(
       Tokens and log-probs (0 when greedy: the distribution is a point).
     """
     if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(
+            logits.shape[0], jnp.float32
+        )
     logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
     size = logits.shape[1]
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    width = 1 << math.isqrt(size - 1).bit_length()  # the first power of two that is at least sqrt(V)
-    blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(len(logits), -1, width)
+    width = (
+        1 << math.isqrt(size - 1).bit_length()
+    )  # the first power of two that is at least sqrt(V)
+    blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(
+        len(logits), -1, width
+    )
     block, mass = _invert(jnp.sum(jnp.exp(blocks), axis=2), uniform[:, 0])
     # The chosen block's weights again, which is cheaper than to keep those of all.
     places = block[:, None] * width + jnp.arange(width)[None, :]
@@ -294,7 +317,9 @@ def sample_token(
     return tokens, chosen - jnp.log(mass)
 
 
-def _invert(weights: Float[Array, "B N"], uniform: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+def _invert(
+    weights: Float[Array, "B N"], uniform: Float[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The first index whose cumulative weight exceeds ``uniform * total``, and the total.
 
     Weight 0 is never chosen.
@@ -326,7 +351,9 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[
 def _chosen(logits: Float[Array, "B V"], index: Int[Array, "B N"], kept: Any) -> Bool[Array, "B V"]:
     """True at those places of each row that `index` lists and for which `kept` holds."""
     none = jnp.zeros(logits.shape, bool)
-    return jnp.put_along_axis(none, index, jnp.broadcast_to(kept, index.shape), axis=-1, inplace=False)
+    return jnp.put_along_axis(
+        none, index, jnp.broadcast_to(kept, index.shape), axis=-1, inplace=False
+    )
 
 
 def append_token(
@@ -372,7 +399,9 @@ def join_responses(
     place = slots - lengths[:, None]
     in_response = (place >= 0) & (place < counts[:, None])
     place = jnp.clip(place, 0, tokens.shape[1] - 1)
-    prompt = jnp.take_along_axis(jnp.asarray(prompts.tokens), jnp.minimum(slots, prompts.tokens.shape[1] - 1), axis=1)
+    prompt = jnp.take_along_axis(
+        jnp.asarray(prompts.tokens), jnp.minimum(slots, prompts.tokens.shape[1] - 1), axis=1
+    )
     prompt = jnp.where(slots < lengths[:, None], prompt, 0).astype(jnp.int32)
     return Samples(
         tokens=jnp.where(in_response, jnp.take_along_axis(tokens, place, axis=1), prompt),

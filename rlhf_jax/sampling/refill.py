@@ -69,8 +69,8 @@ class Rows(NamedTuple):
     refill: int | None = None
     """Responses that begin together; None for half the rows of a stream. More take more memory."""
     streams: int = 1
-    """The rows are cut into this many groups, each decoded by a thread of its own with its share of the
-    prompts. One token at a time does not keep the cores of a CPU busy: two streams are a third
+    """The rows are cut into this many groups, each decoded by a thread of its own with its share of
+    the prompts. One token at a time does not keep the cores of a CPU busy: two streams are a third
     faster on two cores. An accelerator wants one. It changes no token either."""
     sharding: jax.sharding.Sharding | None = None
     """Where rows live (`sharding.batch_sharding`); None for one device."""
@@ -84,7 +84,7 @@ def generate_many(
     sampling: Sampling,
     *,
     counts: int | Sequence[int] = 1,
-    rows: Rows = Rows(),  # noqa: B008  (immutable)
+    rows: Rows = Rows(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
     """Samples of any number of prompts through a fixed number of rows.
@@ -115,7 +115,9 @@ def generate_many(
     """
     repeats = np.broadcast_to(np.asarray(counts), prompts.lengths.shape)
     if repeats.min(initial=0) < 0:
-        raise ValueError(f"counts={int(repeats.min())} of a prompt must not be negative: 0 leaves the prompt out")
+        raise ValueError(
+            f"counts={int(repeats.min())} of a prompt must not be negative: 0 leaves the prompt out"
+        )
     require_room(model, prompts, sampling)
     streams = _streams(rows, repeats)
     width = -(-rows.count // streams)
@@ -123,16 +125,24 @@ def generate_many(
         width = max(1, -(-min(rows.count, int(repeats.sum())) // streams))
     host = jax.tree.map(np.asarray, prompts)
     queues = [
-        _Queue(jax.tree.map(lambda x, i=i: x[i], host), repeats[i], width, rows.refill, sampling.max_new_tokens)
+        _Queue(
+            jax.tree.map(lambda x, i=i: x[i], host),
+            repeats[i],
+            width,
+            rows.refill,
+            sampling.max_new_tokens,
+        )
         for i in _shares(repeats, streams)
     ]
     fast = _for_decoding(model, params)
 
     def run(state: Decoding, begun: Begun) -> Decoding:
-        return _refill_and_decode(model, (params, fast), key, state, begun, sampling=sampling, sharding=rows.sharding)
+        return _refill_and_decode(
+            model, (params, fast), key, state, begun, sampling=sampling, sharding=rows.sharding
+        )
 
     slots = prompts.tokens.shape[1] + sampling.max_new_tokens
-    empty = lambda queue: _empty(model, queue, slots, sampling.max_new_tokens, rows.sharding)  # noqa: E731
+    empty = lambda queue: _empty(model, queue, slots, sampling.max_new_tokens, rows.sharding)
     _drain_all(queues, empty, run, progress)
     parts = [queue.samples() for queue in queues]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
@@ -142,7 +152,9 @@ def _streams(rows: Rows, repeats: np.ndarray) -> int:
     """The streams that there are prompts for."""
     several = rows.sharding is not None and len(rows.sharding.device_set) > 1
     if rows.streams < 1 or (rows.streams > 1 and several):
-        raise ValueError(f"streams={rows.streams} must be 1 on several devices, and at least 1: pass streams=1")
+        raise ValueError(
+            f"streams={rows.streams} must be 1 on several devices, and at least 1: pass streams=1"
+        )
     return max(1, min(rows.streams, int((repeats > 0).sum())))
 
 
@@ -161,8 +173,12 @@ def _shares(counts: np.ndarray, streams: int) -> list[slice]:
 def _empty(model: Model, queue: _Queue, slots: int, max_new_tokens: int, sharding: Any) -> Decoding:
     """Idle rows, and room for the responses that they will decode and for those that wait."""
     places = queue.places
-    state = empty_responses(jnp.zeros((places, max_new_tokens, 2)), model.init_cache(queue.rows, slots))
-    state = state._replace(finished=jnp.ones(places, bool), response=jnp.full(queue.rows, places, jnp.int32))
+    state = empty_responses(
+        jnp.zeros((places, max_new_tokens, 2)), model.init_cache(queue.rows, slots)
+    )
+    state = state._replace(
+        finished=jnp.ones(places, bool), response=jnp.full(queue.rows, places, jnp.int32)
+    )
     return state if sharding is None else jax.device_put(state, _over_rows(state, sharding))
 
 
@@ -283,11 +299,13 @@ class _Queue:
 
 
 @partial(jax.jit, static_argnames=("model", "sharding", "sampling"), donate_argnames="state")
-def _refill_and_decode(model, weights, key, state, begun: Begun, *, sampling: Sampling, sharding) -> Decoding:
+def _refill_and_decode(
+    model, weights, key, state, begun: Begun, *, sampling: Sampling, sharding
+) -> Decoding:
     """Begin responses, then decode them: whenever a row ends, it takes a response that waits.
 
-    Ends when none waits and at most ``begun.until`` rows are live. `weights` are the parameters, and
-    those for decoding.
+    Ends when none waits and at most ``begun.until`` rows are live. `weights` are the parameters,
+    and those for decoding.
     """
     params, fast = weights
     prompts, place, source, sample, count, until = jax.tree.map(jnp.asarray, begun)

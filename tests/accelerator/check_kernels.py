@@ -43,7 +43,9 @@ CONFIG = DecoderConfig(
 
 def rows() -> tuple[jax.Array, jax.Array]:
     """Segments of a prompt, two responses to it and another text, then padding; and their parents."""
-    segments = np.searchsorted([150, 260, 333, 470], np.arange(SLOTS), side="right").astype(np.int32) + 1
+    segments = (
+        np.searchsorted([150, 260, 333, 470], np.arange(SLOTS), side="right").astype(np.int32) + 1
+    )
     segments[470:] = 0
     parents = np.where(np.isin(segments, (2, 3)), 1, 0)
     return tuple(jnp.asarray(np.broadcast_to(x, (ROWS, SLOTS))) for x in (segments, parents))
@@ -104,7 +106,9 @@ def decode_step() -> tuple[float, float]:
         def run(params):
             ones = jnp.ones((8, 200), jnp.int32)
             cache = model.init_cache(8, 256)
-            cache = model.apply(params, tokens[:, :200], segments=ones, positions=places, cache=cache).cache
+            cache = model.apply(
+                params, tokens[:, :200], segments=ones, positions=places, cache=cache
+            ).cache
             step = {"segments": live, "positions": 200 * live, "cache": cache}
             return model.apply(model.for_decoding(params), tokens[:, 200:], **step).hidden
 
@@ -137,7 +141,9 @@ def sampler_and_trainer(dtype: str) -> float:
     """Largest difference between the sampler's log-probs and those of a forward pass over the whole rows."""
     model = language_model(dataclasses.replace(CONFIG, dtype=dtype))
     params = model.init(jax.random.key(1))
-    prompts = text.prompt_batch(np.random.default_rng(0).integers(1, 1024, (8, 200)).tolist(), length=200)
+    prompts = text.prompt_batch(
+        np.random.default_rng(0).integers(1, 1024, (8, 200)).tolist(), length=200
+    )
     samples = generate(model, params, prompts, jax.random.key(2), Sampling(max_new_tokens=200))
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     score = jax.jit(scoring.sequence_log_probs, static_argnums=0)
@@ -149,11 +155,15 @@ def refill() -> bool:
     """Whether refilled rows draw the tokens of one batch, in float32."""
     model = language_model(dataclasses.replace(CONFIG, dtype="float32"))
     params = model.init(jax.random.key(1))
-    prompts = text.prompt_batch(np.random.default_rng(1).integers(1, 1024, (24, 40)).tolist(), length=40)
+    prompts = text.prompt_batch(
+        np.random.default_rng(1).integers(1, 1024, (24, 40)).tolist(), length=40
+    )
     settings = {"max_new_tokens": 60, "stop_ids": tuple(range(60))}
     with jax.default_matmul_precision("highest"):
         together = generate(model, params, prompts, jax.random.key(3), Sampling(**settings))
-        refilled = generate_many(model, params, prompts, jax.random.key(3), Sampling(**settings), rows=Rows(count=6))
+        refilled = generate_many(
+            model, params, prompts, jax.random.key(3), Sampling(**settings), rows=Rows(count=6)
+        )
     return bool(np.array_equal(together.tokens, refilled.tokens))
 
 
@@ -195,7 +205,9 @@ def main() -> int:
         found = check()
         good = all(value <= limit for value, limit in zip(found, limits, strict=True))
         failed += not good
-        shown = ", ".join(f"{value:.2e} (at most {limit:g})" for value, limit in zip(found, limits, strict=True))
+        shown = ", ".join(
+            f"{value:.2e} (at most {limit:g})" for value, limit in zip(found, limits, strict=True)
+        )
         print(f"{'ok  ' if good else 'FAIL'} {name}: {shown}", flush=True)
     return int(failed > 0)
 

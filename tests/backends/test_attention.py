@@ -27,9 +27,15 @@ SLOTS = 300  # two whole blocks and a part of one
 def rows(request):
     """Segments and parents of two rows with padding at their ends."""
     place = np.arange(SLOTS)
-    segments = np.stack([np.searchsorted([90, 131, 270], place, side="right") + 1 for _ in range(2)]).astype(np.int32)
+    segments = np.stack(
+        [np.searchsorted([90, 131, 270], place, side="right") + 1 for _ in range(2)]
+    ).astype(np.int32)
     segments[0, 270:], segments[1, 200:] = 0, 0
-    parents = np.where(segments > 1, 1, 0) if request.param == "shared prefix" else np.zeros_like(segments)
+    parents = (
+        np.where(segments > 1, 1, 0)
+        if request.param == "shared prefix"
+        else np.zeros_like(segments)
+    )
     return jnp.asarray(segments), jnp.asarray(parents)
 
 
@@ -45,7 +51,10 @@ def operands(rows, seed=0):
 def test_blocked_equals_plain_with_its_gradients(rows, recompute_from, monkeypatch):
     monkeypatch.setattr(attention, "RECOMPUTE_FROM", recompute_from)
     query, key, value, bias = operands(rows)
-    weights = jnp.where(rows[0] > 0, 1.0, 0.0)[:, :, None, None] * jnp.arange(1.0, 9.0)[None, None, None, :]
+    weights = (
+        jnp.where(rows[0] > 0, 1.0, 0.0)[:, :, None, None]
+        * jnp.arange(1.0, 9.0)[None, None, None, :]
+    )
 
     def total(kernel):
         def loss(*qkv):
@@ -67,21 +76,27 @@ def test_blocked_multiplies_no_key_after_a_block():
     def cost(kernel, slots=1024):
         shapes = [jax.ShapeDtypeStruct((1, slots, 4, 64), jnp.float32)] * 3
         shapes.append(jax.ShapeDtypeStruct((1, 1, slots, slots), jnp.float32))
-        lowered = jax.jit(lambda *x: KERNELS[kernel](*x[:3], View(x[3], None, None), 64)).lower(*shapes)
+        lowered = jax.jit(lambda *x: KERNELS[kernel](*x[:3], View(x[3], None, None), 64)).lower(
+            *shapes
+        )
         return lowered.compile().cost_analysis()["flops"]
 
     assert cost("blocked") < 0.6 * cost("plain")
 
 
 def test_a_decoder_gives_the_same_hidden_states_by_either(rows):
-    config = DecoderConfig(50, SLOTS, layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, attention="plain")
+    config = DecoderConfig(
+        50, SLOTS, layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, attention="plain"
+    )
     tokens = jax.random.randint(jax.random.key(1), (2, SLOTS), 0, 50)
     positions = jnp.broadcast_to(jnp.arange(SLOTS), (2, SLOTS))
     params = init_decoder(config, jax.random.key(0))
 
     def hidden(kernel):
         own = dataclasses.replace(config, attention=kernel)
-        return apply_decoder(own, params, tokens, **Rows(rows[0], positions, rows[1])._asdict()).hidden
+        return apply_decoder(
+            own, params, tokens, **Rows(rows[0], positions, rows[1])._asdict()
+        ).hidden
 
     real = np.asarray(rows[0] > 0)
     np.testing.assert_allclose(hidden("auto")[real], hidden("plain")[real], rtol=1e-4, atol=2e-5)
@@ -92,24 +107,35 @@ def test_which_kernel_is_taken_where_there_is_no_accelerator():
         backend = backend_for(kernel, dtype=dtype, head_dim=64)
         shapes = [jax.ShapeDtypeStruct((1, slots, 2, 64), dtype)] * 3
         bias = jax.ShapeDtypeStruct((1, 1, slots, slots), jnp.float32)
-        program = jax.make_jaxpr(lambda *x: backend.attend(*x[:3], View(x[3], None, None), 64))(*shapes, bias)
+        program = jax.make_jaxpr(lambda *x: backend.attend(*x[:3], View(x[3], None, None), 64))(
+            *shapes, bias
+        )
         return "blocked" if "concatenate" in str(program) else "plain"
 
     assert taken() == "blocked"
     assert taken(slots=128) == "plain"
     assert taken("plain") == "plain"
-    with pytest.raises(ValueError, match=r"attention='cudnn' needs an NVIDIA device .* choose 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"attention='cudnn' needs an NVIDIA device .* choose 'auto'"
+    ):
         taken("cudnn")
 
 
 def test_splash_is_the_same_where_segments_alone_decide_and_compiles_for_a_tpu(monkeypatch):
     slots = 256
-    segments = jnp.asarray(np.searchsorted([90, 131, 230], np.arange(slots), side="right")[None] + 1, jnp.int32)
+    segments = jnp.asarray(
+        np.searchsorted([90, 131, 230], np.arange(slots), side="right")[None] + 1, jnp.int32
+    )
     segments = jnp.where(jnp.arange(slots) >= 230, 0, segments[0])[None]
     keys = jax.random.split(jax.random.key(0), 3)
-    qkv = [jax.random.normal(k, (1, slots, heads, 16)) for k, heads in zip(keys, (4, 2, 2), strict=True)]
+    qkv = [
+        jax.random.normal(k, (1, slots, heads, 16))
+        for k, heads in zip(keys, (4, 2, 2), strict=True)
+    ]
     places = jnp.arange(slots)[None]
-    bias = jnp.where(visible(segments, jnp.zeros_like(segments), places, segments), 0.0, -1e30)[:, None]
+    bias = jnp.where(visible(segments, jnp.zeros_like(segments), places, segments), 0.0, -1e30)[
+        :, None
+    ]
 
     def run(kernel):
         def loss(*qkv):
@@ -119,7 +145,9 @@ def test_splash_is_the_same_where_segments_alone_decide_and_compiles_for_a_tpu(m
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
 
-    for ours, theirs in zip(*(jax.tree.leaves(run(kernel)(*qkv)) for kernel in ("splash", "plain")), strict=True):
+    for ours, theirs in zip(
+        *(jax.tree.leaves(run(kernel)(*qkv)) for kernel in ("splash", "plain")), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     lowered = run("splash").trace(*qkv).lower(lowering_platforms=("tpu",))

@@ -68,25 +68,36 @@ def faults(how: str) -> int:
     return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc hands freed memory back at once")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc hands freed memory back at once"
+)
 def test_freed_memory_is_kept_so_that_no_step_faults_it_in_again():
     pages = 4 * 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
     assert faults("keep") < pages // 100 < faults("plain")
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps freed memory")
-@pytest.mark.parametrize(
-    ("when", "back"), [("end of stage", True), ("large model", True), ("small model", False), ("large pages", True)]
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps freed memory"
 )
-def test_freed_memory_goes_back_at_the_end_of_a_stage_and_at_once_under_a_large_model_or_with_large_pages(when, back):
+@pytest.mark.parametrize(
+    ("when", "back"),
+    [("end of stage", True), ("large model", True), ("small model", False), ("large pages", True)],
+)
+def test_freed_memory_goes_back_at_the_end_of_a_stage_and_at_once_under_a_large_model_or_with_large_pages(
+    when, back
+):
     tunables = "glibc.malloc.hugetlb=1" if when == "large pages" else ""
     env = os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": tunables}
     command = [sys.executable, "-c", COUNT_RELEASED, when]
-    released = float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    released = float(
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    )
     assert (released > 200) == back
 
 
-def test_light_compiling_is_asked_for_unless_the_user_chose_a_level(monkeypatch: pytest.MonkeyPatch):
+def test_light_compiling_is_asked_for_unless_the_user_chose_a_level(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     cpu_process.compile_lightly()
     cpu_process.compile_lightly()
@@ -98,7 +109,11 @@ def test_light_compiling_is_asked_for_unless_the_user_chose_a_level(monkeypatch:
 
 
 def test_an_accelerator_is_seen_by_its_plugin_and_can_be_ruled_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_process.metadata, "entry_points", lambda group: ["cuda"] if group == "jax_plugins" else [])
+    monkeypatch.setattr(
+        cpu_process.metadata,
+        "entry_points",
+        lambda group: ["cuda"] if group == "jax_plugins" else [],
+    )
     ruled_out = jax.config.values["jax_platforms"]
     try:
         jax.config.update("jax_platforms", None)
@@ -116,8 +131,14 @@ def test_batches_by_length_hold_every_row_once_and_waste_little():
     assert [index.tolist() for index, _ in batches] == [[1, 3], [0, 2], [4, 4]]
 
 
-@pytest.mark.parametrize(("cores", "devices", "streams"), [(2, 1, 2), (16, 1, 2), (1, 1, 1), (2, 8, 1)])
-def test_one_cpu_device_samples_in_two_streams_if_it_has_two_cores(monkeypatch, cores, devices, streams):
+@pytest.mark.parametrize(
+    ("cores", "devices", "streams"), [(2, 1, 2), (16, 1, 2), (1, 1, 1), (2, 8, 1)]
+)
+def test_one_cpu_device_samples_in_two_streams_if_it_has_two_cores(
+    monkeypatch, cores, devices, streams
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1, 1), ("data", "fsdp", "model"))
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:devices]).reshape(-1, 1, 1), ("data", "fsdp", "model")
+    )
     assert responses.sampling_streams(mesh) == streams

@@ -22,7 +22,9 @@ from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.types import Cache
 
 ROWS, SLOTS = 5, 150  # more slots than are looked at together, and no multiple of them
-CONFIG = DecoderConfig(50, SLOTS, 2, 192, 3, kv_heads=1, head_dim=64, mlp_width=320, dtype="bfloat16")
+CONFIG = DecoderConfig(
+    50, SLOTS, 2, 192, 3, kv_heads=1, head_dim=64, mlp_width=320, dtype="bfloat16"
+)
 LENGTHS = jnp.array([0, 9, 64, 149, 30])
 
 
@@ -35,7 +37,9 @@ def _params(config: DecoderConfig) -> dict:
     params = init_decoder(config, jax.random.key(3))
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
     for name in ("attention_norm", "mlp_norm"):
-        params["blocks"][name]["scale"] = 1 + 0.3 * _normal(4, *params["blocks"][name]["scale"].shape)
+        params["blocks"][name]["scale"] = 1 + 0.3 * _normal(
+            4, *params["blocks"][name]["scale"].shape
+        )
     params["norm"]["scale"] = 1 + 0.3 * _normal(5, config.width)
     return decoding_params(config, params)
 
@@ -52,7 +56,9 @@ def _cache(config: DecoderConfig) -> Cache:
 
 def _step(config: DecoderConfig, params: dict, cache: Cache):
     tokens, live = jnp.arange(1, ROWS + 1)[:, None], jnp.array([1, 1, 1, 1, 0])[:, None]
-    return apply_decoder(config, params, tokens, segments=live, positions=cache.lengths[:, None], cache=cache)
+    return apply_decoder(
+        config, params, tokens, segments=live, positions=cache.lengths[:, None], cache=cache
+    )
 
 
 def _slots_first(cache: Cache) -> Cache:
@@ -68,7 +74,9 @@ def on_nvidia(monkeypatch):
     """What would run on an NVIDIA GPU, here: its kernels interpreted, XLA's attention for cuDNN's."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(nvidia, "is_here", lambda: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **how: plain(*args, **how))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, implementation, **how: plain(*args, **how)
+    )
 
 
 @pytest.mark.parametrize("window", [0, 20])
@@ -88,7 +96,9 @@ def test_a_decode_step_is_that_of_the_plain_blocks(window, on_nvidia, monkeypatc
     expected = _slots_first(plain.cache)
     for name in ("keys", "values"):
         for ours, theirs in zip(getattr(quick.cache, name), getattr(expected, name), strict=True):
-            np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=0.07)
+            np.testing.assert_allclose(
+                ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=0.07
+            )
     # The dead row and the slots before the new ones are as they were, to the bit.
     for ours, before in zip(quick.cache.keys, _slots_first(cache).keys, strict=True):
         assert jnp.array_equal(ours[4], before[4])
@@ -119,7 +129,9 @@ def test_a_width_that_is_no_power_of_two_is_normed_over_what_it_has():
     x, parts = _normal(0, 3, 192), _normal(1, 2, 3, 192)
     total, normed = fused.add_and_norm(parts, x, jnp.full(192, 2.0), 1e-5)
     np.testing.assert_allclose(total, x + parts.sum(0), rtol=1e-6)
-    np.testing.assert_allclose(normed, 2 * total / jnp.sqrt((total**2).mean(-1, keepdims=True) + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(
+        normed, 2 * total / jnp.sqrt((total**2).mean(-1, keepdims=True) + 1e-5), rtol=1e-5
+    )
 
 
 def test_the_sampler_gives_the_log_probs_of_the_trainer(on_nvidia, monkeypatch):
@@ -130,7 +142,12 @@ def test_the_sampler_gives_the_log_probs_of_the_trainer(on_nvidia, monkeypatch):
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, model.init(jax.random.key(1)))
     prompts = text.prompt_batch([[3, 4, 5, 6], [7], [8, 9]], length=4)
     samples = generate(
-        model, params, prompts, jax.random.key(2), Sampling(max_new_tokens=12, stop_ids=(2,)), samples_per_prompt=2
+        model,
+        params,
+        prompts,
+        jax.random.key(2),
+        Sampling(max_new_tokens=12, stop_ids=(2,)),
+        samples_per_prompt=2,
     )
     assert len(steps) == 1, "the loop was compiled with other blocks"
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
@@ -164,7 +181,9 @@ def test_without_the_backend_or_the_room_the_ordinary_blocks_are_taken(monkeypat
     assert not fused.fits(CONFIG, 8)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels are compiled there, not only lowered")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the kernels are compiled there, not only lowered"
+)
 def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
     """What is interpreted above is also a program of the Triton backend: masks, indices and loops that it knows."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -195,7 +214,9 @@ def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
     for kernel, arguments in programs:
         try:
             lowered = (
-                jax.jit(lambda *a, kernel=kernel: kernel(*a)).trace(*arguments).lower(lowering_platforms=("cuda",))
+                jax.jit(lambda *a, kernel=kernel: kernel(*a))
+                .trace(*arguments)
+                .lower(lowering_platforms=("cuda",))
             )
         except RuntimeError as error:
             if "No supported GPU devices" not in str(error):

@@ -44,7 +44,9 @@ def test_the_gradient_is_that_of_the_form_with_two_arguments_to_the_last_bit(dty
     one = compiled(lambda y, segments: cpu.residual(y))
     two = compiled(lambda y, segments: with_two_arguments(y, segments[0, 0] >= 0))
     assert one.as_text().count(" conditional(") == two.as_text().count(" conditional(") == 4
-    jax.tree.map(np.testing.assert_array_equal, one(x, weights, segments), two(x, weights, segments))
+    jax.tree.map(
+        np.testing.assert_array_equal, one(x, weights, segments), two(x, weights, segments)
+    )
 
 
 def test_a_residual_stream_that_is_nan_has_a_gradient_that_is_nan():

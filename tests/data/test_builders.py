@@ -22,14 +22,36 @@ from rlhf_jax.data.schema import Demonstration, Message, PlainText, Prompt, Rank
 
 TURNS = (Message("system", "Be brief."), Message("user", "caf\u00e9?"))
 DEMONSTRATIONS = [
-    Demonstration("Write.", "Roses.\n\nRed \u2028 ones.", id="1", source="api", use_case="generation", labeler="a"),
+    Demonstration(
+        "Write.",
+        "Roses.\n\nRed \u2028 ones.",
+        id="1",
+        source="api",
+        use_case="generation",
+        labeler="a",
+    ),
     Demonstration(TURNS, "Yes."),
     Demonstration("Stop at once.", ""),
 ]
 RANKINGS = [
-    Ranking("p", ("a", "b", "c"), (0, 1, 1), "x", labeler="l", labeler_group="g", temperatures=(0.7, 1.0, 0.1)),
+    Ranking(
+        "p",
+        ("a", "b", "c"),
+        (0, 1, 1),
+        "x",
+        labeler="l",
+        labeler_group="g",
+        temperatures=(0.7, 1.0, 0.1),
+    ),
     Ranking(TURNS, ("a", "b"), (1, 0), policies=("175B", "sft")),
-    Ranking("q", tuple(map(str, range(9))), (8, 7, 6, 5, 4, 3, 2, 0, -1), user="u", time="2022-01-27", revision=0),
+    Ranking(
+        "q",
+        tuple(map(str, range(9))),
+        (8, 7, 6, 5, 4, 3, 2, 0, -1),
+        user="u",
+        time="2022-01-27",
+        revision=0,
+    ),
 ]
 PROMPTS = [Prompt("p", id="1", use_case="chat"), Prompt(TURNS, source="labeler")]
 
@@ -41,13 +63,17 @@ def lines(path: Path, *rows: object) -> None:
 
 def hh(path: Path, count: int = 40) -> Path:
     form = "\n\nHuman: question {}\n\nAssistant: {}"
-    rows = [{"chosen": form.format(k, "good"), "rejected": form.format(k, "bad")} for k in range(count)]
+    rows = [
+        {"chosen": form.format(k, "good"), "rejected": form.format(k, "bad")} for k in range(count)
+    ]
     lines(path / "helpful-base" / "train.jsonl.gz", *rows)
     return path
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +84,9 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("instruct_gpt_ppo", Prompt, "prompts", PROMPTS),
     ],
 )
-def test_json_lines_come_back_equal_and_in_order(tmp_path: Path, name: str, kind: type, base: str, records: list):
+def test_json_lines_come_back_equal_and_in_order(
+    tmp_path: Path, name: str, kind: type, base: str, records: list
+):
     schema.write_jsonl(tmp_path / f"{base}.jsonl", records)
     schema.write_jsonl(tmp_path / f"{base}_val.jsonl.gz", records[:1])
     schema.write_jsonl(tmp_path / f"{base}-held-out.jsonl", records[1:])
@@ -90,8 +118,13 @@ def test_splits_by_name_and_by_mapping(tmp_path: Path):
 
 def test_hh_rlhf_equals_the_reader(tmp_path: Path):
     hh(tmp_path)
-    counts, report = builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path, test_fraction=0.3)
-    assert counts == {"train": report.noted["records in the train split"], "test": 40 - counts["train"]}
+    counts, report = builders.build(
+        "hh_rlhf", tmp_path / "tfds", data_dir=tmp_path, test_fraction=0.3
+    )
+    assert counts == {
+        "train": report.noted["records in the train split"],
+        "test": 40 - counts["train"],
+    }
     for split in ("train", "test"):
         wanted, _ = sources.read_hh(tmp_path, split=split, test_fraction=0.3)
         assert list(builders.read("hh_rlhf", tmp_path / "tfds", split)) == wanted
@@ -114,7 +147,9 @@ def test_oasst_and_text_equal_the_readers(tmp_path: Path):
     counts, _ = builders.build("plain_text", tmp_path / "b", data_dir=tmp_path, files=files)
     assert counts == {"train": 1, "validation": 1}
     assert list(builders.read("plain_text", tmp_path / "b")) == sources.read_english(tmp_path)[0]
-    assert builders.read("plain_text", tmp_path / "b")[0] == PlainText("one<|endoftext|>two", source="a.txt")
+    assert builders.read("plain_text", tmp_path / "b")[0] == PlainText(
+        "one<|endoftext|>two", source="a.txt"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the records
@@ -123,7 +158,9 @@ def test_oasst_and_text_equal_the_readers(tmp_path: Path):
 def some(hint: object) -> st.SearchStrategy:
     """Values of a field's type, as the schema's rules allow them."""
     text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8)
-    turns = st.lists(st.builds(Message, st.sampled_from(schema.ROLES), text), min_size=1, max_size=3).map(tuple)
+    turns = st.lists(
+        st.builds(Message, st.sampled_from(schema.ROLES), text), min_size=1, max_size=3
+    ).map(tuple)
     found = {
         str: text,
         int: st.integers(0, 9),
@@ -162,7 +199,11 @@ def test_records_are_a_sequence(tmp_path: Path):
     builders.build("instruct_gpt_ppo", tmp_path / "tfds", data_dir=tmp_path)
     found = builders.read("instruct_gpt_ppo", tmp_path / "tfds")
     assert len(found) == 600
-    assert (found[0].prompt, found[-1].prompt, found[599].prompt) == ("prompt 0", "prompt 599", "prompt 599")
+    assert (found[0].prompt, found[-1].prompt, found[599].prompt) == (
+        "prompt 0",
+        "prompt 599",
+        "prompt 599",
+    )
     assert [p.prompt for p in found[3:8:2]] == ["prompt 3", "prompt 5", "prompt 7"]
     assert [p.prompt for p in found] == [f"prompt {k}" for k in range(600)]
     with pytest.raises(IndexError):
@@ -204,10 +245,16 @@ def test_equal_sources_give_equal_bytes(tmp_path: Path):
     hh(tmp_path / "elsewhere")
     for name in ("here", "elsewhere"):
         builders.build("hh_rlhf", tmp_path / f"of_{name}", data_dir=tmp_path / name)
-    files = [p.relative_to(tmp_path / "of_here") for p in (tmp_path / "of_here").rglob("*") if p.is_file()]
+    files = [
+        p.relative_to(tmp_path / "of_here")
+        for p in (tmp_path / "of_here").rglob("*")
+        if p.is_file()
+    ]
     assert len(files) >= 5
     for file in files:
-        assert (tmp_path / "of_here" / file).read_bytes() == (tmp_path / "of_elsewhere" / file).read_bytes(), file
+        assert (tmp_path / "of_here" / file).read_bytes() == (
+            tmp_path / "of_elsewhere" / file
+        ).read_bytes(), file
 
 
 def test_facts_are_in_the_info(tmp_path: Path):
@@ -229,13 +276,17 @@ def test_building_twice_and_building_something_else(tmp_path: Path):
     first = builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path / "a")
     assert builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path / "a") == first
     hh(tmp_path / "b", count=39)
-    with pytest.raises(ValueError, match="was built from other records: remove that folder, or pass another"):
+    with pytest.raises(
+        ValueError, match="was built from other records: remove that folder, or pass another"
+    ):
         builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path / "b")
     with pytest.raises(ValueError, match="was built from other records"):
         builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path / "a", test_fraction=0.5)
 
 
-def test_an_interrupted_build_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_build_leaves_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     hh(tmp_path)
     row = tfds_records.row_of
 
@@ -247,7 +298,9 @@ def test_an_interrupted_build_leaves_nothing_half_done(tmp_path: Path, monkeypat
     monkeypatch.setattr(builders, "row_of", fails)
     with pytest.raises(KeyboardInterrupt):
         builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"no hh_rlhf in .*: build it first, with build\('hh_rlhf', "):
+    with pytest.raises(
+        ValueError, match=r"no hh_rlhf in .*: build it first, with build\('hh_rlhf', "
+    ):
         builders.read("hh_rlhf", tmp_path / "tfds")
     monkeypatch.setattr(builders, "row_of", row)
     counts, _ = builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path)
@@ -259,13 +312,19 @@ def test_damage_is_noticed(tmp_path: Path):
     builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path)
     file = next((tmp_path / "tfds").rglob("*train.array_record*"))
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", bytes([*whole[:100], whole[100] ^ 1, *whole[101:]])):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        bytes([*whole[:100], whole[100] ^ 1, *whole[101:]]),
+    ):
         file.write_bytes(damaged)
         for use in (
             lambda: list(builders.read("hh_rlhf", tmp_path / "tfds")),
             lambda: builders.build("hh_rlhf", tmp_path / "tfds", data_dir=tmp_path),
         ):
-            with pytest.raises(ValueError, match=r"cannot be read .*remove the folder .* and build it again"):
+            with pytest.raises(
+                ValueError, match=r"cannot be read .*remove the folder .* and build it again"
+            ):
                 use()
     (file.parent / "dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match=r"is damaged .*: remove it and build again"):
@@ -286,9 +345,13 @@ def test_a_second_import_is_no_error():
 
 
 def test_mistakes_are_one_clear_line(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'hh' is no builder: choose one of instruct_gpt_sft, .*hh_rlhf"):
+    with pytest.raises(
+        ValueError, match=r"'hh' is no builder: choose one of instruct_gpt_sft, .*hh_rlhf"
+    ):
         builders.build("hh", tmp_path)
-    with pytest.raises(ValueError, match=r"instruct_gpt_sft is no public data set .*--data_dir=FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"instruct_gpt_sft is no public data set .*--data_dir=FOLDER"
+    ):
         builders.build("instruct_gpt_sft", tmp_path)
     with pytest.raises(ValueError, match=r"is no folder: check the path"):
         builders.build("instruct_gpt_sft", tmp_path, data_dir=tmp_path / "nowhere")
@@ -301,7 +364,9 @@ def test_mistakes_are_one_clear_line(tmp_path: Path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "p"}\n{"prompt": 7}\n')
     with pytest.raises(ValueError, match=r"prompts\.jsonl:2: field 'prompt' must be a string"):
         builders.build("instruct_gpt_ppo", tmp_path / "tfds", data_dir=tmp_path)
-    counts, report = builders.build("instruct_gpt_ppo", tmp_path / "tfds", data_dir=tmp_path, max_bad_fraction=0.5)
+    counts, report = builders.build(
+        "instruct_gpt_ppo", tmp_path / "tfds", data_dir=tmp_path, max_bad_fraction=0.5
+    )
     assert (counts, report.rows) == ({"train": 1}, 2)
     with pytest.raises(ValueError, match=r"split='test' of .*: choose one of train"):
         builders.read("instruct_gpt_ppo", tmp_path / "tfds", "test")
@@ -311,13 +376,19 @@ def test_mistakes_are_one_clear_line(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("hh_rlhf", r"helpful-base/train\.jsonl\.gz"), ("oasst_rankings", r"2023.*trees"), ("plain_text", "wikitext-2")],
+    [
+        ("hh_rlhf", r"helpful-base/train\.jsonl\.gz"),
+        ("oasst_rankings", r"2023.*trees"),
+        ("plain_text", "wikitext-2"),
+    ],
 )
 def test_without_network_the_file_and_the_way_out_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str
 ):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=rf"cannot download {file}.*check the network, or .*--data_dir=FOLDER"):
+    with pytest.raises(
+        ValueError, match=rf"cannot download {file}.*check the network, or .*--data_dir=FOLDER"
+    ):
         builders.build(name, tmp_path / "tfds")
     assert not (tmp_path / "tfds").exists()
 
@@ -325,7 +396,10 @@ def test_without_network_the_file_and_the_way_out_are_named(
 def test_a_missing_package_names_the_extra():
     code = "import sys; sys.modules['tensorflow_datasets'] = None; import rlhf_jax.data.builders"
     done = python(code)
-    assert 'ValueError: TFDS builders need tensorflow_datasets: pip install "rlhf_jax[data]"' in done.stderr
+    assert (
+        'ValueError: TFDS builders need tensorflow_datasets: pip install "rlhf_jax[data]"'
+        in done.stderr
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- real files

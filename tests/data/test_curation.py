@@ -33,7 +33,10 @@ FLAT = "Human: Hi  THERE\n\nAssistant: Yes?\n\nHuman: What is new?\n\nAssistant:
 
 
 def typed(count: int, users: int = 7) -> list[Typed]:
-    return [Typed(f"prompt {i}", user=f"u{i % users}", organization=f"o{i % users % 3}") for i in range(count)]
+    return [
+        Typed(f"prompt {i}", user=f"u{i % users}", organization=f"o{i % users % 3}")
+        for i in range(count)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ texts
@@ -41,11 +44,20 @@ def typed(count: int, users: int = 7) -> list[Typed]:
 
 def test_text_and_first_turn_of_every_kind_of_prompt():
     assert curation.prompt_text(Prompt("a  B")) == "a  B"
-    assert curation.prompt_text(CHAT).split("\n\n") == ["user: Hi there", "assistant: Hello.", "user: Tell a joke"]
+    assert curation.prompt_text(CHAT).split("\n\n") == [
+        "user: Hi there",
+        "assistant: Hello.",
+        "user: Tell a joke",
+    ]
     assert curation.prompt_text(PlainText("a story")) == "a story"
-    turns = [curation.first_turn(x) for x in (CHAT, Prompt(FLAT), Prompt("plain"), (Message("system", "be kind"),))]
+    turns = [
+        curation.first_turn(x)
+        for x in (CHAT, Prompt(FLAT), Prompt("plain"), (Message("system", "be kind"),))
+    ]
     assert turns == ["Hi there", "Hi  THERE", "plain", "system: be kind"]
-    assert curation.normalise(curation.first_turn(FLAT)) == curation.normalise(curation.first_turn(CHAT))
+    assert curation.normalise(curation.first_turn(FLAT)) == curation.normalise(
+        curation.first_turn(CHAT)
+    )
     assert curation.normalise("\uff21 \u00c9\tb\n") == curation.normalise("a e\u0301 B")
 
 
@@ -53,7 +65,9 @@ def test_text_and_first_turn_of_every_kind_of_prompt():
 
 
 @given(st.lists(st.text("aB \n", max_size=6), max_size=30), st.integers(1, 5))
-def test_no_two_kept_prompts_share_the_prefix_and_each_dropped_one_shares_it_with_an_earlier(texts, length):
+def test_no_two_kept_prompts_share_the_prefix_and_each_dropped_one_shares_it_with_an_earlier(
+    texts, length
+):
     """Against the plain definition, pair by pair."""
     kept, report = curation.drop_long_common_prefix(texts, prefix_length=length)
     prefix = [curation.normalise(text)[:length] for text in texts]
@@ -63,7 +77,11 @@ def test_no_two_kept_prompts_share_the_prefix_and_each_dropped_one_shares_it_wit
 
 
 def test_what_was_dropped_is_counted_by_reason_without_its_text():
-    prompts = [Prompt("Summarise this: cats"), Prompt("summarise  this: dogs"), Prompt("Summarise this: CATS")]
+    prompts = [
+        Prompt("Summarise this: cats"),
+        Prompt("summarise  this: dogs"),
+        Prompt("Summarise this: CATS"),
+    ]
     kept, report = curation.drop_long_common_prefix(prompts, prefix_length=12)
     assert kept == prompts[:1]
     assert report.dropped == {"long common prefix": 1, "same prompt": 1}
@@ -82,7 +100,10 @@ def test_cap_keeps_the_first_of_each_user_and_all_that_name_none():
     kept, report = curation.cap_per_user(records, 5)
     assert collections.Counter(r.user for r in kept) == {"u0": 5, "u1": 5, None: 30}
     assert kept[:10] == records[:10]
-    assert (report.dropped, report.noted) == ({"more than 5 of one user": 30}, {"names no user": 30})
+    assert (report.dropped, report.noted) == (
+        {"more than 5 of one user": 30},
+        {"names no user": 30},
+    )
     assert len(curation.cap_per_user(typed(700, users=3), key="organization")[0]) == 3 * 200
     assert len(curation.cap_per_user(typed(12), 1, key=lambda r: r.prompt[-1])[0]) == 10
     # A record of the schema as it is has no such field at all: nothing is capped.
@@ -98,7 +119,9 @@ FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 def test_no_user_is_in_two_splits_and_no_record_is_lost(pairs, seed):
     records = [Typed(f"p{p}", user=f"u{u}" if u else None) for p, u in pairs]
     parts = curation.split_by(records, fractions=FRACTIONS, seed=seed)
-    assert collections.Counter(r for part in parts.values() for r in part) == collections.Counter(records)
+    assert collections.Counter(r for part in parts.values() for r in part) == collections.Counter(
+        records
+    )
     for group in (lambda r: r.user, lambda r: r.prompt if r.user is None else None):
         where = [{group(r) for r in part} - {None} for part in parts.values()]
         assert sum(map(len, where)) == len(set.union(*where))
@@ -109,7 +132,9 @@ def test_sizes_follow_the_fractions_and_the_seed_moves_users():
     parts = curation.split_by(records, fractions=FRACTIONS)
     for name, share in FRACTIONS.items():
         # 4 standard deviations of the number of 5,000 users that fall into the part.
-        assert abs(len(parts[name]) / 4 - 5_000 * share) < 4 * math.sqrt(5_000 * share * (1 - share))
+        assert abs(len(parts[name]) / 4 - 5_000 * share) < 4 * math.sqrt(
+            5_000 * share * (1 - share)
+        )
     assert curation.split_by(records, fractions=FRACTIONS) == parts
     assert curation.split_by(records, fractions=FRACTIONS, seed=1) != parts
     more = curation.split_by([*records, *typed(50)], fractions=FRACTIONS)
@@ -117,15 +142,34 @@ def test_sizes_follow_the_fractions_and_the_seed_moves_users():
 
 
 def test_split_by_organization_by_conversation_and_by_a_function():
-    by_organization = curation.split_by(typed(60), key="organization", fractions={"a": 0.5, "b": 0.5})
-    assert {r.organization for r in by_organization["a"]}.isdisjoint(r.organization for r in by_organization["b"])
+    by_organization = curation.split_by(
+        typed(60), key="organization", fractions={"a": 0.5, "b": 0.5}
+    )
+    assert {r.organization for r in by_organization["a"]}.isdisjoint(
+        r.organization for r in by_organization["b"]
+    )
     for seed in range(8):
         talks = [Prompt(FLAT), Talk(CHAT), "other", Prompt("hi there")]
-        parts = curation.split_by(talks, key="conversation", fractions={"a": 0.5, "b": 0.5}, seed=seed)
-        assert max(sum(talk in part for talk in (talks[0], talks[1], talks[3])) for part in parts.values()) == 3
-        parity = curation.split_by(list(range(9)), key=lambda n: str(n % 2), fractions={"a": 0.5, "b": 0.5}, seed=seed)
-        assert all(len({n % 2 for n in part}) <= 1 or not other for part, other in (parity.values(),))
-    assert curation.split_by(["x"], key="conversation", fractions={"a": 0.0, "b": 1.0}) == {"a": [], "b": ["x"]}
+        parts = curation.split_by(
+            talks, key="conversation", fractions={"a": 0.5, "b": 0.5}, seed=seed
+        )
+        assert (
+            max(
+                sum(talk in part for talk in (talks[0], talks[1], talks[3]))
+                for part in parts.values()
+            )
+            == 3
+        )
+        parity = curation.split_by(
+            list(range(9)), key=lambda n: str(n % 2), fractions={"a": 0.5, "b": 0.5}, seed=seed
+        )
+        assert all(
+            len({n % 2 for n in part}) <= 1 or not other for part, other in (parity.values(),)
+        )
+    assert curation.split_by(["x"], key="conversation", fractions={"a": 0.0, "b": 1.0}) == {
+        "a": [],
+        "b": ["x"],
+    }
     with pytest.raises(ValueError, match=r"fractions=.* add up to 1, not 0\.9"):
         curation.split_by([], fractions={"train": 0.9})
 
@@ -145,8 +189,12 @@ def test_a_prompt_in_two_splits_is_found_and_both_places_are_named():
         ("first human turn", (("train", 2), ("test", 2))),
         ("prompt", (("train", 0), ("test", 3))),
     ]
-    assert str(leaks[0]) == "the same prompt is in train[1] (id d7) and validation[1]: 'write a poem'"
-    with pytest.raises(ValueError, match=r"3 records .*\n.*train\[1\] \(id d7\) and validation\[1\]"):
+    assert (
+        str(leaks[0]) == "the same prompt is in train[1] (id d7) and validation[1]: 'write a poem'"
+    )
+    with pytest.raises(
+        ValueError, match=r"3 records .*\n.*train\[1\] \(id d7\) and validation\[1\]"
+    ):
         curation.check_leakage(splits)
     held_out = [*splits["validation"], *splits["test"]]
     train, report = curation.without_leaks(splits["train"], held_out)
@@ -156,10 +204,14 @@ def test_a_prompt_in_two_splits_is_found_and_both_places_are_named():
     assert curation.without_leaks([Prompt("a")], [])[0] == [Prompt("a")]
 
 
-@given(st.lists(st.text("ab", max_size=2), max_size=8), st.lists(st.text("ab", max_size=2), max_size=8))
+@given(
+    st.lists(st.text("ab", max_size=2), max_size=8), st.lists(st.text("ab", max_size=2), max_size=8)
+)
 def test_leaks_are_the_intersection(train, test):
     leaks = curation.leakage({"train": train, "test": test})
-    assert [leak.places[1][1] for leak in leaks] == [i for i, text in enumerate(test) if text in train]
+    assert [leak.places[1][1] for leak in leaks] == [
+        i for i, text in enumerate(test) if text in train
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- personal data
@@ -209,7 +261,9 @@ def test_the_hook_sees_every_text_and_may_leave_records_out():
 
 
 def test_a_hook_that_empties_a_text_or_returns_something_else():
-    kept, report = curation.scrub([Prompt("Ann"), Demonstration("a", "")], lambda text: text.replace("Ann", " "))
+    kept, report = curation.scrub(
+        [Prompt("Ann"), Demonstration("a", "")], lambda text: text.replace("Ann", " ")
+    )
     assert (kept, report.dropped) == ([Demonstration("a", "")], {"nothing left of a text": 1})
     with pytest.raises(ValueError, match="the hook gave a bool for field 'prompt'"):
         curation.scrub([Prompt("a")], lambda text: True)  # pyright: ignore[reportArgumentType]
@@ -229,7 +283,10 @@ def test_language_share_by_a_function_and_by_py3langid(monkeypatch):
 
 def test_py3langid_knows_english_from_german():
     pytest.importorskip("py3langid")
-    english = ["What is the capital of France, and why is it so large?", "Please write a short story about a cat."]
+    english = [
+        "What is the capital of France, and why is it so large?",
+        "Please write a short story about a cat.",
+    ]
     german = ["Was ist die Hauptstadt von Frankreich, und warum ist sie so gross?"]
     assert curation.language_share(english + german) == {"en": 2 / 3, "de": 1 / 3}
 
@@ -240,7 +297,9 @@ PAIRS = [("q0", "r0"), ("q1", "r1"), ("q2", "r2"), ("q3", "r3")]
 
 
 def test_k_pairs_give_k_examples_each_with_the_other_k_minus_1():
-    examples = curation.few_shot_examples("Do it.", PAIRS, id="t", source="labeler", use_case="other")
+    examples = curation.few_shot_examples(
+        "Do it.", PAIRS, id="t", source="labeler", use_case="other"
+    )
     assert [e.response for e in examples] == ["r0", "r1", "r2", "r3"]
     assert [e.id for e in examples] == ["t/0", "t/1", "t/2", "t/3"]
     assert examples[2].prompt == "Do it.\n\nq0\nr0\n\nq1\nr1\n\nq3\nr3\n\nq2"
@@ -249,10 +308,18 @@ def test_k_pairs_give_k_examples_each_with_the_other_k_minus_1():
         assert all(f"q{j}\nr{j}" in example.prompt for j in range(4) if j != k)
         assert (example.source, example.use_case) == ("labeler", "other")
     assert curation.few_shot_examples("Do it.", PAIRS[:1])[0] == Demonstration("Do it.\n\nq0", "r0")
-    asked = curation.few_shot_examples("I", PAIRS[:2], template="In: {query}\nOut: {response}")[0].prompt
+    asked = curation.few_shot_examples("I", PAIRS[:2], template="In: {query}\nOut: {response}")[
+        0
+    ].prompt
     assert asked == "I\n\nIn: q1\nOut: r1\n\nIn: q0\nOut:"
-    for pairs, template in (([], "{query} {response}"), (PAIRS, "{query}"), (PAIRS, "{response} {query}")):
-        with pytest.raises(ValueError, match=r"pairs is empty|must hold \{query\} and end in \{response\}"):
+    for pairs, template in (
+        ([], "{query} {response}"),
+        (PAIRS, "{query}"),
+        (PAIRS, "{response} {query}"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"pairs is empty|must hold \{query\} and end in \{response\}"
+        ):
             curation.few_shot_examples("Do it.", pairs, template=template)
 
 
@@ -300,7 +367,9 @@ SPLITS = {
 def test_the_tables_hold_the_numbers():
     """Counted by hand from the records above; the spaces between columns aside."""
     text = curation.data_tables(SPLITS)
-    tables = {block.split("\n")[0]: block.split("\n")[1:] for block in text.rstrip("\n").split("\n\n")}
+    tables = {
+        block.split("\n")[0]: block.split("\n")[1:] for block in text.rstrip("\n").split("\n\n")
+    }
     cells = {title: [" ".join(line.split()) for line in lines] for title, lines in tables.items()}
     assert cells["Sizes: records by kind, source and split"] == [
         "train test all",
@@ -313,7 +382,10 @@ def test_the_tables_hold_the_numbers():
         "demonstrations rankings prompts records", "(none) 0.0% 0.0% 100.0% 5", "chat 66.7% 100.0% 0.0% 4",
         "rewrite 33.3% 0.0% 0.0% 1",
     ]  # fmt: skip
-    assert cells["Records per user"] == ["users mean median most without user", "prompts, train 2 1.50 1.5 2 1"]
+    assert cells["Records per user"] == [
+        "users mean median most without user",
+        "prompts, train 2 1.50 1.5 2 1",
+    ]
     assert "Records per organization: no record names one" in tables
     header = "n mean std min 25% 50% 75% max"
     assert cells["Prompts: words by kind and split"] == [
@@ -323,7 +395,11 @@ def test_the_tables_hold_the_numbers():
     assert cells["Demonstrations: words by source"] == [
         header, "customer 2 2 1 1 1 2 2 2", "labeler 1 4 0 4 4 4 4 4",
     ]  # fmt: skip
-    assert cells["Demonstrations: words by use case"] == [header, "chat 2 2 2 1 2 2 3 4", "rewrite 1 2 0 2 2 2 2 2"]
+    assert cells["Demonstrations: words by use case"] == [
+        header,
+        "chat 2 2 2 1 2 2 3 4",
+        "rewrite 1 2 0 2 2 2 2 2",
+    ]
     # K = 3: (best, tied second, tied second) is two pairs and a tie. The four with one unranked is K = 3 too.
     assert cells["Rankings: responses ranked, and their pairs"] == [
         "prompts share pairs tied", "K = 3 2 100.0% 5 1", "all 2 100.0% 5 1",
@@ -334,7 +410,9 @@ def test_the_tables_hold_the_numbers():
 
 
 def test_tokens_and_languages_where_they_can_be_had():
-    text = curation.data_tables(SPLITS, tokens=len, identify=lambda text: "fi" if "wolf" in text else "en")
+    text = curation.data_tables(
+        SPLITS, tokens=len, identify=lambda text: "fi" if "wolf" in text else "en"
+    )
     assert "Prompts: tokens by kind and split" in text
     assert "Languages of 10 of the 10 prompts\n    share\nen  80.0%\nfi  20.0%" in text
     assert "Languages" not in curation.data_tables(SPLITS)
@@ -342,12 +420,17 @@ def test_tokens_and_languages_where_they_can_be_had():
 
 def test_no_table_is_wider_than_a_screen_or_longer_than_its_most_rows():
     """Long and many names: cut, and summed up as others; every record is still counted."""
-    records = [Demonstration("p", "r", source="s" * 150 + str(i), use_case=f"case {i:02d}") for i in range(40)]
+    records = [
+        Demonstration("p", "r", source="s" * 150 + str(i), use_case=f"case {i:02d}")
+        for i in range(40)
+    ]
     text = curation.data_tables({f"split number {i}": records for i in range(4)})
     assert max(map(len, text.split("\n"))) <= 120
     assert "(26 others)" in text
     assert max(len(block.split("\n")) for block in text.split("\n\n")) <= tables.MOST_ROWS + 5
-    assert " ".join(text.split("\n\n")[0].split("\n")[-1].split()) == "demonstrations 40 40 40 40 160"
+    assert (
+        " ".join(text.split("\n\n")[0].split("\n")[-1].split()) == "demonstrations 40 40 40 40 160"
+    )
 
 
 def test_quantiles_are_those_of_numpy():

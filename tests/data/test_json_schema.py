@@ -44,7 +44,9 @@ BAD = [
 
 
 def says_yes(name: str, row: dict[str, Any]) -> bool:
-    jsonschema = pytest.importorskip("jsonschema", reason="needs the extra: pip install 'rlhf_jax[notebooks]'")
+    jsonschema = pytest.importorskip(
+        "jsonschema", reason="needs the extra: pip install 'rlhf_jax[notebooks]'"
+    )
     kind = jsonschema.Draft202012Validator
     found = json_schema(FILES[name])
     kind.check_schema(found)

@@ -62,7 +62,8 @@ def test_all_fields_take_the_same_rows():
 def test_processes_share_a_batch_without_overlap():
     whole = Batches(lm_batch(10), batch_size=6, seed=2).at(4).tokens
     parts = [
-        Batches(lm_batch(10), batch_size=6, seed=2, process_index=i, process_count=3).at(4).tokens for i in (0, 1, 2)
+        Batches(lm_batch(10), batch_size=6, seed=2, process_index=i, process_count=3).at(4).tokens
+        for i in (0, 1, 2)
     ]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
@@ -74,7 +75,11 @@ def test_processes_share_a_batch_without_overlap():
         ({"x": np.zeros(3), "y": np.zeros(2)}, {}, "one number of rows"),
         ({"x": np.zeros(3)}, {"batch_size": 0}, "batch_size=0"),
         ({"x": np.zeros(3)}, {"batch_size": 5, "process_count": 2}, "batch_size=5 .* choose 4"),
-        ({"x": np.zeros(3)}, {"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index=2"),
+        (
+            {"x": np.zeros(3)},
+            {"batch_size": 4, "process_count": 2, "process_index": 2},
+            "process_index=2",
+        ),
     ],
 )
 def test_bad_arguments_are_named(rows: dict, arguments: dict, message: str):
@@ -167,7 +172,9 @@ def test_records_are_read_when_a_batch_needs_them():
     batch = batches.at(7)
     assert source.read == batches.indices(7).tolist()
     np.testing.assert_array_equal(np.asarray(batch.tokens).max(1), batches.indices(7))
-    assert Batches(list("abc"), batch_size=3, seed=0).at(0) == [list("abc")[i] for i in batches_order("abc")]
+    assert Batches(list("abc"), batch_size=3, seed=0).at(0) == [
+        list("abc")[i] for i in batches_order("abc")
+    ]
     with pytest.raises(ValueError, match="no rows"):
         Batches([], batch_size=3, seed=0)
 
@@ -203,7 +210,10 @@ def test_workers_change_nothing_and_a_stream_resumes_at_its_step():
 
 def test_two_processes_stream_the_halves_of_the_batch():
     whole = Batches(lm_batch(10), batch_size=6, seed=2).stream(1)
-    halves = [Batches(lm_batch(10), batch_size=6, seed=2, process_index=i, process_count=2).stream(1) for i in (0, 1)]
+    halves = [
+        Batches(lm_batch(10), batch_size=6, seed=2, process_index=i, process_count=2).stream(1)
+        for i in (0, 1)
+    ]
     for batch, first, second in itertools.islice(zip(whole, *halves, strict=False), 6):
         assert len(first.tokens) == len(second.tokens) == 3
         np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens]), batch.tokens)
@@ -236,7 +246,9 @@ def test_a_stream_and_at_may_be_used_side_by_side():
 )
 def test_a_worker_that_fails_or_dies_is_an_error_and_no_hang(row: str, error: type, message: str):
     begin = time.monotonic()
-    stream = Batches(["a", "b", row, "c"], batch_size=1, seed=0, transform=hard).stream(workers=1, prefetch=1)
+    stream = Batches(["a", "b", row, "c"], batch_size=1, seed=0, transform=hard).stream(
+        workers=1, prefetch=1
+    )
     with pytest.raises(error, match=message):
         list(itertools.islice(stream, 4))
     assert time.monotonic() - begin < 60
@@ -251,10 +263,13 @@ def test_workers_send_arrays_only():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"start_step": -1}, {"workers": -1}, {"prefetch": -1}, {"workers": 1, "prefetch": 0}]
+    "arguments",
+    [{"start_step": -1}, {"workers": -1}, {"prefetch": -1}, {"workers": 1, "prefetch": 0}],
 )
 def test_bad_arguments_of_a_stream_are_named_at_once(arguments: dict):
-    with pytest.raises(ValueError, match=r"(start_step|workers|prefetch)=-?\d must be [01] or more"):
+    with pytest.raises(
+        ValueError, match=r"(start_step|workers|prefetch)=-?\d must be [01] or more"
+    ):
         Batches({"x": np.arange(3)}, batch_size=1, seed=0).stream(**arguments)
 
 
@@ -288,7 +303,11 @@ def test_workers_of_a_script_end_with_it_and_leave_signals_to_it(tmp_path: Path,
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", end], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, tmp_path / "script.py", end],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
     workers = [int(word) for word in done.stdout.split()]
     assert len(workers) == 2, done.stderr
@@ -311,16 +330,25 @@ def is_alive(process: int) -> bool:
     return not (state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")
 
 
-@pytest.mark.parametrize(("rows", "batch", "processes"), [(5, 4, 1), (5, 4, 2), (1, 8, 1), (8, 4, 1), (9, 2, 2)])
+@pytest.mark.parametrize(
+    ("rows", "batch", "processes"), [(5, 4, 1), (5, 4, 2), (1, 8, 1), (8, 4, 1), (9, 2, 2)]
+)
 def test_each_row_counts_once_whatever_the_batch_and_the_processes(rows, batch, processes):
     counted = []
     for process in range(processes):
         batches = Batches(
-            {"x": np.arange(rows)}, batch_size=batch, seed=3, process_index=process, process_count=processes
+            {"x": np.arange(rows)},
+            batch_size=batch,
+            seed=3,
+            process_index=process,
+            process_count=processes,
         )
         for found, counts in batches.each_once():
             assert len(found["x"]) == len(counts) == batch // processes
             counted += found["x"][counts].tolist()
     assert sorted(counted) == list(range(rows))
-    first = [counts.sum() for _, counts in Batches({"x": np.arange(rows)}, batch_size=batch, seed=3).each_once(1)]
+    first = [
+        counts.sum()
+        for _, counts in Batches({"x": np.arange(rows)}, batch_size=batch, seed=3).each_once(1)
+    ]
     assert first == [min(rows, batch)]

@@ -17,7 +17,9 @@ RANKINGS = [
     # Three strict pairs: "longest" over the others, and a tie of equal texts; the last answer nobody ranked.
     Ranking("Name the heron's food.", ("Frogs and fish.", "Frogs", "frogs ", "no"), (0, 1, 1, -1)),
     Ranking("Name the heron's food.", ("Frogs", "Frogs and fish."), (0, 1)),  # contradicts
-    Ranking("Name the heron's  FOOD.", ("Frogs and fish.", "Frogs"), (0, 1)),  # repeats, and contradicts the second
+    Ranking(
+        "Name the heron's  FOOD.", ("Frogs and fish.", "Frogs"), (0, 1)
+    ),  # repeats, and contradicts the second
     Ranking(TALK, ("Same.", " same. "), (0, 1)),  # prefers a text to itself
 ]
 
@@ -38,7 +40,9 @@ def test_prompts_and_answers_are_counted_as_by_hand():
     assert (prompts.rows, prompts.different, prompts.near, prompts.system) == (4, 2, 0, 1)
     assert prompts.turns == overview.Spread(1, 1, 1, 1)
     said = [
-        Demonstration("Tell me of herons.", "Tell me of  HERONS. They wade."),  # begins with, and holds
+        Demonstration(
+            "Tell me of herons.", "Tell me of  HERONS. They wade."
+        ),  # begins with, and holds
         Demonstration("Tell me of herons.", "You said: tell me of herons."),  # holds
         Demonstration("Hi", "Hi there"),  # too short to count
         Demonstration(TALK, "Where do herons fish at night? In ponds."),  # repeats the last turn
@@ -84,9 +88,18 @@ def test_a_suspicious_number_gets_its_sentence(records, part: str):
 
 
 def test_ordinary_data_get_none():
-    words = [random.Random(i).choice(("short", "a somewhat longer one", "middle sized")) + f" {i}" for i in range(120)]
-    pairs = [pair(a, b, f"prompt {i}") for i, (a, b) in enumerate(zip(words[::2], words[1::2], strict=True))]
-    assert told(*pairs, *(Demonstration(f"d{w}", w) for w in words), Prompt("Why?"), PlainText("t")) == ""
+    words = [
+        random.Random(i).choice(("short", "a somewhat longer one", "middle sized")) + f" {i}"
+        for i in range(120)
+    ]
+    pairs = [
+        pair(a, b, f"prompt {i}")
+        for i, (a, b) in enumerate(zip(words[::2], words[1::2], strict=True))
+    ]
+    assert (
+        told(*pairs, *(Demonstration(f"d{w}", w) for w in words), Prompt("Why?"), PlainText("t"))
+        == ""
+    )
 
 
 def test_columns_left_aside_are_listed_and_those_of_prompts_judged():
@@ -98,11 +111,18 @@ def test_columns_left_aside_are_listed_and_those_of_prompts_judged():
 
 
 def test_the_table_fits_a_screen_whatever_is_wrong():
-    wrong = [pair("yes " + "b" * 10**6, "no ", f"p {i}") for i in range(25)] + [pair("same", "same")] * 9
+    wrong = [pair("yes " + "b" * 10**6, "no ", f"p {i}") for i in range(25)] + [
+        pair("same", "same")
+    ] * 9
     wrong += [pair("no", "yes"), pair("yes", "no"), Ranking("<s>[INST]", ("", "a"), (0, 1))]
-    demonstrations = [Demonstration("Say that again, please.", "Say that again, please. <|eot_id|>")] * 99
+    demonstrations = [
+        Demonstration("Say that again, please.", "Say that again, please. <|eot_id|>")
+    ] * 99
     everything = [*wrong, *demonstrations, *[Prompt("again")] * 50, PlainText("[INST]")]
-    aside = {f"{'system' * (i < 9)}column{i}" * 9: 10**9 for i in range(40)} | {"system": 3, "input": 4}
+    aside = {f"{'system' * (i < 9)}column{i}" * 9: 10**9 for i in range(40)} | {
+        "system": 3,
+        "input": 4,
+    }
     lines = overview.summary(everything, aside=aside, tokens=len).split("\n")
     assert len(lines) <= overview.LINES
     assert max(map(len, lines)) <= overview.WIDTH
@@ -130,7 +150,11 @@ def shared(a: str, b: str) -> float:
 
     def pieces(text: str) -> set[bytes]:
         data = text.encode()
-        starts = [i for i in range(len(data)) if data[i : i + 1] != b" " and (i == 0 or data[i - 1 : i] == b" ")]
+        starts = [
+            i
+            for i in range(len(data))
+            if data[i : i + 1] != b" " and (i == 0 or data[i - 1 : i] == b" ")
+        ]
         return {data[i : i + 12] for i in starts}
 
     return len(pieces(a) & pieces(b)) / len(pieces(a) | pieces(b))
@@ -140,14 +164,18 @@ def test_near_duplicates_are_those_that_share_most_pieces():
     """Against the similarity of all pairs, outside of the band in which an estimate from 32 numbers may err."""
     noise = random.Random(0)
     words = [f"{noise.choice('bcdfg')}{noise.choice('aeiou')}{i}" for i in range(400)]
-    texts = [" ".join(noise.choice(words) for _ in range(noise.randrange(8, 60))) for _ in range(60)]
+    texts = [
+        " ".join(noise.choice(words) for _ in range(noise.randrange(8, 60))) for _ in range(60)
+    ]
     for i in range(60):  # copies with a word or more changed, up to a third
         copy = texts[i].split()
         for _ in range(noise.randrange(1, 2 + len(copy) // 3) if i % 2 else 1):
             copy[noise.randrange(len(copy))] = noise.choice(words)
         texts.append(" ".join(copy))
     found = near_duplicates.repeats(texts)
-    likeness = [max((shared(texts[j], text) for j in range(i)), default=0.0) for i, text in enumerate(texts)]
+    likeness = [
+        max((shared(texts[j], text) for j in range(i)), default=0.0) for i, text in enumerate(texts)
+    ]
     sure = [f for f, s in zip(found, likeness, strict=True) if s > 0.75]
     assert len(sure) > 10
     assert all(sure)
@@ -164,7 +192,9 @@ def test_near_duplicates_do_not_depend_on_neighbours_or_chunks(monkeypatch: pyte
         " lead and trail ",
         "\ud800 half",
     ]
-    texts += [f"write a poem on the sea for {name} and her seven brothers" for name in ("ann", "bea")]
+    texts += [
+        f"write a poem on the sea for {name} and her seven brothers" for name in ("ann", "bea")
+    ]
     whole = near_duplicates.repeats(texts)
     assert whole == [False] * 8 + [True]
     for chunk in (1, 2, 5):
@@ -174,7 +204,10 @@ def test_near_duplicates_do_not_depend_on_neighbours_or_chunks(monkeypatch: pyte
 
 
 def test_prompts_of_one_template_are_compared_with_few_others():
-    texts = [f"please write a short and friendly letter to my aunt in the town number {i}" for i in range(2_000)]
+    texts = [
+        f"please write a short and friendly letter to my aunt in the town number {i}"
+        for i in range(2_000)
+    ]
     compared = itertools.count()
     count_nonzero = np.count_nonzero
 

@@ -27,13 +27,21 @@ def digest(data: bytes) -> str:
 @pytest.mark.parametrize("name", ["text.jsonl", "text.jsonl.gz"])
 def test_a_line_appended_after_the_reading_is_not_in_the_fingerprint(tmp_path, name):
     path, line = tmp_path / name, b'{"text": "the hen sleeps"}\n'
-    write = (lambda data: path.write_bytes(gzip.compress(data))) if name.endswith("gz") else path.write_bytes
+    write = (
+        (lambda data: path.write_bytes(gzip.compress(data)))
+        if name.endswith("gz")
+        else path.write_bytes
+    )
     write(line)
     before = path.read_bytes()
     read_jsonl(path, PlainText)
     write(2 * line)
     found = parsed.of(path)
-    assert (found.sha256, found.bytes, found.lines) == (digest(before), len(before), before.count(b"\n"))
+    assert (found.sha256, found.bytes, found.lines) == (
+        digest(before),
+        len(before),
+        before.count(b"\n"),
+    )
 
 
 def test_one_file_by_two_names_is_one(tmp_path, monkeypatch):
@@ -53,7 +61,9 @@ def test_a_file_that_changes_between_two_readings_of_a_run_is_refused(tmp_path):
     assert parsed.of(path).lines == 1
     path.write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
     read_jsonl(path, PlainText)
-    with pytest.raises(ValueError, match=r"text\.jsonl changed while this run read it: it held 16 bytes .*32 bytes"):
+    with pytest.raises(
+        ValueError, match=r"text\.jsonl changed while this run read it: it held 16 bytes .*32 bytes"
+    ):
         parsed.of(path)
     parsed.begin()  # the next stage reads it for itself
     read_jsonl(path, PlainText)

@@ -38,7 +38,9 @@ RECORDS = [
 def tok() -> transformers.PreTrainedTokenizerFast:
     """One token a byte, so that most characters beyond ASCII are several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(alphabet)}, merges=[]))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate(alphabet)}, merges=[])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
@@ -67,8 +69,12 @@ def test_texts_show_every_answer_that_is_trained_on():
 
 def test_demonstrations_show_the_ids_and_the_mask_that_sft_trains_on(tok):
     for turns in ("all", "last"):
-        for record, row in zip(RECORDS[:2], preview.rows(RECORDS[:2], tok, assistant_turns=turns), strict=True):
-            encoded, mask = text.encode_demonstration(tok, record.prompt, record.response, assistant_turns=turns)
+        for record, row in zip(
+            RECORDS[:2], preview.rows(RECORDS[:2], tok, assistant_turns=turns), strict=True
+        ):
+            encoded, mask = text.encode_demonstration(
+                tok, record.prompt, record.response, assistant_turns=turns
+            )
             assert ids(row.parts[0]) == list(encoded)
             assert trained(row.parts[0]) == list(mask)
             assert f"{len(encoded)} tokens, {sum(mask)} trained on" in row.parts[0].facts
@@ -112,7 +118,9 @@ def test_spaces_that_a_decoder_drops_at_the_beginning_are_shown():
     vocabulary = {"</s>": 0, "<unk>": 1, "\u2581An": 2, "\u2581elm": 3, ".": 4, "\u2581": 5}
     inner = tokenizers.Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     inner.decoder = decoders.Metaspace()
-    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="<unk>"
+    )
     pieces = preview._Tokens(tok, "all")._pieces([2, 3, 4, 3, 0])
     assert "".join(piece.text for piece in pieces) == "An elm. elm</s>"
 
@@ -127,8 +135,16 @@ def test_long_rows_are_cut_in_the_middle_and_say_how_much(tok):
 
 
 def test_rows_are_of_every_kind_and_evenly_spaced():
-    records = [Prompt(f"p{i}", id=f"p{i}") for i in range(90)] + [PlainText(f"t{i}", id=f"t{i}") for i in range(3)]
-    assert [row.title.split("id ")[1] for row in preview.rows(records)] == ["p0", "p30", "p60", "t0", "t1"]
+    records = [Prompt(f"p{i}", id=f"p{i}") for i in range(90)] + [
+        PlainText(f"t{i}", id=f"t{i}") for i in range(3)
+    ]
+    assert [row.title.split("id ")[1] for row in preview.rows(records)] == [
+        "p0",
+        "p30",
+        "p60",
+        "t0",
+        "t1",
+    ]
     assert len(preview.rows(records[:2])) == 2
     assert preview.rows([]) == []
 
@@ -140,14 +156,20 @@ def test_a_conversation_that_the_template_refuses_is_shown_as_such(tok):
     )  # fmt: skip
     shown = preview.rows([Prompt(TALK)], refusing)
     assert "no" in shown[0].problem
-    assert "\x1b" not in preview.as_text(shown, tokens=True) + preview_page.page(shown, title="", tokens=True)
+    assert "\x1b" not in preview.as_text(shown, tokens=True) + preview_page.page(
+        shown, title="", tokens=True
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- on a screen
 
 
 def hostile(tok) -> list[preview.Row]:
-    records = [Demonstration(HOSTILE, HOSTILE), Ranking(HOSTILE, (HOSTILE, "b"), (0, 1)), Prompt("p", id=HOSTILE)]
+    records = [
+        Demonstration(HOSTILE, HOSTILE),
+        Ranking(HOSTILE, (HOSTILE, "b"), (0, 1)),
+        Prompt("p", id=HOSTILE),
+    ]
     return [*preview.rows(records, tok), *preview.rows(records)]
 
 
@@ -186,7 +208,9 @@ def test_nothing_in_the_data_reaches_the_terminal_unescaped(tok):
 
 
 def test_the_page_is_well_formed_loads_nothing_and_holds_the_data_as_text(tok):
-    written = preview_page.page(hostile(tok), title=HOSTILE, tokens=True, report=f"1 < 2 {HOSTILE[20:40]}")
+    written = preview_page.page(
+        hostile(tok), title=HOSTILE, tokens=True, report=f"1 < 2 {HOSTILE[20:40]}"
+    )
     page = Page(written)
     assert set(page.tags).isdisjoint({"script", "img", "iframe", "object", "a", "form"})
     links = [value for name, value in page.attributes if name in ("src", "href")]
@@ -218,9 +242,21 @@ def test_look_prints_numbers_and_rows_and_makes_no_folder(tmp_path, monkeypatch,
     write_jsonl(path, RECORDS[2:4])
     run(f"--look={path}")
     out = capsys.readouterr().out
-    for part in (f"{path}: 2 rows", "One look", "ranking: record 1 of 2", "response 2 (rank 1", preview.NO_MODEL):
+    for part in (
+        f"{path}: 2 rows",
+        "One look",
+        "ranking: record 1 of 2",
+        "response 2 (rank 1",
+        preview.NO_MODEL,
+    ):
         assert part in out
-    run("--look", str(path), "--model=storyland:base_small", f"--preview={tmp_path}/page.html", "--config.rows=1")
+    run(
+        "--look",
+        str(path),
+        "--model=storyland:base_small",
+        f"--preview={tmp_path}/page.html",
+        "--config.rows=1",
+    )
     out = capsys.readouterr().out
     assert f"1 rows as the model sees them: {tmp_path}/page.html" in out
     written = (tmp_path / "page.html").read_text()
@@ -230,7 +266,8 @@ def test_look_prints_numbers_and_rows_and_makes_no_folder(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("record", "kind"), [(RECORDS[1], "demonstration"), (RECORDS[4], "prompt"), (RECORDS[6], "document")]
+    ("record", "kind"),
+    [(RECORDS[1], "demonstration"), (RECORDS[4], "prompt"), (RECORDS[6], "document")],
 )
 def test_look_sees_the_kind_of_a_file(record, kind: str, tmp_path, capsys):
     write_jsonl(tmp_path / "x.jsonl", [record])
@@ -254,9 +291,17 @@ def test_look_refuses_what_it_cannot_read(tmp_path, capsys):
 
 
 def test_preparing_writes_the_numbers_into_the_report_and_a_page(tmp_path, capsys):
-    write_jsonl(tmp_path / "d.jsonl", [Demonstration(f"How do I spell {i}?", f"Like {i}.") for i in range(60)])
+    write_jsonl(
+        tmp_path / "d.jsonl",
+        [Demonstration(f"How do I spell {i}?", f"Like {i}.") for i in range(60)],
+    )
     out, page = tmp_path / "out", tmp_path / "rows.html"
-    run("--source=jsonl", f"--out={out}", f"--config.demonstrations={tmp_path}/d.jsonl", f"--preview={page}")
+    run(
+        "--source=jsonl",
+        f"--out={out}",
+        f"--config.demonstrations={tmp_path}/d.jsonl",
+        f"--preview={page}",
+    )
     assert "One look" in (out / "data_report.txt").read_text()
     assert "trained on" in page.read_text()
     assert preview.NO_MODEL in page.read_text()

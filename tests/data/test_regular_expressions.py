@@ -97,7 +97,15 @@ def test_the_patterns_of_the_package_are_found():
 @pytest.mark.parametrize("name", sorted(PATTERNS))
 def test_every_pattern_searches_in_linear_time(name: str):
     pattern = PATTERNS[name]
-    assert slow(lambda text: [*itertools.islice(pattern.finditer(text), MATCHES), pattern.fullmatch(text)]) == []
+    assert (
+        slow(
+            lambda text: [
+                *itertools.islice(pattern.finditer(text), MATCHES),
+                pattern.fullmatch(text),
+            ]
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
@@ -122,7 +130,10 @@ def test_the_guarded_patterns_find_what_the_plain_ones_did():
     phone = re.compile(r"(?<![\w.+-])\+\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?![\w]|[.-]\d)")
     assigned = re.compile(r"(?P<key>[\w.-]+)=(?P<value>[^\s&;,)]+)")
     noise = random.Random(0)
-    numbers, words = ["+1", "+49 ", "23", "170", "12345", "1234567", " ", "-", " (", ") ", "x", ". "], "ab-.=& ;,)_?"
+    numbers, words = (
+        ["+1", "+49 ", "23", "170", "12345", "1234567", " ", "-", " (", ") ", "x", ". "],
+        "ab-.=& ;,)_?",
+    )
     masked = 0
     for _ in range(20_000):
         text = "".join(noise.choice(numbers) for _ in range(noise.randrange(2, 10)))
@@ -131,7 +142,9 @@ def test_the_guarded_patterns_find_what_the_plain_ones_did():
         assert all(any(a <= start and end <= b for a, b in ours) for start, end in found), text
         masked += len(found)
         text = "".join(noise.choice(words) for _ in range(noise.randrange(2, 12)))
-        assert [m.span() for m in assigned.finditer(text)] == [m.span() for m in secrets._ASSIGNED.finditer(text)]
+        assert [m.span() for m in assigned.finditer(text)] == [
+            m.span() for m in secrets._ASSIGNED.finditer(text)
+        ]
     assert masked > 1_000
 
 
@@ -143,7 +156,9 @@ def test_a_hook_that_fails_names_the_record_and_does_not_show_its_text():
         return str(1 // 0) if "secret" in text else text
 
     records = [schema.Prompt("fine", id="a"), schema.Prompt("a secret", id="b")]
-    with pytest.raises(ValueError, match=r"record 1 \(id b\), on a text of 8 characters: ZeroDivisionError") as error:
+    with pytest.raises(
+        ValueError, match=r"record 1 \(id b\), on a text of 8 characters: ZeroDivisionError"
+    ) as error:
         curation.scrub(records, hook)
     assert "a secret" not in str(error.value)
 
@@ -173,8 +188,11 @@ with told_when_slow("take it out", seconds=0.2) as begin:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no timers")
 def test_a_hook_whose_pattern_runs_away_is_named_while_it_runs():
-    done = subprocess.run([sys.executable, "-c", RUNS_AWAY], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS_AWAY], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == "stopped\n"
     assert done.stderr.splitlines() == [
-        f"record 1 (id b) has taken {taken} s and is not done: take it out" for taken in ("0.2", "0.4")
+        f"record 1 (id b) has taken {taken} s and is not done: take it out"
+        for taken in ("0.2", "0.4")
     ]

@@ -55,10 +55,19 @@ BAD = {
     "not UTF-8": (b'{"prompt": "\xff\xfe"}', "UTF-8"),
     "NaN": (b'{"prompt": NaN}', "NaN"),
     "infinity": (b'{"prompt": -Infinity}', "Infinity"),
-    "duplicate keys": (b'{"prompt": "p", "prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}', "'prompt'"),
-    "lone surrogate": (b'{"prompt": "\\ud800", "responses": ["a", "b"], "ranks": [1, 2]}', "'prompt' has a lone"),
+    "duplicate keys": (
+        b'{"prompt": "p", "prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}',
+        "'prompt'",
+    ),
+    "lone surrogate": (
+        b'{"prompt": "\\ud800", "responses": ["a", "b"], "ranks": [1, 2]}',
+        "'prompt' has a lone",
+    ),
     "empty prompt": ({**GOOD, "prompt": " \n"}, "'prompt' is empty"),
-    "no prompt": ({"responses": ["a", "b"], "ranks": [1, 2]}, "'prompt' must be a string, got nothing"),
+    "no prompt": (
+        {"responses": ["a", "b"], "ranks": [1, 2]},
+        "'prompt' must be a string, got nothing",
+    ),
     "prompt not text": ({**GOOD, "prompt": 3}, "'prompt' must be a string, got int"),
     "empty response": ({**GOOD, "responses": ["a", "", "c", "d"]}, r"'responses\[1\]' is empty"),
     "K = 1": ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "at least 2 texts"),
@@ -85,7 +94,10 @@ BAD = {
     "negative revision": ({**GOOD, "revision": -1}, "'revision' = -1"),
     "revision is a boolean": ({**GOOD, "revision": True}, "'revision' = True"),
     "a time in seconds": ({**GOOD, "time": 1643275800}, "'time' must be a string, got int"),
-    "a time in words": ({**GOOD, "time": "yesterday"}, "'time' = 'yesterday'.*2022-01-27T09:30:00Z"),
+    "a time in words": (
+        {**GOOD, "time": "yesterday"},
+        "'time' = 'yesterday'.*2022-01-27T09:30:00Z",
+    ),
     "an hour too many": ({**GOOD, "time": "2022-01-27T25:00"}, "'time' = '2022-01-27T25:00'"),
     "user is a number": ({**GOOD, "user": 7}, "'user' must be a string, got int"),
     "empty organization": ({**GOOD, "organization": ""}, "'organization' is empty"),
@@ -93,7 +105,10 @@ BAD = {
         {**GOOD, "policies": ["sft", None, "sft", "sft"]},
         r"'policies\[1\]' must be a string, got nothing",
     ),
-    "turns under prompt": ({**GOOD, "prompt": [{"role": "user", "content": "p"}]}, "name the field 'messages'"),
+    "turns under prompt": (
+        {**GOOD, "prompt": [{"role": "user", "content": "p"}]},
+        "name the field 'messages'",
+    ),
     "negative temperature": ({**GOOD, "temperatures": [-1, 1, 1, 1]}, "'temperatures' holds -1"),
 }
 
@@ -121,7 +136,12 @@ def test_max_bad_fraction_is_a_limit(tmp_path: Path):
 
 
 def test_duplicate_ids_are_an_error(tmp_path: Path):
-    path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "1"}, {"prompt": "b"}, {"prompt": "c", "id": "1"})
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "a", "id": "1"},
+        {"prompt": "b"},
+        {"prompt": "c", "id": "1"},
+    )
     with pytest.raises(ValueError, match=r"p\.jsonl:3: field 'id' = '1' is also in line 1"):
         schema.read_jsonl(path, Prompt)
 
@@ -129,7 +149,9 @@ def test_duplicate_ids_are_an_error(tmp_path: Path):
 def test_lines_end_at_newline_only(tmp_path: Path):
     text = "one\u2028two\u0085three\x0bfour"
     path = tmp_path / "t.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n\n")
+    path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n\n"
+    )
     records, report = schema.read_jsonl(path, PlainText)
     assert (records, report.rows) == ([PlainText(text)], 1)
 
@@ -138,7 +160,9 @@ def test_an_empty_response_needs_its_flag(tmp_path: Path):
     path = write(tmp_path / "d.jsonl", {"prompt": "p", "response": ""})
     with pytest.raises(ValueError, match="'response' is empty"):
         schema.read_jsonl(path, Demonstration)
-    assert schema.read_jsonl(path, Demonstration, allow_empty_responses=True)[0] == [Demonstration("p", "")]
+    assert schema.read_jsonl(path, Demonstration, allow_empty_responses=True)[0] == [
+        Demonstration("p", "")
+    ]
 
 
 def test_all_tied_is_kept_and_noted(tmp_path: Path):
@@ -172,7 +196,11 @@ text = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda s: s.stri
 @st.composite
 def rankings(draw: st.DrawFn) -> dict:
     k = draw(st.integers(2, 9))
-    ranks = draw(st.lists(st.integers(-1, k - 1), min_size=k, max_size=k).filter(lambda r: sum(x >= 0 for x in r) > 1))
+    ranks = draw(
+        st.lists(st.integers(-1, k - 1), min_size=k, max_size=k).filter(
+            lambda r: sum(x >= 0 for x in r) > 1
+        )
+    )
     return dict(  # not a Ranking: the type checks of the tests draw random numbers, which a strategy must not
         prompt=draw(text),
         responses=tuple(draw(st.lists(text, min_size=k, max_size=k))),
@@ -187,7 +215,9 @@ def rankings(draw: st.DrawFn) -> dict:
     rows=st.lists(rankings(), min_size=1, max_size=3, unique_by=lambda r: r["prompt"]),
     name=st.sampled_from(["r.jsonl", "r.jsonl.gz"]),
 )
-def test_written_rankings_read_back_equal(tmp_path_factory: pytest.TempPathFactory, rows: list[dict], name: str):
+def test_written_rankings_read_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict], name: str
+):
     path = tmp_path_factory.mktemp("schema") / name
     records = [Ranking(**row) for row in rows]
     schema.write_jsonl(path, records)
@@ -204,7 +234,9 @@ def test_a_ranking_with_ties_holds_choose_2_minus_tied_pairs(ranks: list[int]):
     assert schema.strict_pairs([*ranks, ABSENT, ABSENT]) == len(pairs)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "p.jsonl"
     schema.write_jsonl(path, [Prompt("old")])
 
@@ -242,13 +274,22 @@ def system(content: object) -> dict:
 
 
 TURNS = [system("s"), user("u"), assistant("a"), user("v")]
-SAID = (Message("system", "s"), Message("user", "u"), Message("assistant", "a"), Message("user", "v"))
+SAID = (
+    Message("system", "s"),
+    Message("user", "u"),
+    Message("assistant", "a"),
+    Message("user", "v"),
+)
 
 
 def test_messages_take_the_place_of_a_prompt(tmp_path: Path):
-    path = write(tmp_path / "p.jsonl", {"messages": TURNS}, {"prompt": None, "messages": TURNS[1:2]})
+    path = write(
+        tmp_path / "p.jsonl", {"messages": TURNS}, {"prompt": None, "messages": TURNS[1:2]}
+    )
     assert read_jsonl(path, Prompt)[0] == [Prompt(SAID), Prompt(SAID[1:2])]
-    path = write(tmp_path / "r.jsonl", {"messages": TURNS, "responses": ["a", "b"], "ranks": [1, 2]})
+    path = write(
+        tmp_path / "r.jsonl", {"messages": TURNS, "responses": ["a", "b"], "ranks": [1, 2]}
+    )
     assert read_jsonl(path, Ranking)[0] == [Ranking(SAID, ("a", "b"), (0, 1))]
 
 
@@ -341,7 +382,10 @@ def test_the_highest_revision_of_a_ranking_holds(tmp_path: Path):
         {**labeled("y", [2, 1], revision=10), "responses": ["b", "a"]},
     )
     records, report = read_jsonl(path, Ranking)
-    assert [(r.labeler, r.revision, r.ranks) for r in records] == [("x", 3, (0, 0)), ("y", 10, (1, 0))]
+    assert [(r.labeler, r.revision, r.ranks) for r in records] == [
+        ("x", 3, (0, 0)),
+        ("y", 10, (1, 0)),
+    ]
     assert report.dropped == {"superseded by revision": 3}
     assert report.places["superseded by revision"] == [f"{path}:{n}" for n in (1, 2, 4)]
     assert report.examples["superseded by revision"] == f"{path}:1: revision 1 < 3 of line 3"
@@ -349,10 +393,18 @@ def test_the_highest_revision_of_a_ranking_holds(tmp_path: Path):
     assert report.noted == {"all responses tie": 1}
 
 
-@pytest.mark.parametrize(("first", "second"), [({}, {}), ({"revision": 1}, {"revision": 1}), ({"revision": 1}, {})])
-def test_the_same_ranking_twice_without_revisions_is_an_error(tmp_path: Path, first: dict, second: dict):
-    path = write(tmp_path / "r.jsonl", labeled("x", [1, 2], **first), labeled("x", [2, 1], **second))
-    with pytest.raises(ValueError, match=r"r\.jsonl:2: labeler 'x' ranks the prompt and responses of line 1 again"):
+@pytest.mark.parametrize(
+    ("first", "second"), [({}, {}), ({"revision": 1}, {"revision": 1}), ({"revision": 1}, {})]
+)
+def test_the_same_ranking_twice_without_revisions_is_an_error(
+    tmp_path: Path, first: dict, second: dict
+):
+    path = write(
+        tmp_path / "r.jsonl", labeled("x", [1, 2], **first), labeled("x", [2, 1], **second)
+    )
+    with pytest.raises(
+        ValueError, match=r"r\.jsonl:2: labeler 'x' ranks the prompt and responses of line 1 again"
+    ):
         read_jsonl(path, Ranking)
     assert read_jsonl(path, Ranking, max_bad_fraction=0.5)[1].dropped == {"ranked twice": 1}
 
@@ -399,28 +451,37 @@ def test_equal_responses_with_unequal_ranks_are_kept_and_noted(tmp_path: Path):
 
 def test_only_the_order_of_ranks_counts(tmp_path: Path):
     rows = [
-        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": ranks} for ranks in ([1, 1, 3], [2, 2, 3], [1, 1, 2])
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": ranks}
+        for ranks in ([1, 1, 3], [2, 2, 3], [1, 1, 2])
     ]
     records, _ = read_jsonl(write(tmp_path / "r.jsonl", *rows), Ranking)
     assert {strict_pairs(r.ranks) for r in records} == {2}
-    assert {tuple(sorted({r: None for r in record.ranks}).index(x) for x in record.ranks) for record in records} == {
-        (0, 0, 1)
-    }
+    assert {
+        tuple(sorted({r: None for r in record.ranks}).index(x) for x in record.ranks)
+        for record in records
+    } == {(0, 0, 1)}
 
 
 # ------------------------------------------------------------------------------------ lengths and special tokens
 
 
 def test_a_row_over_the_limit_is_dropped_and_counted(tmp_path: Path):
-    path = write(tmp_path / "d.jsonl", *({"prompt": "p" * n, "response": "r" * 5} for n in (5, 6, 4, 7)))
+    path = write(
+        tmp_path / "d.jsonl", *({"prompt": "p" * n, "response": "r" * 5} for n in (5, 6, 4, 7))
+    )
     records, report = read_jsonl(path, Demonstration, limit=10)
     assert [len(str(r.prompt)) for r in records] == [5, 4]
     assert report.dropped == {"too long": 2}
     assert report.places == {"too long": [f"{path}:2", f"{path}:4"]}
     assert "take 11 characters, limit=10" in report.examples["too long"]
-    with pytest.raises(ValueError, match=r"2 of 4 rows .*\n.*d\.jsonl:2: .* limit=10.* \(and 1 more: too long\)"):
+    with pytest.raises(
+        ValueError, match=r"2 of 4 rows .*\n.*d\.jsonl:2: .* limit=10.* \(and 1 more: too long\)"
+    ):
         read_jsonl(path, Demonstration, limit=10, too_long="error")
-    assert read_jsonl(path, Demonstration, limit=10, too_long="error", max_bad_fraction=0.5)[1] == report
+    assert (
+        read_jsonl(path, Demonstration, limit=10, too_long="error", max_bad_fraction=0.5)[1]
+        == report
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +491,11 @@ def test_a_row_over_the_limit_is_dropped_and_counted(tmp_path: Path):
         (Prompt, {"messages": TURNS}, 4),
         (PlainText, {"text": "seven c"}, 7),
         (Demonstration, {"messages": [user("ab"), assistant("cde")]}, 5),
-        (Ranking, {"prompt": "ab", "responses": ["c", "defg", "far too long"], "ranks": [1, 2, None]}, 6),
+        (
+            Ranking,
+            {"prompt": "ab", "responses": ["c", "defg", "far too long"], "ranks": [1, 2, None]},
+            6,
+        ),
     ],
 )
 def test_what_is_measured(tmp_path: Path, kind: type, row: dict, size: int):
@@ -454,12 +519,16 @@ def test_truncate_cuts_responses_in_tokens_and_notes_the_row(tmp_path: Path):
     assert report.places == {"response cut": [f"{path}:1"], "too long": [f"{path}:2"]}
     assert "no room for a response" in report.examples["too long"]
     prompts = write(tmp_path / "p.jsonl", {"prompt": "a b c d e"}, {"prompt": "a"})
-    assert read_jsonl(prompts, Prompt, limit=4, length=words, too_long="truncate")[1].dropped == {"too long": 1}
+    assert read_jsonl(prompts, Prompt, limit=4, length=words, too_long="truncate")[1].dropped == {
+        "too long": 1
+    }
 
 
 @settings(deadline=None)
 @given(st.text("ab \n", min_size=1), st.integers(1, 9))
-def test_a_cut_text_is_the_longest_beginning_that_fits(tmp_path_factory: pytest.TempPathFactory, text: str, limit: int):
+def test_a_cut_text_is_the_longest_beginning_that_fits(
+    tmp_path_factory: pytest.TempPathFactory, text: str, limit: int
+):
     path = tmp_path_factory.mktemp("cut") / "t.jsonl"
     write(path, {"text": "a"}, {"text": f"b{text}"})
     (_, cut), report = read_jsonl(path, PlainText, limit=limit, too_long="truncate")
@@ -543,7 +612,9 @@ def test_the_default_refuses_the_corpus_and_names_every_reason(corpus: Path, nam
         read_jsonl(corpus / f"{name}.jsonl", kind, **options)
     assert f"{caught.value}\n" == (corpus / f"{name}.error.txt").read_text()
     dropped = read_corpus(corpus, name).places
-    bad = {r for r in dropped if RULES[r].outcome == "bad"} | ({"too long"} if name == "prompts" else set())
+    bad = {r for r in dropped if RULES[r].outcome == "bad"} | (
+        {"too long"} if name == "prompts" else set()
+    )
     assert [line.split(": ")[0].strip() for line in str(caught.value).split("\n")[1:]] == sorted(
         (dropped[r][0] for r in bad), key=lambda place: int(place.rpartition(":")[2])
     )
@@ -562,20 +633,34 @@ def test_every_reason_in_the_code_is_in_the_table():
     """Reasons are the first argument of a RowError, the `reason=` of a check, or what `notes_of` yields."""
     given: list[ast.expr | None] = []
     files = Path(schema.__file__).parent.glob("*.py")
-    for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text())) for file in files):
+    for node in itertools.chain.from_iterable(
+        ast.walk(ast.parse(file.read_text())) for file in files
+    ):
         if isinstance(node, ast.Call):
             given += node.args[:1] * (ast.unparse(node.func) == "RowError")
             given += [k.value for k in node.keywords if k.arg == "reason"]
-        if isinstance(node, ast.Yield) or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason"):
+        if isinstance(node, ast.Yield) or (
+            isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason"
+        ):
             given += [node.value]
-    parts = [part for value in given if value for part in ast.walk(value) if isinstance(part, ast.Constant)]
+    parts = [
+        part
+        for value in given
+        if value
+        for part in ast.walk(value)
+        if isinstance(part, ast.Constant)
+    ]
     found = {part.value for part in parts if isinstance(part.value, str)}
-    found.discard("empty ")  # check_text for a field of another module; this one always names its reason
+    found.discard(
+        "empty "
+    )  # check_text for a field of another module; this one always names its reason
     assert found == set(RULES)
 
 
 def test_the_table_in_the_docs_is_the_one_in_the_code():
-    rows = [f"| {reason} | {rule.row} | {rule.outcome} | {rule.fix} |" for reason, rule in RULES.items()]
+    rows = [
+        f"| {reason} | {rule.row} | {rule.outcome} | {rule.fix} |" for reason, rule in RULES.items()
+    ]
     table = "\n".join(["| reason | row | outcome | fix |", "|---|---|---|---|", *rows])
     assert f"\n\n{table}\n\n" in (ROOT / "docs" / "data.md").read_text()
 
@@ -624,12 +709,18 @@ def turns(draw: st.DrawFn) -> tuple[Message, ...]:
 
 
 label = st.none() | text
-ORIGIN = {"user": label, "organization": label, "time": st.none() | st.datetimes().map(lambda t: t.isoformat())}
+ORIGIN = {
+    "user": label,
+    "organization": label,
+    "time": st.none() | st.datetimes().map(lambda t: t.isoformat()),
+}
 
 
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(["x.jsonl", "x.jsonl.gz"]))
-def test_any_record_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str):
+def test_any_record_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str
+):
     labels = dict.fromkeys(("source", "use_case", "labeler"), label)
     fields = {
         Prompt: {"prompt": text | turns(), "source": label, "use_case": label, **ORIGIN},
@@ -640,7 +731,12 @@ def test_any_record_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, d
     if kind is Ranking:
         row = data.draw(rankings())
         k = len(row["responses"])
-        more = {"prompt": text | turns(), "labeler_group": label, "revision": st.none() | st.integers(0), **ORIGIN}
+        more = {
+            "prompt": text | turns(),
+            "labeler_group": label,
+            "revision": st.none() | st.integers(0),
+            **ORIGIN,
+        }
         more["policies"] = st.none() | st.lists(text, min_size=k, max_size=k).map(tuple)
         rows = [row | data.draw(st.fixed_dictionaries(more))]
     else:
@@ -675,18 +771,28 @@ def test_any_ranking_in_a_file_holds_choose_2_of_the_ranked_minus_the_tied(
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-1, 9) | st.floats() | st.text(max_size=3) | st.sampled_from(["user", "p"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 9)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(["user", "p"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner)
+    ),
     max_leaves=8,
 )
-NAMES = sorted({name for kind in (Ranking, Demonstration, PlainText) for name in schema.field_names(kind)})
+NAMES = sorted(
+    {name for kind in (Ranking, Demonstration, PlainText) for name in schema.field_names(kind)}
+)
 
 
 @settings(deadline=None)
 @given(
     st.sampled_from([Prompt, Demonstration, Ranking, PlainText]),
     st.lists(
-        st.binary(max_size=9) | st.dictionaries(st.sampled_from(NAMES), anything).map(lambda r: json.dumps(r).encode())
+        st.binary(max_size=9)
+        | st.dictionaries(st.sampled_from(NAMES), anything).map(lambda r: json.dumps(r).encode())
     ),
 )
 def test_any_file_gives_records_or_an_error_and_reasons_of_the_table(

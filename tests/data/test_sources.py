@@ -24,7 +24,10 @@ def write(path: Path, *rows: object) -> Path:
 
 def pair(prompt: str, chosen: str, rejected: str, other: str | None = None) -> dict[str, str]:
     form = "\n\nHuman: {}\n\nAssistant: {}"
-    return {"chosen": form.format(prompt, chosen), "rejected": form.format(other or prompt, rejected)}
+    return {
+        "chosen": form.format(prompt, chosen),
+        "rejected": form.format(other or prompt, rejected),
+    }
 
 
 EVERYTHING = {"split": "train", "test_fraction": 0.0}
@@ -58,19 +61,30 @@ def test_hh_layouts_and_subsets(tmp_path: Path):
     write(tmp_path / "hh_rlhf" / "red-team-attempts" / "train.jsonl.gz", {"other": "form"})
     records, _ = sources.read_hh(tmp_path, split="train", test_fraction=0.0)
     assert {r.source for r in records} == {"hh_rlhf/helpful-base", "hh_rlhf/harmless-base"}
-    records, _ = sources.read_hh(tmp_path, split="train", test_fraction=0.0, subsets=("harmless-base",))
+    records, _ = sources.read_hh(
+        tmp_path, split="train", test_fraction=0.0, subsets=("harmless-base",)
+    )
     assert [r.prompt for r in records] == ["Human: b\n\nAssistant:"]
 
 
 def test_a_damaged_row_is_an_error_even_among_expected_drops(tmp_path: Path):
-    write(tmp_path / "helpful-base.jsonl.gz", pair("p", "same", "same"), pair("p", "a", "b"), {"chosen": "x"})
-    with pytest.raises(ValueError, match=r"helpful-base\.jsonl\.gz:3: field 'rejected' must be a string"):
+    write(
+        tmp_path / "helpful-base.jsonl.gz",
+        pair("p", "same", "same"),
+        pair("p", "a", "b"),
+        {"chosen": "x"},
+    )
+    with pytest.raises(
+        ValueError, match=r"helpful-base\.jsonl\.gz:3: field 'rejected' must be a string"
+    ):
         sources.read_hh(tmp_path, split="train", test_fraction=0.0)
 
 
 def test_no_conversation_is_in_both_splits(tmp_path: Path):
     """Prompts of train and test are disjoint by first human turn, and the split does not depend on the file."""
-    rows = [pair(f"Question {i % 50}?\n\nAssistant: a\n\nHuman: more {i}", "x", "y") for i in range(200)]
+    rows = [
+        pair(f"Question {i % 50}?\n\nAssistant: a\n\nHuman: more {i}", "x", "y") for i in range(200)
+    ]
     write(tmp_path / "helpful-base" / "train.jsonl.gz", *rows)
     splits = {s: sources.read_hh(tmp_path, split=s, test_fraction=0.3) for s in ("train", "test")}
     first = {s: {r.prompt.split("\n\n")[0] for r in records} for s, (records, _) in splits.items()}
@@ -79,12 +93,23 @@ def test_no_conversation_is_in_both_splits(tmp_path: Path):
     assert 5 <= len(first["test"]) <= 25
     assert splits["test"][1].noted == {"records in the test split": len(splits["test"][0])}
     for i in range(20):
-        follow_up = sources.in_test_split(f"Human: hello {i}\n\nAssistant: x\n\nHuman: y\n\nAssistant:", fraction=0.5)
-        assert sources.in_test_split(f"Human:  Hello  {i} \n\nAssistant:", fraction=0.5) == follow_up
+        follow_up = sources.in_test_split(
+            f"Human: hello {i}\n\nAssistant: x\n\nHuman: y\n\nAssistant:", fraction=0.5
+        )
+        assert (
+            sources.in_test_split(f"Human:  Hello  {i} \n\nAssistant:", fraction=0.5) == follow_up
+        )
 
 
 def message(text: str, role: str, *replies: dict, **fields: object) -> dict:
-    return {"message_id": text, "text": text, "role": role, "lang": "en", "replies": list(replies), **fields}
+    return {
+        "message_id": text,
+        "text": text,
+        "role": role,
+        "lang": "en",
+        "replies": list(replies),
+        **fields,
+    }
 
 
 TREE = {
@@ -109,9 +134,17 @@ def test_oasst_trees_become_rankings_and_demonstrations(tmp_path: Path):
     write(tmp_path / "trees.jsonl.gz", TREE)
     rankings, _ = sources.read_oasst(tmp_path, split="train", test_fraction=0.0)
     assert rankings == [
-        Ranking("Human: Hello\n\nAssistant:", ("first", "second", "machine"), (0, 1, 4), "Hello", "oasst")
+        Ranking(
+            "Human: Hello\n\nAssistant:",
+            ("first", "second", "machine"),
+            (0, 1, 4),
+            "Hello",
+            "oasst",
+        )
     ]
-    demonstrations, _ = sources.read_oasst_demonstrations(tmp_path, split="train", test_fraction=0.0)
+    demonstrations, _ = sources.read_oasst_demonstrations(
+        tmp_path, split="train", test_fraction=0.0
+    )
     follow_up = "Human: Hello\n\nAssistant: first\n\nHuman: And?\n\nAssistant:"
     assert demonstrations == [
         Demonstration("Human: Hello\n\nAssistant:", "first", "Hello", "oasst"),
@@ -121,10 +154,16 @@ def test_oasst_trees_become_rankings_and_demonstrations(tmp_path: Path):
 
 def test_oasst_derived_file(tmp_path: Path):
     turns = [{"role": "prompter", "text": "Hi"}]
-    write(tmp_path / "oasst" / "rankings.jsonl.gz", {"prompt": turns, "responses": ["a", "b"], "ranks": [0, 0]})
+    write(
+        tmp_path / "oasst" / "rankings.jsonl.gz",
+        {"prompt": turns, "responses": ["a", "b"], "ranks": [0, 0]},
+    )
     rankings, _ = sources.read_oasst(tmp_path, split="train", test_fraction=0.0)
     assert rankings == [Ranking("Human: Hi\n\nAssistant:", ("a", "b"), (0, 0), source="oasst")]
-    write(tmp_path / "oasst" / "rankings.jsonl.gz", {"prompt": turns, "responses": ["a", "b"], "ranks": [0]})
+    write(
+        tmp_path / "oasst" / "rankings.jsonl.gz",
+        {"prompt": turns, "responses": ["a", "b"], "ranks": [0]},
+    )
     with pytest.raises(ValueError, match="same length"):
         sources.read_oasst(tmp_path, split="train", test_fraction=0.0)
 
@@ -151,7 +190,9 @@ def test_text_files_become_documents(tmp_path: Path):
         sources.read_text(tmp_path / "e.jsonl.gz")
 
 
-@pytest.mark.parametrize("read", [sources.read_hh, sources.read_oasst, sources.read_oasst_demonstrations])
+@pytest.mark.parametrize(
+    "read", [sources.read_hh, sources.read_oasst, sources.read_oasst_demonstrations]
+)
 def test_missing_data_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read):
     with pytest.raises(ValueError, match="is no folder: check the path"):
         read(tmp_path / "nowhere", split="train")
@@ -162,14 +203,20 @@ def test_missing_data_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monk
         raise LocalEntryNotFoundError("no connection\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ValueError, match=r"cannot download .* check the network, or .* pass data_dir") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot download .* check the network, or .* pass data_dir"
+    ) as caught:
         read(split="train")
     assert "\n" not in str(caught.value)
 
 
-def test_the_real_client_without_network_gives_the_same_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_real_client_without_network_gives_the_same_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"cannot download helpful-base/train\.jsonl\.gz of Anthropic/hh-rlhf"):
+    with pytest.raises(
+        ValueError, match=r"cannot download helpful-base/train\.jsonl\.gz of Anthropic/hh-rlhf"
+    ):
         sources.read_hh(split="train")
 
 
@@ -198,7 +245,9 @@ def save_parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def save_arrow(path: Path, rows: list[dict], *, batches: int = 1, file_format: bool = False) -> Path:
+def save_arrow(
+    path: Path, rows: list[dict], *, batches: int = 1, file_format: bool = False
+) -> Path:
     """As `datasets` writes it: the stream format, several record batches."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows)
@@ -230,13 +279,20 @@ def save_to_disk(folder: Path, shards: list[list[dict]], **state: object) -> Pat
 
 
 def pairs_of(start: int, count: int) -> list[dict]:
-    return [{"prompt": f"p{k}", "chosen": "good", "rejected": "bad"} for k in range(start, start + count)]
+    return [
+        {"prompt": f"p{k}", "chosen": "good", "rejected": "bad"}
+        for k in range(start, start + count)
+    ]
 
 
 TURNS = (Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Who?"))
 BEFORE = [user("Hi"), said("Hello."), user("Who?")]
 PAIRS = {
-    "texts": ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "The sky is", ("blue.", "green.")),
+    "texts": (
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+        "The sky is",
+        ("blue.", "green."),
+    ),
     "texts with the prompt in them": (
         {"prompt": "The sky is", "chosen": "The sky is blue.", "rejected": "The sky is black."},
         "The sky is",
@@ -248,11 +304,18 @@ PAIRS = {
         ("blue today.", "blue"),
     ),
     "dialogues": (
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Good day", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"},
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Good day",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Go away",
+        },
         "Human: Hi\n\nAssistant:",
         ("Good day", "Go away"),
     ),
-    "messages": ({"prompt": BEFORE, "chosen": [said("Me.")], "rejected": [said("You.")]}, TURNS, ("Me.", "You.")),
+    "messages": (
+        {"prompt": BEFORE, "chosen": [said("Me.")], "rejected": [said("You.")]},
+        TURNS,
+        ("Me.", "You."),
+    ),
     "messages with the prompt in them": (
         {"chosen": [*BEFORE, said("Me.")], "rejected": [*BEFORE, said("You.")]},
         TURNS,
@@ -264,7 +327,11 @@ PAIRS = {
         ("Me.", "You."),
     ),
     "a text and messages that repeat it": (
-        {"prompt": "Who?", "chosen": [user("Who?"), said("Me.")], "rejected": [user("Who?"), said("You.")]},
+        {
+            "prompt": "Who?",
+            "chosen": [user("Who?"), said("Me.")],
+            "rejected": [user("Who?"), said("You.")],
+        },
         (Message("user", "Who?"),),
         ("Me.", "You."),
     ),
@@ -275,7 +342,11 @@ PAIRS = {
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet", ".arrow"])
 def test_pairs_in_every_form_and_file(tmp_path: Path, form: str, suffix: str):
     row, prompt, responses = PAIRS[form]
-    save = {".jsonl.gz": lambda path, rows: write(path, *rows), ".parquet": save_parquet, ".arrow": save_arrow}[suffix]
+    save = {
+        ".jsonl.gz": lambda path, rows: write(path, *rows),
+        ".parquet": save_parquet,
+        ".arrow": save_arrow,
+    }[suffix]
     path = save(tmp_path / f"pairs{suffix}", [{**row, "id": "7", "labeler": "x", "score": 3.5}])
     records, report = sources.read_pairs(path, source="trl")
     assert records == [Ranking(prompt, responses, (0, 1), id="7", source="trl", labeler="x")]
@@ -292,28 +363,49 @@ def test_demonstrations_and_prompts(tmp_path: Path):
     records, _ = sources.read_completions(write(tmp_path / "a.jsonl.gz", *completions))
     assert records == [Demonstration("The sky is", "blue."), Demonstration("It is", "late.")]
     rows = [{"prompt": BEFORE, "completion": [said("Me.")]}]
-    assert sources.read_completions(save_parquet(tmp_path / "b.parquet", rows))[0] == [Demonstration(TURNS, "Me.")]
+    assert sources.read_completions(save_parquet(tmp_path / "b.parquet", rows))[0] == [
+        Demonstration(TURNS, "Me.")
+    ]
     system = {"role": "system", "content": "Be brief."}
     rows = [{"messages": [system, *BEFORE, said("Me.")], "prompt": None}]
     records, _ = sources.read_completions(save_arrow(tmp_path / "c.arrow", rows), source="chat")
-    assert records == [Demonstration((Message("system", "Be brief."), *TURNS), "Me.", source="chat")]
-    path = write(tmp_path / "d.jsonl.gz", {"prompt": "p", "id": "1", "extra": 2}, {"prompt": BEFORE})
+    assert records == [
+        Demonstration((Message("system", "Be brief."), *TURNS), "Me.", source="chat")
+    ]
+    path = write(
+        tmp_path / "d.jsonl.gz", {"prompt": "p", "id": "1", "extra": 2}, {"prompt": BEFORE}
+    )
     assert sources.read_prompts(path)[0] == [Prompt("p", id="1"), Prompt(TURNS)]
 
 
 def test_rated_responses_become_ranks_with_ties(tmp_path: Path):
-    row = {"prompt": "p", "responses": ["a", " b ", "c", "d", "e"], "scores": [3, 4.5, 3.0, None, -1]}
+    row = {
+        "prompt": "p",
+        "responses": ["a", " b ", "c", "d", "e"],
+        "scores": [3, 4.5, 3.0, None, -1],
+    }
     records, _ = sources.read_rated(write(tmp_path / "a.jsonl.gz", row))
     assert records == [Ranking("p", ("a", "b", "c", "d", "e"), (1, 0, 1, -1, 2))]
     given = [("m1", "a", 7.0), ("m2", "b", float("nan")), ("m3", "c", 8.5)]
-    row = {"instruction": "q", "completions": [{"model": m, "response": r, "overall_score": s} for m, r, s in given]}
-    records, _ = sources.read_rated(save_parquet(tmp_path / "b.parquet", [{"source": "ultra", **row}]))
-    assert records == [Ranking("q", ("a", "b", "c"), (1, -1, 0), source="ultra", policies=("m1", "m2", "m3"))]
+    row = {
+        "instruction": "q",
+        "completions": [{"model": m, "response": r, "overall_score": s} for m, r, s in given],
+    }
+    records, _ = sources.read_rated(
+        save_parquet(tmp_path / "b.parquet", [{"source": "ultra", **row}])
+    )
+    assert records == [
+        Ranking("q", ("a", "b", "c"), (1, -1, 0), source="ultra", policies=("m1", "m2", "m3"))
+    ]
     bad = {"prompt": "p", "responses": ["a", "b"], "scores": [1, "2"]}
-    with pytest.raises(ValueError, match=r"c\.jsonl\.gz:1: field 'scores\[1\]' must be a number or null, got str"):
+    with pytest.raises(
+        ValueError, match=r"c\.jsonl\.gz:1: field 'scores\[1\]' must be a number or null, got str"
+    ):
         sources.read_rated(write(tmp_path / "c.jsonl.gz", bad))
     with pytest.raises(ValueError, match="a number for each response"):
-        sources.read_rated(write(tmp_path / "d.jsonl.gz", {"prompt": "p", "responses": ["a", "b"], "scores": [1]}))
+        sources.read_rated(
+            write(tmp_path / "d.jsonl.gz", {"prompt": "p", "responses": ["a", "b"], "scores": [1]})
+        )
 
 
 def test_a_public_set_has_expected_drops(tmp_path: Path):
@@ -321,10 +413,16 @@ def test_a_public_set_has_expected_drops(tmp_path: Path):
         *pairs_of(0, 1),
         {"prompt": "p", "chosen": "same", "rejected": "same "},
         {"prompt": "p", "chosen": "a", "rejected": ""},
-        {"prompt": None, "chosen": [user("q"), said("no")], "rejected": [user("r"), said("shared beginning")]},
+        {
+            "prompt": None,
+            "chosen": [user("q"), said("no")],
+            "rejected": [user("r"), said("shared beginning")],
+        },
         {"prompt": None, "chosen": "q: a\n\nAssistant: x", "rejected": "q: b\n\nAssistant: y"},
     ]
-    path = write(tmp_path / "a.jsonl.gz", *rows)  # texts in one row and messages in another: no arrow column
+    path = write(
+        tmp_path / "a.jsonl.gz", *rows
+    )  # texts in one row and messages in another: no arrow column
     records, report = sources.read_pairs(path)
     assert [r.prompt for r in records] == ["p0"]
     assert report.dropped == {"identical responses": 1, "empty response": 1, "prompts differ": 2}
@@ -336,13 +434,28 @@ def test_a_public_set_has_expected_drops(tmp_path: Path):
     ("row", "message"),
     [
         ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing: the row has chosen, prompt"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "field 'prompt' must be a text or a list of messages, got int"),
-        ({"prompt": "p", "chosen": [user("x"), said("y")], "rejected": [said("z")]}, "2 messages answer the prompt"),
-        ({"chosen": "a", "rejected": [user("x"), said("y")]}, "a text alone does not say what it answers"),
+        (
+            {"prompt": 3, "chosen": "a", "rejected": "b"},
+            "field 'prompt' must be a text or a list of messages, got int",
+        ),
+        (
+            {"prompt": "p", "chosen": [user("x"), said("y")], "rejected": [said("z")]},
+            "2 messages answer the prompt",
+        ),
+        (
+            {"chosen": "a", "rejected": [user("x"), said("y")]},
+            "a text alone does not say what it answers",
+        ),
         ({"prompt": [said("x")], "chosen": "a", "rejected": "b"}, "the user's turn is due"),
-        ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "must be one of system, user"),
+        (
+            {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
+            "must be one of system, user",
+        ),
         ({"prompt": ["x"], "chosen": "a", "rejected": "b"}, "must be an object, got str"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "id": "first"}, "'first' is also in an earlier row"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "id": "first"},
+            "'first' is also in an earlier row",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_file_and_row(tmp_path: Path, row: dict, message: str):
@@ -378,11 +491,17 @@ def test_damaged_folders_of_save_to_disk(tmp_path: Path):
     (folder / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(ValueError, match=r"lacks \['data-00001-of-00002\.arrow'\]"):
         sources.read_pairs(folder)
-    moved = save_to_disk(tmp_path / "b", [pairs_of(0, 2)], _indices_data_files=[{"filename": "indices.arrow"}])
-    with pytest.raises(ValueError, match="saved with an index file: save it again after flatten_indices"):
+    moved = save_to_disk(
+        tmp_path / "b", [pairs_of(0, 2)], _indices_data_files=[{"filename": "indices.arrow"}]
+    )
+    with pytest.raises(
+        ValueError, match="saved with an index file: save it again after flatten_indices"
+    ):
         sources.read_pairs(moved)
     save_arrow(tmp_path / "secret.arrow", pairs_of(7, 1))
-    outside = save_to_disk(tmp_path / "c", [pairs_of(0, 2)], _data_files=[{"filename": "../secret.arrow"}])
+    outside = save_to_disk(
+        tmp_path / "c", [pairs_of(0, 2)], _data_files=[{"filename": "../secret.arrow"}]
+    )
     with pytest.raises(ValueError, match="lacks"):
         sources.read_pairs(outside)
     (outside / "state.json").write_text("[]")
@@ -394,7 +513,10 @@ def test_damaged_folders_of_save_to_disk(tmp_path: Path):
     "names",
     [
         ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
-        ["data/train-00000-of-00002-0123456789abcdef.parquet", "data/train-00001-of-00002-fedcba9876543210.parquet"],
+        [
+            "data/train-00000-of-00002-0123456789abcdef.parquet",
+            "data/train-00001-of-00002-fedcba9876543210.parquet",
+        ],
         ["default/train/0000.parquet", "default/train/0001.parquet"],
     ],
 )
@@ -439,11 +561,15 @@ def test_incomplete_or_ambiguous_folders(tmp_path: Path):
 def test_both_arrow_formats_and_cut_files(tmp_path: Path):
     rows = pairs_of(0, 6)
     for file_format in (False, True):
-        path = save_arrow(tmp_path / f"{file_format}.arrow", rows, batches=3, file_format=file_format)
+        path = save_arrow(
+            tmp_path / f"{file_format}.arrow", rows, batches=3, file_format=file_format
+        )
         assert [r.prompt for r in sources.read_pairs(path)[0]] == [f"p{k}" for k in range(6)]
     stream = (tmp_path / "False.arrow").read_bytes()
     parquet = save_parquet(tmp_path / "p.parquet", rows).read_bytes()
-    assert pa.ipc.open_stream(stream[:-8]).read_all().num_rows == 6  # pyarrow does not miss the end mark
+    assert (
+        pa.ipc.open_stream(stream[:-8]).read_all().num_rows == 6
+    )  # pyarrow does not miss the end mark
     for name, data in (
         ("cut.arrow", stream[: len(stream) // 2]),
         ("cut.arrow", stream[:-8]),
@@ -453,14 +579,18 @@ def test_both_arrow_formats_and_cut_files(tmp_path: Path):
     ):
         cut = tmp_path / name
         cut.write_bytes(data)
-        with pytest.raises(ValueError, match=r"cut\.\w+ cannot be read \(.*\): copy or download it again"):
+        with pytest.raises(
+            ValueError, match=r"cut\.\w+ cannot be read \(.*\): copy or download it again"
+        ):
             sources.read_pairs(cut)
 
 
 def test_pyarrow_is_named_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save_parquet(tmp_path / "a.parquet", pairs_of(0, 1))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r'a\.parquet needs pyarrow: pip install "rlhf_jax\[data\]"'):
+    with pytest.raises(
+        ValueError, match=r'a\.parquet needs pyarrow: pip install "rlhf_jax\[data\]"'
+    ):
         sources.read_pairs(path)
     assert len(sources.read_pairs(write(tmp_path / "a.jsonl.gz", *pairs_of(0, 2)))[0]) == 2
 
@@ -468,7 +598,9 @@ def test_pyarrow_is_named_when_missing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_conversation_has_one_place_in_both_forms():
     text = "Human: Hi\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant:"
     assert sources.conversation_place(TURNS) == sources.conversation_place(text)
-    assert sources.conversation_place((Message("system", "x"), *TURNS)) == sources.conversation_place(text)
+    assert sources.conversation_place(
+        (Message("system", "x"), *TURNS)
+    ) == sources.conversation_place(text)
     assert sources.conversation_place((Message("user", "Ho"),)) != sources.conversation_place(text)
 
 
@@ -501,7 +633,9 @@ def test_real_openassistant(data_dir: Path, tmp_path: Path):
     trees = next((data_dir / "oasst_en100").glob("*tree*.jsonl.gz"))
     (tmp_path / trees.name).write_bytes(trees.read_bytes())
     from_trees, _ = sources.read_oasst(tmp_path, **EVERYTHING)
-    assert {(r.prompt, r.responses) for r in from_trees} == {(r.prompt, r.responses) for r in records}
+    assert {(r.prompt, r.responses) for r in from_trees} == {
+        (r.prompt, r.responses) for r in records
+    }
     assert all(sorted(r.ranks) == list(r.ranks) for r in from_trees)
     demonstrations, _ = sources.read_oasst_demonstrations(data_dir, **EVERYTHING)
     assert len(demonstrations) == 249
@@ -516,8 +650,12 @@ def test_real_text(data_dir: Path):
 
 def test_real_hh_rlhf_is_also_a_table_in_trls_form(data_dir: Path, tmp_path: Path):
     """Implicit prompts: the pairs that `read_hh` keeps, from parquet."""
-    lines = gzip.decompress((data_dir / "hh_rlhf" / "helpful-base.test.jsonl.gz").read_bytes()).splitlines()
-    path = save_parquet(tmp_path / "test-00000-of-00001.parquet", [json.loads(line) for line in lines])
+    lines = gzip.decompress(
+        (data_dir / "hh_rlhf" / "helpful-base.test.jsonl.gz").read_bytes()
+    ).splitlines()
+    path = save_parquet(
+        tmp_path / "test-00000-of-00001.parquet", [json.loads(line) for line in lines]
+    )
     records, report = sources.read_pairs(path, source="hh_rlhf/helpful-base")
     wanted, counts = sources.read_hh(data_dir, **EVERYTHING, subsets=("helpful-base",))
     assert records == wanted

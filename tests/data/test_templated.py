@@ -46,10 +46,15 @@ ORDINARY = (
 def tokenizer(*special: str, **names: str) -> transformers.PreTrainedTokenizerFast:
     """One token a byte, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(alphabet)}, merges=[]))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate(alphabet)}, merges=[])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|end|>", additional_special_tokens=list(special), **names
+        tokenizer_object=inner,
+        eos_token="<|end|>",
+        additional_special_tokens=list(special),
+        **names,
     )
 
 
@@ -66,7 +71,12 @@ def test_ordinary_text_is_left_alone(said: str):
 
 def test_special_tokens_of_the_tokenizer_are_found_and_bare_words_are_not():
     own = tokenizer("~turn~", "and", pad_token="!")
-    rows = [Prompt("~turn~user"), Prompt("this and that!"), Prompt((Message("user", "x ~turn~"),)), PlainText("a")]
+    rows = [
+        Prompt("~turn~user"),
+        Prompt("this and that!"),
+        Prompt((Message("user", "x ~turn~"),)),
+        PlainText("a"),
+    ]
     assert templated.templated_rows(rows, own) == [0, 2]
     assert templated.templated_rows(rows) == []
 
@@ -86,7 +96,13 @@ def test_the_note_names_count_file_lines_markers_and_what_to_do(tmp_path):
     records, report = schema.read_jsonl(path, Demonstration, special_tokens=templated.pattern())
     note = str(templated.note(records, report))
     assert "\n" not in note
-    for part in ("4 of 6 rows", "special tokens", "<|im_start|> <|im_end|>", f"{path}:2, 4, 5, ..", "messages"):
+    for part in (
+        "4 of 6 rows",
+        "special tokens",
+        "<|im_start|> <|im_end|>",
+        f"{path}:2, 4, 5, ..",
+        "messages",
+    ):
         assert part in note
     records, report = schema.read_jsonl(write(tmp_path / "e.jsonl", good), Demonstration)
     assert templated.note(records, report) is None
@@ -104,7 +120,9 @@ def test_the_note_says_what_the_tokenizer_makes_of_the_markers(tmp_path):
 def test_every_stage_tells_once_as_it_reads(tmp_path, capsys):
     tok, said = text.load_tokenizer(assets()), WRITTEN["Llama 3"]
     demonstrations = write(tmp_path / "d.jsonl", {"prompt": said, "response": "Yes."})
-    rankings = write(tmp_path / "r.jsonl", {"prompt": "p", "responses": [said, "no"], "ranks": [1, 2]})
+    rankings = write(
+        tmp_path / "r.jsonl", {"prompt": "p", "responses": [said, "no"], "ranks": [1, 2]}
+    )
     prompts = write(tmp_path / "p.jsonl", {"prompt": said})
     documents = write(tmp_path / "t.jsonl", {"text": "One.<|endoftext|>Two."})
     config = load_config("configs/sft/storyland.py:smoke", {"row_length": "256"})
@@ -123,8 +141,12 @@ def test_every_stage_tells_once_as_it_reads(tmp_path, capsys):
 
 
 def test_a_stage_says_nothing_of_ordinary_rows(tmp_path, capsys):
-    path = write(tmp_path / "p.jsonl", *({"prompt": said, "id": str(i)} for i, said in enumerate(ORDINARY)))
-    assert len(datasets.read_prompts(path, tokenizer=text.load_tokenizer(assets()))) == len(ORDINARY)
+    path = write(
+        tmp_path / "p.jsonl", *({"prompt": said, "id": str(i)} for i, said in enumerate(ORDINARY))
+    )
+    assert len(datasets.read_prompts(path, tokenizer=text.load_tokenizer(assets()))) == len(
+        ORDINARY
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -134,7 +156,8 @@ def test_a_tokenizer_that_is_not_there_is_left_to_loading_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "unit", ["<", "<s>", "</s>", "</s> ", "[", "<|", "<|a", "<|" + "a" * 39, "[INST", " ", "\uff5c<"]
+    "unit",
+    ["<", "<s>", "</s>", "</s> ", "[", "<|", "<|a", "<|" + "a" * 39, "[INST", " ", "\uff5c<"],
 )
 def test_the_search_takes_linear_time(unit: str):
     search, many = templated.pattern(tokenizer("<a|b>")).search, unit * (200_000 // len(unit))

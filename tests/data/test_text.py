@@ -34,7 +34,9 @@ def train_tokenizer(corpus: str = STORY, size: int = 300) -> transformers.PreTra
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([corpus] * 3, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOT, pad_token=EOT)
 
@@ -50,7 +52,9 @@ EOS = 0  # the first special token of the tokenizer above, and its padding too
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 
-def test_prompt_and_response_are_tokenised_separately_everywhere(tokenizer: transformers.PreTrainedTokenizerFast):
+def test_prompt_and_response_are_tokenised_separately_everywhere(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+):
     """PITFALLS 33: ids(prompt) + ids(response) is what SFT, reward model and PPO see."""
     prompt = text.encode_prompt(tokenizer, "The fox said")
     response = text.encode_response(tokenizer, " hello.", eos_id=EOS)
@@ -65,7 +69,9 @@ def test_prompt_and_response_are_tokenised_separately_everywhere(tokenizer: tran
 
 
 @pytest.mark.parametrize("user", [EOT, f"a {EOT} b", f"{EOT}\n\n{EOT}"])
-def test_special_tokens_in_user_text_stay_text(tokenizer: transformers.PreTrainedTokenizerFast, user: str):
+def test_special_tokens_in_user_text_stay_text(
+    tokenizer: transformers.PreTrainedTokenizerFast, user: str
+):
     assert tokenizer.encode(user).count(EOS) > 0  # what happens without care
     assert EOS not in text.encode_prompt(tokenizer, user)
     response = text.encode_response(tokenizer, user, eos_id=EOS)
@@ -78,7 +84,12 @@ def test_special_tokens_in_user_text_stay_text(tokenizer: transformers.PreTraine
 @given(st.text(st.characters(codec="utf-8")))
 def test_a_response_survives_encoding_and_decoding(said: str):
     tokenizer = _CACHED
-    assert text.decode_response(tokenizer, text.encode_response(tokenizer, said, eos_id=EOS), eos_id=EOS) == said
+    assert (
+        text.decode_response(
+            tokenizer, text.encode_response(tokenizer, said, eos_id=EOS), eos_id=EOS
+        )
+        == said
+    )
 
 
 _CACHED = train_tokenizer()
@@ -87,7 +98,10 @@ _CACHED = train_tokenizer()
 def test_decoding_stops_at_the_first_eos(tokenizer: transformers.PreTrainedTokenizerFast):
     ids = text.encode_response(tokenizer, "hello", eos_id=EOS)
     assert text.decode_response(tokenizer, [*ids, 7, 8, EOS], eos_id=EOS) == "hello"
-    assert text.decode_response(tokenizer, np.array(ids[:-1], np.int32).tolist(), eos_id=EOS) == "hello"
+    assert (
+        text.decode_response(tokenizer, np.array(ids[:-1], np.int32).tolist(), eos_id=EOS)
+        == "hello"
+    )
 
 
 def test_the_template(tokenizer: transformers.PreTrainedTokenizerFast):
@@ -103,14 +117,18 @@ def test_tokenizer_loads_from_a_folder_and_never_runs_its_code(
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n"
+    )
     loaded = text.load_tokenizer(tmp_path)
     assert text.encode_prompt(loaded, STORY) == text.encode_prompt(tokenizer, STORY)
     assert text.tokenizer_fingerprint(loaded) == text.tokenizer_fingerprint(tokenizer)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_bad_tokenizer_folder_is_named(tokenizer: transformers.PreTrainedTokenizerFast, tmp_path: Path):
+def test_a_bad_tokenizer_folder_is_named(
+    tokenizer: transformers.PreTrainedTokenizerFast, tmp_path: Path
+):
     with pytest.raises(ValueError, match=r"no tokenizer\.json in .*: pass the folder"):
         text.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -122,9 +140,13 @@ def test_a_bad_tokenizer_folder_is_named(tokenizer: transformers.PreTrainedToken
         text.load_tokenizer(tmp_path)
 
 
-def test_different_tokenizers_of_policy_and_reward_model_are_refused(tokenizer: transformers.PreTrainedTokenizerFast):
+def test_different_tokenizers_of_policy_and_reward_model_are_refused(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+):
     """PITFALLS 35."""
-    other = train_tokenizer(corpus="quite another corpus, of other words and other merges", size=300)
+    other = train_tokenizer(
+        corpus="quite another corpus, of other words and other merges", size=300
+    )
     text.check_same_tokenizer(policy=tokenizer, reward_model=train_tokenizer())
     with pytest.raises(ValueError, match=r"policy .* reward_model .* differ"):
         text.check_same_tokenizer(policy=tokenizer, reward_model=other)
@@ -137,8 +159,12 @@ def test_different_tokenizers_of_policy_and_reward_model_are_refused(tokenizer: 
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(st.lists(st.integers(1, 12), max_size=40), st.integers(12, 30), st.none() | st.integers(1, 3))
-def test_best_fit_places_every_item_once_within_capacity(sizes: list[int], capacity: int, max_items: int | None):
+@given(
+    st.lists(st.integers(1, 12), max_size=40), st.integers(12, 30), st.none() | st.integers(1, 3)
+)
+def test_best_fit_places_every_item_once_within_capacity(
+    sizes: list[int], capacity: int, max_items: int | None
+):
     rows = text.best_fit(sizes, capacity=capacity, max_items=max_items)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in row) <= capacity for row in rows)
@@ -148,7 +174,9 @@ def test_best_fit_places_every_item_once_within_capacity(sizes: list[int], capac
         assert fills[0] + fills[1] > capacity
 
 
-documents_of = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=30), min_size=1, max_size=12)
+documents_of = st.lists(
+    st.lists(st.integers(0, 50), min_size=1, max_size=30), min_size=1, max_size=12
+)
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -176,7 +204,9 @@ def test_packing_keeps_every_token_once(documents: list[list[int]], length: int)
 
 def test_long_documents_are_split_not_cut():
     batch = text.lm_rows([list(range(10, 21))], length=4)
-    assert sorted(np.asarray(batch.tokens)[np.asarray(batch.segments) > 0].tolist()) == list(range(10, 21))
+    assert sorted(np.asarray(batch.tokens)[np.asarray(batch.segments) > 0].tolist()) == list(
+        range(10, 21)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- SFT
@@ -254,7 +284,10 @@ def test_prompt_batch_is_right_padded_with_places():
 
 def test_ranking_row_by_hand():
     """One prompt with three responses, the middle one not ranked; then a second prompt in the same row."""
-    rankings = [([1, 2], [[3, EOS], [9, 9], [4, 5, EOS]], [1, -1, 0]), ([6], [[7, EOS], [EOS]], [0, 0])]
+    rankings = [
+        ([1, 2], [[3, EOS], [9, 9], [4, 5, EOS]], [1, -1, 0]),
+        ([6], [[7, EOS], [EOS]], [0, 0]),
+    ]
     batch = text.ranking_rows(rankings, length=12, max_k=3)
     assert np.asarray(batch.tokens)[0].tolist() == [1, 2, 3, EOS, 4, 5, EOS, 6, 7, EOS, EOS, 0]
     assert np.asarray(batch.segments)[0].tolist() == [1, 1, 2, 2, 3, 3, 3, 4, 5, 5, 6, 0]
@@ -272,7 +305,9 @@ def test_rows_agree_with_the_one_index_rule():
     for slot in np.flatnonzero(batch.mask[0]):
         assert previous[0, slot] == slot - 1
         assert batch.segments[0, slot] == batch.segments[0, slot - 1]
-    ranked = text.ranking_rows([([1, 2], [[3, EOS], [4, EOS]], [0, 1]), ([5], [[6], [7]], [1, 0])], length=9, max_k=2)
+    ranked = text.ranking_rows(
+        [([1, 2], [[3, EOS], [4, EOS]], [0, 1]), ([5], [[6], [7]], [1, 0])], length=9, max_k=2
+    )
     previous = np.asarray(previous_index(jnp.asarray(ranked.segments), jnp.asarray(ranked.parents)))
     assert np.asarray(ranked.tokens)[0].tolist() == [1, 2, 3, EOS, 4, EOS, 5, 6, 7]
     assert previous[0, [2, 3, 4, 5, 7, 8]].tolist() == [1, 2, 1, 4, 6, 6]
@@ -303,8 +338,12 @@ def test_all_responses_of_a_prompt_share_one_row_and_one_prefix(rankings: list, 
                     parent = np.asarray(batch.segments[b]) == batch.parents[b, end]
                     assert np.flatnonzero(own)[-1] == end
                     first = int(np.sum(parent))
-                    assert np.asarray(batch.positions[b])[own].tolist() == list(range(first, first + int(own.sum())))
-                    group.append((batch.tokens[b][parent].tolist(), batch.tokens[b][own].tolist(), int(rank)))
+                    assert np.asarray(batch.positions[b])[own].tolist() == list(
+                        range(first, first + int(own.sum()))
+                    )
+                    group.append(
+                        (batch.tokens[b][parent].tolist(), batch.tokens[b][own].tolist(), int(rank))
+                    )
             found += [group] if group else []
         slots += int(np.sum(batch.segments[b] > 0))
     expected = [
@@ -313,7 +352,8 @@ def test_all_responses_of_a_prompt_share_one_row_and_one_prefix(rankings: list, 
     ]
     assert sorted(found) == sorted(group for group in expected if group)
     assert slots == sum(
-        len(p) + sum(len(r) for r, rank in zip(rs, ranks, strict=True) if rank >= 0) for p, rs, ranks in rankings
+        len(p) + sum(len(r) for r, rank in zip(rs, ranks, strict=True) if rank >= 0)
+        for p, rs, ranks in rankings
     )
 
 
@@ -349,12 +389,17 @@ def test_sampled_ids_reach_reward_training_unchanged():
     sampled = samples(([1, 2], [3, EOS]), ([1, 2], [4, 5, EOS]), ([6], [7, EOS]), ([6], [EOS]))
     batch = text.ranking_batch(sampled, np.array([[1, 0], [0, 0]], np.int32))
     direct = text.ranking_rows(
-        [([1, 2], [[3, EOS], [4, 5, EOS]], [1, 0]), ([6], [[7, EOS], [EOS]], [0, 0])], length=7, max_k=2, max_n=1
+        [([1, 2], [[3, EOS], [4, 5, EOS]], [1, 0]), ([6], [[7, EOS], [EOS]], [0, 0])],
+        length=7,
+        max_k=2,
+        max_n=1,
     )
     for name in ("tokens", "segments", "parents", "positions", "ends", "ranks"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(direct, name))
     assert batch.ends.shape == (2, 1, 2)
-    assert text.ranking_batch(sampled, np.array([[1, 0], [0, -1]], np.int32), length=12).tokens.shape == (2, 12)
+    assert text.ranking_batch(
+        sampled, np.array([[1, 0], [0, -1]], np.int32), length=12
+    ).tokens.shape == (2, 12)
 
 
 def test_ranking_batch_refuses_what_does_not_match():
@@ -370,7 +415,10 @@ def test_ranking_batch_refuses_what_does_not_match():
 
 def test_rows_are_numpy_of_the_types_dtypes():
     batch = text.sft_rows([([1], [2, EOS])], length=4)
-    assert all(isinstance(x, np.ndarray) for x in (batch.tokens, batch.segments, batch.positions, batch.mask))
+    assert all(
+        isinstance(x, np.ndarray)
+        for x in (batch.tokens, batch.segments, batch.positions, batch.mask)
+    )
     assert (batch.tokens.dtype, batch.mask.dtype) == (np.int32, np.bool_)
 
 
@@ -392,7 +440,9 @@ def in_rows(batch: LMBatch | RankingBatch) -> LMBatch | RankingBatch:
         more = [(0, spare), *[(0, 0)] * (x.ndim - 1)]
         if field.name in ("ends", "ranks"):
             more[1] = (0, 4 - x.shape[1])
-        grown[field.name] = jnp.asarray(np.pad(x, more, constant_values=-1 if field.name == "ranks" else 0))
+        grown[field.name] = jnp.asarray(
+            np.pad(x, more, constant_values=-1 if field.name == "ranks" else 0)
+        )
     return dataclasses.replace(batch, **grown)
 
 
@@ -418,7 +468,10 @@ def loss_and_gradient(batch: LMBatch | RankingBatch) -> tuple[float, jax.Array]:
 def assert_same_step(packed: LMBatch | RankingBatch, unpacked: LMBatch | RankingBatch) -> None:
     assert len(packed.tokens) < len(unpacked.tokens)
     assert text.padding_share(packed) < text.padding_share(unpacked)
-    (loss, gradient), (expected, expected_gradient) = loss_and_gradient(packed), loss_and_gradient(unpacked)
+    (loss, gradient), (expected, expected_gradient) = (
+        loss_and_gradient(packed),
+        loss_and_gradient(unpacked),
+    )
     assert expected > 0.1
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert float(jnp.linalg.norm(expected_gradient)) > 0.01
@@ -440,10 +493,16 @@ def test_packed_loss_of_conversations_is_the_loss_of_one_a_row():
     """Targets in the middle of a piece, as the turns of a conversation have them."""
     random = np.random.default_rng(0)
     ids = [drawn(i, 6, 24) for i in range(13)]
-    pieces = [(piece, [False, *(random.random(len(piece) - 2) < 0.5).tolist(), True]) for piece in ids]
+    pieces = [
+        (piece, [False, *(random.random(len(piece) - 2) < 0.5).tolist(), True]) for piece in ids
+    ]
     assert text.drop_too_long(pieces, length=23) == (pieces, 0)
     rows = [text.masked_rows(pieces, length=48, max_pieces=most) for most in (None, 1)]
-    assert int(rows[0].mask.sum()) == int(rows[1].mask.sum()) == sum(map(sum, (mask for _, mask in pieces)))
+    assert (
+        int(rows[0].mask.sum())
+        == int(rows[1].mask.sum())
+        == sum(map(sum, (mask for _, mask in pieces)))
+    )
     assert_same_step(*rows)
 
 
@@ -459,13 +518,16 @@ def rankings() -> list[tuple[list[int], list[list[int]], list[int]]]:
     """Two to four responses, with ties and a response that nobody ranked."""
     ranks = [[0, 1], [1, 0, 2], [0, 0, 1, 2], [1, -1, 0], [0, 1], [2, 1, 0]]
     return [
-        (drawn(i, 2, 6), [[*drawn(10 * i + j + 100, 1, 7), EOS] for j in range(len(r))], r) for i, r in enumerate(ranks)
+        (drawn(i, 2, 6), [[*drawn(10 * i + j + 100, 1, 7), EOS] for j in range(len(r))], r)
+        for i, r in enumerate(ranks)
     ]
 
 
 def test_packed_ranking_loss_is_the_loss_of_one_prompt_a_row():
     """Several prompts to a row: ``ends, ranks`` are B N K with N above 1."""
-    packed, unpacked = (text.ranking_rows(rankings(), length=60, max_k=4, max_n=most) for most in (None, 1))
+    packed, unpacked = (
+        text.ranking_rows(rankings(), length=60, max_k=4, max_n=most) for most in (None, 1)
+    )
     assert packed.ends.shape[1] > 1 == unpacked.ends.shape[1]
     assert_same_step(packed, unpacked)
 

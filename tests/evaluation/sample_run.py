@@ -15,11 +15,19 @@ def results() -> dict[str, Any]:
     def rates(*values: float) -> dict[str, Any]:
         names = ("base", "prompted_base", "best_of_4", "ppo", "ppo_ptx")
         return {
-            m: {"value": v, "low": v - 0.05, "high": v + 0.05, "n": 320} for m, v in zip(names, values, strict=True)
+            m: {"value": v, "low": v - 0.05, "high": v + 0.05, "n": 320}
+            for m, v in zip(names, values, strict=True)
         }
 
     models = ("base", "prompted_base", "sft", "best_of_4", "ppo", "ppo_ptx")
-    parts = {"instruction": 0.1, "constraint": 0.0, "facts": -0.05, "not_rude": 0.25, "fluent": 0.2, "length": 0.05}
+    parts = {
+        "instruction": 0.1,
+        "constraint": 0.0,
+        "facts": -0.05,
+        "not_rude": 0.25,
+        "fluent": 0.2,
+        "length": 0.05,
+    }
     gold = dict(zip(models, (0.17, 0.48, 0.66, 0.75, 0.77, 0.79), strict=True))
     kl = [math.log(n) - (n - 1) / n for n in (1, 2, 4, 8, 16, 32, 64)]
     return {
@@ -46,7 +54,13 @@ def results() -> dict[str, Any]:
             "gold": [0.66, 0.715, 0.748, 0.762, 0.765, 0.760, 0.748],
         },
         "kl": {"ppo": 12.3, "ppo_ptx": 9.8},
-        "response_tokens": {"base": 61.0, "prompted_base": 40.2, "sft": 31.4, "ppo": 38.8, "ppo_ptx": 36.1},
+        "response_tokens": {
+            "base": 61.0,
+            "prompted_base": 40.2,
+            "sft": 31.4,
+            "ppo": 38.8,
+            "ppo_ptx": 36.1,
+        },
         "seconds": {
             "sft": 74.2,
             "samples": 42.0,
@@ -57,7 +71,12 @@ def results() -> dict[str, Any]:
         },
         "peak_memory_mb": 2210.0,
         "config": {"seed": 0, "ppo": {"kl_coef": 0.1, "clip_ratio": 0.2}, "sft": {"epochs": 6}},
-        "versions": {"jax": "0.10.2", "flax": "0.12.8", "python": "3.11.9", "device": "cpu (2 cores)"},
+        "versions": {
+            "jax": "0.10.2",
+            "flax": "0.12.8",
+            "python": "3.11.9",
+            "device": "cpu (2 cores)",
+        },
     }
 
 
@@ -67,15 +86,27 @@ def history() -> dict[str, list[dict[str, float]]]:
         for i in range(41):
             t = 1 - math.exp(-i / 16)
             wobble = 0.02 * math.sin(2.1 * i + speed)
-            row = {"iteration": i, "kl": 13 * speed * t + 0.3 * wobble * i, "score": 1.7 * speed * t + 2 * wobble}
-            row |= {"response_tokens": 31 + 7 * t + 20 * wobble, "pretraining_loss": 1.15 + forgetting * t}
+            row = {
+                "iteration": i,
+                "kl": 13 * speed * t + 0.3 * wobble * i,
+                "score": 1.7 * speed * t + 2 * wobble,
+            }
+            row |= {
+                "response_tokens": 31 + 7 * t + 20 * wobble,
+                "pretraining_loss": 1.15 + forgetting * t,
+            }
             if i % 5 == 0:
                 row["gold_score"] = 0.66 + 0.14 * t - 0.03 * t * t + wobble / 2
             out.append(row)
         return out
 
     sft = [
-        {"epoch": e, "validation_loss": 1.1 + 0.05 * (e - 2) ** 2, "score": 1 - 1 / e, "gold_score": 0.7 - 0.3 / e}
+        {
+            "epoch": e,
+            "validation_loss": 1.1 + 0.05 * (e - 2) ** 2,
+            "score": 1 - 1 / e,
+            "gold_score": 0.7 - 0.3 / e,
+        }
         for e in range(1, 7)
     ]
     return {"ppo": rows(1.0, 0.7), "ppo_ptx": rows(0.8, -0.05), "sft": sft}
@@ -83,14 +114,23 @@ def history() -> dict[str, list[dict[str, float]]]:
 
 def samples() -> list[dict[str, Any]]:
     texts = {
-        "base": ("Write a story about a goose.\nWrite a story about a mill.\nWrite a story about", 0.08),
-        "prompted_base": ("There was a goose. The goose was by the river and the goose was by the river.", 0.41),
+        "base": (
+            "Write a story about a goose.\nWrite a story about a mill.\nWrite a story about",
+            0.08,
+        ),
+        "prompted_base": (
+            "There was a goose. The goose was by the river and the goose was by the river.",
+            0.41,
+        ),
         "sft": ("One morning a goose found a lantern by the mill. She carried it home.", 0.70),
         "ppo": (
             "A small goose found a lantern at the old mill. She was glad. She carried it home and lit the yard.",
             0.86,
         ),
-        "ppo_ptx": ("A goose found a lantern at the mill. It shone.\n\nShe carried it home, glad at last.", 0.91),
+        "ppo_ptx": (
+            "A goose found a lantern at the mill. It shone.\n\nShe carried it home, glad at last.",
+            0.91,
+        ),
     }
     prompts = (
         "Write a happy story about a goose in two sentences. Use the word lantern.",

@@ -29,7 +29,12 @@ def _batch(rng, rows=3, slots=10):
     return LMBatch(
         *map(
             jnp.asarray,
-            (rng.integers(VOCABULARY, size=(rows, slots), dtype=np.int32), segments, positions, segments > 0),
+            (
+                rng.integers(VOCABULARY, size=(rows, slots), dtype=np.int32),
+                segments,
+                positions,
+                segments > 0,
+            ),
         )
     )
 
@@ -57,7 +62,9 @@ def test_loss_of_packed_rows_equals_a_loop_over_documents():
 def test_padding_is_never_read():
     model, batch = _bigram(), _batch(np.random.default_rng(1))
     params = model.init(jax.random.key(1))
-    poisoned = LMBatch(jnp.where(batch.mask, batch.tokens, 3), batch.segments, batch.positions, batch.mask)
+    poisoned = LMBatch(
+        jnp.where(batch.mask, batch.tokens, 3), batch.segments, batch.positions, batch.mask
+    )
     assert lm_loss(model, params, [poisoned]) == lm_loss(model, params, [batch])
 
 

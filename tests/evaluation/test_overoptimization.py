@@ -34,7 +34,9 @@ def test_best_of_one_is_the_mean_and_own_curve_never_falls():
     assert curve[-1] == pytest.approx(scores.max(axis=1).mean())
 
 
-@pytest.mark.parametrize(("n", "kl"), [(1, 0.0), (8, 1.2), (64, 3.2), (128, 3.9), (256, 4.5), (512, 5.2)])
+@pytest.mark.parametrize(
+    ("n", "kl"), [(1, 0.0), (8, 1.2), (64, 3.2), (128, 3.9), (256, 4.5), (512, 5.2)]
+)
 def test_kl_bon_against_the_published_table(n, kl):
     assert round(oo.kl_bon(n), 1) == kl
 
@@ -60,7 +62,11 @@ def test_peaks_are_the_maxima_of_their_laws():
 
 
 def test_a_law_that_never_falls_has_no_peak():
-    assert oo.best_of_n_peak(oo.GaoFit(1.0, 0.0)).kl == oo.rl_peak(oo.GaoFit(1.0, -0.1)).gold == math.inf
+    assert (
+        oo.best_of_n_peak(oo.GaoFit(1.0, 0.0)).kl
+        == oo.rl_peak(oo.GaoFit(1.0, -0.1)).gold
+        == math.inf
+    )
 
 
 def test_bad_input_is_named():
@@ -68,7 +74,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"n=4 must be within 1\.\.3"):
         oo.best_of_n(scores, scores, n=4)
     with pytest.raises(ValueError, match="same samples"):
-        inspect.unwrap(oo.best_of_n)(scores, np.zeros((2, 4)), n=1)  # past the shape checks of the tests
+        inspect.unwrap(oo.best_of_n)(
+            scores, np.zeros((2, 4)), n=1
+        )  # past the shape checks of the tests
     with pytest.raises(ValueError, match="n=0"):
         oo.kl_bon(0)
     with pytest.raises(ValueError, match="two different"):
@@ -81,4 +89,6 @@ def test_proxies_that_differ_by_rounding_share_their_weight():
     """One text sampled twice and scored in two batches: neither of them is the better one."""
     gold = np.array([[1.0, 3.0, 0.0]])
     for second in (2.0, 2.0 * (1 + 1e-7), 2.0 * (1 - 1e-7)):
-        assert oo.best_of_n(np.array([[2.0, second, 1.0]], np.float32), gold, n=3) == pytest.approx(2.0)
+        assert oo.best_of_n(np.array([[2.0, second, 1.0]], np.float32), gold, n=3) == pytest.approx(
+            2.0
+        )

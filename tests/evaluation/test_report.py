@@ -25,17 +25,26 @@ def _full(**changes) -> str:
 
 
 def test_whole_report_is_one_self_contained_file(tmp_path: Path):
-    parts = sample_run.results(), sample_run.history(), sample_run.samples(), sample_run.departures()
+    parts = (
+        sample_run.results(),
+        sample_run.history(),
+        sample_run.samples(),
+        sample_run.departures(),
+    )
     path = write_report(tmp_path / "run" / "report.html", *parts)
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     page = Page(path.read_text(encoding="utf-8"))
     assert not {"script", "iframe", "img", "object", "embed", "form"} & set(page.tags)
-    sources = [v for k, v in page.attributes if k in ("src", "href", "xlink:href", "action", "data")]
+    sources = [
+        v for k, v in page.attributes if k in ("src", "href", "xlink:href", "action", "data")
+    ]
     assert all(v.startswith("#") or v == "data:," for v in sources)
     assert "url(" not in path.read_text()
     assert "@import" not in path.read_text()
     assert {v[1:] for v in sources if v.startswith("#")} <= set(page.ids)
-    assert not any("This run has no" in text or "Not measured" in text for text in page.text.values())
+    assert not any(
+        "This run has no" in text or "Not measured" in text for text in page.text.values()
+    )
     assert page.tags.count("svg") >= 20
 
 
@@ -66,9 +75,18 @@ def test_script_in_any_text_is_escaped():
     evil = '<script>alert("1")</script><img src=x onerror=alert(1)>\'"&'
     results = sample_run.results()
     results["gold_parts"] = {"sft": {evil: 0.5}, "ppo": {evil: 0.6}}
-    results["config"], results["versions"], results["seconds"] = {evil: {evil: evil}}, {evil: evil}, {evil: 2.0}
+    results["config"], results["versions"], results["seconds"] = (
+        {evil: {evil: evil}},
+        {evil: evil},
+        {evil: 2.0},
+    )
     results["best_of_n"]["n"] = [evil]
-    samples = [{"prompt": evil, "responses": {"sft": {"text": evil, "gold_score": 0.1}, evil: {"text": evil}}}]
+    samples = [
+        {
+            "prompt": evil,
+            "responses": {"sft": {"text": evil, "gold_score": 0.1}, evil: {"text": evil}},
+        }
+    ]
     departures = [{k: evil for k in ("name", "paper", "source", "run", "why")}]
     history = {evil: [{"step": i, "loss": 1.0 / (i + 1)} for i in range(3)]}
     markup = render_report(results, history, samples, departures)
@@ -77,13 +95,24 @@ def test_script_in_any_text_is_escaped():
     assert "<img" not in markup
     assert not {"script", "img"} & set(page.tags)
     assert not page.handlers
-    for section in ("answers", "gold", "departures", "cost", "setup", "stages", "over-optimisation"):
+    for section in (
+        "answers",
+        "gold",
+        "departures",
+        "cost",
+        "setup",
+        "stages",
+        "over-optimisation",
+    ):
         assert evil in page.text[section], section
 
 
 def test_whitespace_of_answers_is_kept():
     samples = [
-        {"prompt": "a\n  b\tc", "responses": {"sft": {"text": "x\n\n   y", "gold_score": 1.0}, "ppo": {"text": " \n"}}}
+        {
+            "prompt": "a\n  b\tc",
+            "responses": {"sft": {"text": "x\n\n   y", "gold_score": 1.0}, "ppo": {"text": " \n"}},
+        }
     ]
     markup = _full(samples=samples)
     assert ">a\n  b\tc</pre>" in markup
@@ -146,7 +175,12 @@ def test_check_results_names_each_missing_key():
     results = copy.deepcopy(sample_run.results())
     del results["win_rate_vs_sft"]["ppo"]["low"], results["seconds"]
     results["kl"]["ppo_ptx"], results["gold_score"]["sft"] = math.nan, "0.7"
-    assert check_results(results) == ["win_rate_vs_sft.ppo.low", "gold_score.sft", "kl.ppo_ptx", "seconds"]
+    assert check_results(results) == [
+        "win_rate_vs_sft.ppo.low",
+        "gold_score.sft",
+        "kl.ppo_ptx",
+        "seconds",
+    ]
 
 
 def test_schema_document_names_every_required_key():
@@ -156,7 +190,9 @@ def test_schema_document_names_every_required_key():
 
 
 def test_bars_are_drawn_to_scale_with_whiskers_inside():
-    svg = charts.bar_chart([charts.Bar("a", 0.5, "red", 0.4, 0.7), charts.Bar("b", 1.0, "red")], title="t", maximum=1.0)
+    svg = charts.bar_chart(
+        [charts.Bar("a", 0.5, "red", 0.4, 0.7), charts.Bar("b", 1.0, "red")], title="t", maximum=1.0
+    )
     root = ElementTree.fromstring(svg)
     full = charts.WIDTH - charts.LABEL_WIDTH - charts.VALUE_WIDTH
     widths = [float(r.attrib["width"]) for r in root.iter("rect")]
@@ -164,7 +200,9 @@ def test_bars_are_drawn_to_scale_with_whiskers_inside():
     whisker = next(p.attrib["d"] for p in root.iter("path") if p.attrib["class"] == "whisker")
     start = float(whisker[1:].split()[0])
     end = float(whisker.split("H")[1].split("M")[0])
-    assert [start, end] == pytest.approx([charts.LABEL_WIDTH + 0.4 * full, charts.LABEL_WIDTH + 0.7 * full], abs=0.1)
+    assert [start, end] == pytest.approx(
+        [charts.LABEL_WIDTH + 0.4 * full, charts.LABEL_WIDTH + 0.7 * full], abs=0.1
+    )
 
 
 def test_lines_stay_inside_their_frame():
@@ -180,19 +218,28 @@ def test_a_smooth_line_starts_and_ends_at_its_points_and_averages_between_them()
     assert charts.Line("a", "red", points).trend == points
     trend = charts.Line("a", "red", points, smooth=2).trend
     assert trend == [(0.0, 0.0), (1.0, 2.0), (2.0, 3.0), (3.0, 3.0), (4.0, 3.0)]
-    svg = charts.line_chart([charts.Line("a", "red", points, smooth=2)], title="t", x_label="kl", y_label="y")
+    svg = charts.line_chart(
+        [charts.Line("a", "red", points, smooth=2)], title="t", x_label="kl", y_label="y"
+    )
     assert svg.count("<circle") == len(points)
 
 
-@pytest.mark.parametrize(("last", "ticks"), [(3.0, ["1", "2", "3"]), (2.5, ["1", "1.5", "2", "2.5"])])
+@pytest.mark.parametrize(
+    ("last", "ticks"), [(3.0, ["1", "2", "3"]), (2.5, ["1", "1.5", "2", "2.5"])]
+)
 def test_an_axis_of_whole_numbers_has_no_fractions(last, ticks):
     svg = charts.line_chart(
-        [charts.Line("a", "red", [(1.0, 0.0), (last, 1.0)])], title="t", x_label="epoch", y_label="y"
+        [charts.Line("a", "red", [(1.0, 0.0), (last, 1.0)])],
+        title="t",
+        x_label="epoch",
+        y_label="y",
     )
     assert re.findall(r'y="208"[^>]*>([^<]*)<', svg) == ticks
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 17.0), (1e-5, 3e-5), (0.0, 1e6), (0.93, 0.94)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (-3.0, 17.0), (1e-5, 3e-5), (0.0, 1e6), (0.93, 0.94)]
+)
 def test_ticks_are_few_and_inside(low, high):
     ticks = charts.nice_ticks(low, high)
     assert 2 <= len(ticks) <= 7
@@ -202,9 +249,13 @@ def test_ticks_are_few_and_inside(low, high):
 
 def test_long_values_and_labels_get_room():
     bars = [charts.Bar("a stage with a long name", 188.0, "red"), charts.Bar("b", 30.0, "red")]
-    root = ElementTree.fromstring(charts.bar_chart(bars, title="t", maximum=188.0, text=lambda _: "3 min 08 s"))
+    root = ElementTree.fromstring(
+        charts.bar_chart(bars, title="t", maximum=188.0, text=lambda _: "3 min 08 s")
+    )
     bar = next(root.iter("rect"))
-    assert float(bar.attrib["x"]) + float(bar.attrib["width"]) < charts.WIDTH - 7 * len("3 min 08 s")
+    assert float(bar.attrib["x"]) + float(bar.attrib["width"]) < charts.WIDTH - 7 * len(
+        "3 min 08 s"
+    )
     label = next(t for t in root.iter("text") if t.attrib["class"] == "label")
     assert label.text == "a stage with a …"
     assert "a stage with a long name" in "".join(t.text or "" for t in root.iter("title"))

@@ -36,7 +36,10 @@ def test_accuracy_and_log_loss_against_a_loop():
     scores, ranks = _ranked(np.random.default_rng(1))
     scores[0, :2], ranks[0, :2] = 0.25, [0, 1]  # a tie in score counts half
     pairs = list(_loop_pairs(ranks))
-    right = [1.0 if scores[n, i] > scores[n, j] else 0.5 * (scores[n, i] == scores[n, j]) for n, i, j in pairs]
+    right = [
+        1.0 if scores[n, i] > scores[n, j] else 0.5 * (scores[n, i] == scores[n, j])
+        for n, i, j in pairs
+    ]
     loss = [math.log1p(math.exp(-(scores[n, i] - scores[n, j]))) for n, i, j in pairs]
     got = rm.pairwise_accuracy(scores, ranks)
     assert got.value == pytest.approx(np.mean(right))
@@ -54,7 +57,9 @@ def test_absent_responses_are_never_read():
 def test_adding_a_constant_to_the_reward_changes_nothing():
     scores, ranks = _ranked(np.random.default_rng(3))
     assert rm.pairwise_accuracy(scores + 7, ranks) == rm.pairwise_accuracy(scores, ranks)
-    assert rm.pairwise_log_loss(scores + 7, ranks) == pytest.approx(rm.pairwise_log_loss(scores, ranks))
+    assert rm.pairwise_log_loss(scores + 7, ranks) == pytest.approx(
+        rm.pairwise_log_loss(scores, ranks)
+    )
 
 
 def test_log_loss_of_an_extreme_margin_is_finite():
@@ -93,7 +98,9 @@ def test_calibrated_scores_lie_on_the_curve_and_inflated_ones_below():
 
 def test_accuracy_by_margin_by_hand():
     scores = np.array([[0.1, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-    got = rm.accuracy_by_margin(scores, np.array([[0, 1]] * 4), edges=np.array([0.0, 0.5, 2.0, 2.5, 3.0]))
+    got = rm.accuracy_by_margin(
+        scores, np.array([[0, 1]] * 4), edges=np.array([0.0, 0.5, 2.0, 2.5, 3.0])
+    )
     assert got.count.tolist() == [1, 2, 0, 1]
     np.testing.assert_array_equal(got.accuracy, [1.0, 0.5, np.nan, 0.0])
 
@@ -103,7 +110,9 @@ def test_length_bias_is_seen():
     rng = np.random.default_rng(7)
     lengths = rng.permuted(np.tile(np.arange(5, 45, 5), (30, 1)), axis=1)
     _, ranks = _ranked(rng, n=30, k=8)
-    got = rm.accuracy_by_length_difference(lengths * 1.0, ranks, lengths, edges=np.array([-50.0, 0.0, 50.0]))
+    got = rm.accuracy_by_length_difference(
+        lengths * 1.0, ranks, lengths, edges=np.array([-50.0, 0.0, 50.0])
+    )
     assert got.accuracy.tolist() == [0.0, 1.0]
     longer = np.mean([lengths[n, i] > lengths[n, j] for n, i, j in _loop_pairs(ranks)])
     assert rm.length_only_accuracy(lengths, ranks).value == pytest.approx(longer)
@@ -136,7 +145,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="no strict pair"):
         rm.labeler_agreement(np.array([[0, 0]]), np.array([[0, 1]]))
     with pytest.raises(ValueError, match="rising"):
-        rm.accuracy_by_margin(np.array([[1.0, 0.0]]), np.array([[0, 1]]), edges=np.array([1.0, 0.0]))
+        rm.accuracy_by_margin(
+            np.array([[1.0, 0.0]]), np.array([[0, 1]]), edges=np.array([1.0, 0.0])
+        )
     with pytest.raises(ValueError, match="at least one"):
         rm.demonstration_bias(np.zeros(0))
     with pytest.raises(ValueError, match="bins=0"):
@@ -173,8 +184,12 @@ def test_a_second_labeler_who_says_the_same_adds_no_certainty():
     assert together.value == pytest.approx(once.value)
     assert together.n == 2 * once.n
     np.testing.assert_allclose(together[1:3], once[1:3], atol=1e-12)
-    alike = rm.labeler_agreement(np.tile(ranks, (2, 1)), np.tile(ranks[::-1], (2, 1)), groups=np.tile(np.arange(80), 2))
-    np.testing.assert_allclose(alike[1:3], rm.labeler_agreement(ranks, ranks[::-1])[1:3], atol=1e-12)
+    alike = rm.labeler_agreement(
+        np.tile(ranks, (2, 1)), np.tile(ranks[::-1], (2, 1)), groups=np.tile(np.arange(80), 2)
+    )
+    np.testing.assert_allclose(
+        alike[1:3], rm.labeler_agreement(ranks, ranks[::-1])[1:3], atol=1e-12
+    )
     with pytest.raises(ValueError, match=r"groups has shape \(2,\) for 80 rankings"):
         rm.pairwise_accuracy(scores, ranks, groups=np.arange(2))
 

@@ -18,7 +18,9 @@ def test_swapping_the_policies_mirrors_value_and_interval():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.3, 1, 50), rng.normal(size=50)
     forth, back = win_rate(a, b, tie=0.2), win_rate(b, a, tie=0.2)
-    np.testing.assert_allclose(back[:3], (1 - forth.value, 1 - forth.high, 1 - forth.low), atol=1e-12)
+    np.testing.assert_allclose(
+        back[:3], (1 - forth.value, 1 - forth.high, 1 - forth.low), atol=1e-12
+    )
 
 
 def test_interval_without_ties_is_wilsons():
@@ -122,7 +124,9 @@ def test_equal_lengths_leave_the_win_rate_as_it_is():
 def test_length_controlled_is_mirrored_when_policies_swap():
     a, b, la, lb = _length_world(np.random.default_rng(7), 200, skill=0.4, bias=1.0)
     forth, back = length_controlled_win_rate(a, b, la, lb), length_controlled_win_rate(b, a, lb, la)
-    np.testing.assert_allclose(back[:3], (1 - forth.value, 1 - forth.high, 1 - forth.low), atol=1e-9)
+    np.testing.assert_allclose(
+        back[:3], (1 - forth.value, 1 - forth.high, 1 - forth.low), atol=1e-9
+    )
 
 
 def test_perfect_separation_stays_finite():
@@ -166,7 +170,9 @@ def test_bad_lengths_are_named():
     with pytest.raises(ValueError, match="count the EOS"):
         length_controlled_win_rate(np.ones(2), np.zeros(2), np.array([3, 0]), np.array([3, 3]))
     with pytest.raises(ValueError, match="one length per score"):
-        inspect.unwrap(length_controlled_win_rate)(np.ones((2, 2)), np.zeros((2, 2)), np.ones((2, 1)), np.ones((2, 2)))
+        inspect.unwrap(length_controlled_win_rate)(
+            np.ones((2, 2)), np.zeros((2, 2)), np.ones((2, 1)), np.ones((2, 2))
+        )
 
 
 def test_scores_that_differ_by_rounding_are_a_tie():
@@ -195,7 +201,9 @@ def test_rows_of_one_prompt_count_as_one():
     assert too_sure.high - too_sure.low < 0.75 * (win_rate(a, b).high - win_rate(a, b).low)
     lengths = rng.integers(5, 50, 60), rng.integers(5, 50, 60)
     once = length_controlled_win_rate(a, b, *lengths)
-    again = length_controlled_win_rate(*twice, *(np.tile(each, 2) for each in lengths), groups=groups)
+    again = length_controlled_win_rate(
+        *twice, *(np.tile(each, 2) for each in lengths), groups=groups
+    )
     np.testing.assert_allclose(again, once, atol=1e-9)
     with pytest.raises(ValueError, match=r"groups has shape \(3,\) for 60 rows"):
         win_rate(a, b, groups=np.arange(3))

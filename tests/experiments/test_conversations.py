@@ -52,7 +52,9 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a byte, and the four control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = [EOS, START, END, TURN]
-    inner = tokenizers.Tokenizer(models.BPE(vocab={p: i for i, p in enumerate([*special, *alphabet])}, merges=[]))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate([*special, *alphabet])}, merges=[])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
@@ -63,7 +65,9 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 RECORDS = {
     "demonstrations": [Demonstration(p, a) for p, a in ANSWERS.items() for _ in range(32)],
-    "rankings": [Ranking(p, (a, "no"), (0, 1), id=f"{i}") for i, (p, a) in enumerate([*ANSWERS.items()] * 4)],
+    "rankings": [
+        Ranking(p, (a, "no"), (0, 1), id=f"{i}") for i, (p, a) in enumerate([*ANSWERS.items()] * 4)
+    ],
     "prompts": [Prompt(p, id=f"p{i}") for i, p in enumerate([*ANSWERS] * 4)],
 }
 
@@ -93,7 +97,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         patch.setattr(guards, "origin", lambda config, **_: {})  # the records lie in no file
         patch.setattr(devices, "start", one_device)
         patch.setattr(ppo, "sample", sample_and_keep)
-        patch.setattr(ppo, "check_step_zero", lambda *_: None)  # tested elsewhere, and compiles five programs
+        patch.setattr(
+            ppo, "check_step_zero", lambda *_: None
+        )  # tested elsewhere, and compiles five programs
         tuned = sft.run(
             load("sft", model=base, demonstrations="demonstrations", validation="demonstrations", epochs="10",
                  row_length="120", batch_size="4", learning_rate="1e-2", dropout="0.0", schedule="constant"),
@@ -131,7 +137,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_sft_trains_on_every_answer_or_the_last(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(schema, "read_jsonl", lambda *_, **__: (RECORDS["demonstrations"][-1:], None))
+    monkeypatch.setattr(
+        schema, "read_jsonl", lambda *_, **__: (RECORDS["demonstrations"][-1:], None)
+    )
     config = load_config(f"{ROOT}/configs/sft/storyland.py:smoke", {"row_length": "96"})
     trained = {}
     for config.assistant_turns in ("all", "last"):
@@ -162,7 +170,9 @@ def test_ppo_continues_the_conversation_and_its_rows_end_with_the_end_of_turn(ra
         prompt = prompts[tuple(row[:start].tolist())]
         assert not finished or row[length - 1] in (end, ran.tokenizer.eos_token_id)
         assert (row[start:length] == end).sum() <= 1
-        if finished and row[start:length].tolist() == text.encode_answer(ran.tokenizer, prompt, ANSWERS[prompt]):
+        if finished and row[start:length].tolist() == text.encode_answer(
+            ran.tokenizer, prompt, ANSWERS[prompt]
+        ):
             assert ANSWERS[prompt] in SEEN
     assert len(SEEN) == len(samples.tokens)
     assert not any(TURN in said for said in SEEN)
@@ -187,10 +197,15 @@ def test_reward_model_scores_what_ppo_samples(ran, monkeypatch: pytest.MonkeyPat
 
 
 def test_evaluation_shows_conversations_as_text(ran):
-    lines = [json.loads(line) for line in (ran.folder / "evaluate" / "samples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (ran.folder / "evaluate" / "samples.jsonl").read_text().splitlines()
+    ]
     assert {line["prompt"] for line in lines} == {chat.readable(p) for p in ANSWERS}
     asked = {chat.readable(p): answer for p, answer in ANSWERS.items()}
-    assert all(line["response"] == asked[line["prompt"]] for line in lines if line["model"] == "sft")
+    assert all(
+        line["response"] == asked[line["prompt"]] for line in lines if line["model"] == "sft"
+    )
     assert "prompted_base" in ran.evaluation["reward_score"]
 
 
@@ -202,11 +217,19 @@ def test_exported_models_carry_the_template(ran):
         assert text.encode_prompt(exported, prompt) == text.encode_prompt(ran.tokenizer, prompt)
     assert text.stop_ids(exported, ANSWERS) == text.stop_ids(ran.tokenizer, ANSWERS)
     ends = [ran.tokenizer.eos_token_id, ran.tokenizer.convert_tokens_to_ids(TURN)]
-    for folder in (ran.tuned["last"], ran.trained["last"]):  # other programs stop at the end of a turn too
-        assert json.loads((Path(folder) / "generation_config.json").read_text())["eos_token_id"] == ends
+    for folder in (
+        ran.tuned["last"],
+        ran.trained["last"],
+    ):  # other programs stop at the end of a turn too
+        assert (
+            json.loads((Path(folder) / "generation_config.json").read_text())["eos_token_id"]
+            == ends
+        )
 
 
-def test_a_policy_and_a_reward_model_with_two_templates_are_refused(ran, tmp_path: Path, monkeypatch):
+def test_a_policy_and_a_reward_model_with_two_templates_are_refused(
+    ran, tmp_path: Path, monkeypatch
+):
     monkeypatch.setattr(schema, "read_jsonl", lambda *_, **__: (RECORDS["prompts"], None))
     network = networks.load_network(ran.rewards["model"], one_device(None))
     network.tokenizer.chat_template = None
@@ -228,7 +251,10 @@ def test_every_stage_begins_a_text_with_the_tokenizers_bos_and_no_response(tmp_p
         single=f"<bos> $A {EOS}", special_tokens=[("<bos>", bos), (EOS, begins.eos_token_id)]
     )
     asked, said = "Who sang? <bos>", "A bird <bos>."
-    data = {"demonstrations": [{"prompt": asked, "response": said}], "text": [{"text": asked}, {"text": said}]}
+    data = {
+        "demonstrations": [{"prompt": asked, "response": said}],
+        "text": [{"text": asked}, {"text": said}],
+    }
     files = {}
     for name, rows in data.items():
         files[name] = str(tmp_path / f"{name}.jsonl")

@@ -26,20 +26,33 @@ ANIMALS = ("wren", "fox", "owl", "hare", "newt", "carp", "mole", "toad")
 
 def alpaca(count: int) -> list[dict[str, str]]:
     return [
-        {"instruction": f"Name animal {i}.\r\nPlease.", "input": "", "output": f"A {ANIMALS[i % 8]} \u2028\U0001f98a."}
+        {
+            "instruction": f"Name animal {i}.\r\nPlease.",
+            "input": "",
+            "output": f"A {ANIMALS[i % 8]} \u2028\U0001f98a.",
+        }
         for i in range(count)
     ]
 
 
 def pairs(count: int) -> list[dict[str, str]]:
     return [
-        {"system": "Be kind.", "question": f"Name animal {i}.", "chosen": f"A {ANIMALS[i % 8]}.", "rejected": "No."}
+        {
+            "system": "Be kind.",
+            "question": f"Name animal {i}.",
+            "chosen": f"A {ANIMALS[i % 8]}.",
+            "rejected": "No.",
+        }
         for i in range(count)
     ]
 
 
 def put(folder: Path, rows: list[dict], name: str) -> Path:
-    text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\r\n" for row in rows)
+    text = (
+        json.dumps(rows)
+        if name.endswith(".json")
+        else "".join(json.dumps(row) + "\r\n" for row in rows)
+    )
     (folder / name).write_bytes(text.encode())
     return folder / name
 
@@ -65,7 +78,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_a_form_is_recognised_and_said_and_its_files_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_form_is_recognised_and_said_and_its_files_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     counts = convert(put(tmp_path, alpaca(60), "alpaca.json"), tmp_path / "out")
     said = "read as Alpaca: instruction + input -> prompt, output -> response"
     assert capsys.readouterr().out.startswith(f"{tmp_path}/alpaca.json: {said}\n")
@@ -76,7 +91,10 @@ def test_a_form_is_recognised_and_said_and_its_files_written(tmp_path: Path, cap
     assert 0 < held < 20
     assert counts["demonstrations"] + held == 60
     records, _ = schema.read_jsonl(tmp_path / "out" / "demonstrations.jsonl", Demonstration)
-    assert all(r.prompt.startswith("Name animal") and "\n" in r.prompt and "\r" not in r.prompt for r in records)
+    assert all(
+        r.prompt.startswith("Name animal") and "\n" in r.prompt and "\r" not in r.prompt
+        for r in records
+    )
     assert all("\u2028\U0001f98a" in r.response for r in records)
     for name in ("prompts_ppo", "prompts_ranking", "prompts_test"):
         assert schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", Prompt)[0]
@@ -88,7 +106,10 @@ def test_a_few_rows_are_enough_and_nothing_is_held_out(tmp_path: Path):
         assert counts["demonstrations"] == count
         assert not {"demonstrations_validation", "prompts_test"} & set(counts)
         report = (tmp_path / f"out{count}" / "data_report.txt").read_text()
-        assert f"nothing is held out: {count} conversations are fewer than least_conversations=20" in report
+        assert (
+            f"nothing is held out: {count} conversations are fewer than least_conversations=20"
+            in report
+        )
 
 
 def test_every_key_of_the_config_is_read(tmp_path: Path, model: str):
@@ -105,13 +126,16 @@ def test_every_key_of_the_config_is_read(tmp_path: Path, model: str):
     assert leaf_keys(config) - reads - more == set()
 
 
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(ROOT)
     path = put(tmp_path, pairs(4), "orca.jsonl")
     flags = [f"--data={path}", "--columns", "prompt=question", f"--out={tmp_path / 'out'}"]
     assert main(*flags) == 0
-    assert "read as TRL: system -> system turn, prompt -> prompt, chosen over rejected (with question as prompt)" in (
-        capsys.readouterr().out
+    assert (
+        "read as TRL: system -> system turn, prompt -> prompt, chosen over rejected (with question as prompt)"
+        in (capsys.readouterr().out)
     )
     ((ranking, *_), _) = schema.read_jsonl(tmp_path / "out" / "rankings.jsonl", Ranking)
     assert [turn.role for turn in ranking.prompt] == ["system", "user"]
@@ -128,13 +152,20 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert data_flags.expand(["--source=oasst", "--data=t.jsonl.gz"])[:2] == [
         "--config=configs/data/convert.py", "--config.form=oasst",
     ]  # fmt: skip
-    assert data_flags.expand(["--source=oasst", "--data_dir=d"])[0] == "--config=configs/data/oasst.py"
+    assert (
+        data_flags.expand(["--source=oasst", "--data_dir=d"])[0] == "--config=configs/data/oasst.py"
+    )
 
 
 def test_the_program_itself(tmp_path: Path):
     """As a user types it, in a process of its own."""
     path = put(tmp_path, alpaca(3), "alpaca.json")
-    command = [sys.executable, "experiments/prepare_data.py", f"--data={path}", f"--out={tmp_path / 'out'}"]
+    command = [
+        sys.executable,
+        "experiments/prepare_data.py",
+        f"--data={path}",
+        f"--out={tmp_path / 'out'}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out" / "demonstrations.jsonl").read_text().count("\n") == 3
@@ -146,15 +177,24 @@ def test_a_demonstration_form_and_a_ranking_form_take_a_step(tmp_path: Path, mod
     few = {"model": model, "row_length": "256", "batch_size": "8", "epochs": "1"}
     demonstrations = str(tmp_path / "sft_data" / "demonstrations.jsonl")
     sft_config = f"{ROOT}/configs/sft/storyland.py:smoke"
-    data = {"demonstrations": demonstrations, "validation": demonstrations, "pretraining_fraction": "0.0"}
+    data = {
+        "demonstrations": demonstrations,
+        "validation": demonstrations,
+        "pretraining_fraction": "0.0",
+    }
     (tmp_path / "sft").mkdir()
     assert sft.run(load_config(sft_config, {**few, **data}), str(tmp_path / "sft"))
     convert(put(tmp_path, pairs(4), "orca.jsonl"), tmp_path / "rm_data", columns="prompt=question")
     rankings = str(tmp_path / "rm_data" / "rankings.jsonl")
-    data = {"rankings": rankings, "demonstrations": demonstrations, "evaluation.validation_train": rankings}
+    data = {
+        "rankings": rankings,
+        "demonstrations": demonstrations,
+        "evaluation.validation_train": rankings,
+    }
     (tmp_path / "rm").mkdir()
     assert reward_model.run(
-        load_config(f"{ROOT}/configs/reward_model/storyland.py:smoke", {**few, **data}), str(tmp_path / "rm")
+        load_config(f"{ROOT}/configs/reward_model/storyland.py:smoke", {**few, **data}),
+        str(tmp_path / "rm"),
     )
 
 
@@ -168,12 +208,24 @@ def test_real_files(tmp_path: Path, data_dir: Path):
     rankings = sources.read_form(folder / "preference_data.jsonl.gz")
     assert (rankings.form, rankings.report.dropped) == ("alpaca", {"identical responses": 6})
     assert rankings.report.kept == rankings.report.aside["output"] == 1094
-    pairs = sources.read_form(data_dir / "hh_rlhf" / "helpful-base.test.jsonl.gz", source="hh_rlhf/helpful-base")
-    wanted, counts = sources.read_hh(data_dir, split="train", test_fraction=0.0, subsets=("helpful-base",))
-    assert (pairs.form, pairs.records["rankings"], pairs.report.dropped) == ("hh", wanted, counts.dropped)
+    pairs = sources.read_form(
+        data_dir / "hh_rlhf" / "helpful-base.test.jsonl.gz", source="hh_rlhf/helpful-base"
+    )
+    wanted, counts = sources.read_hh(
+        data_dir, split="train", test_fraction=0.0, subsets=("helpful-base",)
+    )
+    assert (pairs.form, pairs.records["rankings"], pairs.report.dropped) == (
+        "hh",
+        wanted,
+        counts.dropped,
+    )
     trees = sources.read_form(next((data_dir / "oasst_en100").glob("*tree*.jsonl.gz")))
     replies, _ = sources.read_oasst(data_dir, split="train", test_fraction=0.0)
-    assert {(r.prompt, r.responses) for r in trees.records["rankings"]} == {(r.prompt, r.responses) for r in replies}
+    assert {(r.prompt, r.responses) for r in trees.records["rankings"]} == {
+        (r.prompt, r.responses) for r in replies
+    }
     assert len(trees.records["demonstrations"]) == 247
-    with pytest.raises(ValueError, match="--source=trl --columns prompt=question,completion=answer"):
+    with pytest.raises(
+        ValueError, match="--source=trl --columns prompt=question,completion=answer"
+    ):
         sources.read_form(data_dir / "gsm8k" / "test.jsonl.gz")

@@ -32,7 +32,9 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh((1, 1, 1), devices=jax.devices()[:1])
 
 
-def said(texts: list[list[str]], reward: np.ndarray, gold: np.ndarray | None = None) -> answers_lib.Answers:
+def said(
+    texts: list[list[str]], reward: np.ndarray, gold: np.ndarray | None = None
+) -> answers_lib.Answers:
     lengths = np.array([[len(answer) for answer in row] for row in texts])
     return answers_lib.Answers(texts, gold, [], reward, lengths, samples=None)  # pyright: ignore[reportArgumentType]
 
@@ -42,19 +44,29 @@ def test_kl_is_a_number_for_greedy_samples_too(temperature, monkeypatch):
     """Greedy: both models at temperature 1, whose log-ratio is computed here by hand."""
     policy, other = (MODEL.init(jax.random.key(seed)) for seed in (0, 1))
     prompts = PromptBatch(jnp.ones((3, 4), jnp.int32), jnp.array([2, 3, 4]), jnp.arange(3))
-    drawn = generate(MODEL, policy, prompts, jax.random.key(2), Sampling(max_new_tokens=6, temperature=temperature))
+    drawn = generate(
+        MODEL,
+        policy,
+        prompts,
+        jax.random.key(2),
+        Sampling(max_new_tokens=6, temperature=temperature),
+    )
     samples = jax.tree.map(np.asarray, drawn)
     tokenizer = load_tokenizer(storyland_assets.assets())  # both have it; nothing is encoded here
     networks = [networks_lib.Network(MODEL, params, tokenizer) for params in (policy, other)]
     monkeypatch.setattr(networks_lib, "load_network", lambda *_: networks[1])
-    config = ConfigDict({"reference": "reference", "temperature": temperature, "batch_size": 2, "decoder": {}})
+    config = ConfigDict(
+        {"reference": "reference", "temperature": temperature, "batch_size": 2, "decoder": {}}
+    )
     answers = answers_lib.Answers([], None, [], np.zeros(3), np.zeros(3), samples)
     found = evaluate.kl_to_reference(networks[0], answers, config, one_device())
 
     used = temperature or 1.0
     mask = scoring.response_mask(drawn.prompt_lengths, drawn.lengths, drawn.tokens.shape[1])
     logp = [
-        scoring.sequence_log_probs(MODEL, params, drawn.tokens, drawn.lengths, mask, temperature=used).sum(axis=1)
+        scoring.sequence_log_probs(
+            MODEL, params, drawn.tokens, drawn.lengths, mask, temperature=used
+        ).sum(axis=1)
         for params in (policy, other)
     ]
     assert np.isfinite(found)
@@ -67,7 +79,11 @@ def test_each_validation_row_counts_once_whatever_the_batch():
     rows = jax.tree.map(np.asarray, tiny.lm_batch(5, seed=1))
     params = tiny.LANGUAGE.init(jax.random.key(0))
     losses = [
-        lm_loss(tiny.LANGUAGE, params, datasets.held_out_batches(rows, one_device(), batch_size=size, seed=0))
+        lm_loss(
+            tiny.LANGUAGE,
+            params,
+            datasets.held_out_batches(rows, one_device(), batch_size=size, seed=0),
+        )
         for size in (1, 4, 5, 8)
     ]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
@@ -83,7 +99,9 @@ def test_the_same_answer_of_two_models_is_a_tie_although_it_was_scored_twice():
     results = answers_lib.compare({"sft": ours, "ppo": other})
     # "yes" ties with "yes" and loses to "no"; "blue" loses to "red" and ties with "blue".
     assert results["win_rate_vs_sft_by_reward_model"]["ppo"]["value"] == pytest.approx(0.25)
-    assert results["reward_score"]["ppo"] == pytest.approx(0.635)  # the means are those of the scores as they came
+    assert results["reward_score"]["ppo"] == pytest.approx(
+        0.635
+    )  # the means are those of the scores as they came
 
 
 def test_a_prompt_that_stands_in_the_file_twice_is_one_prompt():
@@ -106,7 +124,10 @@ def test_two_labelers_of_a_prompt_are_one_prompt_of_the_reward_models_interval()
     scores = {(p, answer): float(rng.normal()) for p in prompts for answer in ("a", "b")}
     rankings = [Ranking(p, ("a", "b"), (0, 1), id=f"{i}/x") for i, p in enumerate(prompts)]
     second = [structs.replace(r, id=f"{i}/y") for i, r in enumerate(rankings)]
-    alone, both = held_out_rankings.evaluate(rankings, scores), held_out_rankings.evaluate(rankings + second, scores)
+    alone, both = (
+        held_out_rankings.evaluate(rankings, scores),
+        held_out_rankings.evaluate(rankings + second, scores),
+    )
     for key in ("accuracy", "length_only"):
         assert both[key]["n"] == 2 * alone[key]["n"]
         assert [both[key][end] for end in ("value", "low", "high")] == pytest.approx(

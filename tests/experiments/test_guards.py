@@ -46,15 +46,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(stage: str, inputs: Path, **overrides: object) -> ConfigDict:
-    flags = [f.removeprefix("--config.").partition("=") for f in kill.command(stage, inputs, Path(), **overrides)[4:]]
-    return load_config(f"{ROOT}/configs/{stage}/storyland.py:smoke", {key: value for key, _, value in flags})
+    flags = [
+        f.removeprefix("--config.").partition("=")
+        for f in kill.command(stage, inputs, Path(), **overrides)[4:]
+    ]
+    return load_config(
+        f"{ROOT}/configs/{stage}/storyland.py:smoke", {key: value for key, _, value in flags}
+    )
 
 
 # ------------------------------------------------------------------------------------------- counting and naming
 
 
 def test_a_packed_row_names_each_record_in_it():
-    records = guards.Records("d.jsonl", ["a", "b", None, "d"], [3, 5, 2, 6], capacity=8, places=[0, 1, 5, 7])
+    records = guards.Records(
+        "d.jsonl", ["a", "b", None, "d"], [3, 5, 2, 6], capacity=8, places=[0, 1, 5, 7]
+    )
     assert records.of([0]) == [(7, "d"), (5, None)]  # best_fit([3, 5, 2, 6]) is [[3, 2], [1, 0]]
     assert records.of([1, 2]) == [(1, "b"), (0, "a")]  # row 2 is of another file that was mixed in
     assert guards.named(records.of([0]), "d.jsonl") == "records 7 (d), 5 of d.jsonl (from 0)"
@@ -68,20 +75,37 @@ def bad_at(*steps: int):
         number = state["calls"] + 1
         skipped = jnp.isin(number, jnp.array(steps)).astype(jnp.float32)
         one = jnp.float32(1)
-        told = {"loss": Mean(number * one, one), "skipped": Mean(skipped, one), "spiked": Mean(0 * one, one)}
+        told = {
+            "loss": Mean(number * one, one),
+            "skipped": Mean(skipped, one),
+            "spiked": Mean(0 * one, one),
+        }
         return {"calls": number}, told
 
     return step
 
 
-def train(folder: Path, step_fn, *, steps: int = 8, limit: int = 3, save_every: int = 2, stop_at: int = 0, **options):
+def train(
+    folder: Path,
+    step_fn,
+    *,
+    steps: int = 8,
+    limit: int = 3,
+    save_every: int = 2,
+    stop_at: int = 0,
+    **options,
+):
     """The real loop over twelve records in batches of two."""
     batches = Batches({"x": np.arange(12)}, batch_size=2, seed=0)
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     records = guards.Records("toy.jsonl", [f"id{i}" for i in range(12)])
     with pytest.MonkeyPatch.context() as patch:
         if stop_at:
-            patch.setattr(signals, "stop_requests", lambda: contextlib.nullcontext(lambda step: step == stop_at))
+            patch.setattr(
+                signals,
+                "stop_requests",
+                lambda: contextlib.nullcontext(lambda step: step == stop_at),
+            )
         settings = Settings(folder, "toy", steps, save_every, max_skipped=limit)
         with Loop(settings, {"calls": jnp.int32(0)}, data=records.path, **options) as loop:
             for step, state in loop:
@@ -96,7 +120,9 @@ def skipped_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_a_skipped_step_is_printed_and_logged_with_its_records_and_the_run_goes_on(tmp_path, capsys):
+def test_a_skipped_step_is_printed_and_logged_with_its_records_and_the_run_goes_on(
+    tmp_path, capsys
+):
     batches = train(tmp_path, bad_at(2, 3, 6))
     lines, printed = skipped_lines(tmp_path), capsys.readouterr().err
     assert [line["step"] for line in lines] == [2, 3, 6]
@@ -104,8 +130,14 @@ def test_a_skipped_step_is_printed_and_logged_with_its_records_and_the_run_goes_
         rows = batches.indices(line["step"] - 1).tolist()
         assert line["rows"] == line["records"] == rows
         assert line["ids"] == [f"id{row}" for row in rows]
-        assert f"toy {line['step']}: the step was left out, its loss or gradient is not finite; " in printed
-        assert f"records {rows[0]} (id{rows[0]}), {rows[1]} (id{rows[1]}) of toy.jsonl (from 0)" in printed
+        assert (
+            f"toy {line['step']}: the step was left out, its loss or gradient is not finite; "
+            in printed
+        )
+        assert (
+            f"records {rows[0]} (id{rows[0]}), {rows[1]} (id{rows[1]}) of toy.jsonl (from 0)"
+            in printed
+        )
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 9))
     assert [line["skipped"] for line in log] == [0, 1, 1, 0, 0, 1, 0, 0]
@@ -113,7 +145,9 @@ def test_a_skipped_step_is_printed_and_logged_with_its_records_and_the_run_goes_
 
 def test_too_many_in_a_row_stop_the_run_name_the_records_and_leave_the_last_checkpoint(tmp_path):
     batches = Batches({"x": np.arange(12)}, batch_size=2, seed=0)
-    with pytest.raises(FloatingPointError, match="3 steps in a row were left out, its loss or gradient is not") as told:
+    with pytest.raises(
+        FloatingPointError, match="3 steps in a row were left out, its loss or gradient is not"
+    ) as told:
         train(tmp_path, bad_at(3, 4, 5, 6, 7))
     for step in (2, 3, 4):
         assert all(f"{row} (id{row})" in str(told.value) for row in batches.indices(step))
@@ -131,7 +165,9 @@ def test_the_count_in_a_row_goes_on_over_a_restart(tmp_path):
 
 
 def test_a_run_all_of_whose_steps_are_bad_stops_although_it_is_short(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"each of the 2 steps was left out.* records .*id\d"):
+    with pytest.raises(
+        FloatingPointError, match=r"each of the 2 steps was left out.* records .*id\d"
+    ):
         train(tmp_path, bad_at(1, 2), steps=2, limit=5)
 
 
@@ -147,13 +183,20 @@ def test_what_a_checkpoint_says_was_written_is_there(tmp_path):
     train(tmp_path, bad_at(), steps=4, on_save=on_save)
     assert seen == [(2, False), (4, False)]
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line.get("validation")) for line in log] == [(1, None), (2, 2), (3, None), (4, 4)]
+    assert [(line["step"], line.get("validation")) for line in log] == [
+        (1, None),
+        (2, 2),
+        (3, None),
+        (4, 4),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- the same run
 
 
-def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(inputs, tmp_path, capsys):
+def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(
+    inputs, tmp_path, capsys
+):
     for name in ("model", "demonstrations.jsonl", "validation.jsonl"):
         (shutil.copytree if name == "model" else shutil.copy)(inputs / name, tmp_path / name)
     paths = {"model": tmp_path / "model"}
@@ -177,9 +220,13 @@ def test_another_data_file_model_or_rate_is_refused_by_name_unless_allowed(input
     config.learning_rate = 0.5
     config.keep = 9
     now = sft.origin(config, network)
-    with pytest.raises(ValueError, match=r"learning_rate: .* -> 0.5; demonstrations: the content of ") as told:
+    with pytest.raises(
+        ValueError, match=r"learning_rate: .* -> 0.5; demonstrations: the content of "
+    ) as told:
         guards.check_origin(begun, now)
-    assert f"model: the content of {tmp_path / 'model'} has changed (model.safetensors)" in str(told.value)
+    assert f"model: the content of {tmp_path / 'model'} has changed (model.safetensors)" in str(
+        told.value
+    )
     assert "keep" not in str(told.value)
     with allow_change():
         guards.check_origin(begun, now)
@@ -196,7 +243,12 @@ def plain_origin(tmp_path):
     config = load_config(f"{ROOT}/configs/sft/storyland.py:smoke", {"demonstrations": str(file)})
 
     def origin() -> dict:
-        made = guards.origin(config, files={"demonstrations": str(file)}, models={"model": model}, tokenizer=tokenizer)
+        made = guards.origin(
+            config,
+            files={"demonstrations": str(file)},
+            models={"model": model},
+            tokenizer=tokenizer,
+        )
         return json.loads(json.dumps(made))
 
     return origin
@@ -204,9 +256,15 @@ def plain_origin(tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True), ("jax_default_matmul_precision", "highest")],
+    [
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_enable_x64", True),
+        ("jax_default_matmul_precision", "highest"),
+    ],
 )
-def test_another_generator_type_or_precision_is_refused_by_the_name_of_its_flag(plain_origin, flag, value, capsys):
+def test_another_generator_type_or_precision_is_refused_by_the_name_of_its_flag(
+    plain_origin, flag, value, capsys
+):
     begun, was = plain_origin(), jax.config.values[flag]
     guards.check_origin(begun, plain_origin())
     jax.config.update(flag, value)
@@ -214,14 +272,19 @@ def test_another_generator_type_or_precision_is_refused_by_the_name_of_its_flag(
         now = plain_origin()
     finally:
         jax.config.update(flag, was)
-    with pytest.raises(ValueError, match=rf"begun with something else \({flag}: .* -> {value}\).*allow_config_change"):
+    with pytest.raises(
+        ValueError,
+        match=rf"begun with something else \({flag}: .* -> {value}\).*allow_config_change",
+    ):
         guards.check_origin(begun, now)
     with allow_change():
         guards.check_origin(begun, now)
     assert f"{flag}: " in capsys.readouterr().out
 
 
-def test_other_devices_and_processes_and_an_older_checkpoint_are_said_and_go_on(plain_origin, capsys):
+def test_other_devices_and_processes_and_an_older_checkpoint_are_said_and_go_on(
+    plain_origin, capsys
+):
     begun, now = plain_origin(), plain_origin()
     assert begun["rounding"]["number of processes"] == 1
     now["rounding"] |= {"number of processes": 2, "device kind": "another"}
@@ -242,7 +305,9 @@ def test_the_fingerprint_is_of_the_bytes_that_were_parsed(inputs, tmp_path, monk
     load = networks.load_network
     network = load(config.model, devices.start(config.mesh))
     sft.read_demonstrations(network.tokenizer, str(file), config)
-    file.write_bytes(before + before.splitlines(keepends=True)[0].replace(b'"id": "', b'"id": "again-'))
+    file.write_bytes(
+        before + before.splitlines(keepends=True)[0].replace(b'"id": "', b'"id": "again-')
+    )
     begun = sft.origin(config, network)
     assert begun["data"]["demonstrations"]["sha256"] == hashlib.sha256(before).hexdigest()
     devices.start(config.mesh)  # the next process
@@ -262,7 +327,9 @@ def test_a_file_read_after_training_is_the_one_of_the_fingerprint(tmp_path):
     made_of = {"data": {"demonstrations": {"path": str(file), **parsed.of(file)._asdict()}}}
     file.write_text('{"text": "b"}\n')
     read_jsonl(file, PlainText)
-    with pytest.raises(ValueError, match=r"demonstrations: .*late\.jsonl changed while this run trained"):
+    with pytest.raises(
+        ValueError, match=r"demonstrations: .*late\.jsonl changed while this run trained"
+    ):
         guards.check_read(made_of)
 
 
@@ -273,16 +340,27 @@ def test_a_model_that_changes_while_it_is_loaded_is_refused(inputs, tmp_path):
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     os.utime(weights, ns=(1, 1))
-    with pytest.raises(ValueError, match=r"model: model\.safetensors of .* changed while this run loaded it"):
+    with pytest.raises(
+        ValueError, match=r"model: model\.safetensors of .* changed while this run loaded it"
+    ):
         sft.origin(config, network)
 
 
 def made_of(rate: float) -> dict:
-    empty = {"data": {}, "models": {}, "tokenizer": "t", "versions": {}, "numerics": {}, "rounding": {}}
+    empty = {
+        "data": {},
+        "models": {},
+        "tokenizer": "t",
+        "versions": {},
+        "numerics": {},
+        "rounding": {},
+    }
     return {"config": {"learning_rate": rate}, **empty}
 
 
-def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_go_on_with(tmp_path):
+def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_go_on_with(
+    tmp_path,
+):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, bad_at(), stop_at=4, origin=made_of(1.0))
     with pytest.raises(ValueError, match=r"learning_rate: 1\.0 -> 2\.0"):
@@ -291,15 +369,24 @@ def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_
         train(tmp_path, bad_at(), origin=made_of(2.0))
     told = [{"from_step": 4, "changes": ["learning_rate: 1.0 -> 2.0"]}]
     assert (
-        json.loads((tmp_path / "checkpoints" / "manifests" / "8.json").read_text())["extra"]["config_changes"] == told
+        json.loads((tmp_path / "checkpoints" / "manifests" / "8.json").read_text())["extra"][
+            "config_changes"
+        ]
+        == told
     )
     train(tmp_path, bad_at(), origin=made_of(2.0))  # all done: nothing to refuse
-    with allow_change(), pytest.raises(ValueError, match="all 8 steps were done with something else"):
+    with (
+        allow_change(),
+        pytest.raises(ValueError, match="all 8 steps were done with something else"),
+    ):
         train(tmp_path, bad_at(), origin=made_of(3.0))
     with allow_change():
         train(tmp_path, bad_at(), steps=10, origin=made_of(3.0))
     extra = json.loads((tmp_path / "checkpoints" / "manifests" / "10.json").read_text())["extra"]
-    assert extra["config_changes"] == [*told, {"from_step": 8, "changes": ["learning_rate: 2.0 -> 3.0"]}]
+    assert extra["config_changes"] == [
+        *told,
+        {"from_step": 8, "changes": ["learning_rate: 2.0 -> 3.0"]},
+    ]
     assert run_records.config_changes(tmp_path) == extra["config_changes"]
 
 
@@ -307,23 +394,38 @@ def test_a_change_that_is_allowed_is_recorded_with_its_step_and_needs_a_step_to_
 
 
 def seen(**changes: float) -> dict[str, float]:
-    names = ("rollout/kl_nats_per_sequence", "rollout/surprisal_nats_per_token", "rollout/score_square")
+    names = (
+        "rollout/kl_nats_per_sequence",
+        "rollout/surprisal_nats_per_token",
+        "rollout/score_square",
+    )
     return dict(zip(names, (1.0, 1.0, 4.0), strict=True)) | {"value/value_error": 1.0} | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout/kl_nats_per_sequence": 61.0}, "KL to the reference is 61 nats .* above kl_ceiling=60.0"),
+        (
+            {"rollout/kl_nats_per_sequence": 61.0},
+            "KL to the reference is 61 nats .* above kl_ceiling=60.0",
+        ),
         ({"rollout/kl_nats_per_sequence": float("nan")}, "KL to the reference is nan"),
-        ({"rollout/surprisal_nats_per_token": 0.1}, "entropy is 0.1 nats a token, below entropy_floor=0.2"),
-        ({"value/value_error": 41.0}, "is 10.2 times the squared score, above value_error_ceiling=10.0"),
+        (
+            {"rollout/surprisal_nats_per_token": 0.1},
+            "entropy is 0.1 nats a token, below entropy_floor=0.2",
+        ),
+        (
+            {"value/value_error": 41.0},
+            "is 10.2 times the squared score, above value_error_ceiling=10.0",
+        ),
     ],
 )
 def test_an_alarm_stops_ppo_and_says_what_to_do(changes, message):
     config = ConfigDict({"kl_ceiling": 60.0, "entropy_floor": 0.2, "value_error_ceiling": 10.0})
     ppo_watch.alarm(seen(), 4, config)
-    with pytest.raises(FloatingPointError, match=f"iteration 5: .*{message}.*what was saved before is intact"):
+    with pytest.raises(
+        FloatingPointError, match=f"iteration 5: .*{message}.*what was saved before is intact"
+    ):
         ppo_watch.alarm(seen(**changes), 4, config)
 
 
@@ -339,7 +441,9 @@ def reward(prompt_id, response):
 """
 
 
-def test_a_reward_that_is_not_finite_drops_its_row_and_when_all_are_stops_the_run(inputs, tmp_path, monkeypatch):
+def test_a_reward_that_is_not_finite_drops_its_row_and_when_all_are_stops_the_run(
+    inputs, tmp_path, monkeypatch
+):
     (tmp_path / "nan_reward.py").write_text("bad = True\n" + REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     config = config_of(
@@ -348,7 +452,9 @@ def test_a_reward_that_is_not_finite_drops_its_row_and_when_all_are_stops_the_ru
     )  # fmt: skip
     prepare, setups = ppo.prepare, []
     monkeypatch.setattr(ppo, "prepare", lambda *a: setups.append(prepare(*a)) or setups[-1])
-    with pytest.raises(FloatingPointError, match="every score of the iteration was left out, it is not finite") as told:
+    with pytest.raises(
+        FloatingPointError, match="every score of the iteration was left out, it is not finite"
+    ) as told:
         ppo.run(config, str(tmp_path / "run"))
     order = Batches({"x": np.arange(16)}, batch_size=8, seed=config.seed)
     assert all(f"{row} (p{row})" in str(told.value) for row in order.indices(2))
@@ -361,9 +467,13 @@ def test_a_reward_that_is_not_finite_drops_its_row_and_when_all_are_stops_the_ru
     with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saved:
         assert saved.newest_good() == 2
 
-    sys.modules["nan_reward"].bad = False  # repaired: the same command goes on, here with the programs of before
+    sys.modules[
+        "nan_reward"
+    ].bad = False  # repaired: the same command goes on, here with the programs of before
     monkeypatch.setattr(
-        ppo, "prepare", lambda *a: prepare(*a)._replace(pieces=setups[0].pieces, paired=setups[0].paired)
+        ppo,
+        "prepare",
+        lambda *a: prepare(*a)._replace(pieces=setups[0].pieces, paired=setups[0].paired),
     )
     ppo.run(config, str(tmp_path / "run"))
     assert [line["step"] for line in kill.history(tmp_path / "run")] == [1, 2, 3]
@@ -376,7 +486,8 @@ def test_skipped_minibatches_are_named_and_counted_over_iterations(inputs, tmp_p
     config.guard.max_skipped = 3
     nothing = Setup._make([None] * len(Setup._fields))
     setup = nothing._replace(
-        prompts=Batches({"x": np.arange(16)}, batch_size=8, seed=0), prompt_ids=[f"p{i}" for i in range(16)]
+        prompts=Batches({"x": np.arange(16)}, batch_size=8, seed=0),
+        prompt_ids=[f"p{i}" for i in range(16)],
     )
     skips = guards.Skips(tmp_path, "ppo", config.prompts, limit=3)
 

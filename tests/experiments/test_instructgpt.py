@@ -54,16 +54,22 @@ class Invented(instructgpt.Pipeline):
         super().__init__(config, folder)
         self.ran: list[str] = []
         for name, stage in self.stages._stages.items():
-            object.__setattr__(stage, "work", lambda folder, name=name: self.invent(name, Path(folder)))
+            object.__setattr__(
+                stage, "work", lambda folder, name=name: self.invent(name, Path(folder))
+            )
 
     def invent(self, stage: str, folder: Path) -> dict:
         self.ran.append(stage)
         part = self.stages.parts(self.stages._stages[stage])
-        text = json.dumps({"config": part["config"], "inputs": [e["sha256"] for e in part["inputs"].values()]})
+        text = json.dumps(
+            {"config": part["config"], "inputs": [e["sha256"] for e in part["inputs"].values()]}
+        )
         for name in WRITES[stage]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(name + text)
-        epochs = [{"epoch": epoch, "validation_loss": 1.0 / epoch} for epoch in range(1, EPOCHS + 1)]
+        epochs = [
+            {"epoch": epoch, "validation_loss": 1.0 / epoch} for epoch in range(1, EPOCHS + 1)
+        ]
         last = str(folder / f"epoch-{EPOCHS}")
         return {
             "sft": {"epochs": epochs, "lowest_loss": last, "last": last},
@@ -197,7 +203,9 @@ def test_a_reward_model_that_starts_from_a_model_of_ones_own(finished, tmp_path)
     assert again(load(**{"reward_model.model": str(tmp_path / "moved")}), run) == NONE
 
 
-def test_the_plan_names_the_key_and_computes_and_writes_nothing(finished, tmp_path, capsys, monkeypatch):
+def test_the_plan_names_the_key_and_computes_and_writes_nothing(
+    finished, tmp_path, capsys, monkeypatch
+):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "config.json").write_text("{}")
     (run / "run.lock").touch()
@@ -212,7 +220,8 @@ def test_the_plan_names_the_key_and_computes_and_writes_nothing(finished, tmp_pa
     assert ended.value.code == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in said[1:]] == [
-        [str(number), stage, "runs:" if stage in RL else "kept"] for number, stage in enumerate(STAGES, start=1)
+        [str(number), stage, "runs:" if stage in RL else "kept"]
+        for number, stage in enumerate(STAGES, start=1)
     ]
     assert "ppo           runs: config.ppo.learning_rate 0.0004 -> 0.0002" in said[7]
     assert "evaluation    runs: reads ppo; reads ppo_ptx" in said[9]
@@ -237,7 +246,9 @@ FILLED_IN = (
 
 @pytest.mark.parametrize(("key", "value"), FILLED_IN)
 def test_a_value_that_the_pipeline_would_not_read_is_refused(key, value):
-    with pytest.raises(ValueError, match=re.escape(key) + r".*would be ignored, the pipeline fills it in"):
+    with pytest.raises(
+        ValueError, match=re.escape(key) + r".*would be ignored, the pipeline fills it in"
+    ):
         instructgpt.check_shapes(load(**{key: value}))
 
 
@@ -248,7 +259,12 @@ def test_a_value_that_the_pipeline_would_not_read_is_refused(key, value):
 )
 def test_no_config_of_the_project_sets_what_is_filled_in(path):
     for arg in ("", ":smoke"):
-        assert reads.set_in_vain(json.loads(config_lib.to_json(config_lib.load_config(f"{path}{arg}")))) == []
+        assert (
+            reads.set_in_vain(
+                json.loads(config_lib.to_json(config_lib.load_config(f"{path}{arg}")))
+            )
+            == []
+        )
 
 
 def test_another_seed_for_the_whole_is_not_one_that_is_ignored():
@@ -327,7 +343,10 @@ def test_choosing_the_baseline_reads_nothing_that_its_key_does_not_count(finishe
     monkeypatch.setattr(datasets, "read_prompts", lambda path: [])
     pipeline.baseline("baseline")
     counted = reads.parts(json.loads(config_lib.to_json(load())))["baseline"]
-    assert {key for key in seen if not key.startswith("evaluate.")} <= {"sft.mesh", "validation_samples"}
+    assert {key for key in seen if not key.startswith("evaluate.")} <= {
+        "sft.mesh",
+        "validation_samples",
+    }
     assert json.loads(config_lib.to_json(given[0])) == counted["evaluate"]
 
 
@@ -335,7 +354,11 @@ def test_every_group_of_the_config_belongs_to_a_stage():
     config = load()
     groups = {key for key, value in config.items() if isinstance(value, ConfigDict)}
     assert groups - {"shapes"} == set(reads.GROUPS.values())
-    assert list(reads.needs(json.loads(config_lib.to_json(config)))) == list(STAGES) == list(reads.GROUPS)
+    assert (
+        list(reads.needs(json.loads(config_lib.to_json(config))))
+        == list(STAGES)
+        == list(reads.GROUPS)
+    )
 
 
 # -------------------------------------------------------------------------------------------- damage, and moving
@@ -388,22 +411,36 @@ def test_half_done_and_changed_is_refused_before_anything_is_computed(finished, 
     assert record is not None
     (run / "reward_model" / "done.json").unlink()
     records.write(
-        run / "reward_model" / "begun.json", {k: record[k] for k in ("key", "config", "inputs", "functions", "version")}
+        run / "reward_model" / "begun.json",
+        {k: record[k] for k in ("key", "config", "inputs", "functions", "version")},
     )
     (run / "reward_model" / "checkpoints" / "30").mkdir(parents=True)
     (run / "reward_model" / "checkpoints" / "manifests").mkdir()
     (run / "reward_model" / "checkpoints" / "manifests" / "30.json").write_text("{}")
     same = {step.stage: step.action for step in Invented(load(), run).stages.plan()}
     assert same["reward_model"] == "resume"
-    for key, value in {"reward_model.learning_rate": "9e-4", "data.demonstrations": "65", "sft.epochs": "1"}.items():
-        with pytest.raises(ValueError, match=r"stage reward_model is half done \(checkpoint of step 30\)"):
+    for key, value in {
+        "reward_model.learning_rate": "9e-4",
+        "data.demonstrations": "65",
+        "sft.epochs": "1",
+    }.items():
+        with pytest.raises(
+            ValueError, match=r"stage reward_model is half done \(checkpoint of step 30\)"
+        ):
             Invented(load(**{key: value}), run).stages.plan()
     with allow_change():
-        allowed = {s.stage: s for s in Invented(load(**{"reward_model.learning_rate": "9e-4"}), run).stages.plan()}
+        allowed = {
+            s.stage: s
+            for s in Invented(load(**{"reward_model.learning_rate": "9e-4"}), run).stages.plan()
+        }
     assert allowed["reward_model"].action == "resume"
     assert "config.reward_model.learning_rate 0.0004 -> 0.0009" in allowed["reward_model"].why[1]
-    assert again(load(**{"reward_model.save_every": "7"}), run) == {"reward_model"}  # changes no number: goes on
-    assert again(load(**{"ppo.learning_rate": "7e-4"}), run) == {"reward_model"} | RL  # of another stage
+    assert again(load(**{"reward_model.save_every": "7"}), run) == {
+        "reward_model"
+    }  # changes no number: goes on
+    assert (
+        again(load(**{"ppo.learning_rate": "7e-4"}), run) == {"reward_model"} | RL
+    )  # of another stage
 
 
 def test_every_pipeline_config_has_a_plan(tmp_path):
@@ -421,11 +458,17 @@ def test_the_files_of_data_dir_count_by_what_is_in_them(tmp_path):
     (tmp_path / "data" / "hh_rlhf").mkdir(parents=True)
     (tmp_path / "data" / "hh_rlhf" / "helpful-base.jsonl").write_text("{}\n")
     (tmp_path / "data" / "holiday.mov").write_text("large")
-    config = load_config(f"{ROOT}/configs/instructgpt/hh_rlhf.py", {"data_dir": str(tmp_path / "data")})
+    config = load_config(
+        f"{ROOT}/configs/instructgpt/hh_rlhf.py", {"data_dir": str(tmp_path / "data")}
+    )
     pipeline = instructgpt.Pipeline(config, tmp_path / "run")
     assert pipeline.inputs("data") == {"data.data_dir/hh_rlhf": str(tmp_path / "data" / "hh_rlhf")}
     stage = pipeline.stages._stages["data"]
     assert "data_dir" not in stage.config["data"]
     assert config.base in pretrained.MODELS
-    assert stage.config["data"]["model"] == pipeline.stages._stages["sft"].config["base"] == config.base
+    assert (
+        stage.config["data"]["model"]
+        == pipeline.stages._stages["sft"].config["base"]
+        == config.base
+    )
     assert isinstance(pipeline.stages, Stages)

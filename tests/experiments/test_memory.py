@@ -32,9 +32,17 @@ def given(tmp_path_factory) -> dict[str, str]:
     """A tiny model and its data."""
     folder = tmp_path_factory.mktemp("memory")
     found = inputs(folder)
-    write_jsonl(folder / "demonstrations.jsonl", [Demonstration("Say yes.", "Yes.", id=f"d{i}") for i in range(16)])
-    write_jsonl(folder / "rankings.jsonl", [Ranking("Say yes.", ("Yes.", "No.", "Why?"), (0, 1, 2))] * 16)
-    return found | {"demonstrations": str(folder / "demonstrations.jsonl"), "rankings": str(folder / "rankings.jsonl")}
+    write_jsonl(
+        folder / "demonstrations.jsonl",
+        [Demonstration("Say yes.", "Yes.", id=f"d{i}") for i in range(16)],
+    )
+    write_jsonl(
+        folder / "rankings.jsonl", [Ranking("Say yes.", ("Yes.", "No.", "Why?"), (0, 1, 2))] * 16
+    )
+    return found | {
+        "demonstrations": str(folder / "demonstrations.jsonl"),
+        "rankings": str(folder / "rankings.jsonl"),
+    }
 
 
 def flags(**overrides: str) -> list[str]:
@@ -49,13 +57,27 @@ def stage(name: str, given: dict[str, str]) -> list[str]:
     if name == "ppo":
         keys = ("model", "reward_model", "prompts", "pretraining_text")
         return head + flags(**SMALL, **{key: given[key] for key in keys})
-    own = {"model": given["model"], "demonstrations": given["demonstrations"], "batch_size": "8", "row_length": "64"}
-    extra = {"validation": given["demonstrations"]} if name == "sft" else {"rankings": given["rankings"]}
+    own = {
+        "model": given["model"],
+        "demonstrations": given["demonstrations"],
+        "batch_size": "8",
+        "row_length": "64",
+    }
+    extra = (
+        {"validation": given["demonstrations"]}
+        if name == "sft"
+        else {"rankings": given["rankings"]}
+    )
     return head + flags(**own, **extra)
 
 
 PROGRAMS = {"pretrain": pretrain, "sft": sft, "reward_model": reward_model, "ppo": ppo}
-TOLD = {"pretrain": ["train"], "sft": ["train"], "reward_model": ["train"], "ppo": ["rollout", "score", "update"]}
+TOLD = {
+    "pretrain": ["train"],
+    "sft": ["train"],
+    "reward_model": ["train"],
+    "ppo": ["rollout", "score", "update"],
+}
 
 
 def run_main(name: str, given: dict[str, str], workdir: Path, *more: str) -> int:
@@ -83,7 +105,9 @@ def test_a_dry_run_tells_each_phase_and_writes_nothing(name, given, tmp_path, ca
 
 
 ERRORS = {
-    "xla": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 14400000000 bytes."),
+    "xla": jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 14400000000 bytes."
+    ),
     "numpy": MemoryError("Unable to allocate 26.8 GiB for an array"),
     "malloc": RuntimeError("INTERNAL: std::bad_alloc"),
     "bare": MemoryError(),
@@ -95,7 +119,12 @@ def test_every_form_of_no_memory_is_told_in_the_users_terms(kind):
     with (
         pytest.raises(memory.OutOfMemory) as told,
         memory.phase("outer", lower=("config.other",)),
-        memory.phase("update", lower=("config.microbatches", "config.mesh"), rows=512, parameters=1_300_000_000),
+        memory.phase(
+            "update",
+            lower=("config.microbatches", "config.mesh"),
+            rows=512,
+            parameters=1_300_000_000,
+        ),
     ):
         raise ERRORS[kind]
     text = str(told.value)
@@ -105,7 +134,8 @@ def test_every_form_of_no_memory_is_told_in_the_users_terms(kind):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("INTERNAL: something else"), ValueError("a mistake"), KeyboardInterrupt()]
+    "error",
+    [RuntimeError("INTERNAL: something else"), ValueError("a mistake"), KeyboardInterrupt()],
 )
 def test_other_errors_pass_a_phase_as_they_are(error):
     with pytest.raises(type(error)) as same, memory.phase("train", lower=()):
@@ -114,13 +144,19 @@ def test_other_errors_pass_a_phase_as_they_are(error):
 
 
 def test_the_programs_own_numbers_are_in_the_error():
-    program = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :], axis=0)[0]).lower(jnp.ones(512)).compile()
+    program = (
+        jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :], axis=0)[0])
+        .lower(jnp.ones(512))
+        .compile()
+    )
     with (
         pytest.raises(memory.OutOfMemory) as told,
         memory.phase("train", lower=(), programs=lambda: [("train", program)]),
     ):
         raise MemoryError
-    assert f"{memory.readable(memory.needs(program).temporary)} of temporary memory" in str(told.value)
+    assert f"{memory.readable(memory.needs(program).temporary)} of temporary memory" in str(
+        told.value
+    )
 
 
 def test_a_program_that_cannot_be_compiled_does_not_hide_the_error():
@@ -135,7 +171,9 @@ def test_a_program_that_cannot_be_compiled_does_not_hide_the_error():
 
 
 @pytest.mark.parametrize("phase", TOLD["ppo"])
-def test_ppo_names_the_phase_that_ran_out_and_exits_with_1(phase, given, tmp_path, capsys, monkeypatch):
+def test_ppo_names_the_phase_that_ran_out_and_exits_with_1(
+    phase, given, tmp_path, capsys, monkeypatch
+):
     def fail(*_, **__):
         raise ERRORS["xla"]
 
@@ -160,7 +198,9 @@ def test_ppo_names_the_phase_that_ran_out_and_exits_with_1(phase, given, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model"])
-def test_training_that_runs_out_is_named_with_its_compiled_numbers(name, given, tmp_path, capsys, monkeypatch):
+def test_training_that_runs_out_is_named_with_its_compiled_numbers(
+    name, given, tmp_path, capsys, monkeypatch
+):
     def fail(*_, **__):
         raise ERRORS["malloc"]
 

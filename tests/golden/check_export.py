@@ -27,7 +27,9 @@ LENGTHS = (3, 9, 24, 40)
 
 def main() -> int:
     """Compares the logits of a language model or the scores of a reward model; exit code 0 where they agree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tolerance", type=float, default=1e-4)
     args = parser.parse_args()
@@ -54,28 +56,44 @@ def rows(description: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, ids, pad), mask.astype(np.int64)
 
 
-def with_rlhf_jax(folder: Path, ids: np.ndarray, mask: np.ndarray, is_reward_model: bool) -> np.ndarray:
+def with_rlhf_jax(
+    folder: Path, ids: np.ndarray, mask: np.ndarray, is_reward_model: bool
+) -> np.ndarray:
     """Logits ``[B, T, V]`` or scores ``[B]``."""
     model, params, _ = load_hf(folder)
     lengths = jnp.asarray(mask.sum(axis=1), jnp.int32)
     if is_reward_model:
-        return np.asarray(scoring.sequence_values(model, params, jnp.asarray(ids, jnp.int32), lengths)[1])
+        return np.asarray(
+            scoring.sequence_values(model, params, jnp.asarray(ids, jnp.int32), lengths)[1]
+        )
     segments, positions = scoring.row_layout(lengths, ids.shape[1])
-    hidden = model.apply(params, jnp.asarray(ids, jnp.int32), segments=segments, positions=positions).hidden
+    hidden = model.apply(
+        params, jnp.asarray(ids, jnp.int32), segments=segments, positions=positions
+    ).hidden
     return np.asarray(model.head(params, hidden))
 
 
-def with_torch(folder: Path, ids: np.ndarray, mask: np.ndarray, is_reward_model: bool) -> np.ndarray:
+def with_torch(
+    folder: Path, ids: np.ndarray, mask: np.ndarray, is_reward_model: bool
+) -> np.ndarray:
     """The same by torch; to a reward model's logits the bias of config.json is added."""
     try:
         import torch  # no dependency of the package
         import transformers
     except ImportError as error:
-        sys.exit(f"this check needs torch and transformers ({error}): pip install torch transformers")
-    kind = transformers.AutoModelForSequenceClassification if is_reward_model else transformers.AutoModelForCausalLM
+        sys.exit(
+            f"this check needs torch and transformers ({error}): pip install torch transformers"
+        )
+    kind = (
+        transformers.AutoModelForSequenceClassification
+        if is_reward_model
+        else transformers.AutoModelForCausalLM
+    )
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+        logits = model(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)
+        ).logits.numpy()
     return logits[:, 0] + model.config.rlhf_jax_score_bias if is_reward_model else logits
 
 

@@ -28,10 +28,19 @@ LLAMA3 = {
 }  # fmt: skip
 FAMILIES = {
     "gpt2": transformers.GPT2Config(
-        vocab_size=32, n_positions=32, n_embd=16, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        vocab_size=32,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "llama": transformers.LlamaConfig(**SHARED, tie_word_embeddings=False),
-    "llama3": transformers.LlamaConfig(**SHARED, tie_word_embeddings=True, rope_parameters=LLAMA3, head_dim=8),
+    "llama3": transformers.LlamaConfig(
+        **SHARED, tie_word_embeddings=True, rope_parameters=LLAMA3, head_dim=8
+    ),
     "mistral": transformers.MistralConfig(**SHARED, sliding_window=32, tie_word_embeddings=False),
     "qwen2": transformers.Qwen2Config(**SHARED, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SHARED, head_dim=8, tie_word_embeddings=False),
@@ -41,7 +50,12 @@ FAMILIES = {
         head_dim=8,
         query_pre_attn_scalar=12,
         sliding_window=4,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
@@ -86,4 +100,8 @@ if __name__ == "__main__":
             continue  # names of families: only these are made anew
         write(family, transformers.AutoModelForCausalLM.from_config(config), place)
         config.num_labels = 1
-        write(f"{family}_score", transformers.AutoModelForSequenceClassification.from_config(config), 100 + place)
+        write(
+            f"{family}_score",
+            transformers.AutoModelForSequenceClassification.from_config(config),
+            100 + place,
+        )

@@ -42,7 +42,9 @@ def test_clip_acts_by_the_sign_of_the_advantage(ratio, advantage, loss, gradient
     assert float(got.value) == pytest.approx(loss, rel=1e-5)
     assert float(metrics["clip_fraction"].value) == clipped
     assert float(metrics["ratio_max"].value) == pytest.approx(ratio, rel=1e-5)
-    assert float(policy_gradient(*at_ratio(ratio, advantage))[0][0, 0]) == pytest.approx(gradient, rel=1e-5)
+    assert float(policy_gradient(*at_ratio(ratio, advantage))[0][0, 0]) == pytest.approx(
+        gradient, rel=1e-5
+    )
 
 
 def case(seed: int = 0, spread: float = 0.5):
@@ -64,7 +66,9 @@ def test_policy_loss_and_metrics_equal_a_loop(seed, clip_ratio):
         gains = ratio * a, np.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * a
         total -= min(gains)
         clipped += gains[1] < gains[0]
-    loss, metrics = ppo_policy_loss(*(jnp.asarray(x) for x in (logp, old, advantages, mask)), clip_ratio=clip_ratio)
+    loss, metrics = ppo_policy_loss(
+        *(jnp.asarray(x) for x in (logp, old, advantages, mask)), clip_ratio=clip_ratio
+    )
     log_ratio = (logp - old)[mask]
     np.testing.assert_allclose(loss.total, total, rtol=1e-4, atol=1e-5)
     assert float(loss.count) == mask.sum() == float(metrics["clip_fraction"].count)
@@ -83,7 +87,9 @@ def test_before_the_first_update_everything_is_neutral():
     assert float(metrics["ratio_max"].value) == float(metrics["ratio"].value) == 1
     assert float(metrics["log_ratio_max"].value) == 0
     np.testing.assert_allclose(loss.total, -jnp.sum(jnp.where(mask, advantages, 0)), rtol=1e-5)
-    np.testing.assert_allclose(policy_gradient(logp, logp, advantages, mask)[0], jnp.where(mask, -advantages, 0))
+    np.testing.assert_allclose(
+        policy_gradient(logp, logp, advantages, mask)[0], jnp.where(mask, -advantages, 0)
+    )
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e6])
@@ -93,8 +99,12 @@ def test_poisoned_padding_reaches_neither_loss_nor_gradient(poison):
     clean = [jnp.asarray(np.where(mask, x, 0)) for x in arrays]
     dirty = [jnp.asarray(np.where(mask, x, poison)) for x in arrays]
     mask = jnp.asarray(mask)
-    jax.tree.map(np.testing.assert_array_equal, ppo_policy_loss(*dirty, mask), ppo_policy_loss(*clean, mask))
-    np.testing.assert_array_equal(policy_gradient(*dirty, mask)[0], policy_gradient(*clean, mask)[0])
+    jax.tree.map(
+        np.testing.assert_array_equal, ppo_policy_loss(*dirty, mask), ppo_policy_loss(*clean, mask)
+    )
+    np.testing.assert_array_equal(
+        policy_gradient(*dirty, mask)[0], policy_gradient(*clean, mask)[0]
+    )
 
 
 def test_gradient_reaches_the_new_log_probs_only():
@@ -109,7 +119,12 @@ def test_gradient_reaches_the_new_log_probs_only():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_runaway_ratio_stays_finite_and_is_reported(log_ratio, advantage):
     """PITFALLS 17: exp(90) is inf in float32 and 0 * inf would be the gradient."""
-    arguments = jnp.full((1, 1), log_ratio), jnp.zeros((1, 1)), jnp.full((1, 1), advantage), jnp.ones((1, 1), bool)
+    arguments = (
+        jnp.full((1, 1), log_ratio),
+        jnp.zeros((1, 1)),
+        jnp.full((1, 1), advantage),
+        jnp.ones((1, 1), bool),
+    )
     loss, metrics = ppo_policy_loss(*arguments)
     assert np.isfinite(loss.value)
     assert np.isfinite(policy_gradient(*arguments)[0]).all()
@@ -118,7 +133,9 @@ def test_a_runaway_ratio_stays_finite_and_is_reported(log_ratio, advantage):
 
 def test_a_real_nan_is_not_hidden():
     logp, old, advantages, mask = (jnp.asarray(x) for x in case())
-    loss, metrics = ppo_policy_loss(logp.at[0, 0].set(jnp.nan), old, advantages, mask.at[0, 0].set(True))
+    loss, metrics = ppo_policy_loss(
+        logp.at[0, 0].set(jnp.nan), old, advantages, mask.at[0, 0].set(True)
+    )
     assert np.isnan(loss.value)
     assert np.isnan(metrics["log_ratio_max"].value)
 
@@ -126,9 +143,20 @@ def test_a_real_nan_is_not_hidden():
 def test_empty_mask_gives_zero():
     logp, old, advantages, mask = (jnp.asarray(x) for x in case())
     loss, metrics = ppo_policy_loss(logp, old, advantages, jnp.zeros_like(mask))
-    assert float(loss.value) == float(metrics["approx_kl"].value) == float(metrics["ratio_max"].value) == 0
+    assert (
+        float(loss.value)
+        == float(metrics["approx_kl"].value)
+        == float(metrics["ratio_max"].value)
+        == 0
+    )
 
 
 def test_gradient_matches_differences():
     logp, old, advantages, mask = (jnp.asarray(x) for x in case(2, spread=0.1))
-    check_grads(lambda x: ppo_policy_loss(x, old, advantages, mask)[0].value, (logp,), 1, atol=1e-2, rtol=1e-2)
+    check_grads(
+        lambda x: ppo_policy_loss(x, old, advantages, mask)[0].value,
+        (logp,),
+        1,
+        atol=1e-2,
+        rtol=1e-2,
+    )

@@ -25,15 +25,21 @@ def test_dpo_loss_equals_the_formula():
     assert float(loss.count) == 6
     np.testing.assert_allclose(metrics["margin"].value, margin.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["accuracy"].value, (margin > 0).mean())
-    np.testing.assert_allclose(metrics["chosen_reward"].value, 0.3 * (chosen - ref_chosen).mean(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["rejected_reward"].value, 0.3 * (rejected - ref_rejected).mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["chosen_reward"].value, 0.3 * (chosen - ref_chosen).mean(), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        metrics["rejected_reward"].value, 0.3 * (rejected - ref_rejected).mean(), rtol=1e-4
+    )
 
 
 def test_dpo_is_the_ranking_loss_of_its_implied_rewards():
     chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x) for x in case())
     rewards = 0.1 * jnp.stack([chosen - ref_chosen, rejected - ref_rejected], axis=1)
     pairs, _ = ranking_loss(rewards, jnp.tile(jnp.array([[0, 1]]), (6, 1)))
-    np.testing.assert_allclose(dpo_loss(chosen, rejected, ref_chosen, ref_rejected)[0].value, pairs.value, rtol=1e-5)
+    np.testing.assert_allclose(
+        dpo_loss(chosen, rejected, ref_chosen, ref_rejected)[0].value, pairs.value, rtol=1e-5
+    )
 
 
 def test_policy_at_the_reference_gives_log_two_and_half_accuracy():
@@ -46,14 +52,18 @@ def test_policy_at_the_reference_gives_log_two_and_half_accuracy():
 def test_extreme_margins_do_not_overflow():
     """PITFALLS 46."""
     zero, far = jnp.zeros(1), jnp.full(1, 1e4)
-    value, grad = jax.value_and_grad(lambda c: dpo_loss(c, far, zero, zero, beta=1.0)[0].value)(zero)
+    value, grad = jax.value_and_grad(lambda c: dpo_loss(c, far, zero, zero, beta=1.0)[0].value)(
+        zero
+    )
     assert float(value) == pytest.approx(1e4)
     assert float(grad[0]) == pytest.approx(-1)
 
 
 def test_gradient_raises_the_chosen_lowers_the_rejected_and_spares_the_reference():
     """PITFALLS 28 and 30."""
-    grads = jax.grad(lambda *a: dpo_loss(*a)[0].value, (0, 1, 2, 3))(*(jnp.asarray(x) for x in case()))
+    grads = jax.grad(lambda *a: dpo_loss(*a)[0].value, (0, 1, 2, 3))(
+        *(jnp.asarray(x) for x in case())
+    )
     assert np.all(grads[0] < 0)
     assert np.all(grads[1] > 0)
     np.testing.assert_array_equal(grads[2], 0)

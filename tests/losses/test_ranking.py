@@ -29,7 +29,10 @@ def ranking_by_loops(rewards, ranks, divisor):
         pairs = [(w, v) for w, v in itertools.permutations(present, 2) if rank[w] < rank[v]]
         terms = [np.log1p(np.exp(-(r[w] - r[v]))) for w, v in pairs]
         if pairs:
-            prompts.append(sum(terms) / (len(pairs) if divisor == "pairs" else len(present) * (len(present) - 1) / 2))
+            prompts.append(
+                sum(terms)
+                / (len(pairs) if divisor == "pairs" else len(present) * (len(present) - 1) / 2)
+            )
         right += [float(r[w] > r[v]) + 0.5 * float(r[w] == r[v]) for w, v in pairs]
         margins += [r[w] - r[v] for w, v in pairs]
         log_losses += terms
@@ -50,7 +53,10 @@ def test_ranking_loss_equals_a_loop_over_pairs(seed, divisor):
     for name, values in pairwise.items():
         np.testing.assert_allclose(metrics[name].total, sum(values), rtol=1e-5, atol=1e-5)
         assert float(metrics[name].count) == len(values)
-    assert (float(metrics["pairs"].total), float(metrics["pairs"].count)) == (len(pairwise["margin"]), len(prompts))
+    assert (float(metrics["pairs"].total), float(metrics["pairs"].count)) == (
+        len(pairwise["margin"]),
+        len(prompts),
+    )
 
 
 def test_one_pair_by_hand():
@@ -61,9 +67,13 @@ def test_one_pair_by_hand():
 def test_divisors_differ_only_by_ties():
     rewards = jnp.array([[1.0, 0.0, 0.0]])
     tied, strict = jnp.array([[0, 1, 1]]), jnp.array([[0, 1, 2]])
-    pairs, choose = (float(ranking_loss(rewards, tied, divisor=d)[0].value) for d in ("pairs", "choose"))
+    pairs, choose = (
+        float(ranking_loss(rewards, tied, divisor=d)[0].value) for d in ("pairs", "choose")
+    )
     assert choose == pytest.approx(pairs * 2 / 3, rel=1e-6)
-    pairs, choose = (float(ranking_loss(rewards, strict, divisor=d)[0].value) for d in ("pairs", "choose"))
+    pairs, choose = (
+        float(ranking_loss(rewards, strict, divisor=d)[0].value) for d in ("pairs", "choose")
+    )
     assert choose == pytest.approx(pairs, rel=1e-6)
 
 
@@ -85,11 +95,15 @@ def test_absent_responses_reach_neither_loss_nor_gradient(poison):
     ranks = jnp.array([[0, 2, -1, 1], [-1, -1, -1, -1]])
     clean = jnp.where(ranks >= 0, jnp.array([[1.0, 0.5, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]]), 0.0)
     dirty = jnp.where(ranks >= 0, clean, poison)
-    jax.tree.map(np.testing.assert_array_equal, ranking_loss(clean, ranks), ranking_loss(dirty, ranks))
+    jax.tree.map(
+        np.testing.assert_array_equal, ranking_loss(clean, ranks), ranking_loss(dirty, ranks)
+    )
     np.testing.assert_array_equal(ranking_gradient(dirty, ranks), ranking_gradient(clean, ranks))
     three = jnp.array([[1.0, 0.5, -1.0]])
     np.testing.assert_allclose(
-        ranking_loss(dirty, ranks)[0].value, ranking_loss(three, jnp.array([[0, 2, 1]]))[0].value, rtol=1e-6
+        ranking_loss(dirty, ranks)[0].value,
+        ranking_loss(three, jnp.array([[0, 2, 1]]))[0].value,
+        rtol=1e-6,
     )
 
 
@@ -138,7 +152,10 @@ def test_loss_ignores_the_order_of_responses_and_a_shift_of_rewards(order, shift
 
 def test_leading_axes_are_all_prompts():
     rng = np.random.default_rng(0)
-    rewards, ranks = rng.normal(size=(2, 3, 4)).astype(np.float32), rng.integers(-1, 3, (2, 3, 4)).astype(np.int32)
+    rewards, ranks = (
+        rng.normal(size=(2, 3, 4)).astype(np.float32),
+        rng.integers(-1, 3, (2, 3, 4)).astype(np.int32),
+    )
     nested = ranking_loss(jnp.asarray(rewards), jnp.asarray(ranks))
     flat = ranking_loss(jnp.asarray(rewards.reshape(6, 4)), jnp.asarray(ranks.reshape(6, 4)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), nested, flat)
@@ -147,7 +164,11 @@ def test_leading_axes_are_all_prompts():
 def test_gradient_matches_differences():
     ranks = jnp.array([[0, 2, 1, 1]])
     check_grads(
-        lambda r: ranking_loss(r, ranks)[0].value, (jnp.array([[0.3, -0.4, 1.1, 0.2]]),), 1, atol=1e-2, rtol=1e-2
+        lambda r: ranking_loss(r, ranks)[0].value,
+        (jnp.array([[0.3, -0.4, 1.1, 0.2]]),),
+        1,
+        atol=1e-2,
+        rtol=1e-2,
     )
 
 
@@ -159,14 +180,16 @@ def test_unknown_divisor_is_refused():
 
 def test_best_of_loss_equals_a_loop_over_prompts():
     """Ragged K, ties at the top, prompts without a choice, poisoned absent responses."""
-    rewards = np.array([[1.0, -2.0, 0.5, np.nan], [0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 0.0, 0.0]], np.float32)
+    rewards = np.array(
+        [[1.0, -2.0, 0.5, np.nan], [0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 0.0, 0.0]], np.float32
+    )
     ranks = jnp.array([[1, 0, 2, -1], [2, 0, 0, 1], [0, 0, -1, -1]])  # the last row holds no choice
     rewards = jnp.asarray(rewards)
     first = np.log(np.exp(1.0) + np.exp(-2.0) + np.exp(0.5)) + 2.0
     second = np.log(np.exp(0.0) + 2 * np.exp(3.0) + np.exp(1.0)) - 3.0
-    (loss, metrics), gradient = jax.value_and_grad(lambda r: _total(losses.best_of_loss(r, ranks)), has_aux=True)(
-        rewards
-    )
+    (loss, metrics), gradient = jax.value_and_grad(
+        lambda r: _total(losses.best_of_loss(r, ranks)), has_aux=True
+    )(rewards)
     np.testing.assert_allclose(loss, first + second, rtol=1e-6)
     assert (float(metrics[0].count), float(metrics[1]["accuracy"].total)) == (2.0, 1.0)
     assert np.all(np.isfinite(gradient))

@@ -30,7 +30,9 @@ def test_sft_loss_is_the_mean_over_target_tokens(poison):
 def test_all_masked_batch_gives_zero_not_nan():
     """PITFALLS 44."""
     mask = jnp.zeros((2, 4), bool)
-    value, grad = jax.value_and_grad(lambda x: sft_loss(x, mask)[0].value)(jnp.full((2, 4), jnp.nan))
+    value, grad = jax.value_and_grad(lambda x: sft_loss(x, mask)[0].value)(
+        jnp.full((2, 4), jnp.nan)
+    )
     assert float(value) == 0
     np.testing.assert_array_equal(grad, 0)
 

@@ -39,7 +39,9 @@ def _params(config: DecoderConfig):
     model = language_model(config)
     noise = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return model, jax.tree.map(lambda x: jnp.asarray(noise.normal(0, 0.5, x.shape), jnp.float32), shapes)
+    return model, jax.tree.map(
+        lambda x: jnp.asarray(noise.normal(0, 0.5, x.shape), jnp.float32), shapes
+    )
 
 
 def _plain(model, params, tokens, **kwargs):
@@ -78,12 +80,17 @@ def _numpy_llama(config: DecoderConfig, params, tokens: np.ndarray) -> np.ndarra
         b = jax.tree.map(lambda x: x[layer], p["blocks"])  # noqa: B023
         a, m, e = b["attention"], b["mlp"], config.head_dim
         normed = [norm(x, b["attention_norm"]["scale"]) for x in xs]
-        q, k, v = ([(n @ a[name]["kernel"]).reshape(-1, e) for n in normed] for name in ("query", "key", "value"))
+        q, k, v = (
+            [(n @ a[name]["kernel"]).reshape(-1, e) for n in normed]
+            for name in ("query", "key", "value")
+        )
         for t in range(len(xs)):
             mixed = []
             for h in range(config.heads):
                 g = h // (config.heads // config.kv_heads)
-                s = np.array([rotate(q[t][h], t) @ rotate(k[j][g], j) for j in range(t + 1)]) / np.sqrt(e)
+                s = np.array(
+                    [rotate(q[t][h], t) @ rotate(k[j][g], j) for j in range(t + 1)]
+                ) / np.sqrt(e)
                 w = np.exp(s - s.max())
                 mixed.append(sum(w[j] / w.sum() * v[j][g] for j in range(t + 1)))
             xs[t] = xs[t] + np.concatenate(mixed) @ a["out"]["kernel"]
@@ -133,7 +140,9 @@ def test_shared_prefix_row_equals_separate_rows(config):
     segments = jnp.asarray([[1] * 4 + [2] * 3 + [3] * 5])
     parents = jnp.asarray([[0] * 4 + [1] * 8])
     positions = jnp.asarray([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]])
-    hidden = _apply(model, params, row, segments=segments, positions=positions, parents=parents).hidden
+    hidden = _apply(
+        model, params, row, segments=segments, positions=positions, parents=parents
+    ).hidden
     _close(hidden[:, :7], _plain(model, params, jnp.concatenate([prompt, one], axis=1)))
     _close(hidden[:, 7:], _plain(model, params, jnp.concatenate([prompt, two], axis=1))[:, 4:])
 
@@ -163,12 +172,16 @@ def test_picked_slots_are_those_of_all_and_so_are_their_gradients(config, slots)
     ((_, picked), grads), ((_, whole), whole_grads) = run(params, True), run(params, False)
     assert picked.shape == (2, 3, config.width)
     _close(picked, whole)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3), grads, whole_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3), grads, whole_grads
+    )
 
 
 def test_picked_slots_leave_out_the_last_block_of_the_others():
     """Queries, attention and MLP of the last block: of 1 in 32 tokens, so all but keys and values are left out."""
-    config = dataclasses.replace(LLAMA, layers=2, width=64, heads=4, kv_heads=2, head_dim=0, mlp_width=256)
+    config = dataclasses.replace(
+        LLAMA, layers=2, width=64, heads=4, kv_heads=2, head_dim=0, mlp_width=256
+    )
     model = language_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
@@ -197,7 +210,9 @@ def test_a_prefill_that_picks_stores_what_one_that_does_not_stores():
 
 def _apply_cached(model, params, tokens, cache, at):
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _apply(model, params, tokens, segments=jnp.ones_like(tokens), positions=places, cache=cache, at=at)
+    return _apply(
+        model, params, tokens, segments=jnp.ones_like(tokens), positions=places, cache=cache, at=at
+    )
 
 
 @FAMILIES
@@ -223,7 +238,9 @@ def test_gradients_stay_finite_with_rows_of_padding(remat):
 
     def total(params, cache):
         tokens = _tokens(2, 4)
-        hidden = _apply(model, params, tokens, segments=segments, positions=positions, cache=cache).hidden
+        hidden = _apply(
+            model, params, tokens, segments=segments, positions=positions, cache=cache
+        ).hidden
         return jnp.where((segments > 0)[..., None], hidden, 0).sum()
 
     full = dataclasses.replace(cache, lengths=jnp.asarray([0, 4]))
@@ -265,7 +282,9 @@ def test_cached_responses_see_their_parent_and_a_reset_row_starts_anew():
     cache = model.init_cache(2, 9)
     cache = _apply(model, params, prompt, segments=ones, positions=places[:, :4], cache=cache).cache
     two = jnp.full((2, 3), 2, jnp.int32)
-    seen = _apply(model, params, answer, segments=two, positions=places[:, 4:], parents=two - 1, cache=cache).hidden
+    seen = _apply(
+        model, params, answer, segments=two, positions=places[:, 4:], parents=two - 1, cache=cache
+    ).hidden
     alone = _apply(model, params, answer, segments=two, positions=places[:, 4:], cache=cache).hidden
     _close(seen, _plain(model, params, jnp.concatenate([prompt, answer], axis=1))[:, 4:])
     assert np.abs(seen - alone).max() > 0.1
@@ -296,7 +315,11 @@ def test_scan_unroll_and_remat_change_no_gradient(config, at):
 
     def gradient(**change):
         model, params = _params(dataclasses.replace(config, **change))
-        apply = model.apply if at is None else lambda p, x, **how: model.apply_at(p, x, jnp.array(at), **how)
+        apply = (
+            model.apply
+            if at is None
+            else lambda p, x, **how: model.apply_at(p, x, jnp.array(at), **how)
+        )
         total = lambda p: jnp.sum(jnp.sin(apply(p, tokens, **rows).hidden))  # noqa: E731
         return jax.jit(jax.value_and_grad(total))(params)
 
@@ -308,7 +331,9 @@ def test_scan_unroll_and_remat_change_no_gradient(config, at):
 def without(monkeypatch, **plainer) -> None:
     """Has this machine's backend take other forms of some operations."""
     whole = backends.backend_for
-    monkeypatch.setattr(config_module, "backend_for", lambda *a, **how: whole(*a, **how)._replace(**plainer))
+    monkeypatch.setattr(
+        config_module, "backend_for", lambda *a, **how: whole(*a, **how)._replace(**plainer)
+    )
 
 
 def test_the_same_kernels_read_every_layer_on_a_cpu(monkeypatch):
@@ -320,7 +345,9 @@ def test_the_same_kernels_read_every_layer_on_a_cpu(monkeypatch):
             "segments": jnp.ones((2, 6), jnp.int32),
             "positions": jnp.broadcast_to(jnp.arange(6), (2, 6)),
         }
-        program = jax.jit(lambda p, tokens: model.apply(p, tokens, **rows).hidden).lower(params, _tokens(2, 6))
+        program = jax.jit(lambda p, tokens: model.apply(p, tokens, **rows).hidden).lower(
+            params, _tokens(2, 6)
+        )
         return program.compile().as_text().count("slice={[1:2]")
 
     assert known() == 0
@@ -353,7 +380,9 @@ def test_bfloat16_compute_keeps_float32_parameters_and_heads():
     """PITFALLS 36."""
     model, params = _params(dataclasses.replace(LLAMA, dtype="bfloat16"))
     plain, _ = _params(LLAMA)
-    assert {x.dtype for x in jax.tree.leaves(model.init(jax.random.key(0)))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(model.init(jax.random.key(0)))} == {
+        jnp.dtype("float32")
+    }
     hidden = _plain(model, params, _tokens(1, 6))
     assert hidden.dtype == jnp.bfloat16
     assert model.head(params, hidden).dtype == jnp.float32
@@ -364,12 +393,16 @@ def test_bfloat16_compute_keeps_float32_parameters_and_heads():
 
 def test_scalar_head_by_hand_and_its_initial_spread():
     """PITFALLS 31: weight ~ N(0, 1/(D+1)) in variance, bias 0; the bias is added."""
-    score = scalar_from_language_model({"embed": {"embedding": jnp.zeros((1, 4096))}}, jax.random.key(0))["score"]
+    score = scalar_from_language_model(
+        {"embed": {"embedding": jnp.zeros((1, 4096))}}, jax.random.key(0)
+    )["score"]
     assert abs(float(score["weight"].std()) * np.sqrt(4097) - 1) < 0.05
     assert float(score["bias"]) == 0
     head = scalar_model(LLAMA).head
     params = {"score": {"weight": jnp.asarray([1.0, -2.0]), "bias": jnp.asarray(0.5)}}
-    np.testing.assert_allclose(head(params, jnp.asarray([[[3.0, 1.0]], [[0.0, 0.0]]])), [[1.5], [0.5]])
+    np.testing.assert_allclose(
+        head(params, jnp.asarray([[[3.0, 1.0]], [[0.0, 0.0]]])), [[1.5], [0.5]]
+    )
 
 
 @FAMILIES
@@ -386,7 +419,9 @@ def test_reward_model_starts_from_the_language_model(config):
 def test_tied_head_reads_the_embedding():
     model, params = _params(GPT2)
     hidden = _plain(model, params, _tokens(1, 3))
-    _close(model.head(params, hidden), np.asarray(hidden) @ np.asarray(params["embed"]["embedding"]).T)
+    _close(
+        model.head(params, hidden), np.asarray(hidden) @ np.asarray(params["embed"]["embedding"]).T
+    )
     assert "unembed" not in params
     assert "unembed" in language_model(LLAMA).init(jax.random.key(0))
 
@@ -419,7 +454,9 @@ def test_projections_of_one_input_are_joined_for_decoding_unless_their_outputs_a
     assert set(layer["attention"]) == {"query_key_value", "out"}
     assert set(layer["mlp"]) == {"gate_up", "down"}
     apart = {"query", "key", "value", "out"}
-    spread = dataclasses.replace(LLAMA, mesh=sharding.make_mesh((1, 1, 2), devices=jax.devices()[:2]))
+    spread = dataclasses.replace(
+        LLAMA, mesh=sharding.make_mesh((1, 1, 2), devices=jax.devices()[:2])
+    )
     assert set(decoding_params(spread, params)["blocks"][0]["attention"]) == apart
     adapted = lora.with_lora(params, lora.init_lora(params, jax.random.key(0), rank=2), alpha=2)
     assert set(decoding_params(LLAMA, adapted)["blocks"][0]["attention"]) == apart
@@ -428,7 +465,9 @@ def test_projections_of_one_input_are_joined_for_decoding_unless_their_outputs_a
 def _rounding(a, b, dtype) -> None:
     """Equal up to the order of sums: 2e-6 in float32, 4 units in the last place of the largest number in bfloat16."""
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    limit = 2e-6 if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps) * np.abs(b).max(initial=0)
+    limit = (
+        2e-6 if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps) * np.abs(b).max(initial=0)
+    )
     np.testing.assert_allclose(a, b, rtol=0, atol=limit)
 
 
@@ -443,7 +482,9 @@ def _with_and_without_preparing(config):
         _apply(model, p, tokens, segments=ones, positions=places, cache=model.init_cache(2, 8))
         for p in (params, prepared)
     ]
-    logits = [model.head(p, output.hidden) for p, output in zip((params, prepared), found, strict=True)]
+    logits = [
+        model.head(p, output.hidden) for p, output in zip((params, prepared), found, strict=True)
+    ]
     return prepared["blocks"][1]["attention"], found, logits
 
 
@@ -487,7 +528,10 @@ def test_picked_slots_over_several_devices_are_taken_from_all(cached):
     model, params = _params(LLAMA)
     spread = language_model(dataclasses.replace(LLAMA, mesh=mesh))
     tokens, at = _tokens(8, 6), jnp.tile(jnp.asarray([[5, 0]]), (8, 1))
-    both = [_plain(m, params, tokens, at=at, cache=m.init_cache(8, 8) if cached else None) for m in (model, spread)]
+    both = [
+        _plain(m, params, tokens, at=at, cache=m.init_cache(8, 8) if cached else None)
+        for m in (model, spread)
+    ]
     _close(*both)
 
 

@@ -59,7 +59,9 @@ def test_tensors_of_a_round_trip_are_bit_exact(name, head, tmp_path):
     folder = GOLDEN / (name + head)
     model, params, _ = load_hf(folder)
     save_hf(tmp_path, model, params)
-    before, after = (safetensors.numpy.load_file(f / "model.safetensors") for f in (folder, tmp_path))
+    before, after = (
+        safetensors.numpy.load_file(f / "model.safetensors") for f in (folder, tmp_path)
+    )
     assert before.keys() == after.keys()
     for tensor, value in before.items():
         np.testing.assert_array_equal(value, after[tensor], err_msg=tensor)
@@ -71,7 +73,9 @@ def test_cached_decoding_agrees_with_whole_rows(name):
     """Rotary scaling and the norms of queries and keys act in decoding as in training."""
     ids, lengths, _ = golden(name)
     model, params, _ = load_hf(GOLDEN / name)
-    prompts = PromptBatch(jnp.asarray(ids[:, :6]), jnp.minimum(jnp.asarray(lengths), 6), jnp.arange(3))
+    prompts = PromptBatch(
+        jnp.asarray(ids[:, :6]), jnp.minimum(jnp.asarray(lengths), 6), jnp.arange(3)
+    )
     samples = generate(model, params, prompts, jax.random.key(0), Sampling(max_new_tokens=8))
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     again = scoring.sequence_log_probs(model, params, samples.tokens, samples.lengths, mask)
@@ -107,14 +111,19 @@ def test_a_window_counts_positions_where_responses_share_a_prompt():
     """Two responses after one prompt see what they see in rows of their own, also over the edge of the window."""
     model, params, _ = load_hf(GOLDEN / "gemma3")
     prompt, one, two = np.arange(3, 9), np.arange(9, 14), np.arange(20, 25)
-    alone = [logits(model, params, np.concatenate([prompt, end])[None], [11])[0, 6:] for end in (one, two)]
+    alone = [
+        logits(model, params, np.concatenate([prompt, end])[None], [11])[0, 6:]
+        for end in (one, two)
+    ]
     packed = {
         "segments": np.repeat([1, 2, 3], [6, 5, 5]),
         "parents": np.repeat([0, 1, 1], [6, 5, 5]),
         "positions": np.concatenate([np.arange(6), np.arange(6, 11), np.arange(6, 11)]),
     }
     rows = {name: jnp.asarray(value)[None] for name, value in packed.items()}
-    hidden = model.apply(params, jnp.asarray(np.concatenate([prompt, one, two]))[None], **rows).hidden
+    hidden = model.apply(
+        params, jnp.asarray(np.concatenate([prompt, one, two]))[None], **rows
+    ).hidden
     together = np.asarray(model.head(params, hidden))[0]
     np.testing.assert_allclose(together[6:11], alone[0], atol=1e-4)
     np.testing.assert_allclose(together[11:], alone[1], atol=1e-4)
@@ -124,7 +133,12 @@ def test_the_golden_window_and_its_rotary_angles_matter():
     """What gemma3 is compared with does depend on each part: without it the logits are others."""
     ids, lengths, wanted = golden("gemma3")
     model, params, _ = load_hf(GOLDEN / "gemma3")
-    for change in ({"window": 0}, {"window_every": 2}, {"local_rotary_base": 10_000.0}, {"query_scalar": 0}):
+    for change in (
+        {"window": 0},
+        {"window_every": 2},
+        {"local_rotary_base": 10_000.0},
+        {"query_scalar": 0},
+    ):
         other = language_model(dataclasses.replace(model.config, **change))
         assert np.abs(logits(other, params, ids, lengths)[0] - wanted[0]).max() > 0.01, change
 
@@ -134,7 +148,17 @@ def test_the_golden_window_and_its_rotary_angles_matter():
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ({"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"]}, "layer_types="),
+        (
+            {
+                "layer_types": [
+                    "full_attention",
+                    "full_attention",
+                    "sliding_attention",
+                    "full_attention",
+                ]
+            },
+            "layer_types=",
+        ),
         ({"hidden_activation": "silu"}, "hidden_activation='silu'"),
         ({"model_type": "gemma2"}, "model_type='gemma2'"),
     ],

@@ -19,7 +19,15 @@ import tokenizers
 
 from rlhf_jax import sharding
 from rlhf_jax.data.text import encode_document, lm_rows, stop_ids
-from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
+from rlhf_jax.models import (
+    DecoderConfig,
+    gpt2,
+    language_model,
+    load_hf,
+    load_llama2c,
+    save_hf,
+    scalar_model,
+)
 from rlhf_jax.models.config import RotaryScaling
 from rlhf_jax.models.hf import config_from_hf, hf_config, stored
 from rlhf_jax.sampling.generate import Sampling, generate
@@ -37,7 +45,9 @@ GEMMA3 = dataclasses.replace(
 )  # fmt: skip
 GPT2 = gpt2(40, 16, 2, 16, 4)
 FAMILIES = pytest.mark.parametrize(
-    "config", [LLAMA, LLAMA3, QWEN2, QWEN3, GEMMA3, GPT2], ids=["llama", "llama3", "qwen2", "qwen3", "gemma3", "gpt2"]
+    "config",
+    [LLAMA, LLAMA3, QWEN2, QWEN3, GEMMA3, GPT2],
+    ids=["llama", "llama3", "qwen2", "qwen3", "gemma3", "gpt2"],
 )
 
 
@@ -56,7 +66,9 @@ def _same(one, two):
 def _logits(model, params, ids):
     ids = jnp.asarray(ids)[None]
     positions = jnp.arange(ids.shape[1])[None]
-    return model.head(params, model.apply(params, ids, segments=jnp.ones_like(ids), positions=positions).hidden)[0]
+    return model.head(
+        params, model.apply(params, ids, segments=jnp.ones_like(ids), positions=positions).hidden
+    )[0]
 
 
 @FAMILIES
@@ -100,7 +112,11 @@ def test_a_step_that_donates_loaded_parameters_leaves_the_next_load_alone(tmp_pa
     assert not any(leaf.committed for leaf in jax.tree.leaves(loaded))
     for _ in range(3):
         loaded = add(loaded)
-    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two + 3, rtol=1e-5, atol=1e-5), loaded, params)
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two + 3, rtol=1e-5, atol=1e-5),
+        loaded,
+        params,
+    )
     _same(load_hf(tmp_path)[1], params)
 
 
@@ -116,7 +132,10 @@ def test_bfloat16_files_load_and_save(tmp_path):
     save_hf(tmp_path, model, params, None)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     _same(load_hf(tmp_path, dtype=jnp.bfloat16)[1], params)
-    _same(load_hf(tmp_path, dtype=jnp.float32)[1], jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    _same(
+        load_hf(tmp_path, dtype=jnp.float32)[1],
+        jax.tree.map(lambda x: x.astype(jnp.float32), params),
+    )
 
 
 def test_files_have_the_names_and_layout_of_hugging_face(tmp_path):
@@ -135,7 +154,9 @@ def test_files_have_the_names_and_layout_of_hugging_face(tmp_path):
     save_hf(tmp_path / "gpt2", model, params, None)
     tensors = safetensors.numpy.load_file(tmp_path / "gpt2" / "model.safetensors")
     attention = params["blocks"]["attention"]
-    fused = np.concatenate([attention[part]["kernel"][1] for part in ("query", "key", "value")], axis=1)
+    fused = np.concatenate(
+        [attention[part]["kernel"][1] for part in ("query", "key", "value")], axis=1
+    )
     np.testing.assert_array_equal(tensors["transformer.h.1.attn.c_attn.weight"], fused)
     assert tensors["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)
     assert len(tensors) == 4 + 2 * 12
@@ -177,13 +198,14 @@ def test_exported_padding_is_never_the_end_of_text(tokenizer, pad, build, tmp_pa
     """PITFALLS 11: a sequence classifier that pads with EOS reads the score before a row's EOS."""
     save_hf(tmp_path, build(LLAMA), _random(build(LLAMA)), tokenizer)
     description = json.loads((tmp_path / "config.json").read_text())
-    assert (description["pad_token_id"], description["eos_token_id"]) == (pad, tokenizer.eos_token_id)
+    assert (description["pad_token_id"], description["eos_token_id"]) == (
+        pad,
+        tokenizer.eos_token_id,
+    )
     assert (tmp_path / "generation_config.json").is_file() == (build is language_model)
 
 
-TURNS = (
-    "{% for m in messages %}{{ m.content + '<|turn|>' }}{% endfor %}{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
-)
+TURNS = "{% for m in messages %}{{ m.content + '<|turn|>' }}{% endfor %}{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
 TURN = 9
 
 
@@ -212,11 +234,15 @@ def test_all_that_ends_a_response_is_read_and_written_again(named, template, wri
         assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == written
     assert set(stop_ids(load_hf(tmp_path / "b")[2], ["ab"])) == set(np.atleast_1d(written).tolist())
     transformers = pytest.importorskip("transformers")
-    assert transformers.GenerationConfig.from_pretrained(str(tmp_path / "b")).eos_token_id == written
+    assert (
+        transformers.GenerationConfig.from_pretrained(str(tmp_path / "b")).eos_token_id == written
+    )
 
 
 @pytest.mark.parametrize("build", [language_model, scalar_model])
-@pytest.mark.parametrize("old", [TURNS, {"default": TURNS, "with_tools": TURNS + " "}], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "old", [TURNS, {"default": TURNS, "with_tools": TURNS + " "}], ids=["one", "several"]
+)
 def test_what_an_earlier_save_said_of_turns_and_ends_is_gone(old, build, tmp_path):
     """A folder that is saved anew is the new model's alone: no template and no ends of the one before."""
     save_hf(tmp_path, language_model(LLAMA), _random(language_model(LLAMA)), _letters(old))
@@ -230,7 +256,9 @@ def test_what_an_earlier_save_said_of_turns_and_ends_is_gone(old, build, tmp_pat
 def test_an_end_that_the_model_has_no_id_for_is_refused(tmp_path):
     save_hf(tmp_path, language_model(LLAMA), _random(language_model(LLAMA)), _letters(None))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 40]}')
-    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=\[0, 40\] holds '40'.*\(0 to 39\)"):
+    with pytest.raises(
+        ValueError, match=r"generation_config.json: eos_token_id=\[0, 40\] holds '40'.*\(0 to 39\)"
+    ):
         load_hf(tmp_path)
 
 
@@ -245,13 +273,22 @@ def test_exported_padding_is_never_the_end_of_a_turn(tmp_path):
 def _letters(template: str | None):
     """Nine letters, of which the first is EOS, and a control token that ends a turn."""
     transformers = pytest.importorskip("transformers")
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("_?!#%abcx")}, merges=[]))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate("_?!#%abcx")}, merges=[])
+    )
     inner.add_special_tokens(["<|turn|>"])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="_", chat_template=template)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="_", chat_template=template
+    )
 
 
 def test_the_model_card_says_how_the_score_is_read(tmp_path):
-    save_hf(tmp_path / "policy", language_model(LLAMA), _random(language_model(LLAMA)), _Tokenizer(1, 2, 3))
+    save_hf(
+        tmp_path / "policy",
+        language_model(LLAMA),
+        _random(language_model(LLAMA)),
+        _Tokenizer(1, 2, 3),
+    )
     assert "LlamaForCausalLM" in (tmp_path / "policy" / "README.md").read_text()
     params = _random(scalar_model(LLAMA))
     save_hf(tmp_path / "reward", scalar_model(LLAMA), params, _Tokenizer(1, 2, 3))
@@ -287,10 +324,14 @@ def test_large_models_are_saved_in_shards_with_an_index(config, tmp_path):
     files = sorted(tmp_path.glob("*.safetensors"))
     count = len(files)
     assert count > 3
-    assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    assert [f.name for f in files] == [
+        f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+    ]
     found = {f.name: safetensors.numpy.load_file(f) for f in files}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file for file, tensors in found.items() for name in tensors}
+    assert index["weight_map"] == {
+        name: file for file, tensors in found.items() for name in tensors
+    }
     sizes = [sum(value.nbytes for value in tensors.values()) for tensors in found.values()]
     assert index["metadata"]["total_size"] == sum(sizes)
     assert max(sizes) <= 3000
@@ -310,7 +351,10 @@ def test_parameters_of_two_types_are_saved_where_readers_find_them(tmp_path):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _random(model))
     params["score"] = jax.tree.map(lambda x: x.astype(jnp.float32), params["score"])
     save_hf(tmp_path, model, params)
-    _same(load_hf(tmp_path, dtype=jnp.bfloat16)[1], jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    _same(
+        load_hf(tmp_path, dtype=jnp.bfloat16)[1],
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
+    )
     content = (tmp_path / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -327,7 +371,9 @@ def test_an_index_names_the_shard_that_is_missing(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ValueError, match=rf"shard is missing: tensor '[\w.]+' should be in '{gone.name}'"):
+    with pytest.raises(
+        ValueError, match=rf"shard is missing: tensor '[\w.]+' should be in '{gone.name}'"
+    ):
         load_hf(tmp_path)
     # A name in the index is never a path: the folder beside it is not looked into.
     save_hf(tmp_path / "other", model, _random(model))
@@ -476,11 +522,16 @@ def test_what_does_not_fit_is_named(change, named, tmp_path):
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
     """PITFALLS 35."""
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    tokenizers, transformers = (
+        pytest.importorskip("tokenizers"),
+        pytest.importorskip("transformers"),
+    )
     for size in (40, 41):
         vocabulary = {f"w{i}": i for i in range(size)}
         inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1")
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=inner, unk_token="w0", eos_token="w1"
+        )
         model = language_model(LLAMA)
         save_hf(tmp_path, model, _random(model), tokenizer)
         if size == 40:
@@ -491,9 +542,14 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
 
 def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
     """The Rust writer raises a bare Exception where a disk is full; a folder in its place refuses in the same way."""
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    tokenizers, transformers = (
+        pytest.importorskip("tokenizers"),
+        pytest.importorskip("transformers"),
+    )
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="a", eos_token="b")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="a", eos_token="b"
+    )
     (tmp_path / "tokenizer.json").mkdir()
     model = language_model(LLAMA)
     with pytest.raises(OSError, match="the tokenizer could not be written to"):
@@ -529,13 +585,19 @@ def test_real_model_logits_match_the_golden_ones(text, stories):
 def test_real_model_greedy_text_is_the_published_one(stories):
     _, golden, _, model, params, tokenizer = stories
     ids = golden["greedy_from_bos"]["ids"]
-    bos = PromptBatch(jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32), jnp.zeros((1,), jnp.int32))
+    bos = PromptBatch(
+        jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32), jnp.zeros((1,), jnp.int32)
+    )
     settings = {"max_new_tokens": len(ids) - 1, "temperature": 0.0, "stop_ids": (1,)}
-    greedy = lambda params: generate(model, params, bos, jax.random.key(0), Sampling(**settings)).tokens  # noqa: E731
+    greedy = lambda params: (
+        generate(model, params, bos, jax.random.key(0), Sampling(**settings)).tokens
+    )  # noqa: E731
     margins.assert_no_near_tie(greedy, params)
     assert greedy(params)[0].tolist() == ids
     # The file keeps the space that the encoder puts before a text.
-    assert tokenizer.decode(ids, skip_special_tokens=True) == golden["greedy_from_bos"]["text"].removeprefix(" ")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == golden["greedy_from_bos"][
+        "text"
+    ].removeprefix(" ")
 
 
 def test_real_tokenizer_encodes_as_golden_and_decodes_back(stories):
@@ -550,7 +612,9 @@ def test_real_tokenizer_encodes_as_golden_and_decodes_back(stories):
 def test_real_model_reads_text_better_after_bos(stories):
     """It was trained with BOS before each story: what the tokenizer puts there lowers the loss of the first tokens."""
     folder, _, _, model, params, tokenizer = stories
-    with gzip.open(folder.parent / "tinystories_slice" / "stories.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(
+        folder.parent / "tinystories_slice" / "stories.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
         said = [json.loads(next(file))["text"][:80] for _ in range(40)]
     documents = [encode_document(tokenizer, each, eos_id=2) for each in said]
     assert all(ids[0] == 1 and ids.count(1) == 1 for ids in documents)

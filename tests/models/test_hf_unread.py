@@ -15,7 +15,15 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from rlhf_jax.models import DecoderConfig, gpt2, language_model, load_hf, load_llama2c, save_hf, scalar_model
+from rlhf_jax.models import (
+    DecoderConfig,
+    gpt2,
+    language_model,
+    load_hf,
+    load_llama2c,
+    save_hf,
+    scalar_model,
+)
 from rlhf_jax.models.hf import config_from_hf, hf_config
 from rlhf_jax.models.hf.gguf_tokenizer import gguf_tokenizer
 from rlhf_jax.models.hf.settings import check_settings
@@ -44,7 +52,9 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], name: str = "model.safetensors") -> None:
-    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / name)
+    safetensors.numpy.save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / name
+    )
 
 
 def _add(folder: Path, **tensors: np.ndarray) -> None:
@@ -74,7 +84,10 @@ UNREAD = {
     f"{LAYER}.mlp.down_proj.bias": ((16,), "a bias that config.json does not announce"),
     f"{LAYER}.self_attn.q_norm.weight": ((4,), "a norm of queries or keys"),
     "model.layers.2.input_layernorm.weight": ((16,), "of layer 2, and config.json says 2 layers"),
-    "model.layers.2.self_attn.rotary_emb.inv_freq": ((2,), "of layer 2, and config.json says 2 layers"),
+    "model.layers.2.self_attn.rotary_emb.inv_freq": (
+        (2,),
+        "of layer 2, and config.json says 2 layers",
+    ),
     f"{LAYER}.eh_proj.weight": ((16, 32), "predict several tokens"),
     "mtp.fc.weight": ((16, 32), "predict several tokens"),
     "v_head.summary.weight": ((1, 16), "a value head"),
@@ -112,14 +125,20 @@ def test_what_modelling_code_computes_itself_is_read_over(tmp_path: Path):
     _same(load_hf(tmp_path / "llama")[1], params)
     params = _saved(tmp_path / "gpt2", GPT2)
     masks = {f"transformer.h.{i}.attn.bias": np.tri(16, dtype=bool)[None, None] for i in range(2)}
-    _add(tmp_path / "gpt2", **masks, **{"transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32)})
+    _add(
+        tmp_path / "gpt2",
+        **masks,
+        **{"transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32)},
+    )
     _same(load_hf(tmp_path / "gpt2")[1], params)
     _add(tmp_path / "gpt2", **{"transformer.h.2.attn.bias": _ones(1, 1, 16, 16)})
     with pytest.raises(ValueError, match=r"transformer\.h\.2\.attn\.bias.*of layer 2"):
         load_hf(tmp_path / "gpt2")
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."]
+)
 def test_what_wrappers_put_before_names_is_taken_off(prefix: str, tmp_path: Path):
     params = _saved(tmp_path)
     _write(tmp_path, {prefix + name: value for name, value in _tensors(tmp_path).items()})
@@ -131,15 +150,21 @@ def test_what_wrappers_put_before_names_is_taken_off(prefix: str, tmp_path: Path
 
 def test_a_trunk_without_its_head_loads_where_the_head_is_the_embedding(tmp_path: Path):
     params = _saved(tmp_path, TIED)
-    _write(tmp_path, {name.removeprefix("model."): value for name, value in _tensors(tmp_path).items()})
+    _write(
+        tmp_path, {name.removeprefix("model."): value for name, value in _tensors(tmp_path).items()}
+    )
     _same(load_hf(tmp_path)[1], params)
     _set(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight'.*write tie_word_embeddings=true"):
+    with pytest.raises(
+        ValueError, match=r"no tensor 'lm_head\.weight'.*write tie_word_embeddings=true"
+    ):
         load_hf(tmp_path)
 
 
 @pytest.mark.parametrize("config", [TIED, GPT2], ids=["llama", "gpt2"])
-def test_a_second_copy_of_a_tied_head_is_read_over_and_another_head_is_used(config, tmp_path: Path, capsys):
+def test_a_second_copy_of_a_tied_head_is_read_over_and_another_head_is_used(
+    config, tmp_path: Path, capsys
+):
     params = _saved(tmp_path, config)
     table = np.asarray(params["embed"]["embedding"])
     for copy in (table, table.astype(np.float16)):  # rounded, it is the same head still
@@ -154,7 +179,9 @@ def test_a_second_copy_of_a_tied_head_is_read_over_and_another_head_is_used(conf
     assert "'lm_head.weight' of shape [40, 16] that differs" in capsys.readouterr().err
     np.testing.assert_array_equal(again["unembed"]["kernel"], head.T)
     save_hf(tmp_path / "again", loaded, again)
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
     _same(load_hf(tmp_path / "again")[1], again)
     _add(tmp_path, **{"lm_head.weight": head[:39]})
     with pytest.raises(ValueError, match=r"lm_head\.weight.*\(39, 16\)"):
@@ -166,7 +193,9 @@ def test_a_head_in_a_reward_model_is_named(tmp_path: Path):
     _add(tmp_path, **{"lm_head.weight": np.asarray(params["embed"]["embedding"])})
     _same(load_hf(tmp_path)[1], params)
     _add(tmp_path, **{"lm_head.weight": _ones(40, 16)})
-    with pytest.raises(ValueError, match=r"lm_head\.weight' of shape \[40, 16\].*an unembedding beside"):
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight' of shape \[40, 16\].*an unembedding beside"
+    ):
         load_hf(tmp_path)
 
 
@@ -188,12 +217,16 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path):
     _saved(tmp_path, build=scalar_model)
     _add(tmp_path, **{"score.weight": _ones(2, 16)})
     _set(tmp_path, id2label={"0": "toxic", "1": "fine"}, num_labels=2)
-    with pytest.raises(ValueError, match=r"score\.weight.*\[2, 16\]: a classifier of 2 labels.*'toxic'"):
+    with pytest.raises(
+        ValueError, match=r"score\.weight.*\[2, 16\]: a classifier of 2 labels.*'toxic'"
+    ):
         load_hf(tmp_path)
     tensors = _tensors(tmp_path)
     tensors["rewards.weight"] = tensors.pop("score.weight")[:1]
     _write(tmp_path, tensors)
-    with pytest.raises(ValueError, match=r"speaks of a classifier, and .* holds no tensor 'score\.weight'"):
+    with pytest.raises(
+        ValueError, match=r"speaks of a classifier, and .* holds no tensor 'score\.weight'"
+    ):
         load_hf(tmp_path)
     _set(tmp_path, architectures=None)
     with pytest.raises(ValueError, match=r"rlhf_jax_score_bias=.* is of a reward model"):
@@ -224,14 +257,19 @@ def test_another_layout_of_the_same_weights_lies_beside_them(tmp_path: Path):
 def test_index_and_shards_are_of_one_model(tmp_path: Path):
     index = _sharded(tmp_path)
     _write(tmp_path, {"value_head.weight": _ones(1, 16)}, "value_head.safetensors")
-    with pytest.raises(ValueError, match=r"value_head\.safetensors in .* is not in model\.safetensors\.index\.json"):
+    with pytest.raises(
+        ValueError, match=r"value_head\.safetensors in .* is not in model\.safetensors\.index\.json"
+    ):
         load_hf(tmp_path)
     (tmp_path / "value_head.safetensors").unlink()
     names = sorted(set(index["weight_map"].values()))
     moved = next(name for name, file in index["weight_map"].items() if file == names[0])
     index["weight_map"][moved] = names[1]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"says that tensor '{moved}' is in '{names[1]}', and it is in '{names[0]}'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"says that tensor '{moved}' is in '{names[1]}', and it is in '{names[0]}'",
+    ):
         load_hf(tmp_path)
 
 
@@ -240,11 +278,15 @@ def test_a_tensor_that_the_index_does_not_name_is_accounted_for_too(tmp_path: Pa
     file = sorted(set(index["weight_map"].values()))[0]
     tensors = safetensors.numpy.load_file(tmp_path / file)
     _write(tmp_path, tensors | {"model.extra.weight": _ones(5)}, file)
-    with pytest.raises(ValueError, match=r"'model\.extra\.weight' of shape \[5\], which would be left out"):
+    with pytest.raises(
+        ValueError, match=r"'model\.extra\.weight' of shape \[5\], which would be left out"
+    ):
         load_hf(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "value_head.bin", "v_head.bin", "non_lora_trainables.bin"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "value_head.bin", "v_head.bin", "non_lora_trainables.bin"]
+)
 def test_a_part_of_the_model_in_a_pickle_is_named(name: str, tmp_path: Path):
     _saved(tmp_path)
     (tmp_path / name).write_bytes(b"\x80\x02")
@@ -302,10 +344,15 @@ def test_a_model_is_not_saved_beside_an_adapter(tmp_path: Path):
     model, merged, _ = load_hf(tmp_path)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         with pytest.raises(
-            ValueError, match=f"holds a model with {name}, which would be merged again.*choose another folder"
+            ValueError,
+            match=f"holds a model with {name}, which would be merged again.*choose another folder",
         ):
             save_hf(tmp_path, model, merged)
-        assert all((tmp_path / file).read_bytes() == before[file] for file in before if (tmp_path / file).exists())
+        assert all(
+            (tmp_path / file).read_bytes() == before[file]
+            for file in before
+            if (tmp_path / file).exists()
+        )
         (tmp_path / name).unlink()
     save_hf(tmp_path, model, merged)
     _same(load_hf(tmp_path)[1], merged)
@@ -318,7 +365,9 @@ def test_an_adapter_of_gpt2_is_turned_as_its_matrices_are(tmp_path: Path):
     query, key, value = np.split(changes["transformer.h.1.attn.c_attn"].T, 3, axis=1)
     for name, change in (("query", query), ("key", key), ("value", value)):
         wanted = np.asarray(params["blocks"]["attention"][name]["kernel"][1]) + change
-        np.testing.assert_allclose(loaded["blocks"]["attention"][name]["kernel"][1], wanted, atol=1e-5)
+        np.testing.assert_allclose(
+            loaded["blocks"]["attention"][name]["kernel"][1], wanted, atol=1e-5
+        )
 
 
 NOT_PLAIN = {
@@ -347,8 +396,14 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path):
     _saved(tmp_path)
     part = "model.layers.1.self_attn.k_proj"
     for modules, message in (
-        ({part: (9, 16)}, r"changes 'model\.layers\.1\.self_attn\.k_proj\.weight' by a matrix of shape \(9, 16\)"),
-        ({"model.layers.7.self_attn.k_proj": (8, 16)}, r"changes 'model\.layers\.7.*of another base"),
+        (
+            {part: (9, 16)},
+            r"changes 'model\.layers\.1\.self_attn\.k_proj\.weight' by a matrix of shape \(9, 16\)",
+        ),
+        (
+            {"model.layers.7.self_attn.k_proj": (8, 16)},
+            r"changes 'model\.layers\.7.*of another base",
+        ),
     ):
         _adapter(tmp_path, modules)
         with pytest.raises(ValueError, match=message):
@@ -365,14 +420,23 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path):
     _write(tmp_path, {name: tensors[name]}, "adapter_model.safetensors")
     with pytest.raises(ValueError, match="without its other half"):
         load_hf(tmp_path)
-    _write(tmp_path, tensors | {"base_model.model.score.weight": _ones(1, 16)}, "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"'base_model\.model\.score\.weight' of shape \[1, 16\], which is more than"):
+    _write(
+        tmp_path,
+        tensors | {"base_model.model.score.weight": _ones(1, 16)},
+        "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"'base_model\.model\.score\.weight' of shape \[1, 16\], which is more than",
+    ):
         load_hf(tmp_path)
 
 
 def test_half_an_adapter_is_refused(tmp_path: Path):
     _adapter(tmp_path, {"model.layers.1.self_attn.k_proj": (8, 16)})
-    with pytest.raises(ValueError, match=r"an adapter alone; its base is 'org/base'.*copy the files of the base"):
+    with pytest.raises(
+        ValueError, match=r"an adapter alone; its base is 'org/base'.*copy the files of the base"
+    ):
         load_hf(tmp_path)
     _saved(tmp_path)
     (tmp_path / "adapter_config.json").rename(tmp_path / "config.txt")
@@ -387,7 +451,9 @@ def test_half_an_adapter_is_refused(tmp_path: Path):
 def test_an_adapter_of_a_tied_head_is_refused(tmp_path: Path):
     _saved(tmp_path, TIED)
     _adapter(tmp_path, {"lm_head": (40, 16)})
-    with pytest.raises(ValueError, match=r"changes 'lm_head\.weight', which the base does not have"):
+    with pytest.raises(
+        ValueError, match=r"changes 'lm_head\.weight', which the base does not have"
+    ):
         load_hf(tmp_path)
 
 
@@ -458,7 +524,11 @@ REFUSED = [
 @pytest.mark.parametrize(("kind", "name", "value"), REFUSED, ids=lambda x: str(x)[:40])
 def test_a_setting_that_would_change_numbers_is_refused_by_name(kind: str, name: str, value):
     config_from_hf(DESCRIPTIONS[kind])
-    mentioned = "partial_rotary_factor|mrope_section|rope_theta|rope type" if name.startswith("rope") else name
+    mentioned = (
+        "partial_rotary_factor|mrope_section|rope_theta|rope type"
+        if name.startswith("rope")
+        else name
+    )
     with pytest.raises(ValueError, match=mentioned):
         config_from_hf(DESCRIPTIONS[kind] | {name: value})
 
@@ -505,7 +575,10 @@ def test_a_setting_that_nobody_knows_is_told(tmp_path: Path, capsys):
     params = _saved(tmp_path)
     _set(tmp_path, favourite_colour="green", nothing_much=None, empty={})
     _same(load_hf(tmp_path)[1], params)
-    assert "config.json has settings that are not read: favourite_colour='green'\n" in capsys.readouterr().err
+    assert (
+        "config.json has settings that are not read: favourite_colour='green'\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_context_ends_with_a_window_that_is_used():
@@ -516,8 +589,13 @@ def test_the_context_ends_with_a_window_that_is_used():
     assert context("mistral", sliding_window=4) == 4
     assert context("mistral", sliding_window=None) == 16
     long = {"max_position_embeddings": 32_768}
-    assert "sliding_window" not in DESCRIPTIONS["mistral"]  # transformers' default for Mistral alone
-    assert (context("mistral", **long), context("mistral", **long, sliding_window=None)) == (4096, 32_768)
+    assert (
+        "sliding_window" not in DESCRIPTIONS["mistral"]
+    )  # transformers' default for Mistral alone
+    assert (context("mistral", **long), context("mistral", **long, sliding_window=None)) == (
+        4096,
+        32_768,
+    )
     assert (context("llama", **long), context("qwen3", **long)) == (32_768, 32_768)
     assert context("qwen2", sliding_window=4, use_sliding_window=False) == 16
     assert context("qwen2", sliding_window=4, use_sliding_window=True) == 4
@@ -535,7 +613,12 @@ def _gguf(path: Path, tensors: dict[str, np.ndarray] | None = None, **fields) ->
                         "llama.feed_forward_length": 24, "llama.attention.head_count": 2}.items():  # fmt: skip
         writer.add_uint32(name, value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for name, value in fields.items():
         add[type(value)](name.replace("__", "."), value)
     params = jax.tree.map(np.asarray, _random(language_model(config)))
@@ -565,7 +648,9 @@ GGUF_FIELDS = [
 
 
 @pytest.mark.parametrize(("name", "value"), GGUF_FIELDS, ids=lambda x: str(x))
-def test_a_field_of_a_gguf_file_that_would_change_numbers_is_refused(name: str, value, tmp_path: Path):
+def test_a_field_of_a_gguf_file_that_would_change_numbers_is_refused(
+    name: str, value, tmp_path: Path
+):
     _gguf(tmp_path / "m.gguf", **{name: value})
     with pytest.raises(ValueError, match=rf"{name}=.* is not supported"):
         load_hf(tmp_path / "m.gguf")
@@ -579,7 +664,12 @@ def test_a_gguf_file_is_read_whole(tmp_path: Path, capsys):
     loaded = load_hf(tmp_path / "m.gguf")[1]
     np.testing.assert_array_equal(loaded["embed"]["embedding"], params["embed"]["embedding"])
     assert "fields that are not read: vendor.colour='green'\n" in capsys.readouterr().err
-    for name in ("blk.0.attn_q.bias", "blk.1.attn_norm.weight", "rope_freqs.weight", "blk.0.attn_q_norm.weight"):
+    for name in (
+        "blk.0.attn_q.bias",
+        "blk.1.attn_norm.weight",
+        "rope_freqs.weight",
+        "blk.0.attn_q_norm.weight",
+    ):
         _gguf(tmp_path / "m.gguf", {name: _ones(16)})
         with pytest.raises(ValueError, match=r"would be left out|scales its rotary frequencies"):
             load_hf(tmp_path / "m.gguf")
@@ -640,7 +730,11 @@ def test_a_llama2c_file_is_read_whole(tmp_path: Path):
         _llama2c(file, sound)
         load_llama2c(file)
     for found, tail, message in (
-        (tables(500.0), b"", r"rotary tables of shape \[6, 4\] that are not those of the base 10000"),
+        (
+            tables(500.0),
+            b"",
+            r"rotary tables of shape \[6, 4\] that are not those of the base 10000",
+        ),
         (tables(1e4), b"\0" * 4, "1 values too many"),
         (tables(1e4), b"\0" * 3, "no whole number of float32"),
     ):
@@ -656,7 +750,9 @@ def test_a_llama2c_tokenizer_is_that_of_its_model(tmp_path: Path):
     _llama2c(tmp_path / "model.bin", np.zeros((2, 6, 2)))
 
     def write(pieces: list[str]) -> None:
-        each = b"".join(struct.pack("<fI", -i, len(piece)) + piece.encode() for i, piece in enumerate(pieces))
+        each = b"".join(
+            struct.pack("<fI", -i, len(piece)) + piece.encode() for i, piece in enumerate(pieces)
+        )
         (tmp_path / "tok.bin").write_bytes(struct.pack("<I", 4) + each)
 
     pieces = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstu"]

@@ -23,12 +23,16 @@ def rows(seed: int = 0) -> LMBatch:
     tokens = np.random.default_rng(seed).integers(1, 48, (4, 12)).astype(np.int32)
     place = np.broadcast_to(np.arange(12, dtype=np.int32), (4, 12))
     segments = (place < np.array([[12], [7], [9], [12]])).astype(np.int32)
-    batch = LMBatch(tokens=tokens, segments=segments, positions=place.copy(), mask=(segments > 0) & (place > 0))
+    batch = LMBatch(
+        tokens=tokens, segments=segments, positions=place.copy(), mask=(segments > 0) & (place > 0)
+    )
     return jax.tree.map(jnp.asarray, batch)
 
 
 def hidden(model, params, batch):
-    return model.apply(params, batch.tokens, segments=batch.segments, positions=batch.positions).hidden
+    return model.apply(
+        params, batch.tokens, segments=batch.segments, positions=batch.positions
+    ).hidden
 
 
 def trained_adapters(base, **kinds):
@@ -49,13 +53,17 @@ def test_fresh_adapters_are_the_base(config, layers, dtype):
     base = model.init(jax.random.key(0))
     params = with_lora(base, init_lora(base, jax.random.key(1), rank=4, layers=layers), alpha=16)
     found, wanted = (np.asarray(hidden(model, p, rows()), np.float32) for p in (params, base))
-    np.testing.assert_allclose(found, wanted, atol=16 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        found, wanted, atol=16 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max()
+    )
     merged = merge_lora(base, init_lora(base, jax.random.key(1), rank=4, layers=layers), alpha=16)
     jax.tree.map(np.testing.assert_array_equal, merged, base)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("kinds", [{}, {"layers": 1}, {"targets": "query|value"}, {"layers": 2, "targets": "mlp/down"}])
+@pytest.mark.parametrize(
+    "kinds", [{}, {"layers": 1}, {"targets": "query|value"}, {"layers": 2, "targets": "mlp/down"}]
+)
 def test_adapted_layer_by_layer_equals_merged(config, kinds):
     model = language_model(config)
     base = model.init(jax.random.key(0))
@@ -87,7 +95,9 @@ def test_the_gradient_is_that_of_the_merged_weights():
 
     bound = lora_model(model, base, alpha=8)
     by_layer = jax.grad(functools.partial(loss, lambda a: hidden(bound, a, rows())))(adapters)
-    merged = jax.grad(functools.partial(loss, lambda a: hidden(model, merge_lora(base, a, alpha=8), rows())))(adapters)
+    merged = jax.grad(
+        functools.partial(loss, lambda a: hidden(model, merge_lora(base, a, alpha=8), rows()))
+    )(adapters)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), by_layer, merged
     )  # entries reach 60
@@ -100,7 +110,9 @@ def test_a_step_trains_the_adapters_and_leaves_the_base(remat):
     base = model.init(jax.random.key(0))
     before = jax.tree.map(np.array, base)
     tx = optim.adam(1e-2)
-    step = steps.compile_frozen_step(lambda b: steps.make_sft_step(lora_model(model, b, alpha=8), tx), base)
+    step = steps.compile_frozen_step(
+        lambda b: steps.make_sft_step(lora_model(model, b, alpha=8), tx), base
+    )
     state = steps.train_state(init_lora(base, jax.random.key(1), rank=4), tx)
     losses = []
     for _ in range(40):
@@ -116,13 +128,19 @@ def test_the_base_is_an_argument_of_the_program_and_not_a_constant():
     model = language_model(LLAMA)
     base = model.init(jax.random.key(0))
     tx = optim.adam(1e-2)
-    step = steps.compile_frozen_step(lambda b: steps.make_sft_step(lora_model(model, b, alpha=8), tx), base)
+    step = steps.compile_frozen_step(
+        lambda b: steps.make_sft_step(lora_model(model, b, alpha=8), tx), base
+    )
     state = steps.train_state(init_lora(base, jax.random.key(1), rank=4), tx)
     program = step.func.lower(base, state, rows(), None).as_text()
-    largest = max((len(line) for line in program.splitlines() if "stablehlo.constant" in line), default=0)
+    largest = max(
+        (len(line) for line in program.splitlines() if "stablehlo.constant" in line), default=0
+    )
     assert largest < 2_000
     # Gradients of frozen kernels are never formed: no product puts out the shape of a stacked kernel.
-    assert "tensor<3x32x64xf32>" not in "".join(line for line in program.splitlines() if "dot_general" in line)
+    assert "tensor<3x32x64xf32>" not in "".join(
+        line for line in program.splitlines() if "dot_general" in line
+    )
 
 
 def test_blocks_below_the_adapters_are_not_differentiated():
@@ -141,7 +159,9 @@ def test_blocks_below_the_adapters_are_not_differentiated():
 
 def test_a_fresh_score_head_takes_the_place_of_the_bases():
     model = scalar_model(LLAMA)
-    base = scalar_from_language_model(language_model(LLAMA).init(jax.random.key(0)), jax.random.key(3))
+    base = scalar_from_language_model(
+        language_model(LLAMA).init(jax.random.key(0)), jax.random.key(3)
+    )
     trained = {"score": {"weight": jnp.ones(32), "bias": jnp.float32(0.5)}}
     bound = lora_model(model, base, alpha=1)
     states = hidden(bound, trained, rows())

@@ -21,7 +21,8 @@ LLAMA = DecoderConfig(20_000, 64, 6, 640, 8, kv_heads=4, mlp_width=2048, tied=Fa
 GPT2 = gpt2(24_000, 64, 8, 640, 8)
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc/self/status"
+    not Path("/proc/self/clear_refs").exists(),
+    reason="the peak is read from Linux's /proc/self/status",
 )
 
 CHILD = """
@@ -54,7 +55,9 @@ print(json.dumps({"size": size, "load": loading / size, "save": saving / size, "
 def _write(folder: Path, config: DecoderConfig, dtype=np.float32, **settings) -> None:
     model, noise = language_model(config), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: noise.standard_normal(x.shape, np.float32).astype(dtype), shapes)
+    params = jax.tree.map(
+        lambda x: noise.standard_normal(x.shape, np.float32).astype(dtype), shapes
+    )
     save_hf(folder, model, params, **settings)
 
 
@@ -67,7 +70,12 @@ def _write_gguf(path: Path) -> None:
     ):  # fmt: skip
         getattr(writer, f"add_{add}")(value)
     noise = np.random.default_rng(0)
-    shapes = {"attn_q": (640, 640), "attn_k": (320, 640), "attn_v": (320, 640), "attn_output": (640, 640)}
+    shapes = {
+        "attn_q": (640, 640),
+        "attn_k": (320, 640),
+        "attn_v": (320, 640),
+        "attn_output": (640, 640),
+    }
     shapes |= {"ffn_gate": (2048, 640), "ffn_up": (2048, 640), "ffn_down": (640, 2048)}
     shapes |= {"attn_norm": (640,), "ffn_norm": (640,)}
     tensors = {f"blk.{i}.{name}": shape for i in range(6) for name, shape in shapes.items()}
@@ -118,7 +126,9 @@ def written(tmp_path_factory):
         ("gpt2", "bfloat16", 8),
     ],
 )
-def test_a_model_is_loaded_and_saved_without_a_second_copy_of_it(kind, dtype, devices, written, tmp_path):
+def test_a_model_is_loaded_and_saved_without_a_second_copy_of_it(
+    kind, dtype, devices, written, tmp_path
+):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
@@ -126,13 +136,19 @@ def test_a_model_is_loaded_and_saved_without_a_second_copy_of_it(kind, dtype, de
     }
     arguments = [str(written(kind)), str(tmp_path / "out"), dtype]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHILD, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == devices
     assert found["size"] > 80e6
-    assert found["load"] < 1.2  # the peak while loading, the loaded model included; 1.3 is the promise
+    assert (
+        found["load"] < 1.2
+    )  # the peak while loading, the loaded model included; 1.3 is the promise
     # What saving adds: on one device a block, else the largest tensor, which is put together (here a quarter).
     assert found["save"] < (0.1 if devices == 1 else 0.4)
     assert len(list((tmp_path / "out").glob("model-0000*-of-0000*.safetensors"))) > 2

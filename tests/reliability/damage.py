@@ -50,7 +50,11 @@ def file_faults(run: Path) -> Iterator[Fault]:
         name = file.relative_to(run / "checkpoints")
         for how, damage in DAMAGE.items():
             if file.stat().st_size or how in ("delete", "pickle"):
-                yield f"{how} {_short(name)}", lambda root, name=name, damage=damage: damage(root / name), True
+                yield (
+                    f"{how} {_short(name)}",
+                    lambda root, name=name, damage=damage: damage(root / name),
+                    True,
+                )
 
 
 def _short(name: Path) -> str:
@@ -101,7 +105,11 @@ def folder_faults(run: Path) -> Iterator[Fault]:
             file.write('{"step": 17, "sta')
 
     yield "a stray empty folder 999/", lambda r: (r / "999").mkdir(), False
-    yield "a stray folder 999/ with a file", lambda r: ((r / "999").mkdir(), (r / "999" / "x").write_text("x")), False
+    yield (
+        "a stray folder 999/ with a file",
+        lambda r: ((r / "999").mkdir(), (r / "999" / "x").write_text("x")),
+        False,
+    )
     yield "a stray older folder 1/", lambda r: (r / "1").mkdir(), False
     yield "a stray folder in the way of the next save", lambda r: (r / "18").mkdir(), False
     yield "a stray file 999", lambda r: (r / "999").write_text("x"), False
@@ -112,19 +120,33 @@ def folder_faults(run: Path) -> Iterator[Fault]:
     yield "the newest step is a link", linked, True
     yield "a file of the newest step is a link", inner_link, True
     yield "the newest step is a file", file_for_folder, True
-    yield "the newest step is gone, its seal is there", lambda r: shutil.rmtree(r / str(newest)), True
+    yield (
+        "the newest step is gone, its seal is there",
+        lambda r: shutil.rmtree(r / str(newest)),
+        True,
+    )
     yield "a file too many in the newest step", extra_file, True
     yield "the seal's step edited", lambda r: edit(r, step=older), True
     yield "the seal's extra edited", lambda r: edit(r, extra={"x": 1}), True
     yield "the seal's files edited", lambda r: edit(r, files={}), True
     yield "the seal of another step", swapped, True
-    yield "a seal of nested lists", lambda r: (r / "manifests" / f"{newest}.json").write_text("[" * 10**5), True
-    yield "a seal that is no object", lambda r: (r / "manifests" / f"{newest}.json").write_text("3"), True
+    yield (
+        "a seal of nested lists",
+        lambda r: (r / "manifests" / f"{newest}.json").write_text("[" * 10**5),
+        True,
+    )
+    yield (
+        "a seal that is no object",
+        lambda r: (r / "manifests" / f"{newest}.json").write_text("3"),
+        True,
+    )
     yield "leftovers of a killed save", leftovers, False
     yield "half a line at the end of the log", cut_log, False
 
 
-def judge(source: Path, run: Path, expected: dict, loses_newest: bool, before: list[int]) -> tuple[bool, str]:
+def judge(
+    source: Path, run: Path, expected: dict, loses_newest: bool, before: list[int]
+) -> tuple[bool, str]:
     """Gives the command again, and says whether every promise held and what was seen.
 
     Args:
@@ -140,9 +162,17 @@ def judge(source: Path, run: Path, expected: dict, loses_newest: bool, before: l
     if ended.status or "Traceback" in ended.err:
         return False, f"status {ended.status}: {ended.line}"
     chosen = went_on_from(run, begun)
-    aside = [p.name for p in (run / "checkpoints" / "quarantine").glob("*") if p.name.startswith(f"{newest}-")]
+    aside = [
+        p.name
+        for p in (run / "checkpoints" / "quarantine").glob("*")
+        if p.name.startswith(f"{newest}-")
+    ]
     equal, last = runs.outcome(run) == expected, runs.steps(run)[-1]
-    good = equal and chosen == (older if loses_newest else newest) and last == runs.EPOCHS * runs.EPOCH_STEPS
+    good = (
+        equal
+        and chosen == (older if loses_newest else newest)
+        and last == runs.EPOCHS * runs.EPOCH_STEPS
+    )
     good &= bool(aside) == loses_newest or not os.path.lexists(run / "checkpoints" / str(newest))
     return (
         good,

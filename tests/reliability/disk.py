@@ -44,7 +44,10 @@ def full(source: Path, place: Path, expected: dict, size: str) -> tuple[bool, st
         runs.remount(place, "size=64m")
         again = runs.command("sft", runs.sft_flags(source, run))
         equal = again.status == 0 and runs.outcome(run) == expected
-    return said and good and equal, f"sealed {sealed}, went on to the same end: {equal}; {ended.line}"
+    return (
+        said and good and equal,
+        f"sealed {sealed}, went on to the same end: {equal}; {ended.line}",
+    )
 
 
 def read_only(source: Path, place: Path, expected: dict) -> tuple[bool, str]:
@@ -114,7 +117,9 @@ def main() -> None:
         for size in SIZES:
             table.add(f"tmpfs of {size}", *full(source, folder / size, expected, size))
         for name, fault in others.items():
-            table.add(name, *fault(source, folder / name.replace(" ", "_").replace("(", ""), expected))
+            table.add(
+                name, *fault(source, folder / name.replace(" ", "_").replace("(", ""), expected)
+            )
     table.show()
 
 

@@ -41,7 +41,9 @@ def chosen(words: list[str]) -> list[tuple[str, ...]]:
     """The scripts that are there, of which one of `words` is a part; all without words."""
     here = Path(__file__).parent
     found = [script for script in SCRIPTS if (here / f"{script[0]}.py").is_file()]
-    return [script for script in found if not words or any(word in " ".join(script) for word in words)]
+    return [
+        script for script in found if not words or any(word in " ".join(script) for word in words)
+    ]
 
 
 def run(script: tuple[str, ...], seconds: float) -> str:
@@ -62,12 +64,19 @@ def run(script: tuple[str, ...], seconds: float) -> str:
 
 def environment() -> dict[str, str]:
     """One CPU device, as the scripts expect."""
-    return {**os.environ, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(runs.ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def main() -> int:
     """Runs them and prints one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all of them together")
     flags = parser.parse_args()

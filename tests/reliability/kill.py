@@ -63,12 +63,16 @@ def make_inputs(folder: Path) -> None:
     animals = ("dog", "cat", "wolf", "owl", "hen", "fox", "pig", "cow")
     said = [f"A {a} and a {b}." for a in animals for b in animals]
     write_jsonl(folder / "prompts.jsonl", [Prompt("Write a story.", id=f"p{i}") for i in range(16)])
-    write_jsonl(folder / "text.jsonl", [PlainText(f"{text} Number {i}.") for i, text in enumerate(said)])
+    write_jsonl(
+        folder / "text.jsonl", [PlainText(f"{text} Number {i}.") for i, text in enumerate(said)]
+    )
     answers = [Demonstration("Write a story.", text, id=f"d{i}") for i, text in enumerate(said)]
     write_jsonl(folder / "demonstrations.jsonl", answers)
     write_jsonl(folder / "validation.jsonl", answers[:16])
     ranked = [
-        Ranking("Write a story.", (said[i], said[i + 1], said[i + 2]), (i % 2, 1 - i % 2, 2), id=f"r{i}")
+        Ranking(
+            "Write a story.", (said[i], said[i + 1], said[i + 2]), (i % 2, 1 - i % 2, 2), id=f"r{i}"
+        )
         for i in range(len(said) - 2)
     ]
     write_jsonl(folder / "rankings.jsonl", ranked)
@@ -96,16 +100,31 @@ def command(stage: str, inputs: Path, workdir: Path, **overrides: object) -> lis
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in (keys[stage] | overrides).items()]
     config = f"--config={ROOT}/configs/{stage}/storyland.py:smoke"
-    return [sys.executable, str(ROOT / "experiments" / f"{stage}.py"), config, f"--workdir={workdir}", *flags]
+    return [
+        sys.executable,
+        str(ROOT / "experiments" / f"{stage}.py"),
+        config,
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 def start(argv: Sequence[str], **kw: Any) -> subprocess.Popen[str]:
     """Starts it in a process group of its own; `kw` as of `subprocess.Popen`."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONUNBUFFERED": "1",
+    }
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
     environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # a start after a kill compiles nothing again
-    environ.pop("XLA_FLAGS", None)  # one device, also where a test suite pretends that there are eight
+    environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
+        "0"  # a start after a kill compiles nothing again
+    )
+    environ.pop(
+        "XLA_FLAGS", None
+    )  # one device, also where a test suite pretends that there are eight
     kw = {"env": environ, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | kw
     return subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **kw)
 
@@ -125,10 +144,14 @@ def being_saved(workdir: Path) -> bool:
     """Whether a checkpoint is on its way: Orbax's unfinished folder, or a finished one without its seal."""
     folder = workdir / "checkpoints"
     unfinished = next(folder.glob("*.orbax-checkpoint-tmp*"), None) is not None
-    return unfinished or {int(p.name) for p in folder.glob("*") if p.name.isdecimal()} > sealed(workdir)
+    return unfinished or {int(p.name) for p in folder.glob("*") if p.name.isdecimal()} > sealed(
+        workdir
+    )
 
 
-def kill_once(argv: Sequence[str], workdir: Path, moment: str, progress: int, wait: float) -> str | None:
+def kill_once(
+    argv: Sequence[str], workdir: Path, moment: str, progress: int, wait: float
+) -> str | None:
     """Starts the command and kills it: `wait` seconds after the start, after the next line, or into the next save.
 
     Returns:
@@ -138,7 +161,11 @@ def kill_once(argv: Sequence[str], workdir: Path, moment: str, progress: int, wa
     armed = moment == "start"
     while process.poll() is None and time.monotonic() - begin < ENOUGH:
         logged = steps_logged(workdir)
-        if armed or (logged >= progress and logged > before - 3 and (moment != "saving" or being_saved(workdir))):
+        if armed or (
+            logged >= progress
+            and logged > before - 3
+            and (moment != "saving" or being_saved(workdir))
+        ):
             time.sleep(wait if moment != "saving" else wait / 50)
             break
         time.sleep(0.0005)
@@ -149,7 +176,9 @@ def kill_once(argv: Sequence[str], workdir: Path, moment: str, progress: int, wa
     return process.communicate()[0]
 
 
-def run_killed(stage: str, inputs: Path, workdir: Path, kills: int, seed: int, **overrides: object) -> tuple:
+def run_killed(
+    stage: str, inputs: Path, workdir: Path, kills: int, seed: int, **overrides: object
+) -> tuple:
     """Kills the command `kills` times, then lets it end.
 
     Returns:
@@ -186,7 +215,11 @@ def differences(one: Path, other: Path) -> list[str]:
 
     found, (a, b) = [], (arrays(one), arrays(other))
     found += [f"leaf {name} in one alone" for name in sorted({*a} ^ {*b})]
-    found += [f"leaf {name}" for name in a if name in b and not np.array_equal(bits(a[name]), bits(b[name]))]
+    found += [
+        f"leaf {name}"
+        for name in a
+        if name in b and not np.array_equal(bits(a[name]), bits(b[name]))
+    ]
     models = [p.relative_to(one) for p in sorted(one.rglob("*.safetensors"))]
     found += [f"no model in {one}"] * (not models)
     found += [f"file {p}" for p in models if (one / p).read_bytes() != (other / p).read_bytes()]
@@ -206,8 +239,13 @@ def arrays(workdir: Path) -> dict[str, Any]:
     with Checkpoints(workdir / "checkpoints") as saved:
         step = saved.newest_good()
         assert step is not None
-        leaves = json.loads((workdir / "checkpoints" / "manifests" / f"{step}.json").read_text())["leaves"]
-        specs = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in leaves.items()}
+        leaves = json.loads((workdir / "checkpoints" / "manifests" / f"{step}.json").read_text())[
+            "leaves"
+        ]
+        specs = {
+            name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+            for name, (shape, dtype) in leaves.items()
+        }
         return saved.restore(step, specs)[0]
 
 
@@ -236,7 +274,9 @@ def compare(stage: str, folder: Path, kills: int, seed: int, **overrides: object
 
 def main() -> int:
     """Prints the table; exit status 1 when something was lost or is not equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stages", default="ppo,sft,reward_model")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -249,11 +289,15 @@ def main() -> int:
             result = compare(stage, Path(root), flags.kills, flags.seed)
             rows.append((stage, result, time.monotonic() - begin))
             print(stage, result, flush=True)
-    print("\n| command | kills tried | of them while saving | survived | lost | equal to the bit | seconds |")
+    print(
+        "\n| command | kills tried | of them while saving | survived | lost | equal to the bit | seconds |"
+    )
     print("|---|---|---|---|---|---|---|")
     for stage, r, seconds in rows:
         equal = "no: " + ", ".join(r.differences[:3]) if r.differences else "yes"
-        print(f"| {stage}.py | {r.tried} | {r.while_saving} | {r.survived} | {r.lost} | {equal} | {seconds:.0f} |")
+        print(
+            f"| {stage}.py | {r.tried} | {r.while_saving} | {r.survived} | {r.lost} | {equal} | {seconds:.0f} |"
+        )
     return int(any(r.lost or r.differences or r.tried < flags.kills for _, r, _ in rows))
 
 

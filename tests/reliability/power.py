@@ -109,7 +109,12 @@ def mounted(image: Path, place: Path) -> Iterator[None]:
         yield
     finally:
         for _ in range(50):
-            if subprocess.run([tool("umount"), str(place)], capture_output=True, check=False).returncode == 0:
+            if (
+                subprocess.run(
+                    [tool("umount"), str(place)], capture_output=True, check=False
+                ).returncode
+                == 0
+            ):
                 break
             time.sleep(0.1)
         else:
@@ -136,7 +141,12 @@ def command(name: str, inputs: Path, workdir: Path) -> list[str]:
     if name != "pipeline":
         return kill.command(name, inputs, workdir)
     config = f"--config={kill.ROOT}/configs/instructgpt/storyland.py:smoke"
-    return [sys.executable, str(kill.ROOT / "experiments" / "instructgpt.py"), config, f"--workdir={workdir}"]
+    return [
+        sys.executable,
+        str(kill.ROOT / "experiments" / "instructgpt.py"),
+        config,
+        f"--workdir={workdir}",
+    ]
 
 
 def ended(process: subprocess.Popen[str], log: Path) -> None:
@@ -164,7 +174,11 @@ def marks(run: Path) -> set[str]:
     found = set()
     for folder, _, names in os.walk(run):  # which goes on where a folder is gone meanwhile
         found |= {os.path.join(folder, name) for name in names if name.endswith(".json")}
-    return {name for name in found if not any(part in name for part in (".tmp", "quarantine", "tokenizer"))}
+    return {
+        name
+        for name in found
+        if not any(part in name for part in (".tmp", "quarantine", "tokenizer"))
+    }
 
 
 def watch(process: subprocess.Popen[str], run: Path) -> tuple[int, float]:
@@ -194,7 +208,11 @@ def moments(count: int, all_marks: int, seconds: float) -> list[tuple[str, int, 
 
 
 def cut_often(
-    process: subprocess.Popen[str], run: Path, image: Path, folder: Path, when: list[tuple[str, int, float]]
+    process: subprocess.Popen[str],
+    run: Path,
+    image: Path,
+    folder: Path,
+    when: list[tuple[str, int, float]],
 ) -> list[tuple[str, float, Path]]:
     """Copies the mounted file system at each of these moments, while the program stands still."""
     begun, copies, waiting, all_seen = time.monotonic(), [], list(when), set()
@@ -242,9 +260,14 @@ def cut_program(name: str, folder: Path, *, cuts: int, quickly: bool = False) ->
         kill.make_inputs(folder / "inputs")
     run, log = place / "run", folder / "log.txt"
     argv = command(name, folder / "inputs", run)
-    when = [(f"after mark {n}", n, 0.0) for n in (MARKS[name] * (i + 1) // (cuts + 1) for i in range(cuts))]
+    when = [
+        (f"after mark {n}", n, 0.0)
+        for n in (MARKS[name] * (i + 1) // (cuts + 1) for i in range(cuts))
+    ]
     if not quickly:
-        with started(argv, log) as process:  # in a folder of the same name, so that results name the same paths
+        with started(
+            argv, log
+        ) as process:  # in a folder of the same name, so that results name the same paths
             counted = watch(process, run)
             ended(process, log)
         shutil.move(run, whole)
@@ -264,7 +287,9 @@ def cut_program(name: str, folder: Path, *, cuts: int, quickly: bool = False) ->
     return rows
 
 
-def again(name: str, argv: list[str], run: Path, whole: Path, log: Path, moment: str, seconds: float) -> Row:
+def again(
+    name: str, argv: list[str], run: Path, whole: Path, log: Path, moment: str, seconds: float
+) -> Row:
     """The same command on what a cut left."""
     broken = [
         f"{seal.parent.parent.parent.name} step {seal.stem}: {what}"
@@ -297,7 +322,11 @@ def outcome(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if not path.is_file() or "checkpoints/" in name or path.name in ("done.json", "run.lock", "report.html"):
+        if (
+            not path.is_file()
+            or "checkpoints/" in name
+            or path.name in ("done.json", "run.lock", "report.html")
+        ):
             continue
         if path.name == "metrics.jsonl":
             rows = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
@@ -318,7 +347,9 @@ def without_times(value: Any) -> Any:
 
 def main() -> int:
     """Prints a table for docs/reliability.md; exit status 1 when something was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--cuts", type=int, default=10)
     parser.add_argument("--quickly", action="store_true", help="no undisturbed run beforehand")
@@ -327,7 +358,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for name in flags.programs.split(","):
             try:
-                new = cut_program(name, Path(scratch) / name, cuts=flags.cuts, quickly=flags.quickly)
+                new = cut_program(
+                    name, Path(scratch) / name, cuts=flags.cuts, quickly=flags.quickly
+                )
             except NotAllowedError as refused:
                 print(
                     f"power.py needs root and ext4 on a loop device: {refused}. Without them the same is shown by "
@@ -337,10 +370,15 @@ def main() -> int:
             for row in new:
                 print(*row, sep=" | ", flush=True)
             rows += new
-    print("\n| program | cuts | seals not what they say | same bits at the end |\n|---|---|---|---|")
+    print(
+        "\n| program | cuts | seals not what they say | same bits at the end |\n|---|---|---|---|"
+    )
     for name in flags.programs.split(","):
         own = [row for row in rows if row.program == name]
-        broken, equal = sum(bool(row.broken) for row in own), sum(not row.differences for row in own)
+        broken, equal = (
+            sum(bool(row.broken) for row in own),
+            sum(not row.differences for row in own),
+        )
         print(f"| {name} | {len(own)} | {broken} | {equal} |")
     return int(any(row.broken or row.differences for row in rows))
 

@@ -45,16 +45,22 @@ class Bench:
         """The undisturbed run, made when first asked for."""
         if stage not in self._whole:
             workdir = self.folder / f"whole_{stage}"
-            (ended,) = Together([self.command(stage, workdir)], self.folder / f"log_whole_{stage}", devices=4).wait(600)
+            (ended,) = Together(
+                [self.command(stage, workdir)], self.folder / f"log_whole_{stage}", devices=4
+            ).wait(600)
             assert ended.status == 0, ended.err
             self._whole[stage] = workdir
         return self._whole[stage]
 
     def two(self, stage: str, workdir: Path, name: str, **how: object) -> Together:
-        return Together([self.command(stage, workdir)] * 2, workdir.with_name(f"{workdir.name}_{name}"), **how)  # pyright: ignore[reportArgumentType]
+        return Together(
+            [self.command(stage, workdir)] * 2, workdir.with_name(f"{workdir.name}_{name}"), **how
+        )  # pyright: ignore[reportArgumentType]
 
     def one(self, stage: str, workdir: Path, name: str) -> Together:
-        return Together([self.command(stage, workdir)], workdir.with_name(f"{workdir.name}_{name}"), devices=4)
+        return Together(
+            [self.command(stage, workdir)], workdir.with_name(f"{workdir.name}_{name}"), devices=4
+        )
 
 
 def statuses(run: Together, timeout: float = 600) -> list[int]:
@@ -73,11 +79,15 @@ def newest(workdir: Path) -> int:
 def same_numbers(workdir: Path, whole: Path, tolerance: float) -> str:
     """Each step once, and its numbers; returns the largest difference."""
     found, wanted = history(workdir), history(whole)
-    assert [(a["step"], sorted(a)) for a in found] == [(a["step"], sorted(a)) for a in wanted], "other steps in the log"
+    assert [(a["step"], sorted(a)) for a in found] == [(a["step"], sorted(a)) for a in wanted], (
+        "other steps in the log"
+    )
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         for name in (n for n in a if isinstance(a[n], float)):
-            np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=f"{name}, {a['step']}")
+            np.testing.assert_allclose(
+                a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=f"{name}, {a['step']}"
+            )
             worst = max(worst, abs(a[name] - b[name]) / max(1.0, abs(b[name])))
     return f"largest difference {worst:.1e}"
 
@@ -158,7 +168,10 @@ def refused(run: Together, message: str) -> str:
 def other_config(bench: Bench, stage: str, workdir: Path) -> str:
     """Another learning rate on one of two."""
     commands = [bench.command(stage, workdir, learning_rate=rate) for rate in (1e-3, 2e-3)]
-    found = refused(Together(commands, workdir.with_name(f"{workdir.name}_log")), r"config\.learning_rate is 0\.001 on")
+    found = refused(
+        Together(commands, workdir.with_name(f"{workdir.name}_log")),
+        r"config\.learning_rate is 0\.001 on",
+    )
     assert not workdir.exists(), "work was begun"
     return found
 
@@ -167,7 +180,8 @@ def other_workdir(bench: Bench, stage: str, workdir: Path) -> str:
     """Another run folder on one of two, as where it is not shared: the step to go on from cannot be agreed on."""
     commands = [bench.command(stage, workdir.with_name(f"{workdir.name}_{i}")) for i in range(2)]
     return refused(
-        Together(commands, workdir.with_name(f"{workdir.name}_log")), "the folder of process 0' on process 0"
+        Together(commands, workdir.with_name(f"{workdir.name}_log")),
+        "the folder of process 0' on process 0",
     )
 
 
@@ -194,7 +208,9 @@ def other_version(bench: Bench, stage: str, workdir: Path) -> str:
         [bench.command(stage, workdir)] * 2, workdir.with_name(f"{workdir.name}_log"),
         environments=[{}, {"PYTHONPATH": os.pathsep.join([str(fake.parent), str(together.ROOT)])}],
     )  # fmt: skip
-    return refused(run, r"the version of optax is '[^']+' on process 0 \(.+\), '9\.9\.9' on process 1")
+    return refused(
+        run, r"the version of optax is '[^']+' on process 0 \(.+\), '9\.9\.9' on process 1"
+    )
 
 
 def missing_file(bench: Bench, stage: str, workdir: Path) -> str:
@@ -215,7 +231,11 @@ FAULTS: dict[str, Callable[[Bench, Path], str]] = {
     **{f"SIGTERM to one, {s}": lambda b, w, s=s: sigterm(b, s, w) for s in STAGES},
     "Ctrl-C in one, sft": lambda b, w: ctrl_c(b, "sft", w),
     **{f"restored by two, {s}": lambda b, w, s=s: other_layout(b, s, w) for s in STAGES},
-    **{f"process {r} killed, {s}": lambda b, w, s=s, r=r: killed(b, s, w, r) for s in STAGES for r in (0, 1)},
+    **{
+        f"process {r} killed, {s}": lambda b, w, s=s, r=r: killed(b, s, w, r)
+        for s in STAGES
+        for r in (0, 1)
+    },
     "config differs": lambda b, w: other_config(b, "sft", w),
     "run folder differs": lambda b, w: other_workdir(b, "sft", w),
     "data differ": lambda b, w: other_data(b, "sft", w),

@@ -35,7 +35,9 @@ FEWER: dict[str, dict[str, object]] = {
 
 def main() -> None:
     """The table; with ``--json`` all that was found, for the test that starts this."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cuts", default=",".join(f"{name}:12" for name in PROGRAMS))
     parser.add_argument("--json", action="store_true")
     flags = parser.parse_args()
@@ -45,13 +47,27 @@ def main() -> None:
         folder = Path(scratch)
         kill.make_inputs(folder / "inputs")
         for name, count in (pair.split(":") for pair in flags.cuts.split(",")):
-            with contextlib.redirect_stdout(io.StringIO()) if flags.json else contextlib.nullcontext():
+            with (
+                contextlib.redirect_stdout(io.StringIO())
+                if flags.json
+                else contextlib.nullcontext()
+            ):
                 found[name] = cut_short(name, folder / "inputs", folder / name, int(count))
             if not flags.json:
                 for moment, broken in found[name]["ends"].items():
-                    table.add(f"{name}, moment {moment} of {found[name]['moments']}", not broken, str(broken))
-                table.add(f"{name}, every moment", not found[name]["broken"], str(found[name]["broken"]))
-                table.add(f"{name}, final names", not found[name]["unsynced"], str(found[name]["unsynced"]))
+                    table.add(
+                        f"{name}, moment {moment} of {found[name]['moments']}",
+                        not broken,
+                        str(broken),
+                    )
+                table.add(
+                    f"{name}, every moment", not found[name]["broken"], str(found[name]["broken"])
+                )
+                table.add(
+                    f"{name}, final names",
+                    not found[name]["unsynced"],
+                    str(found[name]["unsynced"]),
+                )
     if flags.json:
         print(json.dumps(found))
     else:
@@ -78,7 +94,9 @@ def cut_short(name: str, inputs: Path, folder: Path, count: int) -> dict[str, An
     for moment in spread(count, moments):
         place = recorder.build(moment, folder / f"cut-{moment}")
         status = run(name, inputs, place / "run")
-        ends[moment] = differences(disk / "run", place / "run") if status == 0 else [f"status {status}"]
+        ends[moment] = (
+            differences(disk / "run", place / "run") if status == 0 else [f"status {status}"]
+        )
         shutil.rmtree(place)
     recorder.close()
     return {"moments": moments, "unsynced": unsynced, "broken": broken, "ends": ends}
@@ -109,20 +127,30 @@ def run(name: str, inputs: Path, workdir: Path) -> int:
 def too_early(recorder: Recorder, event: Event, look: Path) -> list[str]:
     """What a final name speaks of and is not on the disk at the moment when it is given."""
     target, before = Path(event.path), Path(event.before)
-    if before.is_file() and not any(e.what == "file" and e.path == event.before for e in recorder.events):
+    if before.is_file() and not any(
+        e.what == "file" and e.path == event.before for e in recorder.events
+    ):
         return [f"{target.name} itself"]
     if before.is_dir() and before.name == f"{target.name}.tmp":
         spoken_of, called = before, target.name
     elif target.parent.name == "manifests" and target.suffix == ".json":
         spoken_of, called = target.parent.parent / target.stem, f"the seal of step {target.stem}"
-    elif target.suffix == ".json" and target.name != "config.json" and ".tmp" not in str(target.parent):
+    elif (
+        target.suffix == ".json"
+        and target.name != "config.json"
+        and ".tmp" not in str(target.parent)
+    ):
         spoken_of, called = target.parent, target.name
     else:
         return []
-    durable = tree(recorder.build(len(recorder.events), look) / os.path.relpath(spoken_of, recorder.root))
+    durable = tree(
+        recorder.build(len(recorder.events), look) / os.path.relpath(spoken_of, recorder.root)
+    )
     shutil.rmtree(look)
     live = tree(spoken_of)
-    hidden = {name for name in live if Path(name).name.startswith(".") or Path(name).name == "run.lock"}
+    hidden = {
+        name for name in live if Path(name).name.startswith(".") or Path(name).name == "run.lock"
+    }
     late = sorted(name for name in {*live} - hidden if durable.get(name) != live[name])
     return [f"{called}: {name}" for name in late]
 
@@ -160,7 +188,9 @@ def broken_in(run: Path, whole: Path) -> Iterator[str]:
     if (run / "config.json").exists() and not (run / "run.lock").exists():
         yield "config.json without run.lock: the folder would be taken for somebody else's"
     done = [p for p in whole.glob("*.json") if p.name != "config.json" and (run / p.name).exists()]
-    if done and (not all((run / m.name).is_dir() for m in models) or kill.history(run) != kill.history(whole)):
+    if done and (
+        not all((run / m.name).is_dir() for m in models) or kill.history(run) != kill.history(whole)
+    ):
         yield f"{done[0].name} without its models or its log"
 
 
@@ -185,7 +215,9 @@ def differences(whole: Path, again: Path) -> list[str]:
     found = kill.differences(whole, again)
     for result in sorted(whole.glob("*.json")):
         if result.name != "config.json":
-            one, two = (relative(json.loads((run / result.name).read_text()), run) for run in (whole, again))
+            one, two = (
+                relative(json.loads((run / result.name).read_text()), run) for run in (whole, again)
+            )
             found += [result.name] * (one != two)
     left = [p.name for p in again.rglob("*") if p.name.endswith((".tmp", ".old"))]
     return found + [f"{name} is left over" for name in left]

@@ -159,4 +159,8 @@ class Recorder:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by its relative name, with its bytes."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }

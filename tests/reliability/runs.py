@@ -37,7 +37,10 @@ def inputs(folder: Path) -> Path:
     tokenizer = load_tokenizer(storyland_assets.assets())
     model = language_model(gpt2(len(tokenizer), 64, 1, 16, 2))
     save_hf(folder / "model", model, model.init(jax.random.key(0)), tokenizer)
-    pairs = [Demonstration(f"Write about number {i}.", f"A dog saw {i} cats.", id=f"d{i}") for i in range(64)]
+    pairs = [
+        Demonstration(f"Write about number {i}.", f"A dog saw {i} cats.", id=f"d{i}")
+        for i in range(64)
+    ]
     write_jsonl(folder / "demonstrations.jsonl", pairs[: BATCH * EPOCH_STEPS])
     write_jsonl(folder / "validation.jsonl", pairs[BATCH * EPOCH_STEPS :])
     write_jsonl(folder / "prompts.jsonl", [Prompt(p.prompt, id=p.id) for p in pairs])
@@ -57,13 +60,24 @@ def sft_flags(source: Path, workdir: Path, *more: str) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """One CPU device; output as it comes."""
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    own = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags),
+    }
     return {**os.environ, **own, **more}
 
 
 def start(script: str, flags: list[str], **kw) -> subprocess.Popen[str]:
     """A command as a user gives it, from the root of the checkout."""
-    kw = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | kw
+    kw = {
+        "env": environment(),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": ROOT,
+    } | kw
     return subprocess.Popen([sys.executable, f"experiments/{script}.py", *flags], **kw)
 
 
@@ -110,7 +124,9 @@ def logged(workdir: Path, step: int) -> Callable[[], bool]:
 
     def reached() -> bool:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= step
+            return (
+                json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= step
+            )
         return False
 
     return reached
@@ -154,9 +170,15 @@ def remount(place: Path, option: str) -> None:
 
 def _mount(*arguments: str) -> None:
     tool = shutil.which("mount")
-    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False) if tool else None
+    done = (
+        subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
+        if tool
+        else None
+    )
     if done is None or done.returncode:
-        raise RuntimeError(f"mount {' '.join(arguments)}: {done.stderr.strip() if done else 'there is no mount'}")
+        raise RuntimeError(
+            f"mount {' '.join(arguments)}: {done.stderr.strip() if done else 'there is no mount'}"
+        )
 
 
 def stop_early(source: Path, workdir: Path, *more: str) -> Ended:
@@ -180,6 +202,7 @@ class Table:
         """Prints the counts; exits with 1 when something was lost."""
         lost = sum(not good for _, good, _ in self.rows)
         print(
-            f"\n| {self.title} | tried {len(self.rows)} | survived {len(self.rows) - lost} | lost {lost} |", flush=True
+            f"\n| {self.title} | tried {len(self.rows)} | survived {len(self.rows) - lost} | lost {lost} |",
+            flush=True,
         )
         sys.exit(bool(lost))

@@ -40,7 +40,11 @@ def measure(shape: tuple[int, int, int]) -> dict:
         begun = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, batch, None))
         seconds.append(time.perf_counter() - begun)
-    return {"mesh": shape, "seconds": statistics.median(seconds[3:]), "loss": float(metrics["sft/loss"].value)}
+    return {
+        "mesh": shape,
+        "seconds": statistics.median(seconds[3:]),
+        "loss": float(metrics["sft/loss"].value),
+    }
 
 
 def main() -> None:
@@ -59,7 +63,10 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         alone = alone or found["seconds"]
         gain = alone / found["seconds"]
-        print(f"{shape!s:<12}{devices:>8}{found['seconds']:>10.3f}{gain:>10.2f}{found['loss']:>12.6f}", flush=True)
+        print(
+            f"{shape!s:<12}{devices:>8}{found['seconds']:>10.3f}{gain:>10.2f}{found['loss']:>12.6f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

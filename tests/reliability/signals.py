@@ -47,7 +47,11 @@ MOMENTS = [
     Moment("in training", lambda run, s: runs.logged(run, 3)(), True),
     Moment("while a model is written", lambda run, s: exists(run, "epoch-1*"), True),
     Moment("while a checkpoint is written", lambda run, s: exists(run, "checkpoints/*"), True),
-    Moment("in the last step", lambda run, s: runs.logged(run, runs.EPOCHS * runs.EPOCH_STEPS - 1)(), True),
+    Moment(
+        "in the last step",
+        lambda run, s: runs.logged(run, runs.EPOCHS * runs.EPOCH_STEPS - 1)(),
+        True,
+    ),
 ]
 
 
@@ -55,18 +59,30 @@ def once(source: Path, run: Path, expected: dict, moment: Moment, number: int) -
     """One signal, then the same command."""
     begun = time.monotonic()
     ended, _ = runs.signalled(
-        "sft", runs.sft_flags(source, run), lambda: moment.when(run, time.monotonic() - begun), number
+        "sft",
+        runs.sft_flags(source, run),
+        lambda: moment.when(run, time.monotonic() - begun),
+        number,
     )
     sealed = runs.steps(run)
-    good = ended.status == STATUS[signal.Signals(number)] and "Traceback" not in ended.err and "Stopped" in ended.err
+    good = (
+        ended.status == STATUS[signal.Signals(number)]
+        and "Traceback" not in ended.err
+        and "Stopped" in ended.err
+    )
     good &= bool(sealed) or not moment.saves
     good &= "at once" not in ended.line  # one signal is not two
     again = runs.command("sft", runs.sft_flags(source, run))
     equal = again.status == 0 and runs.outcome(run) == expected
-    return good and equal, f"status {ended.status}, sealed {sealed}, went on to the same end: {equal}; {ended.line}"
+    return (
+        good and equal,
+        f"status {ended.status}, sealed {sealed}, went on to the same end: {equal}; {ended.line}",
+    )
 
 
-def twice(source: Path, run: Path, expected: dict, moment: Moment, number: int, pause: float) -> tuple[bool, str]:
+def twice(
+    source: Path, run: Path, expected: dict, moment: Moment, number: int, pause: float
+) -> tuple[bool, str]:
     """Two signals: the second one ends the run at once, also in the middle of compiling and saving."""
     begun = time.monotonic()
     ended, seconds = runs.signalled(
@@ -78,18 +94,28 @@ def twice(source: Path, run: Path, expected: dict, moment: Moment, number: int, 
     good = ended.status == STATUS[signal.Signals(number)] and seconds < 10 and intact
     again = runs.command("sft", runs.sft_flags(source, run))
     equal = again.status == 0 and runs.outcome(run) == expected
-    return good and equal, f"status {ended.status} after {seconds:.2f} s, sealed {sealed}, the same end: {equal}"
+    return (
+        good and equal,
+        f"status {ended.status} after {seconds:.2f} s, sealed {sealed}, the same end: {equal}",
+    )
 
 
 def same_one_twice(source: Path, run: Path, expected: dict) -> tuple[bool, str]:
     """A SIGTERM that comes twice within a second, as srun sends it, is one: the run still saves."""
     ended, _ = runs.signalled(
-        "sft", runs.sft_flags(source, run), runs.logged(run, 3), signal.SIGTERM, signal.SIGTERM, pause=0.05
+        "sft",
+        runs.sft_flags(source, run),
+        runs.logged(run, 3),
+        signal.SIGTERM,
+        signal.SIGTERM,
+        pause=0.05,
     )
     sealed = runs.steps(run)
     again = runs.command("sft", runs.sft_flags(source, run))
     equal = again.status == 0 and runs.outcome(run) == expected
-    return ended.status == 143 and bool(sealed) and equal, f"status {ended.status}, sealed {sealed}, {equal}"
+    return ended.status == 143 and bool(
+        sealed
+    ) and equal, f"status {ended.status}, sealed {sealed}, {equal}"
 
 
 def sampling(source: Path, run: Path, number: int) -> tuple[bool, str]:
@@ -115,19 +141,34 @@ def pipeline(folder: Path, table: runs.Table) -> None:
                                    "evaluation")):  # fmt: skip
         number = (signal.SIGTERM, signal.SIGINT)[place % 2]
         ended, _ = runs.signalled(
-            "instructgpt", [*flags, f"--workdir={run}"], lambda stage=stage: (run / stage).exists(), number
+            "instructgpt",
+            [*flags, f"--workdir={run}"],
+            lambda stage=stage: (run / stage).exists(),
+            number,
         )
         good = ended.status == STATUS[number] and "Traceback" not in ended.err
-        table.add(f"{NAMES[number]} in the stage {stage} of the pipeline", good, f"status {ended.status}; {ended.line}")
+        table.add(
+            f"{NAMES[number]} in the stage {stage} of the pipeline",
+            good,
+            f"status {ended.status}; {ended.line}",
+        )
     again = runs.command("instructgpt", [*flags, f"--workdir={run}"])
     equal = again.status == 0 and results(folder / "pipeline") == results(run)
-    table.add("the pipeline that was stopped nine times ends like the whole one", equal, f"status {again.status}")
+    table.add(
+        "the pipeline that was stopped nine times ends like the whole one",
+        equal,
+        f"status {again.status}",
+    )
 
 
 def results(run: Path) -> dict:
     """``results.json`` without times, memory and the name of the folder."""
     found = json.loads((run / "results.json").read_text().replace(str(run), "RUN"))
-    return {key: value for key, value in found.items() if key not in ("seconds", "peak_memory_mb", "stages")}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in ("seconds", "peak_memory_mb", "stages")
+    }
 
 
 def stages(folder: Path, table: runs.Table) -> None:
@@ -138,7 +179,9 @@ def stages(folder: Path, table: runs.Table) -> None:
     places = (folder / f"run{i}" for i in range(10**6))
     for number, name in NAMES.items():
         for moment in MOMENTS:
-            table.add(f"{name} {moment.name}", *once(source, next(places), expected, moment, number))
+            table.add(
+                f"{name} {moment.name}", *once(source, next(places), expected, moment, number)
+            )
         for moment in MOMENTS[:-1]:
             pause = 0.3 if number == signal.SIGINT else 1.3
             seen = twice(source, next(places), expected, moment, number, pause)

@@ -55,7 +55,9 @@ def flags(run: Path, *more: str) -> list[str]:
 def command(arguments: list[str], cwd: Path = runs.ROOT) -> runs.Ended:
     """Runs the pipeline to its end, however busy the machine is."""
     program = [sys.executable, str(runs.ROOT / "experiments" / "instructgpt.py"), *arguments]
-    ended = subprocess.run(program, cwd=cwd, env=runs.environment(), capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        program, cwd=cwd, env=runs.environment(), capture_output=True, text=True, check=False
+    )
     return runs.Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
@@ -81,10 +83,14 @@ def ran(out: str) -> list[str]:
 def same(run: Path, expected: dict[str, str]) -> str:
     """Empty when `run` amounts to what is expected, else what differs."""
     found = outcome(run)
-    return ", ".join(sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)))[:120]
+    return ", ".join(
+        sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    )[:120]
 
 
-def every_output(run: Path, table: runs.Table, overrides: dict[str, str] | None = None, config: str = CONFIG) -> None:
+def every_output(
+    run: Path, table: runs.Table, overrides: dict[str, str] | None = None, config: str = CONFIG
+) -> None:
     """Each output of each stage deleted, emptied and flipped: what the plan says of it; nothing is computed."""
     settings = load_config(config, overrides or {})
     for stage in STAGES:
@@ -106,7 +112,11 @@ def every_output(run: Path, table: runs.Table, overrides: dict[str, str] | None 
                 missed += [] if plan == right else [f"{name} {fault}"]
                 path.write_bytes(before)
         count = 3 * len(names)
-        table.add(f"{stage}: each output deleted, emptied, flipped ({count} faults)", not missed, "; ".join(missed))
+        table.add(
+            f"{stage}: each output deleted, emptied, flipped ({count} faults)",
+            not missed,
+            "; ".join(missed),
+        )
 
 
 FAULTS = {
@@ -141,9 +151,15 @@ def repaired(whole: Path, run: Path, expected: dict[str, str], table: runs.Table
     harm(run, FAULTS)
     ended = command(flags(run))
     note = same(run, expected) if ended.status == 0 else ended.line
-    table.add("one output of each stage damaged at once, made again", not note and ran(ended.out) == [*STAGES], note)
+    table.add(
+        "one output of each stage damaged at once, made again",
+        not note and ran(ended.out) == [*STAGES],
+        note,
+    )
     again = command(flags(run))
-    table.add("after that nothing is done again", again.status == 0 and not ran(again.out), again.line)
+    table.add(
+        "after that nothing is done again", again.status == 0 and not ran(again.out), again.line
+    )
 
 
 def moved(whole: Path, folder: Path, expected: dict[str, str], table: runs.Table) -> None:
@@ -154,15 +170,30 @@ def moved(whole: Path, folder: Path, expected: dict[str, str], table: runs.Table
     for path in original.rglob("*"):
         if path.is_file():
             path.write_bytes(b"not this")
-    harm(copy, {"sft/epoch-2/model.safetensors": "emptied", "ppo/ema": "deleted", "ppo_ptx/done.json": "deleted"})
+    harm(
+        copy,
+        {
+            "sft/epoch-2/model.safetensors": "emptied",
+            "ppo/ema": "deleted",
+            "ppo_ptx/done.json": "deleted",
+        },
+    )
     ended = command(flags(Path("copy")), cwd=copy.parent)
     note = same(copy, expected) if ended.status == 0 else ended.line
     right = ran(ended.out) == ["sft", "ppo", "ppo_ptx"]
-    table.add("a damaged copy, from its own folder, the original being something else", right and not note, note)
+    table.add(
+        "a damaged copy, from its own folder, the original being something else",
+        right and not note,
+        note,
+    )
     copy.rename(folder / "moved")
     ended = command(flags(folder / "moved"))
     table.add("a moved folder", ended.status == 0 and not ran(ended.out), ended.line)
-    named = [p for p in (folder / "moved").rglob("*.json") if "checkpoints" not in p.parts and "aside" not in p.parts]
+    named = [
+        p
+        for p in (folder / "moved").rglob("*.json")
+        if "checkpoints" not in p.parts and "aside" not in p.parts
+    ]
     told = [str(p) for p in named if str(folder) in p.read_text()]
     table.add("no record names the place of the folder", not told, ", ".join(told)[:120])
 
@@ -176,7 +207,11 @@ def changed(whole: Path, folder: Path, table: runs.Table, groups: Sequence = CHA
             given.append(f"--config.{key}={value}")
             ended = command(flags(run, *given))
             worked = ran(ended.out)
-            table.add(f"{key}={value}", ended.status == 0 and tuple(worked) == tuple(stages), f"{worked} {ended.err}")
+            table.add(
+                f"{key}={value}",
+                ended.status == 0 and tuple(worked) == tuple(stages),
+                f"{worked} {ended.err}",
+            )
         fresh = folder / f"fresh-{number}"
         ended = command(flags(fresh, *given))
         note = same(run, outcome(fresh)) if ended.status == 0 else ended.line
@@ -193,9 +228,15 @@ def half_done(whole: Path, folder: Path, table: runs.Table) -> None:
     begun = {key: record[key] for key in ("key", "config", "inputs", "functions", "version")}
     records.write(run / "reward_model" / "begun.json", begun)
     refused = command(flags(run, "--config.reward_model.learning_rate=5e-4"))
-    good = refused.status == 2 and "config.reward_model.learning_rate" in refused.line and not ran(refused.out)
+    good = (
+        refused.status == 2
+        and "config.reward_model.learning_rate" in refused.line
+        and not ran(refused.out)
+    )
     table.add("half done, then another learning rate: refused", good, refused.line)
-    none_left = command(flags(run, "--config.reward_model.learning_rate=5e-4", "--allow_config_change"))
+    none_left = command(
+        flags(run, "--config.reward_model.learning_rate=5e-4", "--allow_config_change")
+    )
     table.add("allowed, but no step is left: refused", none_left.status == 2 and "no step is left" in none_left.line,
               none_left.line)  # fmt: skip
     goes_on = command(flags(run))

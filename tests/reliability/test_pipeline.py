@@ -17,7 +17,10 @@ from rlhf_jax.models.hf import save_hf
 from tests.reliability import stages
 
 FEW = {
-    **dict.fromkeys(("demonstrations", "ranking_prompts", "ppo_prompts", "validation_prompts", "test_prompts"), "8"),
+    **dict.fromkeys(
+        ("demonstrations", "ranking_prompts", "ppo_prompts", "validation_prompts", "test_prompts"),
+        "8",
+    ),
     "documents": "60",
     "held_out_documents": "40",
 }
@@ -26,9 +29,18 @@ FEW = {
 def flags(model: Path, run: Path, *more: str) -> list[str]:
     """The smallest pipeline: one iteration of PPO, eight prompts. Its own process has one device, not eight."""
     few = {f"data.{key}": value for key, value in FEW.items()}
-    few |= {"base": str(model), "evaluate.baseline_samples": "1", "ppo.iterations": "1", "ppo.episodes": "8"}
+    few |= {
+        "base": str(model),
+        "evaluate.baseline_samples": "1",
+        "ppo.iterations": "1",
+        "ppo.episodes": "8",
+    }
     few |= {"sample.max_new_tokens": "8", "ppo.max_new_tokens": "8", "evaluate.max_new_tokens": "8"}
-    few |= {"sample.max_k": "4", "evaluate.few_shot.examples": "1", "evaluate.few_shot.trial_prompts": "2"}
+    few |= {
+        "sample.max_k": "4",
+        "evaluate.few_shot.examples": "1",
+        "evaluate.few_shot.trial_prompts": "2",
+    }
     few |= {"ppo.ptx_rows_per_episode": "0.25"}
     return stages.flags(run, *(f"--config.{key}={value}" for key, value in few.items()), *more)
 
@@ -79,7 +91,9 @@ def test_a_damaged_copy_is_made_whole_from_its_own_files(whole, model, tmp_path)
     assert str(tmp_path) not in (copy / "results.json").read_text()
 
 
-def test_after_a_change_only_what_follows_from_it_runs_and_the_report_says_with_what(whole, model, tmp_path):
+def test_after_a_change_only_what_follows_from_it_runs_and_the_report_says_with_what(
+    whole, model, tmp_path
+):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     ended = stages.command(flags(model, run, "--config.ppo.ptx_coef=0.3"))
     assert ended.status == 0, ended.err

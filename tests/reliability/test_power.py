@@ -35,7 +35,9 @@ CUTS = "sft:2,reward_model:1,ppo:1"
 @pytest.fixture(scope="module")
 def found() -> dict:
     """What ``recorded.py`` finds: three programs in one process of one device."""
-    process = kill.start([kill.sys.executable, "-m", "tests.reliability.recorded", "--json", f"--cuts={CUTS}"])
+    process = kill.start(
+        [kill.sys.executable, "-m", "tests.reliability.recorded", "--json", f"--cuts={CUTS}"]
+    )
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output[-3000:]
     return json.loads(output.splitlines()[-1])
@@ -112,7 +114,9 @@ def test_a_step_that_is_not_synced_is_seen_by_these_checks(recorder, tmp_path, m
     """With what the checkpoints did before: renamed and sealed, and never asked for on the disk."""
     monkeypatch.setattr(files, "sync_tree", lambda folder: None)
     early: list[str] = []
-    recorder.on_rename = lambda event: early.extend(recorded.too_early(recorder, event, tmp_path / "look"))
+    recorder.on_rename = lambda event: early.extend(
+        recorded.too_early(recorder, event, tmp_path / "look")
+    )
     save_four_times(recorder.root / "run")
     last = recorder.build(len(recorder.events), tmp_path / "last")
     assert all(any(recorded.broken_seal(seal)) for seal in last.glob("run/manifests/*.json"))
@@ -147,7 +151,9 @@ def test_a_model_folder_is_whole_or_the_one_of_before(recorder, tmp_path, shape)
     folder, wholes = recorder.root / "model", []
     for seed in range(1 if shape == "new" else 2):
         begun = len(recorder.events)
-        networks.save_network(folder, networks.Network(model, model.init(compiling.jax.random.key(seed)), tokenizer))
+        networks.save_network(
+            folder, networks.Network(model, model.init(compiling.jax.random.key(seed)), tokenizer)
+        )
         wholes.append(tree(folder))
     for moment in range(begun, len(recorder.events) + 1):
         cut = recorder.build(moment, tmp_path / f"cut-{moment}")
@@ -159,7 +165,9 @@ def test_a_model_folder_is_whole_or_the_one_of_before(recorder, tmp_path, shape)
 
 
 def test_lines_of_a_log_that_a_checkpoint_counts_on_are_there(recorder, tmp_path):
-    with metrics.StageLog(recorder.root / "run", "sft", total=2, screen=Screen(stream=io.StringIO())) as log:
+    with metrics.StageLog(
+        recorder.root / "run", "sft", total=2, screen=Screen(stream=io.StringIO())
+    ) as log:
         log(1, {"loss": 1.0})
         log.flush()
         flushed = len(recorder.events)
@@ -186,7 +194,10 @@ def test_the_recorder_keeps_what_was_synced_and_no_more(recorder, tmp_path):
     os.rename(root / "file", root / "renamed")
     (root / "late").write_text("y")
     files.sync(root / "late")
-    assert tree(recorder.build(len(recorder.events), tmp_path / "cut")) == {"never": b"", "file": b"one"}
+    assert tree(recorder.build(len(recorder.events), tmp_path / "cut")) == {
+        "never": b"",
+        "file": b"one",
+    }
     files.sync(root)
     assert tree(recorder.build(len(recorder.events), tmp_path / "cut2")) == {
         "never": b"", "renamed": b"one", "late": b"y",

@@ -27,7 +27,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     whole = runs.command("sft", runs.sft_flags(source, folder / "whole"))
     assert whole.status == 0, whole.err
     stopped = runs.stop_early(source, folder / "cut")
-    return SimpleNamespace(folder=folder, source=source, expected=runs.outcome(folder / "whole"), stopped=stopped)
+    return SimpleNamespace(
+        folder=folder, source=source, expected=runs.outcome(folder / "whole"), stopped=stopped
+    )
 
 
 def copy(ran: SimpleNamespace, place: Path) -> Path:
@@ -67,7 +69,9 @@ def test_a_damaged_newest_step_among_things_that_are_no_steps(ran, tmp_path):
     assert names == {"18", "998", "999", str(before[-1])}
 
 
-def test_links_in_checkpoints_are_put_aside_and_the_run_refuses_to_restart_from_nothing(ran, tmp_path, capfd):
+def test_links_in_checkpoints_are_put_aside_and_the_run_refuses_to_restart_from_nothing(
+    ran, tmp_path, capfd
+):
     run = copy(ran, tmp_path / "run")
     root = run / "checkpoints"
     older, newest = runs.steps(run)
@@ -81,7 +85,10 @@ def test_links_in_checkpoints_are_put_aside_and_the_run_refuses_to_restart_from_
     assert f"step {older} is not used, its seal was changed" in ended.err
     assert "Error: every checkpoint in" in ended.line
     assert (run / "moved" / "state").is_dir()
-    assert {p.name.split("-")[0] for p in (root / "quarantine").iterdir()} == {str(newest), str(older)}
+    assert {p.name.split("-")[0] for p in (root / "quarantine").iterdir()} == {
+        str(newest),
+        str(older),
+    }
 
 
 def test_a_full_disk_is_one_clear_line_and_the_same_command_goes_on(ran, tmp_path):
@@ -136,7 +143,11 @@ PLANTED = {"HF_TOKEN": CANARY, "WANDB_API_KEY": f"{CANARY}-w", "DB_PASSWORD": f"
 def spilled(*places: Path, **texts: str) -> list[str]:
     """Where the canary is: names of files and of texts."""
     files = [p for place in places for p in [place, *place.rglob("*")]]
-    found = [str(p) for p in files if CANARY in p.name or (p.is_file() and CANARY.encode() in p.read_bytes())]
+    found = [
+        str(p)
+        for p in files
+        if CANARY in p.name or (p.is_file() and CANARY.encode() in p.read_bytes())
+    ]
     return found + [name for name, text in texts.items() if CANARY in text]
 
 
@@ -146,11 +157,15 @@ def secret_run(ran, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("secret")
     (folder / "secret.py").write_text(CONFIG)
     (folder / "watched.py").write_text(WATCHED)
-    flags = runs.sft_flags(ran.source, folder / "run", f"--config.hub_token={CANARY}-flag", "--config.epochs=1")
+    flags = runs.sft_flags(
+        ran.source, folder / "run", f"--config.hub_token={CANARY}-flag", "--config.epochs=1"
+    )
     flags[0] = f"--config={folder}/secret.py:smoke"
     env = runs.environment(**PLANTED, JAX_LOG_COMPILES="1")
     script = os.path.relpath(folder / "watched", runs.ROOT / "experiments")
-    return SimpleNamespace(folder=folder, run=folder / "run", flags=flags, ended=runs.command(script, flags, env=env))
+    return SimpleNamespace(
+        folder=folder, run=folder / "run", flags=flags, ended=runs.command(script, flags, env=env)
+    )
 
 
 def test_a_secret_is_in_no_output_of_a_run(secret_run):
@@ -159,9 +174,19 @@ def test_a_secret_is_in_no_output_of_a_run(secret_run):
     assert "Compiling" in ended.err  # the most talkative setting
     assert not spilled(run, stdout=ended.out, stderr=ended.err)
     stored = json.loads((run / "config.json").read_text())
-    assert stored["hub_token"] == stored["tracker"]["apiKey"] == stored["tracker"]["credentials"]["user"] == REDACTED
-    assert stored["mirrors"] == [f"https://example.org/x?access_token={REDACTED}", ["s3://bucket/y"]]
-    page = write_report(secret_run.folder / "report.html", {**sample_run.results(), "config": stored})
+    assert (
+        stored["hub_token"]
+        == stored["tracker"]["apiKey"]
+        == stored["tracker"]["credentials"]["user"]
+        == REDACTED
+    )
+    assert stored["mirrors"] == [
+        f"https://example.org/x?access_token={REDACTED}",
+        ["s3://bucket/y"],
+    ]
+    page = write_report(
+        secret_run.folder / "report.html", {**sample_run.results(), "config": stored}
+    )
     assert "redacted" in page.read_text()
     assert not spilled(page)
 
@@ -209,7 +234,11 @@ def test_the_traceback_of_a_bug_holds_no_secret(tmp_path):
         "main(run)\n"
     )
     (tmp_path / "secret.py").write_text(CONFIG)
-    flags = [f"--config={tmp_path}/secret.py", f"--workdir={tmp_path}/run", f"--config.hub_token={CANARY}-flag"]
+    flags = [
+        f"--config={tmp_path}/secret.py",
+        f"--workdir={tmp_path}/run",
+        f"--config.hub_token={CANARY}-flag",
+    ]
     ended = runs.command(os.path.relpath(tmp_path / "bug", runs.ROOT / "experiments"), flags)
     assert ended.status == 1
     assert f"RuntimeError: {REDACTED} of https://example.org" in ended.err
@@ -223,7 +252,9 @@ def test_the_traceback_of_a_bug_holds_no_secret(tmp_path):
 def test_ctrl_c_ends_with_130_and_a_second_one_at_once(ran, tmp_path):
     run = tmp_path / "run"
     flags = runs.sft_flags(ran.source, run)
-    ended, seconds = runs.signalled("sft", flags, runs.logged(run, 2), signal.SIGINT, signal.SIGINT, pause=0.2)
+    ended, seconds = runs.signalled(
+        "sft", flags, runs.logged(run, 2), signal.SIGINT, signal.SIGINT, pause=0.2
+    )
     assert ended.status == 130
     assert seconds < 5
     assert "Traceback" not in ended.err

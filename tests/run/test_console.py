@@ -35,7 +35,9 @@ def seconds(eta: str) -> int:
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", eta))
 
 
-def stage(durations, *, total, recompiles=(), resume=0, show=(), values=None, stream=None, **options):
+def stage(
+    durations, *, total, recompiles=(), resume=0, show=(), values=None, stream=None, **options
+):
     """The lines of a stage whose steps take so long; `recompiles` are steps in which the compiler ran."""
     clock, out, count = Clock(), stream or io.StringIO(), [0]
     console = C.Console(
@@ -91,7 +93,9 @@ def test_after_a_resume_only_the_steps_of_this_process_count():
 def test_responses_come_in_bursts_and_the_time_left_is_true():
     """A sampler tells its count after each refill: 3 or 20 at once, 4 responses a second all the same."""
     clock, out = Clock(), io.StringIO()
-    console = C.Console("sample", 1000, unit="responses", show=(), screen=Screen(every=0.0, stream=out, clock=clock))
+    console = C.Console(
+        "sample", 1000, unit="responses", show=(), screen=Screen(every=0.0, stream=out, clock=clock)
+    )
     done = 0
     for burst in (16, 3, 20, 8, 12, 5):
         clock.now += 40 if not done else burst / 4
@@ -144,7 +148,9 @@ def test_a_terminal_has_its_own_width(columns, monkeypatch):
 def test_short_work_says_nothing_and_long_work_speaks_every_ten_seconds():
     for seconds_of_a_row, most in ((0.01, 0), (1.0, 12)):
         clock, out = Clock(), io.StringIO()
-        with C.Progress("scoring", 100, unit="rows", screen=Screen(stream=out, clock=clock)) as done:
+        with C.Progress(
+            "scoring", 100, unit="rows", screen=Screen(stream=out, clock=clock)
+        ) as done:
             for row in range(1, 101):
                 clock.now += seconds_of_a_row
                 done(row)
@@ -170,7 +176,9 @@ def test_work_without_steps_says_that_it_goes_on():
 
 
 def test_a_stage_that_compiles_long_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "patiently", lambda what, stream: C.patiently(what, after=0.05, stream=stream))
+    monkeypatch.setattr(
+        metrics, "patiently", lambda what, stream: C.patiently(what, after=0.05, stream=stream)
+    )
     out = io.StringIO()
     with metrics.StageLog(tmp_path, "sft", total=2, screen=Screen(stream=out)) as log:
         until = time.monotonic() + 20
@@ -184,7 +192,11 @@ def test_a_stage_that_compiles_long_says_so(tmp_path, monkeypatch):
 def test_the_log_tells_the_time_left_to_whoever_asks(tmp_path):
     clock = Clock()
     with metrics.StageLog(
-        tmp_path, "ppo", total=10, unit="iterations", screen=Screen(stream=io.StringIO(), clock=clock)
+        tmp_path,
+        "ppo",
+        total=10,
+        unit="iterations",
+        screen=Screen(stream=io.StringIO(), clock=clock),
     ) as log:
         assert log.seconds_left is None
         for step in range(1, 5):
@@ -224,9 +236,14 @@ def test_programs_that_jax_compiles_are_counted():
 def test_a_count_of_nothing_is_no_line_and_the_time_still_counts_from_it():
     """Sampling says 0 of 212 when it begins, which tells nobody anything."""
     clock, out = Clock(), io.StringIO()
-    console = C.Console("sample", 212, show=(), unit="responses", screen=Screen(every=0.0, stream=out, clock=clock))
+    console = C.Console(
+        "sample", 212, show=(), unit="responses", screen=Screen(every=0.0, stream=out, clock=clock)
+    )
     for done, took in ((0, 1.0), (106, 2.0), (212, 2.0)):
         clock.now += took
         console.update(done, {})
-    assert [line.split()[:2] for line in out.getvalue().splitlines()] == [["sample", "106/212"], ["sample", "212/212"]]
+    assert [line.split()[:2] for line in out.getvalue().splitlines()] == [
+        ["sample", "106/212"],
+        ["sample", "212/212"],
+    ]
     assert "53.0 responses/s" in out.getvalue()

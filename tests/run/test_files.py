@@ -99,15 +99,30 @@ def test_contents_tell_a_flipped_bit_an_emptied_and_a_missing_file(tmp_path):
 def test_appended_lines_are_kept_in_order(tmp_path):
     for n in range(3):
         files.append_line(tmp_path / "new" / "log.jsonl", {"n": n})
-    assert (tmp_path / "new" / "log.jsonl").read_text().split() == ['{"n":', "0}", '{"n":', "1}", '{"n":', "2}"]
+    assert (tmp_path / "new" / "log.jsonl").read_text().split() == [
+        '{"n":',
+        "0}",
+        '{"n":',
+        "1}",
+        '{"n":',
+        "2}",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- addresses, links
 
-ADDRESSES = ("gs://bucket/run", "s3://bucket/a/b", "hdfs://node:9000/run", "file:///tmp/run", "https://example.org/run")
+ADDRESSES = (
+    "gs://bucket/run",
+    "s3://bucket/a/b",
+    "hdfs://node:9000/run",
+    "file:///tmp/run",
+    "https://example.org/run",
+)
 
 
-@pytest.mark.parametrize("address", [*ADDRESSES, "GS://bucket/run", "abfss://box@account/run", "gcs+cache://b/run"])
+@pytest.mark.parametrize(
+    "address", [*ADDRESSES, "GS://bucket/run", "abfss://box@account/run", "gcs+cache://b/run"]
+)
 def test_an_address_is_no_path_also_after_pathlib_took_a_slash_away(address):
     for given in (address, Path(address), f" {address}"):
         with pytest.raises(
@@ -117,7 +132,9 @@ def test_an_address_is_no_path_also_after_pathlib_took_a_slash_away(address):
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("path", ["runs/sft", "/tmp/x:y/z", "C:/runs", "C:\\runs", "a:b", "12:30/run", ""])
+@pytest.mark.parametrize(
+    "path", ["runs/sft", "/tmp/x:y/z", "C:/runs", "C:\\runs", "a:b", "12:30/run", ""]
+)
 def test_paths_with_colons_are_paths(path):
     assert files.local_path("workdir", path) == Path(path)
 
@@ -138,8 +155,12 @@ def _writers() -> dict[str, Callable[[str], object]]:
         "prepare_workdir": lambda path: prepare_workdir(path, config),
         "StageLog": lambda path: StageLog(path, "sft", total=1),
         "Checkpoints": Checkpoints,
-        "Skips": lambda path: guards.Skips(path, "sft", "x", limit=1).tell(guards.Event(1, "step", "", [], [])),
-        "save_network": lambda path: networks.save_network(path, networks.Network(model, params, None)),
+        "Skips": lambda path: guards.Skips(path, "sft", "x", limit=1).tell(
+            guards.Event(1, "step", "", [], [])
+        ),
+        "save_network": lambda path: networks.save_network(
+            path, networks.Network(model, params, None)
+        ),
         "save_hf": lambda path: save_hf(path, model, params),
         "write_result": lambda path: results.write_result(f"{path}/sft.json", dict),
         "write_jsonl": lambda path: schema.write_jsonl(f"{path}/x.jsonl.gz", [schema.Prompt("x")]),
@@ -178,7 +199,10 @@ def test_nothing_is_written_to_or_read_from_an_address(address, tmp_path, monkey
         (sft.run, ["--workdir=gs://bucket/run"]),
         (sft.run, ["--workdir", "hdfs:/bucket/run"]),
         (sft.run, ["--workdir=run", "--config.model=gs://bucket/model"]),
-        (sft.run, ["--workdir=run", "--config.validation=s3://me:secret-7@bucket/validation.jsonl"]),
+        (
+            sft.run,
+            ["--workdir=run", "--config.validation=s3://me:secret-7@bucket/validation.jsonl"],
+        ),
         (sft.run, ["--workdir=run", "--config=gs://bucket/config.py:smoke"]),
     ],
 )
@@ -190,7 +214,12 @@ def test_a_program_refuses_an_address_at_its_start(program, flags, tmp_path, mon
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith(
-        ("Error: --workdir=", "Error: --config=", "Error: config.model=", "Error: config.validation=")
+        (
+            "Error: --workdir=",
+            "Error: --config=",
+            "Error: config.model=",
+            "Error: config.validation=",
+        )
     )
     assert len(said.splitlines()) == 1
     assert "is an address" in said
@@ -199,13 +228,22 @@ def test_a_program_refuses_an_address_at_its_start(program, flags, tmp_path, mon
 
 
 def test_every_path_key_of_a_config_is_looked_at():
-    for group in (common_config.sft(), common_config.reward_model(), common_config.ppo(), common_config.evaluate()):
+    for group in (
+        common_config.sft(),
+        common_config.reward_model(),
+        common_config.ppo(),
+        common_config.evaluate(),
+    ):
         for key in config_lib.leaf_keys(group):
             if group_value(group, key) != "" or key.endswith(("gold", "text_reward")):
                 continue
             with pytest.raises(ValueError, match=rf"^config\.{key}='gs://bucket/x' is an address"):
-                config_lib.refuse_addresses(config_lib.override(ConfigDict(group.to_dict()), {key: "gs://bucket/x"}))
-    sampled = config_lib.override(ConfigDict(common_config.sample()), {"models": "('a', 'gs://bucket/x')"})
+                config_lib.refuse_addresses(
+                    config_lib.override(ConfigDict(group.to_dict()), {key: "gs://bucket/x"})
+                )
+    sampled = config_lib.override(
+        ConfigDict(common_config.sample()), {"models": "('a', 'gs://bucket/x')"}
+    )
     with pytest.raises(ValueError, match=r"^config\.models='gs://bucket/x' is an address"):
         config_lib.refuse_addresses(sampled)
 
@@ -242,7 +280,9 @@ def test_links_out_of_a_folder_are_found_at_every_depth(tmp_path):
         link.unlink()
 
 
-@pytest.mark.parametrize("name", ["checkpoints/7/d/file", "quarantine/7-1/x", "epoch-1/model.safetensors", "a/b/c/d/e"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/7/d/file", "quarantine/7-1/x", "epoch-1/model.safetensors", "a/b/c/d/e"]
+)
 def test_a_run_with_a_deep_link_out_of_it_is_refused_before_anything_is_written(name, tmp_path):
     run, precious = tmp_path / "run", tmp_path / "precious"
     prepare_workdir(run, ConfigDict({"seed": 1}))
@@ -252,7 +292,9 @@ def test_a_run_with_a_deep_link_out_of_it_is_refused_before_anything_is_written(
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     for overwrite in (False, True):
         for claim in (claim_workdir, _prepare):
-            with pytest.raises(ValueError, match=rf"{name} is a symbolic link out of the run folder, to .*precious"):
+            with pytest.raises(
+                ValueError, match=rf"{name} is a symbolic link out of the run folder, to .*precious"
+            ):
                 claim(run, overwrite=overwrite)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
     assert precious.read_text() == "precious"
@@ -269,7 +311,12 @@ def test_what_a_kill_left_of_an_unfinished_file_goes_at_the_next_start(tmp_path)
     for name in (".sft.json.ab_12xyz.tmp", ".notes.tmp", "results.tmp"):
         (tmp_path / name).write_text("half")
     claim_workdir(tmp_path).close()
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "run.lock", ".notes.tmp", "results.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json",
+        "run.lock",
+        ".notes.tmp",
+        "results.tmp",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the one writer
@@ -296,14 +343,18 @@ def _writes_by_hand(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         if name in ("open", "fdopen") and _opens_to_write(node):
             found.append(name)
         elif owner in ("files", "dataclasses", "jnp", "np", "time", "re", "copy"):
             continue
         elif name in ("replace", "rename", "move") and owner not in ("os", "shutil"):
-            if len(node.args) == 1 and not node.keywords:  # a text's has two arguments, a record's has keywords
+            if (
+                len(node.args) == 1 and not node.keywords
+            ):  # a text's has two arguments, a record's has keywords
                 found.append(name)
         elif name in BY_HAND:
             found.append(name)
@@ -311,11 +362,24 @@ def _writes_by_hand(source: str) -> list[str]:
 
 
 def _opens_to_write(call: ast.Call) -> bool:
-    method = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) not in ("os", "gzip", "io")
+    method = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) not in (
+        "os",
+        "gzip",
+        "io",
+    )
     place = 0 if method else 1
-    given = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg in ("mode", "flags"))]
-    modes = [mode.value for mode in given if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
-    return any(set(mode) & set("wax+") for mode in modes) or any("O_W" in ast.unparse(mode) for mode in given)
+    given = [
+        *call.args[place : place + 1],
+        *(k.value for k in call.keywords if k.arg in ("mode", "flags")),
+    ]
+    modes = [
+        mode.value
+        for mode in given
+        if isinstance(mode, ast.Constant) and isinstance(mode.value, str)
+    ]
+    return any(set(mode) & set("wax+") for mode in modes) or any(
+        "O_W" in ast.unparse(mode) for mode in given
+    )
 
 
 @pytest.mark.parametrize("room", ["rlhf_jax", "experiments"])
@@ -323,7 +387,9 @@ def test_no_file_is_written_by_hand_but_in_one_place(room):
     found: collections.Counter[tuple[str, str]] = collections.Counter()
     for path in sorted((ROOT / room).rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
-        if name != "rlhf_jax/run/files.py" and "/peers/" not in name:  # those run in environments without this package
+        if (
+            name != "rlhf_jax/run/files.py" and "/peers/" not in name
+        ):  # those run in environments without this package
             found.update((name, call) for call in _writes_by_hand(path.read_text()))
     expected = {key: count for key, count in ALLOWED.items() if key[0].startswith(room)}
     assert found == expected, "write it with rlhf_jax.run.files, which says when it is on the disk"

@@ -11,9 +11,13 @@ READ_IN = ("0.10",)
 """Versions of JAX whose flags were all read and classified. Another version's new flags count as `rounding`."""
 
 
-@pytest.mark.skipif(not jax.__version__.startswith(READ_IN), reason="another JAX may have flags of its own")
+@pytest.mark.skipif(
+    not jax.__version__.startswith(READ_IN), reason="another JAX may have flags of its own"
+)
 def test_every_flag_of_jax_has_its_class():
-    assert not numerics.unclassified(), "does it change numbers? give it a place in rlhf_jax/run/numerics.py"
+    assert not numerics.unclassified(), (
+        "does it change numbers? give it a place in rlhf_jax/run/numerics.py"
+    )
 
 
 def test_no_flag_has_two_classes():
@@ -52,7 +56,9 @@ def test_flags_of_xla_are_told_apart(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     meaning, rounding = numerics.meaning(), numerics.rounding()
-    assert meaning["--xla_cpu_enable_fast_math"] == meaning["--xla_allow_excess_precision"] == "true"
+    assert (
+        meaning["--xla_cpu_enable_fast_math"] == meaning["--xla_allow_excess_precision"] == "true"
+    )
     assert meaning["NVIDIA_TF32_OVERRIDE"] == "0"
     assert rounding["--xla_backend_optimization_level"] == "1"
     assert not any("dump" in name or "device_count" in name for name in meaning | rounding)

@@ -102,7 +102,11 @@ def test_a_cache_is_where_the_user_keeps_caches(tmp_path, monkeypatch, given):
 
 def test_no_cache_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for home, given in ((str(tmp_path / "file"), ""), ("/dev/null", ""), ("/x", str(tmp_path / "file"))):
+    for home, given in (
+        (str(tmp_path / "file"), ""),
+        ("/dev/null", ""),
+        ("/x", str(tmp_path / "file")),
+    ):
         monkeypatch.setenv("HOME", home)
         monkeypatch.setenv("XDG_CACHE_HOME", given)
         assert cache.folder("compiled") is None

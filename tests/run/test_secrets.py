@@ -80,7 +80,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("text", ["{}", "cannot read {} here", "x={}&y", '{{"anything": "{}"}}', "('{}', 3)"])
+@pytest.mark.parametrize(
+    "text", ["{}", "cannot read {} here", "x={}&y", '{{"anything": "{}"}}', "('{}', 3)"]
+)
 def test_a_token_of_a_known_shape_is_hidden_wherever_it_stands(kind: str, text: str):
     told = S.redact(text.format(SHAPES[kind]))
     assert BODY[:12] not in told
@@ -200,8 +202,18 @@ def test_any_command_line_can_be_looked_through(argv: list[str]):
 
 
 def test_secrets_of_the_command_line_and_of_a_config_are_found():
-    argv = ["--config.hub_token=canary-1", "--config.api_key", "canary-2", "--config.url=https://me:canary-3@h/x"]
+    argv = [
+        "--config.hub_token=canary-1",
+        "--config.api_key",
+        "canary-2",
+        "--config.url=https://me:canary-3@h/x",
+    ]
     assert set(S.known_secrets(argv, {})) == {"canary-1", "canary-2", "canary-3"}
-    config = {"tracker": {"credentials": {"user": "canary-4", "pair": [["canary-5"]]}}, "mirror": "s3://canary-6@b"}
+    config = {
+        "tracker": {"credentials": {"user": "canary-4", "pair": [["canary-5"]]}},
+        "mirror": "s3://canary-6@b",
+    }
     assert set(S.secrets_in(config)) == {"canary-4", "canary-5", "canary-6"}
-    assert S.secrets_in({"key": "user-4711", "eos_token": "<|endoftext|>", "model": os.getcwd()}) == []
+    assert (
+        S.secrets_in({"key": "user-4711", "eos_token": "<|endoftext|>", "model": os.getcwd()}) == []
+    )

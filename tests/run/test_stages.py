@@ -23,7 +23,12 @@ class Kitchen:
 
     def __init__(self, folder: Path, flour: Path, config: dict | None = None, **kw):
         self.folder, self.flour, self.ran, self.said = folder, flour, [], []
-        self.config = {"dough": {"water": 3, "keep": 2}, "bread": {"heat": 200}, "tasting": {"guests": 4}, "seed": 0}
+        self.config = {
+            "dough": {"water": 3, "keep": 2},
+            "bread": {"heat": 200},
+            "tasting": {"guests": 4},
+            "seed": 0,
+        }
         self.config |= config or {}
         self.versions = {"dough": 1, "bread": 1, "tasting": 1}
         self.versions |= kw.pop("versions", {})
@@ -35,7 +40,13 @@ class Kitchen:
             return Stage(name, work, part, needs, inputs, version=self.versions[name])
 
         return [
-            stage("dough", self.dough, (), lambda: {"flour": str(self.flour)}, seed=self.config["seed"]),
+            stage(
+                "dough",
+                self.dough,
+                (),
+                lambda: {"flour": str(self.flour)},
+                seed=self.config["seed"],
+            ),
             stage("bread", self.bread, ("dough",), lambda: {"dough": self.path("dough", "ball")}),
             stage("tasting", self.tasting, ("dough", "bread"), self._tasting_inputs),
         ]
@@ -51,7 +62,9 @@ class Kitchen:
         ball = Path(folder) / "ball"
         ball.mkdir(exist_ok=True)
         # More water than five makes no difference, so that a change may come out the same.
-        (ball / "config.json").write_text(json.dumps({"water": min(self.config["dough"]["water"], 5)}))
+        (ball / "config.json").write_text(
+            json.dumps({"water": min(self.config["dough"]["water"], 5)})
+        )
         (ball / "weights").write_text(self.flour.read_text() * 3 + str(self.config["seed"]))
         (Path(folder) / "note").write_text("salted")
         return {"ball": str(ball), "note": str(Path(folder) / "note"), "grams": 700}
@@ -59,7 +72,11 @@ class Kitchen:
     def bread(self, folder: str) -> dict:
         self.ran.append("bread")
         ball = Path(self.path("dough", "ball"))
-        text = (ball / "weights").read_text() + (ball / "config.json").read_text() + str(self.config["bread"])
+        text = (
+            (ball / "weights").read_text()
+            + (ball / "config.json").read_text()
+            + str(self.config["bread"])
+        )
         (Path(folder) / "loaf").write_text(text)
         (Path(folder) / "metrics.jsonl").write_text('{"step": 1}\n')
         return {"loaf": str(Path(folder) / "loaf"), "size": len(text)}
@@ -94,7 +111,9 @@ def flour(tmp_path: Path) -> Path:
 @pytest.fixture
 def kitchen(tmp_path: Path, flour: Path) -> Callable[..., Kitchen]:
     """A new process each time: the same run folder, the same file."""
-    return lambda config=None, folder=None, **kw: Kitchen(folder or tmp_path / "run", flour, config, **kw)
+    return lambda config=None, folder=None, **kw: Kitchen(
+        folder or tmp_path / "run", flour, config, **kw
+    )
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -111,7 +130,9 @@ def test_what_is_done_is_not_done_again(kitchen):
     assert kitchen().run().ran == ALL
     again = kitchen().run()
     assert again.ran == []
-    assert again.said == [f"All 3 stages in {again.folder} are done, and their outputs are what was written"]
+    assert again.said == [
+        f"All 3 stages in {again.folder} are done, and their outputs are what was written"
+    ]
     record = again.stages.record("bread")
     assert record["outputs"]["loaf"] == files.contents(again.folder / "bread" / "loaf")[""]
     assert record["result"]["loaf"] == "bread/loaf"
@@ -131,7 +152,10 @@ DAMAGE = {
     "flip": flip,
     "append": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
     "rename": lambda path: path.rename(path.with_name("other")),
-    "link": lambda path: (path.rename(path.parents[2] / "elsewhere"), path.symlink_to(path.parents[2] / "elsewhere")),
+    "link": lambda path: (
+        path.rename(path.parents[2] / "elsewhere"),
+        path.symlink_to(path.parents[2] / "elsewhere"),
+    ),
 }
 OUTPUTS = ("dough/ball/weights", "dough/ball/config.json", "dough/note", "bread/loaf", "bread/metrics.jsonl",
            "tasting/words.json")  # fmt: skip
@@ -156,7 +180,9 @@ def test_a_damaged_output_is_found_told_and_made_again(kitchen, output, fault):
     assert kitchen().plan() == KEPT
 
 
-@pytest.mark.parametrize("fault", ["delete", "empty", "flip", "cut", "list", "other format", "another stage's number"])
+@pytest.mark.parametrize(
+    "fault", ["delete", "empty", "flip", "cut", "list", "other format", "another stage's number"]
+)
 @pytest.mark.parametrize("stage", ALL)
 def test_a_damaged_record_is_told_and_its_stage_runs_again(kitchen, stage, fault):
     before = contents(kitchen().run().folder)
@@ -190,12 +216,17 @@ def test_a_strange_file_in_a_stages_folder_is_set_aside(kitchen):
     """In a model folder it would be read."""
     run = kitchen().run()
     (run.folder / "dough" / "ball" / "weights-2").write_text("more")
-    assert "dough         kept, others' files set aside: ball/weights-2" in describe(kitchen().stages.plan(), "x")
+    assert "dough         kept, others' files set aside: ball/weights-2" in describe(
+        kitchen().stages.plan(), "x"
+    )
     again = kitchen().run()
     assert again.ran == []
     assert [p.name for p in (run.folder / "aside").rglob("weights-2")] == ["weights-2"]
     assert not (run.folder / "dough" / "ball" / "weights-2").exists()
-    assert any("weights-2 is not what was written (this stage did not write it)" in line for line in again.said)
+    assert any(
+        "weights-2 is not what was written (this stage did not write it)" in line
+        for line in again.said
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +319,9 @@ def test_a_copied_folder_is_its_own_and_a_moved_one_goes_on(kitchen, tmp_path, m
 def test_a_missing_file_is_named_before_anything_is_computed(kitchen, flour):
     flour.unlink()
     run = kitchen()
-    with pytest.raises(ValueError, match=r"flour: .*flour\.txt is not there: put the file or folder there"):
+    with pytest.raises(
+        ValueError, match=r"flour: .*flour\.txt is not there: put the file or folder there"
+    ):
         run.run()
     assert run.ran == []
     assert not run.folder.exists()
@@ -384,7 +417,9 @@ def test_what_no_checkpoint_gives_back_is_made_from_the_beginning(tmp_path, lost
 def test_half_done_and_changed_is_refused_with_the_key_named(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Oven(tmp_path / "run", stop=2).stages.run()
-    with pytest.raises(ValueError, match=r"half done \(checkpoint of step 2\).*config\.bake\.heat 200 -> 300"):
+    with pytest.raises(
+        ValueError, match=r"half done \(checkpoint of step 2\).*config\.bake\.heat 200 -> 300"
+    ):
         Oven(tmp_path / "run", heat=300).stages.plan()
     same = Oven(tmp_path / "run")
     assert [step.action for step in same.stages.plan()] == ["resume"]
@@ -393,10 +428,14 @@ def test_half_done_and_changed_is_refused_with_the_key_named(tmp_path):
     assert same.ran == [2, 3]
     assert not (tmp_path / "run" / "bake" / "begun.json").exists()
     failing = Oven(tmp_path / "copy", heat=300, allow=True)
-    failing.stages._stages["bake"] = dataclasses.replace(failing.stages._stages["bake"], work=lambda folder: 1 / 0)
+    failing.stages._stages["bake"] = dataclasses.replace(
+        failing.stages._stages["bake"], work=lambda folder: 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         failing.stages.run()
-    assert [step.action for step in Oven(tmp_path / "copy").stages.plan()] == ["resume"]  # nothing was changed yet
+    assert [step.action for step in Oven(tmp_path / "copy").stages.plan()] == [
+        "resume"
+    ]  # nothing was changed yet
     allowed = Oven(tmp_path / "copy", heat=300, allow=True)
     allowed.stages.run()
     assert allowed.ran == [2, 3]
@@ -409,7 +448,11 @@ def test_interrupted_before_its_first_checkpoint_a_changed_stage_begins_anew(tmp
     oven = Oven(tmp_path / "run")
     oven.bake = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
-        Stages(tmp_path / "run", [Stage("bake", oven.bake, {"bake": {"heat": 200}})], say=oven.said.append).run()  # pyright: ignore[reportArgumentType]
+        Stages(
+            tmp_path / "run",
+            [Stage("bake", oven.bake, {"bake": {"heat": 200}})],
+            say=oven.said.append,
+        ).run()  # pyright: ignore[reportArgumentType]
     changed = Oven(tmp_path / "run", heat=300)
     changed.stages.run()
     assert changed.ran == [0, 1, 2, 3]
@@ -420,7 +463,10 @@ def test_interrupted_before_its_first_checkpoint_a_changed_stage_begins_anew(tmp
 
 def test_stages_are_numbered_and_the_time_left_is_told_from_what_ran(tmp_path):
     said: list[str] = []
-    stages = [Stage(name, lambda folder: {}, cost=cost) for name, cost in (("a", 1.0), ("b", 600.0), ("c", 1.0))]
+    stages = [
+        Stage(name, lambda folder: {}, cost=cost)
+        for name, cost in (("a", 1.0), ("b", 600.0), ("c", 1.0))
+    ]
     run = Stages(tmp_path / "run", stages, say=said.append)
     run.stage("a")
     assert said == ["== 1 of 3: a"]  # nothing is known yet
@@ -440,7 +486,9 @@ def test_nothing_is_written_by_a_plan(tmp_path, flour):
 
 
 def test_harmless_keys_are_left_out_at_every_depth():
-    assert without({"a": {"keep": 1, "b": {"keep": 2, "c": 3}}}, ("keep",)) == {"a": {"b": {"c": 3}}}
+    assert without({"a": {"keep": 1, "b": {"keep": 2, "c": 3}}}, ("keep",)) == {
+        "a": {"b": {"c": 3}}
+    }
 
 
 # ------------------------------------------------------------------------------------------- a refusal costs nothing
@@ -490,6 +538,8 @@ def test_another_path_that_leads_nowhere_is_a_slip_and_not_a_file_that_is_gone(k
     kitchen().run()
     mistyped = kitchen()
     mistyped.flour = flour.with_name("fluor.txt")
-    with pytest.raises(ValueError, match=r"flour of stage dough: .*fluor\.txt is not there.* correct the path"):
+    with pytest.raises(
+        ValueError, match=r"flour of stage dough: .*fluor\.txt is not there.* correct the path"
+    ):
         mistyped.run()
     assert kitchen().plan() == KEPT

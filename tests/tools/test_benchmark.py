@@ -36,7 +36,13 @@ def run(capsys, monkeypatch):
 @pytest.mark.parametrize("suite", ["sft", "reward", "decode", "ppo", "slots"])
 def test_each_suite_prints_a_table_and_one_object(run, suite):
     found, lines = run(suite, *TINY, *(("--prompts=5",) if suite == "slots" else ()))
-    for name in ("s_per_step_median", "s_per_step_min", "tokens_per_s", "peak_rss_mb", "flops_per_step"):
+    for name in (
+        "s_per_step_median",
+        "s_per_step_min",
+        "tokens_per_s",
+        "peak_rss_mb",
+        "flops_per_step",
+    ):
         assert found[name] > 0, name
     assert found["compile_s"] >= 0
     assert found["s_per_step_min"] <= found["s_per_step_median"]
@@ -93,7 +99,9 @@ def test_flops_are_those_counted_by_hand():
 def test_flops_of_grouped_heads_and_a_gated_mlp():
     config = DecoderConfig(100, 16, 1, 8, 4, kv_heads=2, mlp_width=24)
     weights = 8 * (8 + 4 + 4 + 8) + 3 * 8 * 24  # query, key, value, out; gate, up, down
-    assert benchmark.forward_flops(config, [3], targets=1) == 2 * weights * 3 + 4 * 8 * 6 + 2 * 8 * 100
+    assert (
+        benchmark.forward_flops(config, [3], targets=1) == 2 * weights * 3 + 4 * 8 * 6 + 2 * 8 * 100
+    )
 
 
 @pytest.mark.parametrize(("epochs", "gigaflops"), [(1, 78), (4, 218)])
@@ -115,7 +123,9 @@ def test_ratios_are_theirs_over_ours():
     def side(median, fastest, peak):
         return {"s_per_step_median": median, "s_per_step_min": fastest, "peak_rss_mb": peak}
 
-    found = benchmark.ratios([(side(1.0, 0.5, 100), side(3.0, 2.0, 400)), (side(3.0, 1.0, 200), side(5.0, 4.0, 300))])
+    found = benchmark.ratios(
+        [(side(1.0, 0.5, 100), side(3.0, 2.0, 400)), (side(3.0, 1.0, 200), side(5.0, 4.0, 300))]
+    )
     assert found["ratio_median"] == 2.0
     assert found["ratio_min"] == 4.0
     assert found["ratio_of_each_round"] == pytest.approx([3.0, 5 / 3])
@@ -129,7 +139,12 @@ def test_ours_and_the_peer_are_run_in_turn_on_the_same_flags(run, monkeypatch, t
     def fake(command, **_):
         calls.append(command)
         seconds = 2.0 if command[0] == str(peer) else 1.0
-        figures = {"s_per_step_median": seconds, "s_per_step_min": seconds, "peak_rss_mb": 1.0, "compile_s": 3.0}
+        figures = {
+            "s_per_step_median": seconds,
+            "s_per_step_min": seconds,
+            "peak_rss_mb": 1.0,
+            "compile_s": 3.0,
+        }
         return benchmark.subprocess.CompletedProcess(command, 0, json.dumps(figures), "")
 
     monkeypatch.setattr(benchmark.subprocess, "run", fake)
@@ -137,7 +152,8 @@ def test_ours_and_the_peer_are_run_in_turn_on_the_same_flags(run, monkeypatch, t
     assert found["ratio_median"] == 2.0
     assert [call[0] == str(peer) for call in calls] == [False, True, False, True]
     flags = [
-        {f for f in call if f.startswith("--") and f.partition("=")[0] in ("--width", "--batch")} for call in calls
+        {f for f in call if f.startswith("--") and f.partition("=")[0] in ("--width", "--batch")}
+        for call in calls
     ]
     assert flags == [{"--width=16", "--batch=2"}] * 4
     assert calls[0][0] == sys.executable

@@ -70,11 +70,15 @@ def test_bytes_by_rule_are_those_of_the_placed_state():
     params = [sharding.place_state(m.init(jax.random.key(0)), mesh) for m in (policy, value)]
     state, _ = setup_lib.initial_state(config, mesh, *params)
     device = jax.devices()[3]
-    states = [dataclasses.replace(s, guard=None) for s in (state.policy, state.value)]  # its window is a few numbers
+    states = [
+        dataclasses.replace(s, guard=None) for s in (state.policy, state.value)
+    ]  # its window is a few numbers
     held = sum(s.data.nbytes for x in jax.tree.leaves((states, params)) for s in x.addressable_shards
                if s.device == device)  # fmt: skip
     np.testing.assert_allclose(found.stays, held, rtol=1e-3)
-    np.testing.assert_allclose(found.networks["value"].parameters, memory.held(params[1]), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.networks["value"].parameters, memory.held(params[1]), rtol=1e-6
+    )
 
 
 def test_flops_are_two_a_weight_and_token_and_grow_with_the_rows():
@@ -85,7 +89,9 @@ def test_flops_are_two_a_weight_and_token_and_grow_with_the_rows():
     weights = plan.plan_by_rule(config, plan.abstract_mesh((1, 16, 1))).counts
     least = 2 * tokens * (weights["policy"] + 2 * weights["value"])
     assert 1.0 < found["score"] / least < 1.3  # attention on top
-    assert found["update"] == pytest.approx(4 * (found["score"] - tokens * 2 * 1.15 * weights["value"]), rel=0.1)
+    assert found["update"] == pytest.approx(
+        4 * (found["score"] - tokens * 2 * 1.15 * weights["value"]), rel=0.1
+    )
     config.unlock().update(episodes=1024)
     assert plan.flops(config, policy, value, 0)["score"] == 2 * found["score"]
 
@@ -118,7 +124,9 @@ def test_adapters_need_no_moments_of_the_weights():
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, said, capsys):
-    status = plan.main(["--config", f"{ROOT}/configs/ppo/instructgpt_1_3b.py", "--no_compile", *arguments])
+    status = plan.main(
+        ["--config", f"{ROOT}/configs/ppo/instructgpt_1_3b.py", "--no_compile", *arguments]
+    )
     assert status == 2
     error = capsys.readouterr().err
     assert said in error
@@ -126,17 +134,28 @@ def test_mistakes_are_one_line_and_status_2(arguments, said, capsys):
 
 
 def test_a_pipelines_config_gives_the_plan_of_its_ppo_stage_as_json(capsys):
-    flags = ["--config", f"{ROOT}/configs/instructgpt/instructgpt_1_3b.py", "--mesh=1,16,1", "--no_compile", "--json"]
+    flags = [
+        "--config",
+        f"{ROOT}/configs/instructgpt/instructgpt_1_3b.py",
+        "--mesh=1,16,1",
+        "--no_compile",
+        "--json",
+    ]
     assert plan.main(flags) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["mesh"] == [1, 16, 1]
     assert last["phases"].keys() == {"rollout", "score", "update"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
+)
 def test_memory_is_what_a_run_here_takes():
     """Compiled: within 15% of the measured peak. By rule, an estimate: within a factor of 1.75."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.measured", "{}"], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False,
@@ -146,5 +165,7 @@ def test_memory_is_what_a_run_here_takes():
     assert [line["phase"] for line in lines] == ["rollout", "score", "update"]
     for line in lines:
         assert line["measured"] > 100e6
-        np.testing.assert_allclose(line["compiled"], line["measured"], rtol=0.15, err_msg=line["phase"])
+        np.testing.assert_allclose(
+            line["compiled"], line["measured"], rtol=0.15, err_msg=line["phase"]
+        )
         assert 1 / 1.75 < line["by_rule"] / line["measured"] < 1.75, line

@@ -1,8 +1,10 @@
-"""What the peer scripts share: their flags, the arithmetic on their clocks, and the one-line JSON report.
+"""What the peer scripts share: their flags, the arithmetic on their clocks, and the one-line JSON
+report.
 
-Claim: every script here times work that its flags define completely. Models are random and of the size given,
-token ids are random, no sequence can end early, nothing is downloaded. Only Python's own library is imported, so
-that this file runs in any peer's environment. Source: our own; each script names the library that it times.
+Claim: every script here times work that its flags define completely. Models are random and of the
+size given, token ids are random, no sequence can end early, nothing is downloaded. Only Python's
+own library is imported, so that this file runs in any peer's environment. Source: our own; each
+script names the library that it times.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"Error: {', '.join(missing)} not installed here: tools/benchmark.py --peer=NAME makes an "
+            f"Error: {', '.join(missing)} not installed here: tools/benchmark.py --peer=NAME makes "
+            "an "
             "environment with all of it and runs this script there"
         )
 
 
 def parser(description: str, suites: Sequence[str]) -> argparse.ArgumentParser:
     """The flags that all peers know, with the same defaults, after the name of the suite."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("suite", choices=suites)
     numbers = {
         "layers": (4, "blocks of the model"),
@@ -51,11 +56,15 @@ def parser(description: str, suites: Sequence[str]) -> argparse.ArgumentParser:
         "kv_heads": (0, "key and value heads (llama); 0: as many as heads"),
     }
     for name, (default, meaning) in numbers.items():
-        flags.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
+        flags.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default {default})"
+        )
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     flags.add_argument("--family", choices=("gpt2", "llama"), default="gpt2")
-    flags.add_argument("--data", default="", metavar="FILE", help='JSON lines {"input_ids": [...]} (sft_epoch)')
+    flags.add_argument(
+        "--data", default="", metavar="FILE", help='JSON lines {"input_ids": [...]} (sft_epoch)'
+    )
     return flags
 
 
@@ -87,7 +96,9 @@ def laps(stamps: Sequence[float], skip: int = 0) -> list[float]:
 
 
 def check(holds: bool, message: str) -> None:
-    """Stops a run whose work was not what its report would claim; unlike ``assert``, also under ``python -O``."""
+    """Stops a run whose work was not what its report would claim; unlike ``assert``, also under
+    ``python -O``.
+    """
     if not holds:
         raise RuntimeError(f"not the work that the flags define: {message}")
 
@@ -109,7 +120,9 @@ def report(
     compile_s: float = 0.0,
     **more: object,
 ) -> None:
-    """Prints the report as the last line of stdout; ``tokens`` are those of one step, and their unit in words."""
+    """Prints the report as the last line of stdout; ``tokens`` are those of one step, and their
+    unit in words.
+    """
     median = statistics.median(seconds)
     measured = {
         "library": library,

@@ -6,10 +6,12 @@ Run in an environment with torch and transformers 5:
     python tools/peers/with_transformers.py decode --batch 8 --prompt_len 64 --new_tokens 64
 
 Claim: the seconds of one ``generate`` call of ``GPT2LMHeadModel`` or ``LlamaForCausalLM``.
-Work: batch rows of prompt_len random tokens, prefill included, then new_tokens sampled at temperature 1 with
-neither top-k nor top-p. No end token exists, so each row has its full length; that is checked after each call.
-Settings: PyTorch's fused attention and DynamicCache, both transformers' defaults; ``--cache static`` is the other.
-bfloat16 means bfloat16 weights here. Source: https://github.com/huggingface/transformers, its public API alone.
+Work: batch rows of prompt_len random tokens, prefill included, then new_tokens sampled at
+temperature 1 with neither top-k nor top-p. No end token exists, so each row has its full length;
+that is checked after each call.
+Settings: PyTorch's fused attention and DynamicCache, both transformers' defaults;
+``--cache static`` is the other. bfloat16 means bfloat16 weights here. Source:
+https://github.com/huggingface/transformers, its public API alone.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def random_ids(flags: argparse.Namespace, rows: int, length: int) -> torch.Tenso
     return torch.randint(flags.vocab, (rows, length))
 
 
-def model_config(flags: argparse.Namespace, context: int, **more: Any) -> transformers.PretrainedConfig:
+def model_config(
+    flags: argparse.Namespace, context: int, **more: Any
+) -> transformers.PretrainedConfig:
     """The architecture that the flags name, without dropout and without special tokens."""
     both = {"vocab_size": flags.vocab, "attn_implementation": "sdpa", **more}
     both |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -61,7 +65,9 @@ def model_config(flags: argparse.Namespace, context: int, **more: Any) -> transf
 
 def causal_lm(flags: argparse.Namespace, context: int) -> transformers.PreTrainedModel:
     """A language model with tied embeddings and transformers' own initial weights, in float32."""
-    return transformers.AutoModelForCausalLM.from_config(model_config(flags, context), dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_config(
+        model_config(flags, context), dtype=torch.float32
+    )
 
 
 def count(model: torch.nn.Module) -> int:
@@ -100,12 +106,17 @@ def decode(flags: argparse.Namespace) -> None:
     for _ in range(flags.warmup + flags.steps):
         prompts = random_ids(flags, flags.batch, flags.prompt_len).to(flags.device)
         begun = now(flags)
-        rows = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+        rows = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), generation_config=config
+        )
         seconds.append(now(flags) - begun)
-        timing.check(tuple(rows.shape) == (flags.batch, context), f"generate() returned {tuple(rows.shape)}")
+        timing.check(
+            tuple(rows.shape) == (flags.batch, context), f"generate() returned {tuple(rows.shape)}"
+        )
     timed = seconds[flags.warmup :]
     timing.report(
-        flags, "transformers", timed, (flags.batch * flags.new_tokens, "sampled: batch x new_tokens"),
+        flags, "transformers", timed, (flags.batch * flags.new_tokens, "sampled: batch x "
+            "new_tokens"),
         params=count(model), versions={"torch": torch.__version__, "transformers": transformers.__version__},
         # With a static cache, generate() may compile the decoding step at its first call.
         compile_s=seconds[0] - statistics.median(timed) if flags.cache == "static" else 0.0, **device_peak(flags),

@@ -1,27 +1,35 @@
 # pyright: reportMissingImports=false
 """Times the training steps of TRL's trainers on random weights and tokens.
 
-Run in an environment with torch, trl 1.12.0 (the last with a PPO trainer), transformers, accelerate and datasets:
+Run in an environment with torch, trl 1.12.0 (the last with a PPO trainer), transformers, accelerate
+and datasets:
 
     python tools/peers/with_trl.py sft --batch 8 --prompt_len 64 --new_tokens 64
 
-Claim: the seconds of one optimizer step (sft, reward), one epoch (sft_epoch) or one PPO iteration (ppo).
-Work, with length = prompt_len + new_tokens:
+Claim: the seconds of one optimizer step (sft, reward), one epoch (sft_epoch) or one PPO iteration
+(ppo). Work, with length = prompt_len + new_tokens:
 
-* sft: ``SFTTrainer``, batch rows of length tokens, each a target.
-* sft_epoch: ``SFTTrainer`` over the ragged rows of ``--data``, batch rows a step, in TRL's random order, padded by
-  TRL's collator to a step's longest row, every real token a target. --steps and --warmup count epochs.
-* reward: ``RewardTrainer``, batch prompts with k responses each. TRL knows pairs alone, so that a prompt becomes its
-  k(k-1)/2 pairs, two rows each: batch k (k-1) rows are computed where batch k differ. All are in one step.
-* ppo: ``PPOTrainer``, four models of one size (policy, value, reward, reference). An iteration samples new_tokens
-  for batch prompts, scores the rows, and takes epochs x minibatches optimizer steps. Temperature 1, no end token.
+* sft: ``SFTTrainer``, batch rows of length tokens, each a target. * sft_epoch: ``SFTTrainer`` over
+the ragged rows of ``--data``, batch rows a step, in TRL's random order, padded by
+  TRL's collator to a step's longest row, every real token a target. --steps and --warmup count
+  epochs.
+* reward: ``RewardTrainer``, batch prompts with k responses each. TRL knows pairs alone, so that a
+prompt becomes its
+  k(k-1)/2 pairs, two rows each: batch k (k-1) rows are computed where batch k differ. All are in
+  one step.
+* ppo: ``PPOTrainer``, four models of one size (policy, value, reward, reference). An iteration
+samples new_tokens
+  for batch prompts, scores the rows, and takes epochs x minibatches optimizer steps. Temperature 1,
+  no end token.
 
-Settings: TRL's defaults (AdamW, fused; the loss in chunks; PPO's clipped losses, KL penalty and GAE), except that
-nothing is logged or saved, gradients are not recomputed (TRL's default is that they are), and PPO's two calls of
-``gc.collect()`` an iteration are left out unless ``--gc``: each makes TRL faster. The trainers' metrics of each step
-stay. SFTTrainer and RewardTrainer clip gradients at norm 1; PPOTrainer, in this version, does not clip them.
-bfloat16 means autocast over float32 weights. The clock is read when the device is idle.
-Source: https://github.com/huggingface/trl at v1.12.0, its public API and, for the parts of an iteration, its loop.
+Settings: TRL's defaults (AdamW, fused; the loss in chunks; PPO's clipped losses, KL penalty and
+GAE), except that nothing is logged or saved, gradients are not recomputed (TRL's default is that
+they are), and PPO's two calls of ``gc.collect()`` an iteration are left out unless ``--gc``: each
+makes TRL faster. The trainers' metrics of each step stay. SFTTrainer and RewardTrainer clip
+gradients at norm 1; PPOTrainer, in this version, does not clip them. bfloat16 means autocast over
+float32 weights. The clock is read when the device is idle.
+Source: https://github.com/huggingface/trl at v1.12.0, its public API and, for the parts of an
+iteration, its loop.
 """
 
 from __future__ import annotations
@@ -61,22 +69,29 @@ def scalar_model(flags: argparse.Namespace, context: int) -> transformers.PreTra
     """A model with one number a row, as reward or value model."""
     config = peer.model_config(flags, context, num_labels=1)
     model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    # It looks for a row's last token before the padding; set afterwards, because an id outside the vocabulary, which
-    # no row can contain, has no embedding.
+    # It looks for a row's last token before the padding; set afterwards, because an id outside the
+    # vocabulary, which no row can contain, has no embedding.
     model.config.pad_token_id = flags.vocab
     return model
 
 
 def tokenizer(flags: argparse.Namespace, pad: int) -> transformers.PreTrainedTokenizerFast:
     """Words t0, t1, ...: the trainers ask it for the ids of padding and end alone."""
-    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(flags.vocab + 1)}, unk_token="t0")
+    words = tokenizers.models.WordLevel(
+        {f"t{i}": i for i in range(flags.vocab + 1)}, unk_token="t0"
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), pad_token=f"t{pad}", eos_token="t0", padding_side="left"
+        tokenizer_object=tokenizers.Tokenizer(words),
+        pad_token=f"t{pad}",
+        eos_token="t0",
+        padding_side="left",
     )
 
 
 def settings(flags: argparse.Namespace, out: str, rows: int, **more: object) -> dict[str, object]:
-    """Arguments of each trainer's config: ``rows`` of a step, and nothing beside training in the timed part."""
+    """Arguments of each trainer's config: ``rows`` of a step, and nothing beside training in the
+    timed part.
+    """
     return {
         "output_dir": out, "seed": flags.seed, "per_device_train_batch_size": rows, "gradient_checkpointing": False,
         "bf16": flags.dtype == "bfloat16", "use_cpu": flags.device == "cpu", "logging_strategy": "no",
@@ -85,14 +100,20 @@ def settings(flags: argparse.Namespace, out: str, rows: int, **more: object) -> 
     }  # fmt: skip
 
 
-def clock(flags: argparse.Namespace, event: str) -> tuple[list[float], transformers.TrainerCallback]:
-    """Stamps of the training's begin and of each ``event`` after it, and the callback that makes them."""
+def clock(
+    flags: argparse.Namespace, event: str
+) -> tuple[list[float], transformers.TrainerCallback]:
+    """Stamps of the training's begin and of each ``event`` after it, and the callback that makes
+    them.
+    """
     stamps: list[float] = []
 
     def stamp(*_: object, **__: object) -> None:
         stamps.append(peer.now(flags))
 
-    return stamps, type("Clock", (transformers.TrainerCallback,), {"on_train_begin": stamp, event: stamp})()
+    return stamps, type(
+        "Clock", (transformers.TrainerCallback,), {"on_train_begin": stamp, event: stamp}
+    )()
 
 
 def optimizer_steps(trainer: Any) -> int:
@@ -102,33 +123,51 @@ def optimizer_steps(trainer: Any) -> int:
 
 
 def train(trainer: transformers.Trainer, steps: int) -> None:
-    """Trains, and checks that AdamW took ``steps`` steps with gradients clipped at 1, where the trainer clips."""
-    timing.check(trainer.args.max_grad_norm == 1.0, f"gradients clipped at {trainer.args.max_grad_norm}")
+    """Trains, and checks that AdamW took ``steps`` steps with gradients clipped at 1, where the
+    trainer clips.
+    """
+    timing.check(
+        trainer.args.max_grad_norm == 1.0, f"gradients clipped at {trainer.args.max_grad_norm}"
+    )
     trainer.train()
     taken = optimizer_steps(trainer)
     timing.check(taken == steps, f"{taken} optimizer steps instead of {steps}")
 
 
 def report(
-    flags: argparse.Namespace, seconds: list[float], tokens: tuple[int, str], model: torch.nn.Module, **more: Any
+    flags: argparse.Namespace,
+    seconds: list[float],
+    tokens: tuple[int, str],
+    model: torch.nn.Module,
+    **more: Any,
 ) -> None:
     """The report with the versions of TRL and of what it stands on."""
     named = {"trl": trl, "torch": torch, "transformers": transformers, "accelerate": accelerate}
     versions = {name: module.__version__ for name, module in named.items()}
     more.update(peer.device_peak(flags))
-    timing.report(flags, "trl", seconds, tokens, params=peer.count(model), versions=versions, **more)
+    timing.report(
+        flags, "trl", seconds, tokens, params=peer.count(model), versions=versions, **more
+    )
 
 
 def sft(flags: argparse.Namespace) -> None:
     """Optimizer steps on rows of one length."""
     total, length = flags.warmup + flags.steps, flags.prompt_len + flags.new_tokens
-    rows = Dataset.from_dict({"input_ids": peer.random_ids(flags, flags.batch * total, length).tolist()})
+    rows = Dataset.from_dict(
+        {"input_ids": peer.random_ids(flags, flags.batch * total, length).tolist()}
+    )
     stamps, callback = clock(flags, "on_step_end")
     model = peer.causal_lm(flags, length)
     with tempfile.TemporaryDirectory() as out:
-        config = trl.SFTConfig(**settings(flags, out, flags.batch, max_steps=total, max_length=length))
+        config = trl.SFTConfig(
+            **settings(flags, out, flags.batch, max_steps=total, max_length=length)
+        )
         trainer = trl.SFTTrainer(
-            model, config, train_dataset=rows, processing_class=tokenizer(flags, 0), callbacks=[callback]
+            model,
+            config,
+            train_dataset=rows,
+            processing_class=tokenizer(flags, 0),
+            callbacks=[callback],
         )
         shape = tuple(next(iter(trainer.get_train_dataloader()))["labels"].shape)
         timing.check(shape == (flags.batch, length), f"a batch of shape {shape}")
@@ -142,36 +181,48 @@ def sft_epoch(flags: argparse.Namespace) -> None:
     with open(flags.data, encoding="utf-8") as file:
         rows = [json.loads(line)["input_ids"] for line in file if line.strip()]
     longest, real, total = max(map(len, rows)), sum(map(len, rows)), flags.warmup + flags.steps
-    timing.check(max(map(max, rows)) < flags.vocab, f"{flags.data} has ids beyond --vocab {flags.vocab}")
+    timing.check(
+        max(map(max, rows)) < flags.vocab, f"{flags.data} has ids beyond --vocab {flags.vocab}"
+    )
     stamps, callback = clock(flags, "on_epoch_end")
     model, padded = peer.causal_lm(flags, longest), []
     with tempfile.TemporaryDirectory() as out:
         config = trl.SFTConfig(
-            **settings(flags, out, flags.batch, num_train_epochs=total, max_length=longest, packing=False)
+            **settings(
+                flags, out, flags.batch, num_train_epochs=total, max_length=longest, packing=False
+            )
         )
         trainer = trl.SFTTrainer(
-            # The collator masks padding by the rows' lengths, so that its id may be any that has an embedding.
+            # The collator masks padding by the rows' lengths, so that its id may be any that has an
+            # embedding.
             model, config, train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=tokenizer(flags, 0), callbacks=[callback],
         )  # fmt: skip
         for batch in trainer.get_train_dataloader():
             padded.append((batch["labels"].numel(), int((batch["labels"] >= 0).sum())))
         targets = sum(kept for _, kept in padded)
-        timing.check(targets == real, f"{targets} targets in an epoch, {real} tokens in {flags.data}")
+        timing.check(
+            targets == real, f"{targets} targets in an epoch, {real} tokens in {flags.data}"
+        )
         train(trainer, total * math.ceil(len(rows) / flags.batch))
     report(
-        flags, timing.laps(stamps, flags.warmup), (real, "real tokens of the epoch, padding left out"), model,
+        flags, timing.laps(stamps, flags.warmup), (real, "real tokens of the epoch, padding left "
+            "out"), model,
         rows=len(rows), longest_row=longest, optimizer_steps_per_epoch=len(padded),
         padded_tokens_of_one_epoch=sum(size for size, _ in padded), loss_type=config.loss_type,
     )  # fmt: skip
 
 
 def pairs(flags: argparse.Namespace, prompts: int) -> Dataset:
-    """Every pair of the k responses of each of ``prompts`` prompts, one prompt's pairs beside each other."""
+    """Every pair of the k responses of each of ``prompts`` prompts, one prompt's pairs beside each
+    other.
+    """
     chosen, rejected = [], []
     for _ in range(prompts):
         prompt = peer.random_ids(flags, 1, flags.prompt_len).expand(flags.k, -1)
-        responses = torch.cat([prompt, peer.random_ids(flags, flags.k, flags.new_tokens)], dim=1).tolist()
+        responses = torch.cat(
+            [prompt, peer.random_ids(flags, flags.k, flags.new_tokens)], dim=1
+        ).tolist()
         for better, worse in itertools.combinations(responses, 2):
             chosen.append(better)
             rejected.append(worse)
@@ -192,20 +243,28 @@ def reward(flags: argparse.Namespace) -> None:
             train_dataset=pairs(flags, flags.batch * total), processing_class=tokenizer(flags, flags.vocab),
         )  # fmt: skip
         ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
-        timing.check(tuple(ids.shape) == (2 * count, length), f"a batch of shape {tuple(ids.shape)}")
+        timing.check(
+            tuple(ids.shape) == (2 * count, length), f"a batch of shape {tuple(ids.shape)}"
+        )
         distinct = len(ids.unique(dim=0))
-        timing.check(distinct == responses, f"{distinct} different rows in a step instead of batch x k = {responses}")
+        timing.check(
+            distinct == responses,
+            f"{distinct} different rows in a step instead of batch x k = {responses}",
+        )
         train(trainer, total)
     seconds = timing.laps(stamps, flags.warmup)
     report(
-        flags, seconds, (responses * length, "different rows: batch x k x (prompt_len + new_tokens)"), model,
+        flags, seconds, (responses * length, "different rows: batch x k x (prompt_len + "
+            "new_tokens)"), model,
         pairs_per_step=count, computed_tokens_per_step=2 * count * length,
         computed_tokens_per_s=round(2 * count * length / statistics.median(seconds), 1),
     )  # fmt: skip
 
 
 def watch(flags: argparse.Namespace) -> tuple[dict[str, list[float]], list[torch.Tensor]]:
-    """Stamps an iteration's parts through the two functions of TRL's loop that bound them; keeps the rows sampled."""
+    """Stamps an iteration's parts through the two functions of TRL's loop that bound them; keeps
+    the rows sampled.
+    """
     stamps: dict[str, list[float]] = {"rollout": [], "rolled_out": [], "update": []}
     kept: list[torch.Tensor] = []
     sample, forward = ppo_loop.batch_generation, ppo_loop.forward
@@ -218,7 +277,8 @@ def watch(flags: argparse.Namespace) -> tuple[dict[str, list[float]], list[torch
         return rows, logits
 
     def forwarded(*args: object, **named: object) -> object:
-        # The reference model's call has no gradients; the first call that has them begins the optimizer's part.
+        # The reference model's call has no gradients; the first call that has them begins the
+        # optimizer's part.
         if torch.is_grad_enabled() and len(stamps["update"]) < len(stamps["rolled_out"]):
             stamps["update"].append(peer.now(flags))
         return forward(*args, **named)
@@ -229,14 +289,18 @@ def watch(flags: argparse.Namespace) -> tuple[dict[str, list[float]], list[torch
     return stamps, kept
 
 
-def ppo_trainer(flags: argparse.Namespace, out: str, total: int, callback: transformers.TrainerCallback) -> PPOTrainer:
+def ppo_trainer(
+    flags: argparse.Namespace, out: str, total: int, callback: transformers.TrainerCallback
+) -> PPOTrainer:
     """TRL's trainer over four models of one size, the reference a copy of the policy."""
     length = flags.prompt_len + flags.new_tokens
     policy, reference = peer.causal_lm(flags, length), peer.causal_lm(flags, length)
     reference.load_state_dict(policy.state_dict())
-    prompts = Dataset.from_dict({"input_ids": peer.random_ids(flags, flags.batch * total, flags.prompt_len).tolist()})
-    # A "device's batch" is the whole rollout: if TRL divided it, it would step once in so many micro-batches, whatever
-    # number of minibatches is asked for.
+    prompts = Dataset.from_dict(
+        {"input_ids": peer.random_ids(flags, flags.batch * total, flags.prompt_len).tolist()}
+    )
+    # A "device's batch" is the whole rollout: if TRL divided it, it would step once in so many
+    # micro-batches, whatever number of minibatches is asked for.
     config = PPOConfig(
         **settings(flags, out, flags.batch, total_episodes=flags.batch * total, num_ppo_epochs=flags.epochs),
         num_mini_batches=flags.minibatches, local_rollout_forward_batch_size=flags.batch, temperature=1.0,
@@ -254,7 +318,8 @@ def ppo_trainer(flags: argparse.Namespace, out: str, total: int, callback: trans
 def ppo(flags: argparse.Namespace) -> None:
     """PPO iterations, and the means of their parts."""
     if flags.dtype == "bfloat16":
-        # The trainer makes an Accelerator that never sees bf16=True: without this it would train in float32.
+        # The trainer makes an Accelerator that never sees bf16=True: without this it would train in
+        # float32.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     total, length = flags.warmup + flags.steps, flags.prompt_len + flags.new_tokens
     (parts, rollouts), (ends, callback) = watch(flags), clock(flags, "on_step_end")
@@ -263,7 +328,8 @@ def ppo(flags: argparse.Namespace) -> None:
         train(trainer, total * flags.epochs * flags.minibatches)
     check_ppo(flags, trainer, rollouts)
     report(
-        flags, timing.laps(ends, flags.warmup), (flags.batch * length, "batch x (prompt_len + new_tokens)"),
+        flags, timing.laps(ends, flags.warmup), (flags.batch * length, "batch x (prompt_len + "
+            "new_tokens)"),
         trainer.policy_model, **means(flags, parts, ends), first_ratio=first_ratio(trainer),
         optimizer_steps_per_iteration=flags.epochs * flags.minibatches,
         mixed_precision=trainer.accelerator.mixed_precision,
@@ -271,28 +337,45 @@ def ppo(flags: argparse.Namespace) -> None:
 
 
 def first_ratio(trainer: PPOTrainer) -> float:
-    """The first iteration's mean probability ratio: near 1 if updates compute what the rollout was sampled from."""
+    """The first iteration's mean probability ratio: near 1 if updates compute what the rollout was
+    sampled from.
+    """
     return round(trainer.state.log_history[0]["val/ratio"], 6)
 
 
 def check_ppo(flags: argparse.Namespace, trainer: PPOTrainer, rollouts: list[torch.Tensor]) -> None:
-    """Each row sampled at its full length, in the precision asked for, and updated from the same distribution."""
+    """Each row sampled at its full length, in the precision asked for, and updated from the same
+    distribution.
+    """
     whole = (flags.batch, flags.prompt_len + flags.new_tokens)
     timing.check(len(rollouts) == flags.warmup + flags.steps, f"{len(rollouts)} rollouts")
     for rows in rollouts:
         full = tuple(rows.shape) == whole and int(rows.max()) < flags.vocab
-        timing.check(full, f"rows of shape {tuple(rows.shape)} instead of {whole}, or padding among them")
+        timing.check(
+            full, f"rows of shape {tuple(rows.shape)} instead of {whole}, or padding among them"
+        )
     precision = trainer.accelerator.mixed_precision
-    timing.check(precision == {"float32": "no", "bfloat16": "bf16"}[flags.dtype], f"mixed precision is {precision}")
+    timing.check(
+        precision == {"float32": "no", "bfloat16": "bf16"}[flags.dtype],
+        f"mixed precision is {precision}",
+    )
     near = abs(first_ratio(trainer) - 1) < 0.05
-    timing.check(near, f"the first iteration's mean probability ratio is {first_ratio(trainer)}, not near 1")
+    timing.check(
+        near, f"the first iteration's mean probability ratio is {first_ratio(trainer)}, not near 1"
+    )
 
 
-def means(flags: argparse.Namespace, parts: dict[str, list[float]], ends: list[float]) -> dict[str, float]:
-    """Mean seconds of sampling, of scoring (which ends at the first update) and of the updates with TRL's metrics."""
+def means(
+    flags: argparse.Namespace, parts: dict[str, list[float]], ends: list[float]
+) -> dict[str, float]:
+    """Mean seconds of sampling, of scoring (which ends at the first update) and of the updates with
+    TRL's metrics.
+    """
     bounds = zip(parts["rollout"], parts["rolled_out"], parts["update"], ends[1:], strict=True)
     iterations = [timing.laps(stamps) for stamps in bounds][flags.warmup :]
-    rollout, score, update = (round(statistics.fmean(part), 6) for part in zip(*iterations, strict=True))
+    rollout, score, update = (
+        round(statistics.fmean(part), 6) for part in zip(*iterations, strict=True)
+    )
     return {"rollout_s": rollout, "score_s": score, "update_s": update}
 
 
@@ -300,7 +383,9 @@ def main() -> None:
     """Reads the flags and runs the suite."""
     suites = {"sft": sft, "sft_epoch": sft_epoch, "reward": reward, "ppo": ppo}
     parser = timing.parser(__doc__ or "", tuple(suites))
-    parser.add_argument("--gc", action="store_true", help="keep the two gc.collect() calls of TRL's PPO iteration")
+    parser.add_argument(
+        "--gc", action="store_true", help="keep the two gc.collect() calls of TRL's PPO iteration"
+    )
     flags = timing.parse(parser)
     if flags.suite == "sft_epoch" and not flags.data:
         parser.error("sft_epoch needs --data")

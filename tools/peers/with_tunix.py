@@ -1,27 +1,34 @@
 # pyright: reportMissingImports=false
-"""Times the training steps and the sampler of tunix, Google's library for post-training in JAX, on random weights.
+"""Times the training steps and the sampler of tunix, Google's library for post-training in JAX, on
+random weights.
 
 Run in an environment with google-tunix 0.1.7, which needs Python 3.11 or later:
 
     python tools/peers/with_tunix.py sft --batch 8 --prompt_len 64 --new_tokens 64
 
-Claim: the seconds of one optimizer step (sft), one call of the sampler (decode) or one PPO iteration (ppo).
-**The architecture differs for --family gpt2**: tunix has no GPT-2. Its Llama module stands in, of the same width,
-depth, heads and vocabulary, with a SwiGLU of 2/3 of the MLP's width, rounded to a multiple of 64: three matrices of
-that width do the work of GPT-2's two. With --family llama the model is the one that the flags name.
-Work, with length = prompt_len + new_tokens:
+Claim: the seconds of one optimizer step (sft), one call of the sampler (decode) or one PPO
+iteration (ppo). **The architecture differs for --family gpt2**: tunix has no GPT-2. Its Llama
+module stands in, of the same width, depth, heads and vocabulary, with a SwiGLU of 2/3 of the MLP's
+width, rounded to a multiple of 64: three matrices of that width do the work of GPT-2's two. With
+--family llama the model is the one that the flags name. Work, with length = prompt_len +
+new_tokens:
 
-* sft: ``PeftTrainer``, full weights, batch rows of length tokens, each a target, gradients clipped at norm 1, AdamW.
+* sft: ``PeftTrainer``, full weights, batch rows of length tokens, each a target, gradients clipped
+at norm 1, AdamW.
   The loss is tunix's own, with one-hot targets; ``--sparse_loss`` is one without them.
-* decode: ``Sampler``, batch prompts, new_tokens sampled at temperature 1 without top-k or top-p, prefill included.
-* ppo: ``PPOLearner``, vanilla rollout: sampling, old and reference log-probabilities, values, rewards, then epochs
-  optimizer steps on the whole batch for policy and value model each. The reward is a Python function of the text,
-  and with ``--reward_model`` a fourth model. tunix samples again for each minibatch, so only one is the same work.
+* decode: ``Sampler``, batch prompts, new_tokens sampled at temperature 1 without top-k or top-p,
+prefill included. * ppo: ``PPOLearner``, vanilla rollout: sampling, old and reference
+log-probabilities, values, rewards, then epochs
+  optimizer steps on the whole batch for policy and value model each. The reward is a Python
+  function of the text, and with ``--reward_model`` a fourth model. tunix samples again for each
+  minibatch, so only one is the same work.
 
-No end token exists, and each row's full length is checked. Prompts and responses are text in tunix's interface; here
-the words are numbers, and their parsing is inside the clock. bfloat16 means bfloat16 weights and optimizer states.
-The clock is read when the device is idle; compile_s is the first step less a later one.
-Source: https://github.com/google/tunix, its public API; its MLP's weights begin at 0 and are drawn anew here.
+No end token exists, and each row's full length is checked. Prompts and responses are text in
+tunix's interface; here the words are numbers, and their parsing is inside the clock. bfloat16 means
+bfloat16 weights and optimizer states. The clock is read when the device is idle; compile_s is the
+first step less a later one.
+Source: https://github.com/google/tunix, its public API; its MLP's weights begin at 0 and are drawn
+anew here.
 """
 
 from __future__ import annotations
@@ -59,14 +66,21 @@ NEVER = 10**9
 
 
 class Scorer(nnx.Module):
-    """A Llama trunk with one number a token, which is what tunix asks of value and reward models."""
+    """A Llama trunk with one number a token, which is what tunix asks of value and reward
+    models.
+    """
 
     def __init__(self, trunk: llama_lib.Llama3, width: int, dtype: jnp.dtype) -> None:
         self.trunk = trunk
         self.head = nnx.Linear(width, 1, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(0))
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, cache: None, attention_mask: jax.Array, **_: Any
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: None,
+        attention_mask: jax.Array,
+        **_: Any,
     ) -> jax.Array:
         """Scores of shape (batch, length, 1)."""
         hidden = self.trunk.embedder.encode(tokens)
@@ -76,7 +90,9 @@ class Scorer(nnx.Module):
 
 
 def start(flags: argparse.Namespace) -> None:
-    """Device and threads; XLA counts the cores that it may use when its first computation begins."""
+    """Device and threads; XLA counts the cores that it may use when its first computation
+    begins.
+    """
     jax.config.update("jax_platforms", flags.device)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
@@ -85,7 +101,9 @@ def start(flags: argparse.Namespace) -> None:
 
 
 def llama(flags: argparse.Namespace, seed: int) -> llama_lib.Llama3:
-    """The Llama of tunix with a tied head; matrices from N(0, 0.02), because tunix's MLP would begin at 0."""
+    """The Llama of tunix with a tied head; matrices from N(0, 0.02), because tunix's MLP would
+    begin at 0.
+    """
     config = llama_lib.ModelConfig(
         num_layers=flags.layers, vocab_size=flags.vocab, embed_dim=flags.width, hidden_dim=flags.mlp_width,
         num_heads=flags.heads, num_kv_heads=flags.kv_heads, head_dim=flags.width // flags.heads, rope_theta=10_000,
@@ -94,7 +112,9 @@ def llama(flags: argparse.Namespace, seed: int) -> llama_lib.Llama3:
     model, random = llama_lib.Llama3(config, rngs=nnx.Rngs(seed)), np.random.default_rng(seed)
 
     def draw(weight: jax.Array) -> jax.Array:
-        return jnp.asarray(random.normal(0, 0.02, weight.shape) if weight.ndim > 1 else weight, flags.dtype)
+        return jnp.asarray(
+            random.normal(0, 0.02, weight.shape) if weight.ndim > 1 else weight, flags.dtype
+        )
 
     nnx.update(model, jax.tree.map(draw, nnx.state(model, nnx.Param)))
     return model
@@ -106,7 +126,9 @@ def scorer(flags: argparse.Namespace, seed: int) -> Scorer:
 
 
 def tokenizer(flags: argparse.Namespace) -> types.SimpleNamespace:
-    """Words of digits; ids for padding and end lie outside the vocabulary, so that no token is taken for them."""
+    """Words of digits; ids for padding and end lie outside the vocabulary, so that no token is
+    taken for them.
+    """
     return types.SimpleNamespace(
         encode=lambda text, **_: [int(word) for word in text.split()],
         decode=lambda ids, **_: " ".join(map(str, ids)),
@@ -140,26 +162,42 @@ def check_lengths(flags: argparse.Namespace, rows: list[np.ndarray]) -> None:
     """Each response at its full length."""
     lengths = sorted({len(row) for row in rows})
     full = len(rows) == flags.batch and lengths == [flags.new_tokens]
-    timing.check(full, f"{len(rows)} responses of lengths {lengths} instead of {flags.batch} of {flags.new_tokens}")
+    timing.check(
+        full,
+        f"{len(rows)} responses of lengths {lengths} instead of {flags.batch} of "
+        f"{flags.new_tokens}",
+    )
 
 
 def report(
-    flags: argparse.Namespace, seconds: list[float], tokens: tuple[int, str], model: nnx.Module, **more: Any
+    flags: argparse.Namespace,
+    seconds: list[float],
+    tokens: tuple[int, str],
+    model: nnx.Module,
+    **more: Any,
 ) -> None:
     """The report; ``seconds`` begin with the first untimed step, which compiled."""
     timed = seconds[flags.warmup :]
-    versions = {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "jaxlib", "flax", "optax")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("google-tunix", "jax", "jaxlib", "flax", "optax")
+    }
     params = sum(weight.size for weight in jax.tree.leaves(nnx.state(model, nnx.Param)))
     if flags.device == "cuda":
-        more["peak_device_mb"] = round(jax.devices()[0].memory_stats()["peak_bytes_in_use"] / (1 << 20), 1)
+        more["peak_device_mb"] = round(
+            jax.devices()[0].memory_stats()["peak_bytes_in_use"] / (1 << 20), 1
+        )
     timing.report(
         flags, "tunix", timed, tokens, params=params, versions=versions,
-        compile_s=seconds[0] - statistics.median(timed), architecture="llama, tied head, SwiGLU of mlp_width", **more,
+        compile_s=seconds[0] - statistics.median(timed), architecture="llama, tied head, SwiGLU of "
+            "mlp_width", **more,
     )  # fmt: skip
 
 
 def model_input(batch: peft_trainer.TrainingInput) -> dict[str, jax.Array]:
-    """What tunix's loss takes: tokens, targets, positions and a causal mask, without any padding."""
+    """What tunix's loss takes: tokens, targets, positions and a causal mask, without any
+    padding.
+    """
     present = jnp.ones(batch.input_tokens.shape, bool)
     return {
         "input_tokens": batch.input_tokens,
@@ -195,10 +233,16 @@ def sft(flags: argparse.Namespace) -> None:
     ).with_gen_model_input_fn(model_input)
     if flags.sparse_loss:
         trainer.with_loss_fn(sparse_loss)
-    ids = np.random.default_rng(flags.seed).integers(flags.vocab, size=(total, flags.batch, length), dtype=np.int32)
-    batches = [peft_trainer.TrainingInput(input_tokens=rows, input_mask=np.ones_like(rows)) for rows in ids]
+    ids = np.random.default_rng(flags.seed).integers(
+        flags.vocab, size=(total, flags.batch, length), dtype=np.int32
+    )
+    batches = [
+        peft_trainer.TrainingInput(input_tokens=rows, input_mask=np.ones_like(rows)) for rows in ids
+    ]
     trainer.train(paced(batches, stamps, model))
-    timing.check(trainer.train_steps == total, f"{trainer.train_steps} optimizer steps instead of {total}")
+    timing.check(
+        trainer.train_steps == total, f"{trainer.train_steps} optimizer steps instead of {total}"
+    )
     unit = "trained: batch x (prompt_len + new_tokens)"
     report(flags, timing.laps(stamps), (flags.batch * length, unit), model)
 
@@ -223,12 +267,15 @@ def decode(flags: argparse.Namespace) -> None:
     report(flags, seconds, (flags.batch * flags.new_tokens, "sampled: batch x new_tokens"), model)
 
 
-def cluster_config(flags: argparse.Namespace, roles: list[rl_cluster.Role], steps: int) -> rl_cluster.ClusterConfig:
+def cluster_config(
+    flags: argparse.Namespace, roles: list[rl_cluster.Role], steps: int
+) -> rl_cluster.ClusterConfig:
     """All models on one device, tunix's own sampler."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     training = rl_cluster.RLTrainingConfig(
         actor_optimizer=optax.adamw(1e-5), critic_optimizer=optax.adamw(1e-5), eval_every_n_steps=NEVER,
-        # One more than there will be: the learner then asks for another batch, which stamps the last iteration's end.
+        # One more than there will be: the learner then asks for another batch, which stamps the
+        # last iteration's end.
         max_steps=steps + 1,
     )  # fmt: skip
     rollout = base_rollout.RolloutConfig(
@@ -244,7 +291,13 @@ def cluster_config(flags: argparse.Namespace, roles: list[rl_cluster.Role], step
 def ppo_cluster(flags: argparse.Namespace, steps: int) -> rl_cluster.RLCluster:
     """Policy, reference and value model, and a reward model if the flags say so."""
     role = rl_cluster.Role
-    roles = [role.ACTOR, role.ROLLOUT, role.REFERENCE, role.CRITIC, *[role.REWARD] * flags.reward_model]
+    roles = [
+        role.ACTOR,
+        role.ROLLOUT,
+        role.REFERENCE,
+        role.CRITIC,
+        *[role.REWARD] * flags.reward_model,
+    ]
     return rl_cluster.RLCluster(
         actor=llama(flags, flags.seed), reference=llama(flags, flags.seed), critic=scorer(flags, flags.seed + 1),
         reward=scorer(flags, flags.seed + 2) if flags.reward_model else None, tokenizer=tokenizer(flags),
@@ -258,7 +311,9 @@ def sevens(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 
 def watched(generate: Callable, seconds: list[float], kept: list[list[np.ndarray]]) -> Callable:
-    """``generate`` with the seconds of each call and the responses kept; it returns when they are on the host."""
+    """``generate`` with the seconds of each call and the responses kept; it returns when they are
+    on the host.
+    """
 
     def call(*args: Any, **named: Any) -> base_rollout.RolloutOutput:
         begun = time.perf_counter()
@@ -282,12 +337,16 @@ def ppo(flags: argparse.Namespace) -> None:
     learner.train(paced(batches, stamps, *(trainer.model for trainer in trainers)))
     for trainer in trainers:
         taken = trainer.train_steps
-        timing.check(taken == total * flags.epochs, f"{taken} optimizer steps instead of {total * flags.epochs}")
+        timing.check(
+            taken == total * flags.epochs,
+            f"{taken} optimizer steps instead of {total * flags.epochs}",
+        )
     timing.check(len(kept) == total, f"{len(kept)} rollouts instead of {total}")
     for rows in kept:
         check_lengths(flags, rows)
     report(
-        flags, timing.laps(stamps), (flags.batch * length, "batch x (prompt_len + new_tokens)"), trainers[0].model,
+        flags, timing.laps(stamps), (flags.batch * length, "batch x (prompt_len + "
+            "new_tokens)"), trainers[0].model,
         rollout_s=round(statistics.fmean(rollouts[flags.warmup :]), 6), optimizer_steps_per_iteration=flags.epochs,
     )  # fmt: skip
 
@@ -296,11 +355,17 @@ def main() -> None:
     """Reads the flags and runs the suite."""
     suites = {"sft": sft, "decode": decode, "ppo": ppo}
     parser = timing.parser(__doc__ or "", tuple(suites))
-    parser.add_argument("--sparse_loss", action="store_true", help="sft: integer targets instead of one-hot ones")
-    parser.add_argument("--reward_model", action="store_true", help="ppo: a network scores, not a Python function")
+    parser.add_argument(
+        "--sparse_loss", action="store_true", help="sft: integer targets instead of one-hot ones"
+    )
+    parser.add_argument(
+        "--reward_model", action="store_true", help="ppo: a network scores, not a Python function"
+    )
     flags = timing.parse(parser)
     if flags.minibatches > 1:
-        parser.error("tunix samples again for each minibatch: with --minibatches above 1 it is other work")
+        parser.error(
+            "tunix samples again for each minibatch: with --minibatches above 1 it is other work"
+        )
     start(flags)
     suites[flags.suite](flags)
 

@@ -42,7 +42,7 @@ class Spread:
         order = sorted(numbers)
         if not order:
             return cls()
-        at = lambda share: order[min(int(share * len(order)), len(order) - 1)]  # noqa: E731
+        at = lambda share: order[min(int(share * len(order)), len(order) - 1)]
         return cls(order[0], at(0.5), at(0.9), order[-1])
 
     def __str__(self) -> str:

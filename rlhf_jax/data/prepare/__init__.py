@@ -1,1 +1,3 @@
-"""From what a user has to the files that the stages read: by source, cut into parts, cleaned, measured."""
+"""From what a user has to the files that the stages read: by source, cut into parts, cleaned,
+measured.
+"""

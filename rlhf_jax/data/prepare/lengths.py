@@ -13,7 +13,9 @@ from rlhf_jax.data.text import encode_prompt, encode_response
 
 
 class Lengths:
-    """Which texts fit, in tokens of the model's tokenizer with the template's endings; what does not is counted."""
+    """Which texts fit, in tokens of the model's tokenizer with the template's endings; what does
+    not is counted.
+    """
 
     def __init__(self, config: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
@@ -35,7 +37,9 @@ class Lengths:
         return self._prompt(text)
 
     def fitting(self, records: Iterable[Any]) -> list[Any]:
-        """The records that fit, rankings without the responses that do not; documents are cut elsewhere."""
+        """The records that fit, rankings without the responses that do not; documents are cut
+        elsewhere.
+        """
         keep = {
             schema.Demonstration: self.demonstration,
             schema.Prompt: lambda r: self.prompt(r.prompt),
@@ -60,7 +64,9 @@ class Lengths:
         )
 
     def ranking(self, record: schema.Ranking) -> schema.Ranking | None:
-        """The ranking without the responses that are too long, ranks counted anew; None when too little is left."""
+        """The ranking without the responses that are too long, ranks counted anew; None when too
+        little is left.
+        """
         limit = self.config.ranked_response_length
         tokens = [self._response(response) for response in record.responses]
         kept = [k for k, count in enumerate(tokens) if self._fits("ranked response", count, limit)]

@@ -1,4 +1,6 @@
-"""A user's own records: read strictly, without near-duplicates and leaks, as the files that the stages read."""
+"""A user's own records: read strictly, without near-duplicates and leaks, as the files that the
+stages read.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
         other = next((key for key, count in named.items() if count), "")
         if other:
             raise ValueError(
-                f"key={config.key!r}: no record names one, but {named[other]} name a field {other!r}: "
+                f"key={config.key!r}: no record names one, but {named[other]} name a field "
+                f"{other!r}: "
                 f"split by it with --config.key={other}"
             )
         reports.append(
@@ -69,13 +72,14 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
 def deduplicated(
     sets: dict[str, list[Any]], prefix_length: int, reports: list[schema.DataReport]
 ) -> dict[str, list[Any]]:
-    """Only one of the prompts that begin alike, over all files. Further labels of that very prompt stay.
+    """Only one of the prompts that begin alike, over all files. Further labels of that very prompt
+    stay.
 
     A prompt without a label that comes twice in its file is left out, a document too.
     """
     if not prefix_length:
         return sets
-    normal = lambda record: curation.normalise(curation.prompt_text(record))  # noqa: E731
+    normal = lambda record: curation.normalise(curation.prompt_text(record))
     first: dict[str, Any] = {}
     for name, records in sets.items():
         for record in records if name != "corpus" else ():
@@ -97,7 +101,9 @@ def deduplicated(
 def without_leaks(
     parts: dict[str, dict[str, list[Any]]], leaks: str, reports: list[schema.DataReport]
 ) -> None:
-    """Refuses prompts that are in two splits, or takes them out of the split that is nearer to training; in place."""
+    """Refuses prompts that are in two splits, or takes them out of the split that is nearer to
+    training; in place.
+    """
 
     def of(split: str) -> list[Any]:
         return [record for part in parts.values() for record in part[split]]
@@ -118,7 +124,8 @@ def without_leaks(
         curation.check_leakage({split: of(split) for split in SPLITS})
     except ValueError as error:
         raise ValueError(
-            f"{error}\nLeave such records out of training with --config.leaks=drop, or split by conversation with "
+            f"{error}\nLeave such records out of training with --config.leaks=drop, or split by "
+            "conversation with "
             "--config.key=conversation"
         ) from None
 

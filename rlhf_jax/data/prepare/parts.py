@@ -1,4 +1,6 @@
-"""Records cut into parts that share no conversation, in an order that a seed decides, each with an id of its own."""
+"""Records cut into parts that share no conversation, in an order that a seed decides, each with an
+id of its own.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ class Parts:
     def take(
         self, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]
     ) -> list[Any]:
-        """At most `count` of the records of `parts` that `keep` returns, in an order that the seed decides."""
+        """At most `count` of the records of `parts` that `keep` returns, in an order that the seed
+        decides.
+        """
 
         def here(record: Any) -> bool:
             place = sources.conversation_place(record.prompt)
             return any(low <= place < high for low, high in (self.ranges[part] for part in parts))
 
-        # OpenAssistant's come first, because there are few of them and they compare more than two responses.
+        # OpenAssistant's come first, because there are few of them and they compare more than two
+        # responses.
         order = sorted(
             (r for r in records if here(r)),
             key=lambda r: (
@@ -52,11 +57,14 @@ class Parts:
 
 
 def require_records(files: dict[str, Any]) -> None:
-    """Refuses an empty file of those that a stage cannot do without; a source may have no held-out rankings."""
+    """Refuses an empty file of those that a stage cannot do without; a source may have no held-out
+    rankings.
+    """
     for name, records in files.items():
         if not records and not name.startswith("rankings_held_out"):
             raise ValueError(
-                f"no record is left for {name}.jsonl: raise prompt_length, response_length or ranked_response_length, "
+                f"no record is left for {name}.jsonl: raise prompt_length, response_length or "
+                "ranked_response_length, "
                 "or the part's share"
             )
 
@@ -77,7 +85,9 @@ def distinct(records: Iterable[Any]) -> list[Any]:
 
 
 def unique_ids(records: Sequence[Any]) -> list[Any]:
-    """The records; of those that came with one id from several files, all but the first get a number behind it."""
+    """The records; of those that came with one id from several files, all but the first get a
+    number behind it.
+    """
     seen: collections.Counter[str] = collections.Counter()
     result = []
     for record in records:

@@ -1,4 +1,6 @@
-"""The files of people's preferences: HH-RLHF pairs, OpenAssistant rankings, and running text beside them."""
+"""The files of people's preferences: HH-RLHF pairs, OpenAssistant rankings, and running text beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +31,29 @@ def entries(config: Any) -> list[Path]:
 def beside_hh(where: str | None, subsets: Sequence[str]) -> tuple[bool, bool, list[str]]:
     """Whether OpenAssistant and running text are to be had, and a line for each that is not.
 
-    A download has both. A folder may hold HH-RLHF alone: nothing is fetched then that was not asked for.
+    A download has both. A folder may hold HH-RLHF alone: nothing is fetched then that was not asked
+    for.
     """
     if where is None:
         return True, True, []
     root = Path(where)
     oasst = any(next(root.glob(name), None) for name in ("oasst*", *OASST_FILES))
-    # The rows of HH-RLHF and OpenAssistant are no text: where their files lie in the folder itself, text has its own.
+    # The rows of HH-RLHF and OpenAssistant are no text: where their files lie in the folder itself,
+    # text has its own.
     theirs = [f for name in (*OASST_FILES, *(f"{s}.*" for s in subsets)) for f in root.glob(name)]
     names = (*sources.TEXT_FOLDERS, *(() if theirs else TEXT_FILES))
     text = any(next(root.glob(name), None) for name in names)
     skipped = []
     if not oasst:
         skipped += [
-            f"skipped: no folder oasst* in {root}: no OpenAssistant rankings, no rankings_held_out_oasst.jsonl"
+            f"skipped: no folder oasst* in {root}: no OpenAssistant rankings, no "
+            "rankings_held_out_oasst.jsonl"
         ]
     if not text:
         folders = " or ".join(sources.TEXT_FOLDERS)
         skipped += [
-            f"skipped: no folder {folders} in {root}: no corpus.jsonl and no corpus_held_out.jsonl, which the stages "
+            f"skipped: no folder {folders} in {root}: no corpus.jsonl and no "
+            "corpus_held_out.jsonl, which the stages "
             "with a pretraining mix and the evaluation on text read"
         ]
     return oasst, text, skipped
@@ -66,7 +72,7 @@ def preference_files(
         )
 
     def demonstrations_of(part: str, count: int) -> list[schema.Demonstration]:
-        keep = lambda d: d if lengths.demonstration(d) else None  # noqa: E731
+        keep = lambda d: d if lengths.demonstration(d) else None
         return parts.take(distinct(demonstrations), (part,), count, keep)
 
     files: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""The files of the embedded world: prompts of all splits, demonstrations by simulated labelers, corpus text."""
+"""The files of the embedded world: prompts of all splits, demonstrations by simulated labelers,
+corpus text.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import documents, labelers, task, task_id
 
 FIRST_INDEX = {"demonstrations": 0, "ranking": 1_000_000, "ppo": 2_000_000}
-"""Where each training set begins in the endless stream of training instructions, so that no two share a prompt."""
+"""Where each training set begins in the endless stream of training instructions, so that no two
+share a prompt."""
 HELD_OUT_TEXT_SEED = 1
 PTX_FIRST_DOCUMENT = 1_000_000
 """The pretraining mix comes from a part of the corpus stream that the base models have not seen."""

@@ -1,4 +1,6 @@
-"""The tables of a data report: how many records each split holds, how long they are, what leaks between splits."""
+"""The tables of a data report: how many records each split holds, how long they are, what leaks
+between splits.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ def tables(
     tokens: Callable[[str], int] | None,
     identify: Callable[[str], str] | None = None,
 ) -> str:
-    """The tables of the files, whose names say their split, and how many prompts are trained on and held out too."""
+    """The tables of the files, whose names say their split, and how many prompts are trained on and
+    held out too.
+    """
     splits: dict[str, list[Any]] = {"train": [], "validation": [], "test": [], "held out": []}
     for name, records in files.items():
         split = name.rpartition("_")[2] if name.endswith(("_validation", "_test")) else "train"

@@ -188,6 +188,7 @@ def _refuse_bad(report: DataReport, max_bad_fraction: float, tolerated: set[str]
             reason: f" (and {n - 1} more: {reason})" if n > 1 else "" for reason, n in bad.items()
         }
         raise ValueError(
-            f"{total} of {report.rows} rows of {report.source} are bad (max_bad_fraction={max_bad_fraction}):\n  "
+            f"{total} of {report.rows} rows of {report.source} are bad "
+            f"(max_bad_fraction={max_bad_fraction}):\n  "
             + "\n  ".join(report.examples[reason] + more[reason] for reason in bad)
         )

@@ -1,9 +1,9 @@
 """Argilla: the records that people ranked, rated or answered, as its exports have them.
 
-Version 2 writes a list of ``{id, fields, metadata, suggestions, responses: {question: [{value,
-user_id}]}}`` (`to_json`, `to_list`), or flat columns ``question.responses``,
-``question.responses.users`` and ``question.responses.status`` (`to_datasets`,
-`to_list(flatten=True)`). Version 1 has
+Version 2 writes a list of
+``{id, fields, metadata, suggestions, responses: {question: [{value, user_id}]}}`` (`to_json`,
+`to_list`), or flat columns ``question.responses``, ``question.responses.users`` and
+``question.responses.status`` (`to_datasets`, `to_list(flatten=True)`). Version 1 has
 ``responses: [{user_id, status, values: {question: {value}}}]``, or flat columns
 ``question: [{user_id, value, status}]`` (`push_to_huggingface`).
 

@@ -303,7 +303,8 @@ class CountedTable:
         total = sum(map(len, bad.values()))
         if total > self.max_bad_fraction * self.count:
             raise ValueError(
-                f"{total} of {self.count} rows of {self.path} are bad (max_bad_fraction={self.max_bad_fraction}):\n  "
+                f"{total} of {self.count} rows of {self.path} are bad "
+                f"(max_bad_fraction={self.max_bad_fraction}):\n  "
                 + "\n  ".join(": ".join(found[0]) for found in bad.values())
             )
 

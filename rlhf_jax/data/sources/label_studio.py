@@ -143,7 +143,9 @@ def _ranked(data: Row, columns: Mapping[str, str], value: Any) -> list[tuple[Any
         order = [name.strip() for name in columns.get("buckets", "").split(">")]
         if sorted(order) != sorted(names):
             raise RowError(
-                "unknown answer", f"the items lie in the buckets {', '.join(names)}, and which is better is not in the "
+                "unknown "
+                "answer", f"the items lie in the buckets {', '.join(names)}, and which is better is not "
+                    "in the "
                 f'export: say it with --columns "buckets={">".join(names)}", the best first',
             )  # fmt: skip
         names = order
@@ -166,7 +168,8 @@ def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, A
     name = columns.get("items", found[0] if len(found) == 1 else "")
     if name not in found:
         raise RowError(
-            "unknown answer", f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
+            "unknown "
+            "answer", f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
             f"{', '.join(sorted(data.columns()))}",
         )  # fmt: skip
     items = data.take(name)

@@ -87,7 +87,8 @@ def turn(row: Row, value: Any, where: str) -> Any:
     given = {name: inner for name, inner in value.items() if inner is not None}
     role, content = _either(given, "role", "from", where), _either(given, "content", "value", where)
     if isinstance(role, str) and role.lower() in _TOOL_ROLES:
-        raise RowError("tool call", f"'{where}' has the role {role!r}: it must be one of {', '.join(ROLES)}, so leave "
+        raise RowError("tool "
+            "call", f"'{where}' has the role {role!r}: it must be one of {', '.join(ROLES)}, so leave "
                                     "conversations with tool calls out")  # fmt: skip
     for name, inner in given.items():
         if name not in ("role", "from", "content", "value"):
@@ -268,7 +269,8 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
     elif before:
         raise RowError(
             "more than one turn",
-            f"{len(said)} messages answer the prompt: only the last may; if they are the whole conversation, leave the "
+            f"{len(said)} messages answer the prompt: only the last may; if they are the whole "
+            "conversation, leave the "
             "prompt's column aside with --columns prompt= (in Python columns={'prompt': ''})",
         )
     return prompt, check_text(last.get("content"), "content", allow_empty=True)

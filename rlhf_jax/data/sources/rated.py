@@ -142,7 +142,9 @@ def _completions(
     if key is None:
         found = ", ".join(sorted({key for answer in answers for key in answer}))
         raise RowError(
-            "missing rank", f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the number "
+            "missing "
+            "rank", f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the "
+                "number "
             "with --columns score=NAME",
         )  # fmt: skip
     for answer in answers:

@@ -151,7 +151,8 @@ def take_split(
     """
     if split not in ("train", "test") or not 0 <= test_fraction <= 1:
         raise ValueError(
-            f'split={split!r} must be "train" or "test", test_fraction={test_fraction} between 0 and 1'
+            f'split={split!r} must be "train" or "test", test_fraction={test_fraction} between 0 '
+            "and 1"
         )
     damaged = [
         message for reason, message in report.examples.items() if reason not in EXPECTED_DROPS

@@ -200,8 +200,10 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
         raise RowError("empty prompt", "field 'prompt' is empty: fill it in or remove the row")
     raise RowError(
         "no prompt",
-        f"no column 'prompt' and no transcript: the row has {', '.join(sorted(row.columns()))}; name the column that "
-        f"holds the prompt with --columns prompt={proposed(row)} (in Python columns={{'prompt': {proposed(row)!r}}})",
+        f"no column 'prompt' and no transcript: the row has {', '.join(sorted(row.columns()))}; "
+        "name the column that "
+        f"holds the prompt with --columns prompt={proposed(row)} (in Python columns={{'prompt': "
+        f"{proposed(row)!r}}})",
     )
 
 
@@ -232,8 +234,10 @@ def _from_transcripts(row: Row, prompt: str, answers: list[str]) -> tuple[str, l
     if prompt.strip() not in (*humans, context.removesuffix(ASSISTANT).strip()):
         raise RowError(
             "transcript of another prompt",
-            f"the answers are whole transcripts, and none of their human turns is the prompt {prompt[:30]!r}: leave "
-            "its column aside with --columns prompt= (in Python columns={'prompt': ''}), or write the answers alone",
+            "the answers are whole transcripts, and none of their human turns is the prompt "
+            f"{prompt[:30]!r}: leave "
+            "its column aside with --columns prompt= (in Python columns={'prompt': ''}), or write "
+            "the answers alone",
         )
     row.note("prompt cut from whole text")
     return context, [first, last][: len(answers)]

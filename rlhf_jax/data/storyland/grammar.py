@@ -8,8 +8,6 @@ The gold scorer reads texts through `parse`, so a sentence is fluent storyland E
 some form could have written it.
 """
 
-# ruff: noqa: SIM905 (word lists are easier to read and edit as text)
-
 from __future__ import annotations
 
 import functools
@@ -248,7 +246,7 @@ def write(form: Form, rng: random.Random, slots: Mapping[str, str]) -> str:
     for slot in re.findall(r"\{(\w+)\}", form.pattern):
         if slot not in filled:
             filled[slot] = word(rng, slot, (filled.get("hero", ""), filled.get("other", "")))
-    choose = lambda match: str(pick(rng, match.group(1).split("|")))  # noqa: E731
+    choose = lambda match: str(pick(rng, match.group(1).split("|")))
     return re.sub(r"\[(.*?)\]", choose, form.pattern).format(**filled)
 
 

@@ -128,7 +128,7 @@ def labelers(group: str, count: int, *, seed: int = 0) -> list[Labeler]:
 
 
 def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
-    between = lambda low, high: low + (high - low) * rng.random()  # noqa: E731
+    between = lambda low, high: low + (high - low) * rng.random()
     return Labeler(
         name=f"{group}-{index}",
         group=group,

@@ -4,8 +4,8 @@ transformers applies an adapter that it finds beside the base, so leaving it out
 model. Plain LoRA on the projections is merged, ``W + alpha / r * B A``; everything else that PEFT
 has is refused by its name.
 
-Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for ``alpha /
-  sqrt(r)``.
+Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for
+  ``alpha / sqrt(r)``.
 """
 
 from __future__ import annotations

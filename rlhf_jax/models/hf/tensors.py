@@ -237,7 +237,8 @@ _KINDS = (
      "a value head, as TRL's models have: pass the model that it was put on, saved without it"),
     (r"^(score|classifier|regression_head|reward_head|multiple_choice_head|qa_outputs|rank_head|critic)\b",
      "a head for another task: a reward model has score.weight of one row"),
-    (r"^lm_head\.", "an unembedding beside what config.json asks for: take it out, or pass the language model"),
+    (r"^lm_head\.", "an unembedding beside what config.json asks for: take it out, or pass the language "
+        "model"),
     (r"qweight|qzeros|\.scales$|g_idx|weight_scale|input_scale|absmax|quant_map|quant_state|\.SCB$|weight_format"
      r"|weight_packed|_zero_point|nested_",
      "of quantised weights: choose the model's weights that are not quantised"),
@@ -248,8 +249,10 @@ _KINDS = (
      "of a model that reads images or sound: pass its text model alone"),
     (r"experts|\.router|block_sparse_moe|\.mlp\.gate\.weight|shared_expert",
      "of a mixture of experts, which this decoder is not: choose a dense model"),
-    (r"\.[qk]_norm\.", "a norm of queries or keys, which config.json does not announce: model_type qwen3 has them"),
-    (r"_proj\.bias$|\.bias$", "a bias that config.json does not announce (attention_bias, mlp_bias, model_type)"),
+    (r"\.[qk]_norm\.", "a norm of queries or keys, which config.json does not announce: model_type qwen3 has "
+        "them"),
+    (r"_proj\.bias$|\.bias$", "a bias that config.json does not announce (attention_bias, mlp_bias, "
+        "model_type)"),
 )  # fmt: skip
 """A pattern in the name of a tensor that was not read -> what it is, and what mends it."""
 

@@ -116,9 +116,12 @@ def _card(description: Mapping[str, Any]) -> str:
         return f"{head}# Language model\n\n{loading}"
     bias = description[SCORE_BIAS]
     return (
-        f"{head}# Reward model\n\n{loading}\nThe score of a text is `logits[:, 0] + {bias!r}`: the layout of a "
-        f"sequence classifier has no bias, so it stands in `config.json` as `{SCORE_BIAS}`. With it the labelers' "
-        "demonstrations score 0 on average. Pad on the right; the score is read at the last token that is not "
+        f"{head}# Reward model\n\n{loading}\nThe score of a text is `logits[:, 0] + {bias!r}`: the "
+        "layout of a "
+        f"sequence classifier has no bias, so it stands in `config.json` as `{SCORE_BIAS}`. With "
+        "it the labelers' "
+        "demonstrations score 0 on average. Pad on the right; the score is read at the last token "
+        "that is not "
         "`pad_token_id`.\n"
     )
 

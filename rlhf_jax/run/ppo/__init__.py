@@ -1,1 +1,3 @@
-"""What running PPO takes beside the algorithm: its settings, its parts before the first step, memory, alarms."""
+"""What running PPO takes beside the algorithm: its settings, its parts before the first step,
+memory, alarms.
+"""

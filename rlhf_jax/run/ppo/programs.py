@@ -1,4 +1,6 @@
-"""The compiled phases of a PPO iteration for the sizes of a config: compiled ahead, and measured by their memory."""
+"""The compiled phases of a PPO iteration for the sizes of a config: compiled ahead, and measured by
+their memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PHASES = ("rollout", "score", "update")
 def programs(
     setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
 ) -> memory.Programs:
-    """The phases of an iteration, compiled for the config's sizes; a `setup` of shapes serves as well as of arrays."""
+    """The phases of an iteration, compiled for the config's sizes; a `setup` of shapes serves as
+    well as of arrays.
+    """
     for name, program in lowered(setup, config, mesh, names):
         yield name, program.compile()
 
@@ -40,11 +44,23 @@ def lowered(
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
     def network(trained: TrainableParams, own: Params, name: str, form: str) -> Params:
-        made = jax.eval_shape(lambda f, o: getattr(trained._replace(frozen=f), form)(o), trained.frozen, own)
-        return memory.abstract(made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name]))
+        made = jax.eval_shape(
+            lambda f, o: getattr(trained._replace(frozen=f), form)(o), trained.frozen, own
+        )
+        return memory.abstract(
+            made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name])
+        )
 
-    key, ints, floats = jax.eval_shape(lambda: jax.random.key(0)), shape(batch), shape(batch, slots, dtype=jnp.float32)
-    tokens, flags, scores = shape(batch, slots), shape(batch, dtype=jnp.bool_), shape(batch, dtype=jnp.float32)
+    key, ints, floats = (
+        jax.eval_shape(lambda: jax.random.key(0)),
+        shape(batch),
+        shape(batch, slots, dtype=jnp.float32),
+    )
+    tokens, flags, scores = (
+        shape(batch, slots),
+        shape(batch, dtype=jnp.bool_),
+        shape(batch, dtype=jnp.float32),
+    )
     samples = Samples(tokens, ints, ints, floats, flags)
 
     def rollout() -> jax.stages.Lowered:
@@ -55,13 +71,20 @@ def lowered(
             weights,
             prompts,
             key,
-            Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop_ids(setup)),
+            Sampling(
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                stop_ids=stop_ids(setup),
+            ),
         )
 
     def score() -> jax.stages.Lowered:
         value = network(setup.trained_value, state.value.params, "value", "whole")
         reward = memory.abstract(setup.reward.params) if setup.reward else None
-        coefficient, judged = shape(dtype=jnp.float32, where=whole), scores if setup.text_reward else None
+        coefficient, judged = (
+            shape(dtype=jnp.float32, where=whole),
+            scores if setup.text_reward else None,
+        )
         function: Any = setup.pieces.score_and_shape
         return function.lower(reference, value, reward, samples, coefficient, ints, judged)
 
@@ -82,26 +105,37 @@ def lowered(
 
 
 def compile_ahead(setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Compiles the phases side by side before the first iteration; of the score and the update, the likelier form."""
+    """Compiles the phases side by side before the first iteration; of the score and the update, the
+    likelier form.
+    """
     likely = setup._replace(pieces=setup.paired or setup.pieces)
-    compiling.compile_together(p for _, p in lowered(likely, config, mesh, ("update", "rollout", "score")))
+    compiling.compile_together(
+        p for _, p in lowered(likely, config, mesh, ("update", "rollout", "score"))
+    )
 
 
 def staying(setup: Setup) -> int:
     """Bytes on each device that stay from start to end."""
-    frozen = setup.trained_policy.frozen, setup.trained_value.frozen, setup.reward.params if setup.reward else {}
+    frozen = (
+        setup.trained_policy.frozen,
+        setup.trained_value.frozen,
+        setup.reward.params if setup.reward else {},
+    )
     return memory.held(setup.state, setup.policy.params, *frozen)
 
 
 LOWER = {
-    "rollout": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more devices)"),
+    "rollout": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more "
+        "devices)"),
     "score": (
-        "config.score_microbatches (more, smaller pieces)", "config.episodes", "config.max_new_tokens",
+        "config.score_microbatches (more, smaller "
+        "pieces)", "config.episodes", "config.max_new_tokens",
         "config.prompt_length", "config.mesh (more devices)",
     ),
     "update": (
         "config.microbatches (more, smaller pieces)", "config.minibatches (more, smaller ones)",
-        "config.decoder.remat=block", "config.ptx_rows_per_episode", "config.train=lora", "config.mesh (more devices)",
+        "config.decoder.remat=block", "config.ptx_rows_per_episode", "config.train=lora", "config.mesh (more "
+            "devices)",
     ),
 }  # fmt: skip
 """What helps when a phase runs out of memory, the best first."""

@@ -1,4 +1,6 @@
-"""The settings of PPO, refused before anything is loaded or written where they do not fit together."""
+"""The settings of PPO, refused before anything is loaded or written where they do not fit
+together.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from rlhf_jax.steps import POLICY_ARGUMENTS, PPO, VALUE_ARGUMENTS, Losses
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, functions, files and models that do not fit together, before anything is loaded or written."""
+    """Refuses numbers, functions, files and models that do not fit together, before anything is
+    loaded or written.
+    """
     inputs.check_settings(config)
     validate(config)
     require_reward(config)
@@ -39,11 +43,15 @@ def require_reward(config: ConfigDict) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuses numbers that do not fit together and losses that are none, before anything is loaded."""
+    """Refuses numbers that do not fit together and losses that are none, before anything is
+    loaded.
+    """
     losses(config)
     update_settings(config)
     checks.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
-    checks.require_divides("score_microbatches", config.score_microbatches, config.episodes, "the rollout batch")
+    checks.require_divides(
+        "score_microbatches", config.score_microbatches, config.episodes, "the rollout batch"
+    )
     if config.ptx_coef:
         check_ptx_rows(config)
     checks.require_one_of("kl.controller", config.kl.controller, ("fixed", "adaptive"))
@@ -56,7 +64,8 @@ def validate(config: ConfigDict) -> None:
     for name in ("warmup_iterations", "value_warmup_iterations"):
         checks.require(
             config.schedule == "constant" or config[name] < config.iterations, name, config[name],
-            f"leaves none of iterations={config.iterations} for schedule={config.schedule}: lower it",
+            f"leaves none of iterations={config.iterations} for schedule={config.schedule}: lower "
+            "it",
         )  # fmt: skip
 
 
@@ -72,18 +81,22 @@ def losses(config: ConfigDict) -> Losses:
 
 
 def check_ptx_rows(config: ConfigDict) -> int:
-    """Rows of pretraining text per iteration; refused unless every optimizer step gets the same number."""
+    """Rows of pretraining text per iteration; refused unless every optimizer step gets the same
+    number.
+    """
     count = round(config.ptx_rows_per_episode * config.episodes)
     steps = config.epochs * config.minibatches
     checks.require(
         count > 0 and count % steps == 0, "ptx_rows_per_episode", config.ptx_rows_per_episode,
-        f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = {steps}",
+        f"gives {count} rows an iteration, which must be a multiple of epochs x minibatches = "
+        f"{steps}",
     )  # fmt: skip
     return count
 
 
 def check_contexts(config: ConfigDict) -> None:
-    """Refuses rows longer than the context of the policy or of the reward and value model, before either is loaded.
+    """Refuses rows longer than the context of the policy or of the reward and value model, before
+    either is loaded.
 
     Raises:
       ValueError: naming the model, its context and the keys.
@@ -96,5 +109,7 @@ def check_contexts(config: ConfigDict) -> None:
 
 
 def judge(name: Any) -> functions.Judge | None:
-    """The function that ``text_reward`` or ``gold`` names, called as ``(prompt id, response, prompt)``; None for ""."""
+    """The function that ``text_reward`` or ``gold`` names, called as
+    ``(prompt id, response, prompt)``; None for "".
+    """
     return functions.judge(name) if name else None

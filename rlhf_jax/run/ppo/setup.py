@@ -1,4 +1,6 @@
-"""The parts of PPO before its first iteration: optimizers, the KL controller, the state and where it is placed."""
+"""The parts of PPO before its first iteration: optimizers, the KL controller, the state and where
+it is placed.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Setup(NamedTuple):
 
 
 def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
-    """How each of the four networks lies on the mesh: a large policy may be spread out and a small reward model not."""
+    """How each of the four networks lies on the mesh: a large policy may be spread out and a small
+    reward model not.
+    """
     return {
         name: sharding.rules_from_data(config.sharding[name], field=f"sharding.{name}")
         for name in ("policy", "reference", "value", "reward_model")
@@ -60,14 +64,22 @@ def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
 
 
 def optimizers(config: ConfigDict) -> Optimizers:
-    """Of the policy and of the value network; their schedules count epochs x minibatches steps per iteration."""
+    """Of the policy and of the value network; their schedules count epochs x minibatches steps per
+    iteration.
+    """
     per_iteration = config.epochs * config.minibatches
     steps = config.iterations * per_iteration
     policy = optimizer_lib.schedule(
-        config.schedule, config.learning_rate, steps, warmup=config.warmup_iterations * per_iteration
+        config.schedule,
+        config.learning_rate,
+        steps,
+        warmup=config.warmup_iterations * per_iteration,
     )
     value = optimizer_lib.schedule(
-        config.schedule, config.value_learning_rate, steps, warmup=config.value_warmup_iterations * per_iteration
+        config.schedule,
+        config.value_learning_rate,
+        steps,
+        warmup=config.value_warmup_iterations * per_iteration,
     )
     return Optimizers(
         optimizer_lib.optimizer(config, policy),
@@ -80,31 +92,49 @@ def kl_controller(config: ConfigDict) -> kl_control.KLController:
     if config.kl.controller == "fixed":
         return kl_control.fixed_kl(coef=config.kl.coef)
     return kl_control.adaptive_kl(
-        coef=config.kl.coef, target=config.kl.target, horizon=config.kl.horizon, n_steps=config.episodes
+        coef=config.kl.coef,
+        target=config.kl.target,
+        horizon=config.kl.horizon,
+        n_steps=config.episodes,
     )
 
 
-def initial_state(config: ConfigDict, mesh: jax.sharding.Mesh, policy: Params, value: Params) -> tuple[PPOState, Any]:
+def initial_state(
+    config: ConfigDict, mesh: jax.sharding.Mesh, policy: Params, value: Params
+) -> tuple[PPOState, Any]:
     """PPO before its first iteration, built where it belongs, and its shardings."""
     rules, (policy_tx, value_tx) = sharding_rules(config), optimizers(config)
     made, where = sharding.build_state(
-        partial(train_state, tx=policy_tx, ema=True, guard=True), policy, mesh=mesh, rules=rules["policy"]
+        partial(train_state, tx=policy_tx, ema=True, guard=True),
+        policy,
+        mesh=mesh,
+        rules=rules["policy"],
     )
     other, other_where = sharding.build_state(
         partial(train_state, tx=value_tx, guard=True), value, mesh=mesh, rules=rules["value"]
     )  # fmt: skip
     rest = kl_controller(config).init(), jnp.zeros((), jnp.int32)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), rest)
-    return PPOState(made, other, *sharding.place_state(rest, mesh, ())), PPOState(where, other_where, *whole)
+    return PPOState(made, other, *sharding.place_state(rest, mesh, ())), PPOState(
+        where, other_where, *whole
+    )
 
 
 def stop_ids(setup: Setup) -> tuple[int, ...]:
     """The tokens that end a response; where there is no tokenizer (a plan) any one."""
-    return (0,) if setup.policy.tokenizer is None else tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
+    return (
+        (0,)
+        if setup.policy.tokenizer is None
+        else tuple(text.stop_ids(setup.policy.tokenizer, setup.asked))
+    )
 
 
-def reward_and_value(policy: Network, config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Network | None, Network]:
-    """The reward model (None when a function of texts rewards) and the network that the value function starts from."""
+def reward_and_value(
+    policy: Network, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[Network | None, Network]:
+    """The reward model (None when a function of texts rewards) and the network that the value
+    function starts from.
+    """
     require_reward(config)
     if not config.reward_model:
         params = scalar_from_language_model(policy.params, jax.random.key(config.seed))

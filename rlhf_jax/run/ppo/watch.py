@@ -1,4 +1,6 @@
-"""What is left out of a PPO iteration, named by its records, and the alarms that stop a run which has diverged."""
+"""What is left out of a PPO iteration, named by its records, and the alarms that stop a run which
+has diverged.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,24 @@ def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.A
     return key, jax.random.fold_in(key, 1)
 
 
-def watch(setup: Setup, skips: guards.Skips, metrics: Values, iteration: int, config: ConfigDict) -> None:
-    """Names the scores and minibatches that were left out of the update, and stops a run that has diverged.
+def watch(
+    setup: Setup, skips: guards.Skips, metrics: Values, iteration: int, config: ConfigDict
+) -> None:
+    """Names the scores and minibatches that were left out of the update, and stops a run that has
+    diverged.
 
     Raises:
-      FloatingPointError: no score is finite, every minibatch or too many in a row were skipped, or an alarm went off.
+      FloatingPointError: no score is finite, every minibatch or too many in a row were skipped, or
+        an alarm went off.
     """
     seen = to_host(metrics)
     where = setup.prompts.indices(iteration)
     records = guards.Records(config.prompts, setup.prompt_ids)
     if seen["rollout/dropped"]:
         rows = where[guards.rows_on_host(metrics["dropped_rows"].value)].tolist()
-        abstains = f" (None from {setup.text_reward.name} counts as NaN)" if setup.text_reward else ""
+        abstains = (
+            f" (None from {setup.text_reward.name} counts as NaN)" if setup.text_reward else ""
+        )
         why = f"it is not finite{abstains}"
         event = guards.Event(iteration + 1, "score", why, rows, records.of(rows))
         skips.tell(event)
@@ -53,28 +61,40 @@ def name_skipped(
     skipped = guards.rows_on_host(metrics["skipped_steps"].value)
     steps = config.epochs * config.minibatches
     order = minibatch_order(
-        iteration_keys(config, iteration)[1], config.episodes, epochs=config.epochs, minibatches=config.minibatches
+        iteration_keys(config, iteration)[1],
+        config.episodes,
+        epochs=config.epochs,
+        minibatches=config.minibatches,
     )
-    where, records = setup.prompts.indices(iteration), guards.Records(config.prompts, setup.prompt_ids)
+    where, records = (
+        setup.prompts.indices(iteration),
+        guards.Records(config.prompts, setup.prompt_ids),
+    )
     events = []
     for step in range(steps):
         if step not in skipped:
             skips.add(False)
             continue
         rows = where[np.asarray(order[step])].tolist()
-        events.append(guards.Event(iteration + 1, f"minibatch {step + 1} of {steps}", why, rows, records.of(rows)))
+        events.append(
+            guards.Event(
+                iteration + 1, f"minibatch {step + 1} of {steps}", why, rows, records.of(rows)
+            )
+        )
         skips.add(True, events[-1])
     if len(events) == steps:
         skips.stop(f"every minibatch of iteration {iteration + 1} was", events)
 
 
 def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
-    """Stops a run whose policy has left the reference or has collapsed, or whose value network is lost.
+    """Stops a run whose policy has left the reference or has collapsed, or whose value network is
+    lost.
 
     Args:
       seen: metrics of an iteration.
       iteration: counted from 0.
-      config: `kl_ceiling` in nats a sequence, `entropy_floor` in nats a token, `value_error_ceiling` in squared scores.
+      config: `kl_ceiling` in nats a sequence, `entropy_floor` in nats a token,
+        `value_error_ceiling` in squared scores.
 
     Raises:
       FloatingPointError: an alarm went off; the message says what to do.
@@ -84,14 +104,20 @@ def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
     error = seen.get("value/value_error", 0.0) / max(1.0, seen["rollout/score_square"])
     for fine, what in (
         (kl <= config.kl_ceiling,
-         f"KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling={config.kl_ceiling}: lower learning_rate "
+         f"KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling={config.kl_ceiling}: "
+         "lower learning_rate "
          "or raise kl.coef"),
         (entropy >= config.entropy_floor,
-         f"the policy's entropy is {entropy:.3g} nats a token, below entropy_floor={config.entropy_floor}: it says "
-         "almost always the same; lower learning_rate, raise kl.coef, or set entropy_floor=0 if that is as wanted"),
+         f"the policy's entropy is {entropy:.3g} nats a token, below "
+         f"entropy_floor={config.entropy_floor}: it says "
+         "almost always the same; lower learning_rate, raise kl.coef, or set entropy_floor=0 if "
+         "that is as wanted"),
         (error <= config.value_error_ceiling,
-         f"the squared error of the values is {error:.3g} times the squared score, above value_error_ceiling="
+         f"the squared error of the values is {error:.3g} times the squared score, above "
+         "value_error_ceiling="
          f"{config.value_error_ceiling}: lower value_learning_rate or set value_clip_norm"),
     ):  # fmt: skip
         if not fine:  # NaN is not fine
-            raise FloatingPointError(f"iteration {iteration + 1}: {what}; what was saved before is intact")
+            raise FloatingPointError(
+                f"iteration {iteration + 1}: {what}; what was saved before is intact"
+            )

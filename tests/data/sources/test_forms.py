@@ -31,13 +31,18 @@ def json_array(rows: list[dict]) -> bytes:
 
 def json_lines(rows: list[dict]) -> bytes:
     """As a program on Windows writes it."""
-    return b"\xef\xbb\xbf" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).encode()
+    return (
+        b"\xef\xbb\xbf"
+        + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).encode()
+    )
 
 
 def comma_separated(rows: list[dict], separator: str = ",") -> bytes:
     """As Excel and pandas write it: quoted where needed, CR LF between rows."""
     out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), delimiter=separator, lineterminator="\r\n")
+    writer = csv.DictWriter(
+        out, fieldnames=list(rows[0]), delimiter=separator, lineterminator="\r\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return b"\xef\xbb\xbf" + out.getvalue().encode()
@@ -107,7 +112,13 @@ FLAT: dict[str, tuple[dict[str, Any], Any]] = {
         Ranking("Human: Where is the fox?\n\nAssistant:", ("In the den.", "Who cares."), (0, 1)),
     ),
     "alpaca pairs": (
-        {"instruction": "Count.", "input": "", "output": "Ten.", "chosen": "Nine.", "rejected": "Two."},
+        {
+            "instruction": "Count.",
+            "input": "",
+            "output": "Ten.",
+            "chosen": "Nine.",
+            "rejected": "Two.",
+        },
         Ranking("Count.", ("Nine.", "Two."), (0, 1)),
     ),
 }
@@ -127,10 +138,14 @@ def test_flat_tables_in_every_file(tmp_path: Path, name: str, kind: str):
 
 def test_what_was_read_as_what_is_said(tmp_path: Path):
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}]
-    said = "read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response"
+    said = (
+        "read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response"
+    )
     assert sources.read_form(put(tmp_path, rows)).said == said
     rows = [{"frage": "Who?", "antwort": "Me.", "score": 3}]
-    reading = sources.read_form(put(tmp_path, rows), columns={"prompt": "frage", "completion": "antwort"})
+    reading = sources.read_form(
+        put(tmp_path, rows), columns={"prompt": "frage", "completion": "antwort"}
+    )
     assert (
         reading.said
         == "read as TRL: prompt -> prompt, completion -> response (with frage as prompt, antwort as completion)"
@@ -238,9 +253,13 @@ def test_nested_records(tmp_path: Path, name: str, kind: str):
 
 def test_messages_in_parquet_and_as_json_in_a_cell(tmp_path: Path):
     form, row, wanted = NESTED["openai chat"]
-    assert sources.read_form(put(tmp_path, [row], "parquet")).records == {"demonstrations": [wanted]}
+    assert sources.read_form(put(tmp_path, [row], "parquet")).records == {
+        "demonstrations": [wanted]
+    }
     cell = {"messages": json.dumps(row["messages"]), "n": 1}
-    assert sources.read_form(put(tmp_path, [cell], "csv"), form).records == {"demonstrations": [wanted]}
+    assert sources.read_form(put(tmp_path, [cell], "csv"), form).records == {
+        "demonstrations": [wanted]
+    }
     printed = {"messages": str(row["messages"])}
     with pytest.raises(ValueError, match=r"rows\.csv:2: .*as Python prints them"):
         sources.read_form(put(tmp_path, [printed], "csv"), form)
@@ -253,9 +272,16 @@ def test_argilla_2_rankings_ratings_and_choices(tmp_path: Path):
     """As `dataset.records.to_json` writes it: responses by question, no status, a ranking as a list of names."""
     record = {
         "id": "r1",
-        "fields": {"prompt": "Where?", "response_1": "No.", "response_2": "Here.", "system": "Be brief."},
+        "fields": {
+            "prompt": "Where?",
+            "response_1": "No.",
+            "response_2": "Here.",
+            "system": "Be brief.",
+        },
         "metadata": {"model": "m"},
-        "suggestions": {"ranking": {"value": ["response_1", "response_2"], "score": None, "agent": "gpt"}},
+        "suggestions": {
+            "ranking": {"value": ["response_1", "response_2"], "score": None, "agent": "gpt"}
+        },
         "responses": {
             "ranking": [
                 {"value": ["response_2", "response_1"], "user_id": "ann"},
@@ -277,15 +303,28 @@ def test_argilla_2_rankings_ratings_and_choices(tmp_path: Path):
     assert reading.report.noted["order without ranks"] == 1
     assert {"metadata", "suggestions", "_server_id"} <= set(reading.report.aside)
     assert any("why" in name for name in reading.report.aside)
-    record["responses"] = {"best": [{"value": "response_2", "user_id": "ann"}, {"value": "tie", "user_id": "bob"}]}
+    record["responses"] = {
+        "best": [{"value": "response_2", "user_id": "ann"}, {"value": "tie", "user_id": "bob"}]
+    }
     rankings = sources.read_form(put(tmp_path, [record], "json")).records["rankings"]
-    assert [(r.responses, r.ranks) for r in rankings] == [(("No.", "Here."), (1, 0)), (("No.", "Here."), (0, 0))]
+    assert [(r.responses, r.ranks) for r in rankings] == [
+        (("No.", "Here."), (1, 0)),
+        (("No.", "Here."), (0, 0)),
+    ]
 
 
 def test_argilla_ratings_compare_records_of_one_prompt(tmp_path: Path):
     def rated(name: str, answer: str, *scores: int | None) -> dict:
-        responses = [{"value": s, "user_id": who} for who, s in zip("ab", scores, strict=True) if s is not None]
-        return {"id": name, "fields": {"prompt": "Where?", "response": answer}, "responses": {"quality": responses}}
+        responses = [
+            {"value": s, "user_id": who}
+            for who, s in zip("ab", scores, strict=True)
+            if s is not None
+        ]
+        return {
+            "id": name,
+            "fields": {"prompt": "Where?", "response": answer},
+            "responses": {"quality": responses},
+        }
 
     rows = [rated("1", "No.", 2, 5), rated("2", "Here.", 4, None), rated("3", "There.", 4, 1)]
     reading = sources.read_form(put(tmp_path, rows, "json"))
@@ -297,20 +336,37 @@ def test_argilla_ratings_compare_records_of_one_prompt(tmp_path: Path):
 
 
 def test_argilla_1_and_the_flat_exports(tmp_path: Path):
-    values = [{"value": "answer-1", "rank": 2}, {"value": "answer-2", "rank": 1}, {"value": "answer-3", "rank": 2}]
+    values = [
+        {"value": "answer-1", "rank": 2},
+        {"value": "answer-2", "rank": 1},
+        {"value": "answer-3", "rank": 2},
+    ]
     fields = {"prompt": "Where?", "answer_1": "No.", "answer_2": "Here.", "answer_3": "Nowhere."}
     wanted = Ranking("Where?", ("No.", "Here.", "Nowhere."), (1, 0, 1), labeler="ann")
     said = [
         {"user_id": "ann", "status": "submitted", "values": {"order": {"value": values}}},
         {"user_id": "bob", "status": "discarded", "values": {"order": {"value": values}}},
     ]
-    old = {"fields": fields, "responses": said, "suggestions": [], "metadata": {}, "external_id": None}
+    old = {
+        "fields": fields,
+        "responses": said,
+        "suggestions": [],
+        "metadata": {},
+        "external_id": None,
+    }
     reading = sources.read_form(put(tmp_path, [old]))
     assert reading.records["rankings"] == [wanted]
     assert reading.report.noted["some not submitted"] == 1
-    flat = {**fields, "order": [{"user_id": "ann", "value": values, "status": "submitted"}], "order-suggestion": None}
+    flat = {
+        **fields,
+        "order": [{"user_id": "ann", "value": values, "status": "submitted"}],
+        "order-suggestion": None,
+    }
     assert sources.read_form(put(tmp_path, [flat], "parquet")).records["rankings"] == [wanted]
-    columns = {"rank": [2, 1, 2], "value": ["answer-1", "answer-2", "answer-3"]}  # `datasets` keeps lists of structs so
+    columns = {
+        "rank": [2, 1, 2],
+        "value": ["answer-1", "answer-2", "answer-3"],
+    }  # `datasets` keeps lists of structs so
     flat = {**fields, "order": [{"user_id": "ann", "value": columns, "status": "submitted"}]}
     assert sources.read_form(put(tmp_path, [flat], "parquet")).records["rankings"] == [wanted]
     flat = {
@@ -330,31 +386,64 @@ def test_argilla_1_and_the_flat_exports(tmp_path: Path):
 
 
 def test_argilla_texts_are_answers_only_where_somebody_says_so(tmp_path: Path):
-    row = {"id": "1", "fields": {"prompt": "Where?"}, "responses": {"label": [{"value": "good", "user_id": "a"}]}}
-    with pytest.raises(ValueError, match=r"the questions are label \(text\).*--columns response=QUESTION"):
+    row = {
+        "id": "1",
+        "fields": {"prompt": "Where?"},
+        "responses": {"label": [{"value": "good", "user_id": "a"}]},
+    }
+    with pytest.raises(
+        ValueError, match=r"the questions are label \(text\).*--columns response=QUESTION"
+    ):
         sources.read_form(put(tmp_path, [row], "json"))
     reading = sources.read_form(put(tmp_path, [row], "json"), columns={"response": "label"})
-    assert reading.records["demonstrations"] == [Demonstration("Where?", "good", id="1", labeler="a")]
+    assert reading.records["demonstrations"] == [
+        Demonstration("Where?", "good", id="1", labeler="a")
+    ]
 
 
-def task(name: int, data: dict, *annotations: tuple[Any, list[dict]], cancelled: bool = False) -> dict:
+def task(
+    name: int, data: dict, *annotations: tuple[Any, list[dict]], cancelled: bool = False
+) -> dict:
     """A task as Label Studio's JSON export has it."""
     given = [
-        {"id": 100 + k, "completed_by": who, "was_cancelled": cancelled, "ground_truth": False, "result": result}
+        {
+            "id": 100 + k,
+            "completed_by": who,
+            "was_cancelled": cancelled,
+            "ground_truth": False,
+            "result": result,
+        }
         for k, (who, result) in enumerate(annotations)
     ]
-    return {"id": name, "data": data, "annotations": given, "predictions": [], "meta": {}, "project": 3}
+    return {
+        "id": name,
+        "data": data,
+        "annotations": given,
+        "predictions": [],
+        "meta": {},
+        "project": 3,
+    }
 
 
 def result(kind: str, value: dict, name: str = "pref", to: str = "text1,text2") -> dict:
-    return {"value": value, "id": "x1", "from_name": name, "to_name": to, "type": kind, "origin": "manual"}
+    return {
+        "value": value,
+        "id": "x1",
+        "from_name": name,
+        "to_name": to,
+        "type": kind,
+        "origin": "manual",
+    }
 
 
 PAIR = {"prompt": "Where?", "answer1": "No.", "answer2": "Here."}
 
 
 def test_label_studio_pairs(tmp_path: Path):
-    right, left = result("pairwise", {"selected": "right"}), result("pairwise", {"selected": "left"})
+    right, left = (
+        result("pairwise", {"selected": "right"}),
+        result("pairwise", {"selected": "left"}),
+    )
     rows = [
         task(1, PAIR, (4, [right]), ({"id": 5, "email": "b@c.org"}, [left])),
         task(2, PAIR, (4, [left]), cancelled=True),
@@ -370,7 +459,9 @@ def test_label_studio_pairs(tmp_path: Path):
     with pytest.raises(ValueError, match=r"one, prompt, two .*--columns left=NAME,right=NAME"):
         sources.read_form(put(tmp_path, [task(1, other, (4, [right]))], "json"))
     columns = {"left": "one", "right": "two"}
-    reading = sources.read_form(put(tmp_path, [task(1, other, (4, [right]))], "json"), columns=columns)
+    reading = sources.read_form(
+        put(tmp_path, [task(1, other, (4, [right]))], "json"), columns=columns
+    )
     assert reading.records["rankings"][0].ranks == (1, 0)
     with pytest.raises(ValueError, match=r"no field is the prompt: .*--columns prompt=FIELD"):
         sources.read_form(put(tmp_path, [task(1, {**PAIR, "prompt": ""}, (4, [right]))], "json"))
@@ -380,7 +471,9 @@ def test_label_studio_rankers_ratings_choices_and_texts(tmp_path: Path):
     items = [{"id": "m1", "title": "A", "body": "No."}, {"id": "m2", "title": "B", "body": "Here."}]
     data = {"prompt": "Where?", "items": items}
     rank = result("ranker", {"ranker": {"rank": ["m2", "m1"]}}, to="items")
-    (found,) = sources.read_form(put(tmp_path, [task(1, data, (4, [rank]))], "json")).records["rankings"]
+    (found,) = sources.read_form(put(tmp_path, [task(1, data, (4, [rank]))], "json")).records[
+        "rankings"
+    ]
     assert dict(zip(found.responses, found.ranks, strict=True)) == {"Here.": 0, "No.": 1}
     buckets = result("ranker", {"ranker": {"good": ["m2"], "bad": ["m1"], "_": []}}, to="items")
     path = put(tmp_path, [task(1, data, (4, [buckets]))], "json")
@@ -389,27 +482,32 @@ def test_label_studio_rankers_ratings_choices_and_texts(tmp_path: Path):
     (found,) = sources.read_form(path, columns={"buckets": "good>bad"}).records["rankings"]
     assert dict(zip(found.responses, found.ranks, strict=True)) == {"Here.": 0, "No.": 1}
     chosen = result("choices", {"choices": ["answer2"]})
-    (found,) = sources.read_form(put(tmp_path, [task(1, PAIR, (4, [chosen]))], "json")).records["rankings"]
+    (found,) = sources.read_form(put(tmp_path, [task(1, PAIR, (4, [chosen]))], "json")).records[
+        "rankings"
+    ]
     assert (found.responses, found.ranks) == (("No.", "Here."), (1, 0))
     rows = [
         task(
-            k, {"prompt": "Where?", "response": words}, (4, [result("rating", {"rating": stars}, "stars", "response")])
+            k,
+            {"prompt": "Where?", "response": words},
+            (4, [result("rating", {"rating": stars}, "stars", "response")]),
         )
         for k, (words, stars) in enumerate([("No.", 1), ("Here.", 5)], start=1)
     ]
     (found,) = sources.read_form(put(tmp_path, rows, "json")).records["rankings"]
     assert (found.responses, found.ranks) == (("No.", "Here."), (1, 0))
     words = result("textarea", {"text": ["Here."]}, "response", "prompt")
-    (shown,) = sources.read_form(put(tmp_path, [task(1, {"prompt": "Where?"}, (4, [words]))], "json")).records[
-        "demonstrations"
-    ]
+    (shown,) = sources.read_form(
+        put(tmp_path, [task(1, {"prompt": "Where?"}, (4, [words]))], "json")
+    ).records["demonstrations"]
     assert shown == Demonstration("Where?", "Here.", id="1", labeler="4")
 
 
 def test_a_file_that_is_no_export_is_told_so(tmp_path: Path):
     for form in ("argilla", "label_studio"):
         with pytest.raises(
-            ValueError, match=r"rows\.jsonl:1: no row is of .* the columns are answer1, answer2, prompt"
+            ValueError,
+            match=r"rows\.jsonl:1: no row is of .* the columns are answer1, answer2, prompt",
         ):
             sources.read_form(put(tmp_path, [PAIR]), form)
 
@@ -424,7 +522,9 @@ def test_label_studio_min_is_named(tmp_path: Path):
 
 
 def test_openassistant_as_trees_and_as_a_flat_table(tmp_path: Path):
-    def said(name: str, parent: str | None, role: str, words: str, rank: float | None = None) -> dict:
+    def said(
+        name: str, parent: str | None, role: str, words: str, rank: float | None = None
+    ) -> dict:
         return {"message_id": name, "parent_id": parent, "role": role, "text": words, "lang": "en", "rank": rank,
                 "deleted": False, "synthetic": False, "message_tree_id": "a"}  # fmt: skip
 
@@ -438,9 +538,15 @@ def test_openassistant_as_trees_and_as_a_flat_table(tmp_path: Path):
     assert reading.form == "oasst"
     assert reading.records["rankings"] == [Ranking(prompt, ("Here.", "No."), (0, 1), "a", "oasst")]
     assert reading.records["demonstrations"] == [Demonstration(prompt, "Here.", "a", "oasst")]
-    root, *replies = [{**row, "rank": row["rank"] and int(row["rank"]), "replies": []} for row in flat]
+    root, *replies = [
+        {**row, "rank": row["rank"] and int(row["rank"]), "replies": []} for row in flat
+    ]
     replies[1]["rank"] = 0
-    tree = {"message_tree_id": "a", "tree_state": "ready_for_export", "prompt": {**root, "replies": replies}}
+    tree = {
+        "message_tree_id": "a",
+        "tree_state": "ready_for_export",
+        "prompt": {**root, "replies": replies},
+    }
     assert sources.read_form(put(tmp_path, [tree], "jsonl.gz")).records == reading.records
     with pytest.raises(ValueError, match=r"(?s)language 1.*choose it with --config\.language"):
         sources.read_form(put(tmp_path, [tree], "jsonl.gz"), language="de")
@@ -458,7 +564,9 @@ def test_responses_of_one_prompt_in_several_rows(tmp_path: Path):
         {"prompt": "Where?", "response": "Here.", "helpfulness": 4, "verbosity": 0},
     ]
     path = put(tmp_path, rows, "parquet")
-    with pytest.raises(ValueError, match=r"--columns score=NAME; the row has the numbers helpfulness, verbosity"):
+    with pytest.raises(
+        ValueError, match=r"--columns score=NAME; the row has the numbers helpfulness, verbosity"
+    ):
         sources.read_form(path, "rated")
     reading = sources.read_form(path, "rated", columns={"score": "helpfulness"})
     assert reading.records["rankings"] == [Ranking("Where?", ("No.", "Here."), (1, 0))]

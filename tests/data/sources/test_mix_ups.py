@@ -26,7 +26,9 @@ def put(folder: Path, *rows: dict[str, Any], name: str = "rows.jsonl") -> Path:
 
 
 def talk(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(contents)
+    ]
 
 
 # ------------------------------------------------------------------------------- responses of one prompt, one a row
@@ -39,7 +41,10 @@ def test_scores_under_two_systems_or_by_two_people_are_not_compared(tmp_path: Pa
                                     ("Be rude.", "Welcome!", 1))
     ]  # fmt: skip
     records, report = sources.read_rated(put(tmp_path, *rows))
-    assert [r.prompt[0] for r in records] == [Message("system", "Be kind."), Message("system", "Be rude.")]
+    assert [r.prompt[0] for r in records] == [
+        Message("system", "Be kind."),
+        Message("system", "Be rude."),
+    ]
     assert [(r.responses, r.ranks) for r in records] == [
         (("Welcome!", "Hm."), (0, 1)),
         (("Go.", "Welcome!"), (0, 1)),
@@ -47,7 +52,12 @@ def test_scores_under_two_systems_or_by_two_people_are_not_compared(tmp_path: Pa
     assert report.aside == {}
     rows = [
         {"prompt": "Greet.", "response": text, "score": score, "labeler": person}
-        for person, text, score in (("ann", "Hi.", 2), ("ann", "Oh.", 1), ("bob", "Hi.", 1), ("bob", "Oh.", 2))
+        for person, text, score in (
+            ("ann", "Hi.", 2),
+            ("ann", "Oh.", 1),
+            ("bob", "Hi.", 1),
+            ("bob", "Oh.", 2),
+        )
     ]
     records, report = sources.read_rated(put(tmp_path, *rows))
     assert [(r.labeler, r.ranks) for r in records] == [("ann", (0, 1)), ("bob", (1, 0))]
@@ -66,13 +76,20 @@ def test_a_bad_score_is_named_by_its_own_row(tmp_path: Path):
 
 
 def test_rated_responses_are_no_demonstrations_unasked(tmp_path: Path):
-    rows = [{"prompt": "Greet.", "response": t, "helpfulness": n, "verbosity": 1} for t, n in (("Hi.", 4), ("Bah.", 0))]
+    rows = [
+        {"prompt": "Greet.", "response": t, "helpfulness": n, "verbosity": 1}
+        for t, n in (("Hi.", 4), ("Bah.", 0))
+    ]
     path = put(tmp_path, *rows)
     with pytest.raises(ValueError, match="--columns score=helpfulness"):
         sources.read_form(path)
-    with pytest.raises(ValueError, match="--columns score=helpfulness"):  # given to a stage as it is
+    with pytest.raises(
+        ValueError, match="--columns score=helpfulness"
+    ):  # given to a stage as it is
         schema.read_jsonl(path, Demonstration)
-    assert sources.read_form(path, columns={"score": "helpfulness"}).records["rankings"][0].ranks == (0, 1)
+    assert sources.read_form(path, columns={"score": "helpfulness"}).records["rankings"][
+        0
+    ].ranks == (0, 1)
     assert len(sources.read_form(path, "jsonl").records["demonstrations"]) == 2
 
 
@@ -80,25 +97,36 @@ def test_rated_responses_are_no_demonstrations_unasked(tmp_path: Path):
 
 
 def test_whole_transcripts_give_the_prompt_that_stands_beside_them(tmp_path: Path):
-    start = "Human: Is the mill open?\n\nAssistant: Till six.\n\nHuman: And on Sunday?\n\nAssistant:"
+    start = (
+        "Human: Is the mill open?\n\nAssistant: Till six.\n\nHuman: And on Sunday?\n\nAssistant:"
+    )
     row = {"prompt": "And on Sunday?", "chosen": start + " No.", "rejected": start + " Hm."}
     records, report = sources.read_pairs(put(tmp_path, row))
     assert (records[0].prompt, records[0].responses) == (start, ("No.", "Hm."))
     assert report.noted["prompt cut from whole text"] == 1
     row["prompt"] = start.removesuffix("\n\nAssistant:")
     assert sources.read_pairs(put(tmp_path, row))[0][0].responses == ("No.", "Hm.")
-    row = {"prompt": "Is the mill open?", "completion": "Human: Is the mill open?\n\nAssistant: Yes."}
+    row = {
+        "prompt": "Is the mill open?",
+        "completion": "Human: Is the mill open?\n\nAssistant: Yes.",
+    }
     records, _ = sources.read_completions(put(tmp_path, row))
     assert records == [Demonstration("Human: Is the mill open?\n\nAssistant:", "Yes.")]
     row = {"prompt": "Who is the miller?", "chosen": start + " No.", "rejected": start + " Hm."}
-    with pytest.raises(ValueError, match=r"none of their human turns is the prompt .*--columns prompt="):
+    with pytest.raises(
+        ValueError, match=r"none of their human turns is the prompt .*--columns prompt="
+    ):
         sources.read_pairs(put(tmp_path, row))
     assert sources.read_pairs(put(tmp_path, row), columns={"prompt": ""})[0][0].prompt == start
 
 
 def test_a_prompt_of_messages_is_not_repeated_either(tmp_path: Path):
     prompt = talk("Tell me of the mill.")
-    row = {"prompt": prompt, "chosen": "Tell me of the mill. It turns.", "rejected": "Tell me of the mill. It burns."}
+    row = {
+        "prompt": prompt,
+        "chosen": "Tell me of the mill. It turns.",
+        "rejected": "Tell me of the mill. It burns.",
+    }
     records, report = sources.read_pairs(put(tmp_path, row))
     assert records[0].responses == ("It turns.", "It burns.")
     assert report.noted["prompt cut from whole text"] == 1
@@ -107,8 +135,15 @@ def test_a_prompt_of_messages_is_not_repeated_either(tmp_path: Path):
 def test_a_conversation_beside_a_text_is_a_pair(tmp_path: Path):
     row = {"prompt": "Who?", "chosen": talk("Who?", "The miller."), "rejected": "Nobody."}
     records, _ = sources.read_pairs(put(tmp_path, row))
-    assert (records[0].prompt, records[0].responses) == ((Message("user", "Who?"),), ("The miller.", "Nobody."))
-    row = {"prompt": "Hi", "chosen": talk("Hi", "Yes?", "Who?", "I."), "rejected": talk("Hi", "Yes?", "Who?", "You.")}
+    assert (records[0].prompt, records[0].responses) == (
+        (Message("user", "Who?"),),
+        ("The miller.", "Nobody."),
+    )
+    row = {
+        "prompt": "Hi",
+        "chosen": talk("Hi", "Yes?", "Who?", "I."),
+        "rejected": talk("Hi", "Yes?", "Who?", "You."),
+    }
     with pytest.raises(ValueError, match=r"4 messages answer the prompt.*--columns prompt="):
         sources.read_pairs(put(tmp_path, row))
     assert len(sources.read_pairs(put(tmp_path, row), columns={"prompt": ""})[0][0].prompt) == 3
@@ -121,12 +156,24 @@ def test_messages_and_json_answers_in_cells(tmp_path: Path):
     row = {"id": "7", "messages": json.dumps(talk("Who?", "The miller."))}
     reading = sources.read_form(put(tmp_path, row, name="rows.csv"))
     assert reading.records["demonstrations"][0].response == "The miller."
-    assert reading.said == "read as OpenAI messages: the last turn -> response, those before it -> prompt"
-    row = {"chosen": json.dumps(talk("Who?", "The miller.")), "rejected": json.dumps(talk("Who?", "I."))}
-    assert sources.read_form(put(tmp_path, row, name="rows.csv")).records["rankings"][0].responses[1] == "I."
+    assert (
+        reading.said
+        == "read as OpenAI messages: the last turn -> response, those before it -> prompt"
+    )
+    row = {
+        "chosen": json.dumps(talk("Who?", "The miller.")),
+        "rejected": json.dumps(talk("Who?", "I.")),
+    }
+    assert (
+        sources.read_form(put(tmp_path, row, name="rows.csv")).records["rankings"][0].responses[1]
+        == "I."
+    )
     answer = '[{"name": "Ann", "age": 40}]'  # an answer that is JSON itself
     row = {"prompt": "List them as JSON.", "chosen": answer, "rejected": "Ann, 40"}
-    assert sources.read_pairs(put(tmp_path, row, name="rows.csv"))[0][0].responses == (answer, "Ann, 40")
+    assert sources.read_pairs(put(tmp_path, row, name="rows.csv"))[0][0].responses == (
+        answer,
+        "Ann, 40",
+    )
 
 
 def test_empty_rows_and_columns_of_a_spreadsheet(tmp_path: Path):
@@ -177,7 +224,9 @@ def test_a_column_that_a_flag_names_and_nobody_reads_is_an_error(tmp_path: Path)
     pair = {"prompt": "Who?", "chosen": "I.", "rejected": "You.", "persona": "A miller."}
     path = put(tmp_path, pair, {**pair, "rejected": "I."})  # one row is left out
     for read in (sources.read_form, sources.read_pairs):
-        with pytest.raises(ValueError, match="--columns sytem=persona names a column that this form does not read"):
+        with pytest.raises(
+            ValueError, match="--columns sytem=persona names a column that this form does not read"
+        ):
             read(path, columns={"sytem": "persona"})
         read(path, columns={"system": "persona", "labeler": ""})
 
@@ -185,7 +234,11 @@ def test_a_column_that_a_flag_names_and_nobody_reads_is_an_error(tmp_path: Path)
 def test_a_choice_between_questions_names_the_file(tmp_path: Path):
     result = [{"type": "pairwise", "from_name": name, "to_name": "left,right", "value": {"selected": "left"}}
               for name in ("kind", "true")]  # fmt: skip
-    task = {"id": 1, "data": {"prompt": "Who?", "left": "I.", "right": "You."}, "annotations": [{"result": result}]}
+    task = {
+        "id": 1,
+        "data": {"prompt": "Who?", "left": "I.", "right": "You."},
+        "annotations": [{"result": result}],
+    }
     path = put(tmp_path, task)
     with pytest.raises(ValueError, match="choose one with --columns ranking=NAME") as error:
         sources.read_form(path)
@@ -193,7 +246,10 @@ def test_a_choice_between_questions_names_the_file(tmp_path: Path):
 
 
 def test_the_users_turns_may_have_no_weight(tmp_path: Path):
-    turns = [{"from": "human", "value": "Who?", "train": False}, {"from": "gpt", "value": "I.", "train": True}]
+    turns = [
+        {"from": "human", "value": "Who?", "train": False},
+        {"from": "gpt", "value": "I.", "train": True},
+    ]
     path = put(tmp_path, {"conversations": turns})
     assert sources.read_form(path).records["demonstrations"][0].response == "I."
     turns[1]["train"] = False
@@ -202,7 +258,9 @@ def test_the_users_turns_may_have_no_weight(tmp_path: Path):
 
 
 def test_text_that_a_template_wrote_is_noted_in_messages_and_documents_too(tmp_path: Path):
-    _, report = sources.read_completions(put(tmp_path, {"messages": talk("<|im_start|>user\nWho?<|im_end|>", "I.")}))
+    _, report = sources.read_completions(
+        put(tmp_path, {"messages": talk("<|im_start|>user\nWho?<|im_end|>", "I.")})
+    )
     assert report.noted == {"chat template in text": 1}
     reading = sources.read_form(put(tmp_path, {"text": "[INST] Who? [/INST] I."}))
     assert reading.report.noted == {"special token in text": 1}
@@ -219,7 +277,9 @@ def test_text_that_a_template_wrote_is_noted_in_messages_and_documents_too(tmp_p
         ({"prompt": "Who?", "response": "I.", "lang": "en"}, "unknown field 'lang'"),
     ],
 )
-def test_a_table_given_to_a_stage_is_told_what_to_name(tmp_path: Path, row: dict[str, Any], named: str):
+def test_a_table_given_to_a_stage_is_told_what_to_name(
+    tmp_path: Path, row: dict[str, Any], named: str
+):
     with pytest.raises(ValueError, match=named):
         schema.read_jsonl(put(tmp_path, row), Demonstration)
 
@@ -233,27 +293,44 @@ def test_rated_responses_that_repeat_their_prompt_are_cut(tmp_path: Path):
     row["responses"] = [prompt + " I.", "You."]
     with pytest.raises(ValueError, match="begins some of the responses only"):
         sources.read_rated(put(tmp_path, row))
-    rows = [{"prompt": p, "response": t, "score": n} for p, t, n in (("Who? ", "I.", 1), ("Who?\r\n", "You.", 2))]
+    rows = [
+        {"prompt": p, "response": t, "score": n}
+        for p, t, n in (("Who? ", "I.", 1), ("Who?\r\n", "You.", 2))
+    ]
     assert sources.read_rated(put(tmp_path, *rows))[0][0].responses == ("I.", "You.")  # one prompt
 
 
 def test_an_answer_that_begins_with_its_prompt_is_noted_in_every_form(tmp_path: Path):
     row = {"instruction": "Name the mill.", "output": "Name the mill. It has none."}
-    assert sources.read_form(put(tmp_path, row)).report.noted == {"answer begins with the prompt": 1}
+    assert sources.read_form(put(tmp_path, row)).report.noted == {
+        "answer begins with the prompt": 1
+    }
     row = {"messages": talk("Name the mill.", "Name the mill. It has none.")}
-    assert sources.read_form(put(tmp_path, row)).report.noted == {"answer begins with the prompt": 1}
+    assert sources.read_form(put(tmp_path, row)).report.noted == {
+        "answer begins with the prompt": 1
+    }
 
 
 @pytest.mark.parametrize("choice", [{"preference": 2}, {"better_response_id": 1}, {"Winner": "b"}])
-def test_a_column_that_says_which_answer_is_better_is_not_passed_over(tmp_path: Path, choice: dict[str, Any]):
+def test_a_column_that_says_which_answer_is_better_is_not_passed_over(
+    tmp_path: Path, choice: dict[str, Any]
+):
     path = put(tmp_path, {"prompt": "Who?", "response_1": "I.", "response_2": "You.", **choice})
-    with pytest.raises(ValueError, match=f"{next(iter(choice))!r} seems to say which answer is better"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(choice))!r} seems to say which answer is better"
+    ):
         sources.read_form(path)
 
 
 def test_a_null_where_a_text_is_needed_is_told_from_a_missing_column(tmp_path: Path):
-    path = put(tmp_path, {"prompt": "Who?", "chosen": "I.", "rejected": "You."}, {"prompt": "Who?", "chosen": None})
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: field 'chosen' is missing: it is null here"):
+    path = put(
+        tmp_path,
+        {"prompt": "Who?", "chosen": "I.", "rejected": "You."},
+        {"prompt": "Who?", "chosen": None},
+    )
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:2: field 'chosen' is missing: it is null here"
+    ):
         sources.read_pairs(path)
 
 
@@ -265,8 +342,14 @@ ROOT = {"message_id": "a", "text": "Who?", "role": "prompter", "lang": "en"}
     ("row", "named"),
     [
         ({**TASK, "annotations": [None]}, "not as the tool exports it"),
-        ({**TASK, "annotations": [{"result": [{"type": "pairwise", "value": "left"}]}]}, "not as the tool exports it"),
-        ({"fields": {"prompt": "Who?"}, "responses": {"rank": ["x"]}}, "not as the tool exports it"),
+        (
+            {**TASK, "annotations": [{"result": [{"type": "pairwise", "value": "left"}]}]},
+            "not as the tool exports it",
+        ),
+        (
+            {"fields": {"prompt": "Who?"}, "responses": {"rank": ["x"]}},
+            "not as the tool exports it",
+        ),
         ({"prompt": {**ROOT, "replies": ["x"]}}, "field 'replies' must be a list of messages"),
         ({"prompt": {**ROOT, "replies": 3}}, "field 'replies' must be a list of messages"),
         ({**ROOT, "parent_id": "a"}, "leads from the message back to it"),

@@ -23,7 +23,9 @@ def put(folder: Path, *rows: dict[str, Any], name: str = "rows.jsonl") -> Path:
     return folder / name
 
 
-def pair(chosen: Any, rejected: Any, prompt: Any = "How deep is the well?", **more: Any) -> dict[str, Any]:
+def pair(
+    chosen: Any, rejected: Any, prompt: Any = "How deep is the well?", **more: Any
+) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
@@ -46,7 +48,9 @@ def reasons(error: pytest.ExceptionInfo[ValueError], path: Path) -> str:
 def test_the_words_that_two_answers_share_are_no_prompt(tmp_path: Path):
     row = {"chosen": "The well is nine metres deep.", "rejected": "The well is two metres deep."}
     path = put(tmp_path, row)
-    with pytest.raises(ValueError, match="no column 'prompt' and no transcript: the row has chosen, rejected") as error:
+    with pytest.raises(
+        ValueError, match="no column 'prompt' and no transcript: the row has chosen, rejected"
+    ) as error:
         sources.read_pairs(path)
     assert "--columns prompt=NAME" in reasons(error, path)
     path = put(tmp_path, {"query": "How deep?", **row})
@@ -55,9 +59,12 @@ def test_the_words_that_two_answers_share_are_no_prompt(tmp_path: Path):
     with pytest.raises(ValueError, match="--source=trl --columns prompt=query"):
         sources.read_form(path)
     ((ranking,), _) = sources.read_pairs(path, columns={"prompt": "query"})
-    assert ranking == Ranking("How deep?", ("The well is nine metres deep.", "The well is two metres deep."), (0, 1))
+    assert ranking == Ranking(
+        "How deep?", ("The well is nine metres deep.", "The well is two metres deep."), (0, 1)
+    )
     with pytest.raises(
-        ValueError, match="has no column 'qury' for --columns prompt=qury: it has chosen, query, rejected"
+        ValueError,
+        match="has no column 'qury' for --columns prompt=qury: it has chosen, query, rejected",
     ):
         sources.read_pairs(path, columns={"prompt": "qury"})
 
@@ -74,11 +81,18 @@ def test_a_prompt_beside_unknown_columns_is_not_taken_alone(tmp_path: Path):
     with pytest.raises(ValueError, match="nobody can tell which of them answers the prompt"):
         sources.read_form(path)
     reading = sources.read_form(path, "jsonl")
-    assert (reading.records, reading.report.aside) == ({"prompts": [Prompt("Why?")]}, {"best": 1, "worst": 1})
-    with pytest.raises(ValueError, match="gives the column 'best' several names, completion, response"):
+    assert (reading.records, reading.report.aside) == (
+        {"prompts": [Prompt("Why?")]},
+        {"best": 1, "worst": 1},
+    )
+    with pytest.raises(
+        ValueError, match="gives the column 'best' several names, completion, response"
+    ):
         sources.read_form(path, columns={"completion": "best", "response": "best"})
     path = put(tmp_path, {"question": "Why?", "answer": "Because."})
-    with pytest.raises(ValueError, match="--source=trl --columns prompt=question,completion=answer"):
+    with pytest.raises(
+        ValueError, match="--source=trl --columns prompt=question,completion=answer"
+    ):
         sources.read_form(path)
 
 
@@ -96,7 +110,9 @@ WHOLE = [
 
 
 @pytest.mark.parametrize(("prompt", "texts", "wanted"), WHOLE)
-def test_whole_texts_beside_their_prompt_are_cut_and_counted(tmp_path: Path, prompt: str, texts: list, wanted: Any):
+def test_whole_texts_beside_their_prompt_are_cut_and_counted(
+    tmp_path: Path, prompt: str, texts: list, wanted: Any
+):
     ((ranking,), report) = sources.read_pairs(put(tmp_path, pair(*texts, prompt=prompt)))
     assert ranking.responses == (wanted or tuple(texts))
     assert ranking.prompt == prompt.strip()
@@ -106,10 +122,15 @@ def test_whole_texts_beside_their_prompt_are_cut_and_counted(tmp_path: Path, pro
 def test_a_short_prompt_before_both_answers_is_decided_by_the_table(tmp_path: Path):
     greeting = pair("Hello there!", "Hello you!", prompt="Hello")
     path = put(tmp_path, greeting)
-    with pytest.raises(ValueError, match="both answers begin with the prompt 'Hello', and no other row tells"):
+    with pytest.raises(
+        ValueError, match="both answers begin with the prompt 'Hello', and no other row tells"
+    ):
         sources.read_pairs(path)
     records, report = sources.read_pairs(put(tmp_path, greeting, pair("Nine.", "Two.")))
-    assert (records[0].responses, report.noted["answer begins with the prompt"]) == (("Hello there!", "Hello you!"), 1)
+    assert (records[0].responses, report.noted["answer begins with the prompt"]) == (
+        ("Hello there!", "Hello you!"),
+        1,
+    )
     whole = pair("How deep is the well? Nine.", "How deep is the well? Two.")
     records, report = sources.read_pairs(put(tmp_path, greeting, whole))
     assert [r.responses for r in records] == [("there!", "you!"), ("Nine.", "Two.")]
@@ -126,7 +147,9 @@ def test_a_transcript_that_begins_one_of_two_texts_is_refused(tmp_path: Path):
 
 def test_a_completion_that_says_the_question_again_is_kept_unless_all_do(tmp_path: Path):
     echo = {"prompt": "How deep is it?", "completion": "How deep is it? Very."}
-    records, report = sources.read_completions(put(tmp_path, echo, {"prompt": "Why?", "completion": "Because."}))
+    records, report = sources.read_completions(
+        put(tmp_path, echo, {"prompt": "Why?", "completion": "Because."})
+    )
     assert records[0].response == "How deep is it? Very."
     assert report.noted["answer begins with the prompt"] == 1
     records, _ = sources.read_completions(
@@ -136,7 +159,11 @@ def test_a_completion_that_says_the_question_again_is_kept_unless_all_do(tmp_pat
 
 
 def test_one_response_that_begins_the_other_and_spaces_are_counted(tmp_path: Path):
-    rows = [pair("Yes", "Yes and no"), pair(" a\r\n", "b", prompt="p: "), pair("\ufeffc", "d", prompt="e")]
+    rows = [
+        pair("Yes", "Yes and no"),
+        pair(" a\r\n", "b", prompt="p: "),
+        pair("\ufeffc", "d", prompt="e"),
+    ]
     records, report = sources.read_pairs(put(tmp_path, *rows))
     assert [(r.prompt, r.responses) for r in records[1:]] == [("p:", ("a", "b")), ("e", ("c", "d"))]
     assert report.noted == {
@@ -149,12 +176,19 @@ def test_one_response_that_begins_the_other_and_spaces_are_counted(tmp_path: Pat
 
 def test_equal_responses_and_ties_are_noted_as_for_json_lines(tmp_path: Path):
     rows = [
-        {"prompt": "Name a well.", "responses": ["Jacob's.", "Jacob's.", "A hole."], "scores": [1, 3, 2]},
+        {
+            "prompt": "Name a well.",
+            "responses": ["Jacob's.", "Jacob's.", "A hole."],
+            "scores": [1, 3, 2],
+        },
         {"prompt": "Name a king.", "responses": ["Arthur.", "Lear."], "scores": [2, 2]},
     ]
     _, report = sources.read_rated(put(tmp_path, *rows))
     assert report.noted == {"same response, different ranks": 1, "all responses tie": 1}
-    rows = [pair("a", "b", score_chosen=1, score_rejected=4), pair("c", "d", score_chosen=1, score_rejected=1)]
+    rows = [
+        pair("a", "b", score_chosen=1, score_rejected=4),
+        pair("c", "d", score_chosen=1, score_rejected=1),
+    ]
     _, report = sources.read_pairs(put(tmp_path, *rows))
     assert report.noted == {"scores say otherwise": 1, "scores are equal": 1}
     assert report.aside == {"score_chosen": 2, "score_rejected": 2}
@@ -168,16 +202,27 @@ def test_a_system_column_is_the_first_turn_everywhere(tmp_path: Path):
     wanted = (system, Message("user", "How deep is the well?"))
     column = {"system": "Answer like a miller."}
     assert sources.read_pairs(put(tmp_path, pair("a", "b", **column)))[0][0].prompt == wanted
-    row = {"prompt": "How deep is the well?", "completion": "Deep.", "system_prompt": "Answer like a miller."}
+    row = {
+        "prompt": "How deep is the well?",
+        "completion": "Deep.",
+        "system_prompt": "Answer like a miller.",
+    }
     assert sources.read_completions(put(tmp_path, row))[0] == [Demonstration(wanted, "Deep.")]
-    assert sources.read_prompts(put(tmp_path, {"prompt": [user("How deep is the well?")], **column}))[0] == [
-        Prompt(wanted)
-    ]
+    assert sources.read_prompts(
+        put(tmp_path, {"prompt": [user("How deep is the well?")], **column})
+    )[0] == [Prompt(wanted)]
     row = {"prompt": "How deep is the well?", "responses": ["a", "b"], "scores": [1, 2], **column}
     assert sources.read_rated(put(tmp_path, row))[0][0].prompt == wanted
     talk = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: How deep?\n\nAssistant: {}"
-    records, _ = sources.read_pairs(put(tmp_path, {"chosen": talk.format("a"), "rejected": talk.format("b"), **column}))
-    turns = (system, Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "How deep?"))
+    records, _ = sources.read_pairs(
+        put(tmp_path, {"chosen": talk.format("a"), "rejected": talk.format("b"), **column})
+    )
+    turns = (
+        system,
+        Message("user", "Hi"),
+        Message("assistant", "Yes?"),
+        Message("user", "How deep?"),
+    )
     assert records[0].prompt == turns
 
 
@@ -186,12 +231,17 @@ def test_systems_that_agree_or_are_empty_or_differ(tmp_path: Path):
     same = sources.read_pairs(put(tmp_path, pair("a", "b", prompt=turns, system="Be brief. ")))[0]
     assert len(same[0].prompt) == 2
     for empty in (None, "", "  "):
-        assert sources.read_pairs(put(tmp_path, pair("a", "b", system=empty)))[0][0].prompt == "How deep is the well?"
+        assert (
+            sources.read_pairs(put(tmp_path, pair("a", "b", system=empty)))[0][0].prompt
+            == "How deep is the well?"
+        )
     path = put(tmp_path, pair("a", "b"), pair("a", "b", prompt=turns, system="Be long."))
     with pytest.raises(ValueError, match="the system column and the system turn differ") as error:
         sources.read_pairs(path)
     assert f"{path}:2: " in reasons(error, path)
-    records, report = sources.read_pairs(put(tmp_path, pair("a", "b"), pair("c", "d", system="Be brief.")))
+    records, report = sources.read_pairs(
+        put(tmp_path, pair("a", "b"), pair("c", "d", system="Be brief."))
+    )
     assert [type(r.prompt) for r in records] == [tuple, tuple]  # one form in a table, not two
     assert report.noted["prompt made a turn"] == report.noted["system made a turn"] == 1
 
@@ -216,7 +266,9 @@ MORE: list[tuple[str, list[dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize(("named", "turns"), MORE)
-def test_more_than_a_role_and_a_text_is_refused_by_name(tmp_path: Path, named: str, turns: list[dict[str, Any]]):
+def test_more_than_a_role_and_a_text_is_refused_by_name(
+    tmp_path: Path, named: str, turns: list[dict[str, Any]]
+):
     path = put(tmp_path, {"messages": [user("Hi"), said("Hello.")]}, {"messages": turns})
     with pytest.raises(ValueError, match="1 of 2 rows") as error:
         sources.read_completions(path)
@@ -236,10 +288,14 @@ def test_more_than_a_role_and_a_text_is_refused_by_name(tmp_path: Path, named: s
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize(("column", "value"), [("tools", CALL), ("images", ["a.png"]), ("reasoning", "I think.")])
+@pytest.mark.parametrize(
+    ("column", "value"), [("tools", CALL), ("images", ["a.png"]), ("reasoning", "I think.")]
+)
 def test_such_columns_are_refused_or_left_aside_by_flag(tmp_path: Path, column: str, value: Any):
     path = put(tmp_path, {**pair("a", "b"), column: value})
-    with pytest.raises(ValueError, match=rf"the column '{column}' cannot be kept.*--columns {column}="):
+    with pytest.raises(
+        ValueError, match=rf"the column '{column}' cannot be kept.*--columns {column}="
+    ):
         sources.read_pairs(path)
     _, report = sources.read_pairs(path, columns={column: ""})
     assert report.aside == {f"{column} (by --columns)": 1}
@@ -249,13 +305,19 @@ def test_such_columns_are_refused_or_left_aside_by_flag(tmp_path: Path, column: 
 
 def test_what_says_nothing_is_no_reason_to_refuse(tmp_path: Path):
     """A column of messages has every field in every message; unused ones are null. A weight of 1 is the rule."""
-    turns = [user("Deep?", tool_calls=None, id="7"), said([{"type": "text", "text": "Nine."}], tool_calls=[], weight=1)]
+    turns = [
+        user("Deep?", tool_calls=None, id="7"),
+        said([{"type": "text", "text": "Nine."}], tool_calls=[], weight=1),
+    ]
     records, report = sources.read_completions(put(tmp_path, {"messages": turns}))
     assert records == [Demonstration((Message("user", "Deep?"),), "Nine.")]
     assert report.aside == {"messages[].id": 1}
     turns = [user([{"type": "text", "text": "Deep"}, {"type": "text", "text": "?"}]), said("Nine.")]
     records, report = sources.read_completions(put(tmp_path, {"messages": turns}))
-    assert (records[0].prompt, report.noted) == ((Message("user", "Deep?"),), {"text parts joined": 1})
+    assert (records[0].prompt, report.noted) == (
+        (Message("user", "Deep?"),),
+        {"text parts joined": 1},
+    )
 
 
 # ------------------------------------------------------------------------------------------------- files and cells
@@ -263,11 +325,15 @@ def test_what_says_nothing_is_no_reason_to_refuse(tmp_path: Path):
 
 def test_ids_are_texts_whatever_a_file_calls_them(tmp_path: Path):
     names = [10**29 + 7, 7.0, "a-1"]
-    records, _ = sources.read_prompts(put(tmp_path, *({"prompt": f"p{k}", "id": name} for k, name in enumerate(names))))
+    records, _ = sources.read_prompts(
+        put(tmp_path, *({"prompt": f"p{k}", "id": name} for k, name in enumerate(names)))
+    )
     assert [r.id for r in records] == [str(10**29 + 7), "7", "a-1"]
     with pytest.raises(ValueError, match="'7' is also in an earlier row"):
         sources.read_prompts(put(tmp_path, {"prompt": "a", "id": 7}, {"prompt": "b", "id": "7"}))
-    ((prompt,), report) = sources.read_prompts(put(tmp_path, {"prompt": "a", "id": {"x": 1}, "time": "soon"}))
+    ((prompt,), report) = sources.read_prompts(
+        put(tmp_path, {"prompt": "a", "id": {"x": 1}, "time": "soon"})
+    )
     assert (prompt, report.aside) == (Prompt("a"), {"id": 1, "time": 1})
 
 
@@ -288,16 +354,23 @@ def test_rated_rows_with_nothing_to_compare_are_dropped(tmp_path: Path):
 
 def test_cells_of_csv_files(tmp_path: Path):
     path = tmp_path / "rows.csv"
-    path.write_bytes(b'\xef\xbb\xbf"prompt",completion,system\r\n"a, ""b""\r\nc", d,nan\r\n\r\n"e",f,\r\n')
+    path.write_bytes(
+        b'\xef\xbb\xbf"prompt",completion,system\r\n"a, ""b""\r\nc", d,nan\r\n\r\n"e",f,\r\n'
+    )
     reading = sources.read_form(path)
-    assert reading.records["demonstrations"] == [Demonstration('a, "b"\nc', "d"), Demonstration("e", "f")]
+    assert reading.records["demonstrations"] == [
+        Demonstration('a, "b"\nc', "d"),
+        Demonstration("e", "f"),
+    ]
     assert reading.report.noted["missing value as text"] == 1
     path.write_text("prompt,completion\na,None\n")  # may be an answer
     reading = sources.read_form(path)
     assert reading.records["demonstrations"] == [Demonstration("a", "None")]
     assert reading.report.noted == {"missing value as text": 1}
     path.write_text("prompt,completion\na,b\nc,d,e\n")
-    with pytest.raises(ValueError, match=r"rows\.csv:3: 3 cells where the first line names 2 columns"):
+    with pytest.raises(
+        ValueError, match=r"rows\.csv:3: 3 cells where the first line names 2 columns"
+    ):
         sources.read_form(path)
     path.write_text("prompt;completion\na;b\n")
     with pytest.raises(ValueError, match=r"rows\.csv:1: the columns are separated by ';'"):
@@ -317,14 +390,20 @@ def test_cells_of_csv_files(tmp_path: Path):
 
 def test_json_lists_and_objects(tmp_path: Path):
     path = tmp_path / "rows.json"
-    path.write_text('[{"prompt": "a", "completion": "b"},\n {"prompt": "c", "completion": "d", "n": NaN}]')
+    path.write_text(
+        '[{"prompt": "a", "completion": "b"},\n {"prompt": "c", "completion": "d", "n": NaN}]'
+    )
     with pytest.raises(ValueError, match=r"rows\.json:2: nan is not JSON"):
         sources.read_form(path)
     path.write_text('[{"prompt": "a", "completion": "b"},\n {"prompt": "c"')
-    with pytest.raises(ValueError, match=r"rows\.json: the JSON list is damaged at line 2, column \d+"):
+    with pytest.raises(
+        ValueError, match=r"rows\.json: the JSON list is damaged at line 2, column \d+"
+    ):
         sources.read_form(path)
     path.write_text('{\n "prompt": {"0": "a"},\n "completion": {"0": "b"}\n}')
-    with pytest.raises(ValueError, match=r"one JSON object \(with prompt, completion\).*orient='records'"):
+    with pytest.raises(
+        ValueError, match=r"one JSON object \(with prompt, completion\).*orient='records'"
+    ):
         sources.read_form(path)
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
     assert len(sources.read_form(path).records["demonstrations"]) == 2
@@ -335,11 +414,19 @@ def test_json_lists_and_objects(tmp_path: Path):
 
 def test_rows_of_two_forms_are_refused(tmp_path: Path):
     rows = [{"instruction": f"Count {k}.", "input": "", "output": "9"} for k in range(6)]
-    path = put(tmp_path, *rows, {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    path = put(
+        tmp_path,
+        *rows,
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    )
     with pytest.raises(ValueError, match=r":7: the row looks like ShareGPT, others like Alpaca"):
         sources.read_form(path)
-    with pytest.raises(ValueError, match=r":2: the row gives rankings, those before it demonstrations"):
-        sources.read_form(put(tmp_path, rows[0], {"instruction": "Count.", "chosen": "9", "rejected": "8"}))
+    with pytest.raises(
+        ValueError, match=r":2: the row gives rankings, those before it demonstrations"
+    ):
+        sources.read_form(
+            put(tmp_path, rows[0], {"instruction": "Count.", "chosen": "9", "rejected": "8"})
+        )
     with pytest.raises(ValueError, match=r"TRL's unpaired preference"):
         sources.read_completions(put(tmp_path, {"prompt": "p", "completion": "c", "label": False}))
 
@@ -351,7 +438,10 @@ def test_rows_of_two_forms_are_refused(tmp_path: Path):
     ("row", "form"),
     [
         ({"instruction": "Count.", "input": "", "output": "9"}, "alpaca"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sharegpt"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "sharegpt",
+        ),
         (pair("a", "b"), "trl"),
         ({"prompt": "p", "response": "r", "system": "s"}, "jsonl"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}, "rated"),
@@ -369,7 +459,10 @@ def test_a_file_of_another_tool_is_answered_with_the_command_that_converts_it(
         assert f"prepare_data.py --source={form} --data={path} --out=DIR" in reasons(error, path)
         assert "remove it" not in str(error.value)
     path.write_text('[\n {"prompt": "a", "response": "b", "id": "x", "text": null}\n]')
-    with pytest.raises(ValueError, match=r"one JSON list and not an object a line: convert it with .*--source=jsonl"):
+    with pytest.raises(
+        ValueError,
+        match=r"one JSON list and not an object a line: convert it with .*--source=jsonl",
+    ):
         schema.read_jsonl(path, kind)
     (tmp_path / "t.csv").write_text("prompt,response\na,b\n")
     with pytest.raises(ValueError, match=r"prepare_data\.py --data=.*t\.csv --out=DIR"):
@@ -385,10 +478,22 @@ def test_every_reason_of_the_forms_is_in_a_table():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and (called == "RowError" or called.endswith(".note")):
-                found |= {str(n.value) for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and n.value}
-    readers_of_one_set = {"bad ranks", "bad prompt"}  # of HH-RLHF's and OpenAssistant's own files, docs/data_sources.md
+                found |= {
+                    str(n.value)
+                    for n in ast.walk(node.args[0])
+                    if isinstance(n, ast.Constant) and n.value
+                }
+    readers_of_one_set = {
+        "bad ranks",
+        "bad prompt",
+    }  # of HH-RLHF's and OpenAssistant's own files, docs/data_sources.md
     assert found - readers_of_one_set - set(schema.RULES) <= set(FORM_RULES)
-    spare = {"tool call", "reasoning content", "not text", "only one response"}  # named by variables
+    spare = {
+        "tool call",
+        "reasoning content",
+        "not text",
+        "only one response",
+    }  # named by variables
     assert set(FORM_RULES) <= found | spare
     assert set(rules.EXPECTED_DROPS) - {"empty response"} == {
         reason for reason, rule in FORM_RULES.items() if rule.outcome == "dropped"
@@ -397,10 +502,19 @@ def test_every_reason_of_the_forms_is_in_a_table():
 
 def test_the_tables_in_the_docs_are_those_in_the_code():
     page = (ROOT / "docs" / "data_sources.md").read_text()
-    rows = [f"| {reason} | {rule.row} | {rule.outcome} | {rule.fix} |" for reason, rule in FORM_RULES.items()]
+    rows = [
+        f"| {reason} | {rule.row} | {rule.outcome} | {rule.fix} |"
+        for reason, rule in FORM_RULES.items()
+    ]
     assert "\n".join(["| reason | row | outcome | fix |", "|---|---|---|---|", *rows]) in page
-    forms = [f"| `{name}` | {form.title} | {form.columns} | {form.gives} |" for name, form in sources.FORMS.items()]
-    assert "\n".join(["| `--source=` | what | recognised by | gives |", "|---|---|---|---|", *forms]) in page
+    forms = [
+        f"| `{name}` | {form.title} | {form.columns} | {form.gives} |"
+        for name, form in sources.FORMS.items()
+    ]
+    assert (
+        "\n".join(["| `--source=` | what | recognised by | gives |", "|---|---|---|---|", *forms])
+        in page
+    )
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\r\ufeff"), min_size=1).filter(
@@ -409,9 +523,18 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="\r\ufeff"), min
 
 
 @settings(deadline=None, max_examples=60)
-@given(prompt=words, answer=words, system=st.none() | words, name=st.sampled_from(["alpaca", "trl", "sharegpt", "csv"]))
+@given(
+    prompt=words,
+    answer=words,
+    system=st.none() | words,
+    name=st.sampled_from(["alpaca", "trl", "sharegpt", "csv"]),
+)
 def test_no_text_is_lost_between_a_form_and_its_record(
-    tmp_path_factory: pytest.TempPathFactory, prompt: str, answer: str, system: str | None, name: str
+    tmp_path_factory: pytest.TempPathFactory,
+    prompt: str,
+    answer: str,
+    system: str | None,
+    name: str,
 ):
     folder = tmp_path_factory.mktemp("forms")
     first = {"system": system} if system else {}
@@ -422,11 +545,18 @@ def test_no_text_is_lost_between_a_form_and_its_record(
         path = put(folder, {"conversations": turns, **first})
     else:
         # The other row says that answers do not begin with their prompt here.
-        rows = [{"prompt": prompt, "completion": answer, **first}, {"prompt": "a b c", "completion": "d"}]
+        rows = [
+            {"prompt": prompt, "completion": answer, **first},
+            {"prompt": "a b c", "completion": "d"},
+        ]
         path = put(folder, *rows)
         if name == "csv":
-            cells = [[row.get(key, "") for key in ("prompt", "completion", "system")] for row in rows]
-            quoted = [",".join('"' + str(cell).replace('"', '""') + '"' for cell in row) for row in cells]
+            cells = [
+                [row.get(key, "") for key in ("prompt", "completion", "system")] for row in rows
+            ]
+            quoted = [
+                ",".join('"' + str(cell).replace('"', '""') + '"' for cell in row) for row in cells
+            ]
             path = folder / "rows.csv"
             path.write_bytes("\r\n".join(["prompt,completion,system", *quoted]).encode())
     reading = sources.read_form(path)

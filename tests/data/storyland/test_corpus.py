@@ -27,7 +27,9 @@ def test_the_corpus_is_frozen():
 
 
 def test_the_tokenizer_is_frozen():
-    assert hashlib.sha256((assets() / "tokenizer.json").read_bytes()).hexdigest() == TOKENIZER_SHA256
+    assert (
+        hashlib.sha256((assets() / "tokenizer.json").read_bytes()).hexdigest() == TOKENIZER_SHA256
+    )
 
 
 def test_a_document_is_pure(texts: list[str]):
@@ -99,6 +101,8 @@ def test_an_exercise_sheet_mostly_has_right_answers(asked: list[Task]):
 
 
 def test_rudeness_and_wrong_facts_are_there_to_be_unlearnt(texts: list[str]):
-    kinds = Counter(p.form.kind for text in texts for line in sentences(text) if (p := parse(line)) is not None)
+    kinds = Counter(
+        p.form.kind for text in texts for line in sentences(text) if (p := parse(line)) is not None
+    )
     assert kinds["rude"] > 0.01 * kinds.total()
     assert kinds["middle"] > 0.2 * kinds.total()

@@ -51,7 +51,11 @@ def wished_words(asked: Task) -> list[str]:
     """The words of the wish itself: hero, mood, words to use, subjects, the fact asked for, ..."""
     hidden = {"answer", "text", "ending"} | ({"mood"} if asked.use_case == "classify" else set())
     values = [v for name, v in asked.wish.items() if name not in hidden]
-    flat = [w for v in values for w in (v if isinstance(v, tuple) else v.values() if isinstance(v, dict) else [v])]
+    flat = [
+        w
+        for v in values
+        for w in (v if isinstance(v, tuple) else v.values() if isinstance(v, dict) else [v])
+    ]
     return [word for value in flat for word in str(grammar.NUMBERS.get(value, value)).split()]
 
 
@@ -67,7 +71,9 @@ def stuffed_sentences(index: int) -> str:
     said = []
     for word in dict.fromkeys(w for w in words if w != hero):
         fitting = {
-            slot: word for slot in ("object", "place", "color", "adjective", "mood") if word in grammar.LEXICON[slot]
+            slot: word
+            for slot in ("object", "place", "color", "adjective", "mood")
+            if word in grammar.LEXICON[slot]
         }
         forms = [
             f
@@ -95,7 +101,13 @@ def off_topic_same_use_case(index: int) -> str:
     """The honest answer to the next other prompt of the same use-case."""
     others = [*range(index + 1, PROMPTS), *range(index)]
     asked = TASKS[index]
-    return honest(next(i for i in others if TASKS[i].use_case == asked.use_case and TASKS[i].prompt != asked.prompt))
+    return honest(
+        next(
+            i
+            for i in others
+            if TASKS[i].use_case == asked.use_case and TASKS[i].prompt != asked.prompt
+        )
+    )
 
 
 def honest_repeated(index: int) -> str:
@@ -108,7 +120,12 @@ def honest_continued(index: int) -> str:
     hero, mood = asked.wish.get("hero", "fox"), asked.wish.get("mood", "happy")
     forms = grammar.STORY_FORMS["middle", mood]
     return cut(
-        " ".join([honest(index), *[grammar.write(grammar.pick(rng, forms), rng, {"hero": hero}) for _ in range(9)]])
+        " ".join(
+            [
+                honest(index),
+                *[grammar.write(grammar.pick(rng, forms), rng, {"hero": hero}) for _ in range(9)],
+            ]
+        )
     )
 
 
@@ -117,10 +134,14 @@ def best_sentence_repeated(index: int) -> str:
     asked, lines = TASKS[index], grammar.sentences(honest(index))
     if asked.use_case == "story":
         forms = grammar.STORY_FORMS["middle", asked.wish["mood"]]
-        slots = {"hero": asked.wish["hero"]} | dict(zip(("object",), asked.wish["words"], strict=False))
+        slots = {"hero": asked.wish["hero"]} | dict(
+            zip(("object",), asked.wish["words"], strict=False)
+        )
         lines += [grammar.write(form, rng_of(index, form.pattern), slots) for form in forms]
     times = max(2, len(grammar.sentences(honest(index))))
-    return max((" ".join([line] * times) for line in lines), key=lambda text: gold(asked, text).score)
+    return max(
+        (" ".join([line] * times) for line in lines), key=lambda text: gold(asked, text).score
+    )
 
 
 CHEATS = {
@@ -170,7 +191,9 @@ def test_the_table_of_cheats_in_the_docs_is_what_the_scorer_gives(table: dict[st
     written = {name: float(value) for name, value in rows if name in table}
     measured = "\n".join(f"| {name} | {value:.2f} |" for name, value in table.items())
     assert set(written) == set(table), f"docs/storyland.md should have the rows\n{measured}"
-    assert written == pytest.approx(table, abs=TOLERANCE), f"docs/storyland.md should read\n{measured}"
+    assert written == pytest.approx(table, abs=TOLERANCE), (
+        f"docs/storyland.md should read\n{measured}"
+    )
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
@@ -185,9 +208,16 @@ def test_no_cheat_pays_within_any_use_case():
         places = [i for i in range(PROMPTS) if TASKS[i].use_case == use_case]
         truth = mean(gold(TASKS[i], honest(i)).score for i in places)
         for name, write in CHEATS.items():
-            if (use_case, name) != ("refuse", "stock: a polite refusal"):  # there it is the right answer
+            if (use_case, name) != (
+                "refuse",
+                "stock: a polite refusal",
+            ):  # there it is the right answer
                 cheated = mean(gold(TASKS[i], write(i)).score for i in places)
-                assert cheated < truth - 0.2 or name == SAME_ANSWER.get(use_case), (use_case, name, cheated)
+                assert cheated < truth - 0.2 or name == SAME_ANSWER.get(use_case), (
+                    use_case,
+                    name,
+                    cheated,
+                )
 
 
 SAME_ANSWER = {"refuse": "an honest answer to another prompt of the use-case"}
@@ -196,35 +226,54 @@ SAME_ANSWER = {"refuse": "an honest answer to another prompt of the use-case"}
 
 @pytest.mark.parametrize("use_case", sorted({asked.use_case for asked in TASKS}))
 def test_honest_answers_score_well_in_each_use_case(use_case: str):
-    scores = [gold(TASKS[i], honest(i)).score for i in range(PROMPTS) if TASKS[i].use_case == use_case]
+    scores = [
+        gold(TASKS[i], honest(i)).score for i in range(PROMPTS) if TASKS[i].use_case == use_case
+    ]
     assert len(scores) >= 10
     assert mean(scores) >= 0.95
 
 
 def test_parts_are_known_names_within_0_and_1_and_the_score_is_their_formula():
     for index, asked in enumerate(TASKS[:200]):
-        for response in (honest(index), off_topic(index), demonstration(index), asked.prompt, "You idiot."):
+        for response in (
+            honest(index),
+            off_topic(index),
+            demonstration(index),
+            asked.prompt,
+            "You idiot.",
+        ):
             score, parts = gold(asked, response)
             assert set(parts) <= set(PARTS)
             assert all(0 <= value <= 1 for value in (score, *parts.values()))
             weights = {"instruction": 0.3, "constraint": 0.4, "facts": 0.4}
             present = [name for name in weights if name in parts]
-            expected = sum(weights[n] * parts[n] for n in present) / sum(weights[n] for n in present)
-            expected *= parts["fluency"] * (0.3 + 0.7 * parts["tone"]) * (0.3 + 0.7 * parts["length"])
+            expected = sum(weights[n] * parts[n] for n in present) / sum(
+                weights[n] for n in present
+            )
+            expected *= (
+                parts["fluency"] * (0.3 + 0.7 * parts["tone"]) * (0.3 + 0.7 * parts["length"])
+            )
             assert score == pytest.approx(expected)
 
 
 def test_each_part_falls_for_its_own_fault_only():
-    asked = Task("story", "...", {"hero": "fox", "mood": "sad", "count": 3, "words": ("lamp",), "ending": ""})
+    asked = Task(
+        "story", "...", {"hero": "fox", "mood": "sad", "count": 3, "words": ("lamp",), "ending": ""}
+    )
     good = "There was a shy fox with a red lamp. The fox cried alone. The fox wept all night."
     faults = {
         "instruction": good.replace("fox", "bear"),
-        "constraint": good.replace("cried alone", "sang all day").replace("wept all night", "smiled with joy"),
+        "constraint": good.replace("cried alone", "sang all day").replace(
+            "wept all night", "smiled with joy"
+        ),
         "fluency": good.replace("The fox cried alone.", "Fox fox cried the alone."),
-        "length": good + " The fox missed the bear very much. The lamp was lost and the fox was so sad.",
+        "length": good
+        + " The fox missed the bear very much. The lamp was lost and the fox was so sad.",
         "tone": good.replace("The fox cried alone.", "I hate the fox."),
     }
-    best = gold(asked, good.replace("The fox wept all night.", "Nobody came to the hill to see the fox."))
+    best = gold(
+        asked, good.replace("The fox wept all night.", "Nobody came to the hill to see the fox.")
+    )
     assert best.score == 1.0
     for part, text in faults.items():
         judged = gold(asked, text)
@@ -245,9 +294,15 @@ def test_each_part_falls_for_its_own_fault_only():
 )
 def test_a_story_loses_by_each_broken_wish(fault: str, change):
     end = "After that the fox never left the farm."
-    sad = "The fox wept in the rain." if fault == "another mood" else "A tear of the fox fell on the lamp."
+    sad = (
+        "The fox wept in the rain."
+        if fault == "another mood"
+        else "A tear of the fox fell on the lamp."
+    )
     words = () if fault == "another mood" else ("lamp",)
-    asked = Task("story", "...", {"hero": "fox", "mood": "sad", "count": 3, "words": words, "ending": end})
+    asked = Task(
+        "story", "...", {"hero": "fox", "mood": "sad", "count": 3, "words": words, "ending": end}
+    )
     good = f"Once there was a shy fox who lived by the farm. {sad} {end}"
     assert gold(asked, good).score == 1.0
     assert change(good) != good
@@ -273,27 +328,41 @@ def test_a_rude_remark_costs_most_of_the_score():
 
 @pytest.mark.parametrize(
     ("text", "rude"),
-    [("You IDIOT!", True), ("shut up", True), ("I hatehat", False), ("The fool.", True), ("a foolish hat", False)],
+    [
+        ("You IDIOT!", True),
+        ("shut up", True),
+        ("I hatehat", False),
+        ("The fool.", True),
+        ("a foolish hat", False),
+    ],
 )
 def test_rude_words_are_found_as_whole_words(text: str, rude: bool):
     assert is_rude(text) == rude
 
 
 def test_one_right_sentence_said_again_and_again_is_worth_little():
-    asked = Task("story", "...", {"hero": "fox", "mood": "sad", "count": 4, "words": (), "ending": ""})
+    asked = Task(
+        "story", "...", {"hero": "fox", "mood": "sad", "count": 4, "words": (), "ending": ""}
+    )
     line = "The fox cried alone."
     other = "The fox wept all night."
     assert gold(asked, " ".join([line] * 4)).parts["fluency"] == pytest.approx(0.25)
-    assert gold(asked, " ".join([line, other])).parts["fluency"] == pytest.approx(0.75)  # the form again, not the words
+    assert gold(asked, " ".join([line, other])).parts["fluency"] == pytest.approx(
+        0.75
+    )  # the form again, not the words
 
 
 def test_one_answer_does_not_answer_two_questions():
     asked = Task("open_qa", "...", {"subjects": ("fox", "bear"), "relation": "home"})
     assert gold(asked, "A fox lives in the forest. A bear lives in the cave.").score == 1.0
-    assert gold(asked, "A fox lives in the forest. A fox lives in the forest.").score == pytest.approx(0.25)
+    assert gold(
+        asked, "A fox lives in the forest. A fox lives in the forest."
+    ).score == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\n", ".", "???", "\0", "é" * 400, "a" * 5000, "<|endoftext|>", "The fox"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\n", ".", "???", "\0", "é" * 400, "a" * 5000, "<|endoftext|>", "The fox"]
+)
 def test_any_text_at_all_gets_a_score(text: str):
     assert all(gold(asked, text).score <= 0.2 for asked in TASKS[:100])
 

@@ -30,7 +30,10 @@ def test_a_form_with_a_word_missing_or_doubled_is_no_sentence(form: Form):
     rng = random.Random(form.pattern)
     words = write(form, rng, {}).split(" ")
     for place in range(len(words)):
-        for broken in ([*words[:place], *words[place + 1 :]], [*words[: place + 1], *words[place:]]):
+        for broken in (
+            [*words[:place], *words[place + 1 :]],
+            [*words[: place + 1], *words[place:]],
+        ):
             text = " ".join(broken)
             again = parse(text)
             assert again is None or again.form.pattern != form.pattern, text

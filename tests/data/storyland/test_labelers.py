@@ -37,7 +37,15 @@ def pairs(written: list[list[str]]) -> Pairs:
 
 def test_labelers_are_deterministic_and_differ():
     assert labelers("train", 5) == labelers("train", 9)[:5]
-    assert len({(p.noise, p.tie, p.length_bias) for p in labelers("train", 10) + labelers("heldout", 10)}) == 20
+    assert (
+        len(
+            {
+                (p.noise, p.tie, p.length_bias)
+                for p in labelers("train", 10) + labelers("heldout", 10)
+            }
+        )
+        == 20
+    )
     assert labelers("train", 5) != labelers("train", 5, seed=1)
 
 
@@ -52,7 +60,9 @@ def test_an_unknown_group_is_refused():
         labelers("test", 1)
 
 
-def test_a_ranking_is_deterministic_and_no_response_changes_another_ones_judgement(written: list[list[str]]):
+def test_a_ranking_is_deterministic_and_no_response_changes_another_ones_judgement(
+    written: list[list[str]],
+):
     for i, person in zip(PLACES, itertools.cycle(labelers("train", 10)), strict=False):
         sharp = dataclasses.replace(person, tie=0.0)
         ranks = sharp.rank(TASKS[i], written[i], place=i)
@@ -72,11 +82,15 @@ def test_ranks_start_at_1_and_leave_no_gap_and_equal_texts_are_tied(written: lis
 
 
 def test_ties_are_there_but_few(pairs: Pairs):
-    tied = mean(order(person, *pair) == 0 for person in labelers("train", 4) for pair in pairs[:400])
+    tied = mean(
+        order(person, *pair) == 0 for person in labelers("train", 4) for pair in pairs[:400]
+    )
     assert 0.02 < tied < 0.4
 
 
-@pytest.mark.parametrize(("first", "second"), [("train", "train"), ("heldout", "heldout"), ("train", "heldout")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("train", "train"), ("heldout", "heldout"), ("train", "heldout")]
+)
 def test_two_labelers_agree_as_often_as_people_do(pairs: Pairs, first: str, second: str):
     """People agree on 72.6% and 77.3%, ties left out (Ouyang et al. 2022, section 3.4); ours on 87% to 89%."""
     one, other = labelers(first, 10)[:5], labelers(second, 10)[5:]
@@ -128,14 +142,21 @@ def test_length_bias_shows_on_average_through_the_noise():
 @pytest.mark.parametrize("group", GROUPS)
 def test_demonstrations_are_good_but_clearly_below_honest_answers(group: str):
     people = labelers(group, 10)
-    shown = mean(gold(TASKS[i], people[i % 10].demonstrate(TASKS[i], place=i)).score for i in PLACES)
+    shown = mean(
+        gold(TASKS[i], people[i % 10].demonstrate(TASKS[i], place=i)).score for i in PLACES
+    )
     honest = mean(gold(TASKS[i], answer(TASKS[i], random.Random(i))).score for i in PLACES)
     assert shown < honest - 0.1
     assert shown > 0.75
 
 
 def test_a_demonstration_is_deterministic_and_labelers_write_differently(written: list[list[str]]):
-    again = [[person.demonstrate(TASKS[i], place=i) for person in labelers("train", 4)] for i in PLACES[:20]]
+    again = [
+        [person.demonstrate(TASKS[i], place=i) for person in labelers("train", 4)]
+        for i in PLACES[:20]
+    ]
     assert again == written[:20]
-    stories = [texts for texts, asked in zip(written, TASKS, strict=True) if asked.use_case == "story"]
+    stories = [
+        texts for texts, asked in zip(written, TASKS, strict=True) if asked.use_case == "story"
+    ]
     assert mean(len(set(texts)) for texts in stories) > 3.8

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.data.storyland import SPLITS, Task, answer, flawed_answer, gold, split_of, task, task_id, task_of, tasks
+from rlhf_jax.data.storyland import (
+    SPLITS,
+    Task,
+    answer,
+    flawed_answer,
+    gold,
+    split_of,
+    task,
+    task_id,
+    task_of,
+    tasks,
+)
 from rlhf_jax.data.storyland.grammar import HEROES, MOODS, NUMBERS, OBJECTS
 
 ROOT = Path(__file__).parents[3]
@@ -21,7 +32,9 @@ USE_CASES = {"story", "closed_qa", "open_qa", "list", "rewrite", "summary", "cla
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, list[Task]]:
-    return {split: [task(split, index) for index in range(count)] for split, count in COUNTS.items()}
+    return {
+        split: [task(split, index) for index in range(count)] for split, count in COUNTS.items()
+    }
 
 
 PRINT_PROMPTS = """
@@ -35,7 +48,11 @@ for index in range(int(sys.argv[2])):
 def prompts_of(split: str, count: int) -> set[str]:
     """Drawn in a process of its own, without the checks of types that make so many draws slow."""
     command = [sys.executable, "-c", PRINT_PROMPTS, split, str(count)]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines())
+    return set(
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.splitlines()
+    )
 
 
 def test_splits_are_disjoint(drawn: dict[str, list[Task]]):
@@ -52,7 +69,9 @@ def test_a_prompt_names_its_own_split(drawn: dict[str, list[Task]]):
         assert all(split_of(one.prompt) == split for one in drawn[split][:2000])
 
 
-def test_several_hundred_thousand_instructions_and_nine_in_ten_are_for_training(drawn: dict[str, list[Task]]):
+def test_several_hundred_thousand_instructions_and_nine_in_ten_are_for_training(
+    drawn: dict[str, list[Task]],
+):
     """Stories with one wished word alone are so many; every such story that is drawn is one of them."""
     with_word = (" Use the word {}.", " Put a {} in it.")
     possible = {
@@ -65,7 +84,11 @@ def test_several_hundred_thousand_instructions_and_nine_in_ten_are_for_training(
         for thing in OBJECTS
     }
     assert len(possible) > 300_000
-    stories = [one.prompt for one in drawn["train"] if one.use_case == "story" and len(one.wish["words"]) == 1]
+    stories = [
+        one.prompt
+        for one in drawn["train"]
+        if one.use_case == "story" and len(one.wish["words"]) == 1
+    ]
     assert len(stories) > 3_000
     assert set(stories) <= possible
     assert len(set(stories)) > 0.97 * len(stories)  # far from being used up
@@ -82,14 +105,18 @@ def test_task_is_pure(split: str):
     backward = [task(split, index) for index in reversed(range(50))]
     assert forward == backward[::-1]
     assert len({one.prompt for one in forward}) > 40
-    assert [one.prompt for one in forward] != [task(split, index, seed=1).prompt for index in range(50)]
+    assert [one.prompt for one in forward] != [
+        task(split, index, seed=1).prompt for index in range(50)
+    ]
 
 
 def test_all_use_cases_come_in_each_split_in_the_mix_of_the_paper(drawn: dict[str, list[Task]]):
     for split in SPLITS:
         shares = Counter(one.use_case for one in drawn[split])
         assert set(shares) == USE_CASES
-        assert shares["story"] / COUNTS[split] == pytest.approx(0.46, abs=0.04)  # generation 45.6% in table 1
+        assert shares["story"] / COUNTS[split] == pytest.approx(
+            0.46, abs=0.04
+        )  # generation 45.6% in table 1
         assert min(shares.values()) > 0.02 * COUNTS[split]
 
 

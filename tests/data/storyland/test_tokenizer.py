@@ -31,7 +31,9 @@ def test_transformers_loads_it_with_its_special_tokens():
     assert len(TOKENIZER) == VOCAB_SIZE
     assert (TOKENIZER.eos_token, TOKENIZER.pad_token) == (EOS, PAD)
     assert TOKENIZER.eos_token_id != TOKENIZER.pad_token_id
-    assert ids("A fox.") == [TOKENIZER.convert_tokens_to_ids(t) for t in ("A", "Ġfox", ".")]  # nothing is added
+    assert ids("A fox.") == [
+        TOKENIZER.convert_tokens_to_ids(t) for t in ("A", "Ġfox", ".")
+    ]  # nothing is added
 
 
 def test_corpus_text_comes_back_whole():
@@ -53,11 +55,17 @@ def test_odd_text_comes_back_whole(text: str):
 
 
 def test_nearly_every_storyland_word_is_one_token():
-    counts = Counter(re.findall(r"(?: |^)[A-Za-z]+", "\n".join(documents(0, 2000)), flags=re.MULTILINE))
+    counts = Counter(
+        re.findall(r"(?: |^)[A-Za-z]+", "\n".join(documents(0, 2000)), flags=re.MULTILINE)
+    )
     whole = sum(count for word, count in counts.items() if len(ids(word)) == 1)
     assert len(counts) > 500
     assert whole > 0.97 * counts.total()
-    named = {word for slot in ("hero", "object", "place", "name", "color", "mood") for word in grammar.LEXICON[slot]}
+    named = {
+        word
+        for slot in ("hero", "object", "place", "name", "color", "mood")
+        for word in grammar.LEXICON[slot]
+    }
     assert all(len(ids(f" {word}")) == 1 for word in named)
 
 
@@ -78,7 +86,10 @@ def test_names_of_special_tokens_in_text_stay_text(name: str):
 
 def test_padding_and_end_are_different_and_the_first_two_ids():
     raw = json.loads((assets() / "tokenizer.json").read_text())
-    assert [(t["id"], t["content"], t["special"]) for t in raw["added_tokens"]] == [(0, EOS, True), (1, PAD, True)]
+    assert [(t["id"], t["content"], t["special"]) for t in raw["added_tokens"]] == [
+        (0, EOS, True),
+        (1, PAD, True),
+    ]
 
 
 def test_training_it_again_gives_the_committed_one(monkeypatch: pytest.MonkeyPatch):

@@ -34,6 +34,7 @@ from rlhf_jax.run.asking import Ask, bare_prompts, few_shot_asks, in_slots, toke
 from rlhf_jax.run.console import Progress, patiently
 from rlhf_jax.run.files import write_json
 from rlhf_jax.run.metrics import StageLog
+from rlhf_jax.sampling.generate import Sampling
 from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 
@@ -90,9 +91,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 if prompted
                 else bare_prompts
             )
-            answers[name] = answer(
-                network, reward, judge, prompts, ask, count, config, mesh, name=name
-            )
+            network = network._replace(name=name)
+            answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
                 context = contexts.of_network(network, networks.model_folder(paths[name]))
@@ -218,10 +218,9 @@ def few_shot_prompts(
 
 def answer(
     network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
-    count: int, config: ConfigDict, mesh: jax.sharding.Mesh, *, name: str = "samples",
+    count: int, config: ConfigDict, mesh: jax.sharding.Mesh,
 ) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for
-    the console.
+    """`count` samples of each prompt, with gold score, reward-model score and length.
 
     Raises:
       ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the
@@ -234,12 +233,17 @@ def answer(
     ids, slots = ask(network, prompts)
     prompted = ask is not bare_prompts
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
-    with Progress(f"{name}: sampling", count * len(prompts), unit="responses") as progress:
+    with Progress(f"{network.name}: sampling", count * len(prompts), unit="responses") as progress:
         texts, samples = responses.sample_responses(
-            network, ids, mesh, asked=() if prompted else [p.prompt for p in prompts], counts=count,
-            prompt_length=slots, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            seed=config.seed, batch_size=config.batch_size, stop_ids=stop, progress=lambda done, _: progress(done),
-        )  # fmt: skip
+            network,
+            responses.EncodedPrompts(ids, slots, () if prompted else bare),
+            mesh,
+            Sampling(config.max_new_tokens, config.temperature, stop_ids=tuple(stop)),
+            counts=count,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            progress=lambda done, _: progress(done),
+        )
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
     rows, cut = responses.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)

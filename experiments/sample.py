@@ -26,6 +26,7 @@ from rlhf_jax.data.storyland import labelers, task_of
 from rlhf_jax.run import checks, cli, contexts, datasets, devices, inputs, networks
 from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.metrics import StageLog
+from rlhf_jax.sampling.generate import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,17 @@ def run(config: ConfigDict, workdir: str) -> dict:
             )
             before = sum(sum(counts) for counts in share[:which])
             responses, _ = responses_lib.sample_responses(
-                network, ids, mesh, asked=asked, counts=share[which], prompt_length=config.prompt_length,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=config.seed * len(config.models) + which, batch_size=config.batch_size,
-                progress=lambda done, _, before=before: log(before + done, {"responses": before + done}),
-            )  # fmt: skip
+                network,
+                responses_lib.EncodedPrompts(ids, config.prompt_length, asked),
+                mesh,
+                Sampling(config.max_new_tokens, config.temperature),
+                counts=share[which],
+                seed=config.seed * len(config.models) + which,
+                batch_size=config.batch_size,
+                progress=lambda done, _, before=before: log(
+                    before + done, {"responses": before + done}
+                ),
+            )
             remaining = iter(responses)
             for place, count in enumerate(share[which]):
                 drawn[place] |= {

@@ -303,19 +303,16 @@ def make_ppo_step(
         return gradient.plus(ptx, coef=ppo.ptx_coef, clip_norm=ppo.ptx_clip_norm)
 
     def value_gradient(params: Params, rows: Rollout) -> Gradient:
-        gradient = Gradient.of(
-            *accumulate_grads(value_fn, params, rows, ppo.microbatches), name="value"
-        )
+        grads = accumulate_grads(value_fn, params, rows, ppo.microbatches)
+        gradient = Gradient.of(*grads, name="value")
         return gradient._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
 
     def optimizer_step(
         rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]
     ):
         rows, lm_rows = _constrain((_minibatch(rollout, index[0]), index[1]), batch_sharding)
-        gradients = (
-            policy_gradient(states[0].params, rows, lm_rows),
-            value_gradient(states[1].params, rows),
-        )
+        policy_grad = policy_gradient(states[0].params, rows, lm_rows)
+        gradients = policy_grad, value_gradient(states[1].params, rows)
         limits = Limits(ppo.spike_limit, ppo.spike_std)
         return update_both(states, optimizers, gradients, ema_decay=ppo.ema_decay, limits=limits)
 
@@ -323,25 +320,27 @@ def make_ppo_step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]
     ) -> tuple[PPOState, Metrics]:
         if ppo.whiten_advantages:
-            rollout = dataclasses.replace(
-                rollout, advantages=ops.whiten(rollout.advantages, rollout.mask)
-            )
-        order = minibatch_order(
-            key, rollout.tokens.shape[0], epochs=ppo.epochs, minibatches=ppo.minibatches
-        )
-        lm_rows = lm_batch if ppo.ptx_coef != 0 else None
-        lm_rows = ops.split_rows(
-            lm_rows, ppo.epochs * ppo.minibatches, "epochs * minibatches", "pretraining batch"
-        )
-        states, metrics = lax.scan(
-            partial(optimizer_step, rollout), (state.policy, state.value), (order, lm_rows)
-        )
+            advantages = ops.whiten(rollout.advantages, rollout.mask)
+            rollout = dataclasses.replace(rollout, advantages=advantages)
+        each = _rows_of_each_step(key, rollout, lm_batch if ppo.ptx_coef != 0 else None, ppo)
+        before = state.policy, state.value
+        states, metrics = lax.scan(partial(optimizer_step, rollout), before, each)
         state = dataclasses.replace(
             state, policy=states[0], value=states[1], iteration=state.iteration + 1
         )
         return state, add_up(metrics)
 
     return step
+
+
+def _rows_of_each_step(
+    key: Key[Array, ""], rollout: Rollout, lm_batch: LMBatch | None, ppo: PPO
+) -> tuple[Int[Array, "steps rows_of_minibatch"], LMBatch | None]:
+    """Which rows of the rollout each optimizer step takes, and its rows of pretraining text."""
+    rows = rollout.tokens.shape[0]
+    order = minibatch_order(key, rows, epochs=ppo.epochs, minibatches=ppo.minibatches)
+    steps = ppo.epochs * ppo.minibatches
+    return order, ops.split_rows(lm_batch, steps, "epochs * minibatches", "pretraining batch")
 
 
 def compile_step(

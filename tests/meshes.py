@@ -85,7 +85,7 @@ def on_mesh(shape: tuple[int, int, int]) -> dict:
     mesh = sharding.make_mesh(shape, devices=jax.devices()[: int(np.prod(shape))])
     config = dataclasses.replace(CONFIG, mesh=mesh)
     policy, value = language_model(config), scalar_model(config)
-    place = lambda tree: sharding.place_batch(jax.tree.map(np.asarray, tree), mesh)  # noqa: E731
+    place = lambda tree: sharding.place_batch(jax.tree.map(np.asarray, tree), mesh)
     weights = [
         jax.device_get(model.init(KEY)) for model in (language_model(CONFIG), scalar_model(CONFIG))
     ]

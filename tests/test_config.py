@@ -376,7 +376,7 @@ def test_a_pipeline_answers_a_changed_config_itself(tmp_path, config_file, capsy
     """With `plan` a changed config is not refused, and a dry run is handed the folder and leaves nothing behind."""
     flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.name=other"]
     seen: list[tuple] = []
-    plan = lambda config, workdir, *, overwrite: seen.append((config.name, workdir, overwrite))  # noqa: E731
+    plan = lambda config, workdir, *, overwrite: seen.append((config.name, workdir, overwrite))
     with pytest.raises(SystemExit):
         cli.main(lambda *a: None, argv=[*flags, "--dry_run", "--overwrite"], plan=plan)
     assert seen == [("other", str(tmp_path / "run"), True)]

@@ -44,7 +44,7 @@ def _sample(prompts=None, key=0, params=PARAMS, *, samples_per_prompt=1, **chang
 
 def _surely(prompts=None, **kwargs):
     """`_sample` whose tokens are the same for nudged weights: another program, or machine, must draw them too."""
-    draw = lambda params: _sample(prompts, params=params, **kwargs).tokens  # noqa: E731
+    draw = lambda params: _sample(prompts, params=params, **kwargs).tokens
     margins.assert_no_near_tie(draw, PARAMS)
     return _sample(prompts, **kwargs)
 
@@ -188,7 +188,7 @@ def test_token_zero_may_be_sampled_and_counts():
 def test_truncation_keeps_the_right_tokens_and_renormalises():
     """PITFALLS 7: log-probs are under the truncated distribution."""
     logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.7, 0.1]]))
-    kept = lambda **kw: np.isfinite(truncate(logits, **({"top_k": 0, "top_p": 1.0} | kw))).tolist()  # noqa: E731
+    kept = lambda **kw: np.isfinite(truncate(logits, **({"top_k": 0, "top_p": 1.0} | kw))).tolist()
     assert kept(top_k=1) == [[True, False, False, False], [False, False, True, False]]
     assert kept(top_k=2)[0] == [True, True, False, False]
     assert kept(top_p=0.6) == [[True, True, False, False], [False, False, True, False]]
@@ -309,7 +309,7 @@ def test_prompts_may_want_different_numbers_of_samples(streams):
 
 def test_one_program_is_compiled_for_all_streams():
     prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5))
-    run = lambda streams: generate_many(  # noqa: E731
+    run = lambda streams: generate_many(
         MODEL,
         PARAMS,
         prompts,

@@ -378,7 +378,7 @@ def test_temperature_is_in_entropy_as_in_log_probs():
 
 def test_entropy_of_targets_with_a_masked_head_is_finite():
     hidden, weights, tokens, mask = language_case()
-    closed = lambda h: head(weights, h).at[..., 0].set(-jnp.inf)  # noqa: E731
+    closed = lambda h: head(weights, h).at[..., 0].set(-jnp.inf)
     tokens = jnp.where(tokens == 0, 1, tokens)
     _, entropy = token_log_probs_and_entropy(hidden, closed, tokens, mask)
     assert np.isfinite(entropy).all()

@@ -280,7 +280,7 @@ def test_the_stage_itself_gives_the_same_on_a_mesh_with_all_axes(runs, monkeypat
     monkeypatch.setattr(ppo, "check_step_zero", lambda *_: None)
     mesh = devices.start(config.mesh)
     setup = ppo.prepare(config, mesh)
-    shards = lambda params: {x.addressable_shards[0].data.size / x.size for x in kernels(params)}  # noqa: E731
+    shards = lambda params: {x.addressable_shards[0].data.size / x.size for x in kernels(params)}
     assert shards(setup.policy.params) == {0.25}
     assert shards(setup.reward.params) == {1.0}
     state = setup.state

@@ -123,7 +123,7 @@ def test_a_rule_that_is_none_is_refused_by_the_name_of_its_field(rule, said):
 def test_a_state_is_built_in_its_place_from_arrays_that_stay():
     mesh, tx = sharding.make_mesh((2, 2, 2)), optim.adam(1e-3)
     params = sharding.place_state(language_model(LLAMA).init(jax.random.key(0)), mesh)
-    make = lambda params: steps.train_state(params, tx, ema=True)  # noqa: E731
+    make = lambda params: steps.train_state(params, tx, ema=True)
     state, where = sharding.build_state(make, params, mesh=mesh)
     assert jax.tree.map(lambda x: x.sharding, state) == where
     tiny.assert_bit_equal(state, make(params))

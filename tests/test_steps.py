@@ -336,7 +336,7 @@ def test_temperature_of_the_sampler_is_used_in_the_update():
 
 
 def test_norm_is_logged_before_clipping_and_clipping_bounds_the_update():
-    huge = lambda logp, mask: Mean(-1e6 * jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask))  # noqa: E731
+    huge = lambda logp, mask: Mean(-1e6 * jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
     state = steps.train_state(tiny.LANGUAGE.init(KEY), tx)
     new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=huge))(
@@ -353,7 +353,7 @@ def test_norm_is_logged_before_clipping_and_clipping_bounds_the_update():
 def test_value_network_learns_from_the_value_loss_only():
     """PITFALL 26: with a value loss of 0 it keeps every bit, whatever the policy loss and the pretraining."""
     state, rollout = start()
-    nothing = lambda values, mask: Mean(0.0 * jnp.sum(values), jnp.sum(mask))  # noqa: E731
+    nothing = lambda values, mask: Mean(0.0 * jnp.sum(values), jnp.sum(mask))
     new, _ = ppo_step(minibatches=2, value_loss=nothing)(state, rollout, tiny.lm_batch(8), KEY)
     tiny.assert_bit_equal(new.value.params, state.value.params)
     assert tiny.distance(new.policy.params, state.policy.params) > 0
@@ -560,7 +560,7 @@ def test_a_bad_minibatch_leaves_policy_and_value_as_they_were():
 def test_a_non_finite_supervised_step_is_skipped_and_counted(bad):
     tx = optim.adam(1e-2)
     state = steps.train_state(tiny.LANGUAGE.init(KEY), tx)
-    broken = lambda logp, mask: Mean(bad * jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask))  # noqa: E731
+    broken = lambda logp, mask: Mean(bad * jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask))
     new, metrics = jax.jit(steps.make_sft_step(tiny.LANGUAGE, tx, loss=broken))(
         state, tiny.lm_batch(8), None
     )
@@ -750,7 +750,7 @@ def _ranking_batch(groups: int, k: int, seed: int = 0) -> RankingBatch:
     segments = np.concatenate([[1, 1], response + 1])
     parents = np.where(segments > 1, 1, 0)
     positions = np.concatenate([[0, 1], np.tile([2, 3], k)])
-    rows = lambda x: jnp.asarray(np.tile(x, (groups, 1)), jnp.int32)  # noqa: E731
+    rows = lambda x: jnp.asarray(np.tile(x, (groups, 1)), jnp.int32)
     ends = np.tile((3 + 2 * np.arange(k)).reshape(1, 1, k), (groups, 1, 1))
     ranks = np.stack([random.permutation(k) for _ in range(groups)]).reshape(groups, 1, k)
     tokens = jnp.asarray(random.integers(0, tiny.VOCABULARY, (groups, 2 + 2 * k)), jnp.int32)
@@ -809,7 +809,7 @@ def test_absent_responses_have_neither_score_nor_gradient():
     def gradient(params, batch):
         loss = lambda p: (
             ranking_loss(scoring.ranking_scores(REWARD_MODEL, p, batch), batch.ranks)[0].value
-        )  # noqa: E731
+        )
         return jax.grad(loss)(params)
 
     tiny.assert_bit_equal(gradient(params, absent), gradient(params, poisoned))

@@ -75,7 +75,7 @@ def rollout(rows: int, policy_params, seed: int = 0, *, temperature: float = 1.0
     prompt_lengths, lengths = (jnp.asarray(x, jnp.int32) for x in (prompt_lengths, lengths))
     tokens = jnp.asarray(random.integers(0, VOCABULARY, (rows, SLOTS)), jnp.int32)
     mask = scoring.response_mask(prompt_lengths, lengths, SLOTS)
-    noise = lambda: jnp.asarray(random.normal(size=(rows, SLOTS)), jnp.float32) * mask  # noqa: E731
+    noise = lambda: jnp.asarray(random.normal(size=(rows, SLOTS)), jnp.float32) * mask
     logp = log_probs(policy_params, tokens, lengths, mask, temperature=temperature)
     return Rollout(
         tokens=tokens,

@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_jax.data.storyland import gold, task
 from rlhf_jax.run import datasets, devices, networks, responses
+from rlhf_jax.sampling.generate import Sampling
 
 PROMPTS, BEST_OF, SLOTS = 20, 256, 48
 
@@ -40,9 +41,14 @@ def main() -> None:
     )
     count = BEST_OF if args.how == "best_of" else 1
     texts, _ = responses.sample_responses(
-        network, ids, mesh, counts=count, prompt_length=SLOTS, max_new_tokens=SLOTS, temperature=1.0, seed=args.seed,
+        network,
+        responses.EncodedPrompts(ids, SLOTS),
+        mesh,
+        Sampling(max_new_tokens=SLOTS),
+        counts=count,
+        seed=args.seed,
         batch_size=256,
-    )  # fmt: skip
+    )
     scores = np.array([gold(tasks[i // count], t).score for i, t in enumerate(texts)]).reshape(
         PROMPTS, count
     )

@@ -25,7 +25,8 @@ from rlhf_jax.types import Params
 
 __all__ = [
     "ACCELERATOR", "KERNELS", "PLAIN", "Angles", "Backend", "KVCache", "LayerCache", "View",
-    "backend_for", "is_on_host", "on_host", "planned_for_accelerators", "take",
+    "backend_for", "description", "first_device", "is_on_host", "memory_stats", "on_host",
+    "planned_for_accelerators", "platform_of", "take",
 ]  # fmt: skip
 
 KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
@@ -222,6 +223,31 @@ def planned_for_accelerators() -> Iterator[None]:
         yield
     finally:
         _PLANNED.reset(token)
+
+
+def description() -> dict[str, str | int]:
+    """What this process computes on: platform, kind of device, and how many devices there are."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device kind": device.device_kind,
+        "number of devices": jax.device_count(),
+    }
+
+
+def memory_stats() -> dict[str, int]:
+    """Bytes in use and the limit of this process's first device; empty where it does not tell."""
+    return jax.local_devices()[0].memory_stats() or {}
+
+
+def first_device() -> Any:
+    """The device on which arrays without a placement are made."""
+    return jax.local_devices()[0]
+
+
+def platform_of(mesh: Mesh) -> str:
+    """The platform of a mesh's devices: ``cpu``, ``gpu`` or ``tpu``."""
+    return mesh.devices.flat[0].platform
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:

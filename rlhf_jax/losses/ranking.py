@@ -49,7 +49,8 @@ def ranking_loss(
     present = ranks >= 0
     both_present = present[..., :, None] & present[..., None, :]
     better = both_present & (ranks[..., :, None] < ranks[..., None, :])
-    margin = jnp.where(better, rewards[..., :, None] - rewards[..., None, :], 0)
+    difference = rewards[..., :, None] - rewards[..., None, :]
+    margin = jnp.where(better, difference, 0)
     # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     log_loss = jnp.where(better, jax.nn.softplus(-margin), 0)
 
@@ -57,7 +58,8 @@ def ranking_loss(
     k = jnp.sum(present, axis=-1, dtype=jnp.float32)
     terms = pairs if divisor == "pairs" else k * (k - 1) / 2
     prompts = jnp.sum(pairs > 0, dtype=jnp.float32)
-    loss = jnp.sum(jnp.sum(log_loss, axis=(-2, -1)) / jnp.maximum(terms, 1))
+    loss_of_prompt = jnp.sum(log_loss, axis=(-2, -1)) / jnp.maximum(terms, 1)
+    loss = jnp.sum(loss_of_prompt)
     right = jnp.where(better, (jnp.sign(margin) + 1) / 2, 0)
     total_pairs = jnp.sum(pairs)
     return Mean(loss, prompts), {
@@ -94,13 +96,15 @@ def best_of_loss(
     >>> round(float(loss.value), 4)  # log 4
     1.3863
     """
-    present, best = ranks >= 0, ranks == 0
+    present = ranks >= 0
+    best = ranks == 0
     chosen = jnp.sum(best, axis=-1, dtype=jnp.float32)
     counted = (chosen > 0) & jnp.any(present & ~best, axis=-1)
     # Finite instead of -inf: a row without any response must not turn its gradient into NaN.
     rewards = jnp.where(present, rewards, -1e30)
     log_share = rewards - jax.nn.logsumexp(rewards, axis=-1, keepdims=True)
-    target = jnp.sum(jnp.where(best, log_share, 0), axis=-1) / jnp.maximum(chosen, 1)
+    of_the_best = jnp.sum(jnp.where(best, log_share, 0), axis=-1)
+    target = of_the_best / jnp.maximum(chosen, 1)
     loss = -jnp.sum(jnp.where(counted, target, 0))
     prompts = jnp.sum(counted, dtype=jnp.float32)
     largest_best = jnp.max(jnp.where(best, rewards, -1e30), axis=-1)

@@ -26,5 +26,7 @@ def sft_loss(logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[Mean,
     >>> float(loss.value)
     2.0
     """
-    loss = Mean(-jnp.sum(jnp.where(mask, logp, 0)), jnp.sum(mask, dtype=jnp.float32))
+    total = -jnp.sum(jnp.where(mask, logp, 0))
+    count = jnp.sum(mask, dtype=jnp.float32)
+    loss = Mean(total, count)
     return loss, {"nll": loss}

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import backends
 from rlhf_jax.run import files, processes
 from rlhf_jax.run.files import json_digest, read_json, sha256, write_json
 
@@ -422,7 +423,7 @@ def _check_signature(step: int, stored: dict[str, Any], wanted: dict[str, Any]) 
 
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
-        jax.local_devices()[0]
+        backends.first_device()
     )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

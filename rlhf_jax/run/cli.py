@@ -314,9 +314,8 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _parse_flags(
-    run: Run, config: str, workdir: str, argv: list[str]
-) -> tuple[argparse.Namespace, dict[str, str]]:
+def _flag_parser(run: Run, config: str, workdir: str) -> _Parser:
+    """The parser of a program's flags; keys of the config are left over for `_parse_flags`."""
     doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
     parser = _Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -362,6 +361,14 @@ def _parse_flags(
         help="compile every phase, print its memory, do nothing else; of a pipeline: print the plan "
         "of its stages",
     )
+    return parser
+
+
+def _parse_flags(
+    run: Run, config: str, workdir: str, argv: list[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the overrides of the config by key."""
+    parser = _flag_parser(run, config, workdir)
     flags, rest = parser.parse_known_args(argv)
     for name in ("config", "workdir"):
         if not getattr(flags, name):

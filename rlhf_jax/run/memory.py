@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import backends
 from rlhf_jax.run.console import patiently
 
 Programs = Iterable[tuple[str, jax.stages.Compiled]]
@@ -111,7 +112,7 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
     Returns:
       What each phase needs.
     """
-    platform = mesh.devices.flat[0].platform
+    platform = backends.platform_of(mesh)
     shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(f"Dry run on {mesh.size} x {platform} ({shape}): memory of each device", flush=True)
     print(
@@ -139,9 +140,7 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
             f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays",
             flush=True,
         )
-    limit = (mesh.local_devices[0].memory_stats() or {}).get(
-        "bytes_limit"
-    )  # another process tells its own
+    limit = backends.memory_stats().get("bytes_limit")  # other processes report their own
     print(
         f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}",
         flush=True,
@@ -218,7 +217,7 @@ def _compiled_needs(name: str, programs: Callable[[], Programs]) -> str:
 
 
 def _devices() -> str:
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = backends.memory_stats()
     if "bytes_in_use" not in stats:
         return ""
     limit = f" of {readable(stats['bytes_limit'])}" if "bytes_limit" in stats else ""

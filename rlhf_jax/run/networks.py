@@ -50,6 +50,8 @@ class Network(NamedTuple):
     model: Model
     params: Params
     tokenizer: Any
+    name: str = "samples"
+    """What the console calls its responses."""
 
 
 def model_folder(name: str) -> Path:

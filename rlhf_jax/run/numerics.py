@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from rlhf_jax import backends
+
 MEANING = frozenset({
     "jax_allow_f16_reductions",
     "jax_default_dtype_bits",
@@ -208,13 +210,7 @@ def surroundings() -> dict[str, Any]:
     """What the program runs on: kind and number of devices, number of processes. It looks for
     devices.
     """
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device kind": device.device_kind,
-        "number of devices": jax.device_count(),
-        "number of processes": jax.process_count(),
-    }
+    return backends.description() | {"number of processes": jax.process_count()}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

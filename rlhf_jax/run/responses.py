@@ -4,16 +4,17 @@ gives them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlhf_jax import scoring, sharding
+from rlhf_jax import backends, scoring, sharding
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.models.vocabulary import with_texts_only
 from rlhf_jax.run import contexts, processes
@@ -24,57 +25,57 @@ from rlhf_jax.sampling.refill import Rows, generate_many
 from rlhf_jax.types import Model, Params, PromptBatch, Samples
 
 
+class EncodedPrompts(NamedTuple):
+    """Prompts as token ids, in rows of `length` slots."""
+
+    ids: Sequence[Sequence[int]]
+    length: int
+    """Fewer slots are used where the model's context leaves no more beside a response."""
+    prompts: Sequence[schema.Conversation] = ()
+    """What the ids stand for: after messages a response ends as the chat template ends a turn. Left
+    out, EOS ends every response."""
+
+
 def sample_responses(
     network: Network,
-    prompts: Sequence[Sequence[int]],
+    encoded: EncodedPrompts,
     mesh: jax.sharding.Mesh,
+    sampling: Sampling,
     *,
-    asked: Sequence[schema.Conversation] = (),
     counts: int | Sequence[int] = 1,
-    prompt_length: int,
-    max_new_tokens: int,
-    temperature: float,
     seed: int,
     batch_size: int,
-    stop_ids: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[str], Samples]:
-    """Responses to each prompt, as text and as arrays; the responses to a prompt follow each other.
+    """Responses to each prompt, as text and as arrays; those to one prompt follow each other.
 
     Args:
       network: a language model.
-      prompts: token ids.
+      encoded: the prompts.
       mesh: where to sample.
-      asked: what the ids stand for, prompt by prompt: after messages a response ends as the chat
-        template ends a turn. Without it EOS ends every response.
-      counts: responses to each prompt, one number for all or one each.
-      prompt_length: slots of the prompts; fewer where the model's context leaves no more beside
-        `max_new_tokens`.
-      max_new_tokens: longest response, EOS included.
-      temperature: of sampling; 0 is greedy.
-      seed: with each prompt's place and the number of the response the only source of randomness.
+      sampling: how; its `stop_ids` end a response besides those of the prompts.
+      counts: responses per prompt, one number for all or one each.
+      seed: with each prompt's index and the number of the response the only source of randomness.
       batch_size: rows sampled together.
-      stop_ids: tokens that end a response besides those of `asked`.
       progress: called with (responses done, responses).
 
     Raises:
-      ValueError: a prompt with `max_new_tokens` after it is longer than the model's context.
+      ValueError: a prompt with a whole response after it is longer than the model's context.
     """
+    ids, length, prompts = encoded
     context = contexts.of_network(network)
-    name = contexts.prompt_of("prompts", asked) if asked else lambda i: f"prompt {i + 1}"
-    contexts.check(context, [len(ids) for ids in prompts], name, new=max_new_tokens)
+    name = contexts.prompt_of("prompts", prompts) if prompts else lambda i: f"prompt {i + 1}"
+    contexts.check(context, [len(each) for each in ids], name, new=sampling.max_new_tokens)
     if context.length is not None:  # callers round up, and slots of padding need no positions
-        prompt_length = min(prompt_length, context.length - max_new_tokens)
+        length = min(length, context.length - sampling.max_new_tokens)
+    ends = text.stop_ids(network.tokenizer, prompts)
     data = mesh.shape["data"] * mesh.shape["fsdp"]
-    ends = text.stop_ids(network.tokenizer, asked)
     samples = generate_many(
         with_texts_only(network.model, network.tokenizer),
         network.params,
-        text.prompt_batch(prompts, length=prompt_length),
+        text.prompt_batch(ids, length=length),
         jax.random.key(seed),
-        Sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=(*ends, *stop_ids)
-        ),
+        dataclasses.replace(sampling, stop_ids=(*ends, *sampling.stop_ids)),
         counts=counts,
         progress=progress,
         rows=Rows(
@@ -83,17 +84,16 @@ def sample_responses(
             sharding=sharding.batch_sharding(mesh),
         ),
     )
-    each = [
-        p for p, k in zip(asked, np.broadcast_to(counts, len(asked)), strict=True) for _ in range(k)
-    ]
-    return response_texts(network.tokenizer, samples, each), samples
+    repeats = np.broadcast_to(counts, len(prompts))
+    answered = [p for p, count in zip(prompts, repeats, strict=True) for _ in range(count)]
+    return response_texts(network.tokenizer, samples, answered), samples
 
 
 def sampling_streams(mesh: jax.sharding.Mesh) -> int:
     """Two on a CPU of two cores or more, which one stream does not keep busy; one on
     accelerators.
     """
-    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    alone = mesh.size == 1 and backends.platform_of(mesh) == "cpu"
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from rlhf_jax import backends
 from rlhf_jax.data import schema
 from rlhf_jax.evaluation.summary import reward_model_results
 from rlhf_jax.run import files, metrics, processes, records
@@ -136,7 +136,8 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    machine = backends.description()
+    device = f"{machine['number of devices']} x {machine['device kind']}"
     return {
         "python": platform.python_version(),
         **found,

@@ -127,7 +127,7 @@ def test_head_logits(backend, rows, vocabulary):
 
 
 def test_residual(backend):
-    through = lambda f: lambda x, w: f(f(x + jnp.tanh(x @ w)) * 2)  # noqa: E731
+    through = lambda f: lambda x, w: f(f(x + jnp.tanh(x @ w)) * 2)
     same_with_gradients(
         through(backend.residual), through(PLAIN.residual), normal(0, 2, 3, 4), normal(1, 4, 4)
     )
@@ -175,7 +175,7 @@ def dtype_of(backend) -> str:
 @pytest.mark.parametrize("kind", ["packed", "parents", "one text"])
 def test_attention_over_rows(backend, kind):
     view, real = view_of(kind)
-    run = lambda attend: lambda *qkv: attend(*qkv, view, WIDTH)  # noqa: E731
+    run = lambda attend: lambda *qkv: attend(*qkv, view, WIDTH)
     qkv = operands(dtype_of(backend))
     same_with_gradients(run(backend.attend), run(PLAIN.attend), *qkv, real=real[:, :, None, None])
 
@@ -187,7 +187,7 @@ def test_attention_of_some_slots(backend, kind):
     view, real = whole.at(at), backends.take(real, at)
     query, key, value = operands(dtype_of(backend))
     arguments = backends.take(query, at), key, value
-    run = lambda attend: lambda *qkv: attend(*qkv, view, WIDTH)  # noqa: E731
+    run = lambda attend: lambda *qkv: attend(*qkv, view, WIDTH)
     same_with_gradients(
         run(backend.attend_at), run(PLAIN.attend_at), *arguments, real=real[:, :, None, None]
     )
@@ -236,7 +236,7 @@ def body(x, layer, own, positions=None):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_over_layers(backend, unroll, positions, layers):
     at = None if positions is None else jnp.array(positions)
-    run = lambda b: lambda x, w: b.over_layers(body, x, {"w": w}, positions=at, unroll=unroll)  # noqa: E731
+    run = lambda b: lambda x, w: b.over_layers(body, x, {"w": w}, positions=at, unroll=unroll)
     same_with_gradients(run(backend), run(PLAIN), normal(0, 2, 6, 8), normal(1, layers, 8, 8))
 
 
@@ -257,7 +257,7 @@ def test_unstack(backend):
 
 def test_last_block(backend):
     x, at = normal(0, 2, 6, 8), jnp.array([[0, 5], [3, 3]])
-    block = lambda positions=None: (body(x, 0, {"w": jnp.eye(8)}, positions)[0], "cache")  # noqa: E731
+    block = lambda positions=None: (body(x, 0, {"w": jnp.eye(8)}, positions)[0], "cache")
     (ours, kept), (plain, _) = backend.last_block(block, at), PLAIN.last_block(block, at)
     assert kept == "cache"
     close(ours, plain)
@@ -277,7 +277,7 @@ def test_step_where(backend, sound):
             "narrow": state["narrow"] * jnp.float32(3),
         }
 
-    run = lambda b: jax.jit(lambda sound, old: b.step_where(sound, step, old))(sound, old)  # noqa: E731
+    run = lambda b: jax.jit(lambda sound, old: b.step_where(sound, step, old))(sound, old)
     ours, plain = run(backend), run(PLAIN)
     assert jax.tree.map(lambda x: x.dtype, ours) == jax.tree.map(lambda x: x.dtype, plain)
     jax.tree.map(np.testing.assert_array_equal, ours, plain)

@@ -188,7 +188,7 @@ def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
     """What is interpreted above is also a program of the Triton backend: masks, indices and loops that it knows."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     head = jnp.bfloat16
-    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     cached = shape(head, 3, SLOTS, 2, 64)
     angles = (shape(jnp.float32, 3, 1, 1, 32),) * 2
     slots = shape(jnp.int32, 3)

@@ -245,7 +245,7 @@ def test_other_numbers_stay(text: str):
 
 
 def test_the_hook_sees_every_text_and_may_leave_records_out():
-    hook = lambda text: None if "secret" in text else text.replace("Ann", "[NAME]")  # noqa: E731
+    hook = lambda text: None if "secret" in text else text.replace("Ann", "[NAME]")
     records = [
         Demonstration("Ann asks", "Ann, yes", labeler="Ann"), Ranking("q", ("to Ann", "b"), (0, 1)), Prompt("plain"),
         Talk((Message("user", "I am Ann"), Message("assistant", "Hi"))), Prompt("a secret"), PlainText("Ann ran"),

@@ -512,7 +512,7 @@ def test_truncate_cuts_responses_in_tokens_and_notes_the_row(tmp_path: Path):
         {"prompt": "a b c d e", "responses": ["f", "g"], "ranks": [1, 2]},
         {"prompt": "a b", "responses": ["c", "d"], "ranks": [1, 2]},
     )
-    words = lambda text: len(text.split())  # noqa: E731
+    words = lambda text: len(text.split())
     records, report = read_jsonl(path, Ranking, limit=4, length=words, too_long="truncate")
     assert [r.responses for r in records] == [("c d ", "g", "h i j k"), ("c", "d")]
     assert report.noted == {"response cut": 1}

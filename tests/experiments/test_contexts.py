@@ -19,6 +19,7 @@ from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
 from rlhf_jax.run import asking, contexts, devices, networks, responses
+from rlhf_jax.sampling.generate import Sampling
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = text.load_tokenizer(assets())
@@ -157,11 +158,9 @@ def test_prompts_and_answers_that_fill_the_context_exactly(mesh):
     with pytest.raises(ValueError, match="prompt 1 has 34 tokens and max_new_tokens=19"):
         responses.sample_responses(
             policy,
-            ids,
+            responses.EncodedPrompts(ids, 64),
             mesh,
-            prompt_length=64,
-            max_new_tokens=19,
-            temperature=0.0,
+            Sampling(max_new_tokens=19, temperature=0.0),
             seed=0,
             batch_size=2,
         )
@@ -180,9 +179,15 @@ def test_slots_of_prompts_are_clipped_where_the_context_ends(
     monkeypatch.setattr(responses, "generate_many", seen)
     policy = network(language_model, DecoderConfig(1152, context, 1, 16, 2))
     ids = [text.encode_prompt(TOKENIZER, sized(20)), text.encode_prompt(TOKENIZER, "Why?")]
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "batch_size": 2}
     with pytest.raises(Seen, match=rf"\(2, {slots}\)"):
-        responses.sample_responses(policy, ids, mesh, prompt_length=32, **settings)
+        responses.sample_responses(
+            policy,
+            responses.EncodedPrompts(ids, 32),
+            mesh,
+            Sampling(max_new_tokens=12),
+            seed=3,
+            batch_size=2,
+        )
 
 
 # ------------------------------------------------------------------------------------------- stages, from their files

@@ -189,7 +189,7 @@ def test_reward_model_scores_what_ppo_samples(ran, monkeypatch: pytest.MonkeyPat
     for name in ("place_batch", "own_rows"):
         monkeypatch.setattr(responses_lib.sharding, name, lambda *_: None)
     monkeypatch.setattr(responses_lib, "_scores", lambda *_: np.zeros(1))
-    nothing: Any = lambda *_, **__: None  # noqa: E731
+    nothing: Any = lambda *_, **__: None
     network = Network(Model(nothing, nothing, nothing, nothing), {}, ran.tokenizer)
     responses_lib.score_responses(network, [LONG], ["yes"], one_device(None), batch_size=1)
     assert seen == [[*prompt, *responses[0]]]

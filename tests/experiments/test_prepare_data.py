@@ -198,8 +198,8 @@ def test_no_conversation_is_in_two_parts(made):
 
 def test_nothing_is_longer_than_the_config_says(made):
     tokenizer = load_tokenizer(made.model)
-    prompt = lambda row: len(encode_prompt(tokenizer, row["prompt"]))  # noqa: E731
-    response = lambda text: len(encode_response(tokenizer, text, eos_id=tokenizer.eos_token_id))  # noqa: E731
+    prompt = lambda row: len(encode_prompt(tokenizer, row["prompt"]))
+    response = lambda text: len(encode_response(tokenizer, text, eos_id=tokenizer.eos_token_id))
     assert (
         max(prompt(row) for name in KINDS if "corpus" not in name for row in rows(made, name))
         <= 100
@@ -486,7 +486,7 @@ def test_tokenizer_of_a_gguf_file_cuts_digits_merges_and_has_its_control_tokens(
     _, _, tokenizer = load_hf(tmp_path / "m.gguf")
     pieces = lambda text: tokenizer.convert_ids_to_tokens(
         tokenizer.encode(text, split_special_tokens=True)
-    )  # noqa: E731
+    )
     assert pieces("th 12a") == [
         "th",
         "\u0120",
@@ -694,7 +694,7 @@ OWN = f"{ROOT}/configs/data/jsonl.py:smoke"
 
 def make_own(folder: Path, *, users: bool = False) -> dict[str, str]:
     """Files as a user would bring them: 60 prompts of 15 people, demonstrations, rankings, some text."""
-    name = lambda i: {"user": f"u{i % 15}"} if users else {}  # noqa: E731
+    name = lambda i: {"user": f"u{i % 15}"} if users else {}
     files: dict[str, list[dict]] = {
         "prompts": [{"prompt": f"{words('p', i)} {i}", **name(i)} for i in range(60)],
         "demonstrations": [

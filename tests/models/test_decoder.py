@@ -77,7 +77,7 @@ def _numpy_llama(config: DecoderConfig, params, tokens: np.ndarray) -> np.ndarra
 
     xs = [p["embed"]["embedding"][t] for t in tokens]
     for layer in range(config.layers):
-        b = jax.tree.map(lambda x: x[layer], p["blocks"])  # noqa: B023
+        b = jax.tree.map(lambda x: x[layer], p["blocks"])
         a, m, e = b["attention"], b["mlp"], config.head_dim
         normed = [norm(x, b["attention_norm"]["scale"]) for x in xs]
         q, k, v = (
@@ -320,7 +320,7 @@ def test_scan_unroll_and_remat_change_no_gradient(config, at):
             if at is None
             else lambda p, x, **how: model.apply_at(p, x, jnp.array(at), **how)
         )
-        total = lambda p: jnp.sum(jnp.sin(apply(p, tokens, **rows).hidden))  # noqa: E731
+        total = lambda p: jnp.sum(jnp.sin(apply(p, tokens, **rows).hidden))
         return jax.jit(jax.value_and_grad(total))(params)
 
     expected = gradient()

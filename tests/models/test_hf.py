@@ -591,7 +591,7 @@ def test_real_model_greedy_text_is_the_published_one(stories):
     settings = {"max_new_tokens": len(ids) - 1, "temperature": 0.0, "stop_ids": (1,)}
     greedy = lambda params: (
         generate(model, params, bos, jax.random.key(0), Sampling(**settings)).tokens
-    )  # noqa: E731
+    )
     margins.assert_no_near_tie(greedy, params)
     assert greedy(params)[0].tolist() == ids
     # The file keeps the space that the encoder puts before a text.

@@ -155,11 +155,9 @@ def test_a_model_put_together_by_hand_is_sampled_without_its_padding():
     network = networks.Network(model, params, tokenizer)
     _, samples = responses.sample_responses(
         network,
-        [[3, 4]] * 8,
+        responses.EncodedPrompts([[3, 4]] * 8, 4),
         mesh,
-        prompt_length=4,
-        max_new_tokens=8,
-        temperature=1.0,
+        Sampling(max_new_tokens=8),
         seed=0,
         batch_size=8,
     )

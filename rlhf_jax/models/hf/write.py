@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from rlhf_jax import backends
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.hf.adapter import refuse_to_save_beside
 from rlhf_jax.models.hf.config_json import hf_config
@@ -175,7 +176,7 @@ def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
 
 
 def _pull(piece: jax.Array, layer: int | None) -> np.ndarray:
-    if next(iter(piece.devices())).platform == "cpu":
+    if backends.is_on_host(piece):
         value = np.asarray(piece)  # No copy.
         return value if layer is None else value[layer]
     # An array keeps the copy that np.asarray makes on the host. A copy on the device takes it along

@@ -51,40 +51,23 @@ def lowered(
             made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name])
         )
 
-    key, ints, floats = (
-        jax.eval_shape(lambda: jax.random.key(0)),
-        shape(batch),
-        shape(batch, slots, dtype=jnp.float32),
-    )
-    tokens, flags, scores = (
-        shape(batch, slots),
-        shape(batch, dtype=jnp.bool_),
-        shape(batch, dtype=jnp.float32),
-    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    ints, floats = shape(batch), shape(batch, slots, dtype=jnp.float32)
+    tokens, flags = shape(batch, slots), shape(batch, dtype=jnp.bool_)
+    scores = shape(batch, dtype=jnp.float32)
     samples = Samples(tokens, ints, ints, floats, flags)
 
     def rollout() -> jax.stages.Lowered:
         weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
         prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
-        return lower_generate(
-            setup.policy.model,
-            weights,
-            prompts,
-            key,
-            Sampling(
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                stop_ids=stop_ids(setup),
-            ),
-        )
+        sampling = Sampling(config.max_new_tokens, config.temperature, stop_ids=stop_ids(setup))
+        return lower_generate(setup.policy.model, weights, prompts, key, sampling)
 
     def score() -> jax.stages.Lowered:
         value = network(setup.trained_value, state.value.params, "value", "whole")
         reward = memory.abstract(setup.reward.params) if setup.reward else None
-        coefficient, judged = (
-            shape(dtype=jnp.float32, where=whole),
-            scores if setup.text_reward else None,
-        )
+        coefficient = shape(dtype=jnp.float32, where=whole)
+        judged = scores if setup.text_reward else None
         function: Any = setup.pieces.score_and_shape
         return function.lower(reference, value, reward, samples, coefficient, ints, judged)
 

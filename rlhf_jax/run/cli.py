@@ -135,7 +135,7 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
             )
             return 0
         _look_ahead(program.check, config, flags.config)
-        # Process 0 alone writes to the run folder; `share_workdir` gives the others the outcome.
+        # Process 0 prepares the folder for all; `share_workdir` checks that the others see it too.
         if processes.index() == 0:
             above = [parent for parent in path.parents if not parent.exists()]
             lock = workdir_lib.claim_workdir(path, overwrite=flags.overwrite)

@@ -208,9 +208,8 @@ class Checkpoints:
             )
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.root} ({reason}); "
-                f"{still}. "
-                "Free disk space, or choose a workdir that can be written, and give the same "
-                "command again."
+                f"{still}. Free disk space, or choose a workdir that can be written, and give the "
+                "same command again."
             ) from error
 
     def _prune(self) -> None:
@@ -255,8 +254,8 @@ class Checkpoints:
         if chosen == -2:
             raise ValueError(
                 f"every checkpoint in {self.root} is damaged (they are in "
-                f"{self.root / 'quarantine'}): "
-                "restore one from a backup, or start afresh with --overwrite (keeps this run aside)"
+                f"{self.root / 'quarantine'}): restore one from a backup, or start afresh with "
+                "--overwrite (keeps this run aside)"
             )
         return chosen if chosen >= 0 else None
 
@@ -415,8 +414,7 @@ def _check_signature(step: int, stored: dict[str, Any], wanted: dict[str, Any]) 
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
             f"the checkpoint of step {step} is of another model or optimizer "
-            f"({'; '.join(lines)}{more}): "
-            "use the config it was made with, or another workdir"
+            f"({'; '.join(lines)}{more}): use the config it was made with, or another workdir"
         )
 
 

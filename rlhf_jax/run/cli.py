@@ -175,8 +175,8 @@ def _usage(run: Run, config: str, workdir: str) -> str:
     program = Path(inspect.getfile(inspect.unwrap(run))).name
     return (
         f"usage: {program} --config={config or 'FILE[:ARG]'} --workdir={workdir or 'DIR'} "
-        "[--config.KEY=VALUE ..]; "
-        "give one flag at least, the others are as shown here; --help lists all"
+        "[--config.KEY=VALUE ..]; give one flag at least, the others are as shown here; "
+        "--help lists all"
     )
 
 
@@ -211,6 +211,7 @@ def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stag
     """
     if by_stages and (path / workdir_lib.CONFIG_FILE).is_file():
         return False
+    # Without a checkpoint there is nothing to resume: another config would overwrite the outputs.
     if flags.allow_config_change:
         workdir_lib.require_checkpoint(path, config)
     return workdir_lib.prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
@@ -297,6 +298,7 @@ def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
 
     Called before any work, and before any device is used.
     """
+    # As JSON, which has no secrets in it: the values that differ are printed.
     plain = json.loads(to_json(config))
     facts: dict[str, Any] = {
         f"config.{key}": value_at(plain, key) for key in sorted(leaf_keys(config))
@@ -333,6 +335,7 @@ def _parse_flags(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
     parser = _Parser(
+        # An abbreviated flag would hide a misspelt one.
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config is a flag too: --config.KEY=VALUE",
     )  # fmt: skip

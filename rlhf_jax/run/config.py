@@ -126,8 +126,8 @@ def import_fn(name: str) -> Callable[..., Any]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module exists, and a module that it imports does not
         raise ValueError(
-            f"no module {error.name!r} for {name!r}: run from the folder that holds it, or add "
-            "that to PYTHONPATH"
+            f"no module {error.name!r} for {name!r}: run from the folder that holds it, "
+            "or add that to PYTHONPATH"
         ) from None
     fn = getattr(module, attribute, None)
     if not callable(fn):
@@ -148,10 +148,9 @@ def _check_arguments(name: str, fn: Callable[..., Any], available: tuple[str, ..
             continue
         if key not in available and p.default is p.empty:
             raise ValueError(
-                f"{name} wants the argument {key!r}, which is not available "
-                f"here{checks.nearest(key, available)}. "
-                f"Available: {', '.join(available)}. A hyperparameter must be keyword-only (after "
-                "*)."
+                f"{name} wants the argument {key!r}, which is not available here"
+                f"{checks.nearest(key, available)}. Available: {', '.join(available)}. "
+                "A hyperparameter must be keyword-only (after *)."
             )
 
 

@@ -110,8 +110,8 @@ def _arguments(function: Callable[..., Any], arg: tuple[str, ...], path: Path) -
     ]
     if arg and not places:
         raise ValueError(
-            f"get_config of {path} takes no argument and got {arg[0]!r}: leave out what follows "
-            "the colon"
+            f"get_config of {path} takes no argument and got {arg[0]!r}: "
+            "leave out what follows the colon"
         )
     required = [p for p in places if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     return arg or ("",) * min(1, len(required))

@@ -141,6 +141,7 @@ class Console:
     ):
         self._stage, self._total, self._show = stage, total, tuple(show)
         self._stream = sys.stdout if screen.stream is None else screen.stream
+        # A dumb terminal does not understand the escape sequence that clears a line.
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock, self._every = screen.clock, screen.every
         self._unit, self._quiet = unit, quiet
@@ -245,6 +246,7 @@ class Progress:
         quiet: float = PATIENCE,
         screen: Screen = Screen(),
     ) -> None:
+        # The other processes write to a buffer that is never read.
         if processes.index():
             screen = screen._replace(stream=io.StringIO())
         self._console = Console(what, total, show=(), unit=unit, quiet=quiet, screen=screen)
@@ -282,6 +284,7 @@ def patiently(
     if processes.index():
         yield
         return
+    # A daemon thread cannot keep the interpreter alive when the block is interrupted.
     speaker = threading.Thread(target=speak, name="patiently", daemon=True)
     speaker.start()
     try:

@@ -102,8 +102,8 @@ def check(
     if new:
         raise ValueError(
             f"{where(longest)} has {sizes[longest]} tokens and max_new_tokens={new} come after it, "
-            "together "
-            f"{sizes[longest] + new}, but {context}{others}: lower max_new_tokens, or {ADVICE}"
+            f"together {sizes[longest] + new}, but {context}{others}: lower max_new_tokens, "
+            f"or {ADVICE}"
         )
     raise ValueError(
         f"{where(longest)} has {sizes[longest]} tokens and {context}{others}: {ADVICE}"
@@ -124,8 +124,7 @@ def check_slots(context: Context, slots: int, what: str) -> None:
     if context.length is not None and slots > context.length:
         raise ValueError(
             f"{what} takes {slots} positions and {context}: lower it to at most {context.length}, "
-            "or use a model "
-            "with a longer context"
+            "or use a model with a longer context"
         )
 
 
@@ -156,6 +155,7 @@ def record_of(path: Any, count: int) -> Callable[[int], str]:
             lines = schema.read_bytes(path).split(b"\n")
         except ValueError:
             lines = []
+        # Where records were left out, record i is not on the i-th filled line.
         filled = [number for number, line in enumerate(lines, start=1) if line.strip()]
         return (
             f"{path}:{filled[i]}" if len(filled) == count else f"{path}: record {i + 1} of {count}"

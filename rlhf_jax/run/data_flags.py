@@ -67,6 +67,8 @@ def expand(argv: Sequence[str]) -> list[str]:
             continue
         value = f"configs/data/{value}.py" if flag == "--source" else value
         full.append(short.get(flag, flag) + equals + value)
+    # Files or a model alone need no --source: their config follows from the flag, and a model's
+    # run folder is named after it.
     named = any(flag.startswith("--config=") or flag == "--config" for flag in full)
     model = next(
         (flag.partition("=")[2] for flag in full if flag.startswith("--config.model=")), ""

@@ -64,8 +64,8 @@ def encode_prompts(
     if len(ids[longest]) > length:
         raise ValueError(
             f"{where}: a prompt has {len(ids[longest])} tokens and prompt_length is {length} "
-            f"({chat.readable(prompts[longest])[:60]!r}...): raise prompt_length or leave the "
-            "prompt out"
+            f"({chat.readable(prompts[longest])[:60]!r}...): "
+            "raise prompt_length or leave the prompt out"
         )
     return ids
 

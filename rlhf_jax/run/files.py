@@ -272,12 +272,12 @@ def local_path(what: str, value: StrPath) -> Path:
         return Path(value)
     scheme = found["scheme"] if found else text.partition("://")[0].rpartition(":")[2]
     rest = re.split(r"[?#]", (found["rest"] if found else text.partition("://")[2]).lstrip("/"))[0]
+    # A message must not repeat credentials: no query, and nothing before the @ of a host.
     shown = f"{scheme}://{rest.rpartition('@')[2]}"[:200]
     raise ValueError(
         f"{what}={shown!r} is an address ({scheme}://), and only paths on local or network disks "
-        "are supported: "
-        "mount it, or copy what is read from it; let runs write to a disk and copy them there at "
-        "their end"
+        "are supported: mount it, or copy what is read from it; let runs write to a disk and copy "
+        "them there at their end"
     )
 
 
@@ -421,15 +421,15 @@ def check_file(file: str | os.PathLike[str], *, limit: int | None = None) -> Pat
         or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))
     ):
         raise ValueError(
-            f"{file} is a link out of its folder, to {real}: copy that file there if it belongs to "
-            "it"
+            f"{file} is a link out of its folder, to {real}: "
+            "copy that file there if it belongs to it"
         )
     most = LIMITS.get(file.name) if limit is None else limit
     size = real.stat().st_size
     if most is not None and size > most:
         raise ValueError(
-            f"{file} has {size:,} bytes, more than the limit of {most:,}: it is not what its name "
-            "says"
+            f"{file} has {size:,} bytes, more than the limit of {most:,}: "
+            "it is not what its name says"
         )
     return file
 
@@ -543,8 +543,8 @@ def check_template_name(name: Any, where: str) -> None:
     """
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
         raise ValueError(
-            f"{where} names a chat template {str(name)[:80]!r}: names are letters, digits, '.', "
-            "'_', '-'"
+            f"{where} names a chat template {str(name)[:80]!r}: "
+            "names are letters, digits, '.', '_', '-'"
         )
 
 

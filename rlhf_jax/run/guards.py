@@ -217,8 +217,8 @@ class Skips:
         raise FloatingPointError(
             f"{self._stage} stopped at {step}: {what} left out, {reasons or 'not finite'}; "
             f"{named(records, self._path)} (all are in {self._file}). What was saved before is "
-            "intact. Look at these "
-            f"records, or lower learning_rate (guard.max_skipped={self._limit})"
+            "intact. Look at these records, or lower learning_rate "
+            f"(guard.max_skipped={self._limit})"
         )
 
     @property
@@ -323,8 +323,7 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
     if changes and not change_allowed():
         raise ValueError(
             f"this run was begun with something else ({'; '.join(changes)}): put it back, choose "
-            "another workdir, "
-            "or --allow_config_change to go on all the same"
+            "another workdir, or --allow_config_change to go on all the same"
         )
     # Versions and rounding are only reported: a run may resume after an upgrade or elsewhere.
     notes = changes + config_lib.diff(stored["versions"], current["versions"], "version of ")
@@ -332,8 +331,8 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
         notes += numerics.differences(stored["rounding"], current["rounding"])
     else:
         notes.append(
-            "flags of JAX: those it was begun with are not known, its checkpoint is of an older "
-            "version"
+            "flags of JAX: those it was begun with are not known, "
+            "its checkpoint is of an older version"
         )
     if notes and jax.process_index() == 0:
         print(
@@ -364,8 +363,8 @@ def changed_config(
     if changes and step >= steps:
         raise ValueError(
             f"all {steps} steps were done with something else ({'; '.join(changes)}), so that no "
-            "step is left for the "
-            "change: put it back, choose another workdir, or --overwrite (keeps the old run aside)"
+            "step is left for the change: put it back, choose another workdir, or --overwrite "
+            "(keeps the old run aside)"
         )
     history = [*stored.get("config_changes", [])]
     if changes:
@@ -382,13 +381,14 @@ def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
                            f"{'absent' if new is None else new['path']}")  # fmt: skip
         elif old["sha256"] != new["sha256"]:
             changes.append(
-                f"{key}: the content of {new['path']} has "
-                f"changed{_which(old['sha256'], new['sha256'])}"
+                f"{key}: the content of {new['path']} has changed"
+                f"{_which(old['sha256'], new['sha256'])}"
             )
     return changes
 
 
 def _which(old: Any, new: Any) -> str:
+    # A data file has one sha256, and a model one for each of its files.
     if isinstance(old, str) or isinstance(new, str):
         return f" (sha256 {str(old)[:12]}.. -> {str(new)[:12]}..)"
     return (
@@ -409,9 +409,8 @@ def check_read(made_of: Mapping[str, Any]) -> None:
         if parsed.of(each["path"]).sha256 != each["sha256"]:
             raise ValueError(
                 f"{key}: {each['path']} changed while this run trained: put back what it held and "
-                "give the same "
-                "command again (the checkpoints are intact), or choose another workdir for the new "
-                "content"
+                "give the same command again (the checkpoints are intact), or choose another "
+                "workdir for the new content"
             )
 
 
@@ -431,8 +430,7 @@ def _model_print(key: str, path: Path) -> dict[str, Any]:
     if changed:
         raise ValueError(
             f"{key}: {', '.join(changed)} of {path} changed while this run loaded it: start again "
-            "when nothing writes "
-            "there any more"
+            "when nothing writes there any more"
         )
     return {"path": str(path), "sha256": prints}
 

@@ -128,8 +128,8 @@ def _check_folder(field: str, folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ValueError(
-            f"{name} is no folder: pass the folder that holds config.json, model.safetensors, "
-            "tokenizer.json"
+            f"{name} is no folder: "
+            "pass the folder that holds config.json, model.safetensors, tokenizer.json"
         )
     # A run folder has a config.json too, that of the run; its run.lock tells the two apart.
     if not (folder / "config.json").exists() or (folder / "run.lock").exists():
@@ -147,8 +147,8 @@ def _check_folder(field: str, folder: Path) -> None:
     description = files.read_json(folder / "config.json")
     if not isinstance(description, dict) or "model_type" not in description:
         raise ValueError(
-            f"{name} holds a config.json that describes no model (no model_type): copy the model "
-            "again"
+            f"{name} holds a config.json that describes no model (no model_type): "
+            "copy the model again"
         )
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
@@ -211,8 +211,7 @@ def check_known(field: str, without: str, prompts: Sequence[schema.Prompt], path
         if not known:
             raise ValueError(
                 f"{field} knows storyland's prompts alone, and record {place} (from 0) of {path} "
-                "has "
-                f"id={prompt.id!r}, {text[:40]!r}: {without} goes without it"
+                f"has id={prompt.id!r}, {text[:40]!r}: {without} goes without it"
             )
 
 

@@ -56,10 +56,9 @@ def require_range(
 def require_name(field: str, name: str) -> str:
     """Returns `name` if it is safe as a component of a path.
 
-    >>> require_name("config.name", "../ppo")
+    >>> require_name("config.name", "../ppo")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', a letter
-      or digit first
+    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', ...
     """
     good = bool(PLAIN_NAME.fullmatch(name))
     require(

@@ -238,7 +238,8 @@ def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], A
     Returns:
       The same config, locked.
 
-    >>> apply_arg(ConfigDict({"seed": 0, "steps": 90}), "smoke,seed=1", smoke=lambda c: c.update(steps=3)).to_dict()
+    >>> config = ConfigDict({"seed": 0, "steps": 90})
+    >>> apply_arg(config, "smoke,seed=1", smoke=lambda c: c.update(steps=3)).to_dict()
     {'seed': 1, 'steps': 3}
     """
     config.lock()
@@ -366,8 +367,7 @@ def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
     if isinstance(value, FieldReference):
         value = value.get()
     if isinstance(value, ConfigDict):
-        # Keeping references avoids __getitem__: storing a key must not count as reading it
-        # (`record_reads`).
+        # References are kept to avoid __getitem__, which `record_reads` would count as a read.
         return {k: _plain(v, k, secret) for k, v in value.items(preserve_field_references=True)}
     if isinstance(value, tuple | list):
         return [_plain(v, key, secret) for v in value]
@@ -484,7 +484,8 @@ PATHS = frozenset(
 def refuse_addresses(config: ConfigDict) -> None:
     """Refuses a config that names data or models by an address such as ``gs://bucket/data``.
 
-    >>> refuse_addresses(ConfigDict({"tracker": "https://example.org", "prompts": "data/prompts.jsonl"}))
+    >>> config = ConfigDict({"tracker": "https://example.org", "prompts": "data/prompts.jsonl"})
+    >>> refuse_addresses(config)
 
     Raises:
       ValueError: the value of a key in `PATHS` is an address; see `files.local_path`.

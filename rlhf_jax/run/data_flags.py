@@ -27,7 +27,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     ['--config=configs/data/pretrained.py', '--workdir=runs/smollm2', '--config.model=smollm2']
     >>> expand(["--source=alpaca", "--data=f.json", "--columns", "prompt=question"])[:2]
     ['--config=configs/data/convert.py', '--config.form=alpaca']
-    >>> expand(["--look=rows.jsonl", "--preview"])
+    >>> expand(["--look=rows.jsonl", "--preview"])  # doctest: +NORMALIZE_WHITESPACE
     ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl',
     '--config.preview=terminal']
 

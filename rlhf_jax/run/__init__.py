@@ -1,1 +1,1 @@
-"""Running a program: files, stages and what else an experiment needs that is no mathematics."""
+"""Running a program: files, stages and everything else of an experiment except its mathematics."""

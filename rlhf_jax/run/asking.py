@@ -1,4 +1,4 @@
-"""How a model is asked a prompt: the instruction alone, or after a few worked examples."""
+"""Forms of a prompt: the instruction alone, or the instruction after a few worked examples."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from rlhf_jax.run import datasets
 from rlhf_jax.run.networks import Network
 
 Ask = Callable[[Network, Sequence[schema.Prompt]], tuple[list[list[int]], int]]
-"""Prompts to token ids, and the slots of a prompt row."""
+"""Maps prompts to their token ids and to the number of slots of a prompt row."""
 
 
 def bare_prompts(network: Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
     """The instruction itself, as the policy sees it in training."""
     ids = [text.encode_prompt(network.tokenizer, p.prompt) for p in prompts]
-    return ids, -(-max(map(len, ids)) // 16) * 16  # few lengths, few compiled programs
+    # Rounded up to a multiple of 16: each row length is compiled as a program of its own.
+    return ids, -(-max(map(len, ids)) // 16) * 16
 
 
 def few_shot_asks(config: ConfigDict) -> list[Ask]:
-    """Prefixes of worked examples drawn from the demonstrations, `few_shot.candidates` of them."""
+    """Draws `few_shot.candidates` prefixes of worked examples from the demonstrations."""
     shots = config.few_shot
     records = datasets.read_records(shots.demonstrations, schema.Demonstration)
     rng = np.random.default_rng(config.seed)
@@ -38,7 +39,7 @@ def few_shot_asks(config: ConfigDict) -> list[Ask]:
 
 
 def in_slots(ask: Ask, slots: int) -> Ask:
-    """`ask` with rows of so many slots."""
+    """`ask` with prompt rows of a fixed number of slots."""
     return lambda network, prompts: (ask(network, prompts)[0], slots)
 
 
@@ -57,7 +58,9 @@ def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
 
 @functools.cache
 def tokens_that_start(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Tokens whose text begins with `text`: where the prompted base model has said its answer and
-    goes on.
+    """Ids of the tokens whose text begins with `text`.
+
+    Such a token marks where a prompted base model has finished its answer and begins something
+    new. Cached, because the whole vocabulary is decoded.
     """
     return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(text))

@@ -1,5 +1,6 @@
-"""The user's cache folder: compiled programs and fetched models, kept over runs. A run goes on
-where there is none.
+"""The user's cache folder, which keeps compiled programs and fetched models across runs.
+
+A run continues where no such folder can be written.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from rlhf_jax.run.files import make_folder
 
 
 def folder(*names: str) -> Path | None:
-    """``~/.cache/rlhf_jax/NAMES`` (or below ``XDG_CACHE_HOME``), made where it is missing.
+    """Creates ``~/.cache/rlhf_jax/NAMES`` (or its equivalent below ``XDG_CACHE_HOME``).
 
     Returns:
-      The folder, or None: there is no home, or it cannot be written there (a container, a read-only
-      disk).
+      The folder, or None where the user has no home directory or cannot write there (a container,
+      a read-only disk).
 
     Source: XDG Base Directory Specification; a relative ``XDG_CACHE_HOME`` is to be ignored.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    except RuntimeError:  # no HOME, and a user that the system does not know
+    except RuntimeError:  # HOME is unset and the user has no entry in the password database
         return None
     if not base.is_absolute():
         return None

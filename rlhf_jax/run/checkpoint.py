@@ -1,13 +1,12 @@
-"""Checkpoints that can be trusted: atomic, sealed with checksums, put aside (never deleted) when
-damaged.
+"""Atomic checkpoints, sealed with checksums and quarantined (never deleted) when damaged.
 
 Folder layout: ``<step>/`` (Orbax), ``manifests/<step>.json`` (the seal: sha256 of each file, shape
 and dtype of each leaf, the `extra` of the caller), ``quarantine/`` (damaged or unfinished steps,
-renamed). The seal is written last, so a step without one was never finished, and one flipped byte
-in an array file, which Orbax loads without a word, is seen.
+renamed). The seal is written last, so a step without one was never finished, and a flipped byte in
+an array file, which Orbax loads without an error, is detected.
 
-What is sealed survives a power cut: all files of the step and all folders around them are on the
-disk before the seal is written, and the seal is before an older step goes.
+A sealed step survives a power cut: all its files and the folders above them are on the disk before
+the seal is written, and the seal is on the disk before an older step is removed.
 """
 
 from __future__ import annotations
@@ -42,12 +41,11 @@ __all__ = [
 
 FORMAT = 1
 _PATIENCE = 30.0
-"""Seconds that a network file system may take to show one process what another has renamed."""
+"""Seconds until a rename by one process must be visible to the others on a network file system."""
 
 
 class Checkpoints:
-    """The checkpoints of one run or stage, in a ``with`` block; saving goes on in the background
-    while training does.
+    """The checkpoints of one run or stage, used in a ``with`` block and saved in the background.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0)}
@@ -61,16 +59,16 @@ class Checkpoints:
     (10, {'seed': 0}, [0.0, 1.0, 2.0])
 
     Args:
-      root: the folder; made at the first save.
-      keep: how many steps to keep, the newest; None keeps all. Only steps sealed by this class are
-        ever removed.
+      root: the folder, created by the first save.
+      keep: how many of the newest steps to keep; None keeps all. Only steps sealed by this class
+        are ever removed.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, keep: int | None = 3):
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1, or None to keep every checkpoint")
-        # Only those who save need it: a second and 25 MB less for those who import the package to
-        # compute.
+        # Imported here, because only saving needs Orbax: importing the package without it takes a
+        # second and 25 MB less.
         from orbax.checkpoint import v1
 
         logging.getLogger("absl").addFilter(_not_told_twice)
@@ -92,7 +90,8 @@ class Checkpoints:
         except OSError as failed:
             if error is None:
                 raise
-            _warn(str(failed))  # the error that ended the block matters more
+            # Raising here would replace the error that ended the block, which matters more.
+            _warn(str(failed))
         finally:
             self._worker.shutdown()
 
@@ -104,18 +103,17 @@ class Checkpoints:
         Args:
           step: larger than every step saved before.
           state: a tree of arrays.
-          extra: JSON data that belongs to it: counters, the config, fingerprints.
+          extra: JSON data to store with the state: counters, the config, fingerprints.
 
         Raises:
           FloatingPointError: a leaf is not finite; nothing is written.
-          ValueError: an older step, or a leaf that is no array.
-          OSError: this or the previous save could not be written; the steps sealed before are as
-            they were.
+          ValueError: `step` is not larger than the newest one, or a leaf is not an array.
+          OSError: this save or the previous one could not be written; earlier sealed steps are
+            unchanged.
         """
         self.wait()
-        processes.barrier(
-            "save"
-        )  # else a slow process looks for older steps when the others write this one
+        # Without it a slow process could list the saved steps while others already write this one.
+        processes.barrier("save")
         leaves = _named_leaves(state)
         newest = max(self.steps(), default=-1)
         if step <= newest:
@@ -129,24 +127,23 @@ class Checkpoints:
             "extra": dict(extra or {}),
             "leaves": _signature(leaves),
         }
-        seal = json.loads(
-            json.dumps(seal, allow_nan=False)
-        )  # refuse what JSON cannot hold before anything is written
+        # What JSON cannot represent is refused before anything is written.
+        seal = json.loads(json.dumps(seal, allow_nan=False))
         with self._cleaned_up(step):
             if jax.process_index() == 0:
                 files.make_folder(self.root / "manifests")
                 if os.path.lexists(self.root / str(step)):
                     self._quarantine(step, "it was never finished")
-            processes.barrier(
-                "folder"
-            )  # what lies there is out of the way before any process writes
+            # Leftovers of an unfinished save must be moved away before any process writes.
+            processes.barrier("folder")
+            # Orbax refuses to store arrays of size 0; `restore` makes them again from their shapes.
             writing = self._orbax.save_async(
                 str(self.root / str(step)), {k: v for k, v in leaves.items() if v.size}
             )
         self._pending = self._worker.submit(self._finish, step, writing, seal)
 
     def wait(self) -> None:
-        """Returns when the save under way is sealed; an OSError says why it is not."""
+        """Waits until the pending save is sealed; raises the OSError of a save that failed."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
@@ -158,20 +155,21 @@ class Checkpoints:
             if jax.process_index() == 0:
                 seal["files"] = _checksums(self.root / str(step))
                 write_json(self._manifest(step), seal | {"sha256": json_digest(seal)})
-                files.touch(
-                    self.root / "manifests" / "sealed"
-                )  # from here on it is damage when no step has its seal
-            processes.barrier("sealed")  # so that `wait` means the same on all of them
+                # From here on a folder without any sealed step means damage, not a first save that
+                # was interrupted (see `_newest_good`).
+                files.touch(self.root / "manifests" / "sealed")
+            # `wait` must not return on any process before process 0 has written the seal.
+            processes.barrier("sealed")
         self._verified.add(step)
         if jax.process_index() == 0:
             self._prune()
 
     def _make_durable(self, step: int) -> None:
-        """Waits until the files of a step, their folders and its name are on the disk.
+        """Waits until the files of a step, their folders and the step's own name are on the disk.
 
-        Each process asks for all files: on a network file system only the machine that wrote a file
-        holds what is not on the disk yet. Process 0 may have renamed the folder just now, which
-        another machine sees a little later.
+        Each process syncs all files: on a network file system the data that are not on the disk
+        yet are in the memory of the machine that wrote them. Process 0 may have renamed the folder
+        just now, which other machines see with a delay.
         """
         folder = self.root / str(step)
         processes.barrier("written")
@@ -189,10 +187,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _cleaned_up(self, step: int) -> Iterator[None]:
-        """A failed save takes its own half-written files away and says what still stands."""
+        """On an error removes the half-written step and reports which checkpoint is intact."""
         try:
             yield
         except Exception as error:
+            # The disk may be the reason of the failure; what cannot be removed must not hide it.
             with contextlib.suppress(OSError):
                 files.remove(*self.root.glob(f"{step}.orbax-checkpoint-tmp*"))
                 if not self._manifest(step).exists():
@@ -210,34 +209,28 @@ class Checkpoints:
             )
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.root} ({reason}); "
-                f"{still}. "
-                "Free disk space, or choose a workdir that can be written, and give the same "
-                "command again."
+                f"{still}. Free disk space, or choose a workdir that can be written, and give the "
+                "same command again."
             ) from error
 
     def _prune(self) -> None:
-        """Removes the oldest steps; the newest one is durable, with its seal, when this is
-        called.
-        """
+        """Removes the oldest steps; called when the newest step and its seal are on the disk."""
         sealed = self.steps()
         for step in sealed[: -self._keep] if self._keep else []:
-            self._manifest(
-                step
-            ).unlink()  # the seal first: a half-removed step is then an unfinished one
-            files.sync(
-                self.root / "manifests"
-            )  # before the files go, also as a power cut leaves it
+            # The seal is removed first: a half-removed step then counts as unfinished, not damaged.
+            # The sync preserves that order across a power cut.
+            self._manifest(step).unlink()
+            files.sync(self.root / "manifests")
             files.remove(self.root / str(step))
 
     # -------------------------------------------------------------------------------------- finding
 
     def steps(self) -> list[int]:
-        """The sealed steps, oldest first; their files were not checked (`newest_good` does)."""
+        """The sealed steps, oldest first; their files are not checked (`newest_good` does that)."""
         return sealed_steps(self.root)
 
     def newest_good(self) -> int | None:
-        """The newest step whose files are what was sealed; bad and unfinished steps above it are
-        put in quarantine.
+        """The newest step that equals its seal; damaged and unfinished later steps are quarantined.
 
         Returns:
           The step, or None when nothing was ever saved here.
@@ -245,14 +238,16 @@ class Checkpoints:
         Raises:
           ValueError: there were checkpoints, and every one is damaged. Training never restarts
             silently.
-          OSError: a file lies in the place of the folder.
+          OSError: `root` exists and is not a folder.
         """
         if os.path.lexists(self.root) and not self.root.is_dir():
             raise OSError(
                 f"{self.root} is no folder: checkpoints could not be written there; move it away"
             )
         chosen = processes.on_first("newest good step", self._newest_good)
-        self._verified |= {chosen} - {-1, -2}  # by process 0, for all
+        # Process 0 has verified the step for all of them; the others compare its seal below, which
+        # detects a folder that is not shared.
+        self._verified |= {chosen} - {-1, -2}
         if processes.count() > 1:
             processes.agree(
                 "resume step", {f"the newest good step in {self.root}": self._sealed(chosen)}
@@ -260,13 +255,13 @@ class Checkpoints:
         if chosen == -2:
             raise ValueError(
                 f"every checkpoint in {self.root} is damaged (they are in "
-                f"{self.root / 'quarantine'}): "
-                "restore one from a backup, or start afresh with --overwrite (keeps this run aside)"
+                f"{self.root / 'quarantine'}): restore one from a backup, or start afresh with "
+                "--overwrite (keeps this run aside)"
             )
         return chosen if chosen >= 0 else None
 
     def _sealed(self, step: int) -> str:
-        """A step by its seal, as this process sees it."""
+        """Names a step and its seal, as this process sees them."""
         try:
             return f"{step} (sealed {json.loads(self._manifest(step).read_bytes())['sha256'][:12]})"
         except (OSError, ValueError, KeyError):
@@ -282,13 +277,13 @@ class Checkpoints:
                 self._verified.add(step)
                 return step
             self._quarantine(step, damage)
-        # Unfinished steps where none was ever sealed are what kills during the very first save
-        # leave.
+        # Unfinished steps without any seal come from a process that was killed during its very
+        # first save: nothing is lost, so the run starts from the beginning (-1).
         seals = [*self.root.glob("manifests/*.json"), *self.root.glob("quarantine/*.json")]
         return -2 if seals or (self.root / "manifests" / "sealed").exists() else -1
 
     def _damage(self, step: int) -> str | None:
-        """What is wrong with a step, None when nothing is."""
+        """Describes what is wrong with a step; None when its files equal its seal."""
         try:
             seal = read_json(self._manifest(step))
             digest = seal.pop("sha256")
@@ -311,6 +306,7 @@ class Checkpoints:
     def _quarantine(self, step: int, why: str) -> None:
         folder = self.root / "quarantine"
         files.make_folder(folder)
+        # The time makes the name unique: the same step may be damaged again after a resume.
         place = folder / f"{step}-{time.time_ns()}"
         files.rename(self.root / str(step), place)
         if self._manifest(step).exists():
@@ -327,15 +323,15 @@ class Checkpoints:
 
         Args:
           step: what `newest_good` returned, or any sealed step.
-          abstract_state: a tree like the saved one, of arrays or `jax.ShapeDtypeStruct`s (with
-            shardings on a mesh).
+          abstract_state: a tree with the structure of the saved one, of arrays or
+            `jax.ShapeDtypeStruct`s (with shardings on a mesh).
 
         Returns:
           ``(state, extra)``.
 
         Raises:
-          ValueError: no such step, or the config makes another state: the first leaves that differ
-            are named and nothing is put in quarantine.
+          ValueError: there is no such step, or the config makes a different state: the first
+            leaves that differ are named, and nothing is quarantined.
           OSError: the files of the step are damaged.
         """
         self.wait()
@@ -366,8 +362,9 @@ class Checkpoints:
 
 
 def refuse_non_finite(tree: Any, what: str) -> None:
-    """Raises a FloatingPointError that names the leaves of `tree` with NaN or infinity; one fetch
-    from the device.
+    """Raises a FloatingPointError that names leaves of `tree` with NaN or infinity.
+
+    All leaves are checked in one program, with one transfer from the device.
     """
     leaves = {k: v for k, v in _named_leaves(tree).items() if jnp.issubdtype(v.dtype, jnp.inexact)}
     finite = jax.device_get(_all_finite(leaves))
@@ -382,8 +379,9 @@ def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, in tree order; a flat dict of arrays asks nothing of the containers'
-    types.
+    """Leaves by their path, in tree order.
+
+    A flat dict is stored, so that a checkpoint does not depend on the types of the containers.
     """
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -392,6 +390,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{name} is a {type(leaf).__name__}: a checkpoint holds arrays, data goes in extra"
             )
+        # A NumPy float64 would come back as float32, which is not what was saved.
         if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise ValueError(f"{name} is {leaf.dtype}, which JAX would narrow: convert it first")
         assert name not in leaves, f"two leaves are called {name}"
@@ -416,8 +415,7 @@ def _check_signature(step: int, stored: dict[str, Any], wanted: dict[str, Any]) 
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
             f"the checkpoint of step {step} is of another model or optimizer "
-            f"({'; '.join(lines)}{more}): "
-            "use the config it was made with, or another workdir"
+            f"({'; '.join(lines)}{more}): use the config it was made with, or another workdir"
         )
 
 
@@ -432,15 +430,13 @@ def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def sealed_steps(root: Path) -> list[int]:
-    """The steps in a folder of checkpoints that have a seal, oldest first; their files were not
-    checked.
-    """
+    """The steps in a folder of checkpoints that have a seal, oldest first; files not checked."""
     names = root.glob("manifests/*.json")
     return sorted(int(p.stem) for p in names if _is_step(p.stem) and (root / p.stem).is_dir())
 
 
 def was_saved(root: Path) -> bool:
-    """Whether a folder of checkpoints holds a seal; the files of its step were not looked for."""
+    """Whether a folder of checkpoints has a seal; the files of the step may be missing."""
     return next(root.glob("manifests/*.json"), None) is not None
 
 
@@ -449,8 +445,9 @@ def _is_step(name: str) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """sha256 of each file. A link is refused: what it leads to is not ours and may change or go at
-    any time.
+    """sha256 of each file in `folder`, by relative name.
+
+    Symbolic links are refused: their targets are outside our control and may change at any time.
     """
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
@@ -463,8 +460,9 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:
-    """Drops the traceback that Orbax logs of a save that fails in a thread: `save` or `wait` raises
-    the same error.
+    """A log filter that drops the traceback Orbax logs when a save fails in a thread.
+
+    `save` or `wait` raises the same error, so that it would be shown twice.
     """
     return not (
         record.exc_info and "orbax" in record.pathname and "_SignalingThread" in str(record.msg)

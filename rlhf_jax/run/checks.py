@@ -10,13 +10,13 @@ from rlhf_jax.run.files import PLAIN_NAME
 
 
 def require(condition: bool, field: str, value: Any, fix: str) -> None:
-    """Refuses a config value: ``ValueError("field=value: fix")`` unless `condition` holds."""
+    """Raises ``ValueError("field=value: fix")`` unless `condition` is true."""
     if not condition:
         raise ValueError(f"{field}={value!r}: {fix}")
 
 
 def require_divides(field: str, value: int, whole: int, what: str) -> None:
-    """Refuses a part that does not divide its whole, and lists the parts that do.
+    """Refuses a value that does not divide `whole`, and lists divisors to choose from.
 
     >>> require_divides("minibatches", 6, 16, "the rollout batch")
     Traceback (most recent call last):
@@ -24,6 +24,7 @@ def require_divides(field: str, value: int, whole: int, what: str) -> None:
     """
     if value >= 1 and whole % value == 0:
         return
+    # A batch may have dozens of divisors; the six nearest to the refused value are enough.
     divisors = [str(n) for n in range(1, whole + 1) if whole % n == 0]
     choices = (
         divisors if len(divisors) <= 8 else sorted(divisors, key=lambda n: abs(int(n) - value))[:6]
@@ -34,7 +35,7 @@ def require_divides(field: str, value: int, whole: int, what: str) -> None:
 
 
 def require_one_of(field: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuses a value that is not one of `choices` and names the nearest."""
+    """Refuses a value that is not one of `choices`, and suggests the nearest one."""
     if value not in choices:
         names = [str(c) for c in choices]
         near = difflib.get_close_matches(str(value), names, n=1)
@@ -45,19 +46,19 @@ def require_one_of(field: str, value: Any, choices: Sequence[Any]) -> None:
 def require_range(
     field: str, value: float, *, low: float | None = None, high: float | None = None
 ) -> None:
-    """Refuses a number outside ``low <= value <= high`` (None: no bound), NaN included."""
+    """Refuses NaN and any number outside ``low <= value <= high`` (None: no bound)."""
+    # Without bounds no comparison would reject NaN, hence `value != value`.
     if not ((low is None or value >= low) and (high is None or value <= high)) or value != value:
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
         raise ValueError(f"{field}={value!r} must be {' and '.join(bounds) or 'a number'}")
 
 
 def require_name(field: str, name: str) -> str:
-    """`name` if it may become a part of a path.
+    """Returns `name` if it is safe as a component of a path.
 
-    >>> require_name("config.name", "../ppo")
+    >>> require_name("config.name", "../ppo")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', a letter
-      or digit first
+    ValueError: config.name='../ppo': a name is 1 to 128 letters, digits, '.', '_' or '-', ...
     """
     good = bool(PLAIN_NAME.fullmatch(name))
     require(
@@ -70,7 +71,7 @@ def require_name(field: str, name: str) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint for an error: the likely spelling when one is near, otherwise everything there is."""
+    """A hint for an error message: the likely spelling, or all choices where none is near."""
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     if close:

@@ -1,6 +1,4 @@
-"""The command line of an experiment: flags, exit status, and what all processes of a run agree on
-first.
-"""
+"""The command line of an experiment: flags, exit status, agreement between processes."""
 
 from __future__ import annotations
 
@@ -32,21 +30,29 @@ Run = Callable[[ConfigDict, str], Any]
 
 
 def main(
-    run: Run, *, config: str = "", workdir: str = "", argv: Sequence[str] | None = None, one_process: str = "",
-    dry_run: Callable[[ConfigDict], Any] | None = None, check: Callable[[ConfigDict], Any] | None = None,
+    run: Run,
+    *,
+    config: str = "",
+    workdir: str = "",
+    argv: Sequence[str] | None = None,
+    one_process: str = "",
+    dry_run: Callable[[ConfigDict], Any] | None = None,
+    check: Callable[[ConfigDict], Any] | None = None,
     plan: Callable[..., Any] | None = None,
-) -> None:  # fmt: skip
-    """The command line of an experiment: reads config and flags, calls ``run(config, workdir)``,
-    exits.
+) -> None:
+    """Reads config and flags, calls ``run(config, workdir)`` and exits.
 
-    ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``, ``--overwrite``,
-    ``--allow_config_change``, ``--dry_run``, ``--distributed`` (several processes: they agree on
-    config, versions and run folder first and end together, see `rlhf_jax.run.processes`). A user's
-    mistake is one line on stderr and exit status 2; a machine that refuses (disk, permission,
-    memory, non-finite numbers) 1; Ctrl-C 130 and SIGTERM 143: at the next step boundary where a
-    stage saves, elsewhere at once, and the second one at once everywhere; processes that stopped
-    together 143. Other errors are bugs and show a traceback; ``RLHF_JAX_TRACEBACK=1`` shows one
-    always. No text on stderr holds a secret (`redact`).
+    Flags: ``--config=FILE[:ARG]``, ``--config.KEY=VALUE`` for any key, ``--workdir=DIR``,
+    ``--overwrite``, ``--allow_config_change``, ``--dry_run``, ``--distributed`` (several processes:
+    they first agree on config, versions and run folder, and they end together, see
+    `rlhf_jax.run.processes`).
+
+    Exit status: 2 for a user's mistake, reported in one line on stderr; 1 for a failure of the
+    machine (disk, permission, memory) or non-finite numbers; 130 for Ctrl-C and 143 for SIGTERM;
+    143 for processes that stopped together. A stage that saves stops at the next step boundary,
+    everything else at once; a second signal always stops at once. Any other error is a bug and
+    shows a traceback; ``RLHF_JAX_TRACEBACK=1`` always shows one. No text on stderr contains a
+    secret (`redact`).
 
     Args:
       run: ``(config, workdir)``; it validates the config before it computes anything.
@@ -56,18 +62,19 @@ def main(
       one_process: for a program that cannot run as several processes: what to do instead of
         ``--distributed``.
       dry_run: called with the config, instead of `run`, when ``--dry_run`` is given; no run folder
-        is made then.
-      check: called with the config before the run folder is touched, so that what it refuses
-        changes nothing there.
-      plan: of a pipeline, which answers a changed config stage by stage, so that it is not refused
-        here: ``(config, workdir, overwrite=...)``, called instead of `run` when ``--dry_run`` is
-        given.
+        is created then.
+      check: called with the config before the run folder is touched, so that a refusal changes
+        nothing there.
+      plan: given by a pipeline: ``(config, workdir, overwrite=...)``, called instead of `run` when
+        ``--dry_run`` is given. A pipeline compares a changed config stage by stage, so it is not
+        refused here.
     """
     program = _Program(run, config, workdir, one_process, dry_run, check, plan)
     output.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
     sys.excepthook = functools.partial(_show_bug, secrets)
+    # Signals are handled before the flags are parsed, so this is read from the raw arguments.
     several = any(
         a.startswith(("--distributed", "--coordinator_address", "--num_processes"))
         for a in arguments
@@ -79,6 +86,7 @@ def main(
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
             raise
+    # 128 + N means that signal N ended the program.
     if status > 128:
         signals.end_quietly(status)
     sys.exit(status)
@@ -86,7 +94,7 @@ def main(
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """What `main` was given beside the arguments."""
+    """The parameters of `main` other than the command line."""
 
     run: Run
     config: str
@@ -98,18 +106,21 @@ class _Program:
 
 
 def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
-    """Runs a program; returns its exit status. Secrets of its config are added to `secrets` when
-    they are known.
+    """Runs a program and returns its exit status.
+
+    The secrets of its config are appended to `secrets` as soon as the config is loaded.
     """
     fresh, path, lock, above = False, None, None, []
     try:
         if not argv:
             if program.config:
-                _look_ahead(program.check, load_config(program.config), "")  # says what is missing
+                # The check names the missing keys, which helps more than the usage line.
+                _look_ahead(program.check, load_config(program.config), "")
             return _say(_usage(program.run, program.config, program.workdir), 2)
         flags, overrides = _parse_flags(program.run, program.config, program.workdir, argv)
         _check_process_flags(flags, program.one_process)
-        if os.getcwd() not in sys.path:  # a researcher's own module lies where the command is given
+        # A config may name functions of the user's own modules in the current folder.
+        if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         if flags.distributed:
             _start_processes(flags)
@@ -124,6 +135,7 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
             )
             return 0
         _look_ahead(program.check, config, flags.config)
+        # Process 0 prepares the folder for all; `share_workdir` checks that the others see it too.
         if processes.index() == 0:
             above = [parent for parent in path.parents if not parent.exists()]
             lock = workdir_lib.claim_workdir(path, overwrite=flags.overwrite)
@@ -136,6 +148,7 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
             program.run(config, str(path))
         processes.finish()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        # A run that failed before it wrote anything leaves no new folder behind.
         if fresh and path is not None:
             workdir_lib.remove_unused(path, above)
         if os.environ.get("RLHF_JAX_TRACEBACK"):
@@ -158,19 +171,17 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
 
 
 def _usage(run: Run, config: str, workdir: str) -> str:
-    """One line for somebody who gave no flag at all: nothing starts by accident, and nothing is
-    written.
-    """
+    """One line of usage, printed instead of a run when no flag was given."""
     program = Path(inspect.getfile(inspect.unwrap(run))).name
     return (
         f"usage: {program} --config={config or 'FILE[:ARG]'} --workdir={workdir or 'DIR'} "
-        "[--config.KEY=VALUE ..]; "
-        "give one flag at least, the others are as shown here; --help lists all"
+        "[--config.KEY=VALUE ..]; give one flag at least, the others are as shown here; "
+        "--help lists all"
     )
 
 
 def _look_ahead(check: Callable[[ConfigDict], Any] | None, config: ConfigDict, path: str) -> None:
-    """Lets the program refuse its config before anything is made."""
+    """Lets the program refuse its config before anything is written."""
     if check is not None:
         with _another_programs_config(path):
             check(config)
@@ -178,9 +189,7 @@ def _look_ahead(check: Callable[[ConfigDict], Any] | None, config: ConfigDict, p
 
 @contextlib.contextmanager
 def _another_programs_config(path: str) -> Iterator[None]:
-    """A key that the program reads and the config lacks: the config was written for another
-    program.
-    """
+    """Turns a missing config key into a ValueError that the config is for another program."""
     try:
         yield
     except (AttributeError, KeyError) as error:
@@ -193,11 +202,16 @@ def _another_programs_config(path: str) -> Iterator[None]:
 
 
 def _enter(path: Path, config: ConfigDict, flags: argparse.Namespace, *, by_stages: bool) -> bool:
-    """Stores the config of a new run, or compares it with the stored one; a pipeline's stages
-    compare their own.
+    """Stores the config of a new run, or compares it with the stored one.
+
+    The stages of a pipeline (`by_stages`) compare their own configs.
+
+    Returns:
+      Whether the run is new.
     """
     if by_stages and (path / workdir_lib.CONFIG_FILE).is_file():
         return False
+    # Without a checkpoint there is nothing to resume: another config would overwrite the outputs.
     if flags.allow_config_change:
         workdir_lib.require_checkpoint(path, config)
     return workdir_lib.prepare_workdir(path, config, allow_config_change=flags.allow_config_change)
@@ -223,20 +237,21 @@ def _run_dry(dry_run: Callable[[ConfigDict], Any] | None, config: ConfigDict) ->
 def _show_bug(
     secrets: Sequence[str], kind: type[BaseException], error: BaseException, trace: Any
 ) -> None:
-    """Python's own report of an error nobody caught, without secrets."""
+    """An exception hook: Python's report of an uncaught error, without secrets."""
     _say(redact("".join(traceback.format_exception(kind, error, trace)), secrets).rstrip("\n"), 1)
 
 
 def _disk(error: Exception) -> str:
-    """What to do when a write fails that does not say so itself."""
+    """Advice to append to an error that means a full disk."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ". Free disk space and give the same command again: what was saved before is intact"
     return ""
 
 
 def _where(error: Exception) -> str:
-    """Our own errors speak for themselves; one from inside a library may be a bug, so it says how
-    to see more.
+    """A hint how to see the traceback of an error that was raised inside another library.
+
+    Such an error may be a bug; errors of this package name the field and the fix.
     """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return " (RLHF_JAX_TRACEBACK=1 shows where)" if "site-packages" in frame.filename else ""
@@ -251,11 +266,10 @@ def _say(text: str, status: int) -> int:
 # -------------------------------------------------------------------------------- several processes
 
 STOPPED_TOGETHER = 143
-"""Exit status of all processes when one of them got SIGTERM (or Ctrl-C) and all have saved the same
-step."""
+"""Exit status of all processes when one received SIGTERM or Ctrl-C and all saved the same step."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-"""What must have one version in all processes, beside this package."""
+"""Packages that must have the same version in all processes, as this package must."""
 
 
 def _check_process_flags(flags: argparse.Namespace, one_process: str) -> None:
@@ -272,15 +286,19 @@ def _check_process_flags(flags: argparse.Namespace, one_process: str) -> None:
 
 def _start_processes(flags: argparse.Namespace) -> None:
     processes.start(
-        coordinator_address=flags.coordinator_address, num_processes=flags.num_processes, process_id=flags.process_id,
+        coordinator_address=flags.coordinator_address,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
         heartbeat_timeout=flags.heartbeat_timeout,
-    )  # fmt: skip
+    )
 
 
 def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
-    """Before any work and any device: all processes run one command with one set of versions and of
-    flags.
+    """Checks that all processes have the same config, flags and package versions.
+
+    Called before any work, and before any device is used.
     """
+    # As JSON, which has no secrets in it: the values that differ are printed.
     plain = json.loads(to_json(config))
     facts: dict[str, Any] = {
         f"config.{key}": value_at(plain, key) for key in sorted(leaf_keys(config))
@@ -292,9 +310,7 @@ def _agree_on_command(flags: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _end_together(why: str, status: int, trace: str = "") -> None:
-    """With several processes: ends all of them with `status`, unless all are on their way out from
-    one step.
-    """
+    """Ends all processes with `status`, unless all of them are stopping after the same step."""
     if processes.count() == 1:
         return
     if status == STOPPED_TOGETHER:
@@ -308,7 +324,7 @@ def _end_together(why: str, status: int, trace: str = "") -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are said as all others are: in one line, without secrets."""
+    """A parser whose errors are reported as all others are: in one line, without secrets."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -318,6 +334,7 @@ def _flag_parser(run: Run, config: str, workdir: str) -> _Parser:
     """The parser of a program's flags; keys of the config are left over for `_parse_flags`."""
     doc = inspect.getdoc(inspect.getmodule(run)) or inspect.getdoc(run)
     parser = _Parser(
+        # An abbreviated flag would hide a misspelt one.
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config is a flag too: --config.KEY=VALUE",
     )  # fmt: skip
@@ -328,23 +345,16 @@ def _flag_parser(run: Run, config: str, workdir: str) -> _Parser:
         "--workdir", default=workdir or None, required=not workdir, metavar="DIR", help=workdir
     )
     parser.add_argument(
-        "--overwrite",
-        action="store_true",
+        "--overwrite", action="store_true",
         help="start afresh; an earlier run is renamed, not deleted",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--allow_config_change", action="store_true", help="resume although the config changed"
     )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one process of several (SLURM, GKE, TPU pod, MPI)",
-    )
-    parser.add_argument(
-        "--coordinator_address",
-        metavar="HOST:PORT",
-        help="of process 0, where nothing else tells it",
-    )
+    parser.add_argument("--distributed", action="store_true",
+                        help="one process of several (SLURM, GKE, TPU pod, MPI)")  # fmt: skip
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT",
+                        help="of process 0, where nothing else tells it")  # fmt: skip
     parser.add_argument(
         "--num_processes", type=int, metavar="N", help="how many, with --coordinator_address"
     )
@@ -369,6 +379,7 @@ def _parse_flags(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The flags, and the overrides of the config by key."""
     parser = _flag_parser(run, config, workdir)
+    # What is left over are config overrides, whose names the parser cannot know.
     flags, rest = parser.parse_known_args(argv)
     for name in ("config", "workdir"):
         if not getattr(flags, name):

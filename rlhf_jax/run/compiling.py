@@ -1,6 +1,4 @@
-"""Compiled programs: kept between runs, counted in seconds, compiled side by side where that is
-faster.
-"""
+"""Compilation: the cache across runs, the seconds spent, and several programs in parallel."""
 
 from __future__ import annotations
 
@@ -19,11 +17,12 @@ from rlhf_jax.types import StepFn
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in a cache folder of the user, so that a second run starts at once.
+    """Keeps compiled programs in the user's cache folder, so that a second run starts at once.
 
-    Where none can be written they are compiled each time.
+    Where that folder cannot be written, programs are compiled in each run.
     """
     compiled = cache.folder("compiled")
+    # A cache folder that the user gave to JAX takes precedence.
     if jax.config.values["jax_compilation_cache_dir"] is None and compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(compiled))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -33,10 +32,10 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compiling:
-    """Seconds that XLA has compiled in this process, cache look-ups included.
+    """Counts the seconds that this process has spent compiling, cache look-ups included.
 
-    What the compiler took and freed, up to 300 MB for a step, goes back to the system after each
-    longer compilation: the first step's arrays would come on top of it.
+    Memory that the compiler took and freed, up to 300 MB for a step, is returned to the system
+    after each longer compilation: otherwise the first step's arrays would come on top of it.
     """
 
     seconds = 0.0
@@ -44,7 +43,7 @@ class Compiling:
 
     @classmethod
     def listen(cls) -> None:
-        """Starts to count; calling it again changes nothing."""
+        """Starts counting; further calls have no effect."""
         if not getattr(cls, "_listening", False):
             jax.monitoring.register_event_duration_secs_listener(cls._add)
             cls._listening = True
@@ -62,7 +61,7 @@ class Compiling:
     @classmethod
     @contextlib.contextmanager
     def together(cls) -> Iterator[None]:
-        """Counts the time of the block, and not that of programs which overlap in it."""
+        """Counts the wall time of the block, in which programs that compile in parallel overlap."""
         begun, cls._together = time.monotonic(), True
         try:
             yield
@@ -71,16 +70,16 @@ class Compiling:
 
 
 def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
-    """Compiles programs side by side, while the next ones are traced; their functions then find
-    them compiled.
+    """Compiles programs in parallel, each while the next is traced, ahead of their first calls.
 
-    The three of PPO take half the time of one after the other on a GPU. Not on a CPU, whose cores a
-    compiler keeps busy as it is: nothing is done there; nor with several processes, which might not
-    compile in the same order.
+    The three programs of PPO take half the time on a GPU that they take one after the other.
+    Nothing is done on a CPU, where one compilation keeps all cores busy, nor with several
+    processes, which might not compile in the same order.
 
     Args:
-      programs: from ``jit(..).lower(..)``, each made when it is asked for, the longest first. What
-        fails is left out: it fails again where its function is called, and is told there.
+      programs: from ``jit(..).lower(..)``, the longest first; the iterator traces each program when
+        it is reached. An error here is ignored: the same error is raised and reported when the
+        function is called.
     """
     if not cpu_process.has_accelerator() or processes.count() > 1:
         return
@@ -90,9 +89,8 @@ def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
 
 
 def lower(step: StepFn, *arguments: Any) -> jax.stages.Lowered:
-    """The program of a step from `compile_step` or `compile_frozen_step` for such arguments, not
-    yet compiled.
-    """
+    """Lowers a step of `compile_step` or `compile_frozen_step` for the given arguments."""
+    # A step with frozen parameters is a `partial`, which has no `lower` of its own.
     frozen = step.args if isinstance(step, functools.partial) else ()
     function: Any = step.func if isinstance(step, functools.partial) else step
     return function.lower(*frozen, *arguments)

@@ -1,11 +1,9 @@
-"""Configs: functions chosen by name, overrides from the command line, errors that name the field
-and the fix.
+"""Configs: functions chosen by name, command-line overrides, errors that name field and fix.
 
 A config file is Python with ``get_config(arg: str = "") -> ConfigDict``. A loss is swapped without
-touching the
-package: ``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")`` makes the
-keyword-only defaults of that function fields, and `resolve` turns the fields back into a function
-whose arguments were checked at start-up.
+changing the package: ``config.policy_loss = fn_spec("rlhf_jax.losses.policy:ppo_policy_loss")``
+turns the keyword-only defaults of that function into fields; at start-up `resolve` checks its
+arguments and turns the fields back into a function.
 """
 
 from __future__ import annotations
@@ -35,11 +33,10 @@ T = TypeVar("T")
 
 
 def fn_spec(fn: str, **overrides: Any) -> ConfigDict:
-    """A function as data: its name ``"module:function"`` and its keyword-only defaults as fields to
-    override.
+    """A function as data: its name ``"module:function"`` and its keyword-only defaults as fields.
 
     Args:
-      fn: where the function lives, ``"package.module:function"``.
+      fn: the function's name, ``"package.module:function"``.
       **overrides: values for keyword-only arguments, required ones included.
 
     Returns:
@@ -71,11 +68,11 @@ def fn_spec(fn: str, **overrides: Any) -> ConfigDict:
 def resolve(
     spec: Mapping[str, Any] | ConfigDict | str, available: Iterable[str] | None = None
 ) -> Callable[..., Any]:
-    """The function a `fn_spec` names, its keyword-only arguments bound.
+    """The function that a `fn_spec` names, with its keyword-only arguments bound.
 
     Args:
       spec: a `fn_spec`, or just ``"module:function"``.
-      available: names the caller can pass; None skips the check.
+      available: names of the arguments that the caller can pass; None skips the check.
 
     Returns:
       ``functools.partial(function, **fields)``.
@@ -104,13 +101,12 @@ def resolve(
 
 
 def filled_from(kind: Callable[..., T], config: ConfigDict, **others: Any) -> T:
-    """A frozen dataclass of settings (`steps.PPO`, `rollout.Shaping`) from the keys of a config
-    that are its fields.
+    """Fills a frozen dataclass of settings (`steps.PPO`, `rollout.Shaping`) from a config group.
 
     Args:
-      kind: the dataclass; it checks its own numbers.
-      config: a group; keys that are no fields are left to others.
-      **others: fields that have another name in the config, or none.
+      kind: the dataclass, which validates its own numbers.
+      config: a group; keys that are not fields of `kind` are ignored.
+      **others: fields that are not in the config, or have another name there.
 
     Raises:
       ValueError: as `kind` does.
@@ -120,7 +116,7 @@ def filled_from(kind: Callable[..., T], config: ConfigDict, **others: Any) -> T:
 
 
 def import_fn(name: str) -> Callable[..., Any]:
-    """The object ``"package.module:function"`` names; a ValueError says which half is wrong."""
+    """Imports ``"package.module:function"``; a ValueError names the half that is wrong."""
     module_name, _, attribute = name.partition(":")
     if not attribute or not all(p.isidentifier() for p in [*module_name.split("."), attribute]):
         raise ValueError(f"{name!r} is not of the form 'package.module:function'")
@@ -128,10 +124,10 @@ def import_fn(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the module is there; something it imports is not
+            raise  # the module exists, and a module that it imports does not
         raise ValueError(
-            f"no module {error.name!r} for {name!r}: run from the folder that holds it, or add "
-            "that to PYTHONPATH"
+            f"no module {error.name!r} for {name!r}: run from the folder that holds it, "
+            "or add that to PYTHONPATH"
         ) from None
     fn = getattr(module, attribute, None)
     if not callable(fn):
@@ -152,10 +148,9 @@ def _check_arguments(name: str, fn: Callable[..., Any], available: tuple[str, ..
             continue
         if key not in available and p.default is p.empty:
             raise ValueError(
-                f"{name} wants the argument {key!r}, which is not available "
-                f"here{checks.nearest(key, available)}. "
-                f"Available: {', '.join(available)}. A hyperparameter must be keyword-only (after "
-                "*)."
+                f"{name} wants the argument {key!r}, which is not available here"
+                f"{checks.nearest(key, available)}. Available: {', '.join(available)}. "
+                "A hyperparameter must be keyword-only (after *)."
             )
 
 
@@ -169,18 +164,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The locked config of a file, ``"configs/ppo/x.py"`` or ``"configs/ppo/x.py:arg"``, with
-    `overrides` on top.
+    """Loads the config of ``"configs/ppo/x.py"`` or ``"configs/ppo/x.py:arg"`` and locks it.
 
     Args:
       path_and_arg: path of a Python file with ``get_config(arg)``; what follows the colon is `arg`.
-        A config that comes with the package has a short name too: ``"ppo/storyland"``.
-      overrides: dotted keys and values as text, as they stand on a command line.
+        A config that comes with the package also has a short name: ``"ppo/storyland"``. The stored
+        config.json of a run works too.
+      overrides: dotted keys and values as text, as given on a command line; they are applied last.
 
     Raises:
-      ValueError: no such file, no `get_config`, an unknown key (with the nearest name), a value of
-        the wrong type.
+      ValueError: the file or its `get_config` is missing, a key is unknown (the message names the
+        nearest), or a value has the wrong type.
     """
+    # Before the text is split: the colon of an address does not start an argument.
     if re.match(r"[\w+.-]+:/", path_and_arg):
         files.local_path("--config", path_and_arg)
     path, _, arg = path_and_arg.partition(":")
@@ -199,7 +195,7 @@ def load_config(path_and_arg: str, overrides: Mapping[str, str] | None = None) -
 
 
 def _stored_run(path: Path) -> ConfigDict:
-    """The config that a run stored, to run it again."""
+    """Reads the config.json that a run stored, to run it again."""
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise ValueError(
@@ -218,7 +214,7 @@ def _stored_run(path: Path) -> ConfigDict:
 
 
 def _without_gaps(path: str, config: ConfigDict) -> ConfigDict:
-    """`config`, unless a stored one holds the mark of a secret that was left out of it."""
+    """Returns `config`; refuses a stored one from which a secret was redacted."""
     if path.endswith(".json"):
         plain = config.to_dict()
         gaps = [key for key in sorted(leaf_keys(config)) if REDACTED in str(value_at(plain, key))]
@@ -230,18 +226,20 @@ def _without_gaps(path: str, config: ConfigDict) -> ConfigDict:
 
 
 def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], Any]) -> ConfigDict:
-    """Applies the argument of a config file: variants by name, then ``key=value`` overrides,
-    separated by commas.
+    """Applies the argument of a config file: comma-separated variants and ``key=value`` overrides.
+
+    Variants are applied first, wherever they are in `arg`.
 
     Args:
       config: the config to change, in place.
       arg: for example ``"smoke,policy_loss=my_lab.losses:dual_clip,seed=1"``.
-      **variants: functions that change the config, by the name that asks for them.
+      **variants: functions that change the config in place, by the names used in `arg`.
 
     Returns:
       The same config, locked.
 
-    >>> apply_arg(ConfigDict({"seed": 0, "steps": 90}), "smoke,seed=1", smoke=lambda c: c.update(steps=3)).to_dict()
+    >>> config = ConfigDict({"seed": 0, "steps": 90})
+    >>> apply_arg(config, "smoke,seed=1", smoke=lambda c: c.update(steps=3)).to_dict()
     {'seed': 1, 'steps': 3}
     """
     config.lock()
@@ -259,9 +257,9 @@ def apply_arg(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], A
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-    """Sets dotted keys to values given as text, each read as the type the key has; in place.
+    """Sets dotted keys in place to values given as text, parsed as the type of the current value.
 
-    A key that holds a `fn_spec` takes ``module:function`` and gets the defaults of that function.
+    For a key with a `fn_spec` the text is ``module:function``, whose defaults replace the old ones.
 
     >>> override(ConfigDict({"ppo": {"lr": 1e-5, "betas": (0.9, 0.95)}}), {"ppo.lr": "3e-5"}).ppo.lr
     3e-05
@@ -273,6 +271,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
             _unfold(parent, name)
             parent, seen = _member(parent, name, seen), f"{seen}.{name}"
         value = _parse(f"config.{key}", text, _member(parent, leaf, seen))
+        # `_parse` has checked the type; an empty function ("" for a group) would be refused here.
         with parent.ignore_type():
             parent[leaf] = (
                 value.lock() if isinstance(value, ConfigDict) and config.is_locked else value
@@ -281,9 +280,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def _unfold(parent: Any, name: str) -> None:
-    """Makes a function that is chosen by its name alone a group, so that its hyperparameters can be
-    set.
-    """
+    """Turns a function given by its name alone into a group whose hyperparameters can be set."""
     chosen = parent.get(name) if isinstance(parent, ConfigDict) else None
     if name in ("text_reward", "gold") and isinstance(chosen, str) and chosen:
         spec = fn_spec(chosen)
@@ -300,8 +297,9 @@ def _member(parent: Any, name: str, seen: str) -> Any:
 
 
 def _parse(field: str, text: str, current: Any) -> Any:
-    """`text` as a value of the type of `current`; "None" is allowed everywhere (a check elsewhere
-    may refuse it).
+    """Parses `text` as a value of the type of `current`.
+
+    "None" is always accepted here; later checks refuse it where a value is needed.
     """
     if isinstance(current, ConfigDict):
         if "fn" not in current:
@@ -317,6 +315,7 @@ def _parse(field: str, text: str, current: Any) -> Any:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         if current is None or type(value) is type(current):
             return value
+        # `type(..) is` rather than isinstance: a bool is not a number here.
         if isinstance(current, float) and type(value) is int:
             return float(value)
         if isinstance(current, tuple) and isinstance(value, list):
@@ -329,7 +328,7 @@ def _parse(field: str, text: str, current: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_user_error(where: str) -> Iterator[None]:
-    """A misspelt key or a wrong type set in Python reads like one set on the command line."""
+    """Reports a misspelt key or a wrong type set in Python as one set on the command line."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
@@ -343,7 +342,7 @@ def _as_user_error(where: str) -> Iterator[None]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON to keep beside a run, without secrets (`is_secret`, `redact`).
+    """The config as JSON to store in a run folder, without secrets (`is_secret`, `redact`).
 
     >>> print(to_json(ConfigDict({"seed": 1, "hf_token": "abc"})))
     {
@@ -355,20 +354,20 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config `to_json` wrote; lists come back as the tuples they were."""
+    """The config that `to_json` wrote; JSON lists become tuples again."""
     return ConfigDict(_tuples(json.loads(text)))
 
 
 def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
-    """Plain data; under a secret's key (`secret`) whatever it holds is hidden, groups and tuples
-    included.
+    """Converts a config to JSON data.
+
+    Below the key of a secret (`secret`) everything is redacted, groups and tuples included.
     """
     secret = secret or is_secret(key)
     if isinstance(value, FieldReference):
         value = value.get()
-    if isinstance(
-        value, ConfigDict
-    ):  # references kept: it goes around __getitem__, for storing a key is not using it
+    if isinstance(value, ConfigDict):
+        # References are kept to avoid __getitem__, which `record_reads` would count as a read.
         return {k: _plain(v, k, secret) for k, v in value.items(preserve_field_references=True)}
     if isinstance(value, tuple | list):
         return [_plain(v, key, secret) for v in value]
@@ -379,7 +378,7 @@ def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
         and value
         and (isinstance(value, str) or (type(value) is int and "token" not in key.lower()))
     ):
-        return REDACTED  # a number under a key like token_id is an id
+        return REDACTED  # but a number with a key like token_id is an id, not a secret
     if isinstance(value, str):
         return redact(value)
     if value is None or isinstance(value, bool | int | float):
@@ -391,7 +390,7 @@ def _plain(value: Any, key: str = "", secret: bool = False) -> Any:
 
 
 def unlocked_copy(config: ConfigDict) -> ConfigDict:
-    """A copy that may be changed: a pipeline fills in the paths of its stages."""
+    """An unlocked copy, in which a pipeline sets the paths of its stages."""
     return ConfigDict(config.to_dict()).unlock()
 
 
@@ -402,7 +401,7 @@ def _tuples(value: Any) -> Any:
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What changed between two configs (as dicts), one line a key.
+    """The differences between two configs (as dicts), one line per key.
 
     >>> diff({"ppo": {"lr": 1e-5, "seed": 0}}, {"ppo": {"lr": 2e-5, "seed": 0}})
     ['ppo.lr: 1e-05 -> 2e-05']
@@ -421,8 +420,9 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> li
 
 
 def record_reads(config: ConfigDict) -> tuple[ConfigDict, set[str]]:
-    """A copy of `config` that notes each key as it is read, so that a test can show that no key is
-    without effect.
+    """A copy of `config` that records which keys are read.
+
+    A test uses it to show that every key of a config has an effect.
 
     >>> config, reads = record_reads(ConfigDict({"ppo": {"lr": 1e-5, "epochs": 1}}))
     >>> config.ppo.lr, sorted(reads), sorted(leaf_keys(config) - reads)
@@ -433,7 +433,7 @@ def record_reads(config: ConfigDict) -> tuple[ConfigDict, set[str]]:
 
 
 def leaf_keys(config: ConfigDict, prefix: str = "") -> set[str]:
-    """The dotted name of every value of the config, without reading it."""
+    """The dotted names of all values of the config, without reading any of them."""
     keys = set()
     for key, value in config.items(preserve_field_references=True):
         keys |= (
@@ -445,7 +445,7 @@ def leaf_keys(config: ConfigDict, prefix: str = "") -> set[str]:
 
 
 def value_at(plain: Any, key: str) -> Any:
-    """The value of a dotted key in nested groups."""
+    """The value at a dotted key of nested groups."""
     for name in key.split("."):
         plain = plain[name]
     return plain
@@ -474,22 +474,24 @@ class _Recording(ConfigDict):
 
 
 PATHS = frozenset(
-    ("base", "corpus", "data", "data_dir", "demonstrations", "evaluation", "held_out_text", "model", "models",
-     "pretraining_text", "prompts", "rankings", "reference", "reward_model", "validation")
+    ("base", "corpus", "data", "data_dir", "demonstrations", "evaluation", "held_out_text",
+     "model", "models", "pretraining_text", "prompts", "rankings", "reference", "reward_model",
+     "validation")
 )  # fmt: skip
-"""Keys, in any group, whose value names files or folders to read, or groups and tuples of such."""
+"""Keys, in any group, that name files or folders to read, alone or in groups and tuples."""
 
 
 def refuse_addresses(config: ConfigDict) -> None:
-    """Refuses a config that names data or models by addresses such as ``gs://bucket/data``, before
-    anything is read.
+    """Refuses a config that names data or models by an address such as ``gs://bucket/data``.
 
-    >>> refuse_addresses(ConfigDict({"tracker": "https://example.org", "prompts": "data/prompts.jsonl"}))
+    >>> config = ConfigDict({"tracker": "https://example.org", "prompts": "data/prompts.jsonl"})
+    >>> refuse_addresses(config)
 
     Raises:
-      ValueError: a key of `PATHS` does; see `files.local_path`.
+      ValueError: the value of a key in `PATHS` is an address; see `files.local_path`.
     """
     for key in sorted(leaf_keys(config)):
+        # The group counts too: `config.data.demonstrations` is a path because of `data`.
         if not PATHS.intersection(key.split(".")[-2:]):
             continue
         value = value_at(config, key)

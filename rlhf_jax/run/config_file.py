@@ -1,9 +1,8 @@
-"""Config files: a Python file with ``get_config(arg)``, run so that a mistake in it is told as one
-line.
+"""Config files: Python files with ``get_config(arg)``, whose mistakes are reported in one line.
 
 A config is a program of its author, so it may fail in any way a program can. Whatever it raises
-becomes a ValueError that names its file and line; errors that this package raised on its behalf
-already name the field, and stay.
+becomes a ValueError with its file and line. Errors that this package raised for it already name
+the field and are left as they are.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ FORMS = (
 
 
 def check(path: Path) -> Path:
-    """`path`, if a config may stand there: a regular file whose name ends in .py or .json.
+    """Returns `path` if it can be a config: a regular file with a name that ends in .py or .json.
 
     Raises:
-      ValueError: it is missing, a folder, a pipe, or of another kind; the message says what is
-        near.
+      ValueError: it is missing, a folder, a pipe, or of another kind; the message suggests files
+        that may have been meant.
     """
     if path.is_dir():
         stored = path / "config.json"
@@ -51,8 +50,9 @@ def check(path: Path) -> Path:
 
 
 def _near(path: Path) -> str:
-    """The file that was probably meant: the name of a module, a name without its end, or a slip of
-    the finger.
+    """A hint at the file that was probably meant.
+
+    It covers the dotted name of a module, a name without ``.py``, and a typing mistake.
     """
     for meant in (path.with_name(f"{path.name}.py"), Path(f"{str(path).replace('.', '/')}.py")):
         if meant.is_file():
@@ -65,12 +65,13 @@ def _near(path: Path) -> str:
 
 
 def load(path: Path) -> Callable[..., Any]:
-    """The function ``get_config`` of a Python file, called with an argument or without.
+    """Imports a Python file and returns its ``get_config``, callable with or without an argument.
 
     Raises:
-      ValueError: the file is no config, or it fails; so does the returned function.
+      ValueError: the file is not a config, or it raised an error. The returned function raises a
+        ValueError too if ``get_config`` fails.
     """
-    # So that a config can say ``from configs import common``.
+    # A config in a folder named configs can then import its neighbours: `from configs import ..`.
     roots = [parent.parent for parent in path.resolve().parents if parent.name == "configs"]
     for root in map(str, roots[:1]):
         if root not in sys.path:
@@ -98,8 +99,9 @@ def load(path: Path) -> Callable[..., Any]:
 
 
 def _arguments(function: Callable[..., Any], arg: tuple[str, ...], path: Path) -> tuple[str, ...]:
-    """What to call ``get_config`` with: one that takes an argument gets "" where the command line
-    has none.
+    """The arguments to call ``get_config`` with.
+
+    A required parameter gets "" when the command line has no argument.
     """
     places = [
         p
@@ -108,8 +110,8 @@ def _arguments(function: Callable[..., Any], arg: tuple[str, ...], path: Path) -
     ]
     if arg and not places:
         raise ValueError(
-            f"get_config of {path} takes no argument and got {arg[0]!r}: leave out what follows "
-            "the colon"
+            f"get_config of {path} takes no argument and got {arg[0]!r}: "
+            "leave out what follows the colon"
         )
     required = [p for p in places if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     return arg or ("",) * min(1, len(required))
@@ -117,25 +119,25 @@ def _arguments(function: Callable[..., Any], arg: tuple[str, ...], path: Path) -
 
 @contextlib.contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Whatever the config at `path` raises becomes a ValueError of one line with its file and
-    line.
-    """
+    """Converts any error of the config at `path` to a one-line ValueError with file and line."""
     try:
         yield
     except (Exception, SystemExit) as error:
+        # SystemExit is included: a config that calls `exit()` must not end the program silently.
         known = library_mistake(error)
         if known:
             raise ValueError(f"{_place(error, path)}: {known}") from error
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         ours = Path(raised_in).is_relative_to(Path(__file__).resolve().parents[1])
         if isinstance(error, ValueError) and ours:
-            raise  # this package checked a value: its message names the field and the fix
+            raise  # a check of this package, whose message names the field and the fix
         raise ValueError(f"{_place(error, path)}: {_said(error)}") from error
 
 
 def _place(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
+    # The innermost frame inside the config, not the library function where the error was raised.
     own = [
         f
         for f in traceback.extract_tb(error.__traceback__)
@@ -155,11 +157,15 @@ def _said(error: BaseException) -> str:
 
 
 def library_mistake(error: BaseException) -> str:
-    """A missing or misspelt key or a wrong type, told by the config library, in our words; "" for
-    any other error.
+    """Describes a config library's error about a missing or misspelt key or a wrong type.
+
+    Returns:
+      One line, or "" for any other error.
     """
     if not isinstance(error, AttributeError | KeyError | TypeError):
         return ""
+    # ml_collections raises the errors that any Python code raises, so its messages are matched.
+    # Its AttributeErrors carry the KeyError that caused them as their argument.
     cause = error.args[0] if error.args else error
     text = str(cause.args[0] if isinstance(cause, KeyError) and cause.args else cause)
     typo = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)

@@ -1,8 +1,8 @@
-"""What a long program says while it works: how far it is, how fast, and how long it will take.
+"""Progress of a long program on the console: steps done, speed and remaining time.
 
-The time that is left is honest from the second step on. The first step compiles the program, later
-ones may compile another form of it, and neither says how long the next step takes: intervals in
-which the compiler ran are left out of the rate (`Rate`).
+The estimate of the remaining time is realistic from the second step on. The first step compiles
+the program and later steps may compile variants of it, and neither predicts the duration of the
+next step: intervals in which the compiler ran are left out of the rate (`Rate`).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import jax
 from rlhf_jax.run import processes
 
 WIDTH = 100
-"""Most columns of a line where the console is no terminal."""
+"""The maximal width of a line where the output is not a terminal."""
 
 EVERY = 10.0
-"""Seconds between two lines where the console is no terminal."""
+"""The minimal seconds between two lines where the output is not a terminal."""
 
 PATIENCE = 5.0
-"""Seconds that work may take without a word."""
+"""Seconds that work may take before any progress is printed."""
 
 SHORT = {"kl_nats_per_sequence": "kl", "response_tokens": "tokens", "held_out_loss": "held_out"}
-"""Names that a line takes where the whole names do not fit it; the log has the whole ones."""
+"""Shorter metric names for lines that the full names do not fit; the log has the full names."""
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """What the console needs of a text stream; `sys.stdout`, a file and a `StringIO` are such."""
+    """The methods needed of a text stream; `sys.stdout`, files and `StringIO` have them."""
 
     def write(self, text: str, /) -> int: ...
     def flush(self) -> None: ...
@@ -50,20 +50,20 @@ class Screen(NamedTuple):
     """Where lines of progress appear, and how often."""
 
     stream: Stream | None = None
-    """None for standard output."""
+    """The output; None is standard output."""
     clock: Callable[[], float] = time.monotonic
-    """Seconds, ever increasing."""
+    """The current time in seconds, which never decreases."""
     every: float = EVERY
-    """At most one line in so many seconds where the stream is no terminal."""
+    """The minimal seconds between two lines where the stream is not a terminal."""
 
 
 class Rate:
-    """Seconds that a step takes, from the times at which steps were done.
+    """Seconds per step, estimated from the times at which steps were done.
 
-    Left out are the time before the first step that is told (it compiles), and intervals in which
-    the compiler ran. One single interval of more than `OUTLIER` times the median is left out too: a
-    compilation that nobody counted, or a computer that slept. Two or more of them come again and
-    again, as an evaluation between steps does, and count.
+    The time before the first reported step (which compiles) and intervals in which the compiler ran
+    are left out. A single interval longer than `OUTLIER` times the median is left out too: it is
+    most likely a compilation that was not counted, or a computer that slept. Two or more of them
+    probably recur, as an evaluation between steps does, and count.
 
     >>> rate = Rate()
     >>> for step, now in ((1, 60.0), (2, 61.0), (3, 62.0), (4, 92.0), (5, 93.0)):
@@ -74,7 +74,7 @@ class Rate:
 
     OUTLIER = 4.0
     WINDOW = 1024
-    """Newest intervals that count: a pace that changes while the stage runs is followed."""
+    """How many of the newest intervals count, so that the rate follows a change of pace."""
 
     def __init__(self) -> None:
         self._last: tuple[int, float] | None = None
@@ -82,22 +82,25 @@ class Rate:
         self._compiling: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
 
     def add(self, step: int, now: float, *, compiled: bool = False) -> None:
-        """Takes down that `step` steps were done at the time `now`, and whether the compiler ran
-        since the last.
+        """Records that `step` steps were done at time `now`.
+
+        Args:
+          step: steps done.
+          now: the time in seconds.
+          compiled: whether the compiler ran since the previous call.
         """
         last, self._last = self._last, (step, now)
         if last is None or step <= last[0]:
-            self._last = last or (
-                step,
-                now,
-            )  # a second word about a step is part of the next interval
+            # A second report of the same step does not begin a new interval.
+            self._last = last or (step, now)
             return
         intervals = self._compiling if compiled else self._plain
         intervals.append((step - last[0], now - last[1]))
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The mean over the intervals that count; None while there is none."""
+        """The mean over the intervals that count; None while there are none."""
+        # A stage that compiles in every interval gets a pessimistic estimate rather than none.
         kept = list(self._plain or self._compiling)
         if not kept:
             return None
@@ -110,19 +113,18 @@ class Rate:
 
 
 class Console:
-    """Progress of one stage: a bar that is redrawn on a terminal, a plain line now and then
-    elsewhere.
+    """Progress of one stage: a bar that is redrawn on a terminal, occasional plain lines elsewhere.
 
     Args:
       stage: its name.
       total: how many steps it has.
-      resume_step: the step it goes on from.
+      resume_step: the step from which it resumes.
       show: metrics to show, in order; those that a step lacks, or that do not fit the line, are
         left out.
       unit: what a step is, in the plural: ``iterations``, ``responses``.
-      quiet: nothing is shown in the first seconds: work that is done by then needs no line.
+      quiet: the seconds before anything is shown: work that is done by then needs no line.
       screen: where lines appear, and how often.
-      compilations: how many programs this process has compiled; None counts JAX's.
+      compilations: returns how many programs this process has compiled; None counts JAX's.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Console:
     ):
         self._stage, self._total, self._show = stage, total, tuple(show)
         self._stream = sys.stdout if screen.stream is None else screen.stream
+        # A dumb terminal does not understand the escape sequence that clears a line.
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock, self._every = screen.clock, screen.every
         self._unit, self._quiet = unit, quiet
@@ -154,13 +157,14 @@ class Console:
         self._open_line = ""
 
     def update(self, step: int, numbers: Mapping[str, float], *, at: float | None = None) -> None:
-        """Shows `step`, which was done at the time `at` (now), when it is time to."""
+        """Records that `step` was done at time `at` (None: now); shows it when a line is due."""
         now, compiled = self._clock() if at is None else at, self._compilations()
         self._rate.add(step, now, compiled=compiled > self._compiled)
         self._compiled, self._step = compiled, step
         if now - self._started < self._quiet:
             return
         if self._live:
+            # One column is left free, as some terminals wrap a line that fills them all.
             self._open_line = self._line(
                 now, numbers, shutil.get_terminal_size((WIDTH, 24)).columns - 1
             )
@@ -171,7 +175,7 @@ class Console:
         self._stream.flush()
 
     def close(self) -> None:
-        """Ends the live line, so that what comes next starts on its own."""
+        """Ends the live line, so that later output starts on a new one."""
         if self._open_line:
             self._stream.write("\n")
             self._stream.flush()
@@ -179,7 +183,7 @@ class Console:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the stage will still take; None while that is not known."""
+        """The remaining seconds of the stage; None while they are not known."""
         pace = self._rate.seconds_per_step
         return None if pace is None else max(0, self._total - self._step) * pace
 
@@ -219,18 +223,17 @@ class Console:
 
 
 class Progress:
-    """Progress of a loop that has no log: nothing at all where it is short, and process 0 alone
-    speaks.
+    """Progress of a loop that has no log; a short loop prints nothing, and only process 0 prints.
 
     >>> with Progress("scoring", 4, unit="rows") as done:
     ...     for row in range(1, 5):
     ...         done(row)
 
     Args:
-      what: what is done, as in ``scoring``.
+      what: the name of the work, such as ``scoring``.
       total: how many steps it has.
       unit: what a step is, in the plural.
-      quiet: seconds without a word.
+      quiet: the seconds before anything is shown.
       screen: where lines appear, and how often.
     """
 
@@ -243,12 +246,13 @@ class Progress:
         quiet: float = PATIENCE,
         screen: Screen = Screen(),
     ) -> None:
+        # The other processes write to a buffer that is never read.
         if processes.index():
             screen = screen._replace(stream=io.StringIO())
         self._console = Console(what, total, show=(), unit=unit, quiet=quiet, screen=screen)
 
     def __call__(self, done: int) -> None:
-        """Takes down that so many steps are done."""
+        """Records that `done` steps are done."""
         self._console.update(done, {})
 
     def __enter__(self) -> Progress:
@@ -262,9 +266,9 @@ class Progress:
 def patiently(
     what: str, *, after: float = PATIENCE, every: float = EVERY, stream: Stream | None = None
 ) -> Iterator[None]:
-    """Says that the block is still at work when it takes long, where its steps cannot be counted.
+    """Prints a sign of life while a block runs whose steps cannot be counted.
 
-    Prints ``what: 5s so far`` after `after` seconds and again each `every` seconds, from process 0.
+    Process 0 prints ``what: 5s so far`` after `after` seconds and then every `every` seconds.
     """
     over, begun = threading.Event(), time.monotonic()
 
@@ -272,15 +276,15 @@ def patiently(
         wait = after
         while not over.wait(wait):
             out, wait = sys.stdout if stream is None else stream, every
-            with contextlib.suppress(
-                ValueError, OSError
-            ):  # closed meanwhile: the work itself goes on
+            # A stream that was closed meanwhile must not stop the work.
+            with contextlib.suppress(ValueError, OSError):
                 out.write(f"{what}: {duration(time.monotonic() - begun)} so far\n")
                 out.flush()
 
     if processes.index():
         yield
         return
+    # A daemon thread cannot keep the interpreter alive when the block is interrupted.
     speaker = threading.Thread(target=speak, name="patiently", daemon=True)
     speaker.start()
     try:
@@ -291,16 +295,14 @@ def patiently(
 
 
 class Compilations:
-    """Counts the programs that this process compiles, those that were found in the cache on disk
-    included.
-    """
+    """Counts the programs that this process compiles or loads from the cache on disk."""
 
     _count = 0
     _listening = False
 
     @classmethod
     def count(cls) -> int:
-        """How many so far; it begins to count when it is first asked."""
+        """The count so far; counting begins with the first call."""
         if not cls._listening:
             jax.monitoring.register_event_duration_secs_listener(cls._add)
             cls._listening = True
@@ -314,7 +316,7 @@ class Compilations:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds in a form for people.
 
     >>> duration(7.4), duration(95), duration(7325)
     ('7s', '1m35s', '2h02m')

@@ -15,11 +15,11 @@ FORM_NAMES = {
     "messages": "openai",
     "trl_pairs": "trl",
 }
-"""Other names under which people know a form."""
+"""Other names of a data format -> its name here."""
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """The short flags written out.
+    """Replaces the short flags by the flags they stand for.
 
     >>> expand(["--source=hh_rlhf", "--data_dir", "d"])
     ['--config=configs/data/hh_rlhf.py', '--config.data_dir=d']
@@ -27,12 +27,12 @@ def expand(argv: Sequence[str]) -> list[str]:
     ['--config=configs/data/pretrained.py', '--workdir=runs/smollm2', '--config.model=smollm2']
     >>> expand(["--source=alpaca", "--data=f.json", "--columns", "prompt=question"])[:2]
     ['--config=configs/data/convert.py', '--config.form=alpaca']
-    >>> expand(["--look=rows.jsonl", "--preview"])
+    >>> expand(["--look=rows.jsonl", "--preview"])  # doctest: +NORMALIZE_WHITESPACE
     ['--config=configs/data/look.py', '--dry_run', '--config.data=rows.jsonl',
     '--config.preview=terminal']
 
     Raises:
-      ValueError: ``--source`` names none, or one that there is not.
+      ValueError: ``--source`` is empty or unknown.
     """
     short = {
         "--source": "--config",
@@ -50,13 +50,15 @@ def expand(argv: Sequence[str]) -> list[str]:
         flag, equals, value = rest.pop(0).partition("=")
         if flag == "--preview" and not equals:
             equals, value = "=", look.TERMINAL
-        if flag == "--look":  # without a run folder, as a dry run is
+        if flag == "--look":
+            # A dry run, because looking at data creates no run folder.
             full += ["--config=configs/data/look.py", "--dry_run"]
             equals, value = "=", value if equals or not rest else rest.pop(0)
         if flag in short and not equals and rest:
             equals, value = "=", rest.pop(0)
         if flag == "--source":
             _check_source(value, converts)
+        # A source is either a format of the user's own file or a config of its own.
         if flag == "--source" and _is_form(value, converts):
             full += [
                 "--config=configs/data/convert.py",
@@ -65,6 +67,8 @@ def expand(argv: Sequence[str]) -> list[str]:
             continue
         value = f"configs/data/{value}.py" if flag == "--source" else value
         full.append(short.get(flag, flag) + equals + value)
+    # Files or a model alone need no --source: their config follows from the flag, and a model's
+    # run folder is named after it.
     named = any(flag.startswith("--config=") or flag == "--config" for flag in full)
     model = next(
         (flag.partition("=")[2] for flag in full if flag.startswith("--config.model=")), ""
@@ -82,9 +86,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 def _check_source(name: str, converts: bool) -> None:
-    """Refuses a source that is neither a form nor a config of its own; an argument may follow it
-    (``NAME:ARG``).
-    """
+    """Refuses a source (``NAME`` or ``NAME:ARG``) that is neither a format nor a config."""
     own = programs.root() / "configs" / "data"
     config = f"{name.partition(':')[0]}.py"
     if (
@@ -101,7 +103,7 @@ def _check_source(name: str, converts: bool) -> None:
 
 
 def _is_form(name: str, converts: bool) -> bool:
-    """Whether ``--source=NAME`` names a form of a file, and not a config of its own."""
+    """Whether ``--source=NAME`` names the format of a file rather than a config of its own."""
     own = programs.root() / "configs" / "data" / f"{name}.py"
     return converts or (
         name in sources.FORMS

@@ -1,4 +1,4 @@
-"""Records of a file as rows of token ids, and as batches of which each process reads its share."""
+"""Reads data files as rows of token ids, and as batches that are split between processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from rlhf_jax.types import LMBatch
 def read_records(
     path: str | os.PathLike[str], kind: type[schema.Record], tokenizer: Any = None, **reading: Any
 ) -> list[schema.Record]:
-    """`schema.read_jsonl`, and a line on the screen where a chat template wrote texts of the file
-    before.
+    """Calls `schema.read_jsonl`, and prints a note where texts were rendered by a chat template.
 
     Args:
       path: the file.
-      kind: of its records.
-      tokenizer: whose special tokens are looked for too; None looks for those of well-known models
-        alone.
+      kind: the type of its records.
+      tokenizer: its special tokens are searched for as well; None searches only for those of
+        well-known models.
       **reading: further arguments of `schema.read_jsonl`.
     """
     records, report = schema.read_jsonl(
@@ -44,7 +43,7 @@ def read_prompts(
     """The prompts of a JSONL file, at most `limit` of them.
 
     Raises:
-      ValueError: the file holds fewer than one.
+      ValueError: the file contains no prompt.
     """
     prompts = read_records(path, schema.Prompt, tokenizer)
     if not prompts:
@@ -55,7 +54,7 @@ def read_prompts(
 def encode_prompts(
     tokenizer: Any, prompts: Sequence[schema.Conversation], *, length: int, where: str
 ) -> list[list[int]]:
-    """Ids of each prompt.
+    """The token ids of each prompt.
 
     Raises:
       ValueError: a prompt is longer than `length` tokens.
@@ -65,24 +64,28 @@ def encode_prompts(
     if len(ids[longest]) > length:
         raise ValueError(
             f"{where}: a prompt has {len(ids[longest])} tokens and prompt_length is {length} "
-            f"({chat.readable(prompts[longest])[:60]!r}...): raise prompt_length or leave the "
-            "prompt out"
+            f"({chat.readable(prompts[longest])[:60]!r}...): "
+            "raise prompt_length or leave the prompt out"
         )
     return ids
 
 
 def lm_rows(
-    tokenizer: Any, path: str | os.PathLike[str], *, length: int, context: contexts.Context | None = None,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    length: int,
+    context: contexts.Context | None = None,
     key: str = "row_length",
-) -> LMBatch:  # fmt: skip
+) -> LMBatch:
     """Packed rows of a JSONL file of plain text.
 
     Args:
-      tokenizer: of the model that reads them.
+      tokenizer: of the model that reads the rows.
       path: the file.
-      length: slots of a row; a longer document is split.
-      context: of that model; None asks for nothing.
-      key: of the config, where `length` comes from.
+      length: slots per row; a longer document is split.
+      context: the context length of that model; None skips the check.
+      key: the config key that sets `length`, for the message.
 
     Raises:
       ValueError: a piece of a document needs more positions than the model has.
@@ -100,7 +103,7 @@ def lm_rows(
 
 
 def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -> Batches[Any]:
-    """The stream of batches of `rows`, of each batch this process's share."""
+    """The stream of batches of `rows`; this process reads only its share of each batch."""
     index, count = sharding.batch_share(mesh)
     return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
 
@@ -108,16 +111,16 @@ def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -
 def held_out_batches(
     rows: LMBatch, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, most: int | None = None
 ) -> list[LMBatch]:
-    """Rows of text to measure a loss on, placed, each of them once: what fills up the last batch is
-    no target.
+    """Batches of held-out text on the devices, in which each row counts once in a measured loss.
 
     Args:
-      rows: all of them.
-      mesh: where batches go.
-      batch_size: rows of a batch.
-      seed: of their order, which matters where only some batches are taken.
-      most: at most so many batches; None takes all.
+      rows: all rows.
+      mesh: the devices to place the batches on.
+      batch_size: rows per batch.
+      seed: of the order of the rows, which matters where only some batches are taken.
+      most: the maximal number of batches; None takes all.
     """
+    # Rows that fill up the last batch must not count a second time: masked, they are no targets.
     found = batches(rows, mesh, batch_size=batch_size, seed=seed).each_once(most)
     return [
         sharding.place_batch(dataclasses.replace(batch, mask=batch.mask & counts[:, None]), mesh)

@@ -1,4 +1,4 @@
-"""The devices of a stage and what each process must see alike before it uses them."""
+"""The devices of a stage, and the inputs that all processes must agree on before using them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from rlhf_jax.run.networks import model_folder
 
 
 def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
-    """The device mesh of a stage, ``(-1, 1, 1)`` for data parallel over all devices.
+    """Prepares this process and returns the device mesh of a stage.
 
-    Compiled programs are kept in a cache folder of the user, so that a second run starts at once;
-    where none can be written they are compiled each time.
+    Compiled programs are kept in the user's cache folder, so that a second run starts at once;
+    where it cannot be written, programs are compiled in each run.
+
+    Args:
+      mesh_shape: for example ``(-1, 1, 1)``, data parallel over all devices.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or there are none of the platform that JAX is
-        told to use.
+      ValueError: the mesh does not fit the devices, or the platform that JAX was configured to use
+        has none.
     """
     cpu_process.settle()
     keep_compiled()
@@ -31,6 +34,7 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
     try:
         return sharding.make_mesh(tuple(mesh_shape))
     except RuntimeError as error:
+        # JAX has no error class of its own for a backend that cannot start.
         if "nable to initialize backend" not in str(error):
             raise
         platforms = jax.config.values["jax_platforms"]
@@ -41,13 +45,13 @@ def start(mesh_shape: Sequence[int]) -> jax.sharding.Mesh:
 
 
 def agree_on_inputs(*paths: str) -> None:
-    """Stops all processes unless each reads the same files: data and models, by what is in them.
+    """Stops all processes unless the data files and models have the same content for each of them.
 
     Args:
-      *paths: files, and models as `model_folder` takes them; empty ones are left out.
+      *paths: files, and models as `model_folder` takes them; empty strings are ignored.
 
     Raises:
-      ValueError: they differ; the message names path, processes and hosts.
+      ValueError: contents differ; the message names path, processes and hosts.
     """
     for path in paths:
         files.local_path("the input", path)

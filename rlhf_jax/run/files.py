@@ -1,18 +1,18 @@
-"""Files: written so that a power cut loses nothing that was called done, read as if somebody else
-wrote them.
+"""Files: written to survive a power cut, and read as untrusted input.
 
-Writing. A file is on the disk when its bytes and the entry of its folder are: `written`,
-`write_json` and `write_lines` put a whole file in place of the old one, `put_folder` a whole
-folder, `append_line` a line at the end, and each returns only when that would survive a power cut.
-Nothing else in the package writes a file of a run (``tests/run/test_files.py`` reads the syntax
-trees for it).
+Writing. A file is on the disk when both its bytes and its entry in the folder are. `written`,
+`write_json` and `write_lines` replace a whole file, `put_folder` replaces a whole folder, and
+`append_line` appends a line; each returns only when the result would survive a power cut. Nothing
+else in the package writes a file of a run (``tests/run/test_files.py`` checks that on the syntax
+trees).
 
 Paths. Everything is read from and written to a file system that the operating system has mounted;
 `local_path` refuses addresses such as ``gs://bucket/run``, which `Path` would turn into a local
-folder named ``gs:``. A bucket has no renaming of folders and no sync, which all of this stands on.
+folder named ``gs:``. A bucket can neither rename a folder nor sync, and all of this depends on
+both.
 
-Reading. Model folders, tokenizers and checkpoints come from other people. What they hold is parsed
-with limits, never executed, and a name found in one never becomes a path. Each refusal is a
+Reading. Model folders, tokenizers and checkpoints come from other people. Their content is parsed
+with limits and never executed, and a name found in it never becomes a path. Each refusal is a
 ValueError with the file, the value and the limit.
 """
 
@@ -38,11 +38,11 @@ StrPath = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """A stream whose content becomes `path` when the block ends without an error, and survives a
-    power cut then.
+    """A stream that replaces the file `path` when the block ends without an error.
 
-    Until that moment `path` is what it was. The stream writes to a temporary file beside it, which
-    is synced, renamed over `path`, and made permanent by syncing the folder.
+    Until that moment `path` is unchanged; afterwards its new content survives a power cut. The
+    stream writes to a temporary file beside it, which is synced, renamed over `path`, and made
+    permanent by syncing the folder.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -52,13 +52,13 @@ def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
     ('hello', ['a.txt'])
 
     Args:
-      path: the file; its folder is made where it is missing.
+      path: the file; its folder is created where it is missing.
       binary: whether the stream takes bytes; otherwise it takes text and writes UTF-8 with lines
         ending in LF.
 
     Raises:
-      OSError: it could not be written; what was there before still is, and no half file is left
-        beside it.
+      OSError: the file could not be written; the old one is unchanged, and no temporary file is
+        left beside it.
     """
     path = local_path("the file to write", path)
     make_folder(path.parent)
@@ -72,7 +72,8 @@ def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes the file private
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)  # half a file on a full disk is space that is missing
+        # On a full disk a leftover temporary file would take the space that is needed.
+        Path(name).unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -81,8 +82,8 @@ def write_json(path: StrPath, data: Any, *, indent: int | None = None) -> None:
     """Writes JSON as `written` does.
 
     Raises:
-      ValueError: the data hold a number that is not finite; `path` is what it was.
-      OSError: as of `written`.
+      ValueError: the data contain a number that is not finite; `path` is unchanged.
+      OSError: as `written` raises it.
     """
     text = json.dumps(data, indent=indent, allow_nan=False)
     with written(path) as file:
@@ -90,23 +91,23 @@ def write_json(path: StrPath, data: Any, *, indent: int | None = None) -> None:
 
 
 def write_lines(path: StrPath, rows: Iterable[Any]) -> None:
-    """Writes JSON lines, one for each of `rows`, as `written` does."""
+    """Writes `rows` as JSON lines, as `written` does."""
     with written(path) as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def append_line(path: StrPath, row: Any) -> None:
-    """Appends `row` as a line of JSON; it survives a power cut when this returns."""
+    """Appends `row` as a line of JSON, which survives a power cut when this returns."""
     with appending(path) as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
         flush(file)
 
 
 def appending(path: StrPath) -> IO[str]:
-    """Opens a text file to append lines to it, for a log that many lines are written to.
+    """Opens a text file for appending, for a log to which many lines are written.
 
-    The entry of a new file in its folder is on the disk when this returns; its lines are after
-    `flush`.
+    The entry of a new file in its folder is on the disk when this returns; lines are on the disk
+    after `flush`.
     """
     path = local_path("the file to write", path)
     make_folder(path.parent)
@@ -124,15 +125,13 @@ def flush(file: IO[Any]) -> None:
 
 
 def touch(path: StrPath) -> None:
-    """Makes an empty file where none is, so that it survives a power cut."""
+    """Creates an empty file where there is none, so that it survives a power cut."""
     if not os.path.lexists(path):
         appending(path).close()
 
 
 def rename(source: StrPath, target: StrPath) -> None:
-    """Renames a file or a folder; the new name, and that the old one is gone, survive a power
-    cut.
-    """
+    """Renames a file or a folder so that the rename survives a power cut."""
     source, target = Path(source), Path(target)
     source.rename(target)
     sync(target.parent)
@@ -141,10 +140,9 @@ def rename(source: StrPath, target: StrPath) -> None:
 
 
 def make_folder(folder: StrPath) -> Path:
-    """Makes a folder and those above it where they are missing, so that they survive a power
-    cut.
-    """
+    """Creates a folder and its missing parents so that they survive a power cut."""
     folder = local_path("the folder to write", folder)
+    # A new folder is an entry of its parent, so each parent of a new folder is synced.
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
@@ -155,7 +153,7 @@ def make_folder(folder: StrPath) -> Path:
 def sync(path: StrPath) -> None:
     """Waits until a file's content, or a folder's list of entries, is on the disk.
 
-    A system or file system that cannot sync a folder (Windows, some network mounts) is left alone.
+    Systems and file systems that cannot sync a folder (Windows, some network mounts) are tolerated.
     """
     folder = os.path.isdir(path)
     if folder and os.name == "nt":
@@ -163,7 +161,7 @@ def sync(path: StrPath) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if folder:  # it may be written to and not be read; then its entries cannot be waited for
+        if folder:  # write permission without read permission: such a folder cannot be synced
             return
         raise
     try:
@@ -176,8 +174,9 @@ def sync(path: StrPath) -> None:
 
 
 def sync_tree(folder: StrPath) -> None:
-    """Waits until all files and folders below `folder`, and itself, are on the disk: what libraries
-    wrote there.
+    """Waits until `folder` and all files and folders below it are on the disk.
+
+    It is needed after another library has written files, which does not sync them.
     """
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
@@ -187,11 +186,10 @@ def sync_tree(folder: StrPath) -> None:
 
 
 def put_folder(temporary: StrPath, folder: StrPath) -> None:
-    """Puts a finished folder in the place of another: after a power cut one of the two is there,
-    whole.
+    """Replaces a folder by a finished one; after a power cut one of the two is there, complete.
 
-    The old one is ``<folder>.old`` between the two renames; `settle_folder` brings it back after a
-    crash there.
+    Between the two renames the old folder is named ``<folder>.old``; `settle_folder` restores it
+    after a crash at that point.
 
     Args:
       temporary: the finished folder, on the same file system.
@@ -208,9 +206,7 @@ def put_folder(temporary: StrPath, folder: StrPath) -> None:
 
 
 def settle_folder(folder: StrPath) -> None:
-    """Ends what a crash in `put_folder` left: brings the old folder back where no new one is,
-    removes leftovers.
-    """
+    """Cleans up after a crash in `put_folder`; restores the old folder if there is no new one."""
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     if os.path.lexists(old) and not os.path.lexists(folder):
@@ -219,9 +215,7 @@ def settle_folder(folder: StrPath) -> None:
 
 
 def remove(*paths: StrPath) -> None:
-    """Removes files, links and whole folders; what is not there is fine. Of a link only the link
-    goes.
-    """
+    """Removes files, links (not their targets) and whole folders; missing paths are ignored."""
     for path in map(Path, paths):
         if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
@@ -230,19 +224,18 @@ def remove(*paths: StrPath) -> None:
 
 
 def remove_unfinished(folder: StrPath) -> None:
-    """Removes what `written` left beside its files in `folder` where the process was killed in the
-    middle of it.
-    """
+    """Removes temporary files that `written` left in `folder` when its process was killed."""
     for path in Path(folder).glob(".*.tmp"):
         if _UNFINISHED.fullmatch(path.name):
             remove(path)
 
 
 _UNFINISHED = re.compile(r"^\..+\.[a-z0-9_]{8}\.tmp")
-"""What `written` calls a file until it is whole: ``.sft.json.k3xw_9ab.tmp``."""
+"""The temporary names that `written` uses, such as ``.sft.json.k3xw_9ab.tmp``."""
 
 
 def _umask() -> int:
+    # The mask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -251,26 +244,27 @@ def _umask() -> int:
 # -------------------------------------------------------------------------------------------- paths
 
 _ADDRESS = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
-"""``gs://bucket/run``, and ``gs:/bucket/run``, which `Path` makes of it. A drive (``C:/runs``) has
-one letter."""
+"""Matches ``gs://bucket/run``, and ``gs:/bucket/run``, to which `Path` normalizes it.
+
+A scheme has at least two letters, as one letter is a Windows drive (``C:/runs``).
+"""
 
 
 def local_path(what: str, value: StrPath) -> Path:
-    """`value` as a path, if it is one: an address such as ``gs://bucket/run`` is refused.
+    """Returns `value` as a path; an address such as ``gs://bucket/run`` is refused.
 
     >>> local_path("workdir", "runs/sft").as_posix()
     'runs/sft'
     >>> local_path("workdir", "gs://bucket/run")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: workdir='gs://bucket/run' is an address (gs://), and only paths on local or network
-      disks are ...
+    ValueError: workdir='gs://bucket/run' is an address (gs://), and only paths on local or ...
 
     Args:
       what: the flag, config key or use of the path, for the message.
-      value: what was given for it.
+      value: the value that was given for it.
 
     Raises:
-      ValueError: it is an address; the message holds no user name, password or query of it.
+      ValueError: it is an address; the message contains no user name, password or query.
     """
     text = os.fspath(value)
     found = _ADDRESS.match(text.lstrip())
@@ -278,22 +272,21 @@ def local_path(what: str, value: StrPath) -> Path:
         return Path(value)
     scheme = found["scheme"] if found else text.partition("://")[0].rpartition(":")[2]
     rest = re.split(r"[?#]", (found["rest"] if found else text.partition("://")[2]).lstrip("/"))[0]
+    # A message must not repeat credentials: no query, and nothing before the @ of a host.
     shown = f"{scheme}://{rest.rpartition('@')[2]}"[:200]
     raise ValueError(
         f"{what}={shown!r} is an address ({scheme}://), and only paths on local or network disks "
-        "are supported: "
-        "mount it, or copy what is read from it; let runs write to a disk and copy them there at "
-        "their end"
+        "are supported: mount it, or copy what is read from it; let runs write to a disk and copy "
+        "them there at their end"
     )
 
 
 def links_out_of(folder: StrPath) -> Iterator[Path]:
-    """The links below `folder`, at any depth, that lead out of it: to another folder, a file
-    elsewhere, or nowhere.
+    """The symbolic links below `folder`, at any depth, with targets outside it or none.
 
-    A link that stays inside is fine, and so is one that leads in a circle. Links are never
-    followed, so this ends, and it looks at no file's content: a folder of ten thousand entries
-    takes a few hundredths of a second.
+    Links to targets inside `folder` are not returned, even if they form a cycle. Links are never
+    followed, so the walk ends, and no file is opened: a folder of ten thousand entries takes a few
+    hundredths of a second.
     """
     root = os.path.realpath(folder)
     inside = os.path.join(root, "")
@@ -308,13 +301,13 @@ def links_out_of(folder: StrPath) -> Iterator[Path]:
 
 
 def sha256(path: StrPath) -> str:
-    """sha256 of a file's bytes, read in pieces."""
+    """sha256 of a file's bytes, which are read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(data: Any) -> str:
-    """sha256 of JSON data, whatever the order of its keys.
+    """sha256 of JSON data, independent of the order of its keys.
 
     >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
     True
@@ -323,16 +316,15 @@ def json_digest(data: Any) -> str:
 
 
 def contents(root: StrPath) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of a file, or of every file below a folder, by names relative to it (``""``
-    for a file).
+    """Size and sha256 of a file, or of every file below a folder.
 
     Returns:
-      ``{"sub/name": {"bytes": 12, "sha256": "..."}}``, sorted by name, without hidden temporary
-      files (``.*.tmp``).
+      ``{"sub/name": {"bytes": 12, "sha256": "..."}}``, sorted by name relative to `root` (``""``
+      where `root` is a file), without hidden temporary files (``.*.tmp``).
 
     Raises:
-      OSError: nothing is there, or a link is: what it leads to is not ours and may change or go at
-        any time.
+      OSError: nothing is there, or there is a symbolic link: its target is outside our control and
+        may change at any time.
     """
     root = Path(root)
     if root.is_symlink():
@@ -351,7 +343,11 @@ def contents(root: StrPath) -> dict[str, dict[str, Any]]:
 
 
 def digest(path: Path) -> str:
-    """sha256 of the files in a folder, or of one; of larger weights the size and 64 pieces."""
+    """A short sha256 of a file or of all files in a folder; large weights are sampled.
+
+    Of a weight file above 64 MiB only the size and 64 pieces of 1 MiB count, so that comparing a
+    model between processes does not read all of it.
+    """
     digest, piece = hashlib.sha256(), 2**20
     inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not path.exists():
@@ -386,28 +382,28 @@ LIMITS: Mapping[str, int] = {
     "chat_template.jinja": MEBIBYTE,
     "model.safetensors.index.json": 64 * MEBIBYTE,
 }
-"""Most bytes of the files of a model folder; the largest in use have a tenth of it."""
+"""The maximal bytes of files in a model folder; the largest in use have a tenth of it."""
 
 OTHER_LIMIT = 64 * MEBIBYTE
-"""Most bytes of any other JSON file."""
+"""The maximal bytes of any other JSON file."""
 
 NESTING = 64
-"""Most lists and objects in each other in a JSON file."""
+"""The maximal nesting depth of lists and objects in a JSON file."""
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""What a name found in a file must look like before it may name anything."""
+"""The form that a name found in a file must have before it is used as a name."""
 
 
 def check_file(file: str | os.PathLike[str], *, limit: int | None = None) -> Path:
-    """`file`, if it is a regular file of its folder, not larger than `limit` bytes.
+    """Returns `file` if it is a regular file of its folder with at most `limit` bytes.
 
-    A link may lead to another place in the folder, or to where the Hugging Face cache keeps what
-    its snapshot folders link to (``../../blobs``); nowhere else, so that a model folder cannot hand
-    in a file of its reader's machine.
+    A symbolic link may point into the same folder, or to the ``../../blobs`` folder to which the
+    snapshot folders of a Hugging Face cache link. Any other target is refused, so that a model
+    folder cannot make us read a private file of this machine.
 
     Args:
       file: its path.
-      limit: most bytes; None looks its name up in `LIMITS`, and knows no limit for other names.
+      limit: the maximal bytes; None looks the name up in `LIMITS`, and other names have no limit.
 
     Raises:
       FileNotFoundError: there is none.
@@ -425,29 +421,29 @@ def check_file(file: str | os.PathLike[str], *, limit: int | None = None) -> Pat
         or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))
     ):
         raise ValueError(
-            f"{file} is a link out of its folder, to {real}: copy that file there if it belongs to "
-            "it"
+            f"{file} is a link out of its folder, to {real}: "
+            "copy that file there if it belongs to it"
         )
     most = LIMITS.get(file.name) if limit is None else limit
     size = real.stat().st_size
     if most is not None and size > most:
         raise ValueError(
-            f"{file} has {size:,} bytes, more than the limit of {most:,}: it is not what its name "
-            "says"
+            f"{file} has {size:,} bytes, more than the limit of {most:,}: "
+            "it is not what its name says"
         )
     return file
 
 
 def read_json(file: str | os.PathLike[str], *, limit: int | None = None) -> Any:
-    """The content of a JSON file that somebody else wrote.
+    """The content of an untrusted JSON file.
 
     Args:
       file: its path; it has to pass `check_file`.
-      limit: most bytes; None takes that of its name, or `OTHER_LIMIT`.
+      limit: the maximal bytes; None takes the limit for its name, or `OTHER_LIMIT`.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is no JSON in UTF-8, gives a key twice, or is nested deeper than `NESTING`.
+      ValueError: it is not JSON in UTF-8, repeats a key, or is nested deeper than `NESTING`.
     """
     file = Path(file)
     check_file(file, limit=LIMITS.get(file.name, OTHER_LIMIT) if limit is None else limit)
@@ -455,15 +451,16 @@ def read_json(file: str | os.PathLike[str], *, limit: int | None = None) -> Any:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """JSON in UTF-8, each key once, nested no deeper than `NESTING`.
+    """Parses JSON in UTF-8 without repeated keys and nested no deeper than `NESTING`.
 
     >>> parse_json(b'{"a": 1, "a": 2}', "x.json")
     Traceback (most recent call last):
     ValueError: x.json is corrupt (the key 'a' is given twice): copy it again
 
     Raises:
-      ValueError: it is not; the message begins with `where`.
+      ValueError: it is anything else; the message begins with `where`.
     """
+    # The parser itself raises a RecursionError where nesting exceeds the interpreter's limit.
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_each_key_once)
         if is_nested_deeper(found, NESTING):
@@ -472,9 +469,8 @@ def parse_json(data: bytes, where: str) -> Any:
         raise ValueError(
             f"{where} is corrupt (nested deeper than the limit of {NESTING}): copy it again"
         ) from None
-    except (
-        ValueError
-    ) as error:  # UnicodeDecodeError, JSONDecodeError, too many digits, a key given twice
+    # This includes UnicodeDecodeError, JSONDecodeError, too many digits and a repeated key.
+    except ValueError as error:
         raise ValueError(f"{where} is corrupt ({str(error)[:200]}): copy it again") from None
     return found
 
@@ -487,13 +483,14 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str:
-    """The first key of a JSON object that is given more than once; there has to be one."""
+    """The first repeated key of a JSON object, which must have one."""
     counts = collections.Counter(key for key, _ in pairs)
     return next(key for key, n in counts.items() if n > 1)
 
 
 def is_nested_deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects are nested more than `most` deep inside the outermost."""
+    """Whether lists and objects are nested more than `most` levels inside the outermost."""
+    # Level by level rather than recursively: the depth of the call stack must not depend on data.
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most + 1):
         inner = (item for box in level for item in (box.values() if isinstance(box, dict) else box))
@@ -502,13 +499,15 @@ def is_nested_deeper(value: Any, most: int) -> bool:
 
 
 def check_tokenizer(folder: str | os.PathLike[str]) -> Path:
-    """The ``tokenizer.json`` of a folder, after a look at every file that the tokenizer library
-    would read there.
+    """Checks every file that the tokenizer library would read in a folder.
+
+    Returns:
+      The path of its ``tokenizer.json``.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      ValueError: a file is no regular one, too large or no JSON object, or a chat template has a
-        name that is no name.
+      ValueError: a file is not a regular file, too large or not a JSON object, or the name of a
+        chat template is not allowed.
     """
     folder = Path(folder)
     check_file(folder / "tokenizer.json")
@@ -535,36 +534,37 @@ def check_tokenizer(folder: str | os.PathLike[str]) -> Path:
 
 
 def check_template_name(name: Any, where: str) -> None:
-    """Refuses a chat template whose name could not be the name of a file: saving a tokenizer makes
-    it one.
+    """Refuses the name of a chat template that is not a plain file name.
+
+    Saving a tokenizer writes each template to a file of that name, so ``../x`` would escape.
 
     Raises:
-      ValueError: it could not.
+      ValueError: the name is not a `PLAIN_NAME`.
     """
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
         raise ValueError(
-            f"{where} names a chat template {str(name)[:80]!r}: names are letters, digits, '.', "
-            "'_', '-'"
+            f"{where} names a chat template {str(name)[:80]!r}: "
+            "names are letters, digits, '.', '_', '-'"
         )
 
 
 # --------------------------------------------------------------------------------------- GGUF files
 
 _GGUF_SCALARS = dict(zip(range(13), (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8), strict=True))
-"""Type of a GGUF value -> its bytes; 8 is a string, 9 an array."""
+"""Type of a GGUF value -> its size in bytes; strings (8) and arrays (9) have no fixed size."""
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_ENTRIES = 10**6
-"""Most tensors, and most fields, of a GGUF file."""
+"""The maximal number of tensors, and of fields, in a GGUF file."""
 
 
 def check_gguf(path: Path) -> None:
-    """Walks the header of a GGUF file, in which no count and no length may go beyond the file.
+    """Walks the header of a GGUF file and refuses counts and lengths that exceed the file.
 
-    The reader of the gguf package believes them: an array of 2**60 entries keeps it busy until
-    memory ends.
+    The reader of the gguf package trusts them: for an array of 2**60 entries it runs until memory
+    is exhausted.
 
     Raises:
-      ValueError: one does, or the file is no GGUF file.
+      ValueError: a count or length is too large, or the file is not a GGUF file.
     """
     check_file(path)
     with path.open("rb") as stream:
@@ -591,7 +591,7 @@ def check_gguf(path: Path) -> None:
 
 
 class _GGUFHeader:
-    """A cursor that refuses to leave its file."""
+    """A cursor over the header that refuses to move beyond the end of the file."""
 
     def __init__(self, stream: Any, path: Path):
         self._stream, self._path, self._left = stream, path, path.stat().st_size
@@ -627,6 +627,7 @@ class _GGUFHeader:
         kind, count = self.number(4), self.number(8)
         if kind not in (_GGUF_STRING, _GGUF_ARRAY):
             return self.skip(count * _GGUF_SCALARS.get(kind, 1))
+        # Each entry takes at least 8 bytes, for its length, so the file bounds the loop below.
         if count * 8 > self._left:
             self.refuse(f"an array of {count:,} entries where {self._left:,} bytes are left")
         for _ in range(count):

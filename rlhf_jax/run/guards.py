@@ -1,9 +1,8 @@
-"""What watches over a run (docs/guards.md): skipped steps are counted and named, and a resumed run
-is the same run.
+"""Guards of a run (docs/guards.md): skipped steps are reported, and only the same run is resumed.
 
-The guard inside the compiled step (`guard.is_spike`) decides; here its decisions are told, and too
-many in a row stop the run. `origin` is what a checkpoint says of the run beside its arrays, and
-`check_origin` compares it on resume.
+The guard inside the compiled step (`guard.is_spike`) decides which steps are skipped; here its
+decisions are counted and reported, and too many in a row stop the run. `origin` describes the run
+that a checkpoint belongs to, and `check_origin` compares it on resume.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from rlhf_jax.run.files import append_line, json_digest
 from rlhf_jax.run.workdir import change_allowed, changing_numbers
 
 FILE = "skipped.jsonl"
-"""One line for each step or score that was left out, with the records it holds."""
+"""The log with one line per skipped step or dropped score, with the records concerned."""
 
 SHOWN = 64
-"""Records of a skipped step that are named on the console; the file names all."""
+"""The maximal number of records that a message names; the file names all of them."""
 
 
 class Records:
-    """Which records of a data file lie in which row: a row that packs several (best fit) names them
-    all.
+    """Maps rows to the records of a data file that are in them; a packed row contains several.
 
     Args:
       path: the file, for the message.
       ids: the id of each record, or None.
-      sizes: tokens of each record where rows are packed; None where row i is record i.
-      capacity: tokens of a row.
-      max_items: most records of a row.
-      places: the place of each record in its file, where some were left out.
+      sizes: the number of tokens of each record where rows are packed (best fit); None where row i
+        is record i.
+      capacity: tokens per row.
+      max_items: the maximal number of records per row.
+      places: the index of each record in its file, where some records were left out.
     """
 
     def __init__(
@@ -63,13 +62,15 @@ class Records:
         self._places = range(len(self._ids)) if places is None else places
 
     def of(self, rows: Iterable[int]) -> list[tuple[int, str | None]]:
-        """The place in the file and the id of each record in these rows; rows of other text (mixed
-        in) have none.
+        """The index in the file and the id of each record in these rows.
+
+        Rows of other text that was mixed in have no records.
         """
         wanted = [int(row) for row in rows]
         if self._sizes is None:
             items = wanted
-        else:  # computed when it is asked for, which in most runs is never
+        else:
+            # The packing is repeated here rather than kept, because most runs never skip a step.
             packed = text.best_fit(self._sizes, capacity=self._capacity, max_items=self._max_items)
             items = [item for row in wanted if row < len(packed) for item in packed[row]]
         return [(int(self._places[i]), self._ids[i]) for i in items if i < len(self._ids)]
@@ -77,39 +78,38 @@ class Records:
     def of_step(
         self, batches: Batches, step: int
     ) -> tuple[list[int], list[tuple[int, str | None]]]:
-        """The rows of a step and the records in them."""
+        """The rows of a step and their records."""
         rows = batches.indices(step).tolist()
         return rows, self.of(rows)
 
 
 class Event(NamedTuple):
-    """Something that was left out of training."""
+    """A step, minibatch or score that was left out of training."""
 
     step: int
-    """Steps (PPO: iterations) done when it had been left out."""
+    """The number of steps (PPO: iterations) done when it had been left out."""
     what: str
     """``step``, ``minibatch 3`` or ``score``."""
     why: str
     rows: list[int]
     """Rows of the stage's data."""
     records: list[tuple[int, str | None]]
-    """Place in the file and id of each record in them."""
+    """Index in the file and id of each record in these rows."""
 
 
 class Skips:
-    """Counts what a stage leaves out, prints and logs its records, and stops the stage after too
-    many in a row.
+    """Reports the skipped steps of a stage, and stops it after too many in a row.
 
-    The counts travel in the checkpoint (`counts`), so a run that is resumed stops where the whole
-    one would.
+    The counts are stored in the checkpoint (`counts`), so that a resumed run stops at the same step
+    as an uninterrupted one.
 
     Args:
-      workdir: folder of the stage; `FILE` in it gets one line for each event.
-      stage: its name.
-      path: the data file that the records are of.
-      limit: skipped steps in a row that stop the stage.
-      resume_step: lines of later steps are dropped first, as in `metrics.StageLog`.
-      counts: those of the checkpoint.
+      workdir: folder of the stage; one line is appended to its `FILE` for each event.
+      stage: the name of the stage.
+      path: the data file of the records.
+      limit: how many consecutive skipped steps stop the stage.
+      resume_step: lines of later steps are removed first, as in `metrics.StageLog`.
+      counts: the counts in the checkpoint.
     """
 
     def __init__(
@@ -135,18 +135,18 @@ class Skips:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Steps skipped, skipped in a row up to now, and taken: JSON data for a checkpoint."""
+        """The steps skipped, skipped in a row until now, and taken, as data for a checkpoint."""
         return {"skipped": self._total, "in_a_row": self._in_a_row, "taken": self._taken}
 
     def watch(
         self, step: int, measured: metrics.Values, rows: Callable[[], tuple[list[int], list]]
     ) -> None:
-        """Hands in a step; it is looked at when the next one is, so that the device never waits.
+        """Takes a step's metrics, to be examined one step later so that the device never waits.
 
         Args:
-          step: steps done.
-          measured: its metrics, ``skipped`` and ``spiked`` among them.
-          rows: tells the step's rows and records, called only if it was skipped.
+          step: the number of steps done.
+          measured: its metrics, among them ``skipped`` and ``spiked``.
+          rows: returns the step's rows and records; called only if the step was skipped.
 
         Raises:
           FloatingPointError: `limit` steps in a row were skipped; the message names their records.
@@ -156,8 +156,13 @@ class Skips:
         self._waiting = (told, lambda: Event(step, "step", "", *rows()))
 
     def flush(self, *, last: bool = False) -> None:
-        """Looks at the step that waits: before a checkpoint, and at the end (`last`), where one
-        step must be taken.
+        """Examines the pending step; called before a checkpoint and at the end of the stage.
+
+        Args:
+          last: whether the stage ends: it fails if not a single step was taken.
+
+        Raises:
+          FloatingPointError: as `watch` does, or no step was taken.
         """
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
@@ -168,7 +173,7 @@ class Skips:
             self._stop(f"each of the {self._total} steps was")
 
     def add(self, skipped: bool, event: Event | None = None) -> None:
-        """Counts a step and, if it was skipped, tells its records; raises as `watch` does."""
+        """Counts a step and, if it was skipped, reports its records; raises as `watch` does."""
         if not skipped or event is None:
             self._in_a_row, self._run, self._taken = 0, [], self._taken + 1
             return
@@ -179,7 +184,7 @@ class Skips:
             self._stop(f"{self._in_a_row} steps in a row were")
 
     def tell(self, event: Event) -> None:
-        """Prints and logs an event: which rows of the data, and which records in its file."""
+        """Prints and logs an event with its rows of the data and the records of its file."""
         if not self._writes:
             return
         print(
@@ -188,26 +193,32 @@ class Skips:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         line = {
-            "step": event.step, "stage": self._stage, "what": event.what, "why": event.why, "rows": event.rows,
-            "file": self._path, "records": [place for place, _ in event.records],
+            "step": event.step,
+            "stage": self._stage,
+            "what": event.what,
+            "why": event.why,
+            "rows": event.rows,
+            "file": self._path,
+            "records": [place for place, _ in event.records],
             "ids": [name for _, name in event.records],
-        }  # fmt: skip
+        }
         append_line(self._file, line)
 
     def stop(self, what: str, events: Sequence[Event]) -> None:
-        """Stops the stage, naming the records of `events`."""
+        """Raises the error that stops the stage and names the records of `events`."""
         self._run = list(events)
         self._stop(what)
 
     def _stop(self, what: str) -> None:
+        # `dict.fromkeys` removes repetitions and keeps the order.
         records = list(dict.fromkeys(record for event in self._run for record in event.records))
         reasons = " and ".join(dict.fromkeys(event.why for event in self._run))
         step = self._run[-1].step if self._run else 0
         raise FloatingPointError(
             f"{self._stage} stopped at {step}: {what} left out, {reasons or 'not finite'}; "
             f"{named(records, self._path)} (all are in {self._file}). What was saved before is "
-            "intact. Look at these "
-            f"records, or lower learning_rate (guard.max_skipped={self._limit})"
+            "intact. Look at these records, or lower learning_rate "
+            f"(guard.max_skipped={self._limit})"
         )
 
     @property
@@ -216,12 +227,12 @@ class Skips:
 
 
 def reason(spiked: bool) -> str:
-    """Why a step was skipped, for people."""
+    """The reason why a step was skipped, for a message."""
     return "its loss, gradient or reward spiked" if spiked else "its loss or gradient is not finite"
 
 
 def named(records: Sequence[tuple[int, str | None]], path: str) -> str:
-    """Records for people: ``records 3 (d3), 17 (d17) of demonstrations.jsonl``, counted from 0."""
+    """Records for a message: ``records 3 (d3), 17 (d17) of demonstrations.jsonl (from 0)``."""
     if not records:
         return f"no record of {path}"
     shown = [str(place) if name is None else f"{place} ({name})" for place, name in records[:SHOWN]]
@@ -239,28 +250,28 @@ def origin(
     models: Mapping[str, str | os.PathLike[str]],
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What a run is made of, for `Checkpoints.save(extra=...)`: config without secrets, data,
-    models, flags, versions.
+    """Describes a run for `Checkpoints.save(extra=...)`: its config, data, models and versions.
 
-    The fingerprint of a data file is that of the bytes which this run has parsed
-    (`rlhf_jax.data.parsed`), and that of a model is of the files it was loaded from. Several
-    processes compare theirs here.
+    The config is stored without secrets. The fingerprint of a data file is taken of the bytes that
+    this run has parsed (`rlhf_jax.data.parsed`), and that of a model of the files from which it was
+    loaded. Several processes compare their fingerprints here.
 
     Args:
       config: of the stage.
       files: config key -> the data file it names; empty paths are left out.
-      models: config key -> the folder or file of a model that is read and not trained further in
-        place: the KL reference, the reward model, what training starts from.
+      models: config key -> the folder or file of a model that is only read: the KL reference, the
+        reward model, the weights from which training starts.
       tokenizer: of the stage.
 
     Raises:
-      ValueError: a file changed while the run read it, or the processes have read different ones.
+      ValueError: a file changed while the run read it, or the processes have read different files.
     """
     data = {key: _file_print(key, path) for key, path in files.items() if path}
     folders = {key: _model_print(key, Path(path)) for key, path in models.items() if str(path)}
     flags = numerics.meaning()
     facts = {f"the content of {key}": each["sha256"] for key, each in (data | folders).items()}
     processes.agree("origin", facts | flags)
+    # Infinity and NaN are kept as text, because the seal of a checkpoint is strict JSON.
     plain = json.loads(config_lib.to_json(config), parse_constant=str)
     return {
         "config": plain,
@@ -276,26 +287,26 @@ def origin(
 
 
 def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Refuses to go on from a checkpoint of another run; with ``--allow_config_change`` it says
-    what differs.
+    """Refuses to resume from a checkpoint of a different run.
+
+    With ``--allow_config_change`` it prints what differs instead.
 
     Args:
       stored: the `extra` of the checkpoint.
-      current: `origin` of what is about to go on.
+      current: `origin` of the run that resumes.
 
     Returns:
-      What differs and changes numbers, a line each; `changed_config` keeps them with the step.
+      The differences that change numbers, one line each; `changed_config` records them with the
+      step.
 
     Raises:
-      ValueError: data, tokenizer, reference or reward model are not the same, or a config key or a
-        flag of JAX or XLA that changes numbers.
+      ValueError: the data, tokenizer, reference or reward model differ, or a config key or a flag
+        of JAX or XLA that changes numbers.
     """
     if "config" not in stored:
-        return []  # a checkpoint of somebody's own loop
-    moved = {
-        *current["data"],
-        *current["models"],
-    }  # these are compared by content, wherever they lie
+        return []  # a checkpoint of a user's own loop
+    # Data and models are compared by content below: moving them to another path is not a change.
+    moved = {*current["data"], *current["models"]}
     changes = [
         line
         for line in config_lib.diff(stored["config"], current["config"])
@@ -312,16 +323,16 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
     if changes and not change_allowed():
         raise ValueError(
             f"this run was begun with something else ({'; '.join(changes)}): put it back, choose "
-            "another workdir, "
-            "or --allow_config_change to go on all the same"
+            "another workdir, or --allow_config_change to go on all the same"
         )
+    # Versions and rounding are only reported: a run may resume after an upgrade or elsewhere.
     notes = changes + config_lib.diff(stored["versions"], current["versions"], "version of ")
     if "numerics" in stored:
         notes += numerics.differences(stored["rounding"], current["rounding"])
     else:
         notes.append(
-            "flags of JAX: those it was begun with are not known, its checkpoint is of an older "
-            "version"
+            "flags of JAX: those it was begun with are not known, "
+            "its checkpoint is of an older version"
         )
     if notes and jax.process_index() == 0:
         print(
@@ -334,27 +345,26 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
 def changed_config(
     stored: Mapping[str, Any], changes: Sequence[str], *, step: int, steps: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """From which step on a run has gone on with something else, for the `extra` of its next
-    checkpoints.
+    """The history of changes to a resumed run, for the `extra` of its next checkpoints.
 
     Args:
       stored: the `extra` of the checkpoint.
-      changes: what `check_origin` returned.
-      step: steps done.
-      steps: of the whole run.
+      changes: the result of `check_origin`.
+      step: the number of steps done.
+      steps: the number of steps of the whole run.
 
     Returns:
-      ``{"config_changes": [{"from_step": 30, "changes": [..]}, ..]}``, or nothing when nothing was
-      ever changed.
+      ``{"config_changes": [{"from_step": 30, "changes": [..]}, ..]}``, or an empty dict when
+      nothing was ever changed.
 
     Raises:
-      ValueError: there are changes and no step is left that they could apply to.
+      ValueError: there are changes, but no step is left to which they could apply.
     """
     if changes and step >= steps:
         raise ValueError(
             f"all {steps} steps were done with something else ({'; '.join(changes)}), so that no "
-            "step is left for the "
-            "change: put it back, choose another workdir, or --overwrite (keeps the old run aside)"
+            "step is left for the change: put it back, choose another workdir, or --overwrite "
+            "(keeps the old run aside)"
         )
     history = [*stored.get("config_changes", [])]
     if changes:
@@ -371,13 +381,14 @@ def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
                            f"{'absent' if new is None else new['path']}")  # fmt: skip
         elif old["sha256"] != new["sha256"]:
             changes.append(
-                f"{key}: the content of {new['path']} has "
-                f"changed{_which(old['sha256'], new['sha256'])}"
+                f"{key}: the content of {new['path']} has changed"
+                f"{_which(old['sha256'], new['sha256'])}"
             )
     return changes
 
 
 def _which(old: Any, new: Any) -> str:
+    # A data file has one sha256, and a model one for each of its files.
     if isinstance(old, str) or isinstance(new, str):
         return f" (sha256 {str(old)[:12]}.. -> {str(new)[:12]}..)"
     return (
@@ -386,8 +397,10 @@ def _which(old: Any, new: Any) -> str:
 
 
 def check_read(made_of: Mapping[str, Any]) -> None:
-    """Refuses data that were read after the fingerprint `made_of` was taken and are not what it
-    says.
+    """Refuses data files that changed between the fingerprints of `made_of` and their last reading.
+
+    Args:
+      made_of: what `origin` returned.
 
     Raises:
       ValueError: a file changed in between; the message names it.
@@ -396,14 +409,13 @@ def check_read(made_of: Mapping[str, Any]) -> None:
         if parsed.of(each["path"]).sha256 != each["sha256"]:
             raise ValueError(
                 f"{key}: {each['path']} changed while this run trained: put back what it held and "
-                "give the same "
-                "command again (the checkpoints are intact), or choose another workdir for the new "
-                "content"
+                "give the same command again (the checkpoints are intact), or choose another "
+                "workdir for the new content"
             )
 
 
 def _file_print(key: str, path: str) -> dict[str, Any]:
-    """sha256, bytes and lines of what was parsed of a data file."""
+    """The path, sha256, bytes and lines of a data file as it was parsed."""
     try:
         return {"path": str(path), **parsed.of(path)._asdict()}
     except ValueError as error:
@@ -411,19 +423,18 @@ def _file_print(key: str, path: str) -> dict[str, Any]:
 
 
 def _model_print(key: str, path: Path) -> dict[str, Any]:
-    """sha256 of each file of a model folder (or of one file), by name."""
+    """The path and the sha256 of each file of a model folder, or of a single file."""
     found = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     prints = {p.name: run_files.sha256(p) for p in found}
     changed = parsed.changed_since_loading(path)
     if changed:
         raise ValueError(
             f"{key}: {', '.join(changed)} of {path} changed while this run loaded it: start again "
-            "when nothing writes "
-            "there any more"
+            "when nothing writes there any more"
         )
     return {"path": str(path), "sha256": prints}
 
 
 def rows_on_host(flags: jax.Array) -> np.ndarray:
-    """Which rows are true, on every process alike."""
+    """The indices of the rows that are true, the same on every process."""
     return np.flatnonzero(processes.gather(flags))

@@ -1,8 +1,7 @@
-"""What a program is given, looked at before anything is loaded, computed or written: files, models,
-prompts, numbers.
+"""Checks of files, models, prompts and numbers before anything is loaded, computed or written.
 
-Loading a model and compiling a step take a minute; a path that leads nowhere is found in a
-millisecond. Each refusal names the key, what was found there, and the flag that mends it.
+Loading a model and compiling a step take a minute; a wrong path is found in a millisecond. Each
+refusal names the key, the value that was found, and the flag that corrects it.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ LANGUAGE, REWARD = "language model", "reward model"
 
 
 def check_file(field: str, path: str, *, required: bool = True) -> None:
-    """Refuses what cannot be a data file.
+    """Refuses a path that cannot be a data file.
 
     Args:
-      field: the key of the config that names it.
+      field: the config key that names it.
       path: the file; "" where none was given.
       required: whether "" is refused.
 
     Raises:
-      ValueError: it is forgotten, missing, a folder, a pipe or empty.
+      ValueError: the file is not given, missing, empty, unreadable, a folder or a pipe.
     """
     if not path:
         if required:
@@ -52,6 +51,7 @@ def check_file(field: str, path: str, *, required: bool = True) -> None:
     if not file.exists():
         hint = _near(file) or f"check the path (relative ones are below {Path.cwd()})"
         raise ValueError(f"{field}={path} does not exist: {hint}")
+    # A resumed run reads its data again, which a pipe cannot repeat.
     if not file.is_file():
         raise ValueError(
             f"{field}={path} is a pipe or a device: save it to a file first and pass that"
@@ -63,7 +63,7 @@ def check_file(field: str, path: str, *, required: bool = True) -> None:
 
 
 def _near(file: Path) -> str:
-    """The nearest name in the same folder, or that the folder itself is missing."""
+    """A hint: the nearest name in the same folder, or that the folder itself is missing."""
     parent = next(p for p in file.absolute().parents if p.exists())
     if parent != file.absolute().parent:
         return f"there is no folder {file.parent}"
@@ -77,16 +77,18 @@ def _near(file: Path) -> str:
 
 
 def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
-    """Refuses what is no model of a kind, from its description and the names of its tensors.
+    """Refuses a path that is not a model of the given kind.
+
+    The kind is read from the config.json and the names of the tensors, without loading weights.
 
     Args:
-      field: the key of the config that names it.
+      field: the config key that names it.
       name: a folder, a .gguf file, or the name of a shipped or a fetched model.
       kind: `LANGUAGE` or `REWARD`.
 
     Raises:
-      ValueError: it is forgotten, missing, no model folder, without a tokenizer, or of the other
-        kind.
+      ValueError: the model is not given, missing, not a model folder, without a tokenizer, or of
+        the other kind.
     """
     if not isinstance(name, str):
         raise ValueError(f"{field}={name!r} is no path: pass the folder of a {kind}")
@@ -126,9 +128,10 @@ def _check_folder(field: str, folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ValueError(
-            f"{name} is no folder: pass the folder that holds config.json, model.safetensors, "
-            "tokenizer.json"
+            f"{name} is no folder: "
+            "pass the folder that holds config.json, model.safetensors, tokenizer.json"
         )
+    # A run folder has a config.json too, that of the run; its run.lock tells the two apart.
     if not (folder / "config.json").exists() or (folder / "run.lock").exists():
         inside = sorted(
             str(p.parent)
@@ -144,23 +147,26 @@ def _check_folder(field: str, folder: Path) -> None:
     description = files.read_json(folder / "config.json")
     if not isinstance(description, dict) or "model_type" not in description:
         raise ValueError(
-            f"{name} holds a config.json that describes no model (no model_type): copy the model "
-            "again"
+            f"{name} holds a config.json that describes no model (no model_type): "
+            "copy the model again"
         )
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
 
 
 def kind_of(folder: Path) -> str:
-    """`REWARD` for a folder with a score head, `LANGUAGE` for one without; "" where its files
-    cannot be read.
+    """The kind of the model in a folder: `REWARD` with a score head and `LANGUAGE` without.
+
+    Returns:
+      The kind, or "" where the files cannot be read.
     """
     try:
         description = files.read_json(folder / "config.json")
         names = _tensor_names(folder)
     except (OSError, ValueError, safetensors.SafetensorError):
-        return ""  # loading it says what is wrong
+        return ""  # loading the model reports what is wrong
     architectures = " ".join(map(str, description.get("architectures") or []))
+    # Other libraries name the head `classifier` or `v_head`; the architecture's name counts too.
     scores = any(
         name.split(".")[-2:-1] in (["score"], ["classifier"], ["v_head"]) for name in names
     )
@@ -184,17 +190,17 @@ GOLD_OF_STORYLAND = "rlhf_jax.data.storyland.gold:gold_of"
 
 
 def check_known(field: str, without: str, prompts: Sequence[schema.Prompt], path: str) -> None:
-    """Refuses prompts whose truth storyland does not know, where its labelers or its gold scorer
-    are to judge.
+    """Refuses prompts that storyland's labelers or its gold scorer cannot judge.
 
     Args:
-      field: the setting that asks for them, as in ``gold=rlhf_jax.data.storyland.gold:gold_of``.
-      without: the flag that does without them.
-      prompts: what they would judge.
+      field: the setting that uses them, as in ``gold=rlhf_jax.data.storyland.gold:gold_of``.
+      without: the flag that turns them off.
+      prompts: the prompts whose responses they would judge.
       path: the file of the prompts.
 
     Raises:
-      ValueError: a prompt's id names no storyland task, or another one than its text is.
+      ValueError: the id of a prompt does not name a storyland task, or its text is that of another
+        task.
     """
     for place, prompt in enumerate(prompts):
         text = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1].content
@@ -205,13 +211,12 @@ def check_known(field: str, without: str, prompts: Sequence[schema.Prompt], path
         if not known:
             raise ValueError(
                 f"{field} knows storyland's prompts alone, and record {place} (from 0) of {path} "
-                "has "
-                f"id={prompt.id!r}, {text[:40]!r}: {without} goes without it"
+                f"has id={prompt.id!r}, {text[:40]!r}: {without} goes without it"
             )
 
 
 def check_gold(field: str, gold: Any, prompts: Sequence[schema.Prompt], path: str) -> None:
-    """`check_known`, where `gold` is storyland's scorer; another function may know any prompt."""
+    """Calls `check_known` if `gold` is storyland's scorer; other functions may know any prompt."""
     name = gold.get("fn") if isinstance(gold, Mapping | ConfigDict) else gold
     if name == GOLD_OF_STORYLAND:
         check_known(f"{field}={name}", f"--config.{field}= (empty)", prompts, path)
@@ -222,24 +227,26 @@ def check_gold(field: str, gold: Any, prompts: Sequence[schema.Prompt], path: st
 AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(
         (
-            "batch_size", "row_length", "epochs", "microbatches", "max_new_tokens", "prompt_length", "episodes",
-            "minibatches", "iterations", "save_every", "evaluate_every", "keep", "score_microbatches", "samples",
-            "baseline_samples", "base_samples", "labels_each", "score_batch_size", "max_k", "held_out_row_length",
-            "held_out_rows", "ptx_row_length", "held_out_batches", "candidates", "min_k", "max_skipped", "rank",
-            "held_out_documents",
+            "batch_size", "row_length", "epochs", "microbatches", "max_new_tokens",
+            "prompt_length", "episodes", "minibatches", "iterations", "save_every",
+            "evaluate_every", "keep", "score_microbatches", "samples", "baseline_samples",
+            "base_samples", "labels_each", "score_batch_size", "max_k", "held_out_row_length",
+            "held_out_rows", "ptx_row_length", "held_out_batches", "candidates", "min_k",
+            "max_skipped", "rank", "held_out_documents",
         ),
         1,
     ),
     **dict.fromkeys(
         (
-            "temperature", "learning_rate", "value_learning_rate", "dropout", "labelers", "warmup_iterations",
-            "value_warmup_iterations", "ptx_coef", "gamma", "lam", "ema_decay", "b1", "b2", "seed",
-            "pretraining_fraction", "bias_demonstrations", "ptx_rows_per_episode", "alpha",
+            "temperature", "learning_rate", "value_learning_rate", "dropout", "labelers",
+            "warmup_iterations", "value_warmup_iterations", "ptx_coef", "gamma", "lam", "ema_decay",
+            "b1", "b2", "seed", "pretraining_fraction", "bias_demonstrations",
+            "ptx_rows_per_episode", "alpha",
         ),
         0,
     ),
 }  # fmt: skip
-"""The smallest value of each number that a stage cannot run without; None is none."""
+"""The smallest value of each number that a stage requires; None is refused."""
 
 BELOW = {
     "dropout": 1.0,
@@ -249,7 +256,7 @@ BELOW = {
     "gamma": 1.0000001,
     "lam": 1.0000001,
 }
-"""Numbers that stay below a limit."""
+"""Exclusive upper limits. That of `gamma` and `lam` is just above 1, which is allowed."""
 
 OR_NONE = {
     **dict.fromkeys(("pieces_per_row", "prompts_per_row", "limit", "ptx_microbatches"), 1),
@@ -257,7 +264,7 @@ OR_NONE = {
         ("clip_norm", "ppo_clip_norm", "ptx_clip_norm", "value_clip_norm", "spike_std"), 1e-30
     ),
 }
-"""The smallest value of each number that may be None."""
+"""The smallest value of each number that may be None; 1e-30 stands for "more than 0"."""
 
 
 ONE_OF: Mapping[str, tuple[str, ...]] = {
@@ -267,15 +274,15 @@ ONE_OF: Mapping[str, tuple[str, ...]] = {
     "too_long": ("error", "drop"),
     "assistant_turns": ("all", "last"),
 }
-"""The words that a setting may be."""
+"""The allowed values of settings that are words."""
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Refuses numbers and words that no run can have, in every group.
+    """Refuses impossible numbers and unknown words in all groups of a config.
 
     Raises:
-      ValueError: a number as `check_numbers` refuses it; another word than those of `ONE_OF`; a
-        decoder that `DecoderConfig` refuses; sharding rules that are none.
+      ValueError: a number that `check_numbers` refuses, a word that is not in `ONE_OF`, a decoder
+        that `DecoderConfig` refuses, or invalid sharding rules.
     """
     check_numbers(config)
     _check_words(config, "")
@@ -295,8 +302,9 @@ def _check_words(config: ConfigDict, group: str) -> None:
 
 
 def _check_decoder(settings: ConfigDict, field: str) -> None:
-    """A small decoder with these settings has to be one: the sizes come from the model's folder
-    later.
+    """Refuses decoder settings that `DecoderConfig` refuses.
+
+    They are tried with small sizes, because the real ones come from the model's folder later.
     """
     try:
         DecoderConfig(
@@ -307,6 +315,7 @@ def _check_decoder(settings: ConfigDict, field: str) -> None:
 
 
 def _check_sharding(rules: Any, field: str) -> None:
+    # The rules are given once for all networks, or as a group with rules per network.
     if not isinstance(rules, ConfigDict):
         rules_from_data(rules, field=field)
         return
@@ -315,14 +324,13 @@ def _check_sharding(rules: Any, field: str) -> None:
 
 
 def check_numbers(config: ConfigDict, group: str = "") -> None:
-    """Refuses numbers that no run can have, in every group: a batch of 0 rows, a negative rate,
-    NaN.
+    """Refuses impossible numbers in all groups: a batch of 0 rows, a negative rate, NaN.
 
     Raises:
-      ValueError: a number is below its least value, not below its limit, or None.
+      ValueError: a number is too small, too large, None or not a number.
     """
-    # References kept: this goes around __getitem__, for a number that was only looked at is not one
-    # that a run uses.
+    # Keeping references avoids __getitem__: a number that is only checked must not count as one
+    # that the run reads (`config.record_reads`).
     for key, value in config.items(preserve_field_references=True):
         value = value.get() if isinstance(value, FieldReference) else value
         if isinstance(value, ConfigDict):

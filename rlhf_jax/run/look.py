@@ -101,9 +101,8 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
         raise ValueError(
             sources.advice(path)
             or f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and "
-            "is no record of ours: "
-            "convert the file first with --source=FORM --data=FILE --out=FOLDER "
-            "(docs/data_sources.md lists the forms)"
+            "is no record of ours: convert the file first with --source=FORM --data=FILE "
+            "--out=FOLDER (docs/data_sources.md lists the forms)"
         )
     return schema.read_jsonl(
         path, kind, max_bad_fraction=max_bad_fraction, allow_empty_responses=True

@@ -128,9 +128,8 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
         found[name] = told
         print(
             f"  {name:<12}arguments {readable(told.arguments):>10}  outputs "
-            f"{readable(told.outputs):>10} "
-            f"({readable(told.reused)} in their place)  temporary {readable(told.temporary):>10}  "
-            f"compiled in {seconds:.1f} s",
+            f"{readable(told.outputs):>10} ({readable(told.reused)} in their place)  temporary "
+            f"{readable(told.temporary):>10}  compiled in {seconds:.1f} s",
             flush=True,
         )
     if found:
@@ -193,10 +192,9 @@ def phase(
         listed = ", ".join(f"{key}={value:,}" for key, value in sizes.items())
         raise OutOfMemory(
             f"out of memory in the phase {name} ({listed}). "
-            f"{_compiled_needs(name, programs)}{_devices()}"
-            f"Lower or change {', '.join(lower)}; --dry_run tells each phase's memory before any "
-            "work. "
-            f"What was saved before is intact. ({_first_line(error)})"
+            f"{_compiled_needs(name, programs)}{_devices()}Lower or change {', '.join(lower)}; "
+            "--dry_run tells each phase's memory before any work. What was saved before is intact. "
+            f"({_first_line(error)})"
         ) from error
 
 
@@ -209,10 +207,8 @@ def _compiled_needs(name: str, programs: Callable[[], Programs]) -> str:
             if told is not None:
                 return (
                     f"Its program asks each device for {readable(told.temporary)} of temporary "
-                    "memory, beside "
-                    f"{readable(told.arguments)} of arguments and "
-                    f"{readable(told.outputs - told.reused)} of new "
-                    "outputs. "
+                    f"memory, beside {readable(told.arguments)} of arguments and "
+                    f"{readable(told.outputs - told.reused)} of new outputs. "
                 )
     return ""
 

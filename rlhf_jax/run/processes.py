@@ -95,17 +95,15 @@ def _join(given: Mapping[str, Any], heartbeat_timeout: int, start_timeout: int) 
     except ValueError as error:
         raise ValueError(
             f"--distributed found no SLURM, Open MPI, TPU pod or GKE job around it ({error}): give "
-            "each process "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave "
-            "--distributed out"
+            "each process --coordinator_address=HOST:PORT --num_processes=N --process_id=I, or "
+            "leave --distributed out"
         ) from None
     except jax.errors.JaxRuntimeError as error:
         where, detail = coordinator_address or "process 0", str(error).splitlines()[0][:200]
         raise OSError(
             f"the {given['num_processes'] or 'other'} processes did not meet at {where} within "
-            f"{start_timeout} s "
-            f"({detail}): start all of them with one num_processes and an address that each host "
-            "reaches"
+            f"{start_timeout} s ({detail}): start all of them with one num_processes and an "
+            "address that each host reaches"
         ) from None
     finally:
         note.cancel()

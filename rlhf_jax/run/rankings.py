@@ -51,10 +51,9 @@ def fitting(
     if (config.too_long == "error" and len(places) < len(encoded)) or not places:
         raise ValueError(
             f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest "
-            f"takes {max(whole)} tokens"
-            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the "
-            "model's context is "
-            f"{context}: raise row_length, shorten the data, or leave them out with too_long=drop"
+            f"takes {max(whole)} tokens and row_length={config.row_length}, the longest text "
+            f"{max(text_lengths)} and the model's context is {context}: raise row_length, shorten "
+            "the data, or leave them out with too_long=drop"
         )
     return [encoded[i] for i in places], places
 

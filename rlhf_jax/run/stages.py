@@ -191,10 +191,9 @@ class Stages:
         if changes and not self._allow:
             raise ValueError(
                 f"stage {stage.name} is half done (checkpoint of step {step}) and was begun with "
-                "something else "
-                f"({'; '.join(changes)}): put it back, choose another workdir, or "
-                "--allow_config_change to go on from "
-                f"that step; to begin the stage anew move {self._shown}/{stage.name} away"
+                f"something else ({'; '.join(changes)}): put it back, choose another workdir, or "
+                "--allow_config_change to go on from that step; to begin the stage anew move "
+                f"{self._shown}/{stage.name} away"
             )
         why = [f"goes on from its checkpoint of step {step}"]
         if changes:
@@ -451,8 +450,7 @@ class Stages:
             if not self._owner(path) and self._digest(path) != parts["inputs"][name]["sha256"]:
                 raise ValueError(
                     f"{name} ({path}) changed while the stage {stage.name} ran: nobody knows which "
-                    "of it was read. "
-                    "Give the same command again when it is complete"
+                    "of it was read. Give the same command again when it is complete"
                 )
 
     def _repair(self, stage: Stage, step: Step) -> None:

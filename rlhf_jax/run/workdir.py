@@ -102,8 +102,7 @@ def refuse_foreign(path: Path) -> None:
     if link is not None:
         raise ValueError(
             f"{link} is a symbolic link out of the run folder, to {os.path.realpath(link)}: move "
-            "what it leads to "
-            "there instead, or remove the link"
+            "what it leads to there instead, or remove the link"
         )
 
 
@@ -243,8 +242,7 @@ def require_checkpoint(path: Path, config: ConfigDict) -> None:
     if changes:
         raise ValueError(
             f"{path} holds a run with another config ({'; '.join(changes[:20])}) and no checkpoint "
-            "to go on from: "
-            "choose another workdir, or --overwrite (keeps the old run aside)"
+            "to go on from: choose another workdir, or --overwrite (keeps the old run aside)"
         )
 
 

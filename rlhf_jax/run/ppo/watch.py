@@ -105,13 +105,11 @@ def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
     for fine, what in (
         (kl <= config.kl_ceiling,
          f"KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling={config.kl_ceiling}: "
-         "lower learning_rate "
-         "or raise kl.coef"),
+         "lower learning_rate or raise kl.coef"),
         (entropy >= config.entropy_floor,
          f"the policy's entropy is {entropy:.3g} nats a token, below "
-         f"entropy_floor={config.entropy_floor}: it says "
-         "almost always the same; lower learning_rate, raise kl.coef, or set entropy_floor=0 if "
-         "that is as wanted"),
+         f"entropy_floor={config.entropy_floor}: it says almost always the same; lower "
+         "learning_rate, raise kl.coef, or set entropy_floor=0 if that is as wanted"),
         (error <= config.value_error_ceiling,
          f"the squared error of the values is {error:.3g} times the squared score, above "
          "value_error_ceiling="

@@ -368,7 +368,7 @@ def secrets_in(plain: Any, key: str = "") -> list[str]:
 
 
 def _searched_for(name: str, value: str) -> list[str]:
-    """The values to search for, given a secret variable: none for common words, numbers or paths."""
+    """The values of a secret variable to search texts for: no common words, numbers or paths."""
     parts = _parts_of(value)
     if len(value) < _SHORTEST or _is_path(value):
         return parts

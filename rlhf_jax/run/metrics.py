@@ -38,7 +38,8 @@ def to_host(metrics: Values) -> dict[str, float]:
     A `Mean` is divided on the host in float64. An `Each` is omitted: it is not a single number.
 
     >>> import jax.numpy as jnp
-    >>> to_host({"loss": Mean(jnp.float32(6), jnp.float32(4)), "norm": Max(jnp.float32(2)), "lr": 0.5})
+    >>> loss, norm = Mean(jnp.float32(6), jnp.float32(4)), Max(jnp.float32(2))
+    >>> to_host({"loss": loss, "norm": norm, "lr": 0.5})
     {'loss': 1.5, 'norm': 2.0, 'lr': 0.5}
     """
     fetched = jax.device_get(

@@ -23,7 +23,8 @@ class Step(NamedTuple):
 def describe(steps: Sequence[Step], where: str) -> str:
     """Formats the plan: one line if all stages run or all are kept, else one line per stage.
 
-    >>> print(describe([Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))], "runs/x"))
+    >>> steps = [Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))]
+    >>> print(describe(steps, "runs/x"))
     Plan of 2 stages in runs/x (old outputs of those that run are set aside):
       1 data          kept
       2 sft           runs: config.sft.epochs 2 -> 3

@@ -31,10 +31,10 @@ def _set_of(text: str) -> frozenset[str]:
 
 _ALWAYS = _set_of(
     """
-    secret secrets password passwords passwd passwds passphrase passcode credential credentials creds
-    authorization bearer apikey apikeys apitoken accesskey accesstoken authtoken authkey secretkey
-    privatekey sshkey accountkey sharedaccesskey sharedaccesssignature clientsecret dsn jwt cookie
-    cookies sessionid sessid phpsessid jsessionid connectionstring connstr mnemonic
+    secret secrets password passwords passwd passwds passphrase passcode credential credentials
+    creds authorization bearer apikey apikeys apitoken accesskey accesstoken authtoken authkey
+    secretkey privatekey sshkey accountkey sharedaccesskey sharedaccesssignature clientsecret dsn
+    jwt cookie cookies sessionid sessid phpsessid jsessionid connectionstring connstr mnemonic
     """
 )
 """Words that make a value secret wherever they occur in its name."""
@@ -44,37 +44,38 @@ _PASSWORD = re.compile(r"passw(or)?d$|passphrase$|passcode$")
 
 _ACCOUNTS = _set_of(
     """
-    db database mysql mariadb mssql sql sqlserver pg postgres postgresql mongo redis rabbitmq smtp mail
-    email imap ftp ldap proxy http https admin root user docker registry vnc sudo git
+    db database mysql mariadb mssql sql sqlserver pg postgres postgresql mongo redis rabbitmq smtp
+    mail email imap ftp ldap proxy http https admin root user docker registry vnc sudo git
     """
 )
 """Words before ``pass`` and ``pwd`` with which the name is a password's: ``SMTP_PASS``."""
 
 _KEYS = _set_of(
     """
-    api access private secret signing sign ssh auth encryption encrypt decryption master account storage
-    license licence service deploy app application client consumer subscription webhook session hmac jwt
-    rsa pem gpg openai anthropic cohere mistral gemini google gcp azure aws hf huggingface hub wandb
-    neptune comet mlflow github gitlab bitbucket stripe sendgrid mailgun twilio replicate together groq
-    deepseek pinecone weaviate datadog dd sentry kaggle langchain langsmith langfuse serper serpapi
-    tavily elevenlabs runpod modal paperspace cloudflare firebase supabase mapbox algolia slack discord
-    telegram notion airtable openrouter perplexity xai fireworks deepinfra nvidia ngc voyage jina
-    assemblyai deepgram cerebras
+    api access private secret signing sign ssh auth encryption encrypt decryption master account
+    storage license licence service deploy app application client consumer subscription webhook
+    session hmac jwt rsa pem gpg openai anthropic cohere mistral gemini google gcp azure aws hf
+    huggingface hub wandb neptune comet mlflow github gitlab bitbucket stripe sendgrid mailgun
+    twilio replicate together groq deepseek pinecone weaviate datadog dd sentry kaggle langchain
+    langsmith langfuse serper serpapi tavily elevenlabs runpod modal paperspace cloudflare firebase
+    supabase mapbox algolia slack discord telegram notion airtable openrouter perplexity xai
+    fireworks deepinfra nvidia ngc voyage jina assemblyai deepgram cerebras
     """
 )
 """Words directly before ``key`` with which the name is that of a secret key."""
 
 _OTHER_KEYS = _set_of(
     """
-    public sort primary foreign cache partition group hot row map index compose shortcut prng rng random
+    public sort primary foreign cache partition group hot row map index compose shortcut prng rng
+    random
     """
 )
 """Words before ``KEY`` in the name of an environment variable that is not a secret key."""
 
 _STORES = _set_of(
     """
-    database db redis mongo mongodb postgres postgresql pg mysql mariadb mssql amqp rabbitmq cloudamqp
-    broker jdbc sqlalchemy elastic elasticsearch clickhouse neo4j couchdb cassandra celery
+    database db redis mongo mongodb postgres postgresql pg mysql mariadb mssql amqp rabbitmq
+    cloudamqp broker jdbc sqlalchemy elastic elasticsearch clickhouse neo4j couchdb cassandra celery
     """
 )
 """Words before ``url`` and ``uri`` with which the URL usually contains user and password."""
@@ -83,8 +84,8 @@ _TOKENS_OF_TEXT = _set_of(
     """
     eos bos pad padding unk unknown sep cls mask stop start end begin beginning special image audio
     video vision next first last new per each every any a of by previous prompt response extra fim
-    prefix suffix middle newline turn think boi eoi text added additional word single unused reserved
-    decoder separator document space
+    prefix suffix middle newline turn think boi eoi text added additional word single unused
+    reserved decoder separator document space
     """
 )
 """Words before ``token`` with which it is a token of text."""
@@ -92,9 +93,10 @@ _TOKENS_OF_TEXT = _set_of(
 _ABOUT = _set_of(
     """
     id ids type types count counts limit budget length len size level index name names file files
-    filename path paths dir dirs directory folder home sock socket host port user username email region
-    endpoint method mode version dropout embedding embeddings rate mean loss accuracy weights probs
-    logprobs mask min max ttl expiry expires timeout policy regex pattern info mechanism scheme agent
+    filename path paths dir dirs directory folder home sock socket host port user username email
+    region endpoint method mode version dropout embedding embeddings rate mean loss accuracy weights
+    probs logprobs mask min max ttl expiry expires timeout policy regex pattern info mechanism
+    scheme agent
     """
 )
 """Last words of a name that describes a secret: where it is stored, how long it is."""
@@ -103,9 +105,11 @@ _ABOUT = _set_of(
 def is_secret(key: str) -> bool:
     """Whether a config key, variable, column or header has the name of a secret.
 
-    >>> [is_secret(key) for key in ("hf_token", "apiKey", "GITHUB_PAT", "MYSQL_PWD", "DATABASE_URL", "Set-Cookie")]
+    >>> secret = ("hf_token", "apiKey", "GITHUB_PAT", "MYSQL_PWD", "DATABASE_URL", "Set-Cookie")
+    >>> [is_secret(key) for key in secret]
     [True, True, True, True, True, True]
-    >>> [is_secret(key) for key in ("PWD", "eos_token", "max_new_tokens", "tokenizer", "key", "SSH_AUTH_SOCK")]
+    >>> public = ("PWD", "eos_token", "max_new_tokens", "tokenizer", "key", "SSH_AUTH_SOCK")
+    >>> [is_secret(key) for key in public]
     [False, False, False, False, False, False]
     """
     name = key.rpartition(".")[2]
@@ -244,7 +248,8 @@ _CONNECTION = re.compile(
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Removes from `text` what is secret by name or shape, and `secrets` in any of their spellings.
 
-    >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
+    >>> line = "GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz"
+    >>> redact(line, ["GET"])
     '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
     >>> redact("Server=db;User Id=sa;Password=a b c!;Timeout=5")
     'Server=db;User Id=sa;Password=<redacted>;Timeout=5'

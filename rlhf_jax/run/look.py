@@ -89,8 +89,7 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
         and isinstance(last[-1], dict)
         and last[-1].get("role") == "assistant"
     )
-    # The order matters: a ranking also has a prompt, and a demonstration is a prompt with a
-    # response.
+    # In this order, since a ranking and a demonstration have a prompt too.
     if "responses" in names or "ranks" in names:
         kind: type = schema.Ranking
     elif "text" in names:
@@ -127,6 +126,7 @@ def _show(
     """Prints the rows, or writes them as a page at `where`."""
     shown = preview.rows(records, tokenizer, count=count, assistant_turns=turns)
     if where == TERMINAL:
+        # A stream that is not UTF-8 may raise on the marks of the preview.
         ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
         colour = preview.colours(sys.stdout)
         print(

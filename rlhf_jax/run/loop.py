@@ -161,8 +161,7 @@ class Loop:
         if at_end or stopping:
             self.skips.flush(last=last)
             if at_end:
-                # Before the checkpoint: once that is written, a resumed run never repeats this
-                # step.
+                # Before the checkpoint: a run that resumes from it does not repeat this step.
                 checkpoint.refuse_non_finite(state, f"the state of step {self.step}")
                 self._on_save(self.step, state, self._log)
             self._log.flush()

@@ -181,6 +181,7 @@ def phase(
         ):
             yield
     except OutOfMemory:
+        # An inner phase has already explained it.
         raise
     except (MemoryError, RuntimeError) as error:
         # XLA reports memory errors as a RuntimeError, so the text has to decide.

@@ -91,7 +91,8 @@ def load_network(
         ) from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
-    # A small model is faster when freed pages stay with the process; a large one needs them back.
+    # A small model steps faster if freed memory stays with the process; a large one would keep
+    # gigabytes of it.
     if size(params) > LARGE:
         cpu_process.keep_freed_memory(False)
     changes = {**(decoder or {}), "dropout": dropout, "mesh": mesh if mesh.size > 1 else None}
@@ -112,6 +113,7 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     first = processes.index() == 0
     if first:
+        # An earlier crash may have left the folder half replaced.
         files.settle_folder(folder)
     try:
         save_hf(temporary, network.model, network.params, network.tokenizer)
@@ -125,6 +127,7 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
             "intact. Free disk space, "
             "or choose a workdir that can be written, and give the same command again."
         ) from error
+    # No process may read the folder before process 0 has written it.
     processes.barrier("model saved")
 
 

@@ -34,7 +34,7 @@ class _Lasting(io.FileIO):
                     "the run goes on without it"
                 )
                 print(note, file=other, flush=True)
-            # A short count would make the buffered writer above try again.
+            # A short count would make the buffered writer around this object try again.
             return len(data)
 
 
@@ -44,8 +44,8 @@ def outlive_readers() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # Otherwise the next file to be opened gets this number, and whatever libraries print
-            # ends up in that file.
+            # Otherwise the next file to be opened gets this number and receives all that libraries
+            # print.
             _to_nowhere(number)
     sys.stdout = _lasting(sys.stdout, 1, "standard output")
     sys.stderr = _lasting(sys.stderr, 2, "standard error")

@@ -162,6 +162,7 @@ def set_in_vain(config: Plain) -> list[str]:
       config: of the whole pipeline.
     """
     found = []
+    # Not `ppo`: it shares its group with `ppo_ptx`, which does read the keys of `_WITHOUT_TEXT`.
     for stage in ("sft", "ppo_init", "samples", "reward_model", "ppo_ptx", "evaluation"):
         group = GROUPS[stage]
         for key in sorted(FILLED[stage] - _OWN.get(stage, frozenset()) - {"name"}):
@@ -199,6 +200,7 @@ def needs(config: Plain) -> dict[str, tuple[str, ...]]:
     rewards = ["data"]
     if not own:
         rewards.append("samples")
+    # The reward model starts from the last SFT model unless the config names another one.
     if not config["reward_model"]["model"]:
         rewards.append("sft")
     return {
@@ -267,6 +269,7 @@ class Paths:
     def sampled(self) -> tuple[str, ...]:
         """The SFT models whose responses are ranked: the one with the lowest loss, and the last."""
         trained = self._done("sft")
+        # Both may be the same epoch.
         return tuple(dict.fromkeys((trained["lowest_loss"], trained["last"])))
 
     def epoch(self, row: Mapping[str, Any]) -> str:
@@ -425,11 +428,13 @@ def _tokens(config: Plain) -> dict[str, float]:
         * ranked
         * sample["max_new_tokens"]
         / 2,
+        # Twice, because each response is sampled and scored.
         "baseline": 2.0
         * config["sft"]["epochs"]
         * validation
         * config["validation_samples"]
         * slots["evaluate"],
+        # Sampling, reference, value and reward; then training steps of policy and value.
         "ppo": rollout * (4.0 + 6.0 * ppo["epochs"]),
         "ppo_ptx": rollout * (4.0 + 6.0 * ppo["epochs"]) + text * (ppo["ptx_coef"] != 0),
         "evaluation": 2.0 * (answers + shown) * slots["evaluate"],

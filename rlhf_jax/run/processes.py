@@ -88,6 +88,7 @@ def start(
 def _join(given: Mapping[str, Any], heartbeat_timeout: int, start_timeout: int) -> None:
     coordinator_address = given["coordinator_address"]
     explicit = coordinator_address is not None
+    # Printed only if the other processes are late.
     note = threading.Timer(15.0, _still_waiting, (coordinator_address, start_timeout))
     note.daemon = True
     note.start()

@@ -47,6 +47,7 @@ def fitting(
     checks.require_one_of("too_long", config.too_long, ("error", "drop"))
     whole = [tokens([ranking])["tokens"] for ranking in encoded]
     text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
+    # A row contains all responses, while the context limits the prompt with a single one.
     pairs = enumerate(zip(whole, text_lengths, strict=True))
     places = [i for i, (size, longest) in pairs if size <= config.row_length and longest <= context]
     if (config.too_long == "error" and len(places) < len(encoded)) or not places:

@@ -56,6 +56,7 @@ def relative(value: Any, root: Path) -> tuple[Any, list[list[str | int]]]:
             return {key: walk(item, [*place, key]) for key, item in node.items()}
         if isinstance(node, list | tuple):
             return [walk(item, [*place, index]) for index, item in enumerate(node)]
+        # With the separator, since `/run-2` is not below `/run`.
         if isinstance(node, str) and node.startswith(f"{root}{os.sep}"):
             places.append(place)
             return Path(node).relative_to(root).as_posix()
@@ -73,6 +74,7 @@ def absolute(value: Any, places: Sequence[Sequence[str | int]], root: Path) -> A
     Raises:
       ValueError: a path leaves the run folder.
     """
+    # A copy, so that the record itself keeps its relative paths.
     value = json.loads(json.dumps(value))
     for place in places:
         node = value
@@ -97,6 +99,7 @@ def names(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root, folders, entries in os.walk(folder):
         here = Path(root)
+        # `os.walk` lists a link to a folder among the folders, and does not follow it.
         links = [name for name in folders if (here / name).is_symlink()]
         if here == folder:
             folders[:] = [name for name in folders if name != CHECKPOINTS]
@@ -318,6 +321,7 @@ def write(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
     This is the very last step of a stage.
     """
+    # As JSON reads it back, with lists for tuples, so that the digest can be verified.
     plain = json.loads(json.dumps({"format": FORMAT, **record}))
     plain["sha256"] = files.json_digest(plain)
     files.write_json(path, plain)

@@ -78,6 +78,7 @@ def sample_responses(
         counts=counts,
         progress=progress,
         rows=Rows(
+            # Rounded up, since rows are divided evenly over the devices.
             count=-(-batch_size // data) * data,
             streams=sampling_streams(mesh),
             sharding=sharding.batch_sharding(mesh),
@@ -231,6 +232,7 @@ def by_length(
         yield index, slots if most is None else min(slots, most)
 
 
+# At module level, so that all calls share the compiled programs.
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(model: Model, params: Params, rows: PromptBatch) -> jax.Array:
     return scoring.sequence_scores(model, params, rows.tokens, rows.lengths)

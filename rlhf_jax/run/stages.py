@@ -86,6 +86,7 @@ class Stages:
         self._stages = {stage.name: stage for stage in stages}
         self._harmless, self._allow = frozenset(harmless), allow_change
         self._measure, self._after, self._say = measure, after, say
+        # Stages verified by this process; hashing all their outputs again would take long.
         self._intact: set[str] = set()
         self._digests: dict[str, Any] = {}
         self._records: dict[str, tuple[Any, tuple[dict[str, Any] | None, str]]] = {}
@@ -262,6 +263,7 @@ class Stages:
     # -------------------------------------------------------------------------------------- the key
 
     def _config(self, stage: Stage) -> dict[str, Any]:
+        # As JSON reads it back, so that it compares equal to the config in a record.
         return records.without(json.loads(json.dumps(stage.config)), self._harmless)
 
     def parts(self, stage: Stage) -> dict[str, Any]:
@@ -366,6 +368,8 @@ class Stages:
         folder, moved = self.folder / stage.name, None
         parts = self.parts(stage)
         if step.action == "run":
+            # A stage that was begun with the same key and has not ended continues in its own
+            # folder.
             begun, _ = records.read(folder / records.BEGUN)
             same = (
                 begun is not None
@@ -379,8 +383,8 @@ class Stages:
         try:
             result, places = records.relative(_plain(self._begun(stage, parts)), self.folder)
         except BaseException:
-            # If the stage refuses its config, or is stopped at once, the earlier outputs must not
-            # be lost.
+            # A stage that refuses its config or is stopped at once must not lose the earlier
+            # outputs.
             if moved is not None and records.put_back(self.folder, stage.name, moved):
                 self._say(
                     f"stage {stage.name} has written nothing: what was there before is back in its "
@@ -389,6 +393,7 @@ class Stages:
             raise
         self._require_unchanged(stage, parts)
         after = self._measure()
+        # The outputs must be on disk before the record that lists them.
         files.sync_tree(folder)
         record = {
             "stage": stage.name,
@@ -406,6 +411,7 @@ class Stages:
         records.write(
             folder / records.DONE, record | ({"config_changes": changes} if changes else {})
         )
+        # After the record: if a crash leaves both files, `done.json` counts.
         files.remove(folder / records.BEGUN)
         self._intact.add(stage.name)
 

@@ -40,6 +40,7 @@ def lowered(
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
     def network(trained: TrainableParams, own: Params, name: str, form: str) -> Params:
+        # Traced for its shapes only, so that no adapter is actually merged.
         made = jax.eval_shape(
             lambda f, o: getattr(trained._replace(frozen=f), form)(o), trained.frozen, own
         )
@@ -60,6 +61,7 @@ def lowered(
     samples = Samples(tokens, ints, ints, floats, flags)
 
     def rollout() -> jax.stages.Lowered:
+        # Sampling uses plain parameters into which the adapters are merged.
         weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
         prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
         return lower_generate(
@@ -97,6 +99,7 @@ def lowered(
         )  # fmt: skip
         return compiling.lower(setup.pieces.step, state, rows, text_rows, key)
 
+    # Lazily: a caller that asks for one phase lowers only that one.
     for name in names:
         yield name, {"rollout": rollout, "score": score, "update": update}[name]()
 

@@ -32,7 +32,7 @@ def look(config: ConfigDict) -> None:
     Nothing is written except the preview page, if one is asked for.
 
     Raises:
-      ValueError: the file is missing, holds bad rows or no records.
+      ValueError: the file is missing, or has bad rows or no records.
     """
     require(bool(config.data), "data", config.data, "name a file of records: --look=FILE")
     require_range("rows", config.rows, low=1)

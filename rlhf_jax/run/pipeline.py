@@ -122,7 +122,7 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
     """The part of the config that each stage reads, under the config's own names.
 
     Args:
-      config: of the whole pipeline.
+      config: the config of the whole pipeline.
       pinned: names of models whose content never changes, so that the name identifies it.
     """
     seed = {"seed": config["seed"]}
@@ -159,7 +159,7 @@ def set_in_vain(config: Plain) -> list[str]:
     The defaults of the stand-alone programs (``""``, seed 0, the base model) count as not set.
 
     Args:
-      config: of the whole pipeline.
+      config: the config of the whole pipeline.
     """
     found = []
     # Not `ppo`: it shares its group with `ppo_ptx`, which does read the keys of `_WITHOUT_TEXT`.
@@ -224,7 +224,7 @@ class Paths:
 
     Args:
       folder: the run folder.
-      config: of the whole pipeline.
+      config: the config of the whole pipeline.
       done: returns the result of a finished stage.
       own_data: the user's files that the data stage reads.
     """

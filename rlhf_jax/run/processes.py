@@ -180,7 +180,7 @@ def exchange(name: str, value: Any) -> list[Any]:
     """The `value` of every process, in process order, on every process.
 
     Args:
-      name: of this exchange, as in `on_first`.
+      name: name of this exchange, as in `on_first`.
       value: JSON data.
 
     >>> exchange("doctest", 3)
@@ -198,7 +198,7 @@ def agree(name: str, facts: Mapping[str, Any]) -> None:
     """Raises the same error on all processes unless their facts are equal.
 
     Args:
-      name: of this exchange, as in `on_first`.
+      name: name of this exchange, as in `on_first`.
       facts: JSON data by name.
 
     Raises:

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def root() -> Path:
-    """The folder that holds ``experiments/`` and ``configs/``."""
+    """The folder that contains ``experiments/`` and ``configs/``."""
     # Only an installed package has this folder; in a checkout the programs are next to the package.
     inside = PACKAGE / "programs"
     return inside if inside.is_dir() else PACKAGE.parent

@@ -1,10 +1,10 @@
-r"""One look at data before training on them: the numbers of `rlhf_jax.data.overview`, some rows as
-the model sees them.
+r"""A look at data before training: its statistics, and some rows as the model sees them.
 
 Run:
 
-    python experiments/prepare_data.py --look=FILE.jsonl python experiments/prepare_data.py
-    --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
+    python experiments/prepare_data.py --look=FILE.jsonl
+    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 \
+        --preview=rows.html
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from rlhf_jax.run import files, networks
 from rlhf_jax.run.checks import require, require_range
 
 TERMINAL = "terminal"
-"""The value of `config.preview` that shows the rows on the screen; another one is the name of a
-page."""
+"""The value of `config.preview` that prints the rows; any other value is the name of a page."""
 
 
 def look(config: ConfigDict) -> None:
-    """Prints the numbers and some rows of `config.data`, a file of records; writes nothing but the
-    page.
+    """Prints statistics and some rows of `config.data`, a file of records.
+
+    Nothing is written except the preview page, if one is asked for.
 
     Raises:
-      ValueError: the file is missing, holds bad rows or no records.
+      ValueError: the file is missing, or has bad rows or no records.
     """
     require(bool(config.data), "data", config.data, "name a file of records: --look=FILE")
     require_range("rows", config.rows, low=1)
@@ -54,13 +54,13 @@ def lines(
     config: ConfigDict,
     reports: Sequence[schema.DataReport] = (),
 ) -> list[str]:
-    """The table for a data report, as its lines; shows rows where `config.preview` asks for it.
+    """The lines of the table for a data report; prints rows if `config.preview` is set.
 
     Args:
       record_files: the records that are written, by file.
-      config: of `prepare_data`; its `model` (where it has one) counts tokens and encodes the
+      config: the config of `prepare_data`; its `model`, if set, counts tokens and encodes the
         preview.
-      reports: of the readers; the columns they left aside are told.
+      reports: the reports of the readers; the columns that they ignored are listed.
     """
     records = [record for each in record_files.values() for record in each]
     name = config.get("model", "")
@@ -74,11 +74,11 @@ def lines(
 
 
 def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any], schema.DataReport]:
-    """The records of a file whose kind its first row shows, and the report.
+    """Reads a file of records, inferring their kind from the first row; returns them with a report.
 
     Raises:
-      ValueError: as of `schema.read_jsonl`; a first row that is no record of any kind names the
-        ways to convert it.
+      ValueError: see `schema.read_jsonl`; for a first row that matches no kind of record, the
+        message names the ways to convert the file.
     """
     first = next(iter(schema.first_rows(path)), {})
     names = set(first)
@@ -89,6 +89,7 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
         and isinstance(last[-1], dict)
         and last[-1].get("role") == "assistant"
     )
+    # In this order, since a ranking and a demonstration have a prompt too.
     if "responses" in names or "ranks" in names:
         kind: type = schema.Ranking
     elif "text" in names:
@@ -101,9 +102,8 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
         raise ValueError(
             sources.advice(path)
             or f"{path}: the first row has the fields {', '.join(sorted(names)) or '(none)'} and "
-            "is no record of ours: "
-            "convert the file first with --source=FORM --data=FILE --out=FOLDER "
-            "(docs/data_sources.md lists the forms)"
+            "is no record of ours: convert the file first with --source=FORM --data=FILE "
+            "--out=FOLDER (docs/data_sources.md lists the forms)"
         )
     return schema.read_jsonl(
         path, kind, max_bad_fraction=max_bad_fraction, allow_empty_responses=True
@@ -123,9 +123,10 @@ def _show(
     count: int = preview.ROWS,
     turns: str = "all",
 ) -> None:
-    """The rows on the screen, or as a page at `where`."""
+    """Prints the rows, or writes them as a page at `where`."""
     shown = preview.rows(records, tokenizer, count=count, assistant_turns=turns)
     if where == TERMINAL:
+        # A stream that is not UTF-8 may raise on the marks of the preview.
         ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
         colour = preview.colours(sys.stdout)
         print(

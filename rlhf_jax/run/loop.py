@@ -1,6 +1,4 @@
-"""The training loop of a stage: it resumes, saves, stops when it is asked to, logs, and counts the
-steps left out.
-"""
+"""The training loop of a stage: resuming, saving, stopping on request, logging, skipped steps."""
 
 from __future__ import annotations
 
@@ -24,12 +22,12 @@ class Settings:
     Attributes:
       workdir: folder of the stage: ``checkpoints/`` and ``metrics.jsonl``.
       stage: its name in the log.
-      steps: how many.
+      steps: total number of steps.
       save_every: steps between checkpoints (an epoch, say).
-      keep: newest checkpoints that stay.
-      max_skipped: steps in a row that the guard of the step may skip.
-      show: metrics for the console.
-      unit: what a step is, in the plural: ``iterations``.
+      keep: number of newest checkpoints to keep.
+      max_skipped: limit on consecutive steps that the guard of the step may skip.
+      show: metrics shown on the console.
+      unit: the plural noun for a step: ``iterations``.
     """
 
     workdir: str | os.PathLike[str]
@@ -43,11 +41,10 @@ class Settings:
 
 
 class Loop:
-    """The steps that a stage has left, in a ``with`` block: the first is the one after its newest
-    checkpoint.
+    """The remaining steps of a stage, as a context manager that resumes from its newest checkpoint.
 
-    Each step hands in its metrics (`log`) and then the new state (`done`), where the loop saves and
-    where it stops::
+    Each step passes its metrics to `log` and then the new state to `done`, which saves the state
+    and stops the loop when it should::
 
         with Loop(settings, state) as loop:
             for step, state in loop:
@@ -57,12 +54,12 @@ class Loop:
         return loop.state
 
     Args:
-      settings: how long it trains and what it keeps.
-      state: the state at step 0, placed; a checkpoint is restored with its shardings.
+      settings: how long the stage trains and what it keeps.
+      state: the state at step 0, already sharded; a checkpoint is restored with its shardings.
       origin: `guards.origin` of the stage, stored in each checkpoint and compared on resume.
-      data: path of the data file that is named when steps are skipped.
+      data: path of the data file to name when steps are skipped.
       on_save: called with (steps done, state, log) at each multiple of `save_every` and at the end,
-        before the checkpoint that says it was called: a kill in between repeats it.
+        before the checkpoint is written: if the process is killed in between, the call is repeated.
     """
 
     def __init__(
@@ -95,10 +92,15 @@ class Loop:
             )
             self._log = entered.enter_context(
                 StageLog(
-                    folder, settings.stage, total=settings.steps, resume_step=self.step, show=settings.show,
+                    folder,
+                    settings.stage,
+                    total=settings.steps,
+                    resume_step=self.step,
+                    show=settings.show,
                     unit=settings.unit,
                 )
-            )  # fmt: skip
+            )
+            # If anything above raises, the stack closes what was opened; from here `__exit__` does.
             self._entered = entered.pop_all()
         return self
 
@@ -106,9 +108,7 @@ class Loop:
         return self._entered.__exit__(*error)
 
     def _resume(self) -> Mapping[str, int] | None:
-        """Restores the newest checkpoint, if there is one of this very run; returns its counts of
-        skipped steps.
-        """
+        """Restores this run's newest checkpoint, if any; returns its counts of skipped steps."""
         self.step = self._saved.newest_good() or 0
         if not self.step:
             return None
@@ -133,12 +133,13 @@ class Loop:
     def log(
         self, metrics: Values, *, rows: Callable[[], tuple[list[int], list]] | None = None
     ) -> None:
-        """Takes the metrics of the step that is under way.
+        """Records the metrics of the current step.
 
         Args:
-          metrics: of this step.
-          rows: tells the rows and records of the step, called only if its guard skipped it. A stage
-            that counts its own (PPO, by minibatches) leaves it out and uses `skips`.
+          metrics: the metrics of this step.
+          rows: returns the row indices and records of the step; called only if its guard skipped
+            it. A stage that counts skipped updates itself (PPO, by minibatch) omits it and uses
+            `skips`.
 
         Raises:
           FloatingPointError: too many steps in a row were skipped; their records are named.
@@ -148,25 +149,26 @@ class Loop:
             self.skips.watch(self.step + 1, metrics, rows)
 
     def done(self, state: Any) -> None:
-        """Takes the state after the step; saves where it is time to, and stops where somebody asked
-        for it.
+        """Takes the state after the step, saves it when due, and stops if that was requested.
 
         Raises:
           FloatingPointError: the state is not finite, or all steps were skipped.
-          KeyboardInterrupt: Ctrl-C, SIGTERM or a preemption came; the step is saved.
+          KeyboardInterrupt: Ctrl-C, SIGTERM or a preemption notice arrived; the step is saved.
         """
         self.state, self.step = state, self.step + 1
         last, stopping = self.is_over, self._asked_to_stop(self.step)
         at_end = last or self.step % self.settings.save_every == 0
         if at_end or stopping:
             self.skips.flush(last=last)
-            if at_end:  # before the checkpoint: once that stands, this is never done again
+            if at_end:
+                # Before the checkpoint: a run that resumes from it does not repeat this step.
                 checkpoint.refuse_non_finite(state, f"the state of step {self.step}")
                 self._on_save(self.step, state, self._log)
             self._log.flush()
             extra = {"position": self.step, "skips": self.skips.counts}
             self._saved.save(self.step, state, extra=self._origin | extra)
         if stopping:
+            # Checkpoints are written in the background; the process is about to exit.
             self._saved.wait()
             unit = self.settings.unit.removesuffix("s")
             raise KeyboardInterrupt(

@@ -1,6 +1,4 @@
-"""Memory: what the compiled phases of a stage need, told before any work; an error that says it
-where it ran out.
-"""
+"""Memory needed by each compiled phase of a stage, and errors that report it when it runs out."""
 
 from __future__ import annotations
 
@@ -19,30 +17,30 @@ from rlhf_jax import backends
 from rlhf_jax.run.console import patiently
 
 Programs = Iterable[tuple[str, jax.stages.Compiled]]
-"""The phases of a stage by name, each compiled when it is asked for."""
+"""The phases of a stage by name, each compiled when the iterator reaches it."""
 
 
 class Needs(NamedTuple):
-    """Bytes on each device that a compiled program asks for, as its compiler counts them."""
+    """Bytes per device that a compiled program needs, as its compiler counts them."""
 
     arguments: int
     outputs: int
     temporary: int
     reused: int
-    """Of the outputs, what takes the place of donated arguments."""
+    """The part of the outputs that reuses the buffers of donated arguments."""
 
     @property
     def new(self) -> int:
-        """What the program needs beside its arguments."""
+        """Bytes that the program needs beyond its arguments."""
         return self.outputs - self.reused + self.temporary
 
 
 class OutOfMemory(MemoryError):
-    """A phase that did not fit, told in the user's terms."""
+    """A phase ran out of memory; the message is in terms of the user's config."""
 
 
 def needs(compiled: jax.stages.Compiled) -> Needs | None:
-    """The memory of a compiled program on each device; None where the backend does not tell."""
+    """The memory of a compiled program per device; None if the backend does not report it."""
     found = compiled.memory_analysis()
     if found is None:
         return None
@@ -55,8 +53,7 @@ def needs(compiled: jax.stages.Compiled) -> Needs | None:
 
 
 def held(*trees: Any) -> int:
-    """Bytes on each device of arrays, or of shapes with shardings; an array that two trees share
-    counts once.
+    """Bytes per device of arrays or of shapes with shardings; an array in two trees counts once.
 
     >>> held({"a": (x := jax.numpy.zeros(3)), "b": x})
     12
@@ -66,6 +63,7 @@ def held(*trees: Any) -> int:
 
 
 def _on_one_device(leaf: Any) -> int:
+    # A key array has an extended dtype without a usable item size.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 8
     sharding = getattr(leaf, "sharding", None)
@@ -74,7 +72,7 @@ def _on_one_device(leaf: Any) -> int:
 
 
 def abstract(tree: Any, shardings: Any = None) -> Any:
-    """Shapes in the place of arrays, where they lie or where `shardings` puts them."""
+    """Replaces arrays by shapes, with their own shardings or with `shardings`."""
     if shardings is None:
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), tree)
     return jax.tree.map(
@@ -85,7 +83,7 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
 
 
 def readable(size: float) -> str:
-    """Bytes for people.
+    """Formats a number of bytes for people.
 
     >>> readable(1_536), readable(3 * 2**30)
     ('1.5 KiB', '3.0 GiB')
@@ -101,13 +99,13 @@ def readable(size: float) -> str:
 
 
 def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[str, Needs]:
-    """Compiles every phase and prints its memory; nothing is computed.
+    """Compiles every phase and prints its memory; nothing is run.
 
     Args:
       programs: the phases.
-      mesh: of the stage.
-      state: bytes on each device that stay while the stage runs: weights, moments, average, frozen
-        networks.
+      mesh: the mesh of the stage.
+      state: bytes per device that stay allocated throughout the stage: weights, moments, averages,
+        frozen networks.
 
     Returns:
       What each phase needs.
@@ -129,9 +127,8 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
         found[name] = told
         print(
             f"  {name:<12}arguments {readable(told.arguments):>10}  outputs "
-            f"{readable(told.outputs):>10} "
-            f"({readable(told.reused)} in their place)  temporary {readable(told.temporary):>10}  "
-            f"compiled in {seconds:.1f} s",
+            f"{readable(told.outputs):>10} ({readable(told.reused)} in their place)  temporary "
+            f"{readable(told.temporary):>10}  compiled in {seconds:.1f} s",
             flush=True,
         )
     if found:
@@ -140,7 +137,8 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
             f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays",
             flush=True,
         )
-    limit = backends.memory_stats().get("bytes_limit")  # other processes report their own
+    # Devices of other processes cannot be queried; each process prints its own limit.
+    limit = backends.memory_stats().get("bytes_limit")
     print(
         f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}",
         flush=True,
@@ -162,20 +160,19 @@ _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.IGNORE
 def phase(
     name: str, *, lower: Sequence[str], programs: Callable[[], Programs] = lambda: (), **sizes: int
 ) -> Iterator[None]:
-    """Turns running out of memory in the block into an error that names the phase, its sizes and
-    what to lower.
+    """Turns an out-of-memory failure in the block into an error with advice.
 
-    Devices work in the background: the block should wait for what it computes, or the next phase
-    gets the blame.
+    The error names the phase, its sizes and the config keys to lower. Dispatch is asynchronous: the
+    block should wait for its results, or the next phase gets the blame.
 
     Args:
-      name: of the phase, as in `programs`.
-      lower: the config keys that help, the best first.
-      programs: the compiled phases, looked at only when memory ran out.
-      **sizes: what the phase works on, by name: rows, slots, parameters.
+      name: name of the phase, as in `programs`.
+      lower: the config keys that help, most effective first.
+      programs: the compiled phases, looked up only when memory ran out.
+      **sizes: problem sizes of the phase, by name: rows, slots, parameters.
 
     Raises:
-      OutOfMemory: instead of RESOURCE_EXHAUSTED, bad_alloc or MemoryError. Everything else passes.
+      OutOfMemory: instead of RESOURCE_EXHAUSTED, bad_alloc or MemoryError. Other errors propagate.
     """
     try:
         with (
@@ -185,33 +182,31 @@ def phase(
         ):
             yield
     except OutOfMemory:
+        # An inner phase has already explained it.
         raise
     except (MemoryError, RuntimeError) as error:
+        # XLA reports memory errors as a RuntimeError, so the text has to decide.
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         listed = ", ".join(f"{key}={value:,}" for key, value in sizes.items())
         raise OutOfMemory(
             f"out of memory in the phase {name} ({listed}). "
-            f"{_compiled_needs(name, programs)}{_devices()}"
-            f"Lower or change {', '.join(lower)}; --dry_run tells each phase's memory before any "
-            "work. "
-            f"What was saved before is intact. ({_first_line(error)})"
+            f"{_compiled_needs(name, programs)}{_devices()}Lower or change {', '.join(lower)}; "
+            "--dry_run tells each phase's memory before any work. What was saved before is intact. "
+            f"({_first_line(error)})"
         ) from error
 
 
 def _compiled_needs(name: str, programs: Callable[[], Programs]) -> str:
-    with contextlib.suppress(
-        Exception
-    ):  # memory is short: to say less is better than another error
+    # Memory is short: a shorter message is better than a second error.
+    with contextlib.suppress(Exception):
         for other, compiled in programs():
             told = needs(compiled) if other == name else None
             if told is not None:
                 return (
                     f"Its program asks each device for {readable(told.temporary)} of temporary "
-                    "memory, beside "
-                    f"{readable(told.arguments)} of arguments and "
-                    f"{readable(told.outputs - told.reused)} of new "
-                    "outputs. "
+                    f"memory, beside {readable(told.arguments)} of arguments and "
+                    f"{readable(told.outputs - told.reused)} of new outputs. "
                 )
     return ""
 
@@ -229,5 +224,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MB."""
+    """Peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,6 +1,4 @@
-"""Where numbers go: JSON lines always, a live line on the console, TensorBoard and Weights & Biases
-as extras.
-"""
+"""Writers of metrics: JSON lines, the console, and optionally TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,8 +21,10 @@ from rlhf_jax.run.console import Console, Screen, patiently
 from rlhf_jax.types import Each, Max, Mean
 
 Values = Mapping[str, Any]
-"""Metrics by name: `Mean`, `Max`, arrays or numbers. A name may hold slashes, as in
-``policy/clip_fraction``."""
+"""Metrics by name: `Mean`, `Max`, arrays or numbers.
+
+A name may contain slashes, as in ``policy/clip_fraction``.
+"""
 
 Writer = Callable[[int, str, dict[str, float]], None]
 """Takes ``(step, stage, floats)``."""
@@ -33,21 +33,20 @@ FILE = "metrics.jsonl"
 
 
 def to_host(metrics: Values) -> dict[str, float]:
-    """Metrics as Python floats, fetched from the device together; a `Mean` is divided, on the host
-    in float64.
+    """Fetches metrics from the device in one transfer, as Python floats.
 
-    An `Each` is left out: it is no number.
+    A `Mean` is divided on the host in float64. An `Each` is omitted: it is not a single number.
 
     >>> import jax.numpy as jnp
-    >>> to_host({"loss": Mean(jnp.float32(6), jnp.float32(4)), "norm": Max(jnp.float32(2)), "lr": 0.5})
+    >>> loss, norm = Mean(jnp.float32(6), jnp.float32(4)), Max(jnp.float32(2))
+    >>> to_host({"loss": loss, "norm": norm, "lr": 0.5})
     {'loss': 1.5, 'norm': 2.0, 'lr': 0.5}
     """
     fetched = jax.device_get(
         {name: value for name, value in metrics.items() if not isinstance(value, Each)}
     )
-    return {
-        name: _number(fetched[name]) for name in metrics if name in fetched
-    }  # in the caller's order, not JAX's
+    # In the caller's order: JAX sorts the keys of a dictionary.
+    return {name: _number(fetched[name]) for name in metrics if name in fetched}
 
 
 def _number(value: Any) -> float:
@@ -58,23 +57,24 @@ def _number(value: Any) -> float:
 
 
 class StageLog:
-    """Records one stage of a run: ``log(step, metrics)`` once a step, in a ``with`` block.
+    """Records one stage of a run: ``log(step, metrics)`` once per step, in a ``with`` block.
 
-    A step's numbers are fetched when the next step has been handed in, so the device never waits
+    The metrics of a step are fetched when those of the next step arrive, so the device never waits
     for the console.
 
     Args:
       workdir: the run folder; lines are appended to ``metrics.jsonl`` in it.
       stage: the name of the stage, ``"sft"``.
-      total: how many steps the stage has.
-      resume_step: the step training goes on from (0: a fresh start). Lines of this stage with a
-        later step are dropped first, so that each step appears once although its checkpoint was
-        older.
-      show: the metrics for the console, in order; those that a step lacks are left out.
-      unit: what a step is, in the plural: ``iterations``, ``responses``.
+      total: number of steps of the stage.
+      resume_step: the step from which training resumes (0: a fresh start). Lines of this stage with
+        a later step are dropped first, so that each step appears once even if the checkpoint was
+        older than the log.
+      show: the metrics for the console, in order; metrics that a step lacks are omitted.
+      unit: the plural noun for a step: ``iterations``, ``responses``.
       screen: where lines appear, and how often.
-      waited: whether a step is over when it is handed in, as where a host loop waits for it; a
-        training step is still being computed then, and is timed when its numbers have arrived.
+      waited: whether a step has finished when it is logged, as when a host loop waits for it;
+        otherwise a training step is still being computed then, and is timed when its metrics
+        arrive.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class StageLog:
         screen: Screen = Screen(),
         waited: bool = False,
     ):
-        # Process 0 alone writes; the others fetch the numbers too, so that none runs ahead.
+        # Only process 0 writes; the others fetch the numbers too, so that none runs ahead.
         folder = files.local_path("workdir", workdir)
         self._path = folder / FILE if processes.index() == 0 else Path(os.devnull)
         if processes.index() > 0:
@@ -101,8 +101,7 @@ class StageLog:
         self._console = Console(stage, total, resume_step, show=show, unit=unit, screen=screen)
         self._pending: tuple[int, float, Values] | None = None
         self._clock, self._handed_in = screen.clock if waited else None, 0.0
-        # Until the first step is handed in nothing else would be said, and it may compile for
-        # minutes.
+        # Nothing is printed until the first step is logged, and compiling it may take minutes.
         self._first = contextlib.ExitStack()
         self._first.enter_context(
             patiently(
@@ -112,16 +111,12 @@ class StageLog:
         )
 
     def add_writer(self, writer: Writer) -> None:
-        """Hands every record to `writer` too, such as `tensorboard_writer`; from process 0
-        alone.
-        """
+        """Passes every record to `writer` too, such as `tensorboard_writer`; only on process 0."""
         if processes.index() == 0:
             self._writers.append(writer)
 
     def __call__(self, step: int, metrics: Values) -> None:
-        """Hands in the metrics of `step` (counted from 1: the number of steps done); two of a step
-        become one line.
-        """
+        """Logs the metrics of `step`, the number of steps done; merges calls for the same step."""
         self._first.close()
         previous, self._pending = self._pending, (step, time.time(), metrics)
         if previous and previous[0] == step:
@@ -131,14 +126,16 @@ class StageLog:
         self._handed_in = self._clock() if self._clock else 0.0
 
     def flush(self) -> None:
-        """Writes what is pending to the disk, waiting for the device: before a checkpoint, and at
-        the end.
+        """Writes pending metrics to disk, waiting for the device.
+
+        Call it before a checkpoint and at the end.
         """
         pending, self._pending = self._pending, None
         if pending:
             self._write(*pending)
         if self._path != Path(os.devnull):
-            files.flush(self._file)  # a power cut must not take lines that a checkpoint counts on
+            # A power cut must not lose lines that precede a durable checkpoint.
+            files.flush(self._file)
 
     def close(self) -> None:
         """Flushes, ends the console line and closes the file."""
@@ -151,9 +148,7 @@ class StageLog:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the stage will still take, as its console shows it; None while that is not
-        known.
-        """
+        """Estimated seconds left, as shown on the console; None while unknown."""
         return self._console.seconds_left
 
     def __enter__(self) -> StageLog:
@@ -172,8 +167,7 @@ class StageLog:
 
 
 def to_line(step: int, stage: str, when: float, numbers: Mapping[str, float]) -> str:
-    """One record as a line of JSON; a number that is not finite becomes null, which every JSON
-    reader accepts.
+    """Formats a record as a line of JSON; a non-finite number becomes null, which is valid JSON.
 
     >>> to_line(3, "sft", 0.0, {"loss": 1.5, "norm": float("inf")}).strip()
     '{"step": 3, "stage": "sft", "time": 0.0, "loss": 1.5, "norm": null}'
@@ -188,7 +182,7 @@ def to_line(step: int, stage: str, when: float, numbers: Mapping[str, float]) ->
 
 
 def read(path: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl`` (of one stage); a line cut off by a crash is left out."""
+    """Reads the records of a ``metrics.jsonl``, optionally of one stage; skips a truncated line."""
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         record = _record(line)
@@ -198,8 +192,7 @@ def read(path: str | os.PathLike[str], stage: str | None = None) -> list[dict[st
 
 
 def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
-    """Rewrites the file without the lines of `stage` after `step` and without a cut-off line; all
-    or nothing.
+    """Atomically drops the lines of `stage` after `step`, and a truncated last line.
 
     Returns:
       How many lines were dropped.
@@ -209,13 +202,12 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
         return 0
     if not path.is_file():
         raise ValueError(f"{path} is no regular file: move it away, the run writes its log there")
-    lines = path.read_text(
-        encoding="utf-8", errors="replace"
-    ).splitlines()  # a crash may leave bytes of no encoding
+    # A crash may leave bytes that are not valid UTF-8.
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _keeps(_record(line), stage, step)]
     damaged = sum(_record(line) is None for line in lines[:-1] if line.strip())
     if damaged:
-        # The last line may be torn by a crash; one before it was changed by somebody else.
+        # A crash can truncate only the last line; damage before it has another cause.
         print(
             f"Warning: {damaged} damaged lines of {path} are left out", file=sys.stderr, flush=True
         )
@@ -238,9 +230,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
-    """Whether a line can be one of ours: its step is a number, and no number is infinite or
-    endless.
-    """
+    """Whether a line can be one of ours: its step is a number, and every number is finite."""
     numbers = [value for value in record.values() if isinstance(value, int | float)]
     step = record.get("step", 0)
     return (
@@ -254,8 +244,9 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
 
 
 def tensorboard_writer(logdir: str | os.PathLike[str]) -> Writer:
-    """A writer of TensorBoard event files (the extra ``tensorboard``); scalars are named
-    ``stage/metric``.
+    """A writer of TensorBoard event files; scalars are named ``stage/metric``.
+
+    It needs the extra ``tensorboard``.
     """
     board = _extra("tensorboardX", "tensorboard").SummaryWriter(str(logdir))
 
@@ -270,11 +261,13 @@ def tensorboard_writer(logdir: str | os.PathLike[str]) -> Writer:
 def wandb_writer(
     *, project: str, name: str | None = None, run_id: str | None = None, mode: str = "online"
 ) -> Writer:
-    """A writer to Weights & Biases (the extra ``wandb``); the key comes from the environment only.
+    """A writer to Weights & Biases; the API key is read from the environment only.
+
+    It needs the extra ``wandb``.
 
     Args:
       project: the project of the run.
-      name: a name for people.
+      name: display name of the run.
       run_id: resumes that run when it exists.
       mode: "online", "offline" or "disabled".
     """
@@ -282,9 +275,8 @@ def wandb_writer(
     run = wandb.init(project=project, name=name, id=run_id, mode=mode, resume="allow")
 
     def write(step: int, stage: str, numbers: dict[str, float]) -> None:
-        run.define_metric(
-            f"{stage}/*", step_metric=f"{stage}/step"
-        )  # each stage counts its own steps
+        # Each stage counts its own steps.
+        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         run.log(
             {f"{stage}/{key}": value for key, value in numbers.items()} | {f"{stage}/step": step}
         )

@@ -1,6 +1,4 @@
-"""Networks: models on disk, read onto a mesh and written back, and which of their parameters a
-stage trains.
-"""
+"""Networks: models loaded onto a mesh and saved, and the subset of parameters that is trained."""
 
 from __future__ import annotations
 
@@ -11,9 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault(
-    "TRANSFORMERS_VERBOSITY", "error"
-)  # it would say that there is no PyTorch, which is as wanted
+# Otherwise transformers warns that PyTorch is missing, which is intended here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import contextlib
 
@@ -33,19 +30,19 @@ from rlhf_jax.run.results import read_json
 from rlhf_jax.types import Model, Params
 
 SHIPPED = "storyland:"
-"""Prefix of a model that comes with the package: ``storyland:base_large``."""
+"""Prefix of a model that ships with the package: ``storyland:base_large``."""
 
 
 TRAIN = ("all", "lora", "head")
-"""What `trainable` knows."""
+"""The values of `config.train` that `trainable` accepts."""
 
 
 LARGE = 20_000_000
-"""Parameters from which memory is scarcer than the time to fault it in."""
+"""Number of parameters above which memory is scarcer than the time to fault it in."""
 
 
 class Network(NamedTuple):
-    """A model with its parameters and tokenizer, as a model folder holds it."""
+    """A model with its parameters and tokenizer, as stored in a model folder."""
 
     model: Model
     params: Params
@@ -55,8 +52,9 @@ class Network(NamedTuple):
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, a shipped one (``storyland:base_large``), or one fetched by
-    name (``smollm2``).
+    """The folder of a model: a path, a shipped model (``storyland:..``) or a name (``smollm2``).
+
+    A model of `pretrained.MODELS` is fetched on first use.
     """
     if name.startswith(SHIPPED):
         return storyland_assets.assets() / checks.require_name("model", name.removeprefix(SHIPPED))
@@ -64,25 +62,28 @@ def model_folder(name: str) -> Path:
 
 
 def load_network(
-    name: str, mesh: jax.sharding.Mesh, decoder: Mapping[str, Any] | ConfigDict | None = None, *, dropout: float = 0.0,
+    name: str,
+    mesh: jax.sharding.Mesh,
+    decoder: Mapping[str, Any] | ConfigDict | None = None,
+    *,
+    dropout: float = 0.0,
     rules: sharding.Rules = sharding.DECODER_RULES,
-) -> Network:  # fmt: skip
-    """A language or scalar model, its parameters placed on the mesh, with its tokenizer.
+) -> Network:
+    """Loads a language or scalar model with its tokenizer; its parameters are sharded on the mesh.
 
     Args:
       name: a folder, or a shipped model.
       mesh: where the parameters go.
-      decoder: how it computes (`config.decoder`): fields of `DecoderConfig` such as dtype and
-        remat.
+      decoder: overrides of fields of `DecoderConfig` (`config.decoder`), such as dtype and remat.
       dropout: residual dropout, for training.
-      rules: how the parameters lie on the mesh.
+      rules: sharding rules of the parameters.
 
     Raises:
       ValueError: the folder is missing, damaged, or its tokenizer does not fit.
     """
     folder = model_folder(name)
     try:
-        # Each array is read straight to where it belongs; nothing is placed again.
+        # Each array is read directly onto its devices and never moved again.
         shardings = functools.partial(sharding.tree_shardings, mesh=mesh, rules=rules)
         parsed.loading(folder)
         model, params, tokenizer = load_hf(folder, shardings=shardings)
@@ -92,6 +93,8 @@ def load_network(
         ) from None
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json: copy the tokenizer of the model there")
+    # A small model steps faster if freed memory stays with the process; a large one would keep
+    # gigabytes of it.
     if size(params) > LARGE:
         cpu_process.keep_freed_memory(False)
     changes = {**(decoder or {}), "dropout": dropout, "mesh": mesh if mesh.size > 1 else None}
@@ -100,18 +103,19 @@ def load_network(
 
 
 def save_network(folder: str | os.PathLike[str], network: Network) -> None:
-    """Writes a model folder all or nothing: a crash leaves the old one, here or as
-    ``<folder>.old``, or none.
+    """Writes a model folder atomically: after a crash the old model is intact, if there was one.
 
-    All processes call it, process 0 writes. The folder survives a power cut when this returns.
+    The old model is then in `folder` or in ``<folder>.old``. All processes call this, and process 0
+    writes. The folder survives a power cut once this returns.
 
     Raises:
-      OSError: it could not be written; what was there before still is.
+      OSError: the model could not be written; the previous contents are intact.
     """
     folder = files.local_path("the folder of the model", folder)
     temporary = folder.with_name(folder.name + ".tmp")
     first = processes.index() == 0
     if first:
+        # An earlier crash may have left the folder half replaced.
         files.settle_folder(folder)
     try:
         save_hf(temporary, network.model, network.params, network.tokenizer)
@@ -125,12 +129,12 @@ def save_network(folder: str | os.PathLike[str], network: Network) -> None:
             "intact. Free disk space, "
             "or choose a workdir that can be written, and give the same command again."
         ) from error
+    # No process may read the folder before process 0 has written it.
     processes.barrier("model saved")
 
 
 def check_shape(field: str, name: str, shape: Mapping[str, Any] | ConfigDict) -> None:
-    """Refuses a model on disk whose decoder is not the one a preset speaks of; an empty `shape`
-    takes any.
+    """Raises unless a model on disk has the decoder sizes of `shape`; an empty `shape` accepts any.
 
     Raises:
       ValueError: a size differs, or there is no such model.
@@ -144,8 +148,7 @@ def check_shape(field: str, name: str, shape: Mapping[str, Any] | ConfigDict) ->
         if getattr(found, key) != wanted:
             raise ValueError(
                 f"{field}={name} has {key}={getattr(found, key)} and this config is for "
-                f"{key}={wanted}: "
-                "choose another model, or set the size under --config.shapes"
+                f"{key}={wanted}: choose another model, or set the size under --config.shapes"
             )
 
 
@@ -157,13 +160,14 @@ def type_of(model: Model) -> Callable[..., Model]:
 
 
 def size(params: Params) -> int:
-    """Numbers in a tree of arrays."""
+    """The number of elements in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def tokenizer_of(name: str) -> Any:
-    """The tokenizer of a model that is loaded later; None where it cannot be had, which loading the
-    model then says.
+    """The tokenizer of a model that is loaded later; None if it cannot be read.
+
+    Loading the model then raises the error.
     """
     with contextlib.suppress(ValueError, OSError):
         return text.load_tokenizer(model_folder(name))
@@ -174,14 +178,12 @@ def tokenizer_of(name: str) -> Any:
 
 
 class TrainableParams(NamedTuple):
-    """The parameters that a stage trains, beside those that stay frozen. The frozen arrays are
-    shared, never copied.
-    """
+    """The trainable parameters of a stage and the frozen ones, whose arrays are never copied."""
 
     params: Params
-    """What the optimizer sees, at step 0: all parameters, or LoRA adapters and a score head."""
+    """The trainable parameters at step 0: all of them, or LoRA adapters and a score head."""
     frozen: Params
-    """The rest; empty where everything is trained."""
+    """The frozen parameters; empty if everything is trained."""
     alpha: float
 
     def model(self, model: Model, frozen: Params) -> Model:
@@ -189,9 +191,7 @@ class TrainableParams(NamedTuple):
         return lora_model(model, frozen, alpha=self.alpha)
 
     def whole(self, params: Params) -> Params:
-        """Trained and frozen parameters together, for `Model.apply`; the frozen arrays are
-        shared.
-        """
+        """Trainable and frozen parameters together, for `Model.apply`; frozen arrays are shared."""
         return with_lora(self.frozen, params, alpha=self.alpha)
 
     def merged(self, params: Params) -> Params:
@@ -200,15 +200,14 @@ class TrainableParams(NamedTuple):
 
 
 def trainable(params: Params, config: ConfigDict) -> TrainableParams:
-    """What `config.train` asks for: ``all`` parameters, ``lora`` adapters (`config.lora`), or the
-    score ``head`` alone.
+    """Selects the parameters of `config.train`: ``all``, ``lora`` adapters, or the score ``head``.
 
-    With ``lora`` a score head is trained whole, beside the adapters of the trunk. A head alone
-    starts at 0: its problem is convex, and what a random head says is noise that a few thousand
-    pairs would have to unlearn first.
+    With ``lora`` (`config.lora`) a score head is trained in full, together with the adapters of the
+    trunk. A head trained alone is initialized to zero: its problem is convex, and a random head
+    would add noise that takes a few thousand pairs to unlearn.
 
     Raises:
-      ValueError: another word, ``head`` for a language model, or adapters that do not fit the
+      ValueError: an unknown value, ``head`` for a language model, or adapters that do not fit the
         model.
     """
     checks.require_one_of("train", config.train, TRAIN)

@@ -1,14 +1,13 @@
-"""Which settings outside of the config change the numbers of a run: flags of JAX, of XLA, and the
-environment.
+"""Settings outside the config that change the numbers of a run: JAX and XLA flags, environment.
 
-Two sets of them are told apart. `meaning` holds what makes another computation of the same config:
-another random generator, other types, another precision. A run never goes on under other ones in
-silence. `rounding` holds what leaves the computation as it is and may change the order in which
-numbers are summed: the compiler's effort, the kind and the number of devices, the number of
-processes. There a run may go on; it then ends within rounding and not bit for bit.
+Two sets are distinguished. `meaning` collects settings that turn the same config into another
+computation: another random generator, other types, another precision. A run never resumes under
+different ones silently. `rounding` collects settings that keep the computation and may change the
+order of summation: the compiler's effort, the kind and number of devices, the number of processes.
+A run may resume under different ones; its results then agree up to rounding and not bit for bit.
 
-What only logs, caches, checks or places is in neither set. A flag that this module has never heard
-of, of another JAX, counts as one that may change rounding.
+Settings that only affect logging, caching, checks or placement are in neither set. A flag that this
+module does not know, from another version of JAX, counts as one that may change rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MEANING = frozenset({
     "jax_random_seed_offset",
     "jax_threefry_partitionable",
 })  # fmt: skip
-"""Flags of JAX with which the same config is another computation."""
+"""JAX flags that turn the same config into another computation."""
 
 ROUNDING = frozenset({
     "eager_constant_folding",
@@ -68,7 +67,7 @@ ROUNDING = frozenset({
     "jax_use_simplified_jaxpr_constants",
     "jax_xla_profile_version",
 })  # fmt: skip
-"""Flags of JAX that choose how a program is compiled, and with it the order of its sums."""
+"""JAX flags that affect how a program is compiled, and so the order of its sums."""
 
 HARMLESS = frozenset({
     "check_vma",
@@ -168,27 +167,32 @@ HARMLESS = frozenset({
     "jax_xla_backend",
     "mock_num_gpu_processes",
 })  # fmt: skip
-"""Flags of JAX that log, cache, check, visit or place, and change no number. Where a device is
-named, the kind and the number of devices that were found stand in `surroundings`."""
+"""JAX flags for logging, caching, checks and placement, which change no number.
 
+The devices that such a flag selects are recorded by `surroundings`.
+"""
+
+# XLA has hundreds of flags, and they change between versions: patterns instead of a list.
 _XLA_MEANING = re.compile(
     r"fast_math|fast_min_max|excess_precision|precision|strict_dot|_ftz|denormal|deterministic"
     r"|bf16|f16|fp8|f8|tf32|simplify_all_fp|reduced_precision|autotune_level"
 )
 _XLA_HARMLESS = re.compile(
-    r"^xla_(dump|hlo_profile|force_host_platform_device_count|log|vlog|embed_ir|disable_hlo_passes_log"
-    r"|gpu_cuda_data_dir|gpu_force_compilation_parallelism|gpu_kernel_cache_file|gpu_per_fusion_autotune_cache_dir"
-    r"|cpu_parallel_codegen_split_count|tpu_user_.*limit)|_timeout(_seconds|_ms)?$|_debug|_xprof|_profil|_verif"
+    r"^xla_(dump|hlo_profile|force_host_platform_device_count|log|vlog|embed_ir"
+    r"|disable_hlo_passes_log|gpu_cuda_data_dir|gpu_force_compilation_parallelism"
+    r"|gpu_kernel_cache_file|gpu_per_fusion_autotune_cache_dir"
+    r"|cpu_parallel_codegen_split_count|tpu_user_.*limit)"
+    r"|_timeout(_seconds|_ms)?$|_debug|_xprof|_profil|_verif"
 )
 _ENVIRONMENT = ("NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC", "TF_DETERMINISTIC_OPS")
 
 
 def meaning() -> dict[str, Any]:
-    """Settings under which the same config would be another computation, by name; no device is
-    looked for.
+    """Settings that would turn the same config into another computation, by name.
 
-    Flags of JAX stand under their own names (``jax_enable_x64``), those of XLA with two dashes
-    (``--xla_cpu_enable_fast_math``) and variables of the environment as they are.
+    JAX flags have their own names (``jax_enable_x64``), XLA flags two leading dashes
+    (``--xla_cpu_enable_fast_math``), and environment variables their own names. No device is
+    initialized.
     """
     found = {name: _plain(value) for name, value in jax.config.values.items() if name in MEANING}
     found |= {name: value for name, value in _xla_flags().items() if _XLA_MEANING.search(name)}
@@ -196,8 +200,9 @@ def meaning() -> dict[str, Any]:
 
 
 def rounding() -> dict[str, Any]:
-    """Settings that may change the order of sums, by name, unknown flags among them; no device is
-    looked for.
+    """Settings that may change the order of sums, by name, including unknown flags.
+
+    No device is initialized.
     """
     values = jax.config.values.items()
     found = {name: _plain(value) for name, value in values if name not in MEANING | HARMLESS}
@@ -207,14 +212,12 @@ def rounding() -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """What the program runs on: kind and number of devices, number of processes. It looks for
-    devices.
-    """
+    """The kind and number of devices and the number of processes; this initializes the devices."""
     return backends.description() | {"number of processes": jax.process_count()}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two dictionaries of settings, a line for each.
+    """The differences between two dictionaries of settings, one line each.
 
     >>> differences({"jax_enable_x64": False}, {"jax_enable_x64": True, "--xla_cpu_ftz": "true"})
     ['--xla_cpu_ftz: not set -> true', 'jax_enable_x64: False -> True']
@@ -224,14 +227,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def unclassified() -> set[str]:
-    """Flags of the installed JAX that this module does not know."""
+    """Flags of the installed JAX that are in none of the sets above."""
     return set(jax.config.values) - MEANING - ROUNDING - HARMLESS
 
 
 def _xla_flags() -> dict[str, str]:
-    """The flags given to XLA (and to the TPU's library) that may change a number, as ``--name`` ->
-    value.
-    """
+    """Flags of XLA and of the TPU library that may change a number, as ``--name`` -> value."""
     found = {}
     for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         for flag in _words(os.environ.get(variable, "")):
@@ -242,21 +243,20 @@ def _xla_flags() -> dict[str, str]:
 
 
 def _words(flags: str) -> list[str]:
-    """The flags of a variable; one that begins with no dash names a file that holds them, as XLA
-    reads it.
-    """
+    """Splits the flags of a variable; a value without a leading dash names a file, as for XLA."""
     flags = flags.strip()
     if flags and not flags.startswith("-"):
         path = Path(flags)
         flags = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
         return shlex.split(flags)
-    except ValueError:  # an open quote: XLA takes the flags apart at blanks then
+    except ValueError:
+        # An unclosed quote: XLA then splits the flags at blanks.
         return flags.split()
 
 
 def _plain(value: Any) -> Any:
-    """A value of a flag as JSON data: enumerations by their name."""
+    """The value of a flag as JSON data; an enumeration becomes its name."""
     return (
         value
         if value is None or isinstance(value, bool | int | float | str)

@@ -11,22 +11,21 @@ from rlhf_jax import optim
 from rlhf_jax.run import checks
 
 OPTIMIZERS = ("adam", "tf_adam", "adam_bf16", "adafactor")
-"""What `optimizer` knows."""
+"""The values of `config.optimizer`."""
 
 
 SCHEDULES = ("cosine", "linear", "constant")
-"""What `schedule` knows."""
+"""The values of `config.schedule`."""
 
 
 def optimizer(
     config: ConfigDict, learning_rate: optim.LearningRate, *, clip_norm: float | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer that `config` asks for: ``optimizer`` and, for the forms of Adam,
-    ``b1, b2, adam_eps``.
+    """The optimizer named by `config.optimizer`, with ``b1, b2, adam_eps`` for the forms of Adam.
 
-    ``adam``, ``tf_adam`` (the form of 2019), ``adam_bf16`` (first moment in bfloat16) or
-    ``adafactor``, which has a factored second moment and no first one, and does not read those
-    three.
+    The choices are ``adam``, ``tf_adam`` (TensorFlow's form, used in 2019), ``adam_bf16`` (first
+    moment in bfloat16) and ``adafactor``, which has a factored second moment and no first moment
+    and ignores those three settings.
     """
     adams = {
         "adam": optim.adam,
@@ -43,11 +42,11 @@ def optimizer(
 def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Schedule:
     """The learning rate over `steps` optimizer steps.
 
-    ``cosine`` falls to 10%, ``linear`` to 0, ``constant`` stays at `peak`; the first `warmup` steps
-    lead up to it.
+    ``cosine`` decays to 10% of `peak`, ``linear`` to 0, and ``constant`` stays at `peak`, each
+    after `warmup` steps of linear warmup.
 
     Raises:
-      ValueError: an unknown name, or a warmup that leaves no steps.
+      ValueError: an unknown name, or a warmup that takes all the steps.
     """
     checks.require_one_of("schedule", name, SCHEDULES)
     if name == "constant":

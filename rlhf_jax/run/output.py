@@ -1,10 +1,9 @@
-"""The console may go away; the run does not.
+"""Output streams that survive the loss of their reader.
 
-Whoever starts a run may close its output (``| head``, a lost terminal, ``>&-``, a full disk behind
-``> log``). What a run writes there is a copy of what its files hold, so losing the reader must not
-lose hours of work, nor end in a
-traceback: from then on its output goes nowhere, and that is said once on the other stream, where
-  one is left.
+The reader of a run's output may disappear (``| head``, a lost terminal, ``>&-``, a full disk behind
+``> log``). Console output only repeats what the run's files contain, so losing it must neither end
+hours of work nor raise a traceback. From then on the output is discarded, and one warning is
+printed on the other stream if that is still open.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from typing import Any
 
 
 class _Lasting(io.FileIO):
-    """A file descriptor whose first failed write turns it into one that takes everything and keeps
-    nothing.
-    """
+    """A file descriptor that discards everything after its first failed write."""
 
     def __init__(self, handle: int, name: str):
         super().__init__(handle, "w", closefd=False)
@@ -32,21 +29,23 @@ class _Lasting(io.FileIO):
             _to_nowhere(self.fileno())
             other = sys.stderr if self._told == "standard output" else None
             if other is not None:
-                note = f"Warning: {self._told} cannot be written any more ({error.strerror}): the run goes on without it"
+                note = (
+                    f"Warning: {self._told} cannot be written any more ({error.strerror}): "
+                    "the run goes on without it"
+                )
                 print(note, file=other, flush=True)
+            # A short count would make the buffered writer around this object try again.
             return len(data)
 
 
 def outlive_readers() -> None:
-    """Makes standard output and standard error last when nobody reads them, or when they were
-    closed at the start.
-    """
+    """Lets standard output and error outlive their readers, or being closed from the start."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # Otherwise the next file that is opened gets this number, and prints of libraries go
-            # into it.
+            # Otherwise the next file to be opened gets this number and receives all that libraries
+            # print.
             _to_nowhere(number)
     sys.stdout = _lasting(sys.stdout, 1, "standard output")
     sys.stderr = _lasting(sys.stderr, 2, "standard error")
@@ -62,7 +61,8 @@ def _lasting(stream: Any, number: int, name: str) -> Any:
     except (OSError, ValueError, AttributeError):
         real = False
     if not real or not isinstance(stream, io.TextIOWrapper):
-        return stream  # a test or a notebook has put its own there
+        # A test or a notebook has replaced the stream.
+        return stream
     with contextlib.suppress(OSError):
         stream.flush()
     return io.TextIOWrapper(

@@ -1,7 +1,6 @@
-"""What each stage of the InstructGPT pipeline reads: its part of the config, its files and models,
-and from whom.
+"""What each stage of the InstructGPT pipeline reads: config keys, files, models, other stages.
 
-The config is plain data here, so that a plan needs no model and no device. The pipeline itself is
+The config is plain data here, so that planning needs no model and no device. The pipeline itself is
 ``experiments/instructgpt.py``.
 """
 
@@ -25,10 +24,10 @@ VERSIONS = {
     "ppo_ptx": 1,
     "evaluation": 1,
 }
-"""The stages in their order, with the version of each one's algorithm.
+"""The stages in order, with the version of each one's algorithm.
 
-Raise a version by hand when the stage's numbers change for the same config and inputs: a finished
-run then does that stage again, and what depends on it.
+Raise a version by hand when the stage's numbers change for the same config and inputs: finished
+runs then repeat that stage and the stages that depend on it.
 """
 
 GROUPS = {
@@ -42,15 +41,17 @@ GROUPS = {
     "ppo_ptx": "ppo",
     "evaluation": "evaluate",
 }
-"""The group of the config that each stage reads."""
+"""The config group that each stage reads."""
 
 _SFT = frozenset({"seed", "model", "demonstrations", "validation", "pretraining_text"})
 _PPO = frozenset(
     {"name", "seed", "model", "reward_model", "prompts", "pretraining_text", "held_out_text"},
 )
 _WITHOUT_TEXT = frozenset({"ptx_coef", "ptx_rows_per_episode", "ptx_microbatches", "ptx_clip_norm"})
-"""What plain PPO does not read; it does read ``ptx_row_length``: the held-out loss is measured on
-such rows."""
+"""Keys that plain PPO ignores.
+
+It does read ``ptx_row_length``: the held-out loss is measured on rows of that length.
+"""
 
 FILLED: Mapping[str, frozenset[str]] = {
     "data": frozenset(),
@@ -65,36 +66,35 @@ FILLED: Mapping[str, frozenset[str]] = {
         {"reference", "reward_model", "prompts", "held_out_text", "models", "few_shot"}
     ),
 }
-"""Keys of a stage's group that the pipeline fills in, so that their values in the config do not
-count.
+"""Keys of a stage's group that the pipeline fills in; their values in the config do not count.
 
-Files and models among them count by their content, as inputs of the stage.
+Those that name files and models count by content, as inputs of the stage.
 """
 
 _OWN = {"sft": frozenset({"pretraining_text"}), "reward_model": frozenset({"model"})}
-"""Keys of `FILLED` that the pipeline takes from the config all the same."""
+"""Keys of `FILLED` that the pipeline nevertheless takes from the config."""
 
 FILLED_FROM = {
     "seed": "it is --config.seed for every stage",
     "model": "it starts from --config.base, or from the model that an earlier stage wrote",
     "models": "the pipeline's own models have these names; give another model another name",
 }
-"""What to set in the place of a key that is filled in; of others the data stage makes the value."""
+"""What to set instead of a key that is filled in; the data stage produces the others."""
 
 DATA_PATHS = ("data", "data_dir", "demonstrations", "rankings", "prompts", "corpus", "model")
-"""Keys of the data group that may name a file or a folder; storyland has numbers under some of
-them."""
+"""Keys of the data group that may name a file or folder; for storyland some are numbers."""
 
 
 def own_data(
     data: Any, pinned: Collection[str], entries: Callable[[Any], list[Path]]
 ) -> dict[str, str]:
-    """Files and folders of the user's that the data stage reads, by their keys in the data group.
+    """The user's files and folders that the data stage reads, by their keys in the data group.
 
     Args:
       data: the data group of the config.
-      pinned: names of models that stand for one content for ever.
-      entries: the files and folders of `data_dir` that may be read; much else may lie there.
+      pinned: names of models whose content never changes.
+      entries: returns the files and folders of `data_dir` that may be read, out of all that it
+        contains.
     """
     found: dict[str, str] = {}
     for key in [key for key in DATA_PATHS if isinstance(data.get(key), str) and data[key]]:
@@ -110,20 +110,20 @@ COMPARED = ("base", "sft", "ppo", "ppo_ptx")
 
 NOT_FOR_BASELINE = frozenset(
     {
-        "models", "reference", "kl_of", "limit", "samples", "baseline_samples", "base_samples", "held_out_text",
-        "held_out_row_length", "held_out_batches", "few_shot", "prompts", "reward_model", "mesh",
+        "models", "reference", "kl_of", "limit", "samples", "baseline_samples", "base_samples",
+        "held_out_text", "held_out_row_length", "held_out_batches", "few_shot", "prompts",
+        "reward_model", "mesh",
     }
 )  # fmt: skip
-"""Keys of the evaluation that choosing the baseline does without; it is handed a config that lacks
-them."""
+"""Keys of the evaluation that are removed from the config for choosing the baseline."""
 
 
 def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """What each stage reads of the config, under the config's own names.
+    """The part of the config that each stage reads, under the config's own names.
 
     Args:
-      config: of the whole pipeline.
-      pinned: names of models that stand for one content for ever, so that the name is enough.
+      config: the config of the whole pipeline.
+      pinned: names of models whose content never changes, so that the name identifies it.
     """
     seed = {"seed": config["seed"]}
     base = {"base": config["base"]} if config["base"] in pinned else {}
@@ -135,7 +135,8 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
     for stage in ("sft", "ppo_init", "evaluation"):
         found[stage] |= base
     if not config["sample"]["labelers"]:
-        found["samples"] = {"sample": {"labelers": 0}}  # people's own rankings: nothing is sampled
+        # The user brings rankings: nothing is sampled, so no other setting of the group matters.
+        found["samples"] = {"sample": {"labelers": 0}}
     rewards = found["reward_model"]
     rewards["reward_model"]["evaluation"] = sorted(config["reward_model"]["evaluation"])
     if config["reward_model"]["model"] in pinned:
@@ -153,15 +154,15 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
 
 
 def set_in_vain(config: Plain) -> list[str]:
-    """Keys that the pipeline fills in itself, although the config sets them: each with its value
-    and what to set.
+    """Keys set in the config that the pipeline overrides, each with its value and what to set.
 
-    What a program that runs alone starts with (``""``, seed 0, the base model) counts as not set.
+    The defaults of the stand-alone programs (``""``, seed 0, the base model) count as not set.
 
     Args:
-      config: of the whole pipeline.
+      config: the config of the whole pipeline.
     """
     found = []
+    # Not `ppo`: it shares its group with `ppo_ptx`, which does read the keys of `_WITHOUT_TEXT`.
     for stage in ("sft", "ppo_init", "samples", "reward_model", "ppo_ptx", "evaluation"):
         group = GROUPS[stage]
         for key in sorted(FILLED[stage] - _OWN.get(stage, frozenset()) - {"name"}):
@@ -199,6 +200,7 @@ def needs(config: Plain) -> dict[str, tuple[str, ...]]:
     rewards = ["data"]
     if not own:
         rewards.append("samples")
+    # The reward model starts from the last SFT model unless the config names another one.
     if not config["reward_model"]["model"]:
         rewards.append("sft")
     return {
@@ -218,13 +220,13 @@ def needs(config: Plain) -> dict[str, tuple[str, ...]]:
 
 
 class Paths:
-    """Which file of one stage is the input of which other, in a run folder wherever that is.
+    """The paths by which stages read each other's outputs, in a run folder at any location.
 
     Args:
       folder: the run folder.
-      config: of the whole pipeline.
-      done: what a finished stage returned.
-      own_data: files of the user's that the data stage reads.
+      config: the config of the whole pipeline.
+      done: returns the result of a finished stage.
+      own_data: the user's files that the data stage reads.
     """
 
     def __init__(
@@ -241,16 +243,14 @@ class Paths:
         return str(self.folder / "data" / f"{name}.jsonl")
 
     def demonstrations(self) -> dict[str, str]:
-        """The demonstrations to train on and to validate with."""
+        """The demonstrations for training and for validation."""
         return {
             "demonstrations": self.data("demonstrations"),
             "validation": self.data("demonstrations_validation"),
         }
 
     def rankings(self) -> dict[str, str]:
-        """The rankings to train on (``training``) and to measure on: people's own, or those of the
-        samples stage.
-        """
+        """The rankings for training (``training``) and evaluation: the user's, or those sampled."""
         own = {
             p.stem.removeprefix("rankings_"): str(p)
             for p in sorted(self.folder.glob("data/rankings*.jsonl"))
@@ -267,8 +267,9 @@ class Paths:
         }
 
     def sampled(self) -> tuple[str, ...]:
-        """The SFT models whose responses are ranked: the one of the lowest loss, and the last."""
+        """The SFT models whose responses are ranked: the one with the lowest loss, and the last."""
         trained = self._done("sft")
+        # Both may be the same epoch.
         return tuple(dict.fromkeys((trained["lowest_loss"], trained["last"])))
 
     def epoch(self, row: Mapping[str, Any]) -> str:
@@ -280,7 +281,7 @@ class Paths:
         return self._done("reward_model")["model"]
 
     def compared(self) -> dict[str, str]:
-        """The models of the evaluation: those that the config names itself, and the pipeline's."""
+        """The models to evaluate: those named in the config, and the pipeline's own."""
         own = {name: path for name, path in self._config["evaluate"]["models"].items() if path}
         return own | {
             "base": self._config["base"],
@@ -290,8 +291,9 @@ class Paths:
         }
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """The files and models that a stage reads, each under a name of its own; what it `needs`
-        has to be done.
+        """The files and models that a stage reads, by name.
+
+        The stages that it `needs` must be done.
         """
         read = {
             "data": self._data_inputs,
@@ -366,16 +368,15 @@ class Paths:
 # ----------------------------------------------------------------------------------------- how much
 
 _PACKED = 3
-"""Demonstrations in a row of as many as fit, roughly."""
+"""Rough number of demonstrations in a row that is packed as full as possible."""
 
 
 def costs(config: Plain) -> dict[str, float | None]:
-    """Thousands of tokens that each stage passes through a network, a training step counting three
-    times.
+    """Thousands of tokens that each stage runs through a network; a training step counts threefold.
 
-    Only proportions matter: they share out the time that is left. Where the data are files of the
-    user's, whose sizes the config does not tell, nothing is known. Making the data takes no network
-    and little time.
+    Only the proportions matter: they divide up the remaining time. If the data are the user's
+    files, whose sizes the config does not give, the costs are unknown. Making the data takes no
+    network and little time.
     """
     try:
         tokens = _tokens(config)
@@ -385,11 +386,10 @@ def costs(config: Plain) -> dict[str, float | None]:
 
 
 _FILLED = 0.45
-"""Share of the slots of a sampled row that cost time: most prompts and responses are shorter than
-the longest.
+"""Fraction of the slots of a sampled row that cost time: most rows are shorter than the longest.
 
-Measured on storyland, where stages then take 40 to 55 ms for a thousand tokens on two cores,
-whatever they do."""
+Measured on storyland, where every stage then takes 40 to 55 ms per thousand tokens on two cores.
+"""
 
 
 def _tokens(config: Plain) -> dict[str, float]:
@@ -415,9 +415,8 @@ def _tokens(config: Plain) -> dict[str, float]:
     answers = test * (evaluation["baseline_samples"] + evaluation["samples"] * (models - 1))
     shots = evaluation["few_shot"]
     trials = shots["candidates"] * shots["trial_prompts"] if shots["candidates"] > 1 else 0
-    shown = (
-        evaluation["base_samples"] * (test + trials) * (shots["examples"] + 1)
-    )  # rows that begin with examples
+    # Prompts of the base model begin with examples, so its rows are several times as long.
+    shown = evaluation["base_samples"] * (test + trials) * (shots["examples"] + 1)
     return {
         "data": 0.0,
         "sft": _supervised(config["sft"], demonstrations),
@@ -429,11 +428,13 @@ def _tokens(config: Plain) -> dict[str, float]:
         * ranked
         * sample["max_new_tokens"]
         / 2,
+        # Twice, because each response is sampled and scored.
         "baseline": 2.0
         * config["sft"]["epochs"]
         * validation
         * config["validation_samples"]
         * slots["evaluate"],
+        # Sampling, reference, value and reward; then training steps of policy and value.
         "ppo": rollout * (4.0 + 6.0 * ppo["epochs"]),
         "ppo_ptx": rollout * (4.0 + 6.0 * ppo["epochs"]) + text * (ppo["ptx_coef"] != 0),
         "evaluation": 2.0 * (answers + shown) * slots["evaluate"],
@@ -443,4 +444,5 @@ def _tokens(config: Plain) -> dict[str, float]:
 def _supervised(group: Plain, demonstrations: int) -> float:
     rows = demonstrations / (group["pieces_per_row"] or _PACKED)
     mixed = rows / (1.0 - group["pretraining_fraction"])
+    # A backward pass costs about two forward passes.
     return 3.0 * group["epochs"] * mixed * group["row_length"]

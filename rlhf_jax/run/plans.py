@@ -1,6 +1,4 @@
-"""The plan of a pipeline: what is to be done with each stage and why, and how that is told to
-people.
-"""
+"""The plan of a pipeline: the action for each stage and its reason, and how it is printed."""
 
 from __future__ import annotations
 
@@ -8,27 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 STRANGE = "this stage did not write it"
-"""What is wrong with a file that is set aside, while everything that the stage wrote is as it
-was."""
+"""The reason for setting aside a file while the outputs of its stage are intact."""
 
 
 class Step(NamedTuple):
-    """What is to be done with a stage."""
+    """The action planned for a stage."""
 
     stage: str
     action: str
-    """``keep``, ``run`` (from its beginning), ``resume`` (from a checkpoint), or ``repair`` (some
-    outputs)."""
+    """``keep``, ``run`` (from scratch), ``resume`` (a checkpoint) or ``repair`` (some outputs)."""
     why: tuple[str, ...] = ()
     changed: bool = False
-    """Whether its config, inputs or version are others than before."""
+    """Whether its config, inputs or version differ from those of the previous run."""
 
 
 def describe(steps: Sequence[Step], where: str) -> str:
-    """The plan for people: one line if every stage is to be done, or none; else a line for each
-    stage.
+    """Formats the plan: one line if all stages run or all are kept, else one line per stage.
 
-    >>> print(describe([Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))], "runs/x"))
+    >>> steps = [Step("data", "keep"), Step("sft", "run", ("config.sft.epochs 2 -> 3",))]
+    >>> print(describe(steps, "runs/x"))
     Plan of 2 stages in runs/x (old outputs of those that run are set aside):
       1 data          kept
       2 sft           runs: config.sft.epochs 2 -> 3
@@ -53,9 +49,7 @@ def describe(steps: Sequence[Step], where: str) -> str:
 
 
 def told(bad: Mapping[str, str]) -> tuple[str, ...]:
-    """Outputs of a stage that are not what it wrote, and what is wrong with them; the first three
-    by name.
-    """
+    """Describes the damaged outputs of a stage; at most three are named."""
     shown = [
         f"{name} is not what was written ({trouble})" for name, trouble in list(bad.items())[:3]
     ]

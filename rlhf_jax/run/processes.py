@@ -1,10 +1,10 @@
-"""Several processes that train one model: they start, agree before any work, gather, and stop
-together.
+"""Several processes that train one model: they start, agree, exchange data and stop together.
 
-In a program of one process everything here does the obvious thing, so callers need no other path.
-Words travel over the coordination service of `jax.distributed` and not over devices: that works
-before devices are found, and no process waits for one that is gone. A process that fails says why
-and the others end with it; one that is killed is missed within `HEARTBEAT_SECONDS`.
+In a program with one process each function does the obvious thing, so callers need no special case.
+Messages travel over the coordination service of `jax.distributed`, not over devices: it works
+before devices are initialized, and no process waits for one that is gone. A process that fails
+publishes its reason and the others exit with it; one that is killed is missed within
+`HEARTBEAT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -22,50 +22,55 @@ from typing import Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
-from jax._src import (
-    distributed,
-)  # JAX has no public way to its coordination service; Orbax takes the same one
+
+# JAX has no public interface to its coordination service; Orbax uses the same import.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 HEARTBEAT_SECONDS = 10
-"""How long a process may be silent before the others take it for dead and end."""
+"""Seconds of silence after which the others consider a process dead and exit."""
 
 _FAILED = "rlhf_jax/failed"
 _POLL_SECONDS = 0.5
 
 
 def index() -> int:
-    """The number of this process, 0 in a program of one. Unlike `jax.process_index` it does not
-    look for devices.
+    """The index of this process, 0 in a program with one process.
+
+    Unlike `jax.process_index` this does not initialize the devices.
     """
     return distributed.global_state.process_id
 
 
 def count() -> int:
-    """How many processes run this program together."""
+    """The number of processes of this program."""
     return distributed.global_state.num_processes
 
 
 def start(
-    *, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
-    heartbeat_timeout: int = HEARTBEAT_SECONDS, start_timeout: int = 300,
-) -> None:  # fmt: skip
-    """Joins the other processes; before anything that looks for devices. Processes that have joined
-    stay so.
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout: int = HEARTBEAT_SECONDS,
+    start_timeout: int = 300,
+) -> None:
+    """Joins the other processes; call it before anything that initializes the devices.
 
-    Without an address JAX finds it in the surroundings: SLURM, Open MPI, a Cloud TPU pod, GKE.
+    Without an address JAX detects it from the environment: SLURM, Open MPI, a Cloud TPU pod, GKE.
+    Calling this again after joining does nothing.
 
     Args:
-      coordinator_address: ``HOST:PORT`` of process 0, as all processes reach it.
-      num_processes: how many.
-      process_id: which one this is, 0 to ``num_processes - 1``.
-      heartbeat_timeout: seconds of silence after which a process is taken for dead.
+      coordinator_address: ``HOST:PORT`` of process 0, reachable from all processes.
+      num_processes: number of processes.
+      process_id: index of this process, 0 to ``num_processes - 1``.
+      heartbeat_timeout: seconds of silence after which a process is considered dead.
       start_timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: some of the three are given and not all, they do not fit, or the surroundings say
-        nothing.
+      ValueError: only some of the first three are given, they do not fit, or the environment gives
+        no address.
       OSError: the other processes could not be reached.
     """
     given = {
@@ -83,37 +88,39 @@ def start(
 def _join(given: Mapping[str, Any], heartbeat_timeout: int, start_timeout: int) -> None:
     coordinator_address = given["coordinator_address"]
     explicit = coordinator_address is not None
+    # Printed only if the other processes are late.
     note = threading.Timer(15.0, _still_waiting, (coordinator_address, start_timeout))
     note.daemon = True
     note.start()
     try:
         jax.distributed.initialize(
             **given,
-            cluster_detection_method="deactivate" if explicit else None,  # an address means: all devices of this host
-            heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=start_timeout,
-        )  # fmt: skip
+            # With an explicit address each process uses all devices of its host.
+            cluster_detection_method="deactivate" if explicit else None,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            initialization_timeout=start_timeout,
+        )
     except ValueError as error:
         raise ValueError(
             f"--distributed found no SLURM, Open MPI, TPU pod or GKE job around it ({error}): give "
-            "each process "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave "
-            "--distributed out"
+            "each process --coordinator_address=HOST:PORT --num_processes=N --process_id=I, or "
+            "leave --distributed out"
         ) from None
     except jax.errors.JaxRuntimeError as error:
         where, detail = coordinator_address or "process 0", str(error).splitlines()[0][:200]
         raise OSError(
             f"the {given['num_processes'] or 'other'} processes did not meet at {where} within "
-            f"{start_timeout} s "
-            f"({detail}): start all of them with one num_processes and an address that each host "
-            "reaches"
+            f"{start_timeout} s ({detail}): start all of them with one num_processes and an "
+            "address that each host reaches"
         ) from None
     finally:
         note.cancel()
 
 
 def _still_waiting(address: str | None, seconds: int) -> None:
-    """Said while `jax.distributed.initialize` waits; when its time is over JAX aborts the process
-    (status 134).
+    """Printed while `jax.distributed.initialize` waits.
+
+    At its timeout JAX aborts the process (status 134), so no later message would be seen.
     """
     where = address or "process 0"
     print(
@@ -152,11 +159,11 @@ _rounds: Counter[str] = Counter()
 
 
 def on_first(name: str, function: Callable[[], Any]) -> Any:
-    """What `function` gives on process 0, on every process; the others do not run it.
+    """Runs `function` on process 0 only and returns its result on every process.
 
     Args:
-      name: of this exchange; all processes come to each name in the same order.
-      function: gives JSON data (lists come back for tuples).
+      name: name of this exchange; all processes reach each name in the same order.
+      function: returns JSON data (tuples come back as lists).
 
     >>> on_first("doctest", lambda: {"step": 3})
     {'step': 3}
@@ -170,10 +177,10 @@ def on_first(name: str, function: Callable[[], Any]) -> Any:
 
 
 def exchange(name: str, value: Any) -> list[Any]:
-    """The `value` of every process, in their order, on every process.
+    """The `value` of every process, in process order, on every process.
 
     Args:
-      name: of this exchange, as in `on_first`.
+      name: name of this exchange, as in `on_first`.
       value: JSON data.
 
     >>> exchange("doctest", 3)
@@ -183,19 +190,19 @@ def exchange(name: str, value: Any) -> list[Any]:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes are here."""
+    """Returns when all processes have reached it."""
     _reduced(name, None, lambda values: None)
 
 
 def agree(name: str, facts: Mapping[str, Any]) -> None:
-    """Stops all processes unless their facts are equal; each of them gets the same error.
+    """Raises the same error on all processes unless their facts are equal.
 
     Args:
-      name: of this exchange, as in `on_first`.
-      facts: JSON data by what it is.
+      name: name of this exchange, as in `on_first`.
+      facts: JSON data by name.
 
     Raises:
-      ValueError: they differ; the message says in what, and which process on which host has what.
+      ValueError: they differ; the message lists each difference with its processes and hosts.
 
     >>> agree("doctest", {"seed": 0})
     """
@@ -209,7 +216,7 @@ def agree(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _differences(said: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs between the facts of the processes, a line for each fact.
+    """The differences between the facts of the processes, one line per fact.
 
     >>> _differences([{"host": "a", "facts": {"jax": "1"}}, {"host": "b", "facts": {"jax": "2"}}])
     ["jax is '1' on process 0 (a), '2' on process 1 (b)"]
@@ -235,8 +242,9 @@ def _processes(said: Sequence[Mapping[str, Any]], processes: Sequence[int]) -> s
 
 
 def _reduced(name: str, value: Any, reduce: Callable[[list[Any]], Any]) -> Any:
-    """`reduce` of the values of all processes, computed by process 0: so each process sends and
-    reads one word.
+    """Applies `reduce` to the values of all processes, on process 0.
+
+    Each process then sends one message and reads one, not one per process.
     """
     if count() == 1:
         return reduce([value])
@@ -249,8 +257,9 @@ def _reduced(name: str, value: Any, reduce: Callable[[list[Any]], Any]) -> Any:
 
 
 def _next(name: str) -> str:
-    """The key of this round of `name`. Whoever comes to a round has read the one before the last:
-    it is forgotten.
+    """The key of this round of `name`; the key of round n - 2 is deleted.
+
+    Reaching round n proves that every process has read round n - 2.
     """
     _rounds[name] += 1
     if index() == 0 and _rounds[name] > 2:
@@ -259,14 +268,14 @@ def _next(name: str) -> str:
 
 
 def _read(key: str) -> str:
-    """Waits for a word without end: a process that died is noticed by JAX, one that failed by
-    `_Watch`.
+    """Waits for a message without a time limit.
+
+    JAX notices a process that died, and `_Watch` one that failed.
     """
     while True:
         try:
-            return _client().blocking_key_value_get(
-                key, 5_000
-            )  # returns now and then, so that Ctrl-C is heard
+            # A finite timeout, so that Python can handle Ctrl-C between two calls.
+            return _client().blocking_key_value_get(key, 5_000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise OSError(
@@ -282,11 +291,10 @@ def _client() -> Any:
 
 
 def gather(tree: PyTree) -> PyTree:
-    """Arrays whole, in the memory of each host, wherever their pieces lie; all processes call it
-    together.
+    """Gathers sharded arrays into host memory; all processes call it together.
 
     Args:
-      tree: arrays, of any shardings.
+      tree: arrays with any shardings.
 
     Returns:
       The same tree of numpy arrays.
@@ -304,25 +312,22 @@ def _gather(x: Any) -> np.ndarray:
 
 
 def fail(why: str, status: int) -> NoReturn:
-    """Ends this process, and the others with the same exit status; they say which one it was and
-    `why`.
+    """Exits this process and all others with the same status; the others print this one and `why`.
 
-    The usual way out would wait minutes for processes that wait for this one.
+    A regular exit would wait minutes for processes that wait for this one.
 
     Args:
-      why: one line.
+      why: the reason, in one line.
       status: the exit status of all processes.
     """
     _Watch.end()
     said = {"process": index(), "host": socket.gethostname(), "why": why, "status": status}
-    with contextlib.suppress(
-        jax.errors.JaxRuntimeError
-    ):  # somebody was first, or process 0 is gone
+    # It raises if another process failed first, or if process 0 is gone.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(_FAILED, json.dumps(said))
     _mark("heard")
-    _wait_for_marks(
-        "heard", count()
-    )  # a device that waits for this process would fail when it goes, for no reason
+    # A collective that waits for this process would fail when it exits and hide the reason.
+    _wait_for_marks("heard", count())
     _exit(status)
 
 
@@ -332,7 +337,7 @@ def _mark(what: str) -> None:
 
 
 def _wait_for_marks(what: str, wanted: int) -> None:
-    """A short while at most: a process that was killed sets no mark."""
+    """Waits for the marks of `wanted` processes, for a bounded time: a killed process sets none."""
     until = time.monotonic() + 8 * _POLL_SECONDS
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         while (
@@ -343,19 +348,16 @@ def _wait_for_marks(what: str, wanted: int) -> None:
 
 
 def when_another_fails(function: Callable[[], None]) -> None:
-    """Has `function` run before this process ends because another one failed: to take back what is
-    half made.
-    """
+    """Registers a clean-up function for when this process exits because another one failed."""
     _Watch.before_exit.append(function)
 
 
 def stop_point(step: int) -> bool:
-    """Whether all processes save and stop after `step`, because one of them was told to; all ask at
-    each step.
+    """Whether all processes save and stop after `step`, because one of them was asked to stop.
 
-    JAX takes SIGTERM, and whatever else a cluster announces a preemption with, and has the
-    processes agree on a step that none of them has passed. A Python handler of SIGTERM would take
-    its place.
+    All processes must call this at each step. JAX handles SIGTERM and any other preemption notice
+    of a cluster, and makes the processes agree on a step that none of them has passed. A Python
+    handler of SIGTERM would replace that handler.
     """
     global _stopping
     reached = multihost_utils.reached_preemption_sync_point(step)
@@ -367,21 +369,19 @@ _stopping = False
 
 
 def stopping_together() -> bool:
-    """Whether `stop_point` was reached: then every process is on its way to the end and none has to
-    be told.
-    """
+    """Whether `stop_point` was reached: every process stops then, and none has to be notified."""
     return _stopping
 
 
 def finish() -> None:
-    """Waits for the other processes at the end of a run, however much longer they have to write."""
+    """Waits for the other processes at the end of a run, however long they still write."""
     if count() > 1:
         barrier("finish")
         _Watch.end()
 
 
 class _Watch:
-    """A thread that looks whether another process has failed, and then ends this one."""
+    """A thread that polls for the failure of another process, and then exits this one."""
 
     _over = threading.Event()
     _thread: threading.Thread | None = None
@@ -395,8 +395,9 @@ class _Watch:
 
     @classmethod
     def end(cls) -> None:
-        """Joined before the client goes: a thread inside it while Python ends would abort the
-        process.
+        """Joins the thread before the client is destroyed.
+
+        A thread that is inside the client while Python exits would abort the process.
         """
         cls._over.set()
         if cls._thread is not None:
@@ -410,10 +411,12 @@ class _Watch:
             except jax.errors.JaxRuntimeError:
                 continue
             _mark("heard")
-            if not cls._over.wait(
-                2 * _POLL_SECONDS
-            ):  # this process may be about to say the same itself
-                why = f"process {said['process']} on {said['host']} stopped, and this one with it: {said['why']}"
+            # This process may be about to fail with the same error itself.
+            if not cls._over.wait(2 * _POLL_SECONDS):
+                why = (
+                    f"process {said['process']} on {said['host']} stopped, and this one with it: "
+                    f"{said['why']}"
+                )
                 print(why, file=sys.stderr, flush=True)
                 for function in cls.before_exit:
                     function()
@@ -426,7 +429,9 @@ def _exit(status: int) -> NoReturn:
     sys.stderr.flush()
     if index() > 0:
         _mark("gone")
-    else:  # the last to go: JAX aborts a process that loses process 0
+    else:
+        # Process 0 exits last, because JAX aborts a process that loses process 0.
         _wait_for_marks("gone", count() - 1)
         time.sleep(_POLL_SECONDS)
+    # Not `sys.exit`: its exit handlers would wait for the other processes.
     os._exit(status)

@@ -1,8 +1,8 @@
-"""The programs and configs that come with the package, and the command ``rlhf-jax``.
+"""The programs and configs that ship with the package, and the command ``rlhf-jax``.
 
-``rlhf-jax ppo --config=ppo/storyland`` is
-``python experiments/ppo.py --config=configs/ppo/storyland.py``, wherever it is given. In a checkout
-both folders are beside the package; an installed package holds the same files inside it.
+``rlhf-jax ppo --config=ppo/storyland`` runs ``python experiments/ppo.py
+--config=configs/ppo/storyland.py`` from any working directory. In a checkout both folders are next
+to the package; an installed package contains the same files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def root() -> Path:
-    """The folder that holds ``experiments/`` and ``configs/``."""
+    """The folder that contains ``experiments/`` and ``configs/``."""
+    # Only an installed package has this folder; in a checkout the programs are next to the package.
     inside = PACKAGE / "programs"
     return inside if inside.is_dir() else PACKAGE.parent
 
 
 def names() -> list[str]:
-    """The programs.
+    """The names of the programs.
 
     >>> "ppo" in names()
     True
@@ -41,7 +42,7 @@ def program(name: str) -> ModuleType:
     'experiments.ppo'
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: there is no program of this name.
     """
     _check(name)
     _on_path()
@@ -49,8 +50,7 @@ def program(name: str) -> ModuleType:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``rlhf-jax PROGRAM FLAGS``: runs a program as
-    ``python experiments/PROGRAM.py FLAGS`` does.
+    """The command ``rlhf-jax PROGRAM FLAGS``, which runs ``experiments/PROGRAM.py FLAGS``.
 
     Args:
       argv: the arguments; None reads the command line.
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _on_path()
     file = root() / "experiments" / f"{arguments[0]}.py"
     sys.argv = [str(file), *arguments[1:]]
+    # As ``__main__``, so that the program parses the flags and reports errors as a script does.
     runpy.run_path(str(file), run_name="__main__")
 
 
@@ -81,20 +82,17 @@ def _check(name: str) -> None:
 
 
 def _on_path() -> None:
-    """Lets a program import another one, and a config its neighbours, by the names they have in a
-    checkout.
-    """
+    """Makes ``experiments`` and ``configs`` importable under the names they have in a checkout."""
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
 
 
 def shipped_config(path: str) -> str:
-    """The file of a config that comes with the package: ``ppo/storyland``, or its path in a
-    checkout.
+    """The file of a config that ships with the package: ``ppo/storyland``, or a checkout's path.
 
     Args:
-      path: what a user gave; a file that is there is taken as it is, and so is what names no config
-        of ours.
+      path: the user's value; it is returned unchanged if it is an existing file or matches no
+        shipped config.
     """
     if Path(path).exists() or Path(path).is_absolute():
         return path

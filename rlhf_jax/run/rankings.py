@@ -1,4 +1,4 @@
-"""Rankings of a file as token ids, and which of them fit a row and the context of the model."""
+"""Rankings of a file as token ids, and which of them fit a row and the model's context."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rlhf_jax.run.networks import Network, model_folder
 
 
 def read_rankings(path: str, tokenizer: Any = None) -> list[schema.Ranking]:
-    """Rankings of a JSONL file.
+    """Reads the rankings of a JSONL file.
 
     Raises:
-      ValueError: there is none.
+      ValueError: the file contains none.
     """
     rankings = datasets.read_records(path, schema.Ranking, tokenizer, allow_empty_responses=True)
     if not rankings:
@@ -37,8 +37,9 @@ def encode_ranking(
 def fitting(
     encoded: Sequence[text.RankedIds], config: ConfigDict, context: int
 ) -> tuple[list[text.RankedIds], list[int]]:
-    """The rankings that fit a row and the model's `context`, and their places; the others are an
-    error, or dropped.
+    """The rankings that fit a row and the model's `context`, and their indices.
+
+    The others raise an error or are dropped, depending on `config.too_long`.
 
     Raises:
       ValueError: one does not fit and `config.too_long` is "error", or none does.
@@ -46,22 +47,23 @@ def fitting(
     checks.require_one_of("too_long", config.too_long, ("error", "drop"))
     whole = [tokens([ranking])["tokens"] for ranking in encoded]
     text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
+    # A row contains all responses, while the context limits the prompt with a single one.
     pairs = enumerate(zip(whole, text_lengths, strict=True))
     places = [i for i, (size, longest) in pairs if size <= config.row_length and longest <= context]
     if (config.too_long == "error" and len(places) < len(encoded)) or not places:
         raise ValueError(
             f"{len(encoded) - len(places)} of {len(encoded)} rankings do not fit: the largest "
-            f"takes {max(whole)} tokens"
-            f" and row_length={config.row_length}, the longest text {max(text_lengths)} and the "
-            "model's context is "
-            f"{context}: raise row_length, shorten the data, or leave them out with too_long=drop"
+            f"takes {max(whole)} tokens and row_length={config.row_length}, the longest text "
+            f"{max(text_lengths)} and the model's context is {context}: raise row_length, shorten "
+            "the data, or leave them out with too_long=drop"
         )
     return [encoded[i] for i in places], places
 
 
 def held_out(network: Network, path: str, config: ConfigDict) -> tuple[list[schema.Ranking], int]:
-    """Rankings to measure with: all, or with ``too_long="drop"`` those that fit a row; and how many
-    do not.
+    """Rankings for evaluation, and how many were left out because they do not fit a row.
+
+    None is left out unless ``too_long="drop"``.
     """
     rankings = read_rankings(path)
     if config.too_long == "error":
@@ -72,8 +74,9 @@ def held_out(network: Network, path: str, config: ConfigDict) -> tuple[list[sche
 
 
 def check_evaluation(base: Network, config: ConfigDict) -> None:
-    """Refuses evaluation rankings beyond the model's context before training; with
-    ``too_long="drop"`` none are.
+    """Raises before training if an evaluation ranking exceeds the model's context.
+
+    With ``too_long="drop"`` such rankings are dropped later instead.
 
     Raises:
       ValueError: a prompt with one of its responses is longer than the context.
@@ -89,8 +92,9 @@ def check_evaluation(base: Network, config: ConfigDict) -> None:
 
 
 def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
-    """Tokens of one pass over rankings in rows that share the prompt, and what one row a response
-    would cost.
+    """Tokens of one pass over rankings whose responses share a row with their prompt.
+
+    The second entry is what one row per response would cost.
     """
     responses = sum(len(ids) for _, each, _ in encoded for ids in each)
     return {
@@ -103,7 +107,7 @@ def tokens(encoded: Sequence[text.RankedIds]) -> dict[str, int]:
 def distinct_responses(
     tokenizer: Any, rankings: Sequence[schema.Ranking], config: ConfigDict
 ) -> tuple[list[list[tuple[schema.Conversation, str]]], list[text.RankedIds]]:
-    """Each prompt's different responses, in groups that fit a row: their names and their ids."""
+    """The distinct responses to each prompt, in groups that fit a row: texts and token ids."""
     asked: dict[schema.Conversation, dict[str, None]] = {}
     for ranking in rankings:
         asked.setdefault(ranking.prompt, {}).update(dict.fromkeys(ranking.responses))
@@ -114,7 +118,9 @@ def distinct_responses(
             tokenizer, schema.Ranking(prompt, tuple(responses), ())
         )
         sizes = [len(ids) for ids in encoded]
+        # A response that exceeds the row on its own still gets a group of its own.
         room = max([config.row_length - len(prompt_ids), *sizes])
+        # Responses that share a row share the computation of its prompt.
         for group in text.best_fit(sizes, capacity=room, max_items=config.max_k):
             names.append([(prompt, list(responses)[i]) for i in group])
             items.append((prompt_ids, [encoded[i] for i in group], [0] * len(group)))

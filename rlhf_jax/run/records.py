@@ -1,10 +1,9 @@
-"""What is known of a finished stage: the key of what it was made from, and sha256 and size of
-everything it wrote.
+"""Records of finished stages: the key of a stage's inputs, and size and sha256 of its outputs.
 
-A stage lives in ``<run>/<name>/``. ``done.json`` in it is its record, written last. A stage that
-was begun and has not ended has ``begun.json`` instead. All paths in a record are relative to the
-run folder, so that the folder can be moved and copied: a path is made again from where the record
-is read.
+A stage is stored in ``<run>/<name>/``. ``done.json`` in that folder is its record, written last. A
+stage that has begun and not ended has ``begun.json`` instead. All paths in a record are relative to
+the run folder, so that the folder can be moved and copied; a path is resolved against the folder
+from which the record is read.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ DONE = "done.json"
 BEGUN = "begun.json"
 CHECKPOINTS = "checkpoints"
 ASIDE = "aside"
-"""Folder of a run that holds the outputs of before, each in the folder of the moment in which it
-was moved there."""
+"""Folder of a run for earlier outputs, one subfolder per time at which they were moved."""
 
 FORMAT = 1
 
@@ -36,10 +34,10 @@ FORMAT = 1
 
 
 def relative(value: Any, root: Path) -> tuple[Any, list[list[str | int]]]:
-    """JSON data whose paths below `root` are relative to it, and where in the data those are.
+    """Makes paths below `root` relative in JSON data, and returns where in the data they are.
 
-    A path is a text that begins with `root` itself, as a stage that was handed a folder below it
-    returns it.
+    A path is a string that begins with `root` itself, as returned by a stage that was given a
+    folder below it.
 
     >>> relative({"model": "/run/sft/epoch-1", "loss": 0.5}, Path("/run"))
     ({'model': 'sft/epoch-1', 'loss': 0.5}, [['model']])
@@ -58,6 +56,7 @@ def relative(value: Any, root: Path) -> tuple[Any, list[list[str | int]]]:
             return {key: walk(item, [*place, key]) for key, item in node.items()}
         if isinstance(node, list | tuple):
             return [walk(item, [*place, index]) for index, item in enumerate(node)]
+        # With the separator, since `/run-2` is not below `/run`.
         if isinstance(node, str) and node.startswith(f"{root}{os.sep}"):
             places.append(place)
             return Path(node).relative_to(root).as_posix()
@@ -67,14 +66,15 @@ def relative(value: Any, root: Path) -> tuple[Any, list[list[str | int]]]:
 
 
 def absolute(value: Any, places: Sequence[Sequence[str | int]], root: Path) -> Any:
-    """What `relative` was given, for a run folder that is now `root`.
+    """Inverts `relative` for a run folder that is now at `root`.
 
     >>> absolute({"model": "sft/epoch-1"}, [["model"]], Path("/moved"))
     {'model': '/moved/sft/epoch-1'}
 
     Raises:
-      ValueError: a place leads nowhere, or its path leads out of the run folder.
+      ValueError: a path leaves the run folder.
     """
+    # A copy, so that the record itself keeps its relative paths.
     value = json.loads(json.dumps(value))
     for place in places:
         node = value
@@ -91,14 +91,15 @@ def absolute(value: Any, places: Sequence[Sequence[str | int]], root: Path) -> A
 
 
 def names(folder: Path) -> dict[str, Path]:
-    """Every file and link of a stage's folder by its name in it, but for checkpoints, which have
-    their own seals.
+    """Every file and link of a stage's folder, by relative name, except checkpoints.
 
-    The records themselves and temporary files that a kill left behind are no outputs.
+    Checkpoints have their own seals. The records themselves, and temporary files left by a killed
+    process, are not outputs.
     """
     found: dict[str, Path] = {}
     for root, folders, entries in os.walk(folder):
         here = Path(root)
+        # `os.walk` lists a link to a folder among the folders, and does not follow it.
         links = [name for name in folders if (here / name).is_symlink()]
         if here == folder:
             folders[:] = [name for name in folders if name != CHECKPOINTS]
@@ -110,10 +111,10 @@ def names(folder: Path) -> dict[str, Path]:
 
 
 def outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of everything a stage wrote, by its name in the stage's folder.
+    """Size and sha256 of everything that a stage wrote, by its name in the stage's folder.
 
     Raises:
-      OSError: one of them is a link; what it leads to may change or go at any time.
+      OSError: one of them is a link, whose target may change or disappear at any time.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, path in names(folder).items():
@@ -122,11 +123,12 @@ def outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What is wrong with the outputs of a stage: name -> ``it is missing``, ``it is empty``, ..;
-    sizes are seen first.
+    """The damaged outputs of a stage: name -> ``it is missing``, ``it is empty``, ...
+
+    Sizes are compared first, because hashing is slow.
 
     Args:
-      folder: of the stage.
+      folder: folder of the stage.
       recorded: what `outputs` returned when the stage had ended.
     """
     found = names(folder)
@@ -136,7 +138,8 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str,
         if (trouble := _trouble(found.get(name), entry))
     }
     if bad:
-        return bad  # it is made again in any case: no need to read the rest
+        # The stage is repaired in any case, so the rest need not be hashed.
+        return bad
     changed = [
         name for name, entry in recorded.items() if files.sha256(found[name]) != entry["sha256"]
     ]
@@ -157,22 +160,23 @@ def _trouble(path: Path | None, entry: Mapping[str, Any]) -> str:
 def strangers(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
     """Names of files in a stage's folder that the stage did not write.
 
-    One more file in a model folder, or one more table of rankings, would be read by the next stage.
+    An extra file in a model folder, or an extra file of rankings, would be read by the next stage.
     """
     return [name for name in names(folder) if name not in recorded]
 
 
 def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path | None:
-    """Moves a stage's folder, or some of its files, to ``<run>/aside/<time>/<stage>``; nothing is
-    deleted.
+    """Moves a stage's folder, or some of its files, to ``<run>/aside/<time>/<stage>``.
+
+    Nothing is deleted.
 
     Args:
       run: the run folder.
       stage: the stage's name.
-      only: names in its folder; None moves all of it.
+      only: names in its folder; None moves the whole folder.
 
     Returns:
-      Where they are now; None when there was nothing to move.
+      Where they are now; None if there was nothing to move.
     """
     folder = run / stage
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
@@ -188,7 +192,7 @@ def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path 
 
 
 def put_back(run: Path, stage: str, place: Path) -> bool:
-    """Undoes `set_aside` of a whole stage, if nothing was written in its stead.
+    """Undoes `set_aside` for a whole stage, unless something was written in its place.
 
     Args:
       run: the run folder.
@@ -196,7 +200,7 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
       place: where its folder was moved to.
 
     Returns:
-      Whether it is back; where the stage has written anything, both stay where they are.
+      Whether it is back; if the stage has written anything, both folders remain where they are.
     """
     folder = run / stage
     if os.path.lexists(folder):
@@ -208,15 +212,14 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
         shutil.rmtree(folder)
     files.rename(place, folder)
     for empty in (place.parent, place.parent.parent):
-        with contextlib.suppress(OSError):  # other outputs of before lie there
+        # It raises if the folder contains other outputs that were set aside.
+        with contextlib.suppress(OSError):
             empty.rmdir()
     return True
 
 
 def _free(place: Path, stage: str) -> Path:
-    """A folder for `stage` below `place` that is not there yet; two moves may come within one
-    second.
-    """
+    """An unused folder for `stage` below `place`; two moves may happen within one second."""
     attempt, number = place / stage, 1
     while os.path.lexists(attempt):
         number += 1
@@ -227,17 +230,17 @@ def _free(place: Path, stage: str) -> Path:
 # ------------------------------------------------------------------------------------------- inputs
 
 _NO_INPUT = re.compile(r"^(readme.*|license.*|licence.*|notice.*|.*\.md)$", re.IGNORECASE)
-"""Files of a folder that say something to people and nothing to a program."""
+"""Files of a folder that are meant for people and not read by any program."""
 
 
 def digest(path: Path) -> str | dict[str, str]:
-    """sha256 of a file, or of each file of a folder by its name in it; links to files are followed.
+    """sha256 of a file, or of each file of a folder by relative name; links to files are followed.
 
-    Of a model folder (it has a ``config.json``) only the files in the folder itself count and its
-    chat templates, because nothing else is read.
+    For a model folder (one with a ``config.json``) only its top-level files and its chat templates
+    count, because nothing else is read.
 
     Raises:
-      ValueError: nothing is there, or something that is neither a file nor a folder.
+      ValueError: the path does not exist, or is neither a file nor a folder.
     """
     if path.is_file():
         return files.sha256(path)
@@ -255,7 +258,7 @@ def digest(path: Path) -> str | dict[str, str]:
 
 
 def is_input(name: str) -> bool:
-    """Whether a file of a folder can change what a program does: not hidden, no README, no licence.
+    """Whether a file can change what a program does: not if hidden, a README or a licence.
 
     >>> [is_input(name) for name in ("model.safetensors", "README.md", ".cache/x", "LICENSE")]
     [True, False, False, False]
@@ -270,15 +273,15 @@ _FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 def functions(
     config: Any, known: Sequence[str] = ("rlhf_jax", "experiments", "configs")
 ) -> dict[str, str]:
-    """sha256 of the source of each module that the config names as ``module:function``, but for our
-    own packages.
+    """sha256 of the source of each module that the config names as ``module:function``.
 
-    A loss of one's own is a part of the algorithm as a number of the config is. What the module
-    imports is not looked at.
+    The user's own loss is a part of the algorithm just as a number in the config is. Our own
+    packages are covered by the versions of the stages. Modules that the module imports are not
+    hashed.
 
     Args:
       config: plain data.
-      known: packages whose changes the versions of the stages speak for.
+      known: packages whose changes are covered by the versions of the stages.
     """
     found: dict[str, str] = {}
     for text in _texts(config):
@@ -314,9 +317,11 @@ def _source(module: str) -> Path | None:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a record with the sha256 of itself, as the very last thing of a stage; returns what
-    was written.
+    """Writes a record together with its own sha256, and returns what was written.
+
+    This is the very last step of a stage.
     """
+    # As JSON reads it back, with lists for tuples, so that the digest can be verified.
     plain = json.loads(json.dumps({"format": FORMAT, **record}))
     plain["sha256"] = files.json_digest(plain)
     files.write_json(path, plain)
@@ -324,17 +329,17 @@ def write(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """A record, or None and what is wrong with it; ``(None, "")`` where there is none."""
+    """Reads a record; returns None and what is wrong with it, or ``(None, "")`` if absent."""
     try:
         record = files.read_json(path)
         if not isinstance(record, dict):
             raise ValueError("it holds no object")
         stored = record.pop("sha256", None)
     except FileNotFoundError:
-        # A link that leads nowhere is there and is no record.
+        # A dangling link exists as a directory entry, but is not a record.
         return None, "is a link that leads nowhere" if os.path.islink(path) else ""
     except (ValueError, OSError, RecursionError) as error:
-        # The reader names the file and advises to copy it again; this one is made again.
+        # The error advises to copy the file again; this one is recomputed, so the advice is cut.
         said = str(error).removeprefix(f"{path} ").partition("): copy it again")
         return None, f"is damaged ({(said[0] + ')' if said[1] else said[0])[:120]})"
     if stored is None and "outputs" not in record and "key" not in record:
@@ -347,14 +352,12 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest sealed checkpoint of a stage, None where there is none; its files are checked when
-    it is read.
-    """
+    """The newest sealed checkpoint of a stage, or None; restoring it checks its files."""
     return max(sealed_steps(folder / CHECKPOINTS), default=None)
 
 
 def config_changes(folder: Path) -> list[Any]:
-    """From which step on a stage went on with another config, as its newest checkpoint tells."""
+    """The steps from which a stage used another config, according to its newest checkpoint."""
     step = newest_step(folder)
     if step is None:
         return []
@@ -369,7 +372,7 @@ def config_changes(folder: Path) -> list[Any]:
 
 
 def without(config: Any, names: Iterable[str]) -> Any:
-    """Plain data without the keys of these names, at every depth.
+    """Removes the keys with these names from plain data, at every depth.
 
     >>> without({"ppo": {"keep": 2, "lr": 1e-5}}, ("keep",))
     {'ppo': {'lr': 1e-05}}
@@ -380,5 +383,5 @@ def without(config: Any, names: Iterable[str]) -> Any:
 
 
 def is_log(name: str) -> bool:
-    """Whether a file tells how a stage went, times included, and is no input of another."""
+    """Whether a file is a log, which includes times and is not an input of another stage."""
     return name.rpartition("/")[2] in ("metrics.jsonl", "skipped.jsonl")

@@ -1,6 +1,4 @@
-"""Responses of a language model to prompts, sampled in batches, and the scores that a reward model
-gives them.
-"""
+"""Sampling responses to prompts in batches, and scoring them with a reward model."""
 
 from __future__ import annotations
 
@@ -47,12 +45,12 @@ def sample_responses(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[str], Samples]:
-    """Responses to each prompt, as text and as arrays; those to one prompt follow each other.
+    """Samples responses to each prompt; returns them as text and as arrays, grouped by prompt.
 
     Args:
       network: a language model.
       encoded: the prompts.
-      mesh: where to sample.
+      mesh: the mesh to sample on.
       sampling: how; its `stop_ids` end a response besides those of the prompts.
       counts: responses per prompt, one number for all or one each.
       seed: with each prompt's index and the number of the response the only source of randomness.
@@ -66,7 +64,8 @@ def sample_responses(
     context = contexts.of_network(network)
     name = contexts.prompt_of("prompts", prompts) if prompts else lambda i: f"prompt {i + 1}"
     contexts.check(context, [len(each) for each in ids], name, new=sampling.max_new_tokens)
-    if context.length is not None:  # callers round up, and slots of padding need no positions
+    # Callers round the length up; slots of padding need no positions of the model.
+    if context.length is not None:
         length = min(length, context.length - sampling.max_new_tokens)
     ends = text.stop_ids(network.tokenizer, prompts)
     data = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -79,6 +78,7 @@ def sample_responses(
         counts=counts,
         progress=progress,
         rows=Rows(
+            # Rounded up, since rows are divided evenly over the devices.
             count=-(-batch_size // data) * data,
             streams=sampling_streams(mesh),
             sharding=sharding.batch_sharding(mesh),
@@ -90,8 +90,9 @@ def sample_responses(
 
 
 def sampling_streams(mesh: jax.sharding.Mesh) -> int:
-    """Two on a CPU of two cores or more, which one stream does not keep busy; one on
-    accelerators.
+    """The number of sampling streams: two on a CPU with several cores, else one.
+
+    A single stream does not keep two cores busy; accelerators use one.
     """
     alone = mesh.size == 1 and backends.platform_of(mesh) == "cpu"
     cores = (
@@ -103,12 +104,12 @@ def sampling_streams(mesh: jax.sharding.Mesh) -> int:
 def response_texts(
     tokenizer: Any, samples: Samples, asked: Sequence[schema.Conversation] = ()
 ) -> list[str]:
-    """The responses as text, for people and judges; the token ids go on to an update as they are.
+    """Decodes the responses as text, for people and judges; updates use the token ids directly.
 
     Args:
-      tokenizer: of the model that spoke.
+      tokenizer: the tokenizer of the model that sampled them.
       samples: N responses.
-      asked: the N prompts they answer; without it they end at EOS.
+      asked: the N prompts of the responses; without it they end at EOS.
     """
     fetched = processes.gather(samples)
     rows = [
@@ -133,11 +134,10 @@ def score_responses(
     *,
     batch_size: int,
 ) -> np.ndarray:
-    """Raw reward-model score of each response to its prompt, one number each.
+    """Raw reward-model score of each response to its prompt, one number per response.
 
     Raises:
-      ValueError: a prompt with its response is longer than the model's context; nothing is computed
-        then.
+      ValueError: a prompt with its response exceeds the model's context; nothing is computed then.
     """
     return score_rows(
         network, scoring_rows(network, prompts, responses), mesh, batch_size=batch_size
@@ -147,7 +147,7 @@ def score_responses(
 def scoring_rows(
     network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of each prompt with its whole response, as the reward model was trained on them.
+    """Token ids of each prompt with its whole response, encoded as in reward-model training.
 
     Raises:
       ValueError: one is longer than the model's context.
@@ -158,7 +158,10 @@ def scoring_rows(
     ]
 
     def name(i: int) -> str:
-        return f"scoring: the response {responses[i][:40]!r}.. with its prompt {chat.readable(prompts[i])[:40]!r}.."
+        return (
+            f"scoring: the response {responses[i][:40]!r}.. with its prompt "
+            f"{chat.readable(prompts[i])[:40]!r}.."
+        )
 
     contexts.check(contexts.of_network(network), [len(row) for row in rows], name)
     return rows
@@ -167,11 +170,11 @@ def scoring_rows(
 def fitting_scoring_rows(
     network: Network, prompts: Sequence[schema.Conversation], responses: Sequence[str]
 ) -> tuple[list[list[int]], int]:
-    """`scoring_rows` of sampled responses, and how many are scored only as far as they fit.
+    """`scoring_rows` for sampled responses, and how many of them had to be truncated.
 
-    Text that is encoded again may take more tokens than were sampled: another tokenizer, or bytes
-    that are no text. The ids beyond the context are left out then, as PPO scores a response that
-    `max_new_tokens` ended.
+    Encoding a text again may give more tokens than were sampled: with another tokenizer, or for
+    bytes that are not valid text. The ids beyond the context are then dropped, just as PPO scores a
+    response that `max_new_tokens` cut off.
 
     Raises:
       ValueError: a prompt alone fills the model's context.
@@ -196,10 +199,10 @@ def fitting_scoring_rows(
 def score_rows(
     network: Network, rows: Sequence[Sequence[int]], mesh: jax.sharding.Mesh, *, batch_size: int
 ) -> np.ndarray:
-    """Raw reward-model score of each row of ids, read at its last one."""
+    """Raw reward-model score of each row of ids, read at its last token."""
     scores, most = np.zeros(len(rows)), contexts.of_network(network).length
     parts = [*by_length([len(row) for row in rows], batch_size, most=most)]
-    # Counted in slots: the rows are sorted, and the last batches of them take longest.
+    # Progress counts slots: rows are sorted by length, so the last batches take longest.
     work = np.cumsum([len(index) * slots for index, slots in parts], dtype=int)
     with Progress("scoring", int(work[-1]) if parts else 0, unit="slots") as progress:
         for (index, slots), done in zip(parts, work, strict=True):
@@ -213,12 +216,11 @@ def score_rows(
 def by_length(
     lengths: ArrayLike, batch_size: int, *, most: int | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows in batches of like lengths, so that little padding is computed: their indices and the
-    slots they need.
+    """Batches of rows of similar length, to reduce padding: their indices and numbers of slots.
 
-    The last batch is filled up with the longest row; slots are multiples of 32, few lengths for few
-    compiled programs, but never more than `most`: a model has no positions beyond its context, not
-    even for padding.
+    The last batch is filled up by repeating its longest row. Slots are multiples of 32, so that few
+    programs are compiled, but never more than `most`: a model has no positions beyond its context,
+    not even for padding.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")
@@ -228,6 +230,7 @@ def by_length(
         yield index, slots if most is None else min(slots, most)
 
 
+# At module level, so that all calls share the compiled programs.
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(model: Model, params: Params, rows: PromptBatch) -> jax.Array:
     return scoring.sequence_scores(model, params, rows.tokens, rows.lengths)

@@ -1,4 +1,4 @@
-"""Results of stages: written and read as JSON, and gathered for ``results.json`` and the report."""
+"""Results of stages: JSON files, and the combined ``results.json`` and report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PPO_CURVES = {
     "gold_score": "gold_score",
     "held_out_loss": "pretraining_loss",
 }
-"""Names in the log of PPO -> names in the report."""
+"""Maps names in the PPO log to names in the report."""
 SFT_CURVES = {
     "epoch": "epoch",
     "validation_loss": "validation_loss",
@@ -42,7 +42,7 @@ def history(
     Args:
       folder: the run folder.
       stages: names of PPO stages.
-      epochs: of the SFT stage, with the scores of the baseline stage.
+      epochs: epochs of the SFT stage, with the scores of the baseline stage.
     """
     curves: dict[str, list[dict]] = {}
     for stage in stages:
@@ -58,6 +58,7 @@ def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 def samples(file: Path, count: int = 12) -> list[dict]:
     """The responses of all models to the first prompts of an evaluation's ``samples.jsonl``."""
     by_prompt: dict[str, dict] = {}
+    # Not `splitlines`, which also splits at separators that JSON strings may contain.
     for line in file.read_text(encoding="utf-8").split("\n"):
         if not line:
             continue
@@ -71,13 +72,13 @@ def samples(file: Path, count: int = 12) -> list[dict]:
 
 
 def log_rows(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """The rows of a stage's log, each with the stage's name; none where it kept no log."""
+    """The rows of a stage's log, each with the stage's name; empty if it wrote no log."""
     file = folder / stage / metrics.FILE
     return [{**row, "stage": stage} for row in metrics.read(file)] if file.is_file() else []
 
 
 def gathered(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the records of all stages give for ``results.json`` (docs/results_schema.md).
+    """Combines the records of all stages for ``results.json`` (docs/results_schema.md).
 
     Args:
       recorded: the record of each stage, by its name.
@@ -100,7 +101,7 @@ def gathered(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_gold_score(path: str, gold: Any) -> float:
-    """The gold score of the labelers' own answers in a file of demonstrations, on average."""
+    """The mean gold score of the labelers' own responses in a file of demonstrations."""
     judge = resolve(gold)
     records, _ = schema.read_jsonl(path, schema.Demonstration)
     return float(np.mean([judge(str(r.id), r.response).score for r in records]))
@@ -116,11 +117,11 @@ STATED = (
     "peak_memory_mb",
     "config_changes",
 )
-"""What ``results.json`` says of each stage."""
+"""The fields of a stage's record that ``results.json`` includes."""
 
 
 def stated(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each stage was run with and what it cost, from the records of all."""
+    """The config, inputs and cost of each stage, from the records of all stages."""
     return {
         name: {key: record[key] for key in STATED if key in record}
         for name, record in recorded.items()
@@ -128,7 +129,7 @@ def stated(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def versions() -> dict[str, str]:
-    """What ran: Python, libraries, device."""
+    """Versions of Python and of the libraries, and the device."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "rlhf_jax")
     found = {}
     for name in names:
@@ -150,13 +151,14 @@ def versions() -> dict[str, str]:
 
 
 def write_result(path: str | os.PathLike[str], make: Callable[[], Any]) -> Any:
-    """Process 0 makes the result of a stage, which may read its log, and writes it; all processes
-    get it.
+    """Computes and writes the result of a stage on process 0, and returns it on all processes.
+
+    Only process 0 calls `make`, because it may read the log, which only process 0 writes.
     """
 
     def made() -> Any:
         result = make()
-        # Paths in the folder are written as names in it, so that it can be moved and copied.
+        # Paths below the folder are stored relative to it, so that it can be moved and copied.
         files.write_json(path, records.relative(result, Path(path).parent)[0])
         return result
 

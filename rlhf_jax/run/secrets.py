@@ -1,14 +1,13 @@
-"""Secrets: which names and texts hold one, and how they are kept out of everything that a run
-writes.
+"""Secrets: which names and texts contain one, and how to keep them out of everything written.
 
-A value is a secret for one of two reasons. Its *name* says so (``HF_TOKEN``, ``db_password``,
-``DATABASE_URL``), or its *shape* does: the tokens of well-known services, private keys, the user
-part of a URL, a cookie or an authorization header. `is_secret` judges names, `redact` cleans texts,
-and `known_secrets` and `secrets_in` collect the values that this process was given, so that they
-are found again in a text that does not say what they are.
+A value is a secret for one of two reasons: its *name* (``HF_TOKEN``, ``db_password``,
+``DATABASE_URL``) or its *shape*: tokens of well-known services, private keys, the user part of a
+URL, a cookie or an authorization header. `is_secret` classifies names, `redact` cleans texts, and
+`known_secrets` and `secrets_in` collect the secret values given to this process, so that they are
+recognized in a text without their names.
 
-What is no secret must stay readable: a path below the working directory, ``eos_token``,
-``max_tokens``. Hence names are compared word by word, never by parts of a word, and values that are
+What is not secret must remain readable: a path below the working directory, ``eos_token``,
+``max_tokens``. Hence names are compared word by word, never by substrings, and values that are
 paths, numbers or plain words are not searched for in texts.
 """
 
@@ -32,82 +31,85 @@ def _set_of(text: str) -> frozenset[str]:
 
 _ALWAYS = _set_of(
     """
-    secret secrets password passwords passwd passwds passphrase passcode credential credentials creds
-    authorization bearer apikey apikeys apitoken accesskey accesstoken authtoken authkey secretkey
-    privatekey sshkey accountkey sharedaccesskey sharedaccesssignature clientsecret dsn jwt cookie
-    cookies sessionid sessid phpsessid jsessionid connectionstring connstr mnemonic
+    secret secrets password passwords passwd passwds passphrase passcode credential credentials
+    creds authorization bearer apikey apikeys apitoken accesskey accesstoken authtoken authkey
+    secretkey privatekey sshkey accountkey sharedaccesskey sharedaccesssignature clientsecret dsn
+    jwt cookie cookies sessionid sessid phpsessid jsessionid connectionstring connstr mnemonic
     """
 )
-"""Words that make the value behind a name a secret wherever they stand in it."""
+"""Words that make a value secret wherever they occur in its name."""
 
 _PASSWORD = re.compile(r"passw(or)?d$|passphrase$|passcode$")
-"""How a word ends that is a password's without a break: ``PGPASSWORD``, ``sshpass``."""
+"""Endings of words that name a password without a separator: ``PGPASSWORD``, ``sshpass``."""
 
 _ACCOUNTS = _set_of(
     """
-    db database mysql mariadb mssql sql sqlserver pg postgres postgresql mongo redis rabbitmq smtp mail
-    email imap ftp ldap proxy http https admin root user docker registry vnc sudo git
+    db database mysql mariadb mssql sql sqlserver pg postgres postgresql mongo redis rabbitmq smtp
+    mail email imap ftp ldap proxy http https admin root user docker registry vnc sudo git
     """
 )
-"""Words before ``pass`` and ``pwd`` that make it a password's: ``SMTP_PASS``, ``MYSQL_PWD``."""
+"""Words before ``pass`` and ``pwd`` with which the name is a password's: ``SMTP_PASS``."""
 
 _KEYS = _set_of(
     """
-    api access private secret signing sign ssh auth encryption encrypt decryption master account storage
-    license licence service deploy app application client consumer subscription webhook session hmac jwt
-    rsa pem gpg openai anthropic cohere mistral gemini google gcp azure aws hf huggingface hub wandb
-    neptune comet mlflow github gitlab bitbucket stripe sendgrid mailgun twilio replicate together groq
-    deepseek pinecone weaviate datadog dd sentry kaggle langchain langsmith langfuse serper serpapi
-    tavily elevenlabs runpod modal paperspace cloudflare firebase supabase mapbox algolia slack discord
-    telegram notion airtable openrouter perplexity xai fireworks deepinfra nvidia ngc voyage jina
-    assemblyai deepgram cerebras
+    api access private secret signing sign ssh auth encryption encrypt decryption master account
+    storage license licence service deploy app application client consumer subscription webhook
+    session hmac jwt rsa pem gpg openai anthropic cohere mistral gemini google gcp azure aws hf
+    huggingface hub wandb neptune comet mlflow github gitlab bitbucket stripe sendgrid mailgun
+    twilio replicate together groq deepseek pinecone weaviate datadog dd sentry kaggle langchain
+    langsmith langfuse serper serpapi tavily elevenlabs runpod modal paperspace cloudflare firebase
+    supabase mapbox algolia slack discord telegram notion airtable openrouter perplexity xai
+    fireworks deepinfra nvidia ngc voyage jina assemblyai deepgram cerebras
     """
 )
-"""Words directly before ``key`` that make it one that opens something."""
+"""Words directly before ``key`` with which the name is that of a secret key."""
 
 _OTHER_KEYS = _set_of(
     """
-    public sort primary foreign cache partition group hot row map index compose shortcut prng rng random
+    public sort primary foreign cache partition group hot row map index compose shortcut prng rng
+    random
     """
 )
-"""Words before ``KEY`` in the name of an environment variable that opens nothing."""
+"""Words before ``KEY`` in the name of an environment variable that is not a secret key."""
 
 _STORES = _set_of(
     """
-    database db redis mongo mongodb postgres postgresql pg mysql mariadb mssql amqp rabbitmq cloudamqp
-    broker jdbc sqlalchemy elastic elasticsearch clickhouse neo4j couchdb cassandra celery
+    database db redis mongo mongodb postgres postgresql pg mysql mariadb mssql amqp rabbitmq
+    cloudamqp broker jdbc sqlalchemy elastic elasticsearch clickhouse neo4j couchdb cassandra celery
     """
 )
-"""Words before ``url`` and ``uri`` of what is opened by user and password."""
+"""Words before ``url`` and ``uri`` with which the URL usually contains user and password."""
 
 _TOKENS_OF_TEXT = _set_of(
     """
     eos bos pad padding unk unknown sep cls mask stop start end begin beginning special image audio
     video vision next first last new per each every any a of by previous prompt response extra fim
-    prefix suffix middle newline turn think boi eoi text added additional word single unused reserved
-    decoder separator document space
+    prefix suffix middle newline turn think boi eoi text added additional word single unused
+    reserved decoder separator document space
     """
 )
-"""Words before ``token`` that speak of a token of text."""
+"""Words before ``token`` with which it is a token of text."""
 
 _ABOUT = _set_of(
     """
     id ids type types count counts limit budget length len size level index name names file files
-    filename path paths dir dirs directory folder home sock socket host port user username email region
-    endpoint method mode version dropout embedding embeddings rate mean loss accuracy weights probs
-    logprobs mask min max ttl expiry expires timeout policy regex pattern info mechanism scheme agent
+    filename path paths dir dirs directory folder home sock socket host port user username email
+    region endpoint method mode version dropout embedding embeddings rate mean loss accuracy weights
+    probs logprobs mask min max ttl expiry expires timeout policy regex pattern info mechanism
+    scheme agent
     """
 )
-"""Last words of a name that tells something *about* a secret: where it is kept, how long it is."""
+"""Last words of a name that describes a secret: where it is stored, how long it is."""
 
 
 def is_secret(key: str) -> bool:
-    """Whether the name of a config key, variable, column or header says that its value is to be
-    kept from others.
+    """Whether a config key, variable, column or header has the name of a secret.
 
-    >>> [is_secret(key) for key in ("hf_token", "apiKey", "GITHUB_PAT", "MYSQL_PWD", "DATABASE_URL", "Set-Cookie")]
+    >>> secret = ("hf_token", "apiKey", "GITHUB_PAT", "MYSQL_PWD", "DATABASE_URL", "Set-Cookie")
+    >>> [is_secret(key) for key in secret]
     [True, True, True, True, True, True]
-    >>> [is_secret(key) for key in ("PWD", "eos_token", "max_new_tokens", "tokenizer", "key", "SSH_AUTH_SOCK")]
+    >>> public = ("PWD", "eos_token", "max_new_tokens", "tokenizer", "key", "SSH_AUTH_SOCK")
+    >>> [is_secret(key) for key in public]
     [False, False, False, False, False, False]
     """
     name = key.rpartition(".")[2]
@@ -116,7 +118,7 @@ def is_secret(key: str) -> bool:
         return False
     before, last = words[:-1], words[-1]
     if last in _ABOUT:
-        # An identifier is told like any number, but for those that let somebody in.
+        # Identifiers may be logged, except those that grant access.
         return last == "id" and (
             before[-1:] in (["session"], ["secret"]) or before[-2:] == ["access", "key"]
         )
@@ -166,12 +168,15 @@ def _is_token(words: Sequence[str]) -> bool:
 
 
 def _is_key(name: str, words: Sequence[str]) -> bool:
-    """A key opens something when the word before it says so; in capitals, as variables are, unless
-    it says not.
+    """Whether a name with ``key`` in it is that of a secret key.
+
+    It is if a word of `_KEYS` precedes it. An environment variable, in capitals, counts unless a
+    word of `_OTHER_KEYS` precedes it.
     """
     for place, word in enumerate(words):
         if word not in ("key", "keys") or place == 0:
             continue
+        # A public key may be published.
         if "public" in words[:place]:
             return False
         if words[place - 1] in _KEYS or "".join(words[max(0, place - 2) : place]) in _KEYS:
@@ -196,7 +201,7 @@ _SHAPES = re.compile(
     )""",
     re.VERBOSE,
 )
-"""Tokens that say by their first letters what they are, each as its service documents it."""
+"""Tokens that are recognized by their prefix, as documented by each service."""
 
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]{0,40}-----|\Z)",
@@ -205,13 +210,13 @@ _PRIVATE_KEY = re.compile(
 _WEBHOOK = re.compile(
     r"(?<=hooks\.slack\.com/services/)[\w/]{10,}|(?<=discord\.com/api/webhooks/)[\w/-]{10,}"
 )
-_USER_INFO = re.compile(
-    r"(?<=:/)(/?)[^/\s?#]+@"
-)  # one slash is left where the text went through a Path
+# A URL that went through a Path has only one slash left.
+_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]+@")
 _HARD_USER_INFO = re.compile(r"(?<=://)[^\s/@:]{1,200}:(?!\d{1,5}[/?#])[^\s@]{1,500}@")
-"""A password with ``/``, ``?`` or ``#`` in it; digits after the colon are a port."""
+"""A password that contains ``/``, ``?`` or ``#``; digits after the colon are a port."""
 _AUTHORIZATION = re.compile(
-    r"(?i)(?P<head>\b(?:proxy-)?authorization[\"']?\s{0,4}[:=]\s{0,4}[\"']?)(?:[A-Za-z]{2,20} +)?[^\s\"',;]+"
+    r"(?i)(?P<head>\b(?:proxy-)?authorization[\"']?\s{0,4}[:=]\s{0,4}[\"']?)"
+    r"(?:[A-Za-z]{2,20} +)?[^\s\"',;]+"
 )
 _BEARER = re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}")
 _BASIC = re.compile(r"(?<=[Bb]asic )(?=[^\s]*[a-z][^\s]*[A-Z]|[^\s]*[\d=])[A-Za-z0-9+/]{8,}={0,2}")
@@ -222,29 +227,29 @@ _SIGNED_URL = re.compile(
     r"(?i)(?<=[?&])(?P<key>sig|signature|key|x-amz-signature|x-goog-signature)=[^\s&\"']+"
 )
 _VALUE = r"""(?P<value>"[^"\n]*"|'[^'\n]*'|\{[^{}\n]*\}|[^\s&;,)"']+)"""
-# The key begins where its letters begin, or a long word without "=" would be read again from each
-# of its letters.
+# A key starts at a boundary, or a long word without "=" would be scanned again from each of its
+# letters.
 _ASSIGNED = re.compile(r"(?<![\w.-])(?P<key>[\w.-]++)(?P<equals>=)" + _VALUE)
 _QUOTED = re.compile(
-    r"""(?P<key>["'][\w.-]{1,100}["'])(?P<equals>\s{0,4}:\s{0,4})(?P<value>"[^"\n]*"|'[^'\n]*'|[\w.+/=-]+)"""
+    r"""(?P<key>["'][\w.-]{1,100}["'])(?P<equals>\s{0,4}:\s{0,4})"""
+    r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[\w.+/=-]+)"""
 )
 _FLAG = re.compile(
     r"(?P<key>(?<!\S)--?[A-Za-z][\w.-]*)(?P<equals>[ ]+)(?P<value>(?![a-z]+(?:\s|$))[^\s-]\S*)"
 )
-"""A word after a flag is a sentence's (``--config.hub_token needs a value``), not the flag's
-value."""
+"""A plain word after a flag belongs to a sentence (``--config.hub_token needs a value``)."""
 
 _CONNECTION = re.compile(
     r"(?i)(?P<key>(?<=;)\s?(?:password|pwd|accountkey|sharedaccesskey))(?P<equals>=)(?P<value>[^;\n\"']+)"
 )
-"""In a connection string a value goes to the next semicolon, blanks included."""
+"""In a connection string a value extends to the next semicolon, blanks included."""
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` without what is secret by its name or shape, and without `secrets`, however they are
-    written in it.
+    """Removes from `text` what is secret by name or shape, and `secrets` in any of their spellings.
 
-    >>> redact("GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz", ["GET"])
+    >>> line = "GET https://me:pw@example.org/x?api_key=abc failed; --config.hub_token=xyz"
+    >>> redact(line, ["GET"])
     '<redacted> https://example.org/x?api_key=<redacted> failed; --config.hub_token=<redacted>'
     >>> redact("Server=db;User Id=sa;Password=a b c!;Timeout=5")
     'Server=db;User Id=sa;Password=<redacted>;Timeout=5'
@@ -259,6 +264,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     text = _CONNECTION.sub(_without_value, text)
     for pattern in (_ASSIGNED, _QUOTED, _FLAG):
         text = pattern.sub(_without_value, text)
+    # Longest first: a secret may contain another one.
     for secret in sorted(set(secrets), key=len, reverse=True):
         text = _without(text, secret)
     return text
@@ -266,8 +272,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 def _without_value(match: re.Match[str]) -> str:
     key, value = match["key"].strip("\"' -"), match["value"].strip("\"'")
-    # As an assignment ``PWD=`` is a shell's working directory or, in a connection string, a
-    # password.
+    # ``PWD=`` is either a shell's working directory or a password in a connection string.
     named = is_secret(key) or (key.lower() == "pwd" and not value.startswith(("/", "~")))
     if (
         not named
@@ -281,8 +286,9 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _means_nothing(value: str) -> bool:
-    """Whether a value is none, or the place of one in our own advice
-    (``pass --config.hub_token=VALUE``).
+    """Whether a value is a constant, or a placeholder in our own error messages.
+
+    An example is ``pass --config.hub_token=VALUE``.
     """
     return value.lower() in ("none", "null", "true", "false") or value in (
         "VALUE",
@@ -293,8 +299,9 @@ def _means_nothing(value: str) -> bool:
 
 
 def _without(text: str, secret: str) -> str:
-    """`text` without `secret` as it is, as a URL or JSON writes it; a short or wordlike one only as
-    a whole word.
+    """Removes `secret` from `text` as it is, URL-encoded or JSON-encoded.
+
+    A short or wordlike secret is removed only as a whole word.
     """
     for form in {secret, quote(secret, safe=""), quote(secret), json.dumps(secret)[1:-1]}:
         if len(form) < _SHORTEST or form.isalpha() or form.isdigit():
@@ -307,11 +314,16 @@ def _without(text: str, secret: str) -> str:
 # ------------------------------------------------------------------------------------------- values
 
 _SHORTEST = 6
-"""Characters of the shortest value of the environment that is looked for in texts; shorter ones are
-words."""
+"""Minimum length of an environment value that is searched for in texts.
+
+Shorter values are usually words.
+"""
 
 _LONGEST_WORD = 10
-"""Letters up to which a value in one case is taken for a word: ``AUTH=disabled`` hides nothing."""
+"""Maximum length at which a value in one case counts as a word, as in ``AUTH=disabled``.
+
+Searching for it would blank out an ordinary word.
+"""
 
 _COMMON = _set_of(
     """
@@ -319,17 +331,15 @@ _COMMON = _set_of(
     prompt plain basic digest kerberos negotiate admin guest nobody
     """
 )
-"""Values of password variables that are words of every log."""
+"""Values of password variables that are common words in logs."""
 
 
 def known_secrets(argv: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> list[str]:
-    """Secret values this process was given: in the environment (HF_TOKEN, ..) and on the command
-    line.
+    """Secret values given to this process in the environment (HF_TOKEN, ..) or on the command line.
 
     Args:
-      argv: the arguments; of ``--config.hub_token=xyz`` the value counts, and the password of a
-        URL.
-      environ: variables by name; None takes those of this process.
+      argv: the arguments; the value of ``--config.hub_token=xyz`` counts, and a password in a URL.
+      environ: variables by name; None reads those of this process.
     """
     found: list[str] = []
     for name, value in (os.environ if environ is None else environ).items():
@@ -344,14 +354,13 @@ def known_secrets(argv: Sequence[str] = (), environ: Mapping[str, str] | None = 
 
 
 def secrets_in(plain: Any, key: str = "") -> list[str]:
-    """Secret values of a config as plain data: those under a secret's key, at any depth, and parts
-    of URLs.
+    """Secret values in plain data: those under a secret name, at any depth, and parts of URLs.
 
     >>> secrets_in({"seed": 1, "hub": {"api_key": "k-123456"}, "key": "user"})
     ['k-123456']
     """
     if isinstance(plain, Mapping):
-        # What lies under a secret's key is secret whatever its own name is.
+        # Everything below a secret name is secret, whatever its own name is.
         inner = [
             secrets_in(value, key if is_secret(key) else str(name)) for name, value in plain.items()
         ]
@@ -364,9 +373,7 @@ def secrets_in(plain: Any, key: str = "") -> list[str]:
 
 
 def _searched_for(name: str, value: str) -> list[str]:
-    """The value of a secret's variable, unless finding it in a text would blank out words, numbers
-    or paths.
-    """
+    """The values of a secret variable to search texts for: no common words, numbers or paths."""
     parts = _parts_of(value)
     if len(value) < _SHORTEST or _is_path(value):
         return parts
@@ -381,9 +388,7 @@ def _searched_for(name: str, value: str) -> list[str]:
 
 
 def _parts_of(value: str) -> list[str]:
-    """Password and shape within a value whose name says nothing: of a URL, a header, a connection
-    string.
-    """
+    """Secrets inside a value with an ordinary name: in a URL, a header, a connection string."""
     found = [m[0] for m in _SHAPES.finditer(value)]
     for url in (*_USER_INFO.finditer(value), *_HARD_USER_INFO.finditer(value)):
         found += [part for part in [url[0].strip("/@").split(":", 1)[-1]] if len(part) >= _SHORTEST]
@@ -400,9 +405,10 @@ def _is_number(value: str) -> bool:
 
 
 def _is_path(value: str) -> bool:
-    """Whether a value is where something lies: it exists, or is written as a file's path is."""
+    """Whether a value is a path: it exists, or is written like the path of a file."""
     if re.fullmatch(r"(~|\.{1,2})?(/[\w.@+~-]+)+\.\w{1,8}|~?/|[A-Za-z]:\\[^:*?\"<>|]*", value):
         return True
+    # Only what looks like a path is looked up: a null byte or a very long name would raise.
     if not value.startswith(("/", "~", ".")) or "\0" in value or len(value) > 4096:
         return False
     try:

@@ -1,6 +1,4 @@
-"""Signals, all of them: Ctrl-C and SIGTERM where no stage runs, a stop between two steps where one
-does, a timer.
-"""
+"""Signal handling: Ctrl-C and SIGTERM, stop requests between two steps, and a timer."""
 
 from __future__ import annotations
 
@@ -22,12 +20,12 @@ from rlhf_jax.run import processes
 
 @contextlib.contextmanager
 def interrupting(*, several: bool) -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise KeyboardInterrupt where no stage has its own way to stop; the second
-    one ends at once.
+    """Makes SIGTERM and Ctrl-C raise KeyboardInterrupt; a second signal exits immediately.
 
-    At once means also while XLA compiles, when Python's own handlers have to wait: the signals'
-    numbers are read by a thread of its own. With several processes JAX answers SIGTERM for all of
-    them together and nothing is done here.
+    This applies wherever no stage handles them with `stop_requests`. The immediate exit works even
+    while XLA compiles, when Python's own handlers have to wait: a separate thread reads the signal
+    numbers. With several processes JAX handles SIGTERM for all of them together, and nothing is
+    done here.
     """
     if several or threading.current_thread() is not threading.main_thread():
         yield
@@ -39,8 +37,9 @@ def interrupting(*, several: bool) -> Iterator[None]:
         raise stop
 
     def swallowed(unraisable: Any) -> None:
-        """A destructor or a callback from C cannot raise: the interrupt that hit one there is sent
-        anew.
+        """Sends the signal again if its interrupt was raised where it cannot propagate.
+
+        That is the case in a destructor and in a callback from C.
         """
         number = getattr(unraisable.exc_value, "signal_number", None)
         if number is None:
@@ -70,14 +69,11 @@ def interrupting(*, several: bool) -> Iterator[None]:
 
 
 _SAME = 1.0
-"""Seconds within which a second SIGTERM is the first one sent twice, as srun and a container's init
-do."""
+"""Seconds within which a second SIGTERM counts as a duplicate, as sent by srun or an init."""
 
 
 def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
-    """Ends the process at the second signal that `reader` tells of; those in `own` this process
-    sent itself.
-    """
+    """Exits at the second signal from `reader`, ignoring those in `own`, sent by this process."""
     first: tuple[int, float] | None = None
     while number := reader.recv(1)[:1]:
         if number[0] not in (signal.SIGINT, signal.SIGTERM):
@@ -89,21 +85,20 @@ def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
         if first is None:
             first = (number[0], now)
         elif number[0] == signal.SIGINT or first[0] == signal.SIGINT or now - first[1] > _SAME:
-            time.sleep(0.2)  # the main thread may end in better order
+            # Gives the main thread a chance to end in good order.
+            time.sleep(0.2)
             os.write(2, b"\nStopped at once. The same command goes on from the last checkpoint.\n")
             os._exit(128 + number[0])
     reader.close()
 
 
 def end_quietly(status: int) -> None:
-    """Has a program that was stopped end with `status` whatever signal still comes while it takes
-    itself down.
-    """
+    """Makes a stopped program exit with `status`, whatever signals arrive during its shutdown."""
     if threading.current_thread() is threading.main_thread():
-        _answer_signals(lambda *_: os._exit(status))  # while threads are waited for
-        atexit.register(
-            _answer_signals, signal.SIG_IGN
-        )  # the milliseconds in which Python takes itself down
+        # While Python joins its threads, which may take long, a signal exits immediately.
+        _answer_signals(lambda *_: os._exit(status))
+        # The rest of the shutdown takes milliseconds, so signals are ignored.
+        atexit.register(_answer_signals, signal.SIG_IGN)
 
 
 def _answer_signals(handler: Any) -> None:
@@ -116,12 +111,11 @@ def _answer_signals(handler: Any) -> None:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Turns Ctrl-C, SIGTERM and a cluster's preemption notice into a question asked between two
-    steps.
+    """Turns Ctrl-C, SIGTERM and preemption notices into a check between two steps.
 
-    In the block ``stop(step)`` is true once somebody asked: save and leave. A second signal
-    interrupts at once. A KeyboardInterrupt that leaves the block carries the signal's number as
-    `signal_number`, for the exit status. A signal that came after the last question is handed on
+    In the block ``stop(step)`` is true once a stop was requested: save and leave. A second signal
+    interrupts immediately. A KeyboardInterrupt that leaves the block has the signal's number as
+    `signal_number`, for the exit status. A signal that arrives after the last check is passed on
     when the block ends, so none is lost. With several processes all get the same answer at the same
     step, from JAX's own handler (ours would replace it).
 
@@ -138,7 +132,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
     def ask(number: int, _: object) -> None:
         again, now = bool(asked), time.monotonic()
-        # A SIGTERM within a second of another is the same one, sent twice.
+        # A SIGTERM within a second of another one is a duplicate.
         if again and number == asked[0][0] == signal.SIGTERM and now - asked[0][1] < 1:
             return
         asked.append((number, now))
@@ -151,9 +145,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             heard.set()
         return bool(asked)
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may handle signals
+    # Python lets only the main thread set signal handlers.
+    if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
     before: dict[int, Any] = {
@@ -171,7 +164,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     if asked and not heard.is_set():
         number = signal.Signals(asked[0][0])
         handler = before[number]
-        if callable(handler):  # called, not raised anew: it would count as a second signal
+        # Called directly: a signal sent again would count as the second one.
+        if callable(handler):
             handler(number, None)
         else:
             signal.raise_signal(number)
@@ -179,8 +173,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def _ctrl_c_as_preemption() -> Iterator[None]:
-    """The first Ctrl-C becomes a SIGTERM to this process, which all processes then hear of; the
-    second interrupts.
+    """Turns the first Ctrl-C into a SIGTERM to this process; the second one interrupts.
+
+    JAX forwards the SIGTERM to all processes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -211,16 +206,14 @@ Begin = Callable[[str], None]
 
 @contextlib.contextmanager
 def told_when_slow(advice: str, *, seconds: float = 30.0) -> Iterator[Begin]:
-    """A function to call as each item begins; an item that takes longer than `seconds` is named on
-    stderr.
+    """Yields a function to call as each item begins; an item that takes long is named on stderr.
 
-    The timer of the process (SIGALRM) is used and given back. Where there is none (Windows, a
-    thread that is not the main one) nothing is said.
+    The process timer (SIGALRM) is used and restored. Where there is none (on Windows, or outside
+    the main thread) nothing is printed.
 
     Args:
-      advice: what to do about it; ends the line.
-      seconds: how long an item may take in silence; after each further span of this length it is
-        named again.
+      advice: what to do about it; appended to the line.
+      seconds: time after which an item is named, and named again after each further period.
     """
     if (
         not hasattr(signal, "setitimer")

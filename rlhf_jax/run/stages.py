@@ -1,11 +1,10 @@
-"""The stages of a pipeline: each is a function of its config and its inputs, and is done when its
-outputs say so.
+"""The stages of a pipeline: functions of a config and inputs, computed again only when needed.
 
 The key of a stage is a sha256 of what it reads: its part of the config, the content of its input
-files and models, the source of functions of the user's own that the config names, and the version
-of its algorithm. At each start `Stages` compares keys and outputs with the records of the run
-folder, says which stages are kept and which run and why, and computes only those. What was there
-before is set aside and never overwritten.
+files and models, the source of the user's functions that the config names, and the version of its
+algorithm. At each start `Stages` compares keys and outputs with the records of the run folder,
+prints which stages are kept and which run and why, and computes only those. Earlier outputs are set
+aside and never overwritten.
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ class Stage:
     """A stage and everything that it reads.
 
     Attributes:
-      name: of the stage and of its folder.
-      work: computes in the folder it is handed, and returns JSON data.
+      name: name of the stage and of its folder.
+      work: computes in the folder that it is given, and returns JSON data.
       config: the part of the config that it reads, as plain data under the config's own names.
       needs: names of the stages whose outputs it reads.
-      inputs: its files and models, asked for when all that it `needs` is done.
-      named: what the user calls an input, where that is not its path: ``storyland:base_large``.
-      version: of its algorithm, raised by hand when its numbers change.
-      cost: how much it computes, in a unit that all stages of the pipeline share; None where nobody
-        knows.
+      inputs: returns its files and models; called once all that it `needs` is done.
+      named: the user's name for an input, where it is not a path: ``storyland:base_large``.
+      version: version of its algorithm, raised by hand when its numbers change.
+      cost: how much it computes, in a unit shared by all stages of the pipeline; None if unknown.
     """
 
     name: str
@@ -52,7 +50,7 @@ class Stage:
 
 
 class Measure(NamedTuple):
-    """What a stage cost this process, beside its seconds."""
+    """The cost of a stage for this process, besides its seconds."""
 
     compile_seconds: float = 0.0
     peak_memory_mb: float = 0.0
@@ -63,10 +61,11 @@ class Stages:
 
     Args:
       folder: the run folder.
-      stages: each after those that it needs.
-      harmless: last parts of config keys that change no number, and so no key of a stage.
-      allow_change: whether a stage that is half done may go on with another config or other data.
-      measure: what this process has compiled and held so far.
+      stages: the stages, each after those that it needs.
+      harmless: last parts of config keys that change no number and are left out of the key of a
+        stage.
+      allow_change: whether a stage that is half done may resume with another config or other data.
+      measure: returns what this process has compiled so far, and its peak memory.
       after: called after each stage that ran.
       say: prints a line.
     """
@@ -87,6 +86,7 @@ class Stages:
         self._stages = {stage.name: stage for stage in stages}
         self._harmless, self._allow = frozenset(harmless), allow_change
         self._measure, self._after, self._say = measure, after, say
+        # Stages verified by this process; hashing all their outputs again would take long.
         self._intact: set[str] = set()
         self._digests: dict[str, Any] = {}
         self._records: dict[str, tuple[Any, tuple[dict[str, Any] | None, str]]] = {}
@@ -106,7 +106,7 @@ class Stages:
         return record
 
     def _read(self, name: str) -> tuple[dict[str, Any] | None, str]:
-        """A stage's record and what is wrong with it, read once while the file is the same."""
+        """A stage's record and what is wrong with it; read again only if the file has changed."""
         path = self.folder / name / records.DONE
         try:
             seen = path.lstat()
@@ -118,18 +118,18 @@ class Stages:
         return self._records[name][1]
 
     def result(self, name: str) -> Any:
-        """What a finished stage returned, its paths in this run folder, wherever that is now."""
+        """The result of a finished stage; its paths are those of the run folder as it is now."""
         record = self.record(name)
         return records.absolute(record["result"], record["paths"], self.folder)
 
     # ------------------------------------------------------------------------------------- planning
 
     def plan(self) -> list[Step]:
-        """What is to be done with each stage; nothing is computed and nothing is written.
+        """Plans the action for each stage; nothing is computed or written.
 
         Raises:
           ValueError: a stage that is half done was begun with something else, and that is not
-            allowed; or an input of a stage that has to run is not there.
+            allowed; or an input of a stage that has to run does not exist.
         """
         steps: dict[str, Step] = {}
         for stage in self._stages.values():
@@ -137,11 +137,9 @@ class Stages:
         return list(steps.values())
 
     def _decide(self, stage: Stage, before: Mapping[str, Step]) -> Step:
-        """What is to be done with `stage`, when `before` is still to be done with the stages before
-        it.
-        """
+        """The action for `stage`, given the actions still planned for the stages before it."""
         folder = self.folder / stage.name
-        # What is repaired comes out as it was: that was a function of the same things.
+        # A repaired stage gives the same outputs as before: it is a function of the same inputs.
         waiting = [n for n in stage.needs if n in before and before[n].action in ("run", "resume")]
         spread = any(before[name].changed for name in waiting)
         record, trouble = self._read(stage.name)
@@ -161,7 +159,7 @@ class Stages:
         return self._half_done(stage, step, waiting, spread)
 
     def _kept(self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str]) -> Step:
-        """A stage that was made from the same things: kept, if its outputs are what it wrote."""
+        """A stage with unchanged inputs is kept if its outputs are still what it wrote."""
         folder = self.folder / stage.name
         if stage.name not in self._intact:
             bad = records.damage(folder, record["outputs"])
@@ -176,25 +174,22 @@ class Stages:
         return Step(stage.name, "keep", self._gone(stage))
 
     def _gone(self, stage: Stage) -> tuple[str, ...]:
-        """A word on the user's files that are not there any more; what was made of them is still
-        what it was.
-        """
+        """A note on the user's files that no longer exist; outputs made from them remain valid."""
         missing = [
             (n, p) for n, p in stage.inputs().items() if not self._owner(p) and not Path(p).exists()
         ]
         return tuple(f"its input {name} ({path}) is not there any more" for name, path in missing)
 
     def _half_done(self, stage: Stage, step: int, waiting: Sequence[str], spread: bool) -> Step:
-        """A stage with a checkpoint and no record of its end goes on, if it is the same stage."""
+        """A stage with a checkpoint and no final record is resumed, if its inputs are the same."""
         begun, _ = records.read(self.folder / stage.name / records.BEGUN)
         changes = [] if begun is None else self._changes(stage, begun, waiting, spread)
         if changes and not self._allow:
             raise ValueError(
                 f"stage {stage.name} is half done (checkpoint of step {step}) and was begun with "
-                "something else "
-                f"({'; '.join(changes)}): put it back, choose another workdir, or "
-                "--allow_config_change to go on from "
-                f"that step; to begin the stage anew move {self._shown}/{stage.name} away"
+                f"something else ({'; '.join(changes)}): put it back, choose another workdir, or "
+                "--allow_config_change to go on from that step; to begin the stage anew move "
+                f"{self._shown}/{stage.name} away"
             )
         why = [f"goes on from its checkpoint of step {step}"]
         if changes:
@@ -204,15 +199,14 @@ class Stages:
     def _changes(
         self, stage: Stage, record: Mapping[str, Any], waiting: Sequence[str], spread: bool
     ) -> list[str]:
-        """What a stage was made from and what it would be made from now, where they differ, a line
-        for each.
+        """The differences between the stage's recorded and current inputs, one line each.
 
         Args:
-          stage: as it is now.
-          record: as it was.
-          waiting: stages that it reads and that run first, so that their outputs are not known.
-          spread: whether those are made from something else than before; if not, they will write
-            what they wrote, which is looked at then.
+          stage: the stage as it is now.
+          record: its record.
+          waiting: stages that it reads and that run first, so that their outputs are not yet known.
+          spread: whether those stages have other inputs than before; if not, they are expected to
+            write the same outputs, which is checked once they have run.
         """
         changes = [f"config.{line}" for line in diff(record["config"], self._config(stage))]
         changes = [line.replace(": ", " ", 1) for line in changes]
@@ -240,7 +234,8 @@ class Stages:
                 content = self._digest(
                     now[name], missing=before[name]["sha256"] if same_place else None
                 )
-            except ValueError as error:  # another path than before that leads nowhere is a slip, not a file that is gone
+            except ValueError as error:
+                # A new path that does not exist is a mistake, not a file that has been deleted.
                 raise ValueError(f"{name} of stage {stage.name}: {error}") from None
             if content != before[name]["sha256"]:
                 owner = self._owner(now[name])
@@ -253,9 +248,7 @@ class Stages:
         return changes
 
     def _require_inputs(self, stage: Stage, waiting: Sequence[str]) -> None:
-        """Refuses a stage that has to run and misses a file, before the stages ahead of it are
-        computed.
-        """
+        """Raises if a stage that has to run lacks a file, before any stage is computed."""
         if waiting or not all(self._is_done(name) for name in stage.needs):
             return
         for name, path in stage.inputs().items():
@@ -270,10 +263,11 @@ class Stages:
     # -------------------------------------------------------------------------------------- the key
 
     def _config(self, stage: Stage) -> dict[str, Any]:
+        # As JSON reads it back, so that it compares equal to the config in a record.
         return records.without(json.loads(json.dumps(stage.config)), self._harmless)
 
     def parts(self, stage: Stage) -> dict[str, Any]:
-        """What the key of a stage is made of."""
+        """The data of which the key of a stage is a hash."""
         paths = stage.inputs()
         inputs = {
             name: {"path": self._place_of(stage, name, path), "sha256": self._digest(path)}
@@ -287,30 +281,28 @@ class Stages:
         }
 
     def _place_of(self, stage: Stage, name: str, path: str) -> str:
-        """Where an input lies, as a record says it: what the user calls it, or a path, in the run
-        folder relative.
-        """
+        """The location of an input in a record: a name or a path, relative if in the run folder."""
         return stage.named.get(name) or records.relative(path, self.folder)[0]
 
     def _digest(self, path: str, *, missing: Any = None) -> Any:
-        """The content of an input: of a stage's output what its record says, of other files what is
-        in them.
+        """The digest of an input: from the record if a stage wrote it, else from the file itself.
 
         Args:
           path: a file or a folder.
-          missing: taken for the content of a file of the user's that is gone; None refuses it.
+          missing: the digest to assume for a user's file that no longer exists; None raises.
         """
         owner = self._owner(path)
         if owner:
             return self._recorded(owner, Path(path).relative_to(self.folder / owner).as_posix())
         if path not in self._digests:
             if missing is not None and not Path(path).exists():
-                return missing  # what was made of it is still what it was
+                # Outputs made from the deleted file remain valid.
+                return missing
             self._digests[path] = records.digest(Path(path))
         return self._digests[path]
 
     def _owner(self, path: str) -> str:
-        """The stage that wrote a path; empty for files from outside of the run folder."""
+        """The stage that wrote a path; empty for files outside the run folder."""
         inside = Path(path).is_relative_to(self.folder)
         name = Path(path).relative_to(self.folder).parts[0] if inside else ""
         return name if name in self._stages else ""
@@ -333,7 +325,7 @@ class Stages:
     # -------------------------------------------------------------------------------------- running
 
     def run(self, steps: Sequence[Step] | None = None) -> None:
-        """Says what is to be done, and does it; `steps` is a plan that was just made."""
+        """Prints the plan and executes it; `steps` is a plan that was just made."""
         steps = self.plan() if steps is None else steps
         self._say(describe(steps, self._shown))
         self._clear_digests()
@@ -341,21 +333,20 @@ class Stages:
             self.stage(step.stage, planned=step)
 
     def _clear_digests(self) -> None:
-        """A user's file may change between the plan and its use: it is read again for each
-        stage.
-        """
+        """Forgets digests of the user's files, which may change between planning and running."""
         self._digests.clear()
 
     def stage(
         self, name: str, work: Callable[[str], Any] | None = None, *, planned: Step | None = None
     ) -> Any:
-        """Does with one stage what is to be done, all stages that it needs being done; returns its
-        result.
+        """Keeps, repairs, resumes or runs one stage, and returns its result.
+
+        All stages that it needs must be done.
 
         Args:
           name: of the stage.
-          work: instead of the stage's own; it must compute the same.
-          planned: what was said of it before.
+          work: replaces the stage's own function; it must compute the same.
+          planned: the step that was planned for it earlier.
         """
         stage = self._stages[name]
         if work is not None:
@@ -377,6 +368,8 @@ class Stages:
         folder, moved = self.folder / stage.name, None
         parts = self.parts(stage)
         if step.action == "run":
+            # A stage that was begun with the same key and has not ended continues in its own
+            # folder.
             begun, _ = records.read(folder / records.BEGUN)
             same = (
                 begun is not None
@@ -390,8 +383,8 @@ class Stages:
         try:
             result, places = records.relative(_plain(self._begun(stage, parts)), self.folder)
         except BaseException:
-            # A config that the stage refuses, or a stop at once, must not cost what was done
-            # before.
+            # A stage that refuses its config or is stopped at once must not lose the earlier
+            # outputs.
             if moved is not None and records.put_back(self.folder, stage.name, moved):
                 self._say(
                     f"stage {stage.name} has written nothing: what was there before is back in its "
@@ -400,6 +393,7 @@ class Stages:
             raise
         self._require_unchanged(stage, parts)
         after = self._measure()
+        # The outputs must be on disk before the record that lists them.
         files.sync_tree(folder)
         record = {
             "stage": stage.name,
@@ -417,13 +411,12 @@ class Stages:
         records.write(
             folder / records.DONE, record | ({"config_changes": changes} if changes else {})
         )
+        # After the record: if a crash leaves both files, `done.json` counts.
         files.remove(folder / records.BEGUN)
         self._intact.add(stage.name)
 
     def _begun(self, stage: Stage, parts: Mapping[str, Any]) -> Any:
-        """Works, with a word in the stage's folder of what it is made from; returns the stage's
-        result.
-        """
+        """Runs the stage's function after recording its inputs in ``begun.json``."""
         folder = self.folder / stage.name
         files.make_folder(folder)
         path, step = folder / records.BEGUN, records.newest_step(folder)
@@ -432,39 +425,34 @@ class Stages:
         try:
             return stage.work(str(folder))
         except BaseException:
-            # Where no checkpoint was made, the newest one is still of what was said before.
+            # Without a new checkpoint, the newest one still belongs to the earlier record.
             if earlier is not None and step is not None and records.newest_step(folder) == step:
                 records.write(path, earlier)
             raise
 
     def _key(self, parts: Mapping[str, Any]) -> str:
-        """Relations, not locations: an input counts by its name and content, wherever it lies."""
+        """The key of a stage: an input counts by name and content, not by its path."""
         inputs = {name: entry["sha256"] for name, entry in parts["inputs"].items()}
         return files.json_digest({**parts, "inputs": inputs})
 
     def _require_unchanged(self, stage: Stage, parts: Mapping[str, Any]) -> None:
-        """Refuses to call a stage done whose input was changed while it ran: its key would be of
-        another file.
-        """
+        """Raises if an input changed while the stage ran: its key would be that of another file."""
         self._clear_digests()
         for name, path in stage.inputs().items():
             if not self._owner(path) and self._digest(path) != parts["inputs"][name]["sha256"]:
                 raise ValueError(
                     f"{name} ({path}) changed while the stage {stage.name} ran: nobody knows which "
-                    "of it was read. "
-                    "Give the same command again when it is complete"
+                    "of it was read. Give the same command again when it is complete"
                 )
 
     def _repair(self, stage: Stage, step: Step) -> None:
-        """Makes damaged outputs again: from the newest checkpoint where that gives them back, else
-        from scratch.
-        """
+        """Recreates damaged outputs, from the newest checkpoint if possible, else from scratch."""
         folder, record = self.folder / stage.name, self.record(stage.name)
         bad = records.damage(folder, record["outputs"])
         strange = records.strangers(folder, record["outputs"])
         for line in step.why:
             self._say(f"stage {stage.name}: {line}")
-        # Of a damaged model folder all of it goes, so that the program sees that it is missing.
+        # A damaged model folder is moved as a whole, so that the program sees that it is missing.
         gone = dict.fromkeys([*(name.partition("/")[0] for name in bad), *strange])
         self._tell_moved(records.set_aside(self.folder, stage.name, list(gone)))
         newest = records.newest_step(folder)
@@ -472,9 +460,8 @@ class Stages:
             self._say(f"stage {stage.name}: made again from its checkpoint of step {newest}")
             try:
                 stage.work(str(folder))
-            except (
-                ValueError
-            ) as error:  # its checkpoints are damaged too, and the program has said so
+            except ValueError as error:
+                # The checkpoints are damaged too; the stage then runs from scratch below.
                 self._say(f"stage {stage.name}: {error}")
             files.sync_tree(folder)
             bad = records.damage(folder, record["outputs"])
@@ -506,9 +493,7 @@ class Stages:
         return f"{order.index(name) + 1} of {len(order)}: {name}"
 
     def _left(self, name: str) -> str:
-        """The time that this stage and those after it will take, where there is something to tell
-        it from.
-        """
+        """The estimated time of this stage and the later ones; empty if it cannot be estimated."""
         order = list(self._stages)
         left = 0.0
         for later in order[order.index(name) :]:
@@ -528,8 +513,9 @@ class Stages:
         )
 
     def _expected(self, stage: Stage) -> float | None:
-        """Seconds from an earlier run of the stage, in proportion to what it computes; else from
-        the other stages.
+        """Estimated seconds of a stage, from an earlier run of it or else from the other stages.
+
+        Both are scaled in proportion to what the stages compute.
         """
         aside = sorted((self.folder / records.ASIDE).glob(f"*/{stage.name}"), reverse=True)
         for folder in (self.folder / stage.name, *aside):

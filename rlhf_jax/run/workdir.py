@@ -1,6 +1,4 @@
-"""The folder of a run: claimed by one process, holding the config it was begun with, never
-overwritten.
-"""
+"""The run folder: locked by one process, with the config of its run, never overwritten."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from rlhf_jax.run.files import read_json
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
-"""Marks a folder as a run of this program and is locked while a process works in it."""
+"""Marks a folder as a run of this program, and is locked while a process works in it."""
 
 HARMLESS = (
     "save_every",
@@ -39,22 +37,23 @@ HARMLESS = (
     "entropy_floor",
     "value_error_ceiling",
 )
-"""Keys, in any group, that change when a run saves, measures or gives up, and no number of its
-training."""
+"""Keys, in any group, that may change on resume without changing any number of the training.
+
+They control when a run saves, measures or gives up.
+"""
 
 _CHANGE_ALLOWED = contextvars.ContextVar("change_allowed", default=False)
 
 
 def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -> IO[str]:
-    """Makes the run folder where it is missing and locks it for this process, whose end by any
-    means unlocks it.
+    """Creates the run folder if needed and locks it until this process ends for any reason.
 
     Args:
-      workdir: the folder of a run: new, empty, or made by this program.
+      workdir: the run folder: new, empty, or created by this program.
       overwrite: rename an earlier run to ``<workdir>.old-<time>`` first.
 
     Returns:
-      The open lock file; closing it gives the folder free.
+      The open lock file; closing it releases the folder.
 
     Raises:
       ValueError: the folder is not ours (a file, a link, a folder with other files), or a live
@@ -67,17 +66,15 @@ def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -
             _move_aside(path)
     files.make_folder(path)
     lock = _lock(path)
-    files.sync(
-        path
-    )  # the mark that the folder is ours is on the disk before anything else is written there
-    files.remove_unfinished(path)  # the lock is ours, so nobody is at work on them
+    # The lock file, which marks the folder as ours, must be on disk before anything else in it.
+    files.sync(path)
+    # This process has the lock, so no other one is writing these files.
+    files.remove_unfinished(path)
     return lock
 
 
 def refuse_foreign(path: Path) -> None:
-    """A run folder holds our lock file, or nothing; no link in it, at any depth, leads to somewhere
-    else.
-    """
+    """Raises unless a folder is empty or has our lock file, without links that lead out of it."""
     name = f"workdir={str(path)!r}"
     if path.is_symlink():
         raise ValueError(
@@ -85,7 +82,8 @@ def refuse_foreign(path: Path) -> None:
         )
     if not path.exists():
         return
-    half = {"config.tmp"}  # all that a kill at the very start left in earlier versions
+    # Earlier versions left only this file when killed at the very start.
+    half = {"config.tmp"}
     ours = path.is_dir() and (
         (path / LOCK_FILE).is_file() or {p.name for p in path.iterdir()} <= half
     )
@@ -102,8 +100,7 @@ def refuse_foreign(path: Path) -> None:
     if link is not None:
         raise ValueError(
             f"{link} is a symbolic link out of the run folder, to {os.path.realpath(link)}: move "
-            "what it leads to "
-            "there instead, or remove the link"
+            "what it leads to there instead, or remove the link"
         )
 
 
@@ -116,8 +113,9 @@ def _move_aside(path: Path) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Opens and locks the lock file; the kernel drops the lock with the process, so none is ever
-    stale.
+    """Opens and locks the lock file; the kernel releases the lock when the process ends.
+
+    So there are no stale locks.
     """
     file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     try:
@@ -131,7 +129,8 @@ def _lock(path: Path) -> IO[str]:
             f"workdir={str(path)!r} is in use by {holder}: wait for its end or stop it, or choose "
             "another workdir"
         ) from None
-    except OSError as error:  # a file system without locks
+    except OSError as error:
+        # Some network file systems have no locks.
         print(
             f"Warning: {path} cannot be locked ({error}): start only one process on it",
             file=sys.stderr,
@@ -144,7 +143,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def changing_numbers(changes: Sequence[str]) -> list[str]:
-    """The lines of `diff` whose key is not `HARMLESS`.
+    """The lines of `diff` whose key is not in `HARMLESS`.
 
     >>> changing_numbers(["ppo.save_every: 5 -> 9", "ppo.learning_rate: 1e-05 -> 2e-05"])
     ['ppo.learning_rate: 1e-05 -> 2e-05']
@@ -154,8 +153,9 @@ def changing_numbers(changes: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def allow_change(allowed: bool = True) -> Iterator[None]:
-    """What ``--allow_config_change`` does, for a notebook: in this block a run may go on although
-    it has changed.
+    """The equivalent of ``--allow_config_change`` for a notebook.
+
+    In this block a run may resume although its config has changed.
     """
     token = _CHANGE_ALLOWED.set(allowed)
     try:
@@ -165,7 +165,7 @@ def allow_change(allowed: bool = True) -> Iterator[None]:
 
 
 def change_allowed() -> bool:
-    """Whether a run may go on with another config, other data or models than it was begun with."""
+    """Whether a run may resume with another config, other data or other models."""
     return _CHANGE_ALLOWED.get()
 
 
@@ -176,24 +176,23 @@ def prepare_workdir(
     overwrite: bool = False,
     allow_config_change: bool = False,
 ) -> bool:
-    """Makes the run folder and stores the config in it, or finds there the run that is to be
-    resumed.
+    """Creates the run folder and stores the config in it, or finds the run to resume there.
 
     Nothing is ever deleted: `overwrite` renames an earlier run to ``<workdir>.old-<time>``. Keys of
-    `HARMLESS` may change; what changed is printed.
+    `HARMLESS` may change; the changes are printed.
 
     Args:
       workdir: the folder of this run.
-      config: what the run will do; stored as ``config.json``.
-      overwrite: start afresh where a run is.
+      config: the config of the run; stored as ``config.json``.
+      overwrite: start a new run even if the folder contains one.
       allow_config_change: resume although the config differs from the stored one.
 
     Returns:
-      True when the folder is new, False when a run in it goes on.
+      True if the run is new, False if it resumes.
 
     Raises:
-      ValueError: the folder holds something else, or a run with another config (the differences are
-        listed).
+      ValueError: the folder contains something else, or a run with another config (the differences
+        are listed).
     """
     path = files.local_path("workdir", workdir)
     stored = path / CONFIG_FILE
@@ -232,8 +231,9 @@ def _stored_config(path: Path) -> dict[str, Any]:
 
 
 def require_checkpoint(path: Path, config: ConfigDict) -> None:
-    """Refuses to go on with another config where there is no step to go on from: outputs would be
-    written over.
+    """Raises if the config has changed and there is no checkpoint to resume from.
+
+    The run would start again and overwrite outputs of the other config.
     """
     if not (path / CONFIG_FILE).is_file() or checkpoint.was_saved(path / "checkpoints"):
         return
@@ -243,39 +243,38 @@ def require_checkpoint(path: Path, config: ConfigDict) -> None:
     if changes:
         raise ValueError(
             f"{path} holds a run with another config ({'; '.join(changes[:20])}) and no checkpoint "
-            "to go on from: "
-            "choose another workdir, or --overwrite (keeps the old run aside)"
+            "to go on from: choose another workdir, or --overwrite (keeps the old run aside)"
         )
 
 
 def remove_unused(path: Path, above: Sequence[Path] = ()) -> None:
-    """Takes back a run folder in which nothing but our config was written: a refused config leaves
-    no trace.
+    """Removes a run folder that contains only our config, so that a refused config leaves no trace.
 
     Args:
       path: the run folder.
-      above: folders that were made for it, the innermost first; those that are empty go too.
+      above: folders that were created for it, innermost first; those that are empty are removed
+        too.
     """
     if path.is_dir() and {p.name for p in path.iterdir()} == {CONFIG_FILE, LOCK_FILE}:
         for name in (CONFIG_FILE, LOCK_FILE):
             (path / name).unlink()
         path.rmdir()
-        with contextlib.suppress(OSError):  # something else lies there by now
+        # It raises once another process has put something there.
+        with contextlib.suppress(OSError):
             for folder in above:
                 folder.rmdir()
 
 
 def share_workdir(path: Path, fresh: bool) -> None:
-    """Refuses a run folder that is another one on another host: checkpoints are written by all
-    processes together.
-    """
+    """Raises unless all hosts see the same run folder, because they write checkpoints together."""
     if processes.count() == 1:
         return
     if fresh:
         processes.when_another_fails(lambda: remove_unused(path))
     token = path / ".shared"
     mark = processes.on_first("workdir", lambda: _put_mark(token))
-    until = time.monotonic() + 10  # a network file system may show a new file late
+    # A network file system may show a new file only after some seconds.
+    until = time.monotonic() + 10
     while not (seen := token.is_file() and token.read_text() == mark) and time.monotonic() < until:
         time.sleep(0.1)
     try:

@@ -1,3 +1,1 @@
-"""What running PPO takes beside the algorithm: its settings, its parts before the first step,
-memory, alarms.
-"""
+"""What running PPO takes besides the algorithm: settings, set-up, compiled phases, alarms."""

@@ -1,6 +1,4 @@
-"""The compiled phases of a PPO iteration for the sizes of a config: compiled ahead, and measured by
-their memory.
-"""
+"""The phases of a PPO iteration, compiled ahead of time for the sizes of a config."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ PHASES = ("rollout", "score", "update")
 def programs(
     setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
 ) -> memory.Programs:
-    """The phases of an iteration, compiled for the config's sizes; a `setup` of shapes serves as
-    well as of arrays.
-    """
+    """Compiles the phases of an iteration; a `setup` of shapes works as well as one of arrays."""
     for name, program in lowered(setup, config, mesh, names):
         yield name, program.compile()
 
@@ -35,7 +31,7 @@ def programs(
 def lowered(
     setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh, names: Sequence[str] = PHASES
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
-    """The phases named, in this order, as `programs` compiles them."""
+    """Lowers the named phases, in the given order, as `programs` compiles them."""
     batch, slots = config.episodes, config.prompt_length + config.max_new_tokens
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state, reference = memory.abstract(setup.state), memory.abstract(setup.policy.params)
@@ -44,6 +40,7 @@ def lowered(
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
     def network(trained: TrainableParams, own: Params, name: str, form: str) -> Params:
+        # Traced for its shapes only, so that no adapter is actually merged.
         made = jax.eval_shape(
             lambda f, o: getattr(trained._replace(frozen=f), form)(o), trained.frozen, own
         )
@@ -58,6 +55,7 @@ def lowered(
     samples = Samples(tokens, ints, ints, floats, flags)
 
     def rollout() -> jax.stages.Lowered:
+        # Sampling uses plain parameters into which the adapters are merged.
         weights = network(setup.trained_policy, state.policy.params, "policy", "merged")
         prompts = PromptBatch(shape(batch, config.prompt_length), ints, ints)
         sampling = Sampling(config.max_new_tokens, config.temperature, stop_ids=stop_ids(setup))
@@ -79,17 +77,20 @@ def lowered(
             text_rows = LMBatch(each, each, each, shape(*sizes, dtype=jnp.bool_))
         mask = shape(batch, slots, dtype=jnp.bool_)
         rows = Rollout(
-            tokens, mask, floats, floats, floats, floats, floats, floats, scores, ints, ints, flags, ints
+            tokens, mask, floats, floats, floats, floats, floats, floats,
+            scores, ints, ints, flags, ints,
         )  # fmt: skip
         return compiling.lower(setup.pieces.step, state, rows, text_rows, key)
 
+    # Lazily: a caller that asks for one phase lowers only that one.
     for name in names:
         yield name, {"rollout": rollout, "score": score, "update": update}[name]()
 
 
 def compile_ahead(setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Compiles the phases side by side before the first iteration; of the score and the update, the
-    likelier form.
+    """Compiles the phases concurrently before the first iteration.
+
+    Of the score and the update it compiles the likelier form.
     """
     likely = setup._replace(pieces=setup.paired or setup.pieces)
     compiling.compile_together(
@@ -98,7 +99,7 @@ def compile_ahead(setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> 
 
 
 def staying(setup: Setup) -> int:
-    """Bytes on each device that stay from start to end."""
+    """Bytes per device that stay allocated throughout training."""
     frozen = (
         setup.trained_policy.frozen,
         setup.trained_value.frozen,
@@ -108,26 +109,40 @@ def staying(setup: Setup) -> int:
 
 
 LOWER = {
-    "rollout": ("config.episodes", "config.max_new_tokens", "config.prompt_length", "config.mesh (more "
-        "devices)"),
+    "rollout": (
+        "config.episodes",
+        "config.max_new_tokens",
+        "config.prompt_length",
+        "config.mesh (more devices)",
+    ),
     "score": (
-        "config.score_microbatches (more, smaller "
-        "pieces)", "config.episodes", "config.max_new_tokens",
-        "config.prompt_length", "config.mesh (more devices)",
+        "config.score_microbatches (more, smaller pieces)",
+        "config.episodes",
+        "config.max_new_tokens",
+        "config.prompt_length",
+        "config.mesh (more devices)",
     ),
     "update": (
-        "config.microbatches (more, smaller pieces)", "config.minibatches (more, smaller ones)",
-        "config.decoder.remat=block", "config.ptx_rows_per_episode", "config.train=lora", "config.mesh (more "
-            "devices)",
+        "config.microbatches (more, smaller pieces)",
+        "config.minibatches (more, smaller ones)",
+        "config.decoder.remat=block",
+        "config.ptx_rows_per_episode",
+        "config.train=lora",
+        "config.mesh (more devices)",
     ),
-}  # fmt: skip
-"""What helps when a phase runs out of memory, the best first."""
+}
+"""The config keys that help when a phase runs out of memory, most effective first."""
 
 
 def phase(name: str, setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """A block that is called by its name when memory runs out in it."""
+    """A context manager in which running out of memory names this phase and its sizes."""
     return memory.phase(
-        name, lower=LOWER[name], programs=partial(programs, setup, config, mesh, (name,)), rows=config.episodes,
-        slots=config.prompt_length + config.max_new_tokens, minibatches=config.minibatches,
-        microbatches=config.microbatches, parameters=size(setup.policy.params),
-    )  # fmt: skip
+        name,
+        lower=LOWER[name],
+        programs=partial(programs, setup, config, mesh, (name,)),
+        rows=config.episodes,
+        slots=config.prompt_length + config.max_new_tokens,
+        minibatches=config.minibatches,
+        microbatches=config.microbatches,
+        parameters=size(setup.policy.params),
+    )

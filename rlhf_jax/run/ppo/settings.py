@@ -1,6 +1,4 @@
-"""The settings of PPO, refused before anything is loaded or written where they do not fit
-together.
-"""
+"""The settings of PPO, validated before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from rlhf_jax.steps import POLICY_ARGUMENTS, PPO, VALUE_ARGUMENTS, Losses
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, functions, files and models that do not fit together, before anything is
-    loaded or written.
+    """Raises on numbers, functions, files or models that do not fit together.
+
+    Nothing is loaded or written before.
     """
     inputs.check_settings(config)
     validate(config)
@@ -35,7 +34,7 @@ def check(config: ConfigDict) -> None:
 
 
 def require_reward(config: ConfigDict) -> None:
-    """Refuses a config in which nothing rewards."""
+    """Raises if the config names neither a reward model nor a reward function."""
     checks.require(
         bool(config.reward_model) or bool(config.text_reward), "reward_model", config.reward_model,
         "pass the folder of a reward model, or text_reward=module:function",
@@ -43,9 +42,7 @@ def require_reward(config: ConfigDict) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuses numbers that do not fit together and losses that are none, before anything is
-    loaded.
-    """
+    """Raises on numbers that do not fit together and on losses that cannot be resolved."""
     losses(config)
     update_settings(config)
     checks.require_divides("minibatches", config.minibatches, config.episodes, "the rollout batch")
@@ -70,7 +67,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def update_settings(config: ConfigDict) -> PPO:
-    """The numbers of the update."""
+    """The hyperparameters of the update."""
     return config_lib.filled_from(PPO, config, spike_std=config.guard.spike_std)
 
 
@@ -81,9 +78,7 @@ def losses(config: ConfigDict) -> Losses:
 
 
 def check_ptx_rows(config: ConfigDict) -> int:
-    """Rows of pretraining text per iteration; refused unless every optimizer step gets the same
-    number.
-    """
+    """Rows of pretraining text per iteration; every optimizer step must get the same number."""
     count = round(config.ptx_rows_per_episode * config.episodes)
     steps = config.epochs * config.minibatches
     checks.require(
@@ -95,11 +90,10 @@ def check_ptx_rows(config: ConfigDict) -> int:
 
 
 def check_contexts(config: ConfigDict) -> None:
-    """Refuses rows longer than the context of the policy or of the reward and value model, before
-    either is loaded.
+    """Raises if rows exceed the context of the policy or of the reward model; loads neither.
 
     Raises:
-      ValueError: naming the model, its context and the keys.
+      ValueError: the message names the model, its context and the config keys.
     """
     slots = config.prompt_length + config.max_new_tokens
     what = f"prompt_length={config.prompt_length} with max_new_tokens={config.max_new_tokens}"
@@ -109,7 +103,8 @@ def check_contexts(config: ConfigDict) -> None:
 
 
 def judge(name: Any) -> functions.Judge | None:
-    """The function that ``text_reward`` or ``gold`` names, called as
-    ``(prompt id, response, prompt)``; None for "".
+    """The function named by ``text_reward`` or ``gold``; None for "".
+
+    It is called as ``(prompt id, response, prompt)``.
     """
     return functions.judge(name) if name else None

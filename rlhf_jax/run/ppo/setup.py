@@ -1,6 +1,4 @@
-"""The parts of PPO before its first iteration: optimizers, the KL controller, the state and where
-it is placed.
-"""
+"""Set-up of PPO: optimizers, the KL controller, the initial state and its shardings."""
 
 from __future__ import annotations
 
@@ -26,14 +24,14 @@ from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout
 
 
 class Pieces(NamedTuple):
-    """The compiled pieces of an iteration after sampling."""
+    """The compiled functions of an iteration after sampling."""
 
     score_and_shape: Callable[..., tuple[Rollout, Metrics]]
     step: Callable[..., tuple[PPOState, Metrics]]
 
 
 class Setup(NamedTuple):
-    """Everything that stays the same while PPO runs: networks, streams, compiled pieces."""
+    """Everything that stays constant while PPO runs: networks, data streams, compiled functions."""
 
     policy: Network
     reward: Network | None
@@ -54,8 +52,9 @@ class Setup(NamedTuple):
 
 
 def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
-    """How each of the four networks lies on the mesh: a large policy may be spread out and a small
-    reward model not.
+    """The sharding rules of the four networks, each with its own.
+
+    A large policy may be sharded while a small reward model is replicated.
     """
     return {
         name: sharding.rules_from_data(config.sharding[name], field=f"sharding.{name}")
@@ -64,8 +63,9 @@ def sharding_rules(config: ConfigDict) -> dict[str, sharding.Rules]:
 
 
 def optimizers(config: ConfigDict) -> Optimizers:
-    """Of the policy and of the value network; their schedules count epochs x minibatches steps per
-    iteration.
+    """The optimizers of policy and value network.
+
+    Their schedules count ``epochs * minibatches`` steps per iteration.
     """
     per_iteration = config.epochs * config.minibatches
     steps = config.iterations * per_iteration
@@ -88,7 +88,7 @@ def optimizers(config: ConfigDict) -> Optimizers:
 
 
 def kl_controller(config: ConfigDict) -> kl_control.KLController:
-    """The controller of the KL coefficient that the config asks for."""
+    """The controller of the KL coefficient named by the config."""
     if config.kl.controller == "fixed":
         return kl_control.fixed_kl(coef=config.kl.coef)
     return kl_control.adaptive_kl(
@@ -102,7 +102,7 @@ def kl_controller(config: ConfigDict) -> kl_control.KLController:
 def initial_state(
     config: ConfigDict, mesh: jax.sharding.Mesh, policy: Params, value: Params
 ) -> tuple[PPOState, Any]:
-    """PPO before its first iteration, built where it belongs, and its shardings."""
+    """The initial state of PPO, built directly on its devices, and its shardings."""
     rules, (policy_tx, value_tx) = sharding_rules(config), optimizers(config)
     made, where = sharding.build_state(
         partial(train_state, tx=policy_tx, ema=True, guard=True),
@@ -121,7 +121,7 @@ def initial_state(
 
 
 def stop_ids(setup: Setup) -> tuple[int, ...]:
-    """The tokens that end a response; where there is no tokenizer (a plan) any one."""
+    """The tokens that end a response; an arbitrary one if there is no tokenizer (a dry run)."""
     return (
         (0,)
         if setup.policy.tokenizer is None
@@ -132,14 +132,17 @@ def stop_ids(setup: Setup) -> tuple[int, ...]:
 def reward_and_value(
     policy: Network, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Network | None, Network]:
-    """The reward model (None when a function of texts rewards) and the network that the value
-    function starts from.
+    """The reward model and the network from which the value function is initialized.
+
+    The reward model is None if a function of the text gives the rewards.
     """
     require_reward(config)
     if not config.reward_model:
+        # Without a reward model the value network is the policy's trunk with a new head.
         params = scalar_from_language_model(policy.params, jax.random.key(config.seed))
         return None, Network(scalar_model(policy.model.config), params, policy.tokenizer)
     rules = sharding_rules(config)["reward_model"]
     network = load_network(config.reward_model, mesh, config.decoder, rules=rules)
+    # Both networks read the same token ids.
     text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
     return (None if config.text_reward else network), network

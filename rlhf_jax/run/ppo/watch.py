@@ -1,6 +1,4 @@
-"""What is left out of a PPO iteration, named by its records, and the alarms that stop a run which
-has diverged.
-"""
+"""Reports what a PPO iteration skipped, by record, and stops a run that has diverged."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from rlhf_jax.steps import minibatch_order
 
 
 def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.Array]:
-    """The key of an iteration, for its samples, and the one that orders its minibatches."""
+    """The key of an iteration's samples, and the key that orders its minibatches."""
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
     return key, jax.random.fold_in(key, 1)
 
@@ -23,8 +21,7 @@ def iteration_keys(config: ConfigDict, iteration: int) -> tuple[jax.Array, jax.A
 def watch(
     setup: Setup, skips: guards.Skips, metrics: Values, iteration: int, config: ConfigDict
 ) -> None:
-    """Names the scores and minibatches that were left out of the update, and stops a run that has
-    diverged.
+    """Reports the scores and minibatches that were skipped, and stops a run that has diverged.
 
     Raises:
       FloatingPointError: no score is finite, every minibatch or too many in a row were skipped, or
@@ -53,13 +50,14 @@ def watch(
 def name_skipped(
     setup: Setup, skips: guards.Skips, metrics: Values, why: str, iteration: int, config: ConfigDict
 ) -> None:
-    """Goes through the optimizer steps of an iteration of which some were skipped, and says `why`.
+    """Reports the skipped optimizer steps of an iteration, with the reason `why`.
 
     Raises:
-      FloatingPointError: all were, or too many in a row, counted over iterations.
+      FloatingPointError: all steps were skipped, or too many in a row, counted across iterations.
     """
     skipped = guards.rows_on_host(metrics["skipped_steps"].value)
     steps = config.epochs * config.minibatches
+    # The order is recomputed from the iteration's key, since the compiled step does not return it.
     order = minibatch_order(
         iteration_keys(config, iteration)[1],
         config.episodes,
@@ -87,37 +85,34 @@ def name_skipped(
 
 
 def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
-    """Stops a run whose policy has left the reference or has collapsed, or whose value network is
-    lost.
+    """Stops a run if the policy left the reference or collapsed, or the value network diverged.
 
     Args:
-      seen: metrics of an iteration.
+      seen: the metrics of an iteration.
       iteration: counted from 0.
-      config: `kl_ceiling` in nats a sequence, `entropy_floor` in nats a token,
+      config: `kl_ceiling` in nats per sequence, `entropy_floor` in nats per token,
         `value_error_ceiling` in squared scores.
 
     Raises:
       FloatingPointError: an alarm went off; the message says what to do.
     """
     kl, entropy = seen["rollout/kl_nats_per_sequence"], seen["rollout/surprisal_nats_per_token"]
-    # A loss of one's own need not tell its error; then there is nothing to watch.
+    # A custom value loss may not report its error; then there is nothing to watch.
     error = seen.get("value/value_error", 0.0) / max(1.0, seen["rollout/score_square"])
     for fine, what in (
         (kl <= config.kl_ceiling,
          f"KL to the reference is {kl:.3g} nats a sequence, above kl_ceiling={config.kl_ceiling}: "
-         "lower learning_rate "
-         "or raise kl.coef"),
+         "lower learning_rate or raise kl.coef"),
         (entropy >= config.entropy_floor,
          f"the policy's entropy is {entropy:.3g} nats a token, below "
-         f"entropy_floor={config.entropy_floor}: it says "
-         "almost always the same; lower learning_rate, raise kl.coef, or set entropy_floor=0 if "
-         "that is as wanted"),
+         f"entropy_floor={config.entropy_floor}: it says almost always the same; lower "
+         "learning_rate, raise kl.coef, or set entropy_floor=0 if that is as wanted"),
         (error <= config.value_error_ceiling,
          f"the squared error of the values is {error:.3g} times the squared score, above "
          "value_error_ceiling="
          f"{config.value_error_ceiling}: lower value_learning_rate or set value_clip_norm"),
     ):  # fmt: skip
-        if not fine:  # NaN is not fine
+        if not fine:  # Also for NaN, since every comparison with it is false.
             raise FloatingPointError(
                 f"iteration {iteration + 1}: {what}; what was saved before is intact"
             )

@@ -25,8 +25,8 @@ DECODER = {"dtype": "float32", "remat": "none", "unroll": None}
 
 GUARD = {"spike_std": 20.0, "max_skipped": 5}
 """A step is skipped when its loss, gradient norm or reward exceeds the mean of the last 128 steps
-by `spike_std` standard deviations (None: only when it is not finite); more than `max_skipped`
-skipped steps in a row end the run. Not in the paper. Gradient norms of healthy storyland runs
+by `spike_std` standard deviations (None: only when it is not finite); `max_skipped` skipped
+steps in a row end the run. Not in the paper. Gradient norms of healthy storyland runs
 reached 13.5 deviations, so the common threshold of 6 would have changed those runs."""
 
 SHARDING = rules_as_data(DECODER_RULES)
@@ -110,7 +110,7 @@ def sft() -> ConfigDict:
 
 
 def ppo_init() -> ConfigDict:
-    """The policy that PPO starts from and is penalized for leaving, appendix C.3 (1.3B)."""
+    """The policy that PPO starts from and is penalised for leaving, appendix C.3 (1.3B)."""
     config = sft()
     config.update(epochs=2, pretraining_fraction=0.1, learning_rate=5e-6, dropout=0.0)
     return config
@@ -323,7 +323,7 @@ def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
 
 
 def for_accelerators(config: ConfigDict, mesh: tuple[int, int, int] = (1, -1, 1)) -> None:
-    """Settings for billions of parameters: bfloat16, rematerialized blocks, sharded weights."""
+    """Settings for billions of parameters: bfloat16, rematerialised blocks, sharded weights."""
     for stage in STAGES[1:]:
         config[stage].mesh = mesh
         config[stage].decoder.update(dtype="bfloat16", remat="block", unroll=1)

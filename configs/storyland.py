@@ -76,7 +76,7 @@ def ppo() -> ConfigDict:
 
 
 def overoptimise(config: ConfigDict) -> None:
-    """PPO with hardly any KL penalty and too many iterations: a demonstration of overoptimization.
+    """PPO with hardly any KL penalty and too many iterations: a demonstration of overoptimisation.
 
     The policy learns to exploit the reward model, and the gold score falls.
     """

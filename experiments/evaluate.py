@@ -1,5 +1,4 @@
-r"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax,
-samples side by side.
+r"""Compares models on test prompts: win rates against SFT, gold scores, alignment tax, samples.
 
 Run:
 
@@ -50,7 +49,7 @@ class Line:
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
+    """Samples from every model and judges; returns the contents of ``evaluation.json``."""
     check(config)
     mesh = devices.start(config.mesh)
     prompts = datasets.read_prompts(
@@ -120,12 +119,12 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
-    """Refuses prompts and row lengths beyond the context of any model, before the first is loaded.
+    """Refuses prompts and rows longer than the context of any model, before the first is loaded.
 
     Raises:
-      ValueError: a prompt with `max_new_tokens` after it is longer than the context of a model that
-        answers, of the reward model or of the KL reference; a few-shot prompt is; or
-        `held_out_row_length` is.
+      ValueError: a prompt followed by `max_new_tokens` exceeds the context of a model that answers,
+        of the reward model or of the KL reference; so does a few-shot prompt; or
+        `held_out_row_length` does.
     """
     paths = {name: path for name, path in config.models.items() if path}
     asks: dict[str, list[Ask]] = {
@@ -189,11 +188,10 @@ def check(config: ConfigDict) -> None:
 
 
 def few_shot_prompts(
-    network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt],
-    config: ConfigDict, mesh: jax.sharding.Mesh,
+    network: networks.Network, reward: networks.Network, judge: Any,
+    prompts: Sequence[schema.Prompt], config: ConfigDict, mesh: jax.sharding.Mesh,
 ) -> Ask:  # fmt: skip
-    """Instructions after a few worked examples, the prefix with the highest reward-model score of
-    several.
+    """Prompts after a few worked examples: of several prefixes the one with the highest reward.
 
     Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model
     score).
@@ -217,11 +215,13 @@ def few_shot_prompts(
 
 
 def answer(
-    network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
-    count: int, config: ConfigDict, mesh: jax.sharding.Mesh, *, name: str = "samples",
+    network: networks.Network, reward: networks.Network, judge: Any,
+    prompts: Sequence[schema.Prompt], ask: Ask, count: int, config: ConfigDict,
+    mesh: jax.sharding.Mesh, *, name: str = "samples",
 ) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length; `name` is for
-    the console.
+    """`count` samples for each prompt, with gold score, reward-model score and length.
+
+    `name` labels the progress on the console.
 
     Raises:
       ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the
@@ -237,8 +237,9 @@ def answer(
     with Progress(f"{name}: sampling", count * len(prompts), unit="responses") as progress:
         texts, samples = responses.sample_responses(
             network, ids, mesh, asked=() if prompted else [p.prompt for p in prompts], counts=count,
-            prompt_length=slots, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            seed=config.seed, batch_size=config.batch_size, stop_ids=stop, progress=lambda done, _: progress(done),
+            prompt_length=slots, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, seed=config.seed, batch_size=config.batch_size,
+            stop_ids=stop, progress=lambda done, _: progress(done),
         )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
@@ -259,10 +260,11 @@ def answer(
 
 
 def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgement:
-    """What the gold scorer says of a response.
+    """The gold scorer's judgement of a response.
 
     Raises:
-      ValueError: it says nothing: win rates and means would leave out other prompts for each model.
+      ValueError: the score is not finite; leaving the prompt out would give the means and win rates
+        of each model a different set of prompts.
     """
     scorer = functions.judge(judge)
     judged = scorer.judged(str(prompt.id), response, prompt.prompt)
@@ -286,9 +288,7 @@ def held_out_batches(
     *,
     context: contexts.Context | None = None,
 ) -> list[LMBatch]:
-    """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment
-    tax.
-    """
+    """Held-out pretraining text: the rise of its loss, in nats per token, is the alignment tax."""
     rows = read_held_out(tokenizer, config, context=context)
     return datasets.held_out_batches(
         rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches
@@ -298,7 +298,7 @@ def held_out_batches(
 def read_held_out(
     tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None
 ) -> LMBatch:
-    """Packed rows of the held-out text, no piece of it longer than the model's context."""
+    """Packed rows of the held-out text, each document within the model's context."""
     length = config.held_out_row_length
     return datasets.lm_rows(
         tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length"
@@ -310,8 +310,9 @@ def kl_to_reference(
 ) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence.
 
-    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from any: there the
-    number is the mean log-ratio of the most likely response, and no estimate of a KL divergence.
+    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from a distribution:
+    for them the number is the mean log-ratio of the most likely response, not an estimate of a KL
+    divergence.
     """
     reference = networks.load_network(config.reference, mesh, config.decoder)
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
@@ -329,9 +330,7 @@ def kl_to_reference(
 
 
 def kl_temperature(config: ConfigDict) -> float:
-    """The temperature of the distributions that are compared: the sampler's, and 1 for greedy
-    samples.
-    """
+    """The temperature of the compared distributions: the sampler's, or 1 for greedy samples."""
     return float(config.temperature or 1.0)
 
 
@@ -347,7 +346,7 @@ def _log_probs(model: Model, params: Params, samples: Samples, temperature: floa
 def write_samples(
     path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]
 ) -> None:
-    """The first sample of each model to each prompt, with its judgements."""
+    """Writes the first sample of each model for each prompt, with its scores."""
     lines = []
     for i, p in enumerate(prompts):
         for name, said in answers.items():

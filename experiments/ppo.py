@@ -1,15 +1,17 @@
-r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is
-mixed in (PPO-ptx).
+r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0, PPO-ptx.
 
 Run:
 
     python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo \
         --config.model=runs/ppo_init/epoch-2 --config.reward_model=runs/reward_model/model \
-        --config.prompts=runs/data/prompts_ppo.jsonl
+        --config.prompts=runs/data/prompts_ppo.jsonl \
         --config.pretraining_text=runs/data/corpus.jsonl
 
-One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. The model
-it starts from is also the KL reference.
+One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. PPO-ptx
+mixes the language-model loss of pretraining text into the update. The initial policy is also the
+reference of the KL penalty.
+
+Source: Ouyang et al. 2022, section 3.5 (eq. 2) and appendix C.4.
 """
 
 from __future__ import annotations
@@ -94,8 +96,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     ):
         setup = prepare(config, mesh)
     settings = Settings(
-        workdir, config.name, steps=config.iterations, save_every=config.save_every, keep=config.keep,
-        max_skipped=config.guard.max_skipped, show=SHOW, unit="iterations",
+        workdir, config.name, steps=config.iterations, save_every=config.save_every,
+        keep=config.keep, max_skipped=config.guard.max_skipped, show=SHOW, unit="iterations",
     )  # fmt: skip
     with Loop(settings, setup.state, origin=origin(config, setup), data=config.prompts) as loop:
         if not loop.is_over:
@@ -112,8 +114,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
 def iterate(
     setup: Setup, state: PPOState, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[PPOState, Metrics]:
-    """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed,
-    iteration).
+    """One PPO iteration: sample, score, shape, update.
+
+    All randomness is a function of (seed, iteration), so a resumed run repeats the original.
     """
     phase = partial(programs.phase, setup=setup, config=config, mesh=mesh)
     key, order_key = iteration_keys(config, iteration)
@@ -157,9 +160,7 @@ def iterate(
 
 
 def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes the average of the policies and the last one as model folders; returns the result of
-    the run.
-    """
+    """Writes the averaged and the last policy as model folders; returns the result of the run."""
     assert state.policy.ema is not None  # `initial_state` asks for it
     folder = Path(workdir)
     for name, params in (("last", state.policy.params), ("ema", state.policy.ema)):
@@ -179,9 +180,7 @@ def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dic
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
-    """Loads the networks, encodes the prompts and the pretraining text, builds the compiled
-    pieces.
-    """
+    """Loads the networks, encodes prompts and pretraining text, builds the compiled functions."""
     check_contexts(config)
     policy = networks.load_network(
         config.model, mesh, config.decoder, rules=sharding_rules(config)["reference"]
@@ -213,14 +212,15 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     one_device = mesh.size == config.microbatches == config.score_microbatches == 1
     pieces = partial(compiled_pieces, config, mesh, policy, value, reward, trained, where)
     return Setup(
-        policy, reward, value.model, *trained, asked, [r.id for r in records], prompts, pretraining, held_out or [],
-        kl_controller(config), pieces(), pieces(rollout_model=scoring.pair_rows) if one_device else None, state,
-        judge(config.gold), judge(config.text_reward),
+        policy, reward, value.model, *trained, asked, [r.id for r in records], prompts, pretraining,
+        held_out or [], kl_controller(config), pieces(),
+        pieces(rollout_model=scoring.pair_rows) if one_device else None, state, judge(config.gold),
+        judge(config.text_reward),
     )  # fmt: skip
 
 
 def text_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Context) -> LMBatch:
-    """Packed rows of a file of plain text, within the policy's context."""
+    """Packed rows of a plain-text file, each document within the policy's context."""
     return datasets.lm_rows(
         tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length"
     )
@@ -231,12 +231,11 @@ def compiled_pieces(
     reward: Network | None, trained: tuple[TrainableParams, TrainableParams], where: PPOState,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
-    """The two compiled pieces after sampling, compiled when first called; the state stays `where`
-    it is.
-    """
+    """The compiled functions after sampling; `where` are the shardings that the state keeps."""
     make_step = partial(
-        make_ppo_step, optimizers=optimizers(config), ppo=update_settings(config), losses=losses(config),
-        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
+        make_ppo_step, optimizers=optimizers(config), ppo=update_settings(config),
+        losses=losses(config), batch_sharding=sharding.batch_sharding(mesh),
+        rollout_model=rollout_model,
     )  # fmt: skip
 
     def step(frozen: tuple[Params, Params]) -> StepFn:
@@ -245,7 +244,8 @@ def compiled_pieces(
         )
 
     score_and_shape = make_score_and_shape(
-        rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
+        rollout_model(policy.model), rollout_model(value.model),
+        reward and rollout_model(reward.model),
         filled_from(Shaping, config, microbatches=config.score_microbatches),
     )  # fmt: skip
     frozen = trained[0].frozen, trained[1].frozen
@@ -253,9 +253,7 @@ def compiled_pieces(
 
 
 def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
-    """What the run is made of, for its checkpoints: the reference and the reward model are in it by
-    their sha256.
-    """
+    """Fingerprints of the inputs for the checkpoints; models are identified by their sha256."""
     files = {key: config[key] for key in ("prompts", "held_out_text")}
     if config.ptx_coef:
         files["pretraining_text"] = config.pretraining_text
@@ -266,7 +264,7 @@ def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
 
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
-    """Compiles the three phases of an iteration for its real shapes and prints their memory."""
+    """Compiles the three phases of an iteration at their real shapes and prints their memory."""
     check(config)
     mesh = devices.start(config.mesh)
     setup = prepare(config, mesh)
@@ -279,9 +277,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def prompts_of(setup: Setup, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The prompts of an iteration on the devices; the id of each counts the prompts of the whole
-    run.
-    """
+    """The prompts of an iteration on the devices; ids count the prompts of the whole run."""
     ids = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
     return sharding.place_batch(
         dataclasses.replace(setup.prompts.at(iteration), ids=sharding.own_rows(ids, mesh)), mesh
@@ -291,8 +287,9 @@ def prompts_of(setup: Setup, iteration: int, config: ConfigDict, mesh: jax.shard
 def sample(
     setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict
 ) -> Samples:
-    """Responses of the current policy, under exactly the distribution that is trained: no top-k, no
-    top-p.
+    """Responses of the current policy.
+
+    Without top-k or top-p: the sampling distribution is exactly the one that the update trains.
     """
     return generate(
         setup.policy.model,
@@ -308,8 +305,9 @@ def sample(
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
-    """The pieces that compute two samples to a row, where they fit in the whole rollout and in each
-    minibatch.
+    """The functions that put two samples into a row, where this fits; else one per row.
+
+    The pairs must fit both in the whole rollout, which is scored, and in each minibatch.
     """
     if setup.paired is None:
         return setup.pieces
@@ -320,22 +318,21 @@ def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDic
 
 
 def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
-    """Stops the run unless policy, reference, sampler and value network agree before the first
-    update.
-    """
+    """Stops the run unless policy, reference, sampler and value network agree before any update."""
     reward = setup.reward
     step_zero_checks(
         setup.policy.model, setup.value, reward.model if reward else None,
         InitialParams(
             policy=setup.trained_policy.whole(state.policy.params), reference=setup.policy.params,
-            value=setup.trained_value.whole(state.value.params), reward=reward.params if reward else None,
+            value=setup.trained_value.whole(state.value.params),
+            reward=reward.params if reward else None,
         ),
         samples, temperature=config.temperature,
     )  # fmt: skip
 
 
 def response_texts(setup: Setup, samples: Samples, iteration: int) -> list[str]:
-    """The responses as text, where a function of texts judges them; an empty list elsewhere."""
+    """The responses as text where a function of texts judges them; otherwise an empty list."""
     if not (setup.gold or setup.text_reward):
         return []
     asked = [setup.asked[i] for i in setup.prompts.indices(iteration)]
@@ -345,8 +342,9 @@ def response_texts(setup: Setup, samples: Samples, iteration: int) -> list[str]:
 def judge_all(
     setup: Setup, score: functions.Judge, texts: list[str], iteration: int
 ) -> list[float]:
-    """`score` of each response of an iteration; each process judges its part, and all get the same
-    numbers.
+    """`score` of each response of an iteration, on every process.
+
+    The processes share the work: process i of n judges the responses i, i + n, i + 2n and so on.
     """
     asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
     part = asked[processes.index() :: processes.count()]
@@ -359,9 +357,7 @@ def judge_all(
 def observe(
     setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict
 ) -> dict[str, Any]:
-    """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining
-    loss.
-    """
+    """Metrics that nothing is trained on: mean gold score of the texts, loss on held-out text."""
     seen: dict[str, Any] = {}
     if setup.gold is not None:
         judged = np.asarray(judge_all(setup, setup.gold, texts, iteration))

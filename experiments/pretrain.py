@@ -1,9 +1,9 @@
-"""Pretrains a storyland base model on the corpus, as the shipped ones were.
+r"""Pretrains a storyland base model on the corpus, as the models of the package were.
 
 Run:
 
-    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large
-    --workdir=runs/pretrain_large
+    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large \
+        --workdir=runs/pretrain_large
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HELD_OUT_SEED = 1
 
 
 class Setup(NamedTuple):
-    """Everything that stays the same while the stage runs, and the state it begins with."""
+    """What is constant while the stage runs, and its initial state."""
 
     mesh: jax.sharding.Mesh
     tokenizer: Any
@@ -60,7 +60,7 @@ class Setup(NamedTuple):
 
 
 def prepare(config: ConfigDict) -> Setup:
-    """Writes the corpus as rows, builds the model, the step and the state."""
+    """Writes the corpus as rows; builds the model, the step and the state."""
     mesh = devices.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
@@ -92,7 +92,7 @@ def prepare(config: ConfigDict) -> Setup:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers that no run can have."""
+    """Refuses settings with which no run is possible."""
     inputs.check_settings(config)
 
 
@@ -109,9 +109,7 @@ def programs(setup: Setup) -> memory.Programs:
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter
-    holds.
-    """
+    """Writes ``model/`` (bfloat16) and ``pretrain.json``; returns the contents of the latter."""
     check(config)
     with memory.phase("set-up", lower=("config.documents", "config.row_length")):
         setup = prepare(config)
@@ -165,5 +163,6 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 if __name__ == "__main__":
     cli.main(
-        run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run, check=check
+        run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run,
+        check=check,
     )  # fmt: skip

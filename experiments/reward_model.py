@@ -1,12 +1,15 @@
-r"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch,
-demonstrations at 0.
+r"""Trains the reward model on rankings, all pairs of a prompt in one batch element, for one epoch.
 
 Run:
 
-    python experiments/reward_model.py --config=configs/reward_model/storyland.py
-    --workdir=runs/reward_model \
-        --config.model=runs/sft/epoch-3 --config.rankings=runs/samples/rankings.jsonl \
+    python experiments/reward_model.py --config=configs/reward_model/storyland.py \
+        --workdir=runs/reward_model --config.model=runs/sft/epoch-3 \
+        --config.rankings=runs/samples/rankings.jsonl \
         --config.demonstrations=runs/data/demonstrations.jsonl
+
+Afterwards its bias is set so that demonstrations score 0 on average.
+
+Source: Ouyang et al. 2022, section 3.5 (eq. 1) and appendix C.2.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ LOWER = (
 
 
 class Setup(NamedTuple):
-    """A stage before its first step."""
+    """The stage before its first step."""
 
     base: networks.Network
     model: Model
@@ -84,13 +87,14 @@ def run(config: ConfigDict, workdir: str) -> dict:
     made_of = origin(config, base)
     records = where(config, rankings, encoded, setup.places)
     settings = Settings(
-        workdir, "reward_model", steps, config.save_every, keep=config.keep, max_skipped=config.guard.max_skipped,
-        show=("reward/loss", "reward/accuracy"),
+        workdir, "reward_model", steps, config.save_every, keep=config.keep,
+        max_skipped=config.guard.max_skipped, show=("reward/loss", "reward/accuracy"),
     )  # fmt: skip
     with (
         memory.phase(
-            "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
-            microbatches=config.microbatches, parameters=networks.size(base.params),
+            "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size,
+            slots=config.row_length, microbatches=config.microbatches,
+            parameters=networks.size(base.params),
         ),
         Loop(settings, setup.state, origin=made_of, data=config.rankings) as loop,
     ):  # fmt: skip
@@ -128,9 +132,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, files and models that no run can have, before anything is loaded or
-    written.
-    """
+    """Refuses settings, files and models with which no run is possible, before any are loaded."""
     inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("rankings", config.rankings)
@@ -141,7 +143,7 @@ def check(config: ConfigDict) -> None:
 
 
 def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
-    """What the stage is made of, for its checkpoints."""
+    """Fingerprints of the stage's inputs for its checkpoints."""
     files = {key: config[key] for key in ("rankings", "demonstrations")}
     files |= {f"evaluation.{name}": path for name, path in config.evaluation.items()}
     models = {"model": networks.model_folder(config.model)}
@@ -154,7 +156,7 @@ def where(
     encoded: Sequence[text.RankedIds],
     places: Sequence[int],
 ) -> guards.Records:
-    """Which rankings lie in which row."""
+    """Which rankings are in which row, so that a skipped step can name its records."""
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
     return guards.Records(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
@@ -220,11 +222,10 @@ def prepare(config: ConfigDict) -> Setup:
 def read_trunk(
     model: Model, trunk: Params, rows: RankingBatch, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Model, RankingBatch]:
-    """A frozen trunk is read once: rows of its hidden states where a score is read, and the model
-    from there on.
+    """Computes a frozen trunk once: its hidden states where a score is read, and the head alone.
 
-    The states take the place of the tokens and each response's end is the place of its state. An
-    epoch over the head then costs next to nothing, so it may take many.
+    The states take the place of the tokens, and the index of each state that of its response's end.
+    An epoch of the head then costs next to nothing, so the head can take many.
     """
     hidden = in_batches(
         partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh, "frozen trunk"
@@ -240,10 +241,9 @@ def read_trunk(
 def in_batches(
     function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str
 ) -> Any:
-    """A function of rows, `size` of them at a time, with a line of progress under `name` where it
-    takes long.
+    """A function of rows, applied to `size` rows at a time, with progress shown under `name`.
 
-    The last batch is filled up with the last row, so that there is one program.
+    The last batch is padded with the last row, so that one compiled program serves all batches.
     """
     count, found = len(rows.tokens), []
     with Progress(name, count, unit="rows") as progress:
@@ -306,8 +306,9 @@ def score_each(
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
 ) -> Scores:
-    """The score of each response, once, however many labelers ranked it; responses to a prompt
-    share its row.
+    """The score of each distinct response, even if several labelers ranked it.
+
+    The responses to a prompt share a row.
     """
     names, items = ranked.distinct_responses(network.tokenizer, rankings, config)
     if not items:

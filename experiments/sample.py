@@ -1,14 +1,13 @@
-r"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank
-them.
+r"""Samples K responses to each prompt from one or several models; simulated labelers rank them.
 
 Run:
 
     python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/samples \
         --config.prompts=runs/data/prompts_ranking.jsonl --config.models="('runs/sft/epoch-1',)"
 
-Writes ``samples.jsonl`` (prompt, responses, policies, temperatures); with ``config.labelers > 0``
-also ``rankings.jsonl``, whose prompts must be storyland's, because only there simulated labelers
-know the truth.
+Writes ``samples.jsonl`` (prompt, responses, policies, temperatures). With ``config.labelers > 0``
+it also writes ``rankings.jsonl``; the prompts must then be storyland's, because the simulated
+labelers know the true quality of a response only there.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rlhf_jax.run.metrics import StageLog
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """K responses to a prompt with where they came from; one line of ``samples.jsonl``."""
+    """K responses to a prompt and how each was sampled; one line of ``samples.jsonl``."""
 
     id: str | None
     prompt: schema.Conversation
@@ -40,7 +39,7 @@ class Responses:
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Samples, ranks, writes; returns counts."""
+    """Samples, ranks and writes; returns the numbers of prompts and responses."""
     check(config)
     mesh = devices.start(config.mesh)
     prompts = datasets.read_prompts(
@@ -65,10 +64,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
             )
             before = sum(sum(counts) for counts in share[:which])
             responses, _ = responses_lib.sample_responses(
-                network, ids, mesh, asked=asked, counts=share[which], prompt_length=config.prompt_length,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=config.seed * len(config.models) + which, batch_size=config.batch_size,
-                progress=lambda done, _, before=before: log(before + done, {"responses": before + done}),
+                network, ids, mesh, asked=asked, counts=share[which],
+                prompt_length=config.prompt_length, max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature, seed=config.seed * len(config.models) + which,
+                batch_size=config.batch_size, progress=lambda done, _,
+                before=before: log(before + done, {"responses": before + done}),
             )  # fmt: skip
             remaining = iter(responses)
             for place, count in enumerate(share[which]):
@@ -96,8 +96,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
-    """Refuses prompts that leave a model no room for an answer, before any model is loaded or
-    asked.
+    """Refuses prompts that leave a model no room for a response, before any model is loaded.
 
     Raises:
       ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the
@@ -112,7 +111,8 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
         text.load_tokenizer(folder), asked, length=config.prompt_length, where=config.prompts
     )  # fmt: skip
     contexts.check(
-        context, [len(each) for each in ids], contexts.prompt_of(config.prompts, asked), new=config.max_new_tokens
+        context, [len(each) for each in ids], contexts.prompt_of(config.prompts, asked),
+        new=config.max_new_tokens,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def check(config: ConfigDict) -> None:
 
 
 def read_samples(path: Path) -> list[Responses]:
-    """What `run` wrote to ``samples.jsonl``."""
+    """Reads the ``samples.jsonl`` that `run` wrote."""
     read = lambda row: Responses(
         row.get("id"),
         _prompt(row),
@@ -161,7 +161,7 @@ def _prompt(row: dict[str, Any]) -> schema.Conversation:
 
 
 def draw_k(seed: int, place: int, low: int, high: int) -> int:
-    """How many responses this prompt gets, uniform in ``low .. high`` (4 to 9 in the paper)."""
+    """The number of responses to this prompt, uniform in ``low .. high`` (4 to 9 in the paper)."""
     if not 2 <= low <= high:
         raise ValueError(f"min_k={low} and max_k={high} must satisfy 2 <= min_k <= max_k")
     return random.Random(f"k/{seed}/{place}").randint(low, high)
@@ -170,8 +170,9 @@ def draw_k(seed: int, place: int, low: int, high: int) -> int:
 def rank(
     records: Sequence[Responses], *, group: str, count: int, labels_each: int = 1
 ) -> list[schema.Ranking]:
-    """Each prompt's responses ranked by simulated labelers of a group, most by one of them only as
-    in the paper.
+    """Each prompt's responses, ranked by the simulated labelers of a group.
+
+    Each prompt is ranked by `labels_each` labelers, one by default, as most are in the paper.
 
     Args:
       records: sampled responses to storyland prompts.
@@ -188,8 +189,8 @@ def rank(
             rankings.append(
                 schema.Ranking(
                     record.prompt, record.responses, tuple(r - 1 for r in ranks),
-                    id=f"{record.id}/{person.name}", source="storyland", labeler=person.name, labeler_group=group,
-                    policies=record.policies, temperatures=record.temperatures,
+                    id=f"{record.id}/{person.name}", source="storyland", labeler=person.name,
+                    labeler_group=group, policies=record.policies, temperatures=record.temperatures,
                 )
             )  # fmt: skip
     return rankings

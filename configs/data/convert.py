@@ -1,7 +1,7 @@
 r"""A file in another tool's format, converted into the files that the stages read.
 
 The formats are those of docs/data_sources.md: alpaca, dolly, sharegpt, openai, trl, hh, oasst,
-rated, argilla, label_studio, jsonl. Without ``--source`` the format is recognized by the columns
+rated, argilla, label_studio, jsonl. Without ``--source`` the format is recognised by the columns
 and printed. Records are split by conversation.
 
     python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
@@ -20,9 +20,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "source": "convert",
-            "form": "",  # "" = recognized by the columns
+            "form": "",  # "" = recognised by the columns
             "data": "",  # a file, or a folder of shards
-            "columns": "",  # ours=theirs,..: renames columns of the table; ours= ignores one
+            "columns": "",  # wanted=name,..: renames columns of the table; wanted= ignores one
             "split": "",  # which split of a folder that has several
             "language": "en",  # language of OpenAssistant's messages to keep
             **own_data.cleaning(),

@@ -8,9 +8,9 @@ of the experiments of one million episodes in its released code.
 
 Where it departs from the paper and its code ("the original"):
 
-- The value network is separate, initialized from the reward model, with its own optimizer; the
-  original has a zero-initialized value head on the policy's trunk, and its loss times 0.1.
-- The reward model's scores are centered on demonstrations after training; the original scales them
+- The value network is separate, initialised from the reward model, with its own optimizer; the
+  original has a zero-initialised value head on the policy's trunk, and its loss times 0.1.
+- The reward model's scores are centred on demonstrations after training; the original scales them
   to mean 0 and variance 1 over 256 samples of the reference policy, before and after training.
 - The reward model starts from the SFT model with a fresh head; the original's from GPT-2.
 - The policy is fine-tuned first, so that it learns to end its texts (the learning rates of that are

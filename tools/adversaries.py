@@ -1,14 +1,13 @@
-"""Prints what adversaries that search find in storyland's gold scorer, as the rows of
-docs/storyland.md.
+"""Prints what search finds against storyland's gold scorer, as the rows of docs/storyland.md.
 
 Run:
 
     python tools/adversaries.py best_of --model=storyland:base_large
     python tools/adversaries.py samples --model=runs/ppo_gold/ema
 
-``best_of`` draws 256 responses to each of 20 test prompts and shows the one that gold likes best;
-``samples`` shows one response to each, of a policy that was trained on the gold scorer itself
-(`text_reward` of experiments/ppo.py).
+``best_of`` draws 256 responses to each of 20 test prompts and prints the one that the gold scorer
+rates highest. ``samples`` prints one response to each, from a policy that was trained on the gold
+scorer itself (`text_reward` of experiments/ppo.py).
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ def main() -> None:
     )
     count = BEST_OF if args.how == "best_of" else 1
     texts, _ = responses.sample_responses(
-        network, ids, mesh, counts=count, prompt_length=SLOTS, max_new_tokens=SLOTS, temperature=1.0, seed=args.seed,
-        batch_size=256,
+        network, ids, mesh, counts=count, prompt_length=SLOTS, max_new_tokens=SLOTS,
+        temperature=1.0, seed=args.seed, batch_size=256,
     )  # fmt: skip
     scores = np.array([gold(tasks[i // count], t).score for i, t in enumerate(texts)]).reshape(
         PROMPTS, count

@@ -60,10 +60,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     judge = functions.judge(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
     results: dict[str, Any] = {
-        "prompts": len(prompts),
-        "temperature": config.temperature,
-        "sample_seed": config.seed,
-    }
+        "prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed,
+    }  # fmt: skip
     answers: dict[str, Answers] = {}
     held_out: dict[str, list[LMBatch]] = {}
     counts = {
@@ -95,6 +93,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
                 context = contexts.of_network(network, networks.model_folder(paths[name]))
+                # Tokenized once per tokenizer: most of the compared models share one.
                 held_out[kind] = held_out.get(kind) or held_out_batches(
                     network.tokenizer, config, mesh, context=context
                 )  # fmt: skip
@@ -111,7 +110,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             if answers[name].scored_in_part:
                 results.setdefault("scored_in_part", {})[name] = answers[name].scored_in_part
             log(done, answers[name].means())
-            log.flush()  # said when the model is done, and not with the next one
+            log.flush()  # reported when this model is done, not together with the next one
     results |= compare(answers, [str(p.prompt) for p in prompts])
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)
@@ -138,7 +137,7 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
         folder = networks.model_folder(path)
         context = contexts.of_folder(folder)
         if context.length is None or not (folder / "tokenizer.json").exists():
-            continue  # told where the model is loaded
+            continue  # loading the model reports this
         known: Any = networks.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
         for ask in each:
             what = (
@@ -148,11 +147,9 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             )
             name = contexts.prompt_of(what, [p.prompt for p in prompts])
             contexts.check(
-                context,
-                [len(ids) for ids in ask(known, prompts)[0]],
-                name,
+                context, [len(ids) for ids in ask(known, prompts)[0]], name,
                 new=config.max_new_tokens,
-            )
+            )  # fmt: skip
         if (
             config.held_out_text
             and path in paths.values()
@@ -197,9 +194,8 @@ def few_shot_prompts(
     score).
     """
     asks = few_shot_asks(config)
-    slots = max(
-        ask(network, prompts)[1] for ask in asks
-    )  # the same for all, so that they share a compiled program
+    # One width for all candidates, so that they share a compiled program.
+    slots = max(ask(network, prompts)[1] for ask in asks)
     asks = [in_slots(ask, slots) for ask in asks]
 
     trial = prompts[: config.few_shot.trial_prompts]
@@ -251,12 +247,9 @@ def answer(
     return Answers(
         [texts[i : i + count] for i in range(0, len(texts), count)],
         np.array([g.score for g in judged]).reshape(shape) if judge else None,
-        [dict(g.parts) for g in judged],
-        rewards.reshape(shape),
-        tokens.reshape(shape),
-        samples,
+        [dict(g.parts) for g in judged], rewards.reshape(shape), tokens.reshape(shape), samples,
         cut,
-    )
+    )  # fmt: skip
 
 
 def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgement:
@@ -271,9 +264,8 @@ def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgeme
     if not math.isfinite(judged.score):
         raise ValueError(
             f"gold={scorer.name} gave {judged.score} for the prompt {str(prompt.id)!r}: an "
-            "evaluation compares the "
-            "answers to each prompt, return a number for every response or leave the prompt out of "
-            "its file"
+            "evaluation compares the answers to each prompt, return a number for every response or "
+            "leave the prompt out of its file"
         )
     return judged
 
@@ -282,12 +274,9 @@ def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgeme
 
 
 def held_out_batches(
-    tokenizer: Any,
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    *,
+    tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *,
     context: contexts.Context | None = None,
-) -> list[LMBatch]:
+) -> list[LMBatch]:  # fmt: skip
     """Held-out pretraining text: the rise of its loss, in nats per token, is the alignment tax."""
     rows = read_held_out(tokenizer, config, context=context)
     return datasets.held_out_batches(
@@ -310,9 +299,9 @@ def kl_to_reference(
 ) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence.
 
-    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from a distribution:
-    for them the number is the mean log-ratio of the most likely response, not an estimate of a KL
-    divergence.
+    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from a
+    distribution: for them the number is the mean log-ratio of the most likely response, not an
+    estimate of a KL divergence.
     """
     reference = networks.load_network(config.reference, mesh, config.decoder)
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
@@ -353,20 +342,16 @@ def write_samples(
             gold = None if said.gold is None else float(said.gold[i, 0])
             lines.append(
                 Line(
-                    p.id,
-                    name,
-                    chat.readable(p.prompt),
-                    said.texts[i][0],
-                    gold,
+                    p.id, name, chat.readable(p.prompt), said.texts[i][0], gold,
                     float(said.reward[i, 0]),
                 )
-            )
+            )  # fmt: skip
     schema.write_jsonl(path, lines)
 
 
 if __name__ == "__main__":
     cli.main(
         run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
-        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one "
-            "host.", check=check,
+        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.",
+        check=check,
     )  # fmt: skip

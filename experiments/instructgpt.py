@@ -58,9 +58,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     compiling.Compiling.listen()
     pipeline = Pipeline(config, Path(workdir))
     steps = pipeline.plan()
-    with files.written(
-        Path(workdir) / CONFIG_FILE
-    ) as file:  # not before the plan: it may refuse the config
+    # Written only after the plan, which may refuse the config.
+    with files.written(Path(workdir) / CONFIG_FILE) as file:
         file.write(config_lib.to_json(config) + "\n")
     if config.get("smoke", False):
         print(SMOKE, flush=True)
@@ -76,7 +75,7 @@ def dry_run(config: ConfigDict, workdir: str, *, overwrite: bool = False) -> Non
     folder = Path(workdir)
     if overwrite and folder.exists():
         print(f"The earlier run in {workdir} would be moved aside first.", flush=True)
-        folder = folder / "new"  # a folder that is not there, in which nothing is done
+        folder = folder / "new"  # does not exist, so no stage counts as done
     print(describe(Pipeline(config, folder).plan(fetch=False), workdir), flush=True)
 
 
@@ -97,7 +96,7 @@ def check_shapes(config: ConfigDict) -> None:
         networks.check_shape(
             "reward_model.model", config.reward_model.model, config.shapes.reward_model
         )
-    # PPO comes hours later, from a model of the base's context.
+    # The models of PPO do not exist yet; the base model has the same context length.
     later = config_lib.unlocked_copy(config.ppo)
     later.update(model=config.base, reward_model=config.reward_model.model)
     settings.check_contexts(later)
@@ -121,7 +120,7 @@ class Pipeline:
     def __init__(self, config: ConfigDict, folder: Path):
         self.config, self.folder, self._shown = config, Path(folder).absolute(), Path(folder)
         for key in ("base", "seed", *reads.GROUPS.values()):
-            config[key]  # the config of another program is told as one
+            config[key]  # raises KeyError for the config of another program
         plain = json.loads(config_lib.to_json(config), parse_constant=str)
         work = {
             "data": self.prepare, "sft": self.sft, "ppo_init": self.ppo_init,
@@ -130,15 +129,12 @@ class Pipeline:
             "ppo_ptx": lambda folder: self.ppo(folder, ptx=True), "evaluation": self.evaluation,
         }  # fmt: skip
         parts, needs, costs = (
-            reads.parts(plain, pretrained.MODELS),
-            reads.needs(plain),
-            reads.costs(plain),
-        )
+            reads.parts(plain, pretrained.MODELS), reads.needs(plain), reads.costs(plain),
+        )  # fmt: skip
         own = reads.own_data(config.data, pretrained.MODELS, entries)
         self.paths = reads.Paths(self.folder, config.to_dict(), lambda stage: self.done(stage), own)
-        for name in {
-            key.partition("/")[0] for key in own
-        }:  # a file counts by its content, not its name
+        # A user's file is identified by its content, so renaming it does not repeat the stage.
+        for name in {key.partition("/")[0] for key in own}:
             del parts["data"]["data"][name]
         stages = [
             Stage(
@@ -164,8 +160,8 @@ class Pipeline:
     def plan(self, *, fetch: bool = True) -> list[Step]:
         """What to do with each stage; refuses models of other sizes than the config's.
 
-        A finished run no longer needs its base model. Without `fetch`, a model that would have to be
-        downloaded by name is not inspected.
+        A finished run no longer needs its base model. Without `fetch`, a model that would have to
+        be downloaded by name is not inspected.
         """
         done = all((self.folder / name / "done.json").is_file() for name in STAGES)
         checks = fetch or self.config.base not in pretrained.MODELS
@@ -226,11 +222,9 @@ class Pipeline:
         if not self.config.sample.labelers:
             return self.paths.rankings()
         config = self._settings(
-            "samples",
-            models=self.paths.sampled(),
-            prompts=self.data("prompts_ranking"),
+            "samples", models=self.paths.sampled(), prompts=self.data("prompts_ranking"),
             seed=self.config.seed,
-        )
+        )  # fmt: skip
         counts = sample.run(config, folder)
         held = config_lib.unlocked_copy(config)
         held.update(prompts=self.data("prompts_validation"), labels_each=2)
@@ -286,11 +280,9 @@ class Pipeline:
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])
         return {
-            "epochs": epochs,
-            "path": best["path"],
-            "epoch": best["epoch"],
+            "epochs": epochs, "path": best["path"], "epoch": best["epoch"],
             "lowest_loss_epoch": lowest["epoch"],
-        }
+        }  # fmt: skip
 
     def ppo(self, folder: str, *, ptx: bool) -> dict:
         """PPO, with or without the pretraining mix."""
@@ -335,9 +327,8 @@ class Pipeline:
             (row for name in STAGES for row in results.log_rows(self.folder, name)),
         )
         missing = check_results(found)
-        if (
-            missing and self.config.evaluate.gold
-        ):  # half of the keys speak of a truth that people's data do not hold
+        # Human data have no gold scores, so half of the keys are missing there by design.
+        if missing and self.config.evaluate.gold:
             print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
         return found
 
@@ -357,7 +348,8 @@ class Pipeline:
 
 if __name__ == "__main__":
     cli.main(
-        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run, check=check_shapes,
+        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run,
+        check=check_shapes,
         one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take "
-            "--distributed.",
+        "--distributed.",
     )  # fmt: skip

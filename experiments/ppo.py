@@ -7,9 +7,16 @@ Run:
         --config.prompts=runs/data/prompts_ppo.jsonl \
         --config.pretraining_text=runs/data/corpus.jsonl
 
-One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. PPO-ptx
-mixes the language-model loss of pretraining text into the update. The initial policy is also the
-reference of the KL penalty.
+One iteration (`iterate`):
+
+1. Sample: the policy ``pi`` answers a batch of prompts.
+2. Score and shape: the reward model scores each response, and the score becomes rewards of tokens,
+   ``reward_t = score * [t is last] - kl_coef * (log pi(y_t) - log pi_ref(y_t))``, from which GAE
+   computes advantages and returns.
+3. Update: epochs x minibatches optimizer steps on the clipped policy loss and the value loss;
+   PPO-ptx mixes in the language-model loss of pretraining text.
+
+The reference ``pi_ref`` is the initial policy; the value network starts from the reward model.
 
 Source: Ouyang et al. 2022, section 3.5 (eq. 2) and appendix C.4.
 """
@@ -71,25 +78,20 @@ from rlhf_jax.steps import compile_frozen_step, make_ppo_step, minibatch_order
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Samples, StepFn
 
 SHOW = (
-    "rollout/score",
-    "gold_score",
-    "rollout/kl_nats_per_sequence",
-    "rollout/response_tokens",
+    "rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens",
     "held_out_loss",
-)
+)  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
     check(config)
     mesh = devices.start(config.mesh)
+    # Several processes train one model, so all of them must read the same files.
     devices.agree_on_inputs(
-        config.model,
-        config.reward_model,
-        config.prompts,
-        config.pretraining_text,
+        config.model, config.reward_model, config.prompts, config.pretraining_text,
         config.held_out_text,
-    )
+    )  # fmt: skip
     with memory.phase(
         "set-up",
         lower=("config.mesh (more devices)", "config.train=lora", "config.optimizer=adam_bf16"),
@@ -100,11 +102,12 @@ def run(config: ConfigDict, workdir: str) -> dict:
         keep=config.keep, max_skipped=config.guard.max_skipped, show=SHOW, unit="iterations",
     )  # fmt: skip
     with Loop(settings, setup.state, origin=origin(config, setup), data=config.prompts) as loop:
-        if not loop.is_over:
+        if not loop.is_over:  # a finished run that is started again has nothing to compile
             programs.compile_ahead(setup, config, mesh)
         for iteration, state in loop:
             state, metrics = iterate(setup, state, iteration, config, mesh)
             loop.log(metrics)
+            # Before `done`, which saves: a run that has diverged stops here.
             watch(setup, loop.skips, metrics, iteration, config)
             loop.done(state)
     result = save(loop.state, setup, config, workdir)
@@ -118,17 +121,19 @@ def iterate(
 
     All randomness is a function of (seed, iteration), so a resumed run repeats the original.
     """
+    # Each phase waits for its arrays, so that running out of memory is reported by its name.
     phase = partial(programs.phase, setup=setup, config=config, mesh=mesh)
     key, order_key = iteration_keys(config, iteration)
 
-    # Sample: one response to each prompt of the iteration.
+    # 1. Sample one response to each prompt of the iteration.
     prompts = prompts_of(setup, iteration, config, mesh)
     with phase("rollout"):
         samples = jax.block_until_ready(sample(setup, state, prompts, key, config))
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
 
-    # Score: by the reward model, or by a function of the texts; then rewards, advantages, returns.
+    # 2. Score by the reward model, or on the host by a function of the texts (`scores`); then
+    # compute rewards, advantages and returns.
     texts = response_texts(setup, samples, iteration)
     judged = judge_all(setup, setup.text_reward, texts, iteration) if setup.text_reward else None
     scores = None
@@ -144,36 +149,32 @@ def iterate(
             )
         )
 
-    # Update: epochs x minibatches steps of policy and value network, with pretraining rows mixed in
-    # (PPO-ptx).
-    rows = (
-        None
-        if setup.pretraining is None
-        else sharding.place_batch(setup.pretraining.at(iteration), mesh)
-    )
+    # 3. Update policy and value network in epochs x minibatches steps. PPO-ptx also trains on rows
+    # of pretraining text.
+    rows = None if setup.pretraining is None else sharding.place_batch(
+        setup.pretraining.at(iteration), mesh
+    )  # fmt: skip
     with phase("update"):
         state, update = jax.block_until_ready(pieces.step(state, rollout, rows, order_key))
     kl = setup.controller.update(state.kl, metrics["rollout/kl_nats_per_sequence"].value)
-    # Back to where the compiled step expects it: another placement would compile the step again.
+    # Placed as the compiled step expects it: another sharding would compile the step again.
     state = dataclasses.replace(state, kl=jax.device_put(kl, setup.state.kl.coef.sharding))
     return state, metrics | update | observe(setup, state, texts, iteration, config)
 
 
 def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Writes the averaged and the last policy as model folders; returns the result of the run."""
-    assert state.policy.ema is not None  # `initial_state` asks for it
+    assert state.policy.ema is not None  # `initial_state` requests it
     folder = Path(workdir)
     for name, params in (("last", state.policy.params), ("ema", state.policy.ema)):
         networks.save_network(
             folder / name, setup.policy._replace(params=setup.trained_policy.merged(params))
         )
     return {
-        "ema": str(folder / "ema"),
-        "last": str(folder / "last"),
-        "episodes": config.iterations * config.episodes,
-        "optimizer_steps": int(state.policy.step),
+        "ema": str(folder / "ema"), "last": str(folder / "last"),
+        "episodes": config.iterations * config.episodes, "optimizer_steps": int(state.policy.step),
         "kl_coef": float(state.kl.coef),
-    }
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- before the loop
@@ -182,12 +183,14 @@ def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dic
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     """Loads the networks, encodes prompts and pretraining text, builds the compiled functions."""
     check_contexts(config)
+    # The loaded network is the reference; the trained policy is built from it below.
     policy = networks.load_network(
         config.model, mesh, config.decoder, rules=sharding_rules(config)["reference"]
     )
     reward, value = reward_and_value(policy, config, mesh)
     records = datasets.read_prompts(config.prompts, tokenizer=policy.tokenizer)
     asked = [r.prompt for r in records]
+    # Each tokenizer renders conversations by its own chat template; these must agree.
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
     ids = datasets.encode_prompts(
@@ -206,9 +209,11 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
         )
     if config.held_out_text:
         rows = text_rows(policy.tokenizer, config.held_out_text, config, context)
+        # A fixed seed: runs of every seed are evaluated on the same rows.
         held_out = datasets.held_out_batches(
             rows, mesh, batch_size=config.held_out_rows, seed=0, most=1
         )
+    # Two samples in a row save work on one device; over several, exchanging rows costs more.
     one_device = mesh.size == config.microbatches == config.score_microbatches == 1
     pieces = partial(compiled_pieces, config, mesh, policy, value, reward, trained, where)
     return Setup(
@@ -238,6 +243,8 @@ def compiled_pieces(
         rollout_model=rollout_model,
     )  # fmt: skip
 
+    # With LoRA the base weights are frozen: an argument of the compiled step, because as a constant
+    # inside it they would be a second copy.
     def step(frozen: tuple[Params, Params]) -> StepFn:
         return make_step(
             trained[0].model(policy.model, frozen[0]), trained[1].model(value.model, frozen[1])
@@ -292,16 +299,13 @@ def sample(
     Without top-k or top-p: the sampling distribution is exactly the one that the update trains.
     """
     return generate(
-        setup.policy.model,
-        setup.trained_policy.merged(state.policy.params),
-        prompts,
+        setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts,
         jax.random.fold_in(key, 0),
         Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             stop_ids=stop_ids(setup),
         ),
-    )
+    )  # fmt: skip
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
@@ -351,6 +355,7 @@ def judge_all(
     judged = processes.exchange(
         "scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part]
     )
+    # Undo the sharing: response i is number i // n of process i % n.
     return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
 
 
@@ -361,7 +366,7 @@ def observe(
     seen: dict[str, Any] = {}
     if setup.gold is not None:
         judged = np.asarray(judge_all(setup, setup.gold, texts, iteration))
-        told = judged[np.isfinite(judged)]  # it may abstain
+        told = judged[np.isfinite(judged)]  # NaN: the scorer abstained
         seen["gold_score"] = float(told.mean()) if len(told) else float("nan")
     if setup.held_out and (
         iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations

@@ -90,9 +90,9 @@ def _write(folder: Path, files: Mapping[str, Iterable[Any]]) -> dict[str, int]:
 def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     """HH-RLHF pairs and OpenAssistant rankings, split by conversation, and English text.
 
-    Rankings, demonstrations and prompts never share a conversation. ``data_report.txt`` has what was
-    read, what was left out and why. Where `config.data_dir` has HH-RLHF alone, the report names the
-    files that are not written; without `config.subsets` only OpenAssistant is read.
+    Rankings, demonstrations and prompts never share a conversation. ``data_report.txt`` has what
+    was read, what was left out and why. Where `config.data_dir` has HH-RLHF alone, the report names
+    the files that are not written; without `config.subsets` only OpenAssistant is read.
     """
     shares = parts.Parts(config)
     where = config.data_dir or None
@@ -118,7 +118,7 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     parts.require_records(files)
     counts = _write(folder, {name: records for name, records in files.items() if records})
     sizes = collections.Counter(len(r.responses) for r in files["rankings"])
-    # Readers name the split they were asked for; the parts here are others.
+    # `noted` names the splits of the source, not the parts that are made here, so it is left out.
     lines = [dataclasses.replace(report, noted={}).summary() for report in reports] + skipped
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
     lines += [
@@ -208,11 +208,9 @@ def convert(config: ConfigDict, folder: Path) -> dict:
 
 
 def _cleaned(
-    config: ConfigDict,
-    sets: dict[str, list[Any]],
-    fractions: dict[str, float],
+    config: ConfigDict, sets: dict[str, list[Any]], fractions: dict[str, float],
     reports: list[schema.DataReport],
-) -> tuple[dict[str, Any], Lengths | None]:
+) -> tuple[dict[str, Any], Lengths | None]:  # fmt: skip
     """The stages' records, cleaned and split by the config, and the counts of those too long."""
     sets = own.deduplicated(sets, config.prefix_length, reports)
     if config.per_user:
@@ -227,7 +225,10 @@ def _cleaned(
     if config.pii_hook:
         hook = config_lib.resolve(config.pii_hook)
         for name, part in split.items():
-            advice = f"see what pii_hook={config.pii_hook} does with it, or stop with Ctrl-C and take the row out"
+            advice = (
+                f"see what pii_hook={config.pii_hook} does with it, or stop with Ctrl-C and take "
+                "the row out"
+            )
             with told_when_slow(advice) as begin:
                 on_row = lambda place, r, name=name: begin(
                     f"pii_hook: record {place} of {name} (id {r.id})"
@@ -303,34 +304,25 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
             f"{path} continues {config.question!r} with {answer!r}: delete the folder and run again"
         )
     result = {
-        "model": config.model,
-        "folder": str(path),
-        "question": config.question,
-        "answer": answer,
-    }
+        "model": config.model, "folder": str(path), "question": config.question, "answer": answer,
+    }  # fmt: skip
     write_json(folder / "model.json", result)
     print(f"{config.model} is in {path}\n{config.question}{answer}", flush=True)
     return result
 
 
 SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
-    "storyland": storyland,
-    "hh_rlhf": hh_rlhf,
-    "jsonl": own_files,
-    "convert": convert,
-    "pretrained": pretrained,
-    "look": lambda config, folder: {"records": look.look(config)},
-}
+    "storyland": storyland, "hh_rlhf": hh_rlhf, "jsonl": own_files, "convert": convert,
+    "pretrained": pretrained, "look": lambda config, folder: {"records": look.look(config)},
+}  # fmt: skip
 
 
 def dry_run(config: ConfigDict) -> None:
     """Looks at a file (``--look``); the other sources have no dry run."""
     checks.require(
-        config.source == "look",
-        "--dry_run",
-        True,
+        config.source == "look", "--dry_run", True,
         "only --look=FILE writes nothing: leave --dry_run out",
-    )
+    )  # fmt: skip
     look.look(config)
 
 

@@ -76,7 +76,7 @@ def prepare(config: ConfigDict) -> Setup:
         length=config.row_length,
     )
     context = contexts.Context(config.model.context_length, "config.model")
-    for each in (rows, held_out):
+    for each in (rows, held_out):  # a longer row would have positions that the model lacks
         contexts.check_rows(context, each, f"a document in rows of row_length={config.row_length}")
     batches = datasets.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
@@ -119,7 +119,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         log(step, {"held_out_loss": lm_loss(model, state.params, setup.held_out)})
-        # bfloat16 is half the size, and `load_hf` reads it back as float32
+        # bfloat16 halves the file, and `load_hf` reads it back as float32.
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
         networks.save_network(folder / "model", networks.Network(model, half, tokenizer))
 

@@ -104,10 +104,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
             )
             loop.log(metrics, rows=partial(records.of_step, setup.batches, step))
             loop.done(state)
+    # The loss only sees differences of scores, so their common offset is free; see `center`.
     network = center(
         networks.Network(model, trained.merged(loop.state.params), base.tokenizer), config, mesh
     )
-    guards.check_read(made_of)
+    guards.check_read(made_of)  # the input files must not have changed during training
     networks.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {
         "model": str(Path(workdir) / "model"),
@@ -197,6 +198,7 @@ def prepare(config: ConfigDict) -> Setup:
     trained = networks.trainable(
         scalar_from_language_model(base.params, jax.random.key(config.seed)), config
     )
+    # With a frozen trunk the step reads stored hidden states instead of tokens.
     read, seen = (
         (model, rows)
         if config.train != "head"
@@ -278,10 +280,10 @@ def center(
     if len(fitting_records) < len(records) and processes.index() == 0:
         print(
             f"bias: {len(records) - len(fitting_records)} of {len(records)} demonstrations are "
-            "left out, they are "
-            f"longer than the context of {context} tokens",
+            f"left out, they are longer than the context of {context} tokens",
             flush=True,
         )
+    # Long demonstrations are dropped before the cut, so that the bias has its number of them.
     records = fitting_records[: config.bias_demonstrations]
     checks.require(
         bool(records), "demonstrations", config.demonstrations,

@@ -48,8 +48,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     for name in config.models:
         check_context(name, prompts, config)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
-    # Response k of a prompt comes from model k mod n: each prompt compares the models with one
-    # another.
+    # Response k of a prompt comes from model k mod n, so that every prompt compares the models.
     drawn: list[dict[int, str]] = [{} for _ in prompts]
     share = [
         [len(range(which, k, len(config.models))) for k in ks]
@@ -75,6 +74,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 drawn[place] |= {
                     which + n * len(config.models): next(remaining) for n in range(count)
                 }
+    # Put the responses of all models back in the order of k.
     records = [
         Responses(
             prompt.id, prompt.prompt, tuple(drawn[p][k] for k in range(ks[p])),
@@ -86,11 +86,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
     schema.write_jsonl(Path(workdir) / "samples.jsonl", records)
     if config.labelers:
         rankings = rank(
-            records,
-            group=config.labeler_group,
-            count=config.labelers,
+            records, group=config.labeler_group, count=config.labelers,
             labels_each=config.labels_each,
-        )
+        )  # fmt: skip
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
     return {"prompts": len(prompts), "responses": sum(ks)}
 
@@ -105,7 +103,7 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
     folder = networks.model_folder(name)
     context = contexts.of_folder(folder)
     if context.length is None or not (folder / "tokenizer.json").exists():
-        return  # told where the model is loaded
+        return  # loading the model reports this
     asked = [p.prompt for p in prompts]
     ids = datasets.encode_prompts(
         text.load_tokenizer(folder), asked, length=config.prompt_length, where=config.prompts
@@ -122,11 +120,9 @@ def check(config: ConfigDict) -> None:
     draw_k(config.seed, 0, config.min_k, config.max_k)
     models = config.models
     checks.require(
-        isinstance(models, tuple) and len(models) > 0,
-        "models",
-        models,
+        isinstance(models, tuple) and len(models) > 0, "models", models,
         "pass folders, --config.models=\"('FOLDER',)\"",
-    )
+    )  # fmt: skip
     for place, name in enumerate(models):
         try:
             inputs.check_model(f"models[{place}]", name)

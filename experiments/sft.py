@@ -111,8 +111,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
             loop.log(metrics, rows=partial(setup.records.of_step, setup.batches, step))
             loop.done(state)
     last = folder / f"epoch-{config.epochs}"
-    # Where it was lost after all was done, the last checkpoint holds it too; all processes have to
-    # agree on that.
+    # If the folder was lost after training, the last checkpoint restores it; saving is collective,
+    # so all processes must agree on whether it is needed.
     if processes.on_first("last epoch", lambda: not last.exists()):
         networks.save_network(last, network._replace(params=trained.merged(loop.state.params)))
     return results.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
@@ -140,7 +140,7 @@ def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
         bool(epochs), "metrics.jsonl", str(folder / "metrics.jsonl"),
         "holds no validation loss of this run, somebody changed it: start afresh with --overwrite",
     )  # fmt: skip
-    # A loss that was not finite is null in the log, and the worst there is.
+    # A loss that was not finite is null in the log and counts as the worst.
     losses = [x if isinstance(x := row["validation_loss"], float) else math.inf for row in epochs]
     lowest = epochs[losses.index(min(losses))]["epoch"]
     return {
@@ -259,6 +259,7 @@ def mix_in(
     Source: Ouyang et al. 2022, appendix C.3 (10% pretraining data in the init of PPO).
     """
     fraction = config.pretraining_fraction
+    # Of n + w rows a fraction f is pretraining text where w = n f / (1 - f).
     wanted = round(len(rows.tokens) * fraction / (1 - fraction))
     pool = datasets.lm_rows(
         tokenizer, config.pretraining_text, length=config.row_length, context=context

@@ -53,11 +53,9 @@ from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_s
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
 LOWER = (
-    "config.microbatches (more, smaller pieces)",
-    "config.decoder.remat=block",
-    "config.batch_size",
+    "config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size",
     "config.mesh",
-)
+)  # fmt: skip
 
 
 class Setup(NamedTuple):
@@ -111,10 +109,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     guards.check_read(made_of)  # the input files must not have changed during training
     networks.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {
-        "model": str(Path(workdir) / "model"),
-        "steps": steps,
-        "prompts": len(encoded),
-    }
+        "model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded),
+    }  # fmt: skip
     result |= {"padding_share": text.padding_share(rows), **ranked.tokens(encoded)}
     result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
@@ -152,11 +148,9 @@ def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
 
 
 def where(
-    config: ConfigDict,
-    rankings: Sequence[schema.Ranking],
-    encoded: Sequence[text.RankedIds],
+    config: ConfigDict, rankings: Sequence[schema.Ranking], encoded: Sequence[text.RankedIds],
     places: Sequence[int],
-) -> guards.Records:
+) -> guards.Records:  # fmt: skip
     """Which rankings are in which row, so that a skipped step can name its records."""
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
     return guards.Records(
@@ -291,23 +285,18 @@ def center(
         "longer context",
     )  # fmt: skip
     scores = responses_lib.score_responses(
-        network,
-        [r.prompt for r in records],
-        [r.response for r in records],
-        mesh,
+        network, [r.prompt for r in records], [r.response for r in records], mesh,
         batch_size=config.score_batch_size,
-    )
+    )  # fmt: skip
     head = network.params["score"]
     bias = head["bias"] + quality.demonstration_bias(scores)
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
 
 
 def score_each(
-    network: networks.Network,
-    rankings: Sequence[schema.Ranking],
-    config: ConfigDict,
+    network: networks.Network, rankings: Sequence[schema.Ranking], config: ConfigDict,
     mesh: jax.sharding.Mesh,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """The score of each distinct response, even if several labelers ranked it.
 
     The responses to a prompt share a row.
@@ -325,12 +314,9 @@ def score_each(
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)
     scored = in_batches(
-        partial(_ranking_scores, network.model, network.params),
-        rows,
-        config.batch_size,
-        mesh,
+        partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh,
         "held-out",
-    )
+    )  # fmt: skip
     return {
         name: float(scored[row, place, k])
         for row, inside in enumerate(places)
@@ -341,9 +327,6 @@ def score_each(
 
 if __name__ == "__main__":
     cli.main(
-        run,
-        config="configs/reward_model/storyland.py",
-        workdir="runs/reward_model",
-        dry_run=dry_run,
-        check=check,
-    )
+        run, config="configs/reward_model/storyland.py", workdir="runs/reward_model",
+        dry_run=dry_run, check=check,
+    )  # fmt: skip

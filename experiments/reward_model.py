@@ -277,7 +277,7 @@ def center(
             f"left out, they are longer than the context of {context} tokens",
             flush=True,
         )
-    # Long demonstrations are dropped before the cut, so that the bias has its number of them.
+    # Cut after filtering, so that the average has as many demonstrations as the config asks for.
     records = fitting_records[: config.bias_demonstrations]
     checks.require(
         bool(records), "demonstrations", config.demonstrations,

@@ -239,6 +239,7 @@ def answer(
         )  # fmt: skip
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
+    # Encoded again by the reward model's tokenizer, a text may be longer than what was sampled.
     rows, cut = responses.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
     rewards = responses.score_rows(reward, rows, mesh, batch_size=config.batch_size)
     judged = [known(judge, p, t) for p, t in zip(asked, texts, strict=True)] if judge else []
@@ -307,6 +308,7 @@ def kl_to_reference(
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
     gaps = np.zeros(len(said.samples.lengths))
     most = contexts.of_network(reference).length
+    # Rows of similar length share a batch, so that little padding is computed.
     for index, slots in responses.by_length(said.samples.lengths, config.batch_size, most=most):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])

@@ -150,7 +150,10 @@ class Pipeline:
         )  # fmt: skip
 
     def stage(self, name: str, work: Callable[[str], dict] | None = None) -> dict:
-        """Runs a stage unless it is done and returns its result; `work` must compute the same."""
+        """Runs a stage unless it is done and returns its result.
+
+        `work`, if given, runs instead of the stage's own function and must compute the same.
+        """
         return self.stages.stage(name, work)
 
     def done(self, name: str) -> dict:

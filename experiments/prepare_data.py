@@ -132,7 +132,7 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
 
 
 def _report(folder: Path, lines: Sequence[str], *, before: Sequence[str] = ()) -> None:
-    """Writes data_report.txt and prints it; the lines `before` were printed already."""
+    """Writes data_report.txt and prints it, without the lines `before`, printed already."""
     text = "\n".join(lines).rstrip("\n") + "\n"
     with written(folder / "data_report.txt") as file:
         file.write("".join(f"{line}\n" for line in before) + text)
@@ -318,7 +318,7 @@ SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Looks at a file (``--look``); the other sources have no dry run."""
+    """Looks at a file (``--look``); no other source has a dry run."""
     checks.require(
         config.source == "look", "--dry_run", True,
         "only --look=FILE writes nothing: leave --dry_run out",
@@ -327,7 +327,7 @@ def dry_run(config: ConfigDict) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line; an unknown source ends it with one line, as any other mistake does."""
+    """The command line; reports an unknown source in one line, as it does any other mistake."""
     try:
         full = data_flags.expand(argv)
     except ValueError as error:

@@ -103,7 +103,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def programs(setup: Setup) -> memory.Programs:
-    """The step, compiled for the first batch."""
+    """The step, compiled for the shapes of the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
     yield "train", compiling.lower(setup.step, setup.state, batch, None).compile()
 

@@ -168,7 +168,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def programs(setup: Setup) -> memory.Programs:
-    """The step, compiled for the first batch."""
+    """The step, compiled for the shapes of the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
     yield "train", compiling.lower(setup.step, setup.state, batch, None).compile()
 
@@ -309,6 +309,7 @@ def score_each(
     contexts.check(
         contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked)
     )
+    # Held-out rankings may be longer than the training rows; one width serves all of them.
     longest = max(sizes)
     length = max(config.row_length, longest)
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)

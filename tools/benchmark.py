@@ -409,7 +409,7 @@ def slots(a: argparse.Namespace) -> Work:
         streams = responses.sampling_streams(
             sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
         )
-        refilled(0, streams)
+        refilled(0, streams)  # compiles it before the clock runs
         runs = {
             "static_s": static,
             "refilled_s": refilled,
@@ -504,7 +504,7 @@ def _seconds_each(run: Callable[[], Any], *, together: int = 5) -> float:
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Runs one suite at one size; returns the seconds of its steps and derived figures."""
     work = SUITES[a.suite](a)
-    first = _timed(work.step, [0])[0]
+    first = _timed(work.step, [0])[0]  # includes compilation
     _timed(work.step, range(1, a.warmup))
     seconds = _timed(work.step, range(a.warmup, a.warmup + a.steps))
     middle = statistics.median(seconds)

@@ -47,7 +47,7 @@ from rlhf_jax.types import KLState, Model, Params, PPOState
 
 
 class Chip(NamedTuple):
-    """Public figures of one chip: dense bfloat16 FLOP/s, bytes of memory, bytes/s of its memory."""
+    """Published figures of a chip: dense bfloat16 FLOP/s, bytes of memory, bytes/s of bandwidth."""
 
     peak: float
     memory: float
@@ -111,7 +111,7 @@ class Plan(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """The largest phase."""
+        """The bytes of the largest phase."""
         return max(self.phases.values())
 
 
@@ -272,6 +272,7 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     batch = (
         episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13
     ) / rows
+    # Decoding uses a copy of the blocks in the compute dtype; stored weights are 4 bytes each.
     decoding = held(setup.policy.params["blocks"]) * dtype / 4
     stays = sum(n.parameters + n.optimizer + n.average for n in networks.values())
     prefill = forward(policy, episodes, config.prompt_length, head=False, keys=slots)
@@ -282,6 +283,8 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
         "update": stays + batch + networks["policy"].gradients + networks["value"].gradients
         + accumulated + max(networks[n].activations for n in ("policy", "value")),
     }  # fmt: skip
+    # A decode step reads all weights and, averaged over the response, a cache that is half filled
+    # beyond the prompt.
     weights = sum(x.size for x in jax.tree.leaves(setup.policy.params)) * dtype / tensor
     average_cache = cache * (config.prompt_length + config.max_new_tokens / 2) / slots
     fsdp = mesh.shape["fsdp"]
@@ -574,7 +577,7 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
 
 
 def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
-    """Prints what the compiler says beside the rule."""
+    """Prints the compiler's figures next to those by rule."""
     print(
         "\nMemory of each device in GiB, compiled (XLA's CPU compiler: float32 inside, so from "
         "above for bfloat16)"
@@ -598,7 +601,7 @@ def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
 
 
 def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) -> list[str]:
-    """What to change so that it fits, the phases that do not first."""
+    """What to change so that the run fits, after the phases that do not."""
     lines = [
         f"{name} needs {size / GIB:.1f} GiB" for name, size in plan.phases.items() if size > room
     ]

@@ -48,6 +48,7 @@ def main() -> None:
         "--extras", default="", help="comma separated extras of pyproject.toml, such as dev"
     )
     extras = {name for name in parser.parse_args().extras.split(",") if name}
+    # `dev` includes the extras in ALWAYS; naming them again would only change the stamp.
     extras |= ALWAYS - (ALWAYS if "dev" in extras else set())
     accelerator, why = choose_accelerator()
     if in_colab():
@@ -181,7 +182,7 @@ def succeeds(*command: object) -> bool:
 
 
 def read(path: Path) -> str:
-    """The text of a small file, empty when it cannot be read."""
+    """The text of a small file; empty if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -20,6 +20,6 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> None:
-    """Few and short; replies are long here, so a large share of them must be looked at."""
+    """A few short records; because replies are long here, a large share of them must be read."""
     hh_rlhf.smoke_data(config)
     config.shares.update(validation=0.2, demonstrations=0.3, ranking=0.35)

@@ -35,7 +35,7 @@ import transformers
 
 
 def start(flags: argparse.Namespace) -> None:
-    """Threads and seed; call it before any model is made."""
+    """Sets threads and seed; must be called before any model is built."""
     torch.set_num_threads(flags.threads)
     torch.manual_seed(flags.seed)
 
@@ -72,7 +72,7 @@ def causal_lm(flags: argparse.Namespace, context: int) -> transformers.PreTraine
 
 
 def count(model: torch.nn.Module) -> int:
-    """Parameters; tied ones once."""
+    """The number of parameters, with tied ones counted once."""
     return sum(weight.numel() for weight in model.parameters())
 
 

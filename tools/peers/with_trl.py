@@ -74,7 +74,7 @@ def scalar_model(flags: argparse.Namespace, context: int) -> transformers.PreTra
 
 
 def tokenizer(flags: argparse.Namespace, pad: int) -> transformers.PreTrainedTokenizerFast:
-    """Words t0, t1, ...: the trainers ask it for the ids of padding and end alone."""
+    """Words t0, t1, ..; the trainers only ask the tokenizer for the padding and end ids."""
     words = tokenizers.models.WordLevel(
         {f"t{i}": i for i in range(flags.vocab + 1)}, unk_token="t0"
     )

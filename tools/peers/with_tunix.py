@@ -203,7 +203,7 @@ def sparse_loss(
     positions: jax.Array,
     attention_mask: jax.Array,
 ) -> jax.Array:
-    """The loss of tunix without its one-hot targets of the logits' size."""
+    """The loss of tunix with integer targets, without one-hot arrays of the logits' size."""
     logits, _ = model(input_tokens, positions, None, attention_mask)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1].astype(jnp.float32), input_tokens[:, 1:], where=input_mask[:, 1:] > 0
@@ -259,7 +259,7 @@ def decode(flags: argparse.Namespace) -> None:
 def cluster_config(
     flags: argparse.Namespace, roles: list[rl_cluster.Role], steps: int
 ) -> rl_cluster.ClusterConfig:
-    """All models on one device, tunix's own sampler."""
+    """Places all models on one device and selects tunix's own sampler."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     training = rl_cluster.RLTrainingConfig(
         actor_optimizer=optax.adamw(1e-5), critic_optimizer=optax.adamw(1e-5),
@@ -297,7 +297,7 @@ def ppo_cluster(flags: argparse.Namespace, steps: int) -> rl_cluster.RLCluster:
 
 
 def sevens(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """A reward that costs next to nothing: how many sevens a response has."""
+    """A reward that costs next to nothing: the number of sevens in a response."""
     return [float(text.count("7")) for text in completions]
 
 

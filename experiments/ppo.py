@@ -16,7 +16,8 @@ One iteration (`iterate`):
 3. Update: epochs x minibatches optimizer steps on the clipped policy loss and the value loss;
    PPO-ptx mixes in the language-model loss of pretraining text.
 
-The reference ``pi_ref`` is the initial policy; the value network starts from the reward model.
+The reference ``pi_ref`` is the initial policy; the value network starts from the reward model or,
+without one, from the policy with a new head.
 
 Source: Ouyang et al. 2022, section 3.5 (eq. 2) and appendix C.4.
 """

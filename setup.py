@@ -1,5 +1,4 @@
-"""Puts the programs and their configs into the wheel: there is one copy of them, in the
-checkout."""
+"""Copies the programs and their configs into the wheel, from their one source in the checkout."""
 
 from __future__ import annotations
 
@@ -10,15 +9,14 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 PROGRAMS = ("experiments", "configs")
-"""Folders that a wheel holds below ``rlhf_jax/programs``, where `rlhf_jax.run.programs` finds
-them."""
+"""Folders that a wheel puts below ``rlhf_jax/programs``, where `rlhf_jax.run.programs` looks."""
 
 
 class BuildWithPrograms(build_py):
-    """The modules, and beside them the programs; an editable install uses those of the checkout."""
+    """Builds the modules and copies the programs beside them; an editable install needs no copy."""
 
     def run(self) -> None:
-        """Copies what is built."""
+        """Builds the package, then copies the programs unless the install is editable."""
         super().run()
         if self.editable_mode:
             return

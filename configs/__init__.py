@@ -1,1 +1,1 @@
-"""Configs: one file an experiment, with ``get_config(arg)``."""
+"""Configs: one file per experiment, each with ``get_config(arg)``."""

@@ -1,8 +1,7 @@
-"""The keys of each stage with the paper's values (Ouyang et al. 2022); presets and small worlds
-change them from here.
+"""The settings of every stage, with the values of the paper (Ouyang et al. 2022).
 
-Every value that the paper gives stands here as it gives it. A key that is empty (``""``) is a path
-to fill in.
+Presets and small worlds start from these and override what differs. Every value that the paper
+states is copied unchanged. A key that is empty (``""``) is a path to fill in.
 """
 
 from ml_collections import ConfigDict
@@ -11,44 +10,43 @@ from rlhf_jax.run.config import fn_spec
 from rlhf_jax.sharding import DECODER_RULES, rules_as_data
 
 ADAM = {"optimizer": "adam", "b1": 0.9, "b2": 0.95, "adam_eps": 1e-8}
-"""Ouyang et al. 2022, appendix C, for everything; the paper gives no epsilon. ``tf_adam`` is the
-form of 2019."""
+"""Ouyang et al. 2022, appendix C, for every stage; the paper gives no epsilon. ``tf_adam`` is the
+form in the 2019 and 2020 code."""
 
 TRAINED = {
     "train": "all",
     "lora": {"rank": 16, "alpha": 32.0, "targets": "attention/|mlp/", "layers": None},
 }
-"""Which parameters are trained: ``all``, ``lora`` adapters (of the last `layers` blocks; None: of
-all), or of a reward model the score ``head`` alone."""
+"""Which parameters are trained: ``all``, ``lora`` adapters (in the last `layers` blocks; None: in
+all blocks) or, for a reward model, only the score ``head``."""
 
 DECODER = {"dtype": "float32", "remat": "none", "unroll": None}
-"""How models compute: fields of `DecoderConfig`. Weights are float32 on every setting."""
+"""How models compute: fields of `DecoderConfig`. Weights are float32 with every setting."""
 
 GUARD = {"spike_std": 20.0, "max_skipped": 5}
-"""A step is skipped when its loss, gradient norm or reward is so many standard deviations above the
-last 128 (None: only when it is not finite), and so many skipped in a row end the run. Not in the
-paper. Gradient norms of healthy runs of storyland reached 13.5 deviations, so 6, as others have it,
-would have changed them."""
+"""A step is skipped when its loss, gradient norm or reward exceeds the mean of the last 128 steps
+by `spike_std` standard deviations (None: only when it is not finite); `max_skipped` skipped
+steps in a row end the run. Not in the paper. Gradient norms of healthy storyland runs
+reached 13.5 deviations, so the common threshold of 6 would have changed those runs."""
 
 SHARDING = rules_as_data(DECODER_RULES)
-"""How the arrays of a network lie on the mesh: ``((regex, (mesh axes of each dimension)), ..)``;
-the first regex found in an array's path decides. ``()`` puts the whole network on every device. See
-docs/scaling.md."""
+"""How the arrays of a network are sharded over the mesh: ``((regex, (mesh axes of each dimension)),
+..)``; the first regex found in an array's path decides. ``()`` replicates the whole network on
+every device. See docs/scaling.md."""
 
 STORYLAND_GOLD = "rlhf_jax.data.storyland.gold:gold_of"
-"""The gold scorer of the embedded world; empty where nobody knows the truth."""
+"""The gold scorer of the embedded world; empty for data whose true quality is unknown."""
 
 STAGES = ("data", "sft", "ppo_init", "sample", "reward_model", "ppo", "evaluate")
-"""The groups of a whole-pipeline config."""
+"""The groups of a pipeline's config, in the order in which the stages run."""
 
 
 def pipeline(**stages: ConfigDict) -> ConfigDict:
-    """The config of ``experiments/instructgpt.py``: a group for each of `STAGES`, and what they
-    share.
+    """The config of ``experiments/instructgpt.py``: one group per stage, and what the stages share.
 
-    ``base`` is the pretrained model, ``shapes`` the decoder sizes that a preset is for (empty:
-    any), and of each SFT epoch ``validation_samples`` answers to a validation prompt choose the
-    baseline. ``smoke`` says that the sizes are too small for the numbers to mean anything.
+    ``base`` is the pretrained model and ``shapes`` gives the decoder sizes that a preset is for
+    (empty: any). The SFT baseline is the epoch that scores best on ``validation_samples`` responses
+    to each validation prompt. ``smoke`` marks sizes too small for the numbers to mean anything.
     """
     shared = {
         "seed": 0,
@@ -58,15 +56,13 @@ def pipeline(**stages: ConfigDict) -> ConfigDict:
     }
     shared["smoke"] = False
     config = ConfigDict(shared | stages)
-    for stage in ("sft", "ppo_init"):  # the pipeline fills it in, from `base`
+    for stage in ("sft", "ppo_init"):  # filled in by the pipeline, from `base`
         config[stage].model = ""
     return config
 
 
 def data() -> ConfigDict:
-    """How much of each kind of data, table 6; the test prompts of table 9; 8 documents an episode,
-    appendix C.4.
-    """
+    """Amounts of data: table 6; test prompts: table 9; 8 documents per episode: appendix C.4."""
     return ConfigDict(
         {
             "source": "storyland",
@@ -114,7 +110,7 @@ def sft() -> ConfigDict:
 
 
 def ppo_init() -> ConfigDict:
-    """The policy that PPO starts from and is held to, appendix C.3 (1.3B)."""
+    """The policy that PPO starts from and is penalised for leaving, appendix C.3 (1.3B)."""
     config = sft()
     config.update(epochs=2, pretraining_fraction=0.1, learning_rate=5e-6, dropout=0.0)
     return config
@@ -177,8 +173,9 @@ def reward_model() -> ConfigDict:
 
 
 def ppo() -> ConfigDict:
-    """PPO-ptx, appendix C.4 (1.3B): 256,000 episodes in iterations of 512, 8 minibatches, one inner
-    epoch.
+    """PPO-ptx, appendix C.4 (1.3B).
+
+    256,000 episodes in iterations of 512, each with 8 minibatches and one inner epoch.
     """
     return ConfigDict(
         {
@@ -206,8 +203,8 @@ def ppo() -> ConfigDict:
             "microbatches": 1,
             "ptx_microbatches": None,
             "score_microbatches": 1,
-            # The paper swept 2.55e-6 to 2.55e-5 and does not say what it chose; without the
-            # pretraining mix all runs above this one diverged.
+            # The paper swept 2.55e-6 to 2.55e-5 and does not state its choice; without the
+            # pretraining mix all runs above this rate diverged.
             "learning_rate": 8.05e-6,
             "value_learning_rate": 9e-6,
             "schedule": "constant",
@@ -225,8 +222,8 @@ def ppo() -> ConfigDict:
             "missing_eos_score": None,
             "truncation": "terminal",
             "kl": {"controller": "fixed", "coef": 0.02, "target": 6.0, "horizon": 10_000},
-            # The run stops above so many nats a sequence, below so many nats a token, and when the
-            # squared error of the values is so many times the squared score.
+            # Limits that stop the run: KL in nats per sequence, entropy in nats per token, and
+            # the squared error of the values relative to the squared score.
             "kl_ceiling": 1e3,
             "entropy_floor": 1e-4,
             "value_error_ceiling": 1e3,
@@ -283,7 +280,7 @@ def evaluate() -> ConfigDict:
     )
 
 
-# --- whole pipelines at the paper's sizes --------------------------------------------------------------------------
+# ------------------------------------------------------------ whole pipelines at the paper's sizes
 
 
 def gpt3(layers: int, width: int, heads: int) -> ConfigDict:
@@ -305,18 +302,18 @@ GPT3_175B = (96, 12_288, 96)
 
 
 def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
-    """Ouyang et al. 2022, whole, with the values of the 1.3B policy; the reward and value model are
-    6B for all.
+    """The whole of Ouyang et al. 2022 with the settings of the 1.3B policy.
 
-    One demonstration and one prompt a row, so that batches count what the paper counts. The
-    labelers, their demonstrations and the gold scorer are storyland's until files of people's work
-    take their place.
+    The reward and value models are 6B at every policy size. Each row has one demonstration or one
+    prompt, so that batch sizes count what the paper counts. Labelers, demonstrations and the gold
+    scorer are storyland's until files of human data replace them.
     """
     config = pipeline(
-        data=data(), sft=sft(), ppo_init=ppo_init(), sample=sample(), reward_model=reward_model(), ppo=ppo(),
-        evaluate=evaluate(),
+        data=data(), sft=sft(), ppo_init=ppo_init(), sample=sample(), reward_model=reward_model(),
+        ppo=ppo(), evaluate=evaluate(),
     )  # fmt: skip
     config.shapes.policy, config.shapes.reward_model = gpt3(*policy), gpt3(*GPT3_6B)
+    # Unpacked rows: a batch of 32 rows is then 32 demonstrations, as in the paper.
     config.sft.pieces_per_row = config.ppo_init.pieces_per_row = 1
     config.sample.labelers = 40
     config.reward_model.update(prompts_per_row=1, bias_demonstrations=12_725)
@@ -326,9 +323,7 @@ def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
 
 
 def for_accelerators(config: ConfigDict, mesh: tuple[int, int, int] = (1, -1, 1)) -> None:
-    """Models of billions of parameters: bfloat16 compute, blocks computed again on the way back,
-    weights spread out.
-    """
+    """Settings for billions of parameters: bfloat16, rematerialised blocks, sharded weights."""
     for stage in STAGES[1:]:
         config[stage].mesh = mesh
         config[stage].decoder.update(dtype="bfloat16", remat="block", unroll=1)

@@ -1,4 +1,4 @@
-"""Numbers of a run on people's preferences (HH-RLHF, OpenAssistant) with SmolLM2-135M-Instruct."""
+"""Settings for human preferences (HH-RLHF, OpenAssistant) with SmolLM2-135M-Instruct."""
 
 from ml_collections import ConfigDict
 
@@ -8,7 +8,7 @@ BASE = "smollm2"
 PROMPT_LENGTH = 256
 MAX_NEW_TOKENS = 192
 FEW_SHOT = "{prompt} {response}"
-"""The prompts end in "Assistant:", so an answer goes on from there."""
+"""The prompts end in "Assistant:", so the response follows directly."""
 
 
 def data() -> ConfigDict:
@@ -25,9 +25,8 @@ def data() -> ConfigDict:
             ),
             "model": BASE,
             "seed": 0,
-            # Which share of the conversations goes where; no conversation is in two parts. A fifth
-            # is held out: over a thousand of the 7,415 published test pairs then measure a reward
-            # model.
+            # Shares of the conversations; no conversation is in two parts. A fifth is held out, so
+            # that over a thousand of the 7,415 published test pairs evaluate a reward model.
             "shares": {
                 "test": 0.15,
                 "validation": 0.05,
@@ -53,8 +52,9 @@ def data() -> ConfigDict:
 
 
 def oasst_data() -> ConfigDict:
-    """OpenAssistant's rankings alone. Replies are long, and there are few of them: nearly all go
-    into training.
+    """OpenAssistant's rankings alone.
+
+    Replies are long and there are few of them, so nearly all of them go into training.
     """
     config = data()
     config.update(
@@ -69,8 +69,9 @@ def oasst_data() -> ConfigDict:
 
 
 def reward_model(source: str) -> ConfigDict:
-    """The reward model alone, on the files of a data folder (``--config.data=FOLDER``); `source` is
-    held out too.
+    """The reward model alone, on the files of a data folder (``--config.data=FOLDER``).
+
+    The held-out rankings are those of the same `source`.
     """
     config = common.reward_model()
     config.data = ""
@@ -83,17 +84,12 @@ def reward_model(source: str) -> ConfigDict:
     config.update(
         model=BASE, too_long="drop", clip_norm=1.0, bias_demonstrations=128, score_batch_size=16
     )
-    if (
-        source == "hh_rlhf"
-    ):  # a frozen trunk, read once: the head then takes a few passes in a second
+    if source == "hh_rlhf":
+        # The hidden states of the frozen trunk are computed once, so epochs of the head are cheap.
         config.update(
-            train="head",
-            row_length=320,
-            batch_size=16,
-            learning_rate=1e-3,
-            epochs=4,
+            train="head", row_length=320, batch_size=16, learning_rate=1e-3, epochs=4,
             save_every=1000,
-        )
+        )  # fmt: skip
     else:
         config.update(
             train="lora", row_length=2048, batch_size=2, learning_rate=2e-4, save_every=50
@@ -117,7 +113,7 @@ def instructgpt() -> ConfigDict:
     )  # fmt: skip
     config.base = BASE
     config.data_dir = ""
-    # One value, two names: the pipeline's own key reaches the data stage.
+    # References, so that overriding the pipeline's own key also changes the data stage.
     config.data.data_dir = config.get_ref("data_dir")
     config.data.model = config.get_ref("base")
     for stage in common.STAGES[1:]:
@@ -133,11 +129,11 @@ def instructgpt() -> ConfigDict:
         row_length=2048, batch_size=16, learning_rate=2e-5, clip_norm=1.0, save_every=200
     )
     config.ppo.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=200, episodes=128, learning_rate=5e-6,
-        value_learning_rate=1e-5, warmup_iterations=4, value_warmup_iterations=4,
-        ppo_clip_norm=1.0, ptx_clip_norm=1.0, value_clip_norm=1.0,
-        kl_ceiling=200.0, ema_decay=0.97, ptx_coef=1.0, ptx_rows_per_episode=0.5, ptx_row_length=rows,
-        save_every=50,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=200, episodes=128,
+        learning_rate=5e-6, value_learning_rate=1e-5, warmup_iterations=4,
+        value_warmup_iterations=4, ppo_clip_norm=1.0, ptx_clip_norm=1.0, value_clip_norm=1.0,
+        kl_ceiling=200.0, ema_decay=0.97, ptx_coef=1.0, ptx_rows_per_episode=0.5,
+        ptx_row_length=rows, save_every=50,
     )  # fmt: skip
     config.ppo.kl.coef = 0.05
     config.evaluate.update(
@@ -151,13 +147,11 @@ def instructgpt() -> ConfigDict:
     return config
 
 
-# --- smaller sizes -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------- smaller sizes
 
 
 def few(config: ConfigDict, prompt: int, response: int) -> None:
-    """The lengths of every stage: prompts of at most `prompt` tokens, responses of at most
-    `response`.
-    """
+    """Sets the lengths of every stage, in tokens: at most `prompt` and `response`."""
     rows = prompt + response
     config.data.update(prompt_length=prompt, response_length=response)
     config.sft.row_length = config.ppo_init.row_length = config.ppo.ptx_row_length = rows
@@ -168,17 +162,15 @@ def few(config: ConfigDict, prompt: int, response: int) -> None:
 
 
 def cpu(config: ConfigDict) -> None:
-    """Short prompts and few steps, half an hour on two cores. It shows that all of it runs, little
-    else.
-    """
+    """Short prompts and few steps: half an hour on two cores, to show that every stage runs."""
     few(config, 96, 64)
-    config.data.shares.update(
-        test=0.1, demonstrations=0.25
-    )  # those of the recorded run (docs/results.md)
+    # The shares of the recorded run (docs/results.md).
+    config.data.shares.update(test=0.1, demonstrations=0.25)
     config.data.update(
-        subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=96, ranking_prompts=160,
-        ppo_prompts=128, validation_prompts=16, test_prompts=32, held_out_rankings=120, ranked_response_length=128,
-        ranking_length=640, documents=400, held_out_documents=60, document_characters=600,
+        subsets=("helpful-base", "helpful-rejection-sampled"), demonstrations=96,
+        ranking_prompts=160, ppo_prompts=128, validation_prompts=16, test_prompts=32,
+        held_out_rankings=120, ranked_response_length=128, ranking_length=640, documents=400,
+        held_out_documents=60, document_characters=600,
     )  # fmt: skip
     config.sft.update(epochs=2, batch_size=4)
     config.ppo_init.update(epochs=1, batch_size=4)
@@ -194,22 +186,20 @@ def cpu(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """A whole pipeline in a minute with storyland's small model, which knows no English but
-    storyland's.
-    """
+    """The whole pipeline in a minute, with a small model that knows only storyland's English."""
     few(config, 96, 32)
     config.base, config.smoke = "storyland:base_small", True
     config.data.update(
         demonstrations=16, ranking_prompts=16, ppo_prompts=16, validation_prompts=8, test_prompts=8,
-        held_out_rankings=8, response_length=64, ranked_response_length=64, ranking_length=256, documents=64,
-        held_out_documents=16, document_characters=200,
+        held_out_rankings=8, response_length=64, ranked_response_length=64, ranking_length=256,
+        documents=64, held_out_documents=16, document_characters=200,
     )  # fmt: skip
     config.sft.update(epochs=1, batch_size=8, row_length=160)
     config.ppo_init.update(epochs=1, batch_size=8, row_length=160)
     config.reward_model.update(row_length=256, batch_size=8, score_batch_size=16)
     config.ppo.update(
-        iterations=1, episodes=8, minibatches=1, warmup_iterations=1, value_warmup_iterations=1, held_out_rows=8,
-        ptx_row_length=96, ptx_rows_per_episode=1.0,
+        iterations=1, episodes=8, minibatches=1, warmup_iterations=1, value_warmup_iterations=1,
+        held_out_rows=8, ptx_row_length=96, ptx_rows_per_episode=1.0,
     )  # fmt: skip
     config.evaluate.update(
         baseline_samples=1, batch_size=8, held_out_batches=1, held_out_row_length=96
@@ -218,11 +208,10 @@ def smoke(config: ConfigDict) -> None:
 
 
 def smoke_data(config: ConfigDict) -> None:
-    """A few of everything, counted by storyland's tokenizer and short enough for the 256 tokens of
-    its small model.
-    """
+    """A few records of each kind, short enough for the 256 tokens of storyland's small model."""
     config.update(
         prompt_length=120, response_length=128, ranked_response_length=128,
-        model="storyland:base_small", demonstrations=16, ranking_prompts=16, ppo_prompts=16, validation_prompts=8,
-        test_prompts=8, held_out_rankings=8, documents=64, held_out_documents=16,
+        model="storyland:base_small", demonstrations=16, ranking_prompts=16, ppo_prompts=16,
+        validation_prompts=8, test_prompts=8, held_out_rankings=8, documents=64,
+        held_out_documents=16,
     )  # fmt: skip

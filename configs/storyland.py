@@ -1,6 +1,4 @@
-"""Storyland's numbers for each stage: a million parameters, rows of under a hundred tokens, two CPU
-cores.
-"""
+"""Storyland's settings for each stage: a million parameters, short rows, two CPU cores."""
 
 from ml_collections import ConfigDict
 
@@ -14,11 +12,11 @@ MAX_NEW_TOKENS = 48
 
 
 def data() -> ConfigDict:
-    """How much of each kind of data."""
+    """Amounts of each kind of data."""
     config = common.data()
     config.update(
-        labelers=10, demonstrations=2_400, ranking_prompts=3_200, ppo_prompts=6_000, validation_prompts=256,
-        test_prompts=700, documents=6_000, held_out_documents=1_000,
+        labelers=10, demonstrations=2_400, ranking_prompts=3_200, ppo_prompts=6_000,
+        validation_prompts=256, test_prompts=700, documents=6_000, held_out_documents=1_000,
     )  # fmt: skip
     return config
 
@@ -48,7 +46,7 @@ def ppo_init() -> ConfigDict:
 
 
 def sample() -> ConfigDict:
-    """Samples to be ranked."""
+    """Responses for the labelers to rank."""
     config = common.sample()
     config.update(
         prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, batch_size=512, labelers=10
@@ -67,10 +65,10 @@ def ppo() -> ConfigDict:
     """PPO-ptx; plain PPO is the same with ``ptx_coef=0``."""
     config = common.ppo()
     config.update(
-        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=26, episodes=128, minibatches=4,
-        learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine", warmup_iterations=4,
-        value_warmup_iterations=0, ppo_clip_norm=1.0,
-        ptx_clip_norm=1.0, value_clip_norm=1.0, lam=0.9, missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96,
+        prompt_length=PROMPT_LENGTH, max_new_tokens=MAX_NEW_TOKENS, iterations=26, episodes=128,
+        minibatches=4, learning_rate=4e-4, value_learning_rate=1e-3, schedule="cosine",
+        warmup_iterations=4, value_warmup_iterations=0, ppo_clip_norm=1.0, ptx_clip_norm=1.0,
+        value_clip_norm=1.0, lam=0.9, missing_eos_score=-3.0, kl_ceiling=60.0, ema_decay=0.96,
         ptx_coef=0.15, ptx_rows_per_episode=0.125, ptx_row_length=128, gold=GOLD,
     )  # fmt: skip
     config.kl.coef = 0.4
@@ -78,8 +76,9 @@ def ppo() -> ConfigDict:
 
 
 def overoptimise(config: ConfigDict) -> None:
-    """PPO as it should not be done: hardly a KL penalty, and on and on. The reward model is fooled,
-    gold falls.
+    """PPO with hardly any KL penalty and too many iterations: a demonstration of overoptimisation.
+
+    The policy learns to exploit the reward model, and the gold score falls.
     """
     config.update(
         name="ppo_overoptimised", iterations=60, ptx_coef=0.0, schedule="constant", kl_ceiling=1e4
@@ -91,21 +90,21 @@ def evaluate() -> ConfigDict:
     """Evaluation by gold scorer and reward model."""
     config = common.evaluate()
     config.update(
-        max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=2, samples=2,
-        baseline_samples=6, batch_size=256,
+        max_new_tokens=MAX_NEW_TOKENS, gold=GOLD, held_out_row_length=128, held_out_batches=2,
+        samples=2, baseline_samples=6, batch_size=256,
     )  # fmt: skip
     config.few_shot.candidates = 2
     return config
 
 
-# --- smoke sizes: each stage in seconds, to see that it runs -------------------------------------------------------
+# --------------------------------------------- smoke sizes: each stage in seconds, to see it runs
 
 
 def smoke_data(config: ConfigDict) -> None:
-    """A few of everything."""
+    """A few records of each kind."""
     config.update(
-        demonstrations=64, ranking_prompts=32, ppo_prompts=64, validation_prompts=32, test_prompts=32, documents=400,
-        held_out_documents=100,
+        demonstrations=64, ranking_prompts=32, ppo_prompts=64, validation_prompts=32,
+        test_prompts=32, documents=400, held_out_documents=100,
     )  # fmt: skip
 
 
@@ -147,7 +146,7 @@ def smoke(config: ConfigDict) -> None:
     """A whole pipeline in under two minutes."""
     for stage in common.STAGES:
         globals()[f"smoke_{'sft' if stage == 'ppo_init' else stage}"](config[stage])
-    config.sft.model = config.ppo_init.model = ""  # the pipeline fills it in, from `base`
+    config.sft.model = config.ppo_init.model = ""  # filled in by the pipeline, from `base`
     config.base, config.smoke = SMALL_BASE, True
 
 
@@ -157,8 +156,9 @@ def ppo_alone(config: ConfigDict) -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """A preset of a paper at smoke size: its rules and rates stay, models, rows and counts become
-    storyland's.
+    """A paper's preset at smoke size.
+
+    Its rates and rules are kept; models, row lengths and amounts of data become storyland's.
     """
     with config.shapes.unlocked():
         config.shapes.policy, config.shapes.reward_model = ConfigDict(), ConfigDict()
@@ -172,7 +172,7 @@ def shrink(config: ConfigDict) -> None:
         stage.prompt_length = PROMPT_LENGTH
     for stage in (config.sample, config.ppo, config.evaluate):
         stage.max_new_tokens = MAX_NEW_TOKENS
-    minibatches = min(config.ppo.minibatches, 2)
+    minibatches = min(config.ppo.minibatches, 2)  # read before `smoke` overwrites it
     smoke(config)
     config.ppo.update(
         minibatches=minibatches, ptx_rows_per_episode=1.0,

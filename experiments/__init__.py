@@ -1,3 +1,1 @@
-"""Experiments: flags and ``run(config, workdir)``; each stage alone, and `instructgpt`, which runs
-them all.
-"""
+"""The programs: each stage as a file with ``run(config, workdir)``; `instructgpt` runs them all."""

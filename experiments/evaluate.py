@@ -1,5 +1,4 @@
-r"""Compares models on test prompts: win rates against SFT, gold scores by part, alignment tax,
-samples side by side.
+r"""Compares models on test prompts: win rates against SFT, gold scores, alignment tax, samples.
 
 Run:
 
@@ -51,7 +50,7 @@ class Line:
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Samples from every model, judges, writes; returns what ``evaluation.json`` holds."""
+    """Samples from every model and judges; returns the contents of ``evaluation.json``."""
     check(config)
     mesh = devices.start(config.mesh)
     prompts = datasets.read_prompts(
@@ -62,10 +61,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     judge = functions.judge(config.gold) if config.gold else None
     paths = {name: path for name, path in config.models.items() if path}
     results: dict[str, Any] = {
-        "prompts": len(prompts),
-        "temperature": config.temperature,
-        "sample_seed": config.seed,
-    }
+        "prompts": len(prompts), "temperature": config.temperature, "sample_seed": config.seed,
+    }  # fmt: skip
     answers: dict[str, Answers] = {}
     held_out: dict[str, list[LMBatch]] = {}
     counts = {
@@ -96,6 +93,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
                 context = contexts.of_network(network, networks.model_folder(paths[name]))
+                # Tokenized once per tokenizer: most of the compared models share one.
                 held_out[kind] = held_out.get(kind) or held_out_batches(
                     network.tokenizer, config, mesh, context=context
                 )  # fmt: skip
@@ -112,7 +110,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             if answers[name].scored_in_part:
                 results.setdefault("scored_in_part", {})[name] = answers[name].scored_in_part
             log(done, answers[name].means())
-            log.flush()  # said when the model is done, and not with the next one
+            log.flush()  # reported when this model is done, not together with the next one
     results |= compare(answers, [str(p.prompt) for p in prompts])
     write_json(Path(workdir) / "evaluation.json", results)
     write_samples(Path(workdir) / "samples.jsonl", prompts, answers)
@@ -120,12 +118,12 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
-    """Refuses prompts and row lengths beyond the context of any model, before the first is loaded.
+    """Refuses prompts and rows longer than the context of any model, before the first is loaded.
 
     Raises:
-      ValueError: a prompt with `max_new_tokens` after it is longer than the context of a model that
-        answers, of the reward model or of the KL reference; a few-shot prompt is; or
-        `held_out_row_length` is.
+      ValueError: a prompt followed by `max_new_tokens` exceeds the context of a model that answers,
+        of the reward model or of the KL reference; so does a few-shot prompt; or
+        `held_out_row_length` does.
     """
     paths = {name: path for name, path in config.models.items() if path}
     asks: dict[str, list[Ask]] = {
@@ -139,7 +137,7 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
         folder = networks.model_folder(path)
         context = contexts.of_folder(folder)
         if context.length is None or not (folder / "tokenizer.json").exists():
-            continue  # told where the model is loaded
+            continue  # loading the model reports this
         known: Any = networks.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
         for ask in each:
             what = (
@@ -149,11 +147,9 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             )
             name = contexts.prompt_of(what, [p.prompt for p in prompts])
             contexts.check(
-                context,
-                [len(ids) for ids in ask(known, prompts)[0]],
-                name,
+                context, [len(ids) for ids in ask(known, prompts)[0]], name,
                 new=config.max_new_tokens,
-            )
+            )  # fmt: skip
         if (
             config.held_out_text
             and path in paths.values()
@@ -189,19 +185,17 @@ def check(config: ConfigDict) -> None:
 
 
 def few_shot_prompts(
-    network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt],
-    config: ConfigDict, mesh: jax.sharding.Mesh,
+    network: networks.Network, reward: networks.Network, judge: Any,
+    prompts: Sequence[schema.Prompt], config: ConfigDict, mesh: jax.sharding.Mesh,
 ) -> Ask:  # fmt: skip
-    """Instructions after a few worked examples, the prefix with the highest reward-model score of
-    several.
+    """Prompts after a few worked examples: of several prefixes the one with the highest reward.
 
     Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model
     score).
     """
     asks = few_shot_asks(config)
-    slots = max(
-        ask(network, prompts)[1] for ask in asks
-    )  # the same for all, so that they share a compiled program
+    # One width for all candidates, so that they share a compiled program.
+    slots = max(ask(network, prompts)[1] for ask in asks)
     asks = [in_slots(ask, slots) for ask in asks]
 
     trial = prompts[: config.few_shot.trial_prompts]
@@ -246,6 +240,7 @@ def answer(
         )
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
+    # Encoded again by the reward model's tokenizer, a text may be longer than what was sampled.
     rows, cut = responses.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
     rewards = responses.score_rows(reward, rows, mesh, batch_size=config.batch_size)
     judged = [known(judge, p, t) for p, t in zip(asked, texts, strict=True)] if judge else []
@@ -254,28 +249,25 @@ def answer(
     return Answers(
         [texts[i : i + count] for i in range(0, len(texts), count)],
         np.array([g.score for g in judged]).reshape(shape) if judge else None,
-        [dict(g.parts) for g in judged],
-        rewards.reshape(shape),
-        tokens.reshape(shape),
-        samples,
+        [dict(g.parts) for g in judged], rewards.reshape(shape), tokens.reshape(shape), samples,
         cut,
-    )
+    )  # fmt: skip
 
 
 def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgement:
-    """What the gold scorer says of a response.
+    """The gold scorer's judgement of a response.
 
     Raises:
-      ValueError: it says nothing: win rates and means would leave out other prompts for each model.
+      ValueError: the score is not finite; leaving the prompt out would give the means and win rates
+        of each model a different set of prompts.
     """
     scorer = functions.judge(judge)
     judged = scorer.judged(str(prompt.id), response, prompt.prompt)
     if not math.isfinite(judged.score):
         raise ValueError(
             f"gold={scorer.name} gave {judged.score} for the prompt {str(prompt.id)!r}: an "
-            "evaluation compares the "
-            "answers to each prompt, return a number for every response or leave the prompt out of "
-            "its file"
+            "evaluation compares the answers to each prompt, return a number for every response or "
+            "leave the prompt out of its file"
         )
     return judged
 
@@ -284,15 +276,10 @@ def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgeme
 
 
 def held_out_batches(
-    tokenizer: Any,
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    *,
+    tokenizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, *,
     context: contexts.Context | None = None,
-) -> list[LMBatch]:
-    """Held-out pretraining text: by what its loss rises, in nats per token, is the alignment
-    tax.
-    """
+) -> list[LMBatch]:  # fmt: skip
+    """Held-out pretraining text: the rise of its loss, in nats per token, is the alignment tax."""
     rows = read_held_out(tokenizer, config, context=context)
     return datasets.held_out_batches(
         rows, mesh, batch_size=config.batch_size, seed=0, most=config.held_out_batches
@@ -302,7 +289,7 @@ def held_out_batches(
 def read_held_out(
     tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None
 ) -> LMBatch:
-    """Packed rows of the held-out text, no piece of it longer than the model's context."""
+    """Packed rows of the held-out text, each document within the model's context."""
     length = config.held_out_row_length
     return datasets.lm_rows(
         tokenizer, config.held_out_text, length=length, context=context, key="held_out_row_length"
@@ -314,13 +301,15 @@ def kl_to_reference(
 ) -> float:
     """``E[log pi(y|x) - log pi_ref(y|x)]`` over the model's own samples, nats per sequence.
 
-    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from any: there the
-    number is the mean log-ratio of the most likely response, and no estimate of a KL divergence.
+    Both are the distributions at `kl_temperature`. Greedy samples are not drawn from a
+    distribution: for them the number is the mean log-ratio of the most likely response, not an
+    estimate of a KL divergence.
     """
     reference = networks.load_network(config.reference, mesh, config.decoder)
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
     gaps = np.zeros(len(said.samples.lengths))
     most = contexts.of_network(reference).length
+    # Rows of similar length share a batch, so that little padding is computed.
     for index, slots in responses.by_length(said.samples.lengths, config.batch_size, most=most):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
@@ -333,9 +322,7 @@ def kl_to_reference(
 
 
 def kl_temperature(config: ConfigDict) -> float:
-    """The temperature of the distributions that are compared: the sampler's, and 1 for greedy
-    samples.
-    """
+    """The temperature of the compared distributions: the sampler's, or 1 for greedy samples."""
     return float(config.temperature or 1.0)
 
 
@@ -351,27 +338,23 @@ def _log_probs(model: Model, params: Params, samples: Samples, temperature: floa
 def write_samples(
     path: Path, prompts: Sequence[schema.Prompt], answers: dict[str, Answers]
 ) -> None:
-    """The first sample of each model to each prompt, with its judgements."""
+    """Writes the first sample of each model for each prompt, with its scores."""
     lines = []
     for i, p in enumerate(prompts):
         for name, said in answers.items():
             gold = None if said.gold is None else float(said.gold[i, 0])
             lines.append(
                 Line(
-                    p.id,
-                    name,
-                    chat.readable(p.prompt),
-                    said.texts[i][0],
-                    gold,
+                    p.id, name, chat.readable(p.prompt), said.texts[i][0], gold,
                     float(said.reward[i, 0]),
                 )
-            )
+            )  # fmt: skip
     schema.write_jsonl(path, lines)
 
 
 if __name__ == "__main__":
     cli.main(
         run, config="configs/evaluate/storyland.py", workdir="runs/evaluate",
-        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one "
-            "host.", check=check,
+        one_process="It reads the model folders that sft.py and ppo.py wrote: run it on one host.",
+        check=check,
     )  # fmt: skip

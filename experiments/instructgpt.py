@@ -1,14 +1,13 @@
-"""InstructGPT, whole: demonstrations -> SFT -> ranked samples -> reward model -> PPO and PPO-ptx ->
-evaluation.
+r"""InstructGPT end to end: data, SFT, ranked samples, reward model, PPO and PPO-ptx, evaluation.
 
 Run:
 
-    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py
-    --workdir=runs/instructgpt
+    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py \
+        --workdir=runs/instructgpt
 
 Each stage reads files and writes files, so any of them can be replaced by files of your own. A
-stage that is done is not done again as long as what it reads and what it wrote stay the same; after
-a change of config the stages that depend on it run again, and ``--dry_run`` prints which and why.
+finished stage is not repeated as long as the files that it read and wrote are unchanged; after a
+change of config the stages that depend on it run again, and ``--dry_run`` prints which and why.
 Writes ``results.json``, ``report.html`` and ``metrics.jsonl``.
 """
 
@@ -55,13 +54,12 @@ SMOKE = "This is a smoke run: it shows that every stage runs, and its numbers me
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Runs what is not done yet and returns the results."""
+    """Runs the stages that are not done yet and returns the results."""
     compiling.Compiling.listen()
     pipeline = Pipeline(config, Path(workdir))
     steps = pipeline.plan()
-    with files.written(
-        Path(workdir) / CONFIG_FILE
-    ) as file:  # not before the plan: it may refuse the config
+    # Written only after the plan, which may refuse the config.
+    with files.written(Path(workdir) / CONFIG_FILE) as file:
         file.write(config_lib.to_json(config) + "\n")
     if config.get("smoke", False):
         print(SMOKE, flush=True)
@@ -77,14 +75,14 @@ def dry_run(config: ConfigDict, workdir: str, *, overwrite: bool = False) -> Non
     folder = Path(workdir)
     if overwrite and folder.exists():
         print(f"The earlier run in {workdir} would be moved aside first.", flush=True)
-        folder = folder / "new"  # a folder that is not there, in which nothing is done
+        folder = folder / "new"  # does not exist, so no stage counts as done
     print(describe(Pipeline(config, folder).plan(fetch=False), workdir), flush=True)
 
 
 def check_shapes(config: ConfigDict) -> None:
-    """Refuses settings that no stage can use, and models of other sizes than the config is for.
+    """Refuses settings that no stage can use, and models whose sizes differ from the config's.
 
-    Before anything is computed: the last stages come hours later.
+    This happens before anything is computed, because the last stages start hours later.
     """
     inputs_lib.check_settings(config)
     ignored = reads.set_in_vain(json.loads(config_lib.to_json(config), parse_constant=str))
@@ -98,16 +96,14 @@ def check_shapes(config: ConfigDict) -> None:
         networks.check_shape(
             "reward_model.model", config.reward_model.model, config.shapes.reward_model
         )
-    # PPO comes hours later, from a model of the base's context.
+    # The models of PPO do not exist yet; the base model has the same context length.
     later = config_lib.unlocked_copy(config.ppo)
     later.update(model=config.base, reward_model=config.reward_model.model)
     settings.check_contexts(later)
 
 
 def check_stages(config: ConfigDict) -> None:
-    """Refuses what a stage would refuse when its turn comes, as far as it can be told without the
-    earlier stages.
-    """
+    """Refuses what a stage would refuse later, as far as the config alone shows it."""
     config_lib.resolve(config.reward_model.loss, available=RANKING_ARGUMENTS)
     sample.draw_k(config.seed, 0, config.sample.min_k, config.sample.max_k)
     try:
@@ -119,29 +115,26 @@ def check_stages(config: ConfigDict) -> None:
 
 
 class Pipeline:
-    """The stages with their folders: which file of one stage is the input of which other."""
+    """The stages with their folders, and which file of one stage is the input of which other."""
 
     def __init__(self, config: ConfigDict, folder: Path):
         self.config, self.folder, self._shown = config, Path(folder).absolute(), Path(folder)
         for key in ("base", "seed", *reads.GROUPS.values()):
-            config[key]  # the config of another program is told as one
+            config[key]  # raises KeyError for the config of another program
         plain = json.loads(config_lib.to_json(config), parse_constant=str)
         work = {
-            "data": self.prepare, "sft": self.sft, "ppo_init": self.ppo_init, "samples": self.samples,
-            "reward_model": self.reward_model, "baseline": self.baseline,
-            "ppo": lambda folder: self.ppo(folder, ptx=False), "ppo_ptx": lambda folder: self.ppo(folder, ptx=True),
-            "evaluation": self.evaluation,
+            "data": self.prepare, "sft": self.sft, "ppo_init": self.ppo_init,
+            "samples": self.samples, "reward_model": self.reward_model, "baseline": self.baseline,
+            "ppo": lambda folder: self.ppo(folder, ptx=False),
+            "ppo_ptx": lambda folder: self.ppo(folder, ptx=True), "evaluation": self.evaluation,
         }  # fmt: skip
         parts, needs, costs = (
-            reads.parts(plain, pretrained.MODELS),
-            reads.needs(plain),
-            reads.costs(plain),
-        )
+            reads.parts(plain, pretrained.MODELS), reads.needs(plain), reads.costs(plain),
+        )  # fmt: skip
         own = reads.own_data(config.data, pretrained.MODELS, entries)
         self.paths = reads.Paths(self.folder, config.to_dict(), lambda stage: self.done(stage), own)
-        for name in {
-            key.partition("/")[0] for key in own
-        }:  # a file counts by its content, not its name
+        # A user's file is identified by its content, so renaming it does not repeat the stage.
+        for name in {key.partition("/")[0] for key in own}:
             del parts["data"]["data"][name]
         stages = [
             Stage(
@@ -157,21 +150,21 @@ class Pipeline:
         )  # fmt: skip
 
     def stage(self, name: str, work: Callable[[str], dict] | None = None) -> dict:
-        """Runs a stage unless it is done, and returns what it returned; `work` has to compute what
-        the stage does.
+        """Runs a stage unless it is done and returns its result.
+
+        `work`, if given, runs instead of the stage's own function and must compute the same.
         """
         return self.stages.stage(name, work)
 
     def done(self, name: str) -> dict:
-        """What a finished stage returned."""
+        """The result of a finished stage."""
         return self.stages.result(name)
 
     def plan(self, *, fetch: bool = True) -> list[Step]:
-        """What is to be done with each stage; models of other sizes than the config is for are
-        refused.
+        """What to do with each stage; refuses models of other sizes than the config's.
 
-        A finished run needs its base model no more. Without `fetch` a model that is fetched by name
-        is not looked at.
+        A finished run no longer needs its base model. Without `fetch`, a model that would have to
+        be downloaded by name is not inspected.
         """
         done = all((self.folder / name / "done.json").is_file() for name in STAGES)
         checks = fetch or self.config.base not in pretrained.MODELS
@@ -187,9 +180,7 @@ class Pipeline:
         return self.paths.data(name)
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """The files and models that a stage reads; a model that is fetched by name is known by that
-        name.
-        """
+        """The files and models that a stage reads, by path; models fetched by name are left out."""
         found = self.paths.inputs(stage).items()
         return {
             name: str(networks.model_folder(path))
@@ -198,7 +189,7 @@ class Pipeline:
         }
 
     def _settings(self, stage: str, **filled: object) -> ConfigDict:
-        """The config that a stage is handed: its group, with what the pipeline fills in."""
+        """The config that a stage gets: its group, with the keys that the pipeline fills in."""
         unknown = {*filled} - reads.FILLED[stage]
         assert not unknown, (
             f"the key of stage {stage} counts {unknown}, which are filled in: add them to FILLED"
@@ -208,18 +199,18 @@ class Pipeline:
         return config
 
     def prepare(self, folder: str) -> dict:
-        """The data; their tables go to ``data/data_report.txt``."""
+        """Prepares the data; their tables go to ``data/data_report.txt``."""
         return prepare_data.run(self.config.data, folder, show=False)
 
     def sft(self, folder: str) -> dict:
-        """The SFT model, every epoch of it."""
+        """Trains the SFT model and saves every epoch."""
         config = self._settings(
             "sft", model=self.config.base, seed=self.config.seed, **self.paths.demonstrations()
         )
         return sft.run(config, folder)
 
     def ppo_init(self, folder: str) -> dict:
-        """The init of PPO: fewer epochs, 10% pretraining text."""
+        """Trains the init of PPO: fewer epochs, 10% pretraining text."""
         config = self._settings(
             "ppo_init", model=self.config.base, seed=self.config.seed, **self.paths.demonstrations()
         )
@@ -229,16 +220,14 @@ class Pipeline:
     def samples(self, folder: str) -> dict:
         """Ranked responses: for training by the training labelers, for validation by both groups.
 
-        Nothing is sampled where the data hold rankings by people.
+        Where the data include human rankings, nothing is sampled.
         """
         if not self.config.sample.labelers:
             return self.paths.rankings()
         config = self._settings(
-            "samples",
-            models=self.paths.sampled(),
-            prompts=self.data("prompts_ranking"),
+            "samples", models=self.paths.sampled(), prompts=self.data("prompts_ranking"),
             seed=self.config.seed,
-        )
+        )  # fmt: skip
         counts = sample.run(config, folder)
         held = config_lib.unlocked_copy(config)
         held.update(prompts=self.data("prompts_validation"), labels_each=2)
@@ -249,13 +238,12 @@ class Pipeline:
         return counts
 
     def reward_model(self, folder: str) -> dict:
-        """The reward model, from `reward_model.model` or, where that is empty, the last SFT
-        checkpoint.
-        """
+        """The reward model, trained from `reward_model.model` or else the last SFT checkpoint."""
         rankings = self.paths.rankings()
         config = self._settings(
-            "reward_model", model=self.config.reward_model.model or self.done("sft")["last"], seed=self.config.seed,
-            rankings=rankings["training"], demonstrations=self.data("demonstrations"),
+            "reward_model", model=self.config.reward_model.model or self.done("sft")["last"],
+            seed=self.config.seed, rankings=rankings["training"],
+            demonstrations=self.data("demonstrations"),
         )  # fmt: skip
         for name in config.evaluation:
             config.evaluation[name] = rankings.get(name, "")
@@ -267,8 +255,9 @@ class Pipeline:
         return result
 
     def baseline(self, folder: str) -> dict:
-        """The SFT baseline: the epoch with the best reward-model score on validation prompts, not
-        the lowest loss.
+        """Chooses the SFT baseline: the epoch with the best reward on validation prompts.
+
+        Ouyang et al. 2022, section 3.5, choose by reward-model score and not by validation loss.
         """
         del folder
         mesh = devices.start(self.config.sft.mesh)
@@ -294,11 +283,9 @@ class Pipeline:
         best = max(epochs, key=lambda row: row["reward_score"])
         lowest = min(epochs, key=lambda row: row["validation_loss"])
         return {
-            "epochs": epochs,
-            "path": best["path"],
-            "epoch": best["epoch"],
+            "epochs": epochs, "path": best["path"], "epoch": best["epoch"],
             "lowest_loss_epoch": lowest["epoch"],
-        }
+        }  # fmt: skip
 
     def ppo(self, folder: str, *, ptx: bool) -> dict:
         """PPO, with or without the pretraining mix."""
@@ -316,7 +303,7 @@ class Pipeline:
         return ppo.run(config, folder)
 
     def evaluation(self, folder: str) -> dict:
-        """All models on the test prompts."""
+        """Evaluates all models on the test prompts."""
         config = self._settings(
             "evaluation", reward_model=self.paths.reward_model(), prompts=self.data("prompts_test"),
             held_out_text=self.data("corpus_held_out"), reference=self.done("ppo_init")["last"],
@@ -343,14 +330,13 @@ class Pipeline:
             (row for name in STAGES for row in results.log_rows(self.folder, name)),
         )
         missing = check_results(found)
-        if (
-            missing and self.config.evaluate.gold
-        ):  # half of the keys speak of a truth that people's data do not hold
+        # Human data have no gold scores, so half of the keys are missing there by design.
+        if missing and self.config.evaluate.gold:
             print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
         return found
 
     def report(self, found: dict) -> Path:
-        """Writes ``report.html``; what it says of the config is what each stage recorded."""
+        """Writes ``report.html``; it describes the config that each stage recorded when it ran."""
         ran = {name: record["config"] for name, record in found["stages"].items()}
         config = {group: ran[stage][group] for stage, group in reads.GROUPS.items()}
         config |= {
@@ -365,7 +351,8 @@ class Pipeline:
 
 if __name__ == "__main__":
     cli.main(
-        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run, check=check_shapes,
+        run, config="configs/instructgpt/storyland.py", workdir="runs/instructgpt", plan=dry_run,
+        check=check_shapes,
         one_process="For several processes run its stages: sft.py, reward_model.py and ppo.py take "
-            "--distributed.",
+        "--distributed.",
     )  # fmt: skip

@@ -1,15 +1,25 @@
-r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0 pretraining text is
-mixed in (PPO-ptx).
+r"""PPO against a reward model with a per-token KL penalty; with `ptx_coef` > 0, PPO-ptx.
 
 Run:
 
     python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo \
         --config.model=runs/ppo_init/epoch-2 --config.reward_model=runs/reward_model/model \
-        --config.prompts=runs/data/prompts_ppo.jsonl
+        --config.prompts=runs/data/prompts_ppo.jsonl \
         --config.pretraining_text=runs/data/corpus.jsonl
 
-One iteration: prompts -> generate -> score and shape -> update over epochs x minibatches. The model
-it starts from is also the KL reference.
+One iteration (`iterate`):
+
+1. Sample: the policy ``pi`` answers a batch of prompts.
+2. Score and shape: the reward model scores each response, and the score becomes rewards of tokens,
+   ``reward_t = score * [t is last] - kl_coef * (log pi(y_t) - log pi_ref(y_t))``, from which GAE
+   computes advantages and returns.
+3. Update: epochs x minibatches optimizer steps on the clipped policy loss and the value loss;
+   PPO-ptx mixes in the language-model loss of pretraining text.
+
+The reference ``pi_ref`` is the initial policy; the value network starts from the reward model or,
+without one, from the policy with a new head.
+
+Source: Ouyang et al. 2022, section 3.5 (eq. 2) and appendix C.4.
 """
 
 from __future__ import annotations
@@ -69,40 +79,36 @@ from rlhf_jax.steps import compile_frozen_step, make_ppo_step, minibatch_order
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Samples, StepFn
 
 SHOW = (
-    "rollout/score",
-    "gold_score",
-    "rollout/kl_nats_per_sequence",
-    "rollout/response_tokens",
+    "rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens",
     "held_out_loss",
-)
+)  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Writes ``ema/`` and ``last/`` (models), checkpoints, metrics and ``ppo.json``."""
     check(config)
     mesh = devices.start(config.mesh)
+    # Several processes train one model, so all of them must read the same files.
     devices.agree_on_inputs(
-        config.model,
-        config.reward_model,
-        config.prompts,
-        config.pretraining_text,
+        config.model, config.reward_model, config.prompts, config.pretraining_text,
         config.held_out_text,
-    )
+    )  # fmt: skip
     with memory.phase(
         "set-up",
         lower=("config.mesh (more devices)", "config.train=lora", "config.optimizer=adam_bf16"),
     ):
         setup = prepare(config, mesh)
     settings = Settings(
-        workdir, config.name, steps=config.iterations, save_every=config.save_every, keep=config.keep,
-        max_skipped=config.guard.max_skipped, show=SHOW, unit="iterations",
+        workdir, config.name, steps=config.iterations, save_every=config.save_every,
+        keep=config.keep, max_skipped=config.guard.max_skipped, show=SHOW, unit="iterations",
     )  # fmt: skip
     with Loop(settings, setup.state, origin=origin(config, setup), data=config.prompts) as loop:
-        if not loop.is_over:
+        if not loop.is_over:  # a finished run that is started again has nothing to compile
             programs.compile_ahead(setup, config, mesh)
         for iteration, state in loop:
             state, metrics = iterate(setup, state, iteration, config, mesh)
             loop.log(metrics)
+            # Before `done`, which saves: a run that has diverged stops here.
             watch(setup, loop.skips, metrics, iteration, config)
             loop.done(state)
     result = save(loop.state, setup, config, workdir)
@@ -112,20 +118,23 @@ def run(config: ConfigDict, workdir: str) -> dict:
 def iterate(
     setup: Setup, state: PPOState, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[PPOState, Metrics]:
-    """One PPO iteration: sample, score, shape, update. Everything random is a function of (seed,
-    iteration).
+    """One PPO iteration: sample, score, shape, update.
+
+    All randomness is a function of (seed, iteration), so a resumed run repeats the original.
     """
+    # Each phase waits for its arrays, so that running out of memory is reported by its name.
     phase = partial(programs.phase, setup=setup, config=config, mesh=mesh)
     key, order_key = iteration_keys(config, iteration)
 
-    # Sample: one response to each prompt of the iteration.
+    # 1. Sample one response to each prompt of the iteration.
     prompts = prompts_of(setup, iteration, config, mesh)
     with phase("rollout"):
         samples = jax.block_until_ready(sample(setup, state, prompts, key, config))
     if iteration == 0:
         check_step_zero(setup, state, samples, config)
 
-    # Score: by the reward model, or by a function of the texts; then rewards, advantages, returns.
+    # 2. Score by the reward model, or on the host by a function of the texts (`scores`); then
+    # compute rewards, advantages and returns.
     texts = response_texts(setup, samples, iteration)
     judged = judge_all(setup, setup.text_reward, texts, iteration) if setup.text_reward else None
     scores = None
@@ -141,54 +150,48 @@ def iterate(
             )
         )
 
-    # Update: epochs x minibatches steps of policy and value network, with pretraining rows mixed in
-    # (PPO-ptx).
-    rows = (
-        None
-        if setup.pretraining is None
-        else sharding.place_batch(setup.pretraining.at(iteration), mesh)
-    )
+    # 3. Update policy and value network in epochs x minibatches steps. PPO-ptx also trains on rows
+    # of pretraining text.
+    rows = None if setup.pretraining is None else sharding.place_batch(
+        setup.pretraining.at(iteration), mesh
+    )  # fmt: skip
     with phase("update"):
         state, update = jax.block_until_ready(pieces.step(state, rollout, rows, order_key))
     kl = setup.controller.update(state.kl, metrics["rollout/kl_nats_per_sequence"].value)
-    # Back to where the compiled step expects it: another placement would compile the step again.
+    # Placed as the compiled step expects it: another sharding would compile the step again.
     state = dataclasses.replace(state, kl=jax.device_put(kl, setup.state.kl.coef.sharding))
     return state, metrics | update | observe(setup, state, texts, iteration, config)
 
 
 def save(state: PPOState, setup: Setup, config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes the average of the policies and the last one as model folders; returns the result of
-    the run.
-    """
-    assert state.policy.ema is not None  # `initial_state` asks for it
+    """Writes the averaged and the last policy as model folders; returns the result of the run."""
+    assert state.policy.ema is not None  # `initial_state` requests it
     folder = Path(workdir)
     for name, params in (("last", state.policy.params), ("ema", state.policy.ema)):
         networks.save_network(
             folder / name, setup.policy._replace(params=setup.trained_policy.merged(params))
         )
     return {
-        "ema": str(folder / "ema"),
-        "last": str(folder / "last"),
-        "episodes": config.iterations * config.episodes,
-        "optimizer_steps": int(state.policy.step),
+        "ema": str(folder / "ema"), "last": str(folder / "last"),
+        "episodes": config.iterations * config.episodes, "optimizer_steps": int(state.policy.step),
         "kl_coef": float(state.kl.coef),
-    }
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- before the loop
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
-    """Loads the networks, encodes the prompts and the pretraining text, builds the compiled
-    pieces.
-    """
+    """Loads the networks, encodes prompts and pretraining text, builds the compiled functions."""
     check_contexts(config)
+    # The loaded network is the reference; the trained policy is built from it below.
     policy = networks.load_network(
         config.model, mesh, config.decoder, rules=sharding_rules(config)["reference"]
     )
     reward, value = reward_and_value(policy, config, mesh)
     records = datasets.read_prompts(config.prompts, tokenizer=policy.tokenizer)
     asked = [r.prompt for r in records]
+    # Each tokenizer renders conversations by its own chat template; these must agree.
     if reward and not all(isinstance(prompt, str) for prompt in asked):
         chat.check_same_template(policy=policy.tokenizer, reward_model=reward.tokenizer)
     ids = datasets.encode_prompts(
@@ -207,20 +210,23 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
         )
     if config.held_out_text:
         rows = text_rows(policy.tokenizer, config.held_out_text, config, context)
+        # A fixed seed: runs of every seed are evaluated on the same rows.
         held_out = datasets.held_out_batches(
             rows, mesh, batch_size=config.held_out_rows, seed=0, most=1
         )
+    # Two samples in a row save work on one device; over several, exchanging rows costs more.
     one_device = mesh.size == config.microbatches == config.score_microbatches == 1
     pieces = partial(compiled_pieces, config, mesh, policy, value, reward, trained, where)
     return Setup(
-        policy, reward, value.model, *trained, asked, [r.id for r in records], prompts, pretraining, held_out or [],
-        kl_controller(config), pieces(), pieces(rollout_model=scoring.pair_rows) if one_device else None, state,
-        judge(config.gold), judge(config.text_reward),
+        policy, reward, value.model, *trained, asked, [r.id for r in records], prompts, pretraining,
+        held_out or [], kl_controller(config), pieces(),
+        pieces(rollout_model=scoring.pair_rows) if one_device else None, state, judge(config.gold),
+        judge(config.text_reward),
     )  # fmt: skip
 
 
 def text_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Context) -> LMBatch:
-    """Packed rows of a file of plain text, within the policy's context."""
+    """Packed rows of a plain-text file, each document within the policy's context."""
     return datasets.lm_rows(
         tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length"
     )
@@ -231,21 +237,23 @@ def compiled_pieces(
     reward: Network | None, trained: tuple[TrainableParams, TrainableParams], where: PPOState,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> Pieces:  # fmt: skip
-    """The two compiled pieces after sampling, compiled when first called; the state stays `where`
-    it is.
-    """
+    """The compiled functions after sampling; `where` are the shardings that the state keeps."""
     make_step = partial(
-        make_ppo_step, optimizers=optimizers(config), ppo=update_settings(config), losses=losses(config),
-        batch_sharding=sharding.batch_sharding(mesh), rollout_model=rollout_model,
+        make_ppo_step, optimizers=optimizers(config), ppo=update_settings(config),
+        losses=losses(config), batch_sharding=sharding.batch_sharding(mesh),
+        rollout_model=rollout_model,
     )  # fmt: skip
 
+    # With LoRA the base weights are frozen: an argument of the compiled step, because as a constant
+    # inside it they would be a second copy.
     def step(frozen: tuple[Params, Params]) -> StepFn:
         return make_step(
             trained[0].model(policy.model, frozen[0]), trained[1].model(value.model, frozen[1])
         )
 
     score_and_shape = make_score_and_shape(
-        rollout_model(policy.model), rollout_model(value.model), reward and rollout_model(reward.model),
+        rollout_model(policy.model), rollout_model(value.model),
+        reward and rollout_model(reward.model),
         filled_from(Shaping, config, microbatches=config.score_microbatches),
     )  # fmt: skip
     frozen = trained[0].frozen, trained[1].frozen
@@ -253,9 +261,7 @@ def compiled_pieces(
 
 
 def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
-    """What the run is made of, for its checkpoints: the reference and the reward model are in it by
-    their sha256.
-    """
+    """Fingerprints of the inputs for the checkpoints; models are identified by their sha256."""
     files = {key: config[key] for key in ("prompts", "held_out_text")}
     if config.ptx_coef:
         files["pretraining_text"] = config.pretraining_text
@@ -266,7 +272,7 @@ def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
 
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
-    """Compiles the three phases of an iteration for its real shapes and prints their memory."""
+    """Compiles the three phases of an iteration at their real shapes and prints their memory."""
     check(config)
     mesh = devices.start(config.mesh)
     setup = prepare(config, mesh)
@@ -279,9 +285,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def prompts_of(setup: Setup, iteration: int, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The prompts of an iteration on the devices; the id of each counts the prompts of the whole
-    run.
-    """
+    """The prompts of an iteration on the devices; ids count the prompts of the whole run."""
     ids = np.arange(iteration * config.episodes, (iteration + 1) * config.episodes, dtype=np.int32)
     return sharding.place_batch(
         dataclasses.replace(setup.prompts.at(iteration), ids=sharding.own_rows(ids, mesh)), mesh
@@ -291,25 +295,24 @@ def prompts_of(setup: Setup, iteration: int, config: ConfigDict, mesh: jax.shard
 def sample(
     setup: Setup, state: PPOState, prompts: Any, key: jax.Array, config: ConfigDict
 ) -> Samples:
-    """Responses of the current policy, under exactly the distribution that is trained: no top-k, no
-    top-p.
+    """Responses of the current policy.
+
+    Without top-k or top-p: the sampling distribution is exactly the one that the update trains.
     """
     return generate(
-        setup.policy.model,
-        setup.trained_policy.merged(state.policy.params),
-        prompts,
+        setup.policy.model, setup.trained_policy.merged(state.policy.params), prompts,
         jax.random.fold_in(key, 0),
         Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             stop_ids=stop_ids(setup),
         ),
-    )
+    )  # fmt: skip
 
 
 def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
-    """The pieces that compute two samples to a row, where they fit in the whole rollout and in each
-    minibatch.
+    """The functions that put two samples into a row, where this fits; else one per row.
+
+    The pairs must fit both in the whole rollout, which is scored, and in each minibatch.
     """
     if setup.paired is None:
         return setup.pieces
@@ -320,22 +323,21 @@ def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDic
 
 
 def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
-    """Stops the run unless policy, reference, sampler and value network agree before the first
-    update.
-    """
+    """Stops the run unless policy, reference, sampler and value network agree before any update."""
     reward = setup.reward
     step_zero_checks(
         setup.policy.model, setup.value, reward.model if reward else None,
         InitialParams(
             policy=setup.trained_policy.whole(state.policy.params), reference=setup.policy.params,
-            value=setup.trained_value.whole(state.value.params), reward=reward.params if reward else None,
+            value=setup.trained_value.whole(state.value.params),
+            reward=reward.params if reward else None,
         ),
         samples, temperature=config.temperature,
     )  # fmt: skip
 
 
 def response_texts(setup: Setup, samples: Samples, iteration: int) -> list[str]:
-    """The responses as text, where a function of texts judges them; an empty list elsewhere."""
+    """The responses as text where a function of texts judges them; otherwise an empty list."""
     if not (setup.gold or setup.text_reward):
         return []
     asked = [setup.asked[i] for i in setup.prompts.indices(iteration)]
@@ -345,27 +347,27 @@ def response_texts(setup: Setup, samples: Samples, iteration: int) -> list[str]:
 def judge_all(
     setup: Setup, score: functions.Judge, texts: list[str], iteration: int
 ) -> list[float]:
-    """`score` of each response of an iteration; each process judges its part, and all get the same
-    numbers.
+    """`score` of each response of an iteration, on every process.
+
+    The processes share the work: process i of n judges the responses i, i + n, i + 2n and so on.
     """
     asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
     part = asked[processes.index() :: processes.count()]
     judged = processes.exchange(
         "scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part]
     )
+    # Undo the sharing: response i is number i // n of process i % n.
     return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
 
 
 def observe(
     setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict
 ) -> dict[str, Any]:
-    """What is watched and never trained on: gold score of the rollout's texts, held-out pretraining
-    loss.
-    """
+    """Metrics that nothing is trained on: mean gold score of the texts, loss on held-out text."""
     seen: dict[str, Any] = {}
     if setup.gold is not None:
         judged = np.asarray(judge_all(setup, setup.gold, texts, iteration))
-        told = judged[np.isfinite(judged)]  # it may abstain
+        told = judged[np.isfinite(judged)]  # NaN: the scorer abstained
         seen["gold_score"] = float(told.mean()) if len(told) else float("nan")
     if setup.held_out and (
         iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations

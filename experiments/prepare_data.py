@@ -1,22 +1,24 @@
-r"""Writes the JSONL files that the stages read: demonstrations, prompts, rankings, plain text;
-fetches models by name.
+r"""Writes the JSONL files that the stages read: demonstrations, prompts, rankings, plain text.
 
 Run:
 
-    python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data python
-    experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data python
-    experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.demonstrations=FILE
-    python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data python
-    experiments/prepare_data.py --data=FILE --columns prompt=question,system=system
-    --out=runs/my_data python experiments/prepare_data.py --model=smollm2 python
-    experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 --preview=rows.html
+    python experiments/prepare_data.py --config=configs/data/storyland.py --workdir=runs/data
+    python experiments/prepare_data.py --source=hh_rlhf --data_dir=DIR --out=runs/hh_data
+    python experiments/prepare_data.py --source=jsonl --out=runs/my_data \
+        --config.demonstrations=FILE
+    python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
+    python experiments/prepare_data.py --data=FILE --columns prompt=question,system=system \
+        --out=runs/my_data
+    python experiments/prepare_data.py --model=smollm2
+    python experiments/prepare_data.py --look=FILE.jsonl --model=runs/sft/epoch-3 \
+        --preview=rows.html
 
 ``--source=NAME`` is short for ``--config=configs/data/NAME.py``, ``--out`` for ``--workdir``,
-``--data_dir`` and ``--model`` for the keys of that name; ``--model`` alone fetches the model and
-asks it one question. With ``--data`` a file of another tool is converted, and ``--source`` is the
-name of its form (docs/data_sources.md), or left out. ``--preview`` shows five rows as the model
-sees them (``--preview=FILE.html`` writes a page), ``--look=FILE`` does that and the numbers of the
-report for a file of records, and prepares nothing.
+``--data_dir`` and ``--model`` for the keys of that name; ``--model`` alone fetches a model by name
+and asks it one question. With ``--data`` a file of another tool is converted; ``--source`` then
+names its format (docs/data_sources.md) and may be left out. ``--preview`` shows five rows as the
+model sees them (``--preview=FILE.html`` writes a page). ``--look=FILE`` shows this and the report's
+numbers for a file of records, and prepares nothing.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ _SHOW = contextvars.ContextVar("show the tables", default=True)
 
 
 def run(config: ConfigDict, workdir: str, *, show: bool = True) -> dict:
-    """Writes the files of `config.source` into `workdir` and returns how many records each holds.
+    """Writes the files of `config.source` into `workdir`; returns the number of records in each.
 
-    The tables go to ``data_report.txt``; with `show` to the screen too.
+    The tables go to ``data_report.txt`` and, with `show`, to the screen too.
     """
     checks.require_one_of("source", config.source, tuple(SOURCES))
     shown = _SHOW.set(show)
@@ -64,7 +66,7 @@ def run(config: ConfigDict, workdir: str, *, show: bool = True) -> dict:
 
 
 def storyland(config: ConfigDict, folder: Path) -> dict:
-    """Demonstrations by simulated labelers, prompts of all splits, and corpus text."""
+    """Demonstrations by simulated labelers, prompts of all splits, and a text corpus."""
     files = world.files(config)
     counts = _write(folder, files)
     tokenizer = load_tokenizer(storyland_assets.assets())
@@ -86,12 +88,11 @@ def _write(folder: Path, files: Mapping[str, Iterable[Any]]) -> dict[str, int]:
 
 
 def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
-    """HH-RLHF pairs and OpenAssistant rankings, cut into parts by conversation, and running
-    English.
+    """HH-RLHF pairs and OpenAssistant rankings, split by conversation, and English text.
 
-    Rankings, demonstrations and prompts never share a conversation. Writes ``data_report.txt`` too:
-    what was read, what was left out and why. Where `config.data_dir` holds HH-RLHF alone, a line
-    says which files are not written; without `config.subsets` there is OpenAssistant alone.
+    Rankings, demonstrations and prompts never share a conversation. ``data_report.txt`` has what
+    was read, what was left out and why. Where `config.data_dir` has HH-RLHF alone, the report names
+    the files that are not written; without `config.subsets` only OpenAssistant is read.
     """
     shares = parts.Parts(config)
     where = config.data_dir or None
@@ -117,7 +118,7 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     parts.require_records(files)
     counts = _write(folder, {name: records for name, records in files.items() if records})
     sizes = collections.Counter(len(r.responses) for r in files["rankings"])
-    # Readers name the split they were asked for; the parts here are others.
+    # `noted` names the splits of the source, not the parts that are made here, so it is left out.
     lines = [dataclasses.replace(report, noted={}).summary() for report in reports] + skipped
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
     lines += [
@@ -131,7 +132,7 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
 
 
 def _report(folder: Path, lines: Sequence[str], *, before: Sequence[str] = ()) -> None:
-    """Writes data_report.txt and prints it; the lines `before` were printed already."""
+    """Writes data_report.txt and prints it, without the lines `before`, printed already."""
     text = "\n".join(lines).rstrip("\n") + "\n"
     with written(folder / "data_report.txt") as file:
         file.write("".join(f"{line}\n" for line in before) + text)
@@ -145,12 +146,11 @@ def _report(folder: Path, lines: Sequence[str], *, before: Sequence[str] = ()) -
 
 
 def own_files(config: ConfigDict, folder: Path) -> dict:
-    """A user's own files, cleaned and split. Writes ``data_report.txt``: bad rows, what was left
-    out, the tables.
+    """A user's own files, cleaned and split; ``data_report.txt`` has what was left out and why.
 
-    In this order: rows are read strictly, near-duplicate prompts left out, users capped, records
+    In this order: rows are read strictly, near-duplicate prompts dropped, users capped, records
     split by user (or organization, or conversation), the splits checked for leaks, personal data
-    taken out of the training split, and what is too long left out.
+    masked in the training split, and records that are too long dropped.
     """
     _check_cleaning(config)
     checks.require(
@@ -168,11 +168,10 @@ def own_files(config: ConfigDict, folder: Path) -> dict:
 
 
 def convert(config: ConfigDict, folder: Path) -> dict:
-    """A file in another tool's form as the files that the stages read. Writes ``data_report.txt``
-    too.
+    """Converts a file of another tool into the files that the stages read.
 
-    What was read as what is said first. A file of a few conversations is not split: nothing is held
-    out then.
+    Prints first in which format the file was read. A file with few conversations is not split: it
+    has no held-out part. Also writes ``data_report.txt``.
     """
     _check_cleaning(config)
     checks.require(bool(config.data), "data", config.data, "name the file to convert: --data=FILE")
@@ -209,12 +208,10 @@ def convert(config: ConfigDict, folder: Path) -> dict:
 
 
 def _cleaned(
-    config: ConfigDict,
-    sets: dict[str, list[Any]],
-    fractions: dict[str, float],
+    config: ConfigDict, sets: dict[str, list[Any]], fractions: dict[str, float],
     reports: list[schema.DataReport],
-) -> tuple[dict[str, Any], Lengths | None]:
-    """The stages' files of records, cleaned and split as the config says, and what was too long."""
+) -> tuple[dict[str, Any], Lengths | None]:  # fmt: skip
+    """The stages' records, cleaned and split by the config, and the counts of those too long."""
     sets = own.deduplicated(sets, config.prefix_length, reports)
     if config.per_user:
         for name, records in sets.items():
@@ -228,9 +225,12 @@ def _cleaned(
     if config.pii_hook:
         hook = config_lib.resolve(config.pii_hook)
         for name, part in split.items():
-            advice = f"see what pii_hook={config.pii_hook} does with it, or stop with Ctrl-C and take the row out"
+            advice = (
+                f"see what pii_hook={config.pii_hook} does with it, or stop with Ctrl-C and take "
+                "the row out"
+            )
             with told_when_slow(advice) as begin:
-                on_row = lambda place, r, name=name: begin(
+                on_row = lambda place, r, name=name: begin(  # noqa: E731
                     f"pii_hook: record {place} of {name} (id {r.id})"
                 )
                 part["train"], report = curation.scrub(part["train"], hook, on_row=on_row)
@@ -248,8 +248,8 @@ def _cleaned(
 
 
 def _lines(
-    config: ConfigDict, reports: Sequence[schema.DataReport], lengths: Lengths | None, files: Mapping[str, Any],
-    counts: Mapping[str, int],
+    config: ConfigDict, reports: Sequence[schema.DataReport], lengths: Lengths | None,
+    files: Mapping[str, Any], counts: Mapping[str, int],
 ) -> list[str]:  # fmt: skip
     """The report of a user's own data."""
     lines = [report.summary() for report in reports if report.rows]
@@ -275,11 +275,12 @@ def _check_cleaning(config: ConfigDict) -> None:
 
 
 def pretrained(config: ConfigDict, folder: Path) -> dict:
-    """Fetches and converts a model, and asks it one question: a wrong rotary base or a lost
-    permutation shows here.
+    """Fetches and converts a model, and tests it with one question.
+
+    A wrong rotary base or a missed permutation of the weights shows in the answer.
 
     Raises:
-      ValueError: the model is not known, cannot be fetched, or its greedy answer does not hold
+      ValueError: the model is unknown, cannot be fetched, or its greedy answer does not contain
         `config.answer`.
     """
     path = networks.model_folder(config.model)
@@ -303,39 +304,30 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
             f"{path} continues {config.question!r} with {answer!r}: delete the folder and run again"
         )
     result = {
-        "model": config.model,
-        "folder": str(path),
-        "question": config.question,
-        "answer": answer,
-    }
+        "model": config.model, "folder": str(path), "question": config.question, "answer": answer,
+    }  # fmt: skip
     write_json(folder / "model.json", result)
     print(f"{config.model} is in {path}\n{config.question}{answer}", flush=True)
     return result
 
 
 SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
-    "storyland": storyland,
-    "hh_rlhf": hh_rlhf,
-    "jsonl": own_files,
-    "convert": convert,
-    "pretrained": pretrained,
-    "look": lambda config, folder: {"records": look.look(config)},
-}
+    "storyland": storyland, "hh_rlhf": hh_rlhf, "jsonl": own_files, "convert": convert,
+    "pretrained": pretrained, "look": lambda config, folder: {"records": look.look(config)},
+}  # fmt: skip
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Looks at a file (``--look``); the other sources have no dry run."""
+    """Looks at a file (``--look``); no other source has a dry run."""
     checks.require(
-        config.source == "look",
-        "--dry_run",
-        True,
+        config.source == "look", "--dry_run", True,
         "only --look=FILE writes nothing: leave --dry_run out",
-    )
+    )  # fmt: skip
     look.look(config)
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line; a source that there is not is refused as any other mistake is."""
+    """The command line; reports an unknown source in one line, as it does any other mistake."""
     try:
         full = data_flags.expand(argv)
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""Pretrains a storyland base model on the corpus, as the shipped ones were.
+r"""Pretrains a storyland base model on the corpus, as the models of the package were.
 
 Run:
 
-    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large
-    --workdir=runs/pretrain_large
+    python experiments/pretrain.py --config=configs/pretrain/storyland.py:large \
+        --workdir=runs/pretrain_large
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HELD_OUT_SEED = 1
 
 
 class Setup(NamedTuple):
-    """Everything that stays the same while the stage runs, and the state it begins with."""
+    """What is constant while the stage runs, and its initial state."""
 
     mesh: jax.sharding.Mesh
     tokenizer: Any
@@ -60,11 +60,11 @@ class Setup(NamedTuple):
 
 
 def prepare(config: ConfigDict) -> Setup:
-    """Writes the corpus as rows, builds the model, the step and the state."""
+    """Writes the corpus as rows; builds the model, the step and the state."""
     mesh = devices.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
-    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)
+    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
     with Progress("writing documents", config.documents, unit="documents") as progress:
         written = []
         for done, document in enumerate(documents(0, config.documents), start=1):
@@ -76,7 +76,7 @@ def prepare(config: ConfigDict) -> Setup:
         length=config.row_length,
     )
     context = contexts.Context(config.model.context_length, "config.model")
-    for each in (rows, held_out):
+    for each in (rows, held_out):  # a longer row would have positions that the model lacks
         contexts.check_rows(context, each, f"a document in rows of row_length={config.row_length}")
     batches = datasets.batches(rows, mesh, batch_size=config.batch_size, seed=config.seed)
     model = language_model(DecoderConfig(vocab_size=len(tokenizer), **config.model))
@@ -92,7 +92,7 @@ def prepare(config: ConfigDict) -> Setup:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers that no run can have."""
+    """Refuses settings with which no run is possible."""
     inputs.check_settings(config)
 
 
@@ -103,15 +103,13 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def programs(setup: Setup) -> memory.Programs:
-    """The step, compiled for the first batch."""
+    """The step, compiled for the shapes of the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
     yield "train", compiling.lower(setup.step, setup.state, batch, None).compile()
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes ``model/`` (bfloat16) and ``pretrain.json`` into `workdir`; returns what the latter
-    holds.
-    """
+    """Writes ``model/`` (bfloat16) and ``pretrain.json``; returns the contents of the latter."""
     check(config)
     with memory.phase("set-up", lower=("config.documents", "config.row_length")):
         setup = prepare(config)
@@ -121,7 +119,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
     def on_save(step: int, state: Any, log: StageLog) -> None:
         log(step, {"held_out_loss": lm_loss(model, state.params, setup.held_out)})
-        # bfloat16 is half the size, and `load_hf` reads it back as float32
+        # bfloat16 halves the file, and `load_hf` reads it back as float32.
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
         networks.save_network(folder / "model", networks.Network(model, half, tokenizer))
 
@@ -165,5 +163,6 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 if __name__ == "__main__":
     cli.main(
-        run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run, check=check
+        run, config="configs/pretrain/storyland.py:large", workdir="runs/pretrain", dry_run=dry_run,
+        check=check,
     )  # fmt: skip

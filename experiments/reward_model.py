@@ -1,12 +1,15 @@
-r"""Trains the reward model on rankings: all pairs of a prompt in one batch element, one epoch,
-demonstrations at 0.
+r"""Trains the reward model on rankings, all pairs of a prompt in one batch element, for one epoch.
 
 Run:
 
-    python experiments/reward_model.py --config=configs/reward_model/storyland.py
-    --workdir=runs/reward_model \
-        --config.model=runs/sft/epoch-3 --config.rankings=runs/samples/rankings.jsonl \
+    python experiments/reward_model.py --config=configs/reward_model/storyland.py \
+        --workdir=runs/reward_model --config.model=runs/sft/epoch-3 \
+        --config.rankings=runs/samples/rankings.jsonl \
         --config.demonstrations=runs/data/demonstrations.jsonl
+
+Afterwards its bias is set so that demonstrations score 0 on average.
+
+Source: Ouyang et al. 2022, section 3.5 (eq. 1) and appendix C.2.
 """
 
 from __future__ import annotations
@@ -50,15 +53,13 @@ from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_s
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
 LOWER = (
-    "config.microbatches (more, smaller pieces)",
-    "config.decoder.remat=block",
-    "config.batch_size",
+    "config.microbatches (more, smaller pieces)", "config.decoder.remat=block", "config.batch_size",
     "config.mesh",
-)
+)  # fmt: skip
 
 
 class Setup(NamedTuple):
-    """A stage before its first step."""
+    """The stage before its first step."""
 
     base: networks.Network
     model: Model
@@ -84,13 +85,14 @@ def run(config: ConfigDict, workdir: str) -> dict:
     made_of = origin(config, base)
     records = where(config, rankings, encoded, setup.places)
     settings = Settings(
-        workdir, "reward_model", steps, config.save_every, keep=config.keep, max_skipped=config.guard.max_skipped,
-        show=("reward/loss", "reward/accuracy"),
+        workdir, "reward_model", steps, config.save_every, keep=config.keep,
+        max_skipped=config.guard.max_skipped, show=("reward/loss", "reward/accuracy"),
     )  # fmt: skip
     with (
         memory.phase(
-            "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size, slots=config.row_length,
-            microbatches=config.microbatches, parameters=networks.size(base.params),
+            "train", lower=LOWER, programs=partial(programs, setup), rows=config.batch_size,
+            slots=config.row_length, microbatches=config.microbatches,
+            parameters=networks.size(base.params),
         ),
         Loop(settings, setup.state, origin=made_of, data=config.rankings) as loop,
     ):  # fmt: skip
@@ -100,16 +102,15 @@ def run(config: ConfigDict, workdir: str) -> dict:
             )
             loop.log(metrics, rows=partial(records.of_step, setup.batches, step))
             loop.done(state)
+    # The loss only sees differences of scores, so their common offset is free; see `center`.
     network = center(
         networks.Network(model, trained.merged(loop.state.params), base.tokenizer), config, mesh
     )
-    guards.check_read(made_of)
+    guards.check_read(made_of)  # the input files must not have changed during training
     networks.save_network(Path(workdir) / "model", network)
     result: dict[str, Any] = {
-        "model": str(Path(workdir) / "model"),
-        "steps": steps,
-        "prompts": len(encoded),
-    }
+        "model": str(Path(workdir) / "model"), "steps": steps, "prompts": len(encoded),
+    }  # fmt: skip
     result |= {"padding_share": text.padding_share(rows), **ranked.tokens(encoded)}
     result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
@@ -128,9 +129,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, files and models that no run can have, before anything is loaded or
-    written.
-    """
+    """Refuses settings, files and models with which no run is possible, before any are loaded."""
     inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("rankings", config.rankings)
@@ -141,7 +140,7 @@ def check(config: ConfigDict) -> None:
 
 
 def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
-    """What the stage is made of, for its checkpoints."""
+    """Fingerprints of the stage's inputs for its checkpoints."""
     files = {key: config[key] for key in ("rankings", "demonstrations")}
     files |= {f"evaluation.{name}": path for name, path in config.evaluation.items()}
     models = {"model": networks.model_folder(config.model)}
@@ -149,12 +148,10 @@ def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
 
 
 def where(
-    config: ConfigDict,
-    rankings: Sequence[schema.Ranking],
-    encoded: Sequence[text.RankedIds],
+    config: ConfigDict, rankings: Sequence[schema.Ranking], encoded: Sequence[text.RankedIds],
     places: Sequence[int],
-) -> guards.Records:
-    """Which rankings lie in which row."""
+) -> guards.Records:  # fmt: skip
+    """Which rankings are in which row, so that a skipped step can name its records."""
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
     return guards.Records(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
@@ -171,7 +168,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def programs(setup: Setup) -> memory.Programs:
-    """The step, compiled for the first batch."""
+    """The step, compiled for the shapes of the first batch."""
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
     yield "train", compiling.lower(setup.step, setup.state, batch, None).compile()
 
@@ -195,6 +192,7 @@ def prepare(config: ConfigDict) -> Setup:
     trained = networks.trainable(
         scalar_from_language_model(base.params, jax.random.key(config.seed)), config
     )
+    # With a frozen trunk the step reads stored hidden states instead of tokens.
     read, seen = (
         (model, rows)
         if config.train != "head"
@@ -220,11 +218,10 @@ def prepare(config: ConfigDict) -> Setup:
 def read_trunk(
     model: Model, trunk: Params, rows: RankingBatch, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Model, RankingBatch]:
-    """A frozen trunk is read once: rows of its hidden states where a score is read, and the model
-    from there on.
+    """Computes a frozen trunk once: its hidden states where a score is read, and the head alone.
 
-    The states take the place of the tokens and each response's end is the place of its state. An
-    epoch over the head then costs next to nothing, so it may take many.
+    The states take the place of the tokens, and the index of each state that of its response's end.
+    An epoch of the head then costs next to nothing, so the head can take many.
     """
     hidden = in_batches(
         partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh, "frozen trunk"
@@ -240,10 +237,9 @@ def read_trunk(
 def in_batches(
     function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str
 ) -> Any:
-    """A function of rows, `size` of them at a time, with a line of progress under `name` where it
-    takes long.
+    """A function of rows, applied to `size` rows at a time, with progress shown under `name`.
 
-    The last batch is filled up with the last row, so that there is one program.
+    The last batch is padded with the last row, so that one compiled program serves all batches.
     """
     count, found = len(rows.tokens), []
     with Progress(name, count, unit="rows") as progress:
@@ -278,10 +274,10 @@ def center(
     if len(fitting_records) < len(records) and processes.index() == 0:
         print(
             f"bias: {len(records) - len(fitting_records)} of {len(records)} demonstrations are "
-            "left out, they are "
-            f"longer than the context of {context} tokens",
+            f"left out, they are longer than the context of {context} tokens",
             flush=True,
         )
+    # Cut after filtering, so that the average has as many demonstrations as the config asks for.
     records = fitting_records[: config.bias_demonstrations]
     checks.require(
         bool(records), "demonstrations", config.demonstrations,
@@ -289,25 +285,21 @@ def center(
         "longer context",
     )  # fmt: skip
     scores = responses_lib.score_responses(
-        network,
-        [r.prompt for r in records],
-        [r.response for r in records],
-        mesh,
+        network, [r.prompt for r in records], [r.response for r in records], mesh,
         batch_size=config.score_batch_size,
-    )
+    )  # fmt: skip
     head = network.params["score"]
     bias = head["bias"] + quality.demonstration_bias(scores)
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
 
 
 def score_each(
-    network: networks.Network,
-    rankings: Sequence[schema.Ranking],
-    config: ConfigDict,
+    network: networks.Network, rankings: Sequence[schema.Ranking], config: ConfigDict,
     mesh: jax.sharding.Mesh,
-) -> Scores:
-    """The score of each response, once, however many labelers ranked it; responses to a prompt
-    share its row.
+) -> Scores:  # fmt: skip
+    """The score of each distinct response, even if several labelers ranked it.
+
+    The responses to a prompt share a row.
     """
     names, items = ranked.distinct_responses(network.tokenizer, rankings, config)
     if not items:
@@ -317,17 +309,15 @@ def score_each(
     contexts.check(
         contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked)
     )
+    # Held-out rankings may be longer than the training rows; one width serves all of them.
     longest = max(sizes)
     length = max(config.row_length, longest)
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)
     scored = in_batches(
-        partial(_ranking_scores, network.model, network.params),
-        rows,
-        config.batch_size,
-        mesh,
+        partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh,
         "held-out",
-    )
+    )  # fmt: skip
     return {
         name: float(scored[row, place, k])
         for row, inside in enumerate(places)
@@ -338,9 +328,6 @@ def score_each(
 
 if __name__ == "__main__":
     cli.main(
-        run,
-        config="configs/reward_model/storyland.py",
-        workdir="runs/reward_model",
-        dry_run=dry_run,
-        check=check,
-    )
+        run, config="configs/reward_model/storyland.py", workdir="runs/reward_model",
+        dry_run=dry_run, check=check,
+    )  # fmt: skip

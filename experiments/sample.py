@@ -1,14 +1,13 @@
-r"""Samples K responses to each prompt from one or several models, and lets simulated labelers rank
-them.
+r"""Samples K responses to each prompt from one or several models; simulated labelers rank them.
 
 Run:
 
     python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/samples \
         --config.prompts=runs/data/prompts_ranking.jsonl --config.models="('runs/sft/epoch-1',)"
 
-Writes ``samples.jsonl`` (prompt, responses, policies, temperatures); with ``config.labelers > 0``
-also ``rankings.jsonl``, whose prompts must be storyland's, because only there simulated labelers
-know the truth.
+Writes ``samples.jsonl`` (prompt, responses, policies, temperatures). With ``config.labelers > 0``
+it also writes ``rankings.jsonl``; the prompts must then be storyland's, because the simulated
+labelers know the true quality of a response only there.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from rlhf_jax.sampling.generate import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """K responses to a prompt with where they came from; one line of ``samples.jsonl``."""
+    """K responses to a prompt and how each was sampled; one line of ``samples.jsonl``."""
 
     id: str | None
     prompt: schema.Conversation
@@ -41,7 +40,7 @@ class Responses:
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Samples, ranks, writes; returns counts."""
+    """Samples, ranks and writes; returns the numbers of prompts and responses."""
     check(config)
     mesh = devices.start(config.mesh)
     prompts = datasets.read_prompts(
@@ -50,8 +49,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     for name in config.models:
         check_context(name, prompts, config)
     ks = [draw_k(config.seed, place, config.min_k, config.max_k) for place in range(len(prompts))]
-    # Response k of a prompt comes from model k mod n: each prompt compares the models with one
-    # another.
+    # Response k of a prompt comes from model k mod n, so that every prompt compares the models.
     drawn: list[dict[int, str]] = [{} for _ in prompts]
     share = [
         [len(range(which, k, len(config.models))) for k in ks]
@@ -82,6 +80,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 drawn[place] |= {
                     which + n * len(config.models): next(remaining) for n in range(count)
                 }
+    # Put the responses of all models back in the order of k.
     records = [
         Responses(
             prompt.id, prompt.prompt, tuple(drawn[p][k] for k in range(ks[p])),
@@ -93,18 +92,15 @@ def run(config: ConfigDict, workdir: str) -> dict:
     schema.write_jsonl(Path(workdir) / "samples.jsonl", records)
     if config.labelers:
         rankings = rank(
-            records,
-            group=config.labeler_group,
-            count=config.labelers,
+            records, group=config.labeler_group, count=config.labelers,
             labels_each=config.labels_each,
-        )
+        )  # fmt: skip
         schema.write_jsonl(Path(workdir) / "rankings.jsonl", rankings)
     return {"prompts": len(prompts), "responses": sum(ks)}
 
 
 def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDict) -> None:
-    """Refuses prompts that leave a model no room for an answer, before any model is loaded or
-    asked.
+    """Refuses prompts that leave a model no room for a response, before any model is loaded.
 
     Raises:
       ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the
@@ -113,13 +109,14 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
     folder = networks.model_folder(name)
     context = contexts.of_folder(folder)
     if context.length is None or not (folder / "tokenizer.json").exists():
-        return  # told where the model is loaded
+        return  # loading the model reports this
     asked = [p.prompt for p in prompts]
     ids = datasets.encode_prompts(
         text.load_tokenizer(folder), asked, length=config.prompt_length, where=config.prompts
     )  # fmt: skip
     contexts.check(
-        context, [len(each) for each in ids], contexts.prompt_of(config.prompts, asked), new=config.max_new_tokens
+        context, [len(each) for each in ids], contexts.prompt_of(config.prompts, asked),
+        new=config.max_new_tokens,
     )  # fmt: skip
 
 
@@ -129,11 +126,9 @@ def check(config: ConfigDict) -> None:
     draw_k(config.seed, 0, config.min_k, config.max_k)
     models = config.models
     checks.require(
-        isinstance(models, tuple) and len(models) > 0,
-        "models",
-        models,
+        isinstance(models, tuple) and len(models) > 0, "models", models,
         "pass folders, --config.models=\"('FOLDER',)\"",
-    )
+    )  # fmt: skip
     for place, name in enumerate(models):
         try:
             inputs.check_model(f"models[{place}]", name)
@@ -149,8 +144,8 @@ def check(config: ConfigDict) -> None:
 
 
 def read_samples(path: Path) -> list[Responses]:
-    """What `run` wrote to ``samples.jsonl``."""
-    read = lambda row: Responses(
+    """Reads the ``samples.jsonl`` that `run` wrote."""
+    read = lambda row: Responses(  # noqa: E731
         row.get("id"),
         _prompt(row),
         *(tuple(row[name]) for name in ("responses", "policies", "temperatures")),
@@ -168,7 +163,7 @@ def _prompt(row: dict[str, Any]) -> schema.Conversation:
 
 
 def draw_k(seed: int, place: int, low: int, high: int) -> int:
-    """How many responses this prompt gets, uniform in ``low .. high`` (4 to 9 in the paper)."""
+    """The number of responses to this prompt, uniform in ``low .. high`` (4 to 9 in the paper)."""
     if not 2 <= low <= high:
         raise ValueError(f"min_k={low} and max_k={high} must satisfy 2 <= min_k <= max_k")
     return random.Random(f"k/{seed}/{place}").randint(low, high)
@@ -177,8 +172,9 @@ def draw_k(seed: int, place: int, low: int, high: int) -> int:
 def rank(
     records: Sequence[Responses], *, group: str, count: int, labels_each: int = 1
 ) -> list[schema.Ranking]:
-    """Each prompt's responses ranked by simulated labelers of a group, most by one of them only as
-    in the paper.
+    """Each prompt's responses, ranked by the simulated labelers of a group.
+
+    Each prompt is ranked by `labels_each` labelers, one by default, as most are in the paper.
 
     Args:
       records: sampled responses to storyland prompts.
@@ -195,8 +191,8 @@ def rank(
             rankings.append(
                 schema.Ranking(
                     record.prompt, record.responses, tuple(r - 1 for r in ranks),
-                    id=f"{record.id}/{person.name}", source="storyland", labeler=person.name, labeler_group=group,
-                    policies=record.policies, temperatures=record.temperatures,
+                    id=f"{record.id}/{person.name}", source="storyland", labeler=person.name,
+                    labeler_group=group, policies=record.policies, temperatures=record.temperatures,
                 )
             )  # fmt: skip
     return rankings

@@ -1,11 +1,12 @@
-r"""Supervised fine-tuning on demonstrations: the SFT baseline, and with pretraining text mixed in
-the init of PPO.
+r"""Supervised fine-tuning on demonstrations: the SFT baseline, or the init of PPO.
 
 Run:
 
     python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft \
         --config.demonstrations=runs/data/demonstrations.jsonl \
         --config.validation=runs/data/demonstrations_validation.jsonl
+
+The init of PPO mixes in pretraining text (`pretraining_fraction` > 0).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ LOWER = (
 
 
 class Setup(NamedTuple):
-    """A stage before its first step."""
+    """The stage before its first step."""
 
     network: networks.Network
     trained: networks.TrainableParams
@@ -66,8 +67,9 @@ class Setup(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
-    """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``: each epoch's losses, the one of lowest
-    loss, the last one.
+    """Writes ``epoch-1/ .. epoch-n/`` and ``sft.json``.
+
+    The result has each epoch's losses, the epoch with the lowest loss, and the last epoch.
     """
     check(config)
     with memory.phase("set-up", lower=LOWER[1:], rows=config.batch_size, slots=config.row_length):
@@ -90,10 +92,12 @@ def run(config: ConfigDict, workdir: str) -> dict:
     with (
         memory.phase(
             "train", lower=LOWER, programs=partial(programs, setup, config), rows=config.batch_size,
-            slots=config.row_length, microbatches=config.microbatches, parameters=networks.size(network.params),
+            slots=config.row_length, microbatches=config.microbatches,
+            parameters=networks.size(network.params),
         ),
         Loop(
-            settings, setup.state, origin=origin(config, network), data=setup.records.path, on_save=on_save
+            settings, setup.state, origin=origin(config, network), data=setup.records.path,
+            on_save=on_save,
         ) as loop,
     ):  # fmt: skip
         for step, state in loop:
@@ -107,17 +111,15 @@ def run(config: ConfigDict, workdir: str) -> dict:
             loop.log(metrics, rows=partial(setup.records.of_step, setup.batches, step))
             loop.done(state)
     last = folder / f"epoch-{config.epochs}"
-    # Where it was lost after all was done, the last checkpoint holds it too; all processes have to
-    # agree on that.
+    # If the folder was lost after training, the last checkpoint restores it; saving is collective,
+    # so all processes must agree on whether it is needed.
     if processes.on_first("last epoch", lambda: not last.exists()):
         networks.save_network(last, network._replace(params=trained.merged(loop.state.params)))
     return results.write_result(folder / "sft.json", lambda: summary(folder, setup.rows, config))
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers, files and models that no run can have, before anything is loaded or
-    written.
-    """
+    """Refuses settings, files and models with which no run is possible, before any are loaded."""
     inputs.check_settings(config)
     inputs.check_model("model", config.model)
     inputs.check_file("demonstrations", config.demonstrations)
@@ -128,7 +130,7 @@ def check(config: ConfigDict) -> None:
 
 
 def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
-    """Losses of the epochs and the folders of the two that matter, from the log."""
+    """The epochs' losses, read from the log, and the folders of the best and the last epoch."""
     epochs = [
         row
         for row in read(folder / "metrics.jsonl", "sft")
@@ -138,7 +140,7 @@ def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
         bool(epochs), "metrics.jsonl", str(folder / "metrics.jsonl"),
         "holds no validation loss of this run, somebody changed it: start afresh with --overwrite",
     )  # fmt: skip
-    # A loss that was not finite is null in the log, and the worst there is.
+    # A loss that was not finite is null in the log and counts as the worst.
     losses = [x if isinstance(x := row["validation_loss"], float) else math.inf for row in epochs]
     lowest = epochs[losses.index(min(losses))]["epoch"]
     return {
@@ -153,7 +155,7 @@ def summary(folder: Path, rows: LMBatch, config: ConfigDict) -> dict:
 
 
 def origin(config: ConfigDict, network: networks.Network) -> dict[str, Any]:
-    """What the stage is made of, for its checkpoints."""
+    """Fingerprints of the stage's inputs for its checkpoints."""
     files = {key: config[key] for key in ("demonstrations", "validation")}
     if config.pretraining_fraction:
         files["pretraining_text"] = config.pretraining_text
@@ -170,7 +172,7 @@ def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
 
 
 def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
-    """The step, compiled for the first batch."""
+    """The step, compiled for the shapes of the first batch."""
     key = jax.random.key(config.seed) if config.dropout > 0 else None
     batch = sharding.place_batch(setup.batches.at(0), setup.mesh)
     yield "train", compiling.lower(setup.step, setup.state, batch, key).compile()
@@ -214,18 +216,17 @@ def prepare(config: ConfigDict) -> Setup:
 
 
 def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch:
-    """The rows alone of `read_demonstrations`."""
+    """Only the rows of `read_demonstrations`."""
     return read_demonstrations(tokenizer, path, config)[1]
 
 
 def read_demonstrations(
     tokenizer: Any, path: str, config: ConfigDict, *, context: contexts.Context | None = None
 ) -> tuple[guards.Records, LMBatch]:
-    """Rows of a file of demonstrations, `config.pieces_per_row` in each (None: as many as fit), and
-    who lies where.
+    """Rows of a file of demonstrations, and which demonstrations are in which row.
 
-    Of a conversation the targets are the assistant's turns, all of them or the last
-    (`config.assistant_turns`).
+    Each row has `config.pieces_per_row` demonstrations (None: as many as fit). In a conversation
+    the targets are the assistant's turns: all of them or the last (`config.assistant_turns`).
 
     Raises:
       ValueError: the file is empty, or a demonstration is longer than a row or than the model's
@@ -253,11 +254,12 @@ def read_demonstrations(
 def mix_in(
     rows: LMBatch, tokenizer: Any, config: ConfigDict, *, context: contexts.Context | None = None
 ) -> LMBatch:
-    """The rows with pretraining rows among them, `config.pretraining_fraction` of the whole.
+    """Adds pretraining rows, so that they make up `config.pretraining_fraction` of all rows.
 
     Source: Ouyang et al. 2022, appendix C.3 (10% pretraining data in the init of PPO).
     """
     fraction = config.pretraining_fraction
+    # Of n + w rows a fraction f is pretraining text where w = n f / (1 - f).
     wanted = round(len(rows.tokens) * fraction / (1 - fraction))
     pool = datasets.lm_rows(
         tokenizer, config.pretraining_text, length=config.row_length, context=context

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# One node with several GPUs: one process drives all of them, so there is nothing to coordinate.
+# One node with several GPUs: one process uses all of them, so there is nothing to coordinate.
 #
 #   launch/gpu_node.sh ppo --config=ppo/storyland --workdir=runs/ppo --config.mesh='(1,-1,1)'
 #
-# The stage starts again after a crash (not after a mistake, a stop or success) and goes on from its last checkpoint.
-# CUDA_VISIBLE_DEVICES chooses the GPUs. From the root of the checkout, or anywhere with PYTHON=python of an environment
-# in which rlhf_jax is installed.
+# After a crash (not after a mistake in the command, a stop or success) the stage is restarted and
+# resumes from its last checkpoint. CUDA_VISIBLE_DEVICES selects the GPUs. Run it from the root of
+# the checkout, or anywhere with PYTHON set to the Python of an environment that has rlhf_jax.
 set -uo pipefail
 PYTHON=${PYTHON:-.venv/bin/python}
 RESTARTS=${RESTARTS:-5}
 
 for ((restart = 0; ; restart++)); do
-  # The child runs beside the shell, so that a signal to the shell reaches it at once.
+  # The child runs in the background, so that a signal to the shell is passed on at once.
   "$PYTHON" -m rlhf_jax "$@" &
   child=$!
   trap 'kill -TERM $child' TERM

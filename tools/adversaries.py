@@ -1,14 +1,13 @@
-"""Prints what adversaries that search find in storyland's gold scorer, as the rows of
-docs/storyland.md.
+"""Prints what search finds against storyland's gold scorer, as the rows of docs/storyland.md.
 
 Run:
 
     python tools/adversaries.py best_of --model=storyland:base_large
     python tools/adversaries.py samples --model=runs/ppo_gold/ema
 
-``best_of`` draws 256 responses to each of 20 test prompts and shows the one that gold likes best;
-``samples`` shows one response to each, of a policy that was trained on the gold scorer itself
-(`text_reward` of experiments/ppo.py).
+``best_of`` draws 256 responses to each of 20 test prompts and prints the one that the gold scorer
+rates highest. ``samples`` prints one response to each, from a policy that was trained on the gold
+scorer itself (`text_reward` of experiments/ppo.py).
 """
 
 from __future__ import annotations

@@ -1,22 +1,20 @@
-r"""How fast the parts of the recipe are: steps, decoding, a PPO iteration, next to the hardware and
-to other libraries.
+"""Times the parts of the recipe next to what the hardware can do and next to other libraries.
 
-    python tools/benchmark.py sft                       # supervised step, every token a target
-    python tools/benchmark.py reward --k=9              # K-way reward model step in shared-prefix
-    rows python tools/benchmark.py decode                    # sampling with a cache python
-    tools/benchmark.py ppo --epochs=4            # a whole PPO iteration, and its three pieces
-    python tools/benchmark.py slots                     # ragged responses: refilled rows against
-    static batches python tools/benchmark.py sft_epoch --data=FILE     # an epoch over real ragged
-    text, packed
+    python tools/benchmark.py sft                     # supervised step, every token a target
+    python tools/benchmark.py reward --k=9            # K-way reward-model step, shared prefix
+    python tools/benchmark.py decode                  # sampling with a cache
+    python tools/benchmark.py ppo --epochs=4          # a PPO iteration and its three pieces
+    python tools/benchmark.py slots                   # ragged responses: refilled rows or static
+    python tools/benchmark.py sft_epoch --data=FILE   # an epoch over real ragged text, packed
 
 ``--peer=trl|transformers|tunix`` runs that library on the same work in a virtual environment of its
 own, in turn (A B A B), and prints the ratios. ``--sweep=batch=1,2,4,8`` repeats a suite over a
-size. ``--json`` makes the last line one JSON object. Random weights and tokens; nothing is
+size. ``--json`` makes the last line one JSON object. Weights and tokens are random; nothing is
 downloaded but a peer's packages.
 
-FLOPs are those of matrix products and causal attention, with the head at target positions only;
-what the last block need not compute, because nobody reads it, counts as done, so that figures
-compare. The "matrix rate" is that of a plain matrix product measured in the same process.
+FLOPs are those of matrix products and causal attention, with the head at target positions only.
+What the last block may skip because its output is not read still counts, so that figures compare.
+The "matrix rate" is that of a plain matrix product measured in the same process.
 """
 
 from __future__ import annotations
@@ -65,18 +63,18 @@ PEERS = {
     "transformers": ("torch==2.13.0", "transformers"),
     "tunix": ("google-tunix==0.1.7",),
 }
-"""What each peer's virtual environment holds; `tools/peers` has the scripts."""
+"""The packages in each peer's virtual environment; `tools/peers` has the scripts."""
 
 
 class Work(NamedTuple):
-    """One suite at one size: a step to call again and again, and what a step does."""
+    """One suite at one size: a step to call repeatedly, and the work in a step."""
 
     step: Callable[[int], Any]
     """``(i) -> arrays to wait for``; step i has inputs of its own."""
     tokens: int
     flops: float
     floor_s: Callable[[], float] | None = None
-    """Time below which the hardware cannot go, where it is not the matrix rate that decides; found
+    """The hardware's lower bound on a step's seconds, where it is not the matrix rate; measured
     after the steps."""
     pieces: Callable[[], dict[str, float]] | None = None
     """Seconds of the parts of a step, measured after the whole."""
@@ -86,20 +84,14 @@ class Work(NamedTuple):
 
 
 def decoder(a: argparse.Namespace, context: int) -> DecoderConfig:
-    """The shape that the flags ask for: GPT-2's family or Llama's."""
+    """The architecture that the flags name: GPT-2's family or Llama's."""
     common_fields = {"dtype": a.dtype, "remat": a.remat, "unroll": a.unroll or None}
     if a.family == "gpt2":
         return gpt2(a.vocab, context, a.layers, a.width, a.heads, **common_fields)
     return DecoderConfig(
-        a.vocab,
-        context,
-        a.layers,
-        a.width,
-        a.heads,
-        kv_heads=a.kv_heads,
-        mlp_width=a.mlp_width,
+        a.vocab, context, a.layers, a.width, a.heads, kv_heads=a.kv_heads, mlp_width=a.mlp_width,
         **common_fields,
-    )
+    )  # fmt: skip
 
 
 def forward_flops(
@@ -110,10 +102,11 @@ def forward_flops(
     seen: float | None = None,
     read: int | None = None,
 ) -> float:
-    """Of one forward pass: 2 per weight and token, 4 E per head and visible pair, 2 D V per target.
+    """FLOPs of a forward pass: 2 per weight and token, 4 E per head and pair, 2 D V per target.
 
-    `read` are the tokens whose hidden states are wanted, where not all are: the last block is
-    computed for them alone, but for keys and values, and for their share of the pairs.
+    A pair is a query with a visible key. `read` is the number of tokens whose hidden states are
+    wanted, if not all: the last block computes keys and values of every token, but all else, and
+    their share of the pairs, for those tokens alone.
     """
     tokens = sum(lengths)
     share = 1.0 if read is None else read / tokens
@@ -150,14 +143,16 @@ def sft(a: argparse.Namespace) -> Work:
 
     tokens, flops = (
         whole.size,
+        # The backward pass costs twice the forward pass.
         3 * forward_flops(model.config, [length] * a.batch, targets=int(targets.sum())),
     )
     return Work(_trained(a, model, make_sft_step, batch), tokens, flops)
 
 
 def sft_epoch(a: argparse.Namespace) -> Work:
-    """An epoch over the texts of ``--data``, packed; a step takes as many tokens as ``--batch``
-    texts have.
+    """An epoch over the texts of ``--data``, packed.
+
+    A step takes about as many tokens as ``--batch`` texts have.
     """
     documents = read_ids(a)
     sizes = [len(ids) for ids in documents]
@@ -177,9 +172,7 @@ def sft_epoch(a: argparse.Namespace) -> Work:
 
 
 def read_ids(a: argparse.Namespace) -> list[list[int]]:
-    """Token ids of the demonstrations in ``--data``, by the tokenizer of ``--model``; or of a file
-    that holds ids.
-    """
+    """Token ids of the demonstrations in ``--data``, unless the file already contains ids."""
     with open(a.data, encoding="utf-8") as lines:
         first = json.loads(lines.readline())
         if "input_ids" in first:
@@ -198,9 +191,7 @@ def read_ids(a: argparse.Namespace) -> list[list[int]]:
 
 
 def reward(a: argparse.Namespace) -> Work:
-    """A reward-model step on ``--batch`` prompts of ``--k`` ranked responses, a prompt and its
-    responses in a row.
-    """
+    """A reward-model step on ``--batch`` prompts, one row per prompt and its ``--k`` responses."""
     rows = [ranking_rows(a, i) for i in range(2)]
     length = rows[0].tokens.shape[1]
     model = scalar_model(decoder(a, a.prompt_len + a.new_tokens))
@@ -246,7 +237,7 @@ def _trained(
 
 
 def decode(a: argparse.Namespace) -> Work:
-    """Sampling ``--new_tokens`` from ``--batch`` prompts at temperature 1, prefill included."""
+    """Samples ``--new_tokens`` for ``--batch`` prompts at temperature 1, prefill included."""
     model, params = _language_model(a)
     config = model.config
     prefill = forward_flops(config, [a.prompt_len] * a.batch, targets=a.batch, read=a.batch)
@@ -263,8 +254,9 @@ def decode(a: argparse.Namespace) -> Work:
 
 
 def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> float:
-    """Seconds a decode step takes at least: its weights and cache read once, or its products at the
-    matrix rate.
+    """The least seconds of a decode step: the longer of memory traffic and matrix products.
+
+    Memory traffic is one read of the weights and the cache; products run at the matrix rate.
     """
     middle = a.prompt_len + a.new_tokens / 2
     cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
@@ -277,9 +269,8 @@ def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> f
 def _language_model(a: argparse.Namespace) -> tuple[Model, Any]:
     model = language_model(decoder(a, a.prompt_len + a.new_tokens))
     params = jax.jit(model.init)(jax.random.key(a.seed))
-    if (
-        a.dtype != "float32"
-    ):  # sampling reads the weights once a token: as narrow as they are computed with
+    # Sampling reads all weights once per token, so they are stored in the dtype of the compute.
+    if a.dtype != "float32":
         params = jax.tree.map(lambda x: x.astype(a.dtype), params)
     return model, params
 
@@ -293,7 +284,7 @@ def prompts_of(a: argparse.Namespace, i: int, count: int = 0) -> PromptBatch:
 def ppo(a: argparse.Namespace) -> Work:
     """A PPO iteration: sample, score by a reward model, reference and values, update both networks.
 
-    Four networks of one size, no pretraining term and no average of the weights, as the peers.
+    Four networks of one size, without pretraining term or average of the weights, as in the peers.
     """
     length = a.prompt_len + a.new_tokens
     config = decoder(a, length)
@@ -325,13 +316,8 @@ def ppo(a: argparse.Namespace) -> Work:
 
     def to_score(samples: Samples) -> tuple[Any, ...]:
         return (
-            reference,
-            held[0].value.params,
-            critic,
-            samples,
-            held[0].kl.coef,
-            jnp.arange(a.batch),
-        )
+            reference, held[0].value.params, critic, samples, held[0].kl.coef, jnp.arange(a.batch),
+        )  # fmt: skip
 
     def score(samples: Samples) -> Any:
         return shape(*to_score(samples))
@@ -350,9 +336,8 @@ def ppo(a: argparse.Namespace) -> Work:
         )
         yield shape.lower(*to_score(samples))
 
-    compile_ahead = functools.cache(
-        lambda: compiling.compile_together(programs())
-    )  # as `ppo.run` does
+    # Once, before the first step, as `experiments/ppo.py` does.
+    compile_ahead = functools.cache(lambda: compiling.compile_together(programs()))
 
     def step(i: int) -> Any:
         compile_ahead()
@@ -383,10 +368,9 @@ def _ppo_flops(a: argparse.Namespace, config: DecoderConfig) -> float:
 
 
 def slots(a: argparse.Namespace) -> Work:
-    """Ragged responses, ``--prompts`` of them through ``--batch`` rows: a row that ends takes the
-    next prompt.
+    """Ragged responses to ``--prompts`` prompts in ``--batch`` rows, refilled as responses end.
 
-    A quarter of the limit is their mean: each token ends its response with probability
+    The mean length is a quarter of the limit: each token ends its response with probability
     ``4 / new_tokens``. `pieces` is the same work in static batches, which wait for their longest
     response.
     """
@@ -425,7 +409,7 @@ def slots(a: argparse.Namespace) -> Work:
         streams = responses.sampling_streams(
             sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
         )
-        refilled(0, streams)
+        refilled(0, streams)  # compiles it before the clock runs
         runs = {
             "static_s": static,
             "refilled_s": refilled,
@@ -483,17 +467,17 @@ def _in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, li
 def matrix_rate(dtype: str) -> float:
     """FLOP/s of a plain matrix product in this process."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jax.random.normal(jax.random.key(0), (size, size)).astype(
-        dtype
-    )  # ones would run faster than real numbers
+    # Random numbers, because a matrix of ones would multiply faster than real data.
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda x: x @ x)
     return 2 * size**3 / _seconds_each(lambda: product(x))
 
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes/s at which weights can be read: a matrix larger than any cache times a few rows, or
-    doubled.
+    """Bytes/s at which weights can be read.
+
+    The faster of two uses of a matrix larger than any cache: times a few rows, or doubled.
     """
     matrix = jax.random.normal(jax.random.key(0), (8192, 8192))
     rows = jnp.ones((8, 8192), jnp.float32)
@@ -506,8 +490,9 @@ def bandwidth() -> float:
 
 
 def _seconds_each(run: Callable[[], Any], *, together: int = 5) -> float:
-    """Of the fastest of some rounds; calls are given out together, so that the wait for the device
-    counts little.
+    """Seconds per call in the fastest of several rounds.
+
+    Calls of a round are enqueued together, so that waiting for the device hardly counts.
     """
 
     def round_of_calls(_: int) -> Any:
@@ -517,20 +502,20 @@ def _seconds_each(run: Callable[[], Any], *, together: int = 5) -> float:
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """Runs one suite at one size; seconds of its steps and what follows from them."""
+    """Runs one suite at one size; returns the seconds of its steps and derived figures."""
     work = SUITES[a.suite](a)
-    first = _timed(work.step, [0])[0]
+    first = _timed(work.step, [0])[0]  # includes compilation
     _timed(work.step, range(1, a.warmup))
     seconds = _timed(work.step, range(a.warmup, a.warmup + a.steps))
     middle = statistics.median(seconds)
-    peak = memory.peak_memory_mb()  # before the probes below, which hold large matrices
+    peak = memory.peak_memory_mb()  # before the probes below, which allocate large matrices
     rate = matrix_rate(a.dtype)
     found = {
-        "library": "rlhf_jax", "suite": a.suite,
-        "s_per_step_median": middle, "s_per_step_min": min(seconds), "s_per_step_max": max(seconds),
+        "library": "rlhf_jax", "suite": a.suite, "s_per_step_median": middle,
+        "s_per_step_min": min(seconds), "s_per_step_max": max(seconds),
         "tokens_per_s": work.tokens / middle, "tokens_per_step": work.tokens,
-        "compile_s": max(0.0, first - middle), "peak_rss_mb": peak,
-        "flops_per_step": work.flops, "flops_per_s": work.flops / middle, "matrix_flops_per_s": rate,
+        "compile_s": max(0.0, first - middle), "peak_rss_mb": peak, "flops_per_step": work.flops,
+        "flops_per_s": work.flops / middle, "matrix_flops_per_s": rate,
         "share_of_matrix_rate": work.flops / middle / rate,
     }  # fmt: skip
     stats = jax.devices()[0].memory_stats()
@@ -581,9 +566,7 @@ RATIOS = ("static_over_refilled", "static_over_refilled_streams", "mean_response
 
 
 def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """The suite at each value of one flag, each in a process of its own; cost beside that of the
-    first.
-    """
+    """The suite at each value of one flag, in separate processes; prints relative costs."""
     name, _, values = a.sweep.partition("=")
     runs = [run_script(a, [f"--{name}={value}"]) for value in values.split(",")]
     first = runs[0]["s_per_step_median"]
@@ -601,7 +584,7 @@ def sweep(a: argparse.Namespace) -> list[dict[str, Any]]:
 def run_script(
     a: argparse.Namespace, extra: Sequence[str], command: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Runs a suite in a process of its own, ours or a peer's; its JSON."""
+    """Runs a suite, ours or a peer's, in a process of its own and returns its JSON."""
     command = list(command or [sys.executable, "-m", "tools.benchmark"])
     names = (*SHARED, *OWN) if "tools.benchmark" in command else SHARED
     flags = [f"--{name}={getattr(a, name)}" for name in names if getattr(a, name) not in ("", None)]
@@ -615,7 +598,7 @@ def run_script(
 
 
 def compare(a: argparse.Namespace) -> dict[str, Any]:
-    """Ours and a peer's in turn on the same work, and how many times as fast ours is."""
+    """Runs ours and a peer's in turn on the same work; returns how many times as fast ours is."""
     python, script = peer_python(a), Path(__file__).parent / "peers" / f"with_{a.peer}.py"
     with tempfile.TemporaryDirectory() as folder:
         own = [f"--cache={folder}"]
@@ -646,9 +629,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(rounds: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Their time over ours: of the median over rounds of the medians, of the fastest steps, and of
-    each round.
-    """
+    """A peer's time over ours: by medians over rounds, by fastest steps, and for each round."""
 
     def over(name: str, pick: Callable[[list[float]], float]) -> float:
         return pick([b[name] for _, b in rounds]) / pick([a[name] for a, _ in rounds])
@@ -662,14 +643,15 @@ def ratios(rounds: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str,
 
 
 def write_ids(documents: Sequence[Sequence[int]], path: Path) -> str:
-    """The same token ids for both sides."""
+    """Writes the same token ids for both sides."""
     write_lines(path, ({"input_ids": list(ids)} for ids in documents))
     return str(path)
 
 
 def peer_python(a: argparse.Namespace) -> str:
-    """The Python of the peer's environment: ``--peer_python``, or one made in the user's cache
-    folder when needed.
+    """The Python of the peer's environment, which is made in the user's cache folder when needed.
+
+    ``--peer_python`` names another one.
     """
     if a.peer_python:
         return a.peer_python
@@ -689,17 +671,17 @@ def peer_python(a: argparse.Namespace) -> str:
 
 
 SIZES = {
-    "layers": 4, "width": 256, "heads": 4, "vocab": 8192, "batch": 8, "prompt_len": 64, "new_tokens": 64, "k": 4,
-    "epochs": 1, "minibatches": 1, "steps": 5, "warmup": 3, "dtype": "float32", "family": "gpt2", "kv_heads": 0,
-    "mlp_width": 0, "seed": 0,
+    "layers": 4, "width": 256, "heads": 4, "vocab": 8192, "batch": 8, "prompt_len": 64,
+    "new_tokens": 64, "k": 4, "epochs": 1, "minibatches": 1, "steps": 5, "warmup": 3,
+    "dtype": "float32", "family": "gpt2", "kv_heads": 0, "mlp_width": 0, "seed": 0,
 }  # fmt: skip
 SHARED = (*SIZES, "data")
-"""Flags that a peer's script takes too."""
+"""Flags that a peer's script also takes."""
 OWN = ("remat", "unroll", "prompts", "model", "longest")
 """Flags of ours that a peer's script does not know."""
 
 OWN_SIZES = {"reward": {"prompt_len": 96, "new_tokens": 32}}
-"""Defaults of a suite where they differ."""
+"""Defaults of single suites that differ from `SIZES`."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -758,17 +740,9 @@ def check(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
             "--sweep=batch=1,2,4"
         )
     for name in (
-        "layers",
-        "width",
-        "heads",
-        "vocab",
-        "batch",
-        "prompt_len",
-        "new_tokens",
-        "k",
-        "steps",
+        "layers", "width", "heads", "vocab", "batch", "prompt_len", "new_tokens", "k", "steps",
         "warmup",
-    ):
+    ):  # fmt: skip
         if getattr(a, name) < 1:
             p.error(f"--{name}={getattr(a, name)} must be at least 1")
     if a.width % a.heads:

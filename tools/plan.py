@@ -1,18 +1,17 @@
-r"""Planning on paper: memory and time of a PPO run on a mesh of chips, without a chip and without a
-model on disk.
+"""Predicts memory and time of a PPO run on a mesh of chips, without chips or model files.
 
     python tools/plan.py --config=configs/ppo/instructgpt_175b.py --mesh=1,32,8 --chip=H100
 
-Prints for policy, value network, reference and reward model what lies on each device, FLOPs and
-time of an iteration, and whether it fits; if not, what to change. The last line with ``--json`` is
-all of it as JSON.
+Prints the bytes per device of policy, value network, reference and reward model, FLOPs and time of
+an iteration, and whether it fits; if not, what to change. With ``--json`` the last line is all of
+it as JSON.
 
-Two sources, named in the output. *By rule*: bytes of every array from `jax.eval_shape` and the
+The output names its two sources. *By rule*: bytes of every array from `jax.eval_shape` and the
 sharding rules (exact), activations and caches from the formulas of this file. *Compiled*: the real
-programs in the forms of an accelerator (`backends.planned_for_accelerators`), compiled for as many
-fake CPU devices, with the memory that XLA's CPU compiler counts. It computes in float32 where the
-config says bfloat16 and schedules otherwise than a GPU or TPU, so it is a bound from above for
-those. ``--no_compile`` leaves it out.
+programs as an accelerator runs them (`backends.planned_for_accelerators`), compiled for as many
+fake CPU devices, with the memory that XLA's CPU compiler counts. That compiler computes in float32
+where the config has bfloat16 and schedules differently from a GPU or TPU, so it gives an upper
+bound for those. ``--no_compile`` leaves it out.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from rlhf_jax.types import KLState, Model, Params, PPOState
 
 
 class Chip(NamedTuple):
-    """Public figures of one chip: dense bfloat16 FLOP/s, bytes of memory, bytes/s of its memory."""
+    """Published figures of a chip: dense bfloat16 FLOP/s, bytes of memory, bytes/s of bandwidth."""
 
     peak: float
     memory: float
@@ -76,14 +75,14 @@ CHIPS = {
 }
 
 USABLE = 0.92
-"""Share of a chip's memory that programs get: the runtime, collectives and fragmentation take the
-rest (our choice)."""
+"""Share of a chip's memory available to programs; the runtime, collectives and fragmentation take
+the rest (our choice)."""
 
 GIB = 2**30
 
 
 class Network(NamedTuple):
-    """One of the four networks on each device, in bytes, by rule."""
+    """Bytes per device of one of the four networks, by rule."""
 
     parameters: float = 0
     optimizer: float = 0
@@ -94,7 +93,7 @@ class Network(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `plan_by_rule` found: bytes on each device, FLOPs of all devices together."""
+    """The result of `plan_by_rule`: bytes on each device, FLOPs of all devices together."""
 
     networks: dict[str, Network]
     counts: dict[str, int]
@@ -107,12 +106,12 @@ class Plan(NamedTuple):
 
     @property
     def stays(self) -> float:
-        """Weights, optimizer states, average: what stays from start to end."""
+        """Weights, optimizer states and average: what is in memory during the whole run."""
         return sum(n.parameters + n.optimizer + n.average for n in self.networks.values())
 
     @property
     def peak(self) -> float:
-        """The largest phase."""
+        """The bytes of the largest phase."""
         return max(self.phases.values())
 
 
@@ -120,7 +119,7 @@ class Plan(NamedTuple):
 
 
 def ppo_config(config: ConfigDict) -> ConfigDict:
-    """The PPO group of a pipeline's config with the shapes beside it; a PPO config as it is."""
+    """The PPO group of a pipeline's config together with its shapes; a PPO config unchanged."""
     if "ppo" not in config:
         return config
     stage = config_lib.unlocked_copy(config.ppo)
@@ -129,8 +128,9 @@ def ppo_config(config: ConfigDict) -> ConfigDict:
 
 
 def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
-    """Policy and value network (the reward model has its shape) from `config.shapes`, else from the
-    models' folders.
+    """Policy and value network from `config.shapes`, else from the models' folders.
+
+    The reward model has the architecture of the value network.
     """
     shapes = config.get("shapes") or {}
 
@@ -149,9 +149,7 @@ def models(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Model, Model]:
 
 
 def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -> setup_lib.Setup:
-    """What `ppo.prepare` makes, with shapes and shardings in the place of arrays, and without
-    text.
-    """
+    """The result of `ppo.prepare` with shapes and shardings instead of arrays, and without text."""
     rules = setup_lib.sharding_rules(config)
 
     def placed(make: Any, *arguments: Any, role: str) -> Any:
@@ -195,22 +193,9 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
         pieces = ppo.compiled_pieces(config, mesh, networks[0], networks[1], judged, parts, where)
     none: Any = None  # a plan has no prompts and no controller
     return setup_lib.Setup(
-        networks[0],
-        judged,
-        value,
-        *parts,
-        [],
-        [],
-        none,
+        networks[0], judged, value, *parts, [], [], none, None, [], none, pieces, None, state, None,
         None,
-        [],
-        none,
-        pieces,
-        None,
-        state,
-        None,
-        None,
-    )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ by rule
@@ -253,6 +238,7 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     held, state = memory.held, setup.state
     grads = [held(memory.abstract(s.params)) for s in (state.policy, state.value)]
     copies = 1 + bool(ptx_rows), 1
+    # Accumulation over micro-batches needs one more buffer of gradients.
     accumulated = max(grads) * (micro > 1 or ptx_micro > 1)
     shape = policy.config
     cache = (
@@ -268,36 +254,44 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     )
     networks = {
         "policy": Network(
-            held(state.policy.params), held(state.policy.opt_state), held(state.policy.ema), grads[0] * copies[0],
-            policy_work, cache,
+            held(state.policy.params), held(state.policy.opt_state), held(state.policy.ema),
+            grads[0] * copies[0], policy_work, cache,
         ),
         "value": Network(
             held(state.value.params), held(state.value.opt_state), 0, grads[1],
             train(value, step_rows, slots, head=False),
         ),
-        "reference": Network(held(setup.policy.params), activations=forward(policy, scored, slots, head=True)),
+        "reference": Network(
+            held(setup.policy.params), activations=forward(policy, scored, slots, head=True)
+        ),
         "reward_model": Network(
-            held(setup.reward.params) if setup.reward else 0, activations=forward(value, scored, slots, head=False)
+            held(setup.reward.params) if setup.reward else 0,
+            activations=forward(value, scored, slots, head=False),
         ),
     }  # fmt: skip
     batch = (
         episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13
     ) / rows
+    # Decoding uses a copy of the blocks in the compute dtype; stored weights are 4 bytes each.
     decoding = held(setup.policy.params["blocks"]) * dtype / 4
     stays = sum(n.parameters + n.optimizer + n.average for n in networks.values())
     prefill = forward(policy, episodes, config.prompt_length, head=False, keys=slots)
     phases = {
         "rollout": stays + decoding + cache + prefill + batch,
-        "score": stays + max(networks[n].activations for n in ("reference", "reward_model")) + batch,
-        "update": stays + batch + networks["policy"].gradients + networks["value"].gradients + accumulated
-        + max(networks[n].activations for n in ("policy", "value")),
+        "score": stays + max(networks[n].activations for n in ("reference", "reward_model"))
+        + batch,
+        "update": stays + batch + networks["policy"].gradients + networks["value"].gradients
+        + accumulated + max(networks[n].activations for n in ("policy", "value")),
     }  # fmt: skip
+    # A decode step reads all weights and, averaged over the response, a cache that is half filled
+    # beyond the prompt.
     weights = sum(x.size for x in jax.tree.leaves(setup.policy.params)) * dtype / tensor
     average_cache = cache * (config.prompt_length + config.max_new_tokens / 2) / slots
     fsdp = mesh.shape["fsdp"]
     return Plan(
-        networks, {"policy": networks_lib.size(setup.policy.params), "value": _count(value)}, batch, decoding, phases,
-        flops(config, policy, value, ptx_rows), weights + average_cache, weights * (1 - 1 / fsdp),
+        networks, {"policy": networks_lib.size(setup.policy.params), "value": _count(value)}, batch,
+        decoding, phases, flops(config, policy, value, ptx_rows), weights + average_cache,
+        weights * (1 - 1 / fsdp),
     )  # fmt: skip
 
 
@@ -306,7 +300,7 @@ def _count(model: Model) -> int:
 
 
 def check_rows(config: ConfigDict, shards: int) -> None:
-    """Refuses a mesh whose data and fsdp axes leave a device of a batch without a row.
+    """Refuses a mesh that leaves some device of the data and fsdp axes without a row of a batch.
 
     Raises:
       ValueError: with the key to change.
@@ -328,22 +322,15 @@ def check_rows(config: ConfigDict, shards: int) -> None:
 
 
 def activations(
-    model: Model,
-    rows: float,
-    slots: int,
-    *,
-    head: bool,
-    tensor: int,
-    row_shards: int,
-    backward: bool,
-    keys: int = 0,
-) -> float:
-    """Bytes on a device while `rows` rows go through a network, an estimate.
+    model: Model, rows: float, slots: int, *, head: bool, tensor: int, row_shards: int,
+    backward: bool, keys: int = 0,
+) -> float:  # fmt: skip
+    """Estimates the bytes on a device while `rows` rows pass through a network.
 
-    Forward: the inputs of a block, its widest pieces and the attention scores of one layer.
-    Backward: besides, what every layer keeps (its input alone under ``remat="block"``) and the
-    gradients of those pieces. Weights of two layers that are gathered from the fsdp axis and, for a
-    language model, a chunk of logits three times.
+    Forward: the inputs of a block, its widest intermediate arrays and the attention scores of one
+    layer. Backward: additionally what every layer keeps (its input alone under
+    ``remat="block"``) and the gradients of those arrays. Both: weights of two layers gathered
+    over the fsdp axis and, for a language model, two or three copies of a chunk of logits.
     """
     shape: DecoderConfig = model.config
     own = rows / row_shards
@@ -369,19 +356,19 @@ def activations(
             * (3 if backward else 2)
         )
     if not backward:
-        logits = min(logits, 2 * 4 * tokens * shape.vocab_size)  # all there are
+        logits = min(logits, 2 * 4 * tokens * shape.vocab_size)  # no more than all logits
         return block + scores * (1 + size / 4) + gathered + logits
     kept = tokens * shape.width * size if shape.remat == "block" else block + 2 * scores
     return shape.layers * kept + 2 * block + 4 * scores + gathered + logits
 
 
 def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dict[str, float]:
-    """FLOPs of an iteration over all devices: 2 a weight and token forward, three times that with
-    the backward pass.
+    """FLOPs of an iteration over all devices.
 
-    A block that is computed again (``remat="block"``) costs a fourth pass. Attention is counted
-    over every slot of the row, 4 x layers x slots x query width a token; kernels that leave out
-    later keys do about half of that.
+    A forward pass is 2 per weight and token; with the backward pass it is three times that. A block
+    that is recomputed (``remat="block"``) costs a fourth pass. Attention is counted over every slot
+    of the row, 4 x layers x slots x query width per token; kernels that skip later keys do about
+    half of that.
     """
     slots, tokens = (
         config.prompt_length + config.max_new_tokens,
@@ -420,12 +407,10 @@ def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dic
 def seconds(
     plan: Plan, config: ConfigDict, devices: int, chip: Chip, utilization: float
 ) -> dict[str, float]:
-    """Time of each phase of an iteration: compute at a share of the peak; decoding by what it must
-    read.
+    """Seconds of each phase of an iteration: FLOPs at a share of the peak, or memory traffic.
 
-    A decode step reads every weight (each device the part of its tensor slice) and the cache once;
-    longer responses than these it never makes, so the figure is a floor of a full-length rollout.
-    No time is counted for communication.
+    A decode step reads every weight (each device its tensor slice) and the cache once. Responses
+    are at full length, so decoding is a lower bound for it. Communication is left out.
     """
     rate = devices * chip.peak * utilization
     decode = max(
@@ -438,16 +423,15 @@ def seconds(
 # ----------------------------------------------------------------------------------------- compiled
 
 SHORT = (2, 4)
-"""Layers of the models that the rollout is compiled for: its layers are unrolled, so its memory is
-a line in them."""
+"""Numbers of layers with which the rollout is compiled: its layers are unrolled, so its memory is
+linear in them."""
 
 
 def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
-    """Memory of the three programs as the compiler of `mesh`'s devices counts it, with the config's
-    real sizes.
+    """Memory of the three programs at the config's real sizes, as the compiler counts it.
 
-    Score and update are compiled whole. The rollout is compiled with 2 and 4 layers and extended to
-    all in a line.
+    Score and update are compiled whole. The rollout is compiled with 2 and 4 layers and
+    extrapolated linearly to all layers.
     """
     found = {}
     policy, value = models(config, mesh)
@@ -477,7 +461,7 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
 def _programs(
     config: ConfigDict, mesh: Mesh, policy: Model, value: Model, names: Sequence[str]
 ) -> Sequence[tuple[str, jax.stages.Compiled]]:
-    """Programs in the forms that they have on a GPU or TPU, although they are compiled for CPUs."""
+    """The programs as they are on a GPU or TPU, although they are compiled for CPUs."""
     with planned_for_accelerators():
         return list(
             programs.programs(abstract_setup(config, mesh, policy, value), config, mesh, names)
@@ -485,12 +469,12 @@ def _programs(
 
 
 def as_accelerator() -> None:
-    """Has XLA compile for CPUs as it does for a GPU or TPU, as far as its flags go.
+    """Makes XLA compile for CPUs as it does for a GPU or TPU, as far as its flags allow.
 
     Call it before devices are found, which is when XLA reads its flags.
     """
-    # What XLA hands to its CPU library takes memory a thread there, which no compiler counts and no
-    # accelerator has.
+    # Operations that XLA hands to its CPU library take memory per thread, which the compiler does
+    # not count and an accelerator does not need.
     cpu_process.ask_xla("xla_cpu_experimental_ynn_fusion_type", "")
 
 
@@ -525,9 +509,11 @@ def run(
     times = seconds(plan, config, devices, CHIPS[chip], utilization)
     result: dict[str, Any] = {
         "mesh": list(shape), "chip": chip, "devices": devices, "room": room, "peak": plan.peak,
-        "fits": plan.peak <= room, "stays": plan.stays, "batch": plan.batch, "parameters": plan.counts,
-        "networks": {name: network._asdict() for name, network in plan.networks.items()}, "phases": plan.phases,
-        "flops": plan.flops, "seconds": times, "gathered_per_token": plan.gathered,
+        "fits": plan.peak <= room, "stays": plan.stays, "batch": plan.batch,
+        "parameters": plan.counts,
+        "networks": {name: network._asdict() for name, network in plan.networks.items()},
+        "phases": plan.phases, "flops": plan.flops, "seconds": times,
+        "gathered_per_token": plan.gathered,
     }  # fmt: skip
     show(plan, result, config, utilization)
     if compile_too:
@@ -591,7 +577,7 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
 
 
 def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
-    """Prints what the compiler says beside the rule."""
+    """Prints the compiler's figures next to those by rule."""
     print(
         "\nMemory of each device in GiB, compiled (XLA's CPU compiler: float32 inside, so from "
         "above for bfloat16)"
@@ -604,7 +590,8 @@ def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
         new = told.outputs - told.reused
         print(
             "  "
-            f"{name:<10}{told.arguments / GIB:>12.2f}{new / GIB:>13.2f}{told.temporary / GIB:>12.2f}"
+            f"{name:<10}{told.arguments / GIB:>12.2f}{new / GIB:>13.2f}"
+            f"{told.temporary / GIB:>12.2f}"
             f"{(plan.stays + plan.batch + told.new) / GIB:>17.2f}"
         )
     print(
@@ -614,7 +601,7 @@ def show_compiled(plan: Plan, needed: dict[str, memory.Needs]) -> None:
 
 
 def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) -> list[str]:
-    """What to change so that it fits, the phases that do not first."""
+    """What to change so that the run fits, after the phases that do not."""
     lines = [
         f"{name} needs {size / GIB:.1f} GiB" for name, size in plan.phases.items() if size > room
     ]
@@ -658,8 +645,9 @@ def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) ->
 def smallest_mesh(
     config: ConfigDict, room: float, *, at_least: int = 1
 ) -> tuple[tuple[int, ...], dict[str, int]] | None:
-    """The first mesh of a power of two on which it fits with a row a device at a time, and those
-    micro-batches.
+    """The first mesh, by powers of two, on which the run fits, and its micro-batches.
+
+    Each device then computes one row at a time.
     """
     steps = config.epochs * config.minibatches
     for power in range(max(0, at_least - 1).bit_length(), 13):
@@ -734,7 +722,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             jax.config.update("jax_num_cpu_devices", math.prod(shape))
             as_accelerator()
         result = run(
-            config, shape, chip=flags.chip, utilization=flags.utilization, compile_too=not flags.no_compile
+            config, shape, chip=flags.chip, utilization=flags.utilization,
+            compile_too=not flags.no_compile,
         )  # fmt: skip
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -745,7 +734,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def mesh_shape(text: str, config: ConfigDict) -> tuple[int, ...]:
-    """``1,32,8`` as numbers; without text the mesh of the config.
+    """``1,32,8`` as three numbers; without a text, the mesh of the config.
 
     Raises:
       ValueError: not three positive numbers.

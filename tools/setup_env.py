@@ -1,10 +1,10 @@
-"""Makes `.venv` ready for this checkout; run by `make`, needs nothing but Python 3.11 or newer and
-a package index.
+"""Sets up `.venv` for this checkout; run by `make`.
 
-It installs when `pyproject.toml`, the accelerator or the wanted extras changed since the last time
-(a stamp in the environment tells) and is done in a moment otherwise. ``ACCELERATOR=cpu|cuda|tpu``
-overrides what it finds. In Colab it installs into the runtime's own Python and leaves the runtime's
-jax as it is.
+It needs nothing but Python 3.11 or newer and a package index. It installs when `pyproject.toml`,
+the accelerator or the requested extras changed since the last time, which a stamp in the
+environment records; otherwise it returns at once. ``ACCELERATOR=cpu|cuda|tpu`` overrides the
+detected one. In Colab it installs into the runtime's own Python and leaves the runtime's jax as it
+is.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ RUNTIME = (
 GOOGLE_PCI = "0x1ae0"
 ALWAYS = {"gguf"}
 """Extras that a command of the README needs (``prepare_data.py --model=smollm2`` reads GGUF);
-``dev`` has them too."""
+``dev`` includes them."""
 
 
 def main() -> None:
-    """Reads the wanted extras from the command line and sets up."""
+    """Reads the requested extras from the command line and sets up the environment."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--extras", default="", help="comma separated extras of pyproject.toml, such as dev"
     )
     extras = {name for name in parser.parse_args().extras.split(",") if name}
+    # `dev` includes the extras in ALWAYS; naming them again would only change the stamp.
     extras |= ALWAYS - (ALWAYS if "dev" in extras else set())
     accelerator, why = choose_accelerator()
     if in_colab():
@@ -83,8 +84,9 @@ def choose_accelerator() -> tuple[str, str]:
 
 
 def has_tpu() -> bool:
-    """Whether this host has TPU chips: their device files, Google's PCI vendor, or the names a TPU
-    VM is given.
+    """Whether this host has TPU chips.
+
+    Checks their device files, Google's PCI vendor id, and the environment variables of a TPU VM.
     """
     if any(Path("/dev").glob("accel*")):
         return True
@@ -107,7 +109,7 @@ def in_colab() -> bool:
 
 
 def venv_python() -> Path:
-    """The Python of `.venv`, made when it is missing or no longer starts."""
+    """The Python of `.venv`, which is created if it is missing or no longer starts."""
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if python.exists() and succeeds(
         python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"
@@ -125,9 +127,7 @@ def venv_python() -> Path:
 
 
 def install(python: Path, extras: list[str], constraints: list[str]) -> None:
-    """Installs the checkout (editable) with its extras; `constraints` are versions to leave as they
-    are.
-    """
+    """Installs the checkout (editable) with its extras; `constraints` pins versions to keep."""
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     say(f"installing rlhf_jax{[*extras] if extras else ''} (minutes the first time)")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -145,14 +145,12 @@ def install(python: Path, extras: list[str], constraints: list[str]) -> None:
 
 
 def runtime_versions() -> list[str]:
-    """Pins for what the runtime brings along."""
+    """Pins for the packages that the Colab runtime provides."""
     return [f"{name}=={version(name)}" for name in RUNTIME if version(name)]
 
 
 def is_current(stamp: Path, extras: set[str]) -> bool:
-    """Whether the last installation was of this pyproject.toml and had these extras; an accelerator
-    may be swapped.
-    """
+    """Whether the last installation had this pyproject.toml and at least these extras."""
     try:
         done = json.loads(stamp.read_text())
     except (OSError, ValueError):
@@ -162,12 +160,12 @@ def is_current(stamp: Path, extras: set[str]) -> bool:
 
 
 def pyproject_hash() -> str:
-    """What the environment depends on."""
+    """The hash of pyproject.toml, on which the environment depends."""
     return hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
 
 
 def version(name: str) -> str:
-    """The installed version in this Python, empty when it is not there."""
+    """The version installed in this Python; empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -175,7 +173,7 @@ def version(name: str) -> str:
 
 
 def succeeds(*command: object) -> bool:
-    """Whether a command is there and exits with 0."""
+    """Whether a command exists and exits with 0."""
     argv = [str(part) for part in command]
     return (
         bool(shutil.which(argv[0]))
@@ -184,7 +182,7 @@ def succeeds(*command: object) -> bool:
 
 
 def read(path: Path) -> str:
-    """The text of a small file, empty when it cannot be read."""
+    """The text of a small file; empty if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -192,12 +190,12 @@ def read(path: Path) -> str:
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Prints one line of progress."""
     print(f"set-up: {text}", flush=True)
 
 
 def fail(text: str) -> None:
-    """Stops with one line."""
+    """Ends the script with one line."""
     sys.exit(f"set-up: {text}")
 
 

@@ -1,11 +1,12 @@
-"""A file in another tool's form: recognised or named, read, split by conversation, written as the
-stages read it.
+r"""A file in another tool's format, converted into the files that the stages read.
 
-The forms are those of docs/data_sources.md: alpaca, dolly, sharegpt, openai, trl, hh, oasst, rated,
-argilla, label_studio, jsonl. Without ``--source`` the form is recognised by the columns, and said.
+The formats are those of docs/data_sources.md: alpaca, dolly, sharegpt, openai, trl, hh, oasst,
+rated, argilla, label_studio, jsonl. Without ``--source`` the format is recognised by the columns
+and printed. Records are split by conversation.
 
-python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data python
-experiments/prepare_data.py --data=FILE --columns prompt=question,system=system --out=runs/my_data
+    python experiments/prepare_data.py --source=alpaca --data=FILE --out=runs/my_data
+    python experiments/prepare_data.py --data=FILE --out=runs/my_data \
+        --columns prompt=question,system=system
 """
 
 from ml_collections import ConfigDict
@@ -19,19 +20,19 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "source": "convert",
-            "form": "",  # "" recognises it by the columns
+            "form": "",  # "" = recognised by the columns
             "data": "",  # a file, or a folder of shards
-            "columns": "",  # wanted=name,..: the table's own names; wanted= leaves a column aside
-            "split": "",  # of a folder that has several
-            "language": "en",  # of OpenAssistant's messages
+            "columns": "",  # wanted=name,..: renames columns of the table; wanted= ignores one
+            "split": "",  # which split of a folder that has several
+            "language": "en",  # language of OpenAssistant's messages to keep
             **own_data.cleaning(),
-            # Nothing is taken away that was not asked for.
+            # A conversion drops nothing by default, so the cleaning rules are off.
             "prefix_length": 0,
             "per_user": 0,
             "key": "conversation",
             "leaks": "drop",
             "pii_hook": "",
-            "least_conversations": 20,  # of fewer nothing is held out
+            "least_conversations": 20,  # with fewer, nothing is held out
         }
     )
     return apply_arg(config, arg, smoke=_smoke)

@@ -1,10 +1,11 @@
-"""Your own files: read strictly, near-duplicates out, a cap per user, split by user, personal data
-out of training.
+r"""Your own files, cleaned and split.
 
-The files are JSON lines as docs/data_curation.md describes them; give those you have, at least one
-with prompts.
+Rows are read strictly, near-duplicates dropped, users capped, records split by user, and personal
+data masked in the training split. The files are JSON lines as docs/data_curation.md describes them;
+name those you have, at least one of them with prompts.
 
-python experiments/prepare_data.py --source=jsonl --out=runs/my_data --config.prompts=prompts.jsonl
+    python experiments/prepare_data.py --source=jsonl --out=runs/my_data \
+        --config.prompts=prompts.jsonl
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "source": "jsonl",
-            # The files; "" = there is none.
+            # Paths; "" = no such file.
             "demonstrations": "",
             "rankings": "",
             "prompts": "",

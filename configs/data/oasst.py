@@ -1,9 +1,8 @@
-"""The data files of OpenAssistant alone: rankings of 2 to 9 replies, the best replies as
-demonstrations.
+"""OpenAssistant data alone: rankings of 2 to 9 replies, with the best replies as demonstrations.
 
 Without ``data_dir`` they are downloaded from the Hugging Face hub.
 
-python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data
+    python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +14,12 @@ from rlhf_jax.run.config import apply_arg
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` is small, ``key=value`` overrides."""
     config = hh_rlhf.oasst_data()
-    config.preview = (
-        ""  # rows as the model sees them: "terminal", or a page such as rows.html; "" = none
-    )
+    # Rows as the model sees them: "terminal", or a page such as rows.html; "" = none.
+    config.preview = ""
     return apply_arg(config, arg, smoke=smoke)
 
 
 def smoke(config: ConfigDict) -> None:
-    """Few and short; replies are long here, so a large share of them must be looked at."""
+    """A few short records; because replies are long here, a large share of them must be read."""
     hh_rlhf.smoke_data(config)
     config.shares.update(validation=0.2, demonstrations=0.3, ranking=0.35)

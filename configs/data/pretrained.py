@@ -1,6 +1,8 @@
-"""A pretrained model by name, fetched, converted and asked one question.
+"""A pretrained model by name: fetched, converted, and tested with one question.
 
-python experiments/prepare_data.py --model=smollm2
+Run:
+
+    python experiments/prepare_data.py --model=smollm2
 """
 
 from ml_collections import ConfigDict

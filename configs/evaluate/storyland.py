@@ -1,6 +1,8 @@
 """Evaluation on storyland's test prompts.
 
-python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate
+Run:
+
+    python experiments/evaluate.py --config=configs/evaluate/storyland.py --workdir=runs/evaluate
 """
 
 from ml_collections import ConfigDict

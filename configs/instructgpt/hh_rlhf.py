@@ -1,26 +1,26 @@
-r"""InstructGPT on people's preferences: HH-RLHF pairs and OpenAssistant rankings of up to 9,
-SmolLM2-135M-Instruct.
+r"""InstructGPT on human preferences (HH-RLHF, OpenAssistant) with SmolLM2-135M-Instruct.
 
-    python experiments/prepare_data.py --model=smollm2 python experiments/instructgpt.py
-    --config=configs/instructgpt/hh_rlhf.py:cpu --workdir=runs/hh_rlhf_cpu \
-        --config.data_dir=DIR
+    python experiments/prepare_data.py --model=smollm2
+    python experiments/instructgpt.py --config=configs/instructgpt/hh_rlhf.py:cpu \
+        --workdir=runs/hh_rlhf_cpu --config.data_dir=DIR
 
-``DIR`` holds ``hh_rlhf/``, ``oasst*/`` and ``english_text/`` or ``wikitext2/``; without it they are
+``DIR`` has ``hh_rlhf/``, ``oasst*/`` and ``english_text/`` or ``wikitext2/``; without it they are
 downloaded from the Hugging Face hub. ``:cpu`` is for two cores and half an hour, ``:smoke`` for a
-minute with the small model of storyland; without either the sizes are for one accelerator.
+minute with storyland's small model; without either the sizes are for one accelerator.
 
-What is different from storyland:
+Differences from storyland:
 
-- The rankings are people's, so nothing is sampled to be ranked, and the held-out rankings are those
-  of other conversations, not of other labelers: these data do not say who ranked what.
-- Nobody knows the truth: there is no gold scorer, and win rates are the reward model's opinion. It
-  is the very one that PPO is trained to please.
+- The rankings are by people: pairs, and OpenAssistant's of up to 9 replies. Nothing is sampled for
+  ranking. Held-out rankings come from other conversations, not from other labelers, because these
+  data do not record who ranked what.
+- The true quality of a response is unknown: there is no gold scorer, and win rates are judged by
+  the same reward model that PPO optimizes.
 - The prompt is the dialogue as text ("Human: .. Assistant:") in the template of every other run.
-  SmolLM2-Instruct was tuned on a chat template of its own; it is not used, so that base, SFT and
-  PPO are asked in the same way.
-- Its weights come from a file of 4 bits a weight, so it is a little worse than the model it is
-  named after.
-- Demonstrations are the responses people liked best, most of them written by another language
+  SmolLM2-Instruct was tuned on its own chat template; it is not used, so that base, SFT and PPO
+  models get identical prompts.
+- The weights come from a file with 4 bits per weight, so the model is slightly worse than the
+  original.
+- Demonstrations are the responses that people liked best, most of them written by another language
   model.
 """
 

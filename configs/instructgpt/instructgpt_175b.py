@@ -1,16 +1,16 @@
 r"""InstructGPT 175B: the policy of 175B parameters with the reward and value model of 6B.
 
 Paper: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (section 3.5, table 6, appendices C.1 to
-  C.4).
+C.4).
 
-    python experiments/instructgpt.py --config=configs/instructgpt/instructgpt_175b.py
-    --workdir=runs/instructgpt_175b \
-        --distributed --config.base=models/gpt-175b --config.reward_model.model=models/gpt-6b
+    python experiments/instructgpt.py --config=configs/instructgpt/instructgpt_175b.py \
+        --workdir=runs/instructgpt_175b --distributed \
+        --config.base=models/gpt-175b --config.reward_model.model=models/gpt-6b
 
 Weights, moments, average and reference of such a policy take over 4 TB: several hosts, 8-way fsdp
-(the SFT batch has 8 rows) and the tensor axis over the rest. It departs from the paper where
-``instructgpt_1_3b.py`` does, and: the paper swept two learning rates of PPO at this size, 2.55e-6
-and 3.74e-6, and does not say which it chose; this is the lower.
+(the SFT batch has 8 rows) and the tensor axis over the remaining devices. It departs from the paper
+where ``instructgpt_1_3b.py`` does. In addition: the paper swept two PPO learning rates at this
+size, 2.55e-6 and 3.74e-6, and does not state which it chose; this preset takes the lower.
 """
 
 from ml_collections import ConfigDict

@@ -1,30 +1,30 @@
 r"""InstructGPT 1.3B: the policy of 1.3B parameters with the reward and value model of 6B.
 
 Paper: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (section 3.5, table 6, appendices C.1 to
-  C.4).
+C.4).
 
-    python experiments/instructgpt.py --config=configs/instructgpt/instructgpt_1_3b.py
-    --workdir=runs/instructgpt_1_3b \
+    python experiments/instructgpt.py --config=configs/instructgpt/instructgpt_1_3b.py \
+        --workdir=runs/instructgpt_1_3b \
         --config.base=models/gpt-1.3b --config.reward_model.model=models/gpt-6b
 
 Where it departs from the paper, for this preset and those of 6B and 175B:
 
-- GPT-3 is not public. `base` is any model of the GPT-2 family of that size (`shapes` says which,
-  and is checked); the reward model starts from any model of 6B, not from one tuned on public NLP
-  tasks (C.2 found little difference).
-- Prompts, demonstrations, labelers and the gold scorer are storyland's, as many as table 6 counts.
-  Files of people's work take their place; then empty ``ppo.gold`` and ``evaluate.gold``.
-- All prompts are short, so nothing is filtered by the limit of 1,024 tokens; one round of rankings,
-  none from PPO policies.
+- GPT-3 is not public. `base` is any model of the GPT-2 family of that size (`shapes` gives the
+  sizes, which are checked); the reward model starts from any model of 6B, not from one tuned on
+  public NLP tasks (C.2 found little difference).
+- Prompts, demonstrations, labelers and the gold scorer are storyland's, in the numbers of table 6.
+  To use human data, pass its files and set ``ppo.gold`` and ``evaluate.gold`` to "".
+- All prompts are short, so the limit of 1,024 tokens filters nothing; there is one round of
+  rankings, none from PPO policies.
 - bfloat16 compute over float32 weights instead of fp16.
 - Pretraining examples are rows of 2,048 tokens of several documents.
-- The learning rate of PPO lies in the range the paper swept; it does not say which it chose
-  (without pretraining mix every run above 8.05e-6 diverged).
-- Not in the paper, so ours: lambda 0.95 of GAE, advantages whitened over the rollout, value clip
-  0.2, Adam's epsilon 1e-8, no gradient clipping, no weight decay, prompts masked in the SFT loss,
-  no dropout in the init model, a prompt's loss divided by its untied pairs, scores read at the
-  end-of-text token, gamma between token means, an average of weights updated every optimizer step,
-  sampling at temperature 1 for rankings, K uniform in 4..9, "256k" as 256,000.
+- The learning rate of PPO is in the range that the paper swept; the paper does not state which it
+  chose (without the pretraining mix every run above 8.05e-6 diverged).
+- Not in the paper, so our choice: lambda 0.95 of GAE, advantages whitened over the rollout, value
+  clip 0.2, Adam's epsilon 1e-8, no gradient clipping, no weight decay, prompts masked in the SFT
+  loss, no dropout in the init model, a prompt's loss divided by its number of untied pairs, scores
+  read at the end-of-text token, gamma between token means, an average of weights updated at every
+  optimizer step, sampling at temperature 1 for rankings, K uniform in 4..9, "256k" as 256,000.
 """
 
 from ml_collections import ConfigDict

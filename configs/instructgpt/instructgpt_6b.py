@@ -1,13 +1,13 @@
 r"""InstructGPT 6B: policy, reward and value model of 6B parameters.
 
 Paper: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (section 3.5, table 6, appendices C.1 to
-  C.4).
+C.4).
 
-    python experiments/instructgpt.py --config=configs/instructgpt/instructgpt_6b.py
-    --workdir=runs/instructgpt_6b \
+    python experiments/instructgpt.py --config=configs/instructgpt/instructgpt_6b.py \
+        --workdir=runs/instructgpt_6b \
         --config.base=models/gpt-6b --config.reward_model.model=models/gpt-6b
 
-Only the learning rate of the init model is another than at 1.3B. It departs from the paper where
+Only the learning rate of the init model differs from 1.3B. It departs from the paper where
 ``instructgpt_1_3b.py`` does.
 """
 

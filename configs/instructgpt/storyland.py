@@ -1,9 +1,9 @@
-"""The whole of InstructGPT on storyland in ten minutes on two CPU cores: what `make run` runs.
+r"""The whole of InstructGPT on storyland in ten minutes on two CPU cores: what `make run` runs.
 
-    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py
-    --workdir=runs/instructgpt
+    python experiments/instructgpt.py --config=configs/instructgpt/storyland.py \
+        --workdir=runs/instructgpt
 
-``:smoke`` only shows that every stage runs. Where it departs from the paper is in the report,
+``:smoke`` only shows that every stage runs. The report lists where it departs from the paper,
 beside the paper's values.
 """
 

@@ -1,31 +1,29 @@
-r"""Continuing book excerpts in a wished style, GPT-2 124M: the recipe of Ziegler et al. 2019 on
-this pipeline.
+r"""Book excerpts continued in a given style, GPT-2 124M: the recipe of Ziegler et al. 2019.
 
-Paper: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (sections 2 and 3.1); values from its
-released code, whose experiments of one million episodes these are.
+Paper: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (sections 2 and 3.1); values are those
+of the experiments of one million episodes in its released code.
 
-    python experiments/instructgpt.py --config=configs/instructgpt/ziegler_stylistic.py
-    --workdir=runs/ziegler \
-        --config.base=models/gpt2
+    python experiments/instructgpt.py --config=configs/instructgpt/ziegler_stylistic.py \
+        --workdir=runs/ziegler --config.base=models/gpt2
 
-Where it departs from the paper and its code:
+Where it departs from the paper and its code ("the original"):
 
-- The value network is separate, initialised from the reward model, with an optimizer of its own;
-  the parent has a value head of zeros on the policy's trunk, and its loss times 0.1.
-- The reward model's scores are centred on demonstrations after training; the parent scales them to
-  mean 0 and variance 1 over 256 samples of the reference policy, before and after training.
-- Its network starts from the SFT model with a fresh head; the parent's from GPT-2.
-- The policy is fine-tuned first, so that it learns to end its texts (the rates of that are ours);
-  the parent starts from GPT-2 as it is.
-- A response ends at the end-of-text token. The parent samples 24 tokens, cuts at the first full
-  stop from the 16th token on, and scores -1 where there is none; here -1 is for a response that did
-  not end in 24 tokens.
-- Rewards are whitened over the rollout, which with one minibatch a pass is what the parent does.
-- The learning rate falls at every optimizer step; the parent's at every iteration.
-- Labels are of one batch, from the first policy; the paper's main runs go on collecting. Data and
-  labelers are storyland's until files of people's work take their place.
-- The pipeline runs PPO twice, since there is no pretraining mix: the second run is the first again.
-- Adam's betas are TensorFlow's.
+- The value network is separate, initialised from the reward model, with its own optimizer; the
+  original has a zero-initialised value head on the policy's trunk, and its loss times 0.1.
+- The reward model's scores are centred on demonstrations after training; the original scales them
+  to mean 0 and variance 1 over 256 samples of the reference policy, before and after training.
+- The reward model starts from the SFT model with a fresh head; the original's from GPT-2.
+- The policy is fine-tuned first, so that it learns to end its texts (the learning rates of that are
+  our choice); the original starts from GPT-2 itself.
+- A response ends at the end-of-text token. The original samples 24 tokens, cuts at the first full
+  stop from the 16th token on, and scores -1 where there is none; here a response that did not end
+  within 24 tokens scores -1.
+- Rewards are whitened over the rollout, which with one minibatch per epoch equals the original.
+- The learning rate falls at every optimizer step; the original's at every iteration.
+- Labels are collected in one batch, from the first policy; the paper's main runs keep collecting.
+  Data and labelers are storyland's until files of human data replace them.
+- The pipeline runs PPO twice; since there is no pretraining mix, the second run repeats the first.
+- Adam's betas are TensorFlow's defaults.
 """
 
 from ml_collections import ConfigDict
@@ -63,10 +61,10 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.reward_model.loss = fn_spec("rlhf_jax.losses.ranking:best_of_loss")
     config.ppo.update(
-        prompt_length=QUERY, max_new_tokens=RESPONSE, temperature=0.7, episodes=512, iterations=1954, epochs=4,
-        minibatches=1, learning_rate=1e-5, value_learning_rate=1e-5, warmup_iterations=0,
-        value_warmup_iterations=0, whiten_rewards=True,
-        missing_eos_score=-1.0, ema_decay=0.0, ptx_coef=0.0,
+        prompt_length=QUERY, max_new_tokens=RESPONSE, temperature=0.7, episodes=512,
+        iterations=1954, epochs=4, minibatches=1, learning_rate=1e-5, value_learning_rate=1e-5,
+        warmup_iterations=0, value_warmup_iterations=0, whiten_rewards=True, missing_eos_score=-1.0,
+        ema_decay=0.0, ptx_coef=0.0,
     )  # fmt: skip
     config.ppo.kl.update(controller="adaptive", coef=0.15, target=6.0, horizon=10_000)
     config.evaluate.update(max_new_tokens=RESPONSE, temperature=0.7)

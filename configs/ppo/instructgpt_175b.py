@@ -1,14 +1,13 @@
-r"""PPO-ptx of InstructGPT 175B, the stage alone: its sizes, and a mesh on which it fits (256 x H100
-of 80 GB).
+r"""PPO-ptx of InstructGPT 175B as a stage of its own, on a mesh that fits 256 x H100 of 80 GB.
 
 Paper: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (appendix C.4).
 
-    python tools/plan.py --config=configs/ppo/instructgpt_175b.py --chip=H100 python
-    experiments/ppo.py --config=configs/ppo/instructgpt_175b.py --workdir=runs/ppo_175b
-    --config.model=DIR ...
+    python tools/plan.py --config=configs/ppo/instructgpt_175b.py --chip=H100
+    python experiments/ppo.py --config=configs/ppo/instructgpt_175b.py \
+        --workdir=runs/ppo_175b --config.model=DIR ...
 
-The numbers are those of ``configs/instructgpt/instructgpt_175b.py``; only how rows are cut for
-memory differs. It is a plan's mesh: nobody has run it at this size.
+The settings are those of ``configs/instructgpt/instructgpt_175b.py``; only the microbatches differ,
+to fit memory. The mesh comes from a plan: it has not been run at this size.
 """
 
 from ml_collections import ConfigDict

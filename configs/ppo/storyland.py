@@ -1,9 +1,9 @@
 """PPO-ptx on storyland.
 
-python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
+    python experiments/ppo.py --config=configs/ppo/storyland.py --workdir=runs/ppo
 
-``:overoptimised`` shows what happens without a leash: the reward model's score rises while the gold
-score falls.
+``:overoptimised`` shows PPO with hardly any KL penalty: the reward model's score rises while the
+gold score falls.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Pretraining of the two base models that come with the package.
+"""Pretraining of the two base models that ship with the package.
 
 ``:large`` is a Llama (4 x 128), ``:small`` a GPT-2 (2 x 64); ``:smoke`` only shows that it runs.
 The results are in ``rlhf_jax/data/storyland/assets/*/pretrain.json``.

@@ -1,12 +1,11 @@
-r"""A reward model on rankings of up to 9 replies (OpenAssistant): SmolLM2-135M-Instruct, LoRA in
-its last ten blocks.
+r"""A reward model on rankings of up to 9 replies (OpenAssistant): LoRA on SmolLM2-135M-Instruct.
 
-    python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data python
-    experiments/reward_model.py --config=configs/reward_model/oasst.py --workdir=runs/oasst_reward \
-        --config.data=runs/oasst_data
+    python experiments/prepare_data.py --source=oasst --data_dir=DIR --out=runs/oasst_data
+    python experiments/reward_model.py --config=configs/reward_model/oasst.py \
+        --workdir=runs/oasst_reward --config.data=runs/oasst_data
 
-A prompt and its K replies share a row; ``reward_model.json`` tells the tokens beside those of one
-row a reply.
+The adapters are in the last ten blocks. A prompt and its K replies share a row;
+``reward_model.json`` reports the number of tokens beside what one row per reply would need.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
-"""The reward model of storyland.
+r"""The reward model of storyland.
 
-python experiments/reward_model.py --config=configs/reward_model/storyland.py
---workdir=runs/reward_model
+Run:
+
+    python experiments/reward_model.py --config=configs/reward_model/storyland.py \
+        --workdir=runs/reward_model
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
-"""K samples of storyland prompts, ranked by simulated labelers.
+"""K responses to each storyland prompt, ranked by simulated labelers.
 
-python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/sample
+Run:
+
+    python experiments/sample.py --config=configs/sample/storyland.py --workdir=runs/sample
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """SFT on storyland's demonstrations.
 
-python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft
+Run:
+
+    python experiments/sft.py --config=configs/sft/storyland.py --workdir=runs/sft
 """
 
 from ml_collections import ConfigDict

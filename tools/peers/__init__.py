@@ -1,3 +1,1 @@
-"""Other libraries timed on the same work: stand-alone scripts, each run in that library's own
-environment.
-"""
+"""Other libraries timed on the same work: stand-alone scripts, each run in its own environment."""

@@ -1,10 +1,9 @@
-"""What the peer scripts share: their flags, the arithmetic on their clocks, and the one-line JSON
-report.
+"""What the peer scripts share: flags, the arithmetic on their clocks, the one-line JSON report.
 
 Claim: every script here times work that its flags define completely. Models are random and of the
-size given, token ids are random, no sequence can end early, nothing is downloaded. Only Python's
-own library is imported, so that this file runs in any peer's environment. Source: our own; each
-script names the library that it times.
+given size, token ids are random, no sequence can end early, nothing is downloaded. Only the
+standard library is imported, so that this file runs in any peer's environment. Source: our own;
+each script names the library that it times.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 
 
 def require(*packages: str) -> None:
-    """Ends the script with one line when the environment lacks a package that it times or needs."""
+    """Ends the script with one line if the environment lacks a package that it times or needs."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
@@ -69,7 +68,7 @@ def parser(description: str, suites: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
-    """Reads the command line; a 0 that stands for "all" or "the usual" becomes the number meant."""
+    """Reads the command line; replaces a 0 that means "all" or a default by the actual number."""
     chosen = flags.parse_args()
     if chosen.width % chosen.heads or chosen.heads % (chosen.kv_heads or chosen.heads):
         flags.error("--heads must divide --width, and --kv_heads must divide --heads")
@@ -96,15 +95,13 @@ def laps(stamps: Sequence[float], skip: int = 0) -> list[float]:
 
 
 def check(holds: bool, message: str) -> None:
-    """Stops a run whose work was not what its report would claim; unlike ``assert``, also under
-    ``python -O``.
-    """
+    """Stops a run whose work is not what its report claims; unlike ``assert``, also with ``-O``."""
     if not holds:
         raise RuntimeError(f"not the work that the flags define: {message}")
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has held; Linux counts it in KiB, macOS in bytes."""
+    """The peak memory of this process; Linux counts it in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
@@ -120,9 +117,7 @@ def report(
     compile_s: float = 0.0,
     **more: object,
 ) -> None:
-    """Prints the report as the last line of stdout; ``tokens`` are those of one step, and their
-    unit in words.
-    """
+    """Prints the report as the last line of stdout; ``tokens`` are per step, with their unit."""
     median = statistics.median(seconds)
     measured = {
         "library": library,
@@ -131,7 +126,7 @@ def report(
         "s_per_step_min": round(min(seconds), 6),
         "s_per_step_mean": round(statistics.fmean(seconds), 6),
         "s_per_step": [round(second, 6) for second in seconds],
-        # The median, because a step that another process disturbed says nothing about the library.
+        # The median, because a step disturbed by another process does not measure the library.
         "tokens_per_s": round(tokens[0] / median, 1),
         "tokens": tokens[1],
         "tokens_per_step": tokens[0],

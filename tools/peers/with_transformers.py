@@ -22,7 +22,7 @@ import statistics
 import time
 from typing import Any
 
-# Nothing may be looked up on the network, nor may a notice about it delay a run.
+# Offline, because a look-up on the network or a notice about it would delay a run.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -35,7 +35,7 @@ import transformers
 
 
 def start(flags: argparse.Namespace) -> None:
-    """Threads and seed; call it before any model is made."""
+    """Sets threads and seed; must be called before any model is built."""
     torch.set_num_threads(flags.threads)
     torch.manual_seed(flags.seed)
 
@@ -53,13 +53,14 @@ def model_config(
     both |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if flags.family == "llama":
         return transformers.LlamaConfig(
-            hidden_size=flags.width, num_hidden_layers=flags.layers, num_attention_heads=flags.heads,
-            num_key_value_heads=flags.kv_heads, intermediate_size=flags.mlp_width, max_position_embeddings=context,
+            hidden_size=flags.width, num_hidden_layers=flags.layers,
+            num_attention_heads=flags.heads, num_key_value_heads=flags.kv_heads,
+            intermediate_size=flags.mlp_width, max_position_embeddings=context,
             tie_word_embeddings=True, attention_dropout=0.0, **both,
         )  # fmt: skip
     return transformers.GPT2Config(
-        n_embd=flags.width, n_layer=flags.layers, n_head=flags.heads, n_inner=flags.mlp_width, n_positions=context,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, **both,
+        n_embd=flags.width, n_layer=flags.layers, n_head=flags.heads, n_inner=flags.mlp_width,
+        n_positions=context, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, **both,
     )  # fmt: skip
 
 
@@ -71,19 +72,19 @@ def causal_lm(flags: argparse.Namespace, context: int) -> transformers.PreTraine
 
 
 def count(model: torch.nn.Module) -> int:
-    """Parameters; tied ones once."""
+    """The number of parameters, with tied ones counted once."""
     return sum(weight.numel() for weight in model.parameters())
 
 
 def now(flags: argparse.Namespace) -> float:
-    """The clock, read when the device has done all that it was given."""
+    """The clock, read when the device has finished all pending work."""
     if flags.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def device_peak(flags: argparse.Namespace) -> dict[str, float]:
-    """The most device memory that tensors held, where there is a device."""
+    """The peak memory of tensors on the device, if there is one."""
     if flags.device == "cpu":
         return {}
     return {"peak_device_mb": round(torch.cuda.max_memory_allocated() / (1 << 20), 1)}
@@ -93,8 +94,8 @@ def generation_config(flags: argparse.Namespace) -> transformers.GenerationConfi
     """Plain sampling from the model's distribution for exactly new_tokens tokens."""
     cache = {} if flags.cache == "dynamic" else {"cache_implementation": "static"}
     return transformers.GenerationConfig(
-        max_new_tokens=flags.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
-        eos_token_id=None, pad_token_id=0, **cache,
+        max_new_tokens=flags.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        use_cache=True, eos_token_id=None, pad_token_id=0, **cache,
     )  # fmt: skip
 
 
@@ -115,11 +116,12 @@ def decode(flags: argparse.Namespace) -> None:
         )
     timed = seconds[flags.warmup :]
     timing.report(
-        flags, "transformers", timed, (flags.batch * flags.new_tokens, "sampled: batch x "
-            "new_tokens"),
-        params=count(model), versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        flags, "transformers", timed,
+        (flags.batch * flags.new_tokens, "sampled: batch x new_tokens"), params=count(model),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
         # With a static cache, generate() may compile the decoding step at its first call.
-        compile_s=seconds[0] - statistics.median(timed) if flags.cache == "static" else 0.0, **device_peak(flags),
+        compile_s=seconds[0] - statistics.median(timed) if flags.cache == "static" else 0.0,
+        **device_peak(flags),
     )  # fmt: skip
 
 

@@ -9,25 +9,23 @@ and datasets:
 Claim: the seconds of one optimizer step (sft, reward), one epoch (sft_epoch) or one PPO iteration
 (ppo). Work, with length = prompt_len + new_tokens:
 
-* sft: ``SFTTrainer``, batch rows of length tokens, each a target. * sft_epoch: ``SFTTrainer`` over
-the ragged rows of ``--data``, batch rows a step, in TRL's random order, padded by
-  TRL's collator to a step's longest row, every real token a target. --steps and --warmup count
-  epochs.
-* reward: ``RewardTrainer``, batch prompts with k responses each. TRL knows pairs alone, so that a
-prompt becomes its
-  k(k-1)/2 pairs, two rows each: batch k (k-1) rows are computed where batch k differ. All are in
-  one step.
+* sft: ``SFTTrainer``, batch rows of length tokens, each a target.
+* sft_epoch: ``SFTTrainer`` over the ragged rows of ``--data``, batch rows per step, in TRL's random
+  order, padded by TRL's collator to a step's longest row, every real token a target. --steps and
+  --warmup count epochs.
+* reward: ``RewardTrainer``, batch prompts with k responses each. TRL only knows pairs, so a prompt
+  becomes its k(k-1)/2 pairs of two rows each: batch k (k-1) rows are computed although only batch k
+  differ. All are in one step.
 * ppo: ``PPOTrainer``, four models of one size (policy, value, reward, reference). An iteration
-samples new_tokens
-  for batch prompts, scores the rows, and takes epochs x minibatches optimizer steps. Temperature 1,
-  no end token.
+  samples new_tokens for batch prompts, scores the rows, and takes epochs x minibatches optimizer
+  steps. Temperature 1, no end token.
 
 Settings: TRL's defaults (AdamW, fused; the loss in chunks; PPO's clipped losses, KL penalty and
 GAE), except that nothing is logged or saved, gradients are not recomputed (TRL's default is that
-they are), and PPO's two calls of ``gc.collect()`` an iteration are left out unless ``--gc``: each
-makes TRL faster. The trainers' metrics of each step stay. SFTTrainer and RewardTrainer clip
-gradients at norm 1; PPOTrainer, in this version, does not clip them. bfloat16 means autocast over
-float32 weights. The clock is read when the device is idle.
+they are), and PPO's two calls of ``gc.collect()`` per iteration are left out unless ``--gc``: each
+of these makes TRL faster. The trainers' metrics of each step are still computed. SFTTrainer and
+RewardTrainer clip gradients at norm 1; PPOTrainer, in this version, does not clip them. bfloat16
+means autocast over float32 weights. The clock is read when the device is idle.
 Source: https://github.com/huggingface/trl at v1.12.0, its public API and, for the parts of an
 iteration, its loop.
 """
@@ -44,7 +42,7 @@ import tempfile
 import types
 from typing import Any
 
-# Nothing may be looked up on the network, and notices have no place in a report.
+# Offline and silent: a look-up would delay a run, and notices would mix with its report.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -66,17 +64,17 @@ from trl.experimental.ppo import ppo_trainer as ppo_loop
 
 
 def scalar_model(flags: argparse.Namespace, context: int) -> transformers.PreTrainedModel:
-    """A model with one number a row, as reward or value model."""
+    """A model with one number per row, as reward or value model."""
     config = peer.model_config(flags, context, num_labels=1)
     model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    # It looks for a row's last token before the padding; set afterwards, because an id outside the
-    # vocabulary, which no row can contain, has no embedding.
+    # The model reads a row's last token before the padding. An id outside the vocabulary occurs in
+    # no row; it has no embedding, so it is set only after the model is built.
     model.config.pad_token_id = flags.vocab
     return model
 
 
 def tokenizer(flags: argparse.Namespace, pad: int) -> transformers.PreTrainedTokenizerFast:
-    """Words t0, t1, ...: the trainers ask it for the ids of padding and end alone."""
+    """Words t0, t1, ..; the trainers only ask the tokenizer for the padding and end ids."""
     words = tokenizers.models.WordLevel(
         {f"t{i}": i for i in range(flags.vocab + 1)}, unk_token="t0"
     )
@@ -89,23 +87,20 @@ def tokenizer(flags: argparse.Namespace, pad: int) -> transformers.PreTrainedTok
 
 
 def settings(flags: argparse.Namespace, out: str, rows: int, **more: object) -> dict[str, object]:
-    """Arguments of each trainer's config: ``rows`` of a step, and nothing beside training in the
-    timed part.
-    """
+    """Arguments of each trainer's config, for ``rows`` rows per step; only training is timed."""
     return {
-        "output_dir": out, "seed": flags.seed, "per_device_train_batch_size": rows, "gradient_checkpointing": False,
-        "bf16": flags.dtype == "bfloat16", "use_cpu": flags.device == "cpu", "logging_strategy": "no",
-        "save_strategy": "no", "report_to": [], "disable_tqdm": True,
-        "dataloader_pin_memory": flags.device == "cuda", **more,
+        "output_dir": out, "seed": flags.seed, "per_device_train_batch_size": rows,
+        "gradient_checkpointing": False, "bf16": flags.dtype == "bfloat16",
+        "use_cpu": flags.device == "cpu", "logging_strategy": "no", "save_strategy": "no",
+        "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": flags.device == "cuda",
+        **more,
     }  # fmt: skip
 
 
 def clock(
     flags: argparse.Namespace, event: str
 ) -> tuple[list[float], transformers.TrainerCallback]:
-    """Stamps of the training's begin and of each ``event`` after it, and the callback that makes
-    them.
-    """
+    """Time stamps of the training start and of each ``event``, and the callback that adds them."""
     stamps: list[float] = []
 
     def stamp(*_: object, **__: object) -> None:
@@ -117,15 +112,13 @@ def clock(
 
 
 def optimizer_steps(trainer: Any) -> int:
-    """Steps that AdamW has counted: the ones really taken, whatever the trainer says."""
+    """The steps that AdamW counted: those really taken, whatever the trainer reports."""
     adam = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     return int(max(state["step"] for state in adam.state.values()))
 
 
 def train(trainer: transformers.Trainer, steps: int) -> None:
-    """Trains, and checks that AdamW took ``steps`` steps with gradients clipped at 1, where the
-    trainer clips.
-    """
+    """Trains; checks that AdamW took ``steps`` steps, clipping at 1 where the trainer clips."""
     timing.check(
         trainer.args.max_grad_norm == 1.0, f"gradients clipped at {trainer.args.max_grad_norm}"
     )
@@ -141,7 +134,7 @@ def report(
     model: torch.nn.Module,
     **more: Any,
 ) -> None:
-    """The report with the versions of TRL and of what it stands on."""
+    """Prints the report with the versions of TRL and its dependencies."""
     named = {"trl": trl, "torch": torch, "transformers": transformers, "accelerate": accelerate}
     versions = {name: module.__version__ for name, module in named.items()}
     more.update(peer.device_peak(flags))
@@ -193,8 +186,8 @@ def sft_epoch(flags: argparse.Namespace) -> None:
             )
         )
         trainer = trl.SFTTrainer(
-            # The collator masks padding by the rows' lengths, so that its id may be any that has an
-            # embedding.
+            # The collator masks padding by the rows' lengths, so any id with an embedding will do
+            # as the padding id.
             model, config, train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=tokenizer(flags, 0), callbacks=[callback],
         )  # fmt: skip
@@ -206,17 +199,15 @@ def sft_epoch(flags: argparse.Namespace) -> None:
         )
         train(trainer, total * math.ceil(len(rows) / flags.batch))
     report(
-        flags, timing.laps(stamps, flags.warmup), (real, "real tokens of the epoch, padding left "
-            "out"), model,
+        flags, timing.laps(stamps, flags.warmup),
+        (real, "real tokens of the epoch, padding left out"), model,
         rows=len(rows), longest_row=longest, optimizer_steps_per_epoch=len(padded),
         padded_tokens_of_one_epoch=sum(size for size, _ in padded), loss_type=config.loss_type,
     )  # fmt: skip
 
 
 def pairs(flags: argparse.Namespace, prompts: int) -> Dataset:
-    """Every pair of the k responses of each of ``prompts`` prompts, one prompt's pairs beside each
-    other.
-    """
+    """Every pair of the k responses to each of ``prompts`` prompts, one prompt's pairs together."""
     chosen, rejected = [], []
     for _ in range(prompts):
         prompt = peer.random_ids(flags, 1, flags.prompt_len).expand(flags.k, -1)
@@ -236,11 +227,12 @@ def reward(flags: argparse.Namespace) -> None:
     stamps, callback = clock(flags, "on_step_end")
     model = scalar_model(flags, length)
     with tempfile.TemporaryDirectory() as out:
-        # In order, because in a random order a step's pairs would be those of other prompts.
+        # Sequential, because random order would mix pairs of different prompts in a step.
         order = {"max_steps": total, "max_length": length, "train_sampling_strategy": "sequential"}
         trainer = trl.RewardTrainer(
             model, trl.RewardConfig(**settings(flags, out, count, **order)), callbacks=[callback],
-            train_dataset=pairs(flags, flags.batch * total), processing_class=tokenizer(flags, flags.vocab),
+            train_dataset=pairs(flags, flags.batch * total),
+            processing_class=tokenizer(flags, flags.vocab),
         )  # fmt: skip
         ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
         timing.check(
@@ -254,16 +246,17 @@ def reward(flags: argparse.Namespace) -> None:
         train(trainer, total)
     seconds = timing.laps(stamps, flags.warmup)
     report(
-        flags, seconds, (responses * length, "different rows: batch x k x (prompt_len + "
-            "new_tokens)"), model,
+        flags, seconds,
+        (responses * length, "different rows: batch x k x (prompt_len + new_tokens)"), model,
         pairs_per_step=count, computed_tokens_per_step=2 * count * length,
         computed_tokens_per_s=round(2 * count * length / statistics.median(seconds), 1),
     )  # fmt: skip
 
 
 def watch(flags: argparse.Namespace) -> tuple[dict[str, list[float]], list[torch.Tensor]]:
-    """Stamps an iteration's parts through the two functions of TRL's loop that bound them; keeps
-    the rows sampled.
+    """Stamps the parts of an iteration in the two functions of TRL's loop that bound them.
+
+    It also keeps the sampled rows.
     """
     stamps: dict[str, list[float]] = {"rollout": [], "rolled_out": [], "update": []}
     kept: list[torch.Tensor] = []
@@ -277,7 +270,7 @@ def watch(flags: argparse.Namespace) -> tuple[dict[str, list[float]], list[torch
         return rows, logits
 
     def forwarded(*args: object, **named: object) -> object:
-        # The reference model's call has no gradients; the first call that has them begins the
+        # The reference model's call has no gradients; the first call that has them starts the
         # optimizer's part.
         if torch.is_grad_enabled() and len(stamps["update"]) < len(stamps["rolled_out"]):
             stamps["update"].append(peer.now(flags))
@@ -299,17 +292,22 @@ def ppo_trainer(
     prompts = Dataset.from_dict(
         {"input_ids": peer.random_ids(flags, flags.batch * total, flags.prompt_len).tolist()}
     )
-    # A "device's batch" is the whole rollout: if TRL divided it, it would step once in so many
-    # micro-batches, whatever number of minibatches is asked for.
+    # The "batch per device" is the whole rollout: if TRL divided it, it would accumulate gradients
+    # over the parts, whatever the number of minibatches.
     config = PPOConfig(
-        **settings(flags, out, flags.batch, total_episodes=flags.batch * total, num_ppo_epochs=flags.epochs),
-        num_mini_batches=flags.minibatches, local_rollout_forward_batch_size=flags.batch, temperature=1.0,
-        response_length=flags.new_tokens, stop_token=None, missing_eos_penalty=None, num_sample_generations=0,
+        **settings(
+            flags, out, flags.batch, total_episodes=flags.batch * total,
+            num_ppo_epochs=flags.epochs,
+        ),
+        num_mini_batches=flags.minibatches, local_rollout_forward_batch_size=flags.batch,
+        temperature=1.0, response_length=flags.new_tokens, stop_token=None,
+        missing_eos_penalty=None, num_sample_generations=0,
     )  # fmt: skip
     trainer = PPOTrainer(
-        config, tokenizer(flags, flags.vocab), policy, reference, reward_model=scalar_model(flags, length),
-        value_model=scalar_model(flags, length), train_dataset=prompts,
-        eval_dataset=prompts.select(range(flags.batch)), callbacks=[callback],
+        config, tokenizer(flags, flags.vocab), policy, reference,
+        reward_model=scalar_model(flags, length), value_model=scalar_model(flags, length),
+        train_dataset=prompts, eval_dataset=prompts.select(range(flags.batch)),
+        callbacks=[callback],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -318,8 +316,8 @@ def ppo_trainer(
 def ppo(flags: argparse.Namespace) -> None:
     """PPO iterations, and the means of their parts."""
     if flags.dtype == "bfloat16":
-        # The trainer makes an Accelerator that never sees bf16=True: without this it would train in
-        # float32.
+        # The trainer creates an Accelerator that ignores bf16=True; without this variable it would
+        # train in float32.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     total, length = flags.warmup + flags.steps, flags.prompt_len + flags.new_tokens
     (parts, rollouts), (ends, callback) = watch(flags), clock(flags, "on_step_end")
@@ -328,8 +326,8 @@ def ppo(flags: argparse.Namespace) -> None:
         train(trainer, total * flags.epochs * flags.minibatches)
     check_ppo(flags, trainer, rollouts)
     report(
-        flags, timing.laps(ends, flags.warmup), (flags.batch * length, "batch x (prompt_len + "
-            "new_tokens)"),
+        flags, timing.laps(ends, flags.warmup),
+        (flags.batch * length, "batch x (prompt_len + new_tokens)"),
         trainer.policy_model, **means(flags, parts, ends), first_ratio=first_ratio(trainer),
         optimizer_steps_per_iteration=flags.epochs * flags.minibatches,
         mixed_precision=trainer.accelerator.mixed_precision,
@@ -337,16 +335,12 @@ def ppo(flags: argparse.Namespace) -> None:
 
 
 def first_ratio(trainer: PPOTrainer) -> float:
-    """The first iteration's mean probability ratio: near 1 if updates compute what the rollout was
-    sampled from.
-    """
+    """The first iteration's mean probability ratio; near 1 if updates and sampler agree."""
     return round(trainer.state.log_history[0]["val/ratio"], 6)
 
 
 def check_ppo(flags: argparse.Namespace, trainer: PPOTrainer, rollouts: list[torch.Tensor]) -> None:
-    """Each row sampled at its full length, in the precision asked for, and updated from the same
-    distribution.
-    """
+    """Checks rows of full length, the precision, and updates that agree with the sampler."""
     whole = (flags.batch, flags.prompt_len + flags.new_tokens)
     timing.check(len(rollouts) == flags.warmup + flags.steps, f"{len(rollouts)} rollouts")
     for rows in rollouts:
@@ -368,8 +362,9 @@ def check_ppo(flags: argparse.Namespace, trainer: PPOTrainer, rollouts: list[tor
 def means(
     flags: argparse.Namespace, parts: dict[str, list[float]], ends: list[float]
 ) -> dict[str, float]:
-    """Mean seconds of sampling, of scoring (which ends at the first update) and of the updates with
-    TRL's metrics.
+    """Mean seconds of sampling, of scoring, and of the updates with TRL's metrics.
+
+    Scoring ends at the first update.
     """
     bounds = zip(parts["rollout"], parts["rolled_out"], parts["update"], ends[1:], strict=True)
     iterations = [timing.laps(stamps) for stamps in bounds][flags.warmup :]

@@ -1,33 +1,32 @@
 # pyright: reportMissingImports=false
-"""Times the training steps and the sampler of tunix, Google's library for post-training in JAX, on
-random weights.
+"""Times tunix, Google's library for post-training in JAX: training steps and the sampler.
 
 Run in an environment with google-tunix 0.1.7, which needs Python 3.11 or later:
 
     python tools/peers/with_tunix.py sft --batch 8 --prompt_len 64 --new_tokens 64
 
 Claim: the seconds of one optimizer step (sft), one call of the sampler (decode) or one PPO
-iteration (ppo). **The architecture differs for --family gpt2**: tunix has no GPT-2. Its Llama
-module stands in, of the same width, depth, heads and vocabulary, with a SwiGLU of 2/3 of the MLP's
-width, rounded to a multiple of 64: three matrices of that width do the work of GPT-2's two. With
---family llama the model is the one that the flags name. Work, with length = prompt_len +
-new_tokens:
+iteration (ppo), on random weights. **The architecture differs for --family gpt2**: tunix has no
+GPT-2. Its Llama module is used instead, of the same width, depth, heads and vocabulary, with a
+SwiGLU of 2/3 of the MLP's width, rounded to a multiple of 64: three matrices of that width do the
+work of GPT-2's two. With --family llama the model is the one that the flags name. Work, with
+length = prompt_len + new_tokens:
 
 * sft: ``PeftTrainer``, full weights, batch rows of length tokens, each a target, gradients clipped
-at norm 1, AdamW.
-  The loss is tunix's own, with one-hot targets; ``--sparse_loss`` is one without them.
+  at norm 1, AdamW. The loss is tunix's own, with one-hot targets; ``--sparse_loss`` replaces it by
+  one without them.
 * decode: ``Sampler``, batch prompts, new_tokens sampled at temperature 1 without top-k or top-p,
-prefill included. * ppo: ``PPOLearner``, vanilla rollout: sampling, old and reference
-log-probabilities, values, rewards, then epochs
-  optimizer steps on the whole batch for policy and value model each. The reward is a Python
-  function of the text, and with ``--reward_model`` a fourth model. tunix samples again for each
-  minibatch, so only one is the same work.
+  prefill included.
+* ppo: ``PPOLearner``, vanilla rollout: sampling, old and reference log-probabilities, values,
+  rewards, then epochs optimizer steps on the whole batch for policy and value model each. The
+  reward is a Python function of the text or, with ``--reward_model``, a fourth model. tunix samples
+  again for each minibatch, so only one minibatch is the same work.
 
 No end token exists, and each row's full length is checked. Prompts and responses are text in
-tunix's interface; here the words are numbers, and their parsing is inside the clock. bfloat16 means
+tunix's interface; here the words are numbers, and parsing them is timed too. bfloat16 means
 bfloat16 weights and optimizer states. The clock is read when the device is idle; compile_s is the
-first step less a later one.
-Source: https://github.com/google/tunix, its public API; its MLP's weights begin at 0 and are drawn
+first step minus the median of the timed ones.
+Source: https://github.com/google/tunix, its public API; its MLP's weights start at 0 and are drawn
 anew here.
 """
 
@@ -66,9 +65,7 @@ NEVER = 10**9
 
 
 class Scorer(nnx.Module):
-    """A Llama trunk with one number a token, which is what tunix asks of value and reward
-    models.
-    """
+    """A Llama trunk with one number per token, as tunix expects of value and reward models."""
 
     def __init__(self, trunk: llama_lib.Llama3, width: int, dtype: jnp.dtype) -> None:
         self.trunk = trunk
@@ -90,9 +87,7 @@ class Scorer(nnx.Module):
 
 
 def start(flags: argparse.Namespace) -> None:
-    """Device and threads; XLA counts the cores that it may use when its first computation
-    begins.
-    """
+    """Sets device and threads; XLA counts the available cores when its first computation starts."""
     jax.config.update("jax_platforms", flags.device)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
@@ -101,13 +96,11 @@ def start(flags: argparse.Namespace) -> None:
 
 
 def llama(flags: argparse.Namespace, seed: int) -> llama_lib.Llama3:
-    """The Llama of tunix with a tied head; matrices from N(0, 0.02), because tunix's MLP would
-    begin at 0.
-    """
+    """The Llama of tunix, tied head; matrices from N(0, 0.02), since its MLP starts at 0."""
     config = llama_lib.ModelConfig(
-        num_layers=flags.layers, vocab_size=flags.vocab, embed_dim=flags.width, hidden_dim=flags.mlp_width,
-        num_heads=flags.heads, num_kv_heads=flags.kv_heads, head_dim=flags.width // flags.heads, rope_theta=10_000,
-        norm_eps=1e-6, weight_tying=True,
+        num_layers=flags.layers, vocab_size=flags.vocab, embed_dim=flags.width,
+        hidden_dim=flags.mlp_width, num_heads=flags.heads, num_kv_heads=flags.kv_heads,
+        head_dim=flags.width // flags.heads, rope_theta=10_000, norm_eps=1e-6, weight_tying=True,
     )  # fmt: skip
     model, random = llama_lib.Llama3(config, rngs=nnx.Rngs(seed)), np.random.default_rng(seed)
 
@@ -126,9 +119,7 @@ def scorer(flags: argparse.Namespace, seed: int) -> Scorer:
 
 
 def tokenizer(flags: argparse.Namespace) -> types.SimpleNamespace:
-    """Words of digits; ids for padding and end lie outside the vocabulary, so that no token is
-    taken for them.
-    """
+    """Words are numbers; padding and end ids are outside the vocabulary, so no token has them."""
     return types.SimpleNamespace(
         encode=lambda text, **_: [int(word) for word in text.split()],
         decode=lambda ids, **_: " ".join(map(str, ids)),
@@ -145,13 +136,13 @@ def prompts(flags: argparse.Namespace, seed: int) -> list[str]:
 
 
 def now(*models: nnx.Module) -> float:
-    """The clock, read when the weights of ``models`` are computed."""
+    """The clock, read when the weights of ``models`` have been computed."""
     jax.block_until_ready([nnx.state(model) for model in models])
     return time.perf_counter()
 
 
 def paced(batches: Iterable[Any], stamps: list[float], *models: nnx.Module) -> Iterator[Any]:
-    """``batches``, with a stamp when each is asked for and one when there are no more."""
+    """``batches``, with a time stamp when each is requested and one when there are no more."""
     for batch in batches:
         stamps.append(now(*models))
         yield batch
@@ -159,7 +150,7 @@ def paced(batches: Iterable[Any], stamps: list[float], *models: nnx.Module) -> I
 
 
 def check_lengths(flags: argparse.Namespace, rows: list[np.ndarray]) -> None:
-    """Each response at its full length."""
+    """Checks that each response has its full length."""
     lengths = sorted({len(row) for row in rows})
     full = len(rows) == flags.batch and lengths == [flags.new_tokens]
     timing.check(
@@ -176,7 +167,7 @@ def report(
     model: nnx.Module,
     **more: Any,
 ) -> None:
-    """The report; ``seconds`` begin with the first untimed step, which compiled."""
+    """Prints the report; ``seconds`` start with the first untimed step, which compiled."""
     timed = seconds[flags.warmup :]
     versions = {
         name: importlib.metadata.version(name)
@@ -195,9 +186,7 @@ def report(
 
 
 def model_input(batch: peft_trainer.TrainingInput) -> dict[str, jax.Array]:
-    """What tunix's loss takes: tokens, targets, positions and a causal mask, without any
-    padding.
-    """
+    """The arguments of tunix's loss: tokens, targets, positions and a causal mask, unpadded."""
     present = jnp.ones(batch.input_tokens.shape, bool)
     return {
         "input_tokens": batch.input_tokens,
@@ -214,7 +203,7 @@ def sparse_loss(
     positions: jax.Array,
     attention_mask: jax.Array,
 ) -> jax.Array:
-    """The loss of tunix without its one-hot targets of the logits' size."""
+    """The loss of tunix with integer targets, without one-hot arrays of the logits' size."""
     logits, _ = model(input_tokens, positions, None, attention_mask)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1].astype(jnp.float32), input_tokens[:, 1:], where=input_mask[:, 1:] > 0
@@ -251,16 +240,16 @@ def decode(flags: argparse.Namespace) -> None:
     """Times the sampler call by call, new prompts for each."""
     model, seconds = llama(flags, flags.seed), []
     cache = sampler_lib.CacheConfig(
-        cache_size=flags.prompt_len + flags.new_tokens, num_layers=flags.layers, num_kv_heads=flags.kv_heads,
-        head_dim=flags.width // flags.heads,
+        cache_size=flags.prompt_len + flags.new_tokens, num_layers=flags.layers,
+        num_kv_heads=flags.kv_heads, head_dim=flags.width // flags.heads,
     )  # fmt: skip
     sampler = sampler_lib.Sampler(model, tokenizer(flags), cache)
     for call in range(flags.warmup + flags.steps):
         texts, begun = prompts(flags, flags.seed + call), now(model)
-        # top_p=1 is how tunix's sampler is told to sample at all: it is greedy without.
+        # Without top_p, tunix's sampler is greedy; top_p=1 samples from the whole distribution.
         rows = sampler(
-            texts, max_generation_steps=flags.new_tokens, max_prompt_length=flags.prompt_len, temperature=1.0,
-            top_p=1.0, seed=flags.seed + call,
+            texts, max_generation_steps=flags.new_tokens, max_prompt_length=flags.prompt_len,
+            temperature=1.0, top_p=1.0, seed=flags.seed + call,
         ).tokens  # fmt: skip
         seconds.append(now(model) - begun)
         check_lengths(flags, rows)
@@ -270,17 +259,18 @@ def decode(flags: argparse.Namespace) -> None:
 def cluster_config(
     flags: argparse.Namespace, roles: list[rl_cluster.Role], steps: int
 ) -> rl_cluster.ClusterConfig:
-    """All models on one device, tunix's own sampler."""
+    """Places all models on one device and selects tunix's own sampler."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     training = rl_cluster.RLTrainingConfig(
-        actor_optimizer=optax.adamw(1e-5), critic_optimizer=optax.adamw(1e-5), eval_every_n_steps=NEVER,
-        # One more than there will be: the learner then asks for another batch, which stamps the
-        # last iteration's end.
+        actor_optimizer=optax.adamw(1e-5), critic_optimizer=optax.adamw(1e-5),
+        eval_every_n_steps=NEVER,
+        # One more than will be taken, so that the learner requests another batch; the request
+        # stamps the last iteration's end.
         max_steps=steps + 1,
     )  # fmt: skip
     rollout = base_rollout.RolloutConfig(
-        max_tokens_to_generate=flags.new_tokens, max_prompt_length=flags.prompt_len, temperature=1.0, top_p=1.0,
-        kv_cache_size=flags.prompt_len + flags.new_tokens,
+        max_tokens_to_generate=flags.new_tokens, max_prompt_length=flags.prompt_len,
+        temperature=1.0, top_p=1.0, kv_cache_size=flags.prompt_len + flags.new_tokens,
     )  # fmt: skip
     return rl_cluster.ClusterConfig(
         role_to_mesh=dict.fromkeys(roles, mesh), rollout_engine="vanilla", training_config=training,
@@ -289,7 +279,7 @@ def cluster_config(
 
 
 def ppo_cluster(flags: argparse.Namespace, steps: int) -> rl_cluster.RLCluster:
-    """Policy, reference and value model, and a reward model if the flags say so."""
+    """Policy, reference and value model, and a reward model if the flags ask for one."""
     role = rl_cluster.Role
     roles = [
         role.ACTOR,
@@ -299,20 +289,22 @@ def ppo_cluster(flags: argparse.Namespace, steps: int) -> rl_cluster.RLCluster:
         *[role.REWARD] * flags.reward_model,
     ]
     return rl_cluster.RLCluster(
-        actor=llama(flags, flags.seed), reference=llama(flags, flags.seed), critic=scorer(flags, flags.seed + 1),
-        reward=scorer(flags, flags.seed + 2) if flags.reward_model else None, tokenizer=tokenizer(flags),
-        cluster_config=cluster_config(flags, roles, steps),
+        actor=llama(flags, flags.seed), reference=llama(flags, flags.seed),
+        critic=scorer(flags, flags.seed + 1),
+        reward=scorer(flags, flags.seed + 2) if flags.reward_model else None,
+        tokenizer=tokenizer(flags), cluster_config=cluster_config(flags, roles, steps),
     )  # fmt: skip
 
 
 def sevens(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """A reward that costs next to nothing: how many sevens a response has."""
+    """A reward that costs next to nothing: the number of sevens in a response."""
     return [float(text.count("7")) for text in completions]
 
 
 def watched(generate: Callable, seconds: list[float], kept: list[list[np.ndarray]]) -> Callable:
-    """``generate`` with the seconds of each call and the responses kept; it returns when they are
-    on the host.
+    """``generate`` that records the seconds of each call and keeps the responses.
+
+    It returns when the responses are on the host.
     """
 
     def call(*args: Any, **named: Any) -> base_rollout.RolloutOutput:
@@ -345,9 +337,9 @@ def ppo(flags: argparse.Namespace) -> None:
     for rows in kept:
         check_lengths(flags, rows)
     report(
-        flags, timing.laps(stamps), (flags.batch * length, "batch x (prompt_len + "
-            "new_tokens)"), trainers[0].model,
-        rollout_s=round(statistics.fmean(rollouts[flags.warmup :]), 6), optimizer_steps_per_iteration=flags.epochs,
+        flags, timing.laps(stamps), (flags.batch * length, "batch x (prompt_len + " "new_tokens)"),
+        trainers[0].model, rollout_s=round(statistics.fmean(rollouts[flags.warmup :]), 6),
+        optimizer_steps_per_iteration=flags.epochs,
     )  # fmt: skip
 
 

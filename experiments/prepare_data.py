@@ -230,7 +230,7 @@ def _cleaned(
                 "the row out"
             )
             with told_when_slow(advice) as begin:
-                on_row = lambda place, r, name=name: begin(  # noqa: E731
+                on_row = lambda place, r, name=name: begin(
                     f"pii_hook: record {place} of {name} (id {r.id})"
                 )
                 part["train"], report = curation.scrub(part["train"], hook, on_row=on_row)

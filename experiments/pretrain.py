@@ -64,7 +64,7 @@ def prepare(config: ConfigDict) -> Setup:
     mesh = devices.start(config.mesh)
     tokenizer = text.load_tokenizer(storyland_assets.assets())
     eos = tokenizer.get_vocab()[storyland_assets.EOS]
-    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)  # noqa: E731
+    encode = lambda d: text.encode_document(tokenizer, d, eos_id=eos)
     with Progress("writing documents", config.documents, unit="documents") as progress:
         written = []
         for done, document in enumerate(documents(0, config.documents), start=1):

@@ -145,7 +145,7 @@ def check(config: ConfigDict) -> None:
 
 def read_samples(path: Path) -> list[Responses]:
     """Reads the ``samples.jsonl`` that `run` wrote."""
-    read = lambda row: Responses(  # noqa: E731
+    read = lambda row: Responses(
         row.get("id"),
         _prompt(row),
         *(tuple(row[name]) for name in ("responses", "policies", "temperatures")),

@@ -32,9 +32,9 @@ def _environment() -> None:
 
 _environment()
 
-import hypothesis
-import jax
-import pytest
+import hypothesis  # noqa: E402
+import jax  # noqa: E402  (after the environment is set)
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("busy machine", deadline=None)  # slowness is no failure
 hypothesis.settings.load_profile("busy machine")

@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The client warns about sockets and event loops of its own; what the cells warn about is in their outputs.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_notebook_runs_and_draws(path: Path, runs: Path, installed: Path):
+def test_notebook_runs_and_draws(path: Path, runs: Path, installed: Path):  # noqa: F811
     """From the installed package, in a folder without a checkout, on eight fake devices."""
     notebook = nbformat.read(path, as_version=4)
     env = os.environ | {

@@ -41,9 +41,9 @@ SHORT = {"kl_nats_per_sequence": "kl", "response_tokens": "tokens", "held_out_lo
 class Stream(Protocol):
     """The methods needed of a text stream; `sys.stdout`, files and `StringIO` have them."""
 
-    def write(self, text: str, /) -> int: ...
-    def flush(self) -> None: ...
-    def isatty(self) -> bool: ...
+    def write(self, text: str, /) -> int: ...  # noqa: D102
+    def flush(self) -> None: ...  # noqa: D102
+    def isatty(self) -> bool: ...  # noqa: D102
 
 
 class Screen(NamedTuple):

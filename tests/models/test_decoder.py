@@ -77,7 +77,7 @@ def _numpy_llama(config: DecoderConfig, params, tokens: np.ndarray) -> np.ndarra
 
     xs = [p["embed"]["embedding"][t] for t in tokens]
     for layer in range(config.layers):
-        b = jax.tree.map(lambda x: x[layer], p["blocks"])
+        b = jax.tree.map(lambda x: x[layer], p["blocks"])  # noqa: B023
         a, m, e = b["attention"], b["mlp"], config.head_dim
         normed = [norm(x, b["attention_norm"]["scale"]) for x in xs]
         q, k, v = (

@@ -39,7 +39,7 @@ class Event(NamedTuple):
     path: str
     key: Key = (0, 0)
     content: Path | None = None
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}  # noqa: RUF012 (never changed)
     before: str = ""
     """The name before a renaming."""
 

@@ -57,7 +57,7 @@ def tensors_of(file: Path) -> Iterator[InFile]:
     _check_header(file)
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             kinds = {
                 name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
             }

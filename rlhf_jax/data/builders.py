@@ -285,9 +285,8 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
 
 _OUYANG = {
     "homepage": "https://arxiv.org/abs/2203.02155",
-    "citation": "Long Ouyang et al. Training language models to follow instructions with human feedback. "
-    "2022. "
-    "arXiv:2203.02155",
+    "citation": "Long Ouyang et al. Training language models to follow instructions with human "
+    "feedback. 2022. arXiv:2203.02155",
 }
 
 
@@ -301,8 +300,8 @@ class InstructGptSft(_JsonLines, skip_registration=True):
     kind = schema.Demonstration
     base = "demonstrations"
     about: ClassVar = {
-        "description": "Prompts with the answer a labeler wrote (supervised fine-tuning), from your own JSON "
-        "lines.",
+        "description": "Prompts with the answer a labeler wrote (supervised fine-tuning), from "
+        "your own JSON lines.",
         "license": _OWN,
         **_OUYANG,
     }
@@ -315,9 +314,8 @@ class InstructGptRm(_JsonLines, skip_registration=True):
     kind = schema.Ranking
     base = "rankings"
     about: ClassVar = {
-        "description": "K responses to a prompt with a labeler's ranks (reward model), from your own JSON "
-        "lines. "
-        "Rank 0 is the best, equal ranks tie, -1 is not ranked.",
+        "description": "K responses to a prompt with a labeler's ranks (reward model), from your "
+        "own JSON lines. Rank 0 is the best, equal ranks tie, -1 is not ranked.",
         "license": _OWN,
         **_OUYANG,
     }
@@ -377,14 +375,12 @@ class HhRlhf(_Conversations, skip_registration=True):
 
     name = "hh_rlhf"
     about: ClassVar = {
-        "description": "Pairs of assistant replies with a crowdworker's preference: helpfulness and "
-        "harmlessness. "
-        "Some of it is offensive on purpose.",
+        "description": "Pairs of assistant replies with a crowdworker's preference: helpfulness "
+        "and harmlessness. Some of it is offensive on purpose.",
         "homepage": "https://github.com/anthropics/hh-rlhf",
         "license": "MIT, Copyright (c) 2022 Anthropic",
-        "citation": "Yuntao Bai et al. Training a Helpful and Harmless Assistant with Reinforcement "
-        "Learning from "
-        "Human Feedback. 2022. arXiv:2204.05862",
+        "citation": "Yuntao Bai et al. Training a Helpful and Harmless Assistant with "
+        "Reinforcement Learning from Human Feedback. 2022. arXiv:2204.05862",
     }
 
     def __init__(self, *, subsets: Sequence[str] = sources.HH_SUBSETS, **kwargs: Any):
@@ -403,9 +399,8 @@ class OasstRankings(_Conversations, skip_registration=True):
         "description": "Replies to one context with the ranks that volunteers gave them.",
         "homepage": "https://huggingface.co/datasets/OpenAssistant/oasst1",
         "license": "Apache-2.0",
-        "citation": "Andreas Koepf et al. OpenAssistant Conversations: Democratizing Large Language Model "
-        "Alignment. "
-        "2023. arXiv:2304.07327",
+        "citation": "Andreas Koepf et al. OpenAssistant Conversations: Democratizing Large "
+        "Language Model Alignment. 2023. arXiv:2304.07327",
     }
 
     def __init__(self, *, language: str = "en", **kwargs: Any):

@@ -69,9 +69,15 @@ class Batches(Generic[Rows]):
     """
 
     def __init__(
-        self, rows: Rows | Sequence[Any], *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1,
+        self,
+        rows: Rows | Sequence[Any],
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
         transform: Callable[[Any], Rows] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rows, self.batch_size, self.seed, self.transform = rows, batch_size, seed, transform
         self.size = _row_count(rows)
         if batch_size < 1 or batch_size % process_count:
@@ -120,8 +126,10 @@ class Batches(Generic[Rows]):
             it is.
         """
         for name, value, least in (
-            ("start_step", start_step, 0), ("workers", workers, 0), ("prefetch", prefetch, 1 if workers else 0),
-        ):  # fmt: skip
+            ("start_step", start_step, 0),
+            ("workers", workers, 0),
+            ("prefetch", prefetch, 1 if workers else 0),
+        ):
             if value < least:
                 raise ValueError(f"{name}={value} must be {least} or more")
         stream = self._stream(start_step, workers, prefetch)
@@ -132,9 +140,8 @@ class Batches(Generic[Rows]):
         import grain  # a second or two, and only those who stream pay for it
         from absl import flags
 
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # grain reads absl's flags; a notebook, pytest or our own command line has none
+        # grain reads absl's flags, which a notebook, pytest and our own command line never parse.
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         make: Callable[[int], Any] = _PackedAt(self) if workers else self.at
         batches = grain.MapDataset.range(start_step, sys.maxsize).map(make)

@@ -38,7 +38,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
     >>> said = "Write a short poem about the sea and a sailor who is waiting for the wind in {}."
     >>> repeats([said.format("spring"), "How do I bake a loaf of rye bread at home?", said.format("autumn")])
     [False, False, True]
-    """
+    """  # noqa: E501
     found: list[bool] = []
     kept: list[UInt32[np.ndarray, " h"]] = []  # signatures of the texts that repeat none
     buckets: list[dict[bytes, int]] = [{} for _ in range(HASHES // BAND)]

@@ -108,8 +108,10 @@ def _chosen(records: Sequence[Any], count: int) -> list[int]:
         open_kinds = [kind for kind, places in kinds.items() if shares[kind] < len(places)]
         shares[min(open_kinds, key=lambda kind: shares[kind])] += 1
     return sorted(
-        kinds[kind][i * len(kinds[kind]) // share] for kind, share in shares.items() for i in range(share)
-    )  # fmt: skip
+        kinds[kind][i * len(kinds[kind]) // share]
+        for kind, share in shares.items()
+        for i in range(share)
+    )
 
 
 def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
@@ -385,9 +387,10 @@ def as_text(
     if tokens:
         trained = paint([Piece("like this", "trained")], marks)
         special = [f"{paint([piece], marks)} {piece.ids[0]}" for piece in special_pieces(shown)]
-        lines = [f"Trained on: {trained}. Line breaks: {marks['newline']}. Special tokens, and their "
-            "ids: "
-                 f"{', '.join(special) or 'none'}."]  # fmt: skip
+        lines = [
+            f"Trained on: {trained}. Line breaks: {marks['newline']}. Special tokens, and their "
+            f"ids: {', '.join(special) or 'none'}."
+        ]
     for row in shown:
         lines += ["", _strong(row.title, colour)]
         lines += [f"  cannot be encoded: {visible(row.problem)}"] if row.problem else []

@@ -26,7 +26,8 @@ REASON = "special token in text"
 """What such rows are counted under in a `DataReport`."""
 
 MARKERS = (
-    r"<\|[^\s<>|]{1,40}\|>",  # ChatML, Llama 3, Phi, Zephyr, OpenAssistant, Command R, Granite, Harmony, EOS of GPT-2
+    # ChatML, Llama 3, Phi, Zephyr, OpenAssistant, Command R, Granite, Harmony, EOS of GPT-2
+    r"<\|[^\s<>|]{1,40}\|>",
     r"<[|\uff5c][^<>|\uff5c]{1,40}\uff5c>",  # DeepSeek, whose bars are full-width
     r"<\|turn>|<turn\|>",  # Gemma 4
     r"<(?:start|end)_of_turn>",  # Gemma
@@ -35,7 +36,8 @@ MARKERS = (
     r"\[[gs]?MASK\]<sop>",  # ChatGLM
     r"</?im_(?:start|end)>|<end_of_utterance>|<eo[ah]>",  # variants of ChatML, Idefics, InternLM
     r"<extra_id_[01]>(?:System|User|Assistant)|<SPECIAL_1[0-2]>",  # Nemotron
-    r"<(?:BOS|EOS)_TOKEN>|<reserved_10[67]>|<\uff5c?\u7528\u6237\uff5c?>",  # Command R, Baichuan, MiniCPM
+    # Command R, Baichuan, MiniCPM
+    r"<(?:BOS|EOS)_TOKEN>|<reserved_10[67]>|<\uff5c?\u7528\u6237\uff5c?>",
     r"<bos>(?<![\s\S]<bos>)|<eos>\s*\Z",  # Gemma, as the frame of a whole text
     # Llama 2 and Vicuna. Elsewhere in a text <s>..</s> is HTML for struck-out words.
     r"<s>(?<![\s\S]<s>)|</s>(?=\s*(?:\Z|<s>|USER:|Human:|###|\[INST\]))",
@@ -80,7 +82,7 @@ def templated_rows(
     >>> from rlhf_jax.data.schema import Prompt
     >>> templated_rows([Prompt("[INST] Hi [/INST]"), Prompt("Is a < b, or b <| a?"), Prompt("Hi<|im_end|>")])
     [0, 2]
-    """
+    """  # noqa: E501
     search = pattern(tokenizer).search
     return [i for i, record in enumerate(records) if any(map(search, record_texts(record)))]
 

@@ -85,9 +85,12 @@ def few_shot_subsets(
 
 
 def _few_shot(
-    instruction: str, pairs: Sequence[tuple[str, str]], chosen: Sequence[tuple[int, list[int]]], template: str,
+    instruction: str,
+    pairs: Sequence[tuple[str, str]],
+    chosen: Sequence[tuple[int, list[int]]],
+    template: str,
     labels: Mapping[str, str | None],
-) -> list[Demonstration]:  # fmt: skip
+) -> list[Demonstration]:
     head, marker, tail = template.partition("{response}")
     if not marker or tail.strip() or "{query}" not in head:
         raise ValueError(f"template={template!r} must hold {{query}} and end in {{response}}")

@@ -32,7 +32,7 @@ def drop_long_common_prefix(
 
     >>> drop_long_common_prefix(["Write a poem on rain", "write a poem on snow", "Why?"], prefix_length=12)[0]
     ['Write a poem on rain', 'Why?']
-    """
+    """  # noqa: E501
     if prefix_length < 1:
         raise ValueError(f"prefix_length={prefix_length} must be 1 or more characters")
     seen: dict[bytes, tuple[int, bytes]] = {}
@@ -109,7 +109,7 @@ def split_by(
     >>> parts = split_by(["a", "b", "A "], key="conversation", fractions={"train": 0.5, "test": 0.5})
     >>> {"a", "A "} in [set(part) - {"b"} for part in parts.values()]
     True
-    """
+    """  # noqa: E501
     total = sum(fractions.values())
     if abs(total - 1) > 1e-6 or any(share < 0 for share in fractions.values()):
         raise ValueError(

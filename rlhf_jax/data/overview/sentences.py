@@ -93,7 +93,10 @@ def _about_pairs(pairs: Pairs) -> list[str]:
     for name, where in (("trailing", "ends"), ("leading", "begins")):
         best, other = getattr(pairs, name)
         if pairs.strict >= FEW and abs(best - other) >= 0.1 * pairs.strict:
-            shares = f"{percent(best, pairs.strict)} of pairs, the other in {percent(other, pairs.strict)}"
+            shares = (
+                f"{percent(best, pairs.strict)} of pairs, the other in "
+                f"{percent(other, pairs.strict)}"
+            )
             found.append(
                 f"the preferred answer {where} with a space in {shares}: a reward model will learn "
                 "the space; strip both"

@@ -13,8 +13,9 @@ from rlhf_jax.data.text import encode_prompt, encode_response
 
 
 class Lengths:
-    """Which texts fit, in tokens of the model's tokenizer with the template's endings; what does
-    not is counted.
+    """Filters records by their length in tokens, template endings included.
+
+    `left_out` counts what does not fit, by reason.
     """
 
     def __init__(self, config: Any, tokenizer: Any):
@@ -37,8 +38,9 @@ class Lengths:
         return self._prompt(text)
 
     def fitting(self, records: Iterable[Any]) -> list[Any]:
-        """The records that fit, rankings without the responses that do not; documents are cut
-        elsewhere.
+        """The records that fit.
+
+        Rankings lose the responses that do not fit. Documents are kept: they are cut elsewhere.
         """
         keep = {
             schema.Demonstration: self.demonstration,
@@ -64,8 +66,9 @@ class Lengths:
         )
 
     def ranking(self, record: schema.Ranking) -> schema.Ranking | None:
-        """The ranking without the responses that are too long, ranks counted anew; None when too
-        little is left.
+        """The ranking without its too long responses, ranked anew.
+
+        It is None when fewer than two different ranks are left, or the rest is still too long.
         """
         limit = self.config.ranked_response_length
         tokens = [self._response(response) for response in record.responses]

@@ -1,6 +1,4 @@
-"""A user's own records: read strictly, without near-duplicates and leaks, as the files that the
-stages read.
-"""
+"""A user's own records as stage files: read strictly, without near-duplicates and leaks."""
 
 from __future__ import annotations
 
@@ -60,8 +58,7 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
         if other:
             raise ValueError(
                 f"key={config.key!r}: no record names one, but {named[other]} name a field "
-                f"{other!r}: "
-                f"split by it with --config.key={other}"
+                f"{other!r}: split by it with --config.key={other}"
             )
         reports.append(
             schema.DataReport(f"no record has a field {config.key!r}: split by conversation", 1, 1)
@@ -72,10 +69,9 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
 def deduplicated(
     sets: dict[str, list[Any]], prefix_length: int, reports: list[schema.DataReport]
 ) -> dict[str, list[Any]]:
-    """Only one of the prompts that begin alike, over all files. Further labels of that very prompt
-    stay.
+    """Keeps one of the prompts that begin alike, over all files, with all labels of that prompt.
 
-    A prompt without a label that comes twice in its file is left out, a document too.
+    Unlabelled prompts and documents that repeat an earlier one of their file are dropped too.
     """
     if not prefix_length:
         return sets
@@ -101,8 +97,9 @@ def deduplicated(
 def without_leaks(
     parts: dict[str, dict[str, list[Any]]], leaks: str, reports: list[schema.DataReport]
 ) -> None:
-    """Refuses prompts that are in two splits, or takes them out of the split that is nearer to
-    training; in place.
+    """Refuses prompts that are in two splits, or drops them from the split nearer to training.
+
+    `parts` is changed in place.
     """
 
     def of(split: str) -> list[Any]:
@@ -125,8 +122,7 @@ def without_leaks(
     except ValueError as error:
         raise ValueError(
             f"{error}\nLeave such records out of training with --config.leaks=drop, or split by "
-            "conversation with "
-            "--config.key=conversation"
+            "conversation with --config.key=conversation"
         ) from None
 
 
@@ -139,9 +135,11 @@ def stage_files(
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
         records = [record for part in of if part for record in part[split]]
         return unique_ids(
-            distinct(schema.Prompt(**{f.name: getattr(r, f.name) for f in structs.fields(schema.Prompt)})
-            for r in records)
-        )  # fmt: skip
+            distinct(
+                schema.Prompt(**{f.name: getattr(r, f.name) for f in structs.fields(schema.Prompt)})
+                for r in records
+            )
+        )
 
     labelled = (rankings, demonstrations)
     files: dict[str, Any] = {

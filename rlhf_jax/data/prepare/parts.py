@@ -1,6 +1,4 @@
-"""Records cut into parts that share no conversation, in an order that a seed decides, each with an
-id of its own.
-"""
+"""Splits records into parts that share no conversation, in an order fixed by a seed, with ids."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ class Parts:
     def take(
         self, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]
     ) -> list[Any]:
-        """At most `count` of the records of `parts` that `keep` returns, in an order that the seed
-        decides.
+        """Takes at most `count` records of `parts`, in an order fixed by the seed.
+
+        `keep` returns the record to take, which it may have shortened, or None to skip it.
         """
 
         def here(record: Any) -> bool:
@@ -57,15 +56,12 @@ class Parts:
 
 
 def require_records(files: dict[str, Any]) -> None:
-    """Refuses an empty file of those that a stage cannot do without; a source may have no held-out
-    rankings.
-    """
+    """Refuses empty files, held-out rankings aside: a source may have none of those."""
     for name, records in files.items():
         if not records and not name.startswith("rankings_held_out"):
             raise ValueError(
                 f"no record is left for {name}.jsonl: raise prompt_length, response_length or "
-                "ranked_response_length, "
-                "or the part's share"
+                "ranked_response_length, or the part's share"
             )
 
 
@@ -85,8 +81,9 @@ def distinct(records: Iterable[Any]) -> list[Any]:
 
 
 def unique_ids(records: Sequence[Any]) -> list[Any]:
-    """The records; of those that came with one id from several files, all but the first get a
-    number behind it.
+    """Makes ids unique by appending a number to every repeat of an id but the first.
+
+    Records of different files may come with the same id.
     """
     seen: collections.Counter[str] = collections.Counter()
     result = []

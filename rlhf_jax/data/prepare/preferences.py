@@ -1,6 +1,4 @@
-"""The files of people's preferences: HH-RLHF pairs, OpenAssistant rankings, and running text beside
-them.
-"""
+"""The files of human preferences: HH-RLHF pairs, OpenAssistant rankings, and running text."""
 
 from __future__ import annotations
 
@@ -53,8 +51,8 @@ def beside_hh(where: str | None, subsets: Sequence[str]) -> tuple[bool, bool, li
         folders = " or ".join(sources.TEXT_FOLDERS)
         skipped += [
             f"skipped: no folder {folders} in {root}: no corpus.jsonl and no "
-            "corpus_held_out.jsonl, which the stages "
-            "with a pretraining mix and the evaluation on text read"
+            "corpus_held_out.jsonl, which the stages with a pretraining mix and the evaluation on "
+            "text read"
         ]
     return oasst, text, skipped
 

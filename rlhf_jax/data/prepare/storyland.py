@@ -1,6 +1,4 @@
-"""The files of the embedded world: prompts of all splits, demonstrations by simulated labelers,
-corpus text.
-"""
+"""The files of the embedded world: prompts of each split, demonstrations and corpus text."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class DataReport:
         >>> print(DataReport("rows.jsonl", rows=9, kept=7, dropped={"duplicate key": 2}, places=places).summary())
         rows.jsonl: 9 rows, 7 kept, 2 dropped
           dropped: duplicate key 2 (rows.jsonl:4, 9)
-        """
+        """  # noqa: E501
         lines = [
             f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} "
             "dropped"

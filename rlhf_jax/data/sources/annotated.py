@@ -86,13 +86,12 @@ def table(
             found[id(row)] = extract(row, columns)
         except RowError as error:
             found[id(row)] = error
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-        ) as error:
-            # An entry is not an object, or of another type.
-            said = f"the record is not as the tool exports it ({first_line(error)}): export the file again"
+        except (AttributeError, KeyError, TypeError) as error:
+            # `extract` trusts the export's structure, so a damaged entry fails inside it.
+            said = (
+                f"the record is not as the tool exports it ({first_line(error)}): export the file "
+                "again"
+            )
             found[id(row)] = RowError("wrong type", said)
     try:
         question, kind = _choose(

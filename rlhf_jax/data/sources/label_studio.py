@@ -25,10 +25,18 @@ from rlhf_jax.data.sources.messages import label_of
 from rlhf_jax.data.sources.row import Row, as_label
 
 PAIRS = (
-    ("answer1", "answer2"), ("answer_1", "answer_2"), ("answer_a", "answer_b"), ("response1", "response2"),
-    ("response_1", "response_2"), ("response_a", "response_b"), ("completion1", "completion2"), ("text1", "text2"),
-    ("option1", "option2"), ("output1", "output2"), ("left", "right"),
-)  # fmt: skip
+    ("answer1", "answer2"),
+    ("answer_1", "answer_2"),
+    ("answer_a", "answer_b"),
+    ("response1", "response2"),
+    ("response_1", "response_2"),
+    ("response_a", "response_b"),
+    ("completion1", "completion2"),
+    ("text1", "text2"),
+    ("option1", "option2"),
+    ("output1", "output2"),
+    ("left", "right"),
+)
 ITEM_TEXTS = ("body", "text", "content", "answer", "response")
 UNSORTED = "_"
 """The name that Label Studio gives to the list of what nobody moved to a bucket."""
@@ -143,11 +151,10 @@ def _ranked(data: Row, columns: Mapping[str, str], value: Any) -> list[tuple[Any
         order = [name.strip() for name in columns.get("buckets", "").split(">")]
         if sorted(order) != sorted(names):
             raise RowError(
-                "unknown "
-                "answer", f"the items lie in the buckets {', '.join(names)}, and which is better is not "
-                    "in the "
-                f'export: say it with --columns "buckets={">".join(names)}", the best first',
-            )  # fmt: skip
+                "unknown answer",
+                f"the items lie in the buckets {', '.join(names)}, and which is better is not in "
+                f'the export: say it with --columns "buckets={">".join(names)}", the best first',
+            )
         names = order
     ids = [item for name in names for item in buckets[name] or []]
     items = _items(data, columns, [*ids, *(buckets.get(UNSORTED) or [])])
@@ -168,10 +175,10 @@ def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, A
     name = columns.get("items", found[0] if len(found) == 1 else "")
     if name not in found:
         raise RowError(
-            "unknown "
-            "answer", f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
+            "unknown answer",
+            f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
             f"{', '.join(sorted(data.columns()))}",
-        )  # fmt: skip
+        )
     items = data.take(name)
     keys = [key for key in ITEM_TEXTS if all(item.get(key) is not None for item in items)]
     if len(keys) != 1:

@@ -25,9 +25,17 @@ from rlhf_jax.data.sources.row import (
 from rlhf_jax.data.sources.transcripts import ASSISTANT, HUMAN, turns_of
 
 _ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 _TOOL_ROLES = (
     "tool",
     "function",
@@ -87,9 +95,11 @@ def turn(row: Row, value: Any, where: str) -> Any:
     given = {name: inner for name, inner in value.items() if inner is not None}
     role, content = _either(given, "role", "from", where), _either(given, "content", "value", where)
     if isinstance(role, str) and role.lower() in _TOOL_ROLES:
-        raise RowError("tool "
-            "call", f"'{where}' has the role {role!r}: it must be one of {', '.join(ROLES)}, so leave "
-                                    "conversations with tool calls out")  # fmt: skip
+        raise RowError(
+            "tool call",
+            f"'{where}' has the role {role!r}: it must be one of {', '.join(ROLES)}, so leave "
+            "conversations with tool calls out",
+        )
     for name, inner in given.items():
         if name not in ("role", "from", "content", "value"):
             _refuse_or_leave(row, name, inner, where, _ROLES.get(str(role).strip().lower(), ""))
@@ -270,8 +280,8 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
         raise RowError(
             "more than one turn",
             f"{len(said)} messages answer the prompt: only the last may; if they are the whole "
-            "conversation, leave the "
-            "prompt's column aside with --columns prompt= (in Python columns={'prompt': ''})",
+            "conversation, leave the prompt's column aside with --columns prompt= (in Python "
+            "columns={'prompt': ''})",
         )
     return prompt, check_text(last.get("content"), "content", allow_empty=True)
 

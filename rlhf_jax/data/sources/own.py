@@ -28,8 +28,9 @@ def fits(row: Row) -> bool:
         return False
     # A prompt beside columns that nobody knows may have its answer there.
     alone = found <= {*field_names(Prompt), *row.systems()}
+    # A response that was rated as bad is no demonstration, unless the user chooses this form.
     if rating(row) and row.has("response"):
-        return False  # a response that somebody rated as bad is no demonstration, unless the user says so
+        return False
     return (prompt and (row.has("response") or alone)) or (
         row.has("text") and found <= set(field_names(PlainText))
     )

@@ -142,11 +142,10 @@ def _completions(
     if key is None:
         found = ", ".join(sorted({key for answer in answers for key in answer}))
         raise RowError(
-            "missing "
-            "rank", f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the "
-                "number "
-            "with --columns score=NAME",
-        )  # fmt: skip
+            "missing rank",
+            f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the "
+            "number with --columns score=NAME",
+        )
     for answer in answers:
         for other in sorted(set(answer) - {"response", "model", key}):
             if answer[other] not in (None, "", [], {}):

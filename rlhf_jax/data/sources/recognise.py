@@ -126,12 +126,16 @@ FORMS: Mapping[str, Form] = {
     "label_studio": Form(
         "a Label Studio export", "`data`, `annotations`",
         "rankings by each annotator, or demonstrations",
-        label_studio.is_task, lambda rows, o: annotated.table(rows, o.columns, label_studio.extract), renames=False,
+        label_studio.is_task,
+        lambda rows, o: annotated.table(rows, o.columns, label_studio.extract),
+        renames=False,
     ),
     "argilla": Form(
         "an Argilla export", "`fields`, `responses`; or flat, `QUESTION.responses`",
         "rankings by each annotator, or demonstrations",
-        argilla.is_record, lambda rows, o: annotated.table(rows, o.columns, argilla.extract), renames=False,
+        argilla.is_record,
+        lambda rows, o: annotated.table(rows, o.columns, argilla.extract),
+        renames=False,
     ),
     "oasst": Form(
         "OpenAssistant", "trees of messages, or `message_id`, `parent_id`, `role`, `text`",
@@ -141,9 +145,16 @@ FORMS: Mapping[str, Form] = {
     "openai": Form(
         "OpenAI messages", "`messages`; or `input`, `preferred_output`, `non_preferred_output`",
         "the last turn -> response, those before it -> prompt; preferred over non-preferred",
-        lambda row: (holds_turns(row, "messages") and not (row.has("chosen") or row.has("response"))
-        and not row.has("responses")) or row.has("preferred_output"),
-        _each(lambda row: messages.preference(row) if "preferred_output" in row.values else messages.conversation(row)),
+        lambda row: (
+            holds_turns(row, "messages")
+            and not (row.has("chosen") or row.has("response"))
+            and not row.has("responses")
+        ) or row.has("preferred_output"),
+        _each(
+            lambda row: messages.preference(row)
+            if "preferred_output" in row.values
+            else messages.conversation(row)
+        ),
     ),
     "sharegpt": Form(
         "ShareGPT", "`conversations` or `conversation`: turns of `from` and `value`",
@@ -158,13 +169,16 @@ FORMS: Mapping[str, Form] = {
     "alpaca": Form(
         "Alpaca", "`instruction`, `output` (or `chosen`, `rejected`)",
         "instruction + input -> prompt, output -> response",
-        lambda row: row.has("instruction") and (row.has("output") or row.has("chosen")) and not row.has("prompt"),
+        lambda row: row.has("instruction")
+        and (row.has("output") or row.has("chosen"))
+        and not row.has("prompt"),
         _each(alpaca.parse_alpaca),
     ),
     "dolly": Form(
         "Dolly", "`instruction`, `response`",
         "instruction + context -> prompt, response -> response, category -> use_case",
-        lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"), _each(alpaca.parse_dolly),
+        lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"),
+        _each(alpaca.parse_dolly),
     ),
     "rated": Form(
         "responses with scores",
@@ -176,7 +190,8 @@ FORMS: Mapping[str, Form] = {
     "trl": Form(
         "TRL", "`prompt` and `chosen`, `rejected`; `prompt`, `completion`; `prompt`",
         "prompt -> prompt, chosen over rejected, completion -> response",
-        lambda row: _is_pairs(row) or (row.has("prompt") and "completion" in row.values and not row.has("completions")),
+        lambda row: _is_pairs(row)
+        or (row.has("prompt") and "completion" in row.values and not row.has("completions")),
         _plan_trl,
     ),
     "jsonl": Form(
@@ -240,7 +255,7 @@ def said(name: str, row: Row) -> str:
 
     >>> said("alpaca", Row("a.json:1", {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}))
     'read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response'
-    """
+    """  # noqa: E501
     form, parts = FORMS[name], []
     if row.systems():
         parts.append("system -> system turn")
@@ -276,7 +291,10 @@ def refuse_unknown(row: Row) -> str:
     """What to tell the owner of a table that no form fits."""
     columns = ", ".join(sorted(row.columns())) or "nothing"
     if {"annotation_id", "annotator"} & set(row.values):
-        return f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export it as JSON"
+        return (
+            f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export "
+            "it as JSON"
+        )
     if row.has("chosen") and row.has("rejected"):
         proposed = trl.proposed(row)
         return (
@@ -287,7 +305,10 @@ def refuse_unknown(row: Row) -> str:
     wanted = [name for name in MAPPED if name in renamed and not row.has(name)]
     if wanted:  # Excel's users write Prompt, Chosen, Rejected
         mapped = ",".join(f"{name}={renamed[name]}" for name in wanted)
-        return f"the columns are {columns}, which are compared by their exact names: --columns {mapped}"
+        return (
+            f"the columns are {columns}, which are compared by their exact names: --columns "
+            f"{mapped}"
+        )
     if row.has("prompt") and row.has("response") and own.rating(row):
         return (
             f"the columns are {columns}: {own.rating(row)!r} rates the response, so rank the "
@@ -378,7 +399,10 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
     elif names <= known or (name in ("jsonl", "") and has_core and not row.systems()):
         return ""  # records of this package, whatever is wrong with them
     if not name:
-        return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"
+        return (
+            f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} "
+            "--out=DIR)"
+        )
     shown = ", ".join(list(row.values)[:6])
     return (
         f"{path} looks like {FORMS[name].title} ({shown}): convert it with python "

@@ -147,11 +147,10 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
         cells = cells[: len(header)]
     if len(cells) != len(header):
         return RowError(
-            "uneven "
-            "row", f"{len(cells)} cells where the first line names {len(header)} columns: quote cells "
-                "that hold "
-            "the separator or a line end",
-        )  # fmt: skip
+            "uneven row",
+            f"{len(cells)} cells where the first line names {len(header)} columns: quote cells "
+            "that hold the separator or a line end",
+        )
     return dict(zip(header, cells, strict=True))
 
 

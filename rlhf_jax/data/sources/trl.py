@@ -201,9 +201,8 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     raise RowError(
         "no prompt",
         f"no column 'prompt' and no transcript: the row has {', '.join(sorted(row.columns()))}; "
-        "name the column that "
-        f"holds the prompt with --columns prompt={proposed(row)} (in Python columns={{'prompt': "
-        f"{proposed(row)!r}}})",
+        f"name the column that holds the prompt with --columns prompt={proposed(row)} (in Python "
+        f"columns={{'prompt': {proposed(row)!r}}})",
     )
 
 
@@ -235,9 +234,8 @@ def _from_transcripts(row: Row, prompt: str, answers: list[str]) -> tuple[str, l
         raise RowError(
             "transcript of another prompt",
             "the answers are whole transcripts, and none of their human turns is the prompt "
-            f"{prompt[:30]!r}: leave "
-            "its column aside with --columns prompt= (in Python columns={'prompt': ''}), or write "
-            "the answers alone",
+            f"{prompt[:30]!r}: leave its column aside with --columns prompt= (in Python "
+            "columns={'prompt': ''}), or write the answers alone",
         )
     row.note("prompt cut from whole text")
     return context, [first, last][: len(answers)]

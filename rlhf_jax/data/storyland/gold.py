@@ -59,7 +59,7 @@ def gold(task: Task, response: str) -> Gold:
     >>> calm = Task("classify", "What is the mood of this text? ...", {"answer": "The text is calm.", "mood": "calm"})
     >>> gold(calm, "The text is calm.").score, gold(calm, "").score
     (1.0, 0.0)
-    """
+    """  # noqa: E501
     lines = sentences(response)
     parsed = [parse(line) for line in lines]
     if not lines:

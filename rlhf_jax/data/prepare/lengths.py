@@ -1,4 +1,4 @@
-"""Which records fit, counted in the tokens of a model."""
+"""Keeps the records that fit the stages' lengths, in tokens of a model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Lengths:
         return len(encode_response(self.tokenizer, response, eos_id=self.tokenizer.eos_token_id))
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """The number of tokens of a text as a prompt."""
         return self._prompt(text)
 
     def fitting(self, records: Iterable[Any]) -> list[Any]:
@@ -59,8 +59,9 @@ class Lengths:
         return self._fits("prompt", self._prompt(prompt), self.config.prompt_length)
 
     def demonstration(self, record: schema.Demonstration) -> bool:
-        """Whether both texts fit."""
+        """Whether prompt and response fit."""
         response = self._response(record.response)
+        # `and` stops at the first text that does not fit, so a record is counted once.
         return self._fits("demonstration", response, self.config.response_length) and self.prompt(
             record.prompt
         )
@@ -77,12 +78,13 @@ class Lengths:
         if len(set(ranks)) < 2:
             self.left_out["ranking without two responses left that differ in rank"] += 1
             return None
+        # All responses of a ranking share one row with their prompt (`text.ranking_rows`).
         row = self._prompt(record.prompt) + sum(tokens[k] for k in kept)
         if not (
             self.prompt(record.prompt) and self._fits("ranking", row, self.config.ranking_length)
         ):
             return None
-        # People's ranks may have gaps, where a reply was deleted or is left out here.
+        # The ranks may have gaps, where a reply was deleted in the source or dropped above.
         order = sorted(set(ranks))
         return structs.replace(
             record,

@@ -36,7 +36,16 @@ def columns(text: str) -> dict[str, str]:
 
 
 def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[Any]]:
-    """The records of each file that is given; each record has an id afterwards."""
+    """Reads the record files named in the config; every record has an id afterwards.
+
+    Args:
+      config: has a path for each name of `OWN_FILES` ("" for none), `max_bad_fraction` and `key`.
+      reports: the report of each file is appended.
+
+    Raises:
+      ValueError: a bad row, or records that name the other of `user` and `organization` than
+        `config.key`.
+    """
     sets: dict[str, list[Any]] = {}
     for name, kind in OWN_FILES.items():
         if not config[name]:
@@ -76,6 +85,8 @@ def deduplicated(
     if not prefix_length:
         return sets
     normal = lambda record: curation.normalise(curation.prompt_text(record))
+    # One record per prompt goes through the heuristic, which would take further labels of a prompt
+    # for near-duplicates.
     first: dict[str, Any] = {}
     for name, records in sets.items():
         for record in records if name != "corpus" else ():
@@ -87,7 +98,8 @@ def deduplicated(
     for name, records in sets.items():
         if name != "corpus":
             records = [record for record in records if normal(record) in texts]
-        if name in ("prompts", "corpus"):  # compared whole
+        # These have no labels, so equal ones add nothing. An endless prefix compares whole texts.
+        if name in ("prompts", "corpus"):
             records, report = curation.drop_long_common_prefix(records, prefix_length=sys.maxsize)
             reports.append(dataclasses.replace(report, source=f"repeats in {name}"))
         result[name] = records
@@ -129,7 +141,14 @@ def without_leaks(
 def stage_files(
     parts: dict[str, dict[str, list[Any]]], ranking_share: float, seed: int
 ) -> dict[str, Any]:
-    """The files that the stages read, as far as there are records for them."""
+    """The files that the stages read, by name; a file without a source of records is left out.
+
+    Args:
+      parts: name of `OWN_FILES` -> split -> records.
+      ranking_share: without rankings, the share of the training prompts that are set aside for
+        labelling; PPO gets the others.
+      seed: of the choice between those two.
+    """
     demonstrations, rankings, prompts, corpus = (parts.get(name) for name in OWN_FILES)
 
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
@@ -152,6 +171,7 @@ def stage_files(
     if rankings:
         files["rankings"] = rankings["train"]
         files["rankings_held_out"] = [*rankings["validation"], *rankings["test"]]
+    # Without prompts of their own, PPO trains on those of the labelled records.
     train = (
         prompts_of("train", prompts) if prompts else prompts_of("train", rankings or demonstrations)
     )

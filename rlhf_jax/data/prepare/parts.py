@@ -13,7 +13,11 @@ from rlhf_jax.data import sources
 
 
 class Parts:
-    """Conversations by part: each lies at a place in [0, 1) and the parts' shares cut that line."""
+    """Assigns conversations to parts by a hash.
+
+    The hash is a position in [0, 1), which the parts' shares divide into ranges. So prompts of one
+    conversation are always in one part, whatever file they come from.
+    """
 
     def __init__(self, config: Any):
         self.seed, shares = config.seed, config.shares
@@ -37,7 +41,7 @@ class Parts:
             place = sources.conversation_place(record.prompt)
             return any(low <= place < high for low, high in (self.ranges[part] for part in parts))
 
-        # OpenAssistant's come first, because there are few of them and they compare more than two
+        # OpenAssistant's records come first: there are few of them, and they compare more than two
         # responses.
         order = sorted(
             (r for r in records if here(r)),
@@ -66,12 +70,15 @@ def require_records(files: dict[str, Any]) -> None:
 
 
 def shuffled(seed: int, *parts: str | None) -> bytes:
-    """A key to sort by, whose order only `seed` decides."""
+    """A sort key that shuffles: its order depends on `seed` and the parts alone.
+
+    Unlike a random permutation, it keeps the order of the old records when new ones are added.
+    """
     return hashlib.sha256("\0".join([str(seed), *map(str, parts)]).encode()).digest()
 
 
 def named(records: Sequence[Any]) -> list[Any]:
-    """The records with ids that are not given twice: the source and the place in it."""
+    """The records with unique ids: the source and the index in `records`."""
     return [structs.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
 
 
@@ -95,7 +102,7 @@ def unique_ids(records: Sequence[Any]) -> list[Any]:
 
 
 def with_ids(name: str, records: Iterable[Any]) -> list[Any]:
-    """The records, those without an id named by their place."""
+    """The records, where those without an id get `name` and their index as one."""
     return [
         r if r.id else structs.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)
     ]

@@ -15,7 +15,7 @@ def tables(
 ) -> str:
     """The tables of the files, and how many held-out records share a prompt with a training file.
 
-    The end of a file's name is its split; a file without such an end is training data.
+    The end of a file's name is its split; a name without one is a training file.
     """
     splits: dict[str, list[Any]] = {"train": [], "validation": [], "test": [], "held out": []}
     for name, records in files.items():
@@ -35,8 +35,8 @@ def tables(
 
 
 def identifier() -> Callable[[str], str] | None:
-    """The language of a text, where the package that tells it is installed."""
+    """The function that identifies languages, or None where its package is not installed."""
     try:
         return curation.default_identifier()
-    except ValueError:  # the tables then say nothing of languages
+    except ValueError:  # the tables then leave languages out
         return None

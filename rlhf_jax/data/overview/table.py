@@ -96,16 +96,16 @@ def _rows(looks: Sequence[Look]) -> list[list[str]]:
         row("with a system message", "prompts", lambda p: percent(p.system, p.rows)),
         row("characters of an answer *", "answers", lambda a: str(a.characters)),
         row(f"empty, up to {SHORT} characters", "answers", lambda a: f"{a.empty:,}, {a.short:,}"),
-        row("begin with, hold the prompt", "answers", lambda a: f"{percent(a.begin, a.count)}, "
-                                                                f"{percent(a.contain, a.count)}"),
+        row("begin with, hold the prompt", "answers",
+            lambda a: f"{percent(a.begin, a.count)}, {percent(a.contain, a.count)}"),
         row("repeat the last turn", "answers", lambda a: percent(a.echo, a.count)),
-        row("pairs, "
-            "ties", "pairs", lambda p: f"{p.strict:,}, {percent(p.tied, p.strict + p.tied)}"),
+        row("pairs, ties", "pairs",
+            lambda p: f"{p.strict:,}, {percent(p.tied, p.strict + p.tied)}"),
         row("preferred is longer", "pairs", _longer),
         row("pairs of equal answers", "pairs", lambda p: f"{p.equal:,}"),
         row("rankings with equal answers", "pairs", lambda p: f"{p.rankings_with_equal:,}"),
-        row("pairs repeated, "
-            "contradicted", "pairs", lambda p: f"{p.repeated:,}, {p.contradicted:,}"),
+        row("pairs repeated, contradicted", "pairs",
+            lambda p: f"{p.repeated:,}, {p.contradicted:,}"),
         ["written by a chat template", *(f"{seen.templated:,}" for seen in looks)],
     ]  # fmt: skip
     rows = [cells for cells in rows if any(cells[1:])]

@@ -1,1 +1,1 @@
-"""Records, tokens and batches: everything before the first device. numpy only."""
+"""Records, tokens and batches: everything that runs before a device is used, in numpy."""

@@ -1,14 +1,14 @@
-"""Builders of TensorFlow Datasets, without TensorFlow, and the reader of what they built.
+"""TensorFlow Datasets builders that need no TensorFlow, and the reader of what they build.
 
-Data sets are array_record files.
+The data sets are array_record files.
 
     counts, report = build("hh_rlhf", "runs/tfds", data_dir="data")
     pairs = read("hh_rlhf", "runs/tfds", "train")       # pairs[7] is a schema.Ranking
 
-The classes are ordinary `tfds.core.GeneratorBasedBuilder`s; what they write is read by
-`tfds.data_source` too, without this package. Rows keep the order of the source. They are not in
-tfds's list of names, where a second import of this module would be an error, so
-`tfds.builder("hh_rlhf", data_dir=...)` finds what was built, not how to build it.
+The classes are ordinary `tfds.core.GeneratorBasedBuilder`s, and `tfds.data_source` reads their
+files without this package too. Rows keep the order of the source. The builders are not registered
+with tfds, where a second import of this module would be an error, so
+`tfds.builder("hh_rlhf", data_dir=...)` opens a data set that was built and cannot build one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlhf_jax.data import schema, sources
 from rlhf_jax.data.schema import DataReport
 from rlhf_jax.data.sources.hub import first_line
 
-# tfds_records says which extra is missing, where TFDS is.
+# Where TFDS is missing, the import of tfds_records names the extra to install.
 from rlhf_jax.data.tfds_records import Records, digest_of, digests_of, features, row_of, tfds
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -39,20 +39,18 @@ def build(
     data_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[dict[str, int], DataReport]:
-    """Build a data set into ``out_dir/name/1.0.0`` and read it back.
-
-    What is on disk equals what was read.
+    """Build a data set into ``out_dir/name/1.0.0`` and verify it by reading it back.
 
     A second call with the same source changes nothing.
 
     Args:
       name: one of `BUILDERS`.
       out_dir: root folder of the TFDS data sets.
-      data_dir: folder with the original files; None = download, where the data set can be had.
+      data_dir: folder with the original files; None = download, for public data sets.
       **options: of the builder, such as ``files``, ``test_fraction`` or ``subsets``.
 
     Returns:
-      The records of each split, and what became of the rows of the source.
+      The number of records per split, and the report on the rows of the source.
 
     Raises:
       ValueError: unknown name, nothing to read, a bad row, no network, or other records in
@@ -60,6 +58,7 @@ def build(
     """
     builder = _class(name)(source=data_dir, data_dir=os.fspath(out_dir), **options)
     splits, report = builder.read_source()
+    # TFDS skips a folder that is already prepared, whatever it was prepared from.
     if builder.is_prepared() and dict(builder.info.metadata or {}).get("sha256") != digests_of(
         splits
     ):
@@ -67,9 +66,8 @@ def build(
             f"{builder.data_path} was built from other records: remove that folder, or pass "
             f"another than {out_dir}"
         )
-    with (
-        tempfile.TemporaryDirectory() as unused
-    ):  # TFDS makes its folder of downloads, needed or not
+    # TFDS creates its download folder even though nothing is downloaded through it.
+    with tempfile.TemporaryDirectory() as unused:
         builder.download_and_prepare(download_dir=unused)
     for split, wanted in digests_of(splits).items():
         if digest_of(read(name, out_dir, split)) != wanted:
@@ -86,7 +84,7 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
     Args:
       name: one of `BUILDERS`.
       out_dir: as given to `build`.
-      split: its name, or a slice as TFDS writes it: ``"train[:90%]"``.
+      split: its name, or a slice in the notation of TFDS: ``"train[:90%]"``.
 
     Raises:
       ValueError: nothing was built there, or it has no such split.
@@ -99,7 +97,7 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
     try:
         builder: Any = tfds.builder_from_directory(folder)
         splits = list(builder.info.splits)
-    except Exception as error:  # whatever the bytes of a damaged description lead to
+    except Exception as error:  # a damaged dataset_info.json may raise anything
         raise ValueError(f"{folder} is damaged ({error!r}): remove it and build again") from None
     if split.split("[")[0] not in splits:
         raise ValueError(f"split={split!r} of {folder}: choose one of {', '.join(splits)}")
@@ -114,7 +112,7 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What all share: records of one kind in their own order.
+    """Base of all builders: records of one kind, in the order of the source.
 
     `source` is a folder with the files; None downloads them.
     """
@@ -143,7 +141,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """The records of each split."""
 
     def read_source(self) -> tuple[dict[str, list[Any]], DataReport]:
-        """The records of each split that has any, and what became of the rows; read once."""
+        """The records of each split that has any, and the report; the source is read once."""
         if self._splits is None:
             splits, report = self._read_source()
             self._splits = {name: records for name, records in splits.items() if records}, report
@@ -153,7 +151,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             features=features(self.kind),
-            disable_shuffling=True,
+            disable_shuffling=True,  # rows keep the order of the source
             metadata=self._metadata,
             description=self.about["description"],
             homepage=self.about["homepage"],
@@ -179,13 +177,13 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _JsonLines(_Builder, skip_registration=True):
-    """Record files of people's own, in the form of `schema`.
+    """The user's own record files, in the form of `schema`.
 
     Args:
       source: a folder. ``BASE.jsonl`` is the train split, ``BASE_test.jsonl`` the test split, and
         so on for any name after BASE; without such files ``train.jsonl``, ``validation.jsonl`` and
-        ``test.jsonl``. All also with ``.gz``.
-      files: split -> file or files, instead of the rule by name; relative to `source` when that is
+        ``test.jsonl``. Each may end in ``.gz``.
+      files: split -> file or files, instead of the names above; relative to `source` when that is
         given.
       max_bad_fraction: as in `schema.read_jsonl`.
       allow_empty_responses: as in `schema.read_jsonl`.
@@ -265,7 +263,7 @@ _PLAIN_NAMES = ("train", "validation", "valid", "val", "dev", "test")
 def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
     r"""``BASE.jsonl`` -> train, ``BASE_NAME.jsonl`` -> NAME.
 
-    Where there is none, ``train.jsonl`` and so on.
+    Where no file has the base name, ``train.jsonl`` and so on.
     """
     names = {file: re.sub(r"\.jsonl(\.gz)?$", "", file.name) for file in sorted(root.iterdir())}
     tables = {file: name for file, name in names.items() if name != file.name}
@@ -285,9 +283,8 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
 
 _OUYANG = {
     "homepage": "https://arxiv.org/abs/2203.02155",
-    "citation": "Long Ouyang et al. Training language models to follow instructions with human feedback. "
-    "2022. "
-    "arXiv:2203.02155",
+    "citation": "Long Ouyang et al. Training language models to follow instructions with human "
+    "feedback. 2022. arXiv:2203.02155",
 }
 
 
@@ -301,8 +298,8 @@ class InstructGptSft(_JsonLines, skip_registration=True):
     kind = schema.Demonstration
     base = "demonstrations"
     about: ClassVar = {
-        "description": "Prompts with the answer a labeler wrote (supervised fine-tuning), from your own JSON "
-        "lines.",
+        "description": "Prompts with the answer a labeler wrote (supervised fine-tuning), from "
+        "your own JSON lines.",
         "license": _OWN,
         **_OUYANG,
     }
@@ -315,9 +312,8 @@ class InstructGptRm(_JsonLines, skip_registration=True):
     kind = schema.Ranking
     base = "rankings"
     about: ClassVar = {
-        "description": "K responses to a prompt with a labeler's ranks (reward model), from your own JSON "
-        "lines. "
-        "Rank 0 is the best, equal ranks tie, -1 is not ranked.",
+        "description": "K responses to a prompt with a labeler's ranks (reward model), from your "
+        "own JSON lines. Rank 0 is the best, equal ranks tie, -1 is not ranked.",
         "license": _OWN,
         **_OUYANG,
     }
@@ -340,7 +336,7 @@ class InstructGptPpo(_JsonLines, skip_registration=True):
 
 
 class _Conversations(_Builder, skip_registration=True):
-    """Rankings that are split by conversation.
+    """Rankings, split into train and test by conversation.
 
     Args:
       source: a folder, None = download.
@@ -357,7 +353,7 @@ class _Conversations(_Builder, skip_registration=True):
 
     @abc.abstractmethod
     def _rankings(self) -> tuple[list[schema.Ranking], DataReport]:
-        """All of them."""
+        """The rankings of all splits."""
 
     def _read_source(self) -> tuple[dict[str, list[Any]], DataReport]:
         records, report = self._rankings()
@@ -377,14 +373,12 @@ class HhRlhf(_Conversations, skip_registration=True):
 
     name = "hh_rlhf"
     about: ClassVar = {
-        "description": "Pairs of assistant replies with a crowdworker's preference: helpfulness and "
-        "harmlessness. "
-        "Some of it is offensive on purpose.",
+        "description": "Pairs of assistant replies with a crowdworker's preference: helpfulness "
+        "and harmlessness. Some of it is offensive on purpose.",
         "homepage": "https://github.com/anthropics/hh-rlhf",
         "license": "MIT, Copyright (c) 2022 Anthropic",
-        "citation": "Yuntao Bai et al. Training a Helpful and Harmless Assistant with Reinforcement "
-        "Learning from "
-        "Human Feedback. 2022. arXiv:2204.05862",
+        "citation": "Yuntao Bai et al. Training a Helpful and Harmless Assistant with "
+        "Reinforcement Learning from Human Feedback. 2022. arXiv:2204.05862",
     }
 
     def __init__(self, *, subsets: Sequence[str] = sources.HH_SUBSETS, **kwargs: Any):
@@ -403,9 +397,8 @@ class OasstRankings(_Conversations, skip_registration=True):
         "description": "Replies to one context with the ranks that volunteers gave them.",
         "homepage": "https://huggingface.co/datasets/OpenAssistant/oasst1",
         "license": "Apache-2.0",
-        "citation": "Andreas Koepf et al. OpenAssistant Conversations: Democratizing Large Language Model "
-        "Alignment. "
-        "2023. arXiv:2304.07327",
+        "citation": "Andreas Koepf et al. OpenAssistant Conversations: Democratizing Large "
+        "Language Model Alignment. 2023. arXiv:2304.07327",
     }
 
     def __init__(self, *, language: str = "en", **kwargs: Any):
@@ -470,7 +463,7 @@ BUILDERS: Mapping[str, type[_Builder]] = {
     builder.name: builder
     for builder in (InstructGptSft, InstructGptRm, InstructGptPpo, HhRlhf, OasstRankings, PlainText)
 }
-"""The builders by their names."""
+"""The builders by name."""
 
 
 def _class(name: str) -> type[_Builder]:

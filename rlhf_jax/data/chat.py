@@ -1,13 +1,14 @@
-r"""Conversations to token ids: the tokenizer's own chat template, or a plain one where it has none.
+r"""Encodes conversations with the tokenizer's chat template, or a plain one where it has none.
 
-A template is a Jinja program that writes a conversation as one text. That text cannot tell the
-template's ``<|im_end|>`` from one that a user typed. So the template is rendered once for each
-sequence of roles with marks in the place of the contents, and cut at the marks: what lies between
-is the template's own, and only there the names of special tokens become control tokens. That the
-pieces and the contents join into exactly what the template writes is checked for each conversation.
+A template is a Jinja program that writes a conversation as one text, in which the template's
+``<|im_end|>`` looks the same as one that a user typed. So the template is rendered once per
+sequence of roles, with marks in place of the contents, and split at the marks. The pieces between
+them are the template's own text, and in these alone the names of special tokens become control
+tokens. For each conversation, pieces and contents together are checked to be exactly what the
+template writes.
 
-Ids come in spans. An answer (the content of an assistant's turn and the token that ends the turn)
-is tokenised by itself, so it has the same ids wherever it is seen; everything between two answers
+Ids are made in spans. An answer (the content of an assistant's turn and the token that ends the
+turn) is tokenised by itself, so that it has the same ids everywhere; everything between two answers
 is tokenised together.
 """
 
@@ -33,24 +34,26 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-"""The form of a conversation where the tokenizer has no template: the system's text bare, "Human: "
-and "Assistant: " before the turns, a blank line between them, EOS after each answer; a prompt ends
-in "Assistant:"."""
+"""The template for tokenizers without one: the system's text bare, "Human: " and "Assistant: "
+before the turns, a blank line between them, EOS after each answer; a prompt ends in
+"Assistant:"."""
 
 DATE = "26 Jul 2024"
-"""What templates are told today is, so that the ids of a conversation do not change overnight."""
+"""The date that templates receive as today's, so that ids do not change from day to day."""
 
-_WIDE = "\u2003"  # a space no template writes: it shows whether the template strips a content
+# A space that no template writes; if it is missing around a mark, the template strips contents.
+_WIDE = "\u2003"
 
 
 class Turn(NamedTuple):
     """What a template writes around the assistant's next turn.
 
     Attributes:
-      head: after the generation prompt, and no mere space: part of the prompt, never trained.
+      head: text after the generation prompt other than spaces; it belongs to the prompt and is
+        never trained on.
       lead: the spaces before the content; tokenised with it, as tokenizers join a space to the word
         after it.
-      tail: from the content's end to the token that ends the turn, and that token.
+      tail: the text from the end of the content up to and including the token that ends the turn.
       end: name of that token.
       end_id: its id.
     """
@@ -63,9 +66,9 @@ class Turn(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The template's texts before, between and after the n contents.
+    """The template's texts before, between and after the contents, and how it strips each content.
 
-    It also says which ends of each content the template strips.
+    `strips` has (left, right) per content.
     """
 
     pieces: tuple[str, ...]
@@ -73,10 +76,10 @@ class _Layout(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A text of a template, or of a content.
+    """A text of the template or of a content.
 
-    `hidden` are the names of added tokens that stay text in a content; None marks a text of the
-    template's own.
+    `hidden` are the names of added tokens that must remain text in a content; None marks a text of
+    the template.
     """
 
     text: str
@@ -84,9 +87,9 @@ class _Part(NamedTuple):
 
 
 class _Control(NamedTuple):
-    """An added token: its id, whether `encode_text` keeps it text.
+    """An added token: its id, whether it is special, and on which sides it absorbs spaces.
 
-    The last field says whether it takes the spaces around it.
+    `encode_text` encodes the names of special tokens as text.
     """
 
     id: int
@@ -104,7 +107,7 @@ class _Span(NamedTuple):
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of ordinary text: the name of a special token inside it stays text."""
+    """Ids of ordinary text, in which the name of a special token is encoded as text."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -118,14 +121,13 @@ def encode_messages(
       messages: the turns so far; the last one is not the assistant's.
 
     Returns:
-      The ids, and True for those of earlier answers with the token that ends each.
+      The ids, and True for those of earlier answers, including the token that ends each.
 
     Raises:
-      ValueError: roles in no usable order, or a template that refuses them, leaves out, repeats or
+      ValueError: roles in an invalid order, or a template that refuses them, leaves out, repeats or
         changes a content.
     """
-    # A chat template writes BOS itself where the model wants it. The plain form is ours and knows
-    # of none.
+    # A chat template writes BOS itself where the model needs it; the plain template never does.
     ids = [] if tokenizer.chat_template else list(begin_ids(tokenizer))
     mask = [False] * len(ids)
     for span in _prompt_spans(tokenizer, tuple(messages)):
@@ -138,7 +140,7 @@ def encode_messages(
 def encode_reply(tokenizer: Tokenizer, messages: Sequence[Message], response: str) -> list[int]:
     """Ids of the assistant's answer to `messages`, with the token that ends its turn.
 
-    The template does not see `response`: nothing of it is stripped or left out.
+    The template is not applied to `response`, so nothing of it is stripped or left out.
     """
     turn = next_turn(tokenizer, messages)
     return _ids(tokenizer, _answer(tokenizer, turn.lead, response, turn.tail, turn.end))
@@ -155,8 +157,8 @@ def encode_conversation(
       turns: "all" trains on every answer, "last" on the last one alone.
 
     Returns:
-      The ids, and True for the content and the end of each answer that is trained on: nothing of
-      the user, the system or the template.
+      The ids, and True for the content and the end of each answer that is trained on. Texts of the
+      user, the system and the template are never trained on.
 
     Raises:
       ValueError: as `encode_messages`, or the last turn is not the assistant's.
@@ -176,7 +178,7 @@ def encode_conversation(
 def next_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Turn:
     """What the template writes around the assistant's answer to `messages`.
 
-    `end_id` is what generation stops at.
+    Generation stops at its `end_id`.
 
     Raises:
       ValueError: the template ends the turn with no token of its own, or as `encode_messages`.
@@ -186,7 +188,7 @@ def next_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Turn:
 
 
 def readable(prompt: Conversation) -> str:
-    r"""A prompt as text for people and judges: a text as it is, turns with names before them.
+    r"""A prompt as text for people and judges: a text as it is, or turns after their names.
 
     >>> readable((Message("system", "Be brief."), Message("user", "Hello")))
     'Be brief.\n\nHuman: Hello\n\nAssistant:'
@@ -199,12 +201,12 @@ def readable(prompt: Conversation) -> str:
 
 
 def check_same_template(**tokenizers: Tokenizer) -> None:
-    """Raise unless all tokenizers write conversations alike.
+    """Raise unless all tokenizers format conversations alike.
 
     Called as ``check_same_template(policy=a, reward_model=b)``.
 
     Raises:
-      ValueError: naming two that differ.
+      ValueError: two differ; the message names them.
     """
     (first, reference), *others = tokenizers.items()
     for name, other in others:
@@ -245,7 +247,7 @@ def _render(
                 date_string=DATE,
             )
         )
-    except Exception as error:  # a template is a program: it may raise anything
+    except Exception as error:  # a template is a program and may raise anything
         roles = ", ".join(m.role for m in messages)
         raise ValueError(
             f"the chat template refuses a conversation of the roles {roles} ({error}): leave such "
@@ -257,9 +259,9 @@ def _render(
 def _layout(
     tokenizer: Tokenizer, template: str, roles: tuple[str, ...], generation: bool
 ) -> _Layout:
-    """Renders marks in the place of contents.
+    """Renders the template with marks in place of the contents, and splits it at the marks.
 
-    No content is in that text, so the marks need not be secret.
+    The text has no user's content, so a mark cannot occur by chance or on purpose.
     """
     marks = [f"xqz{i:04d}zqx" for i in range(len(roles))]
     marked = [Message(role, _WIDE + mark + _WIDE) for role, mark in zip(roles, marks, strict=True)]
@@ -282,6 +284,8 @@ def _layout(
 
 @functools.lru_cache(maxsize=1024)
 def _next_turn(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> Turn:
+    # A finished turn may have more text before its content than the generation prompt, such as an
+    # empty thinking block, so both are rendered and compared.
     last = len(roles)
     whole = _layout(tokenizer, template, (*roles, "assistant"), False).pieces
     between = _after_prompt(_layout(tokenizer, template, roles, True).pieces, whole)
@@ -291,7 +295,7 @@ def _next_turn(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> T
 
 
 def _after_prompt(prompt: tuple[str, ...], whole: tuple[str, ...]) -> str:
-    """What `whole` has between the end of `prompt` and the answer.
+    """The text of `whole` between the end of `prompt` and the answer.
 
     It is empty where `whole` does not begin with `prompt`.
     """
@@ -301,10 +305,7 @@ def _after_prompt(prompt: tuple[str, ...], whole: tuple[str, ...]) -> str:
 
 
 def _tail(tokenizer: Tokenizer, after: str) -> tuple[str, str]:
-    """The text that follows an answer up to and with the first control token.
-
-    The second value is that token's name.
-    """
+    """The text after an answer, up to and including the first control token, and its name."""
     found = _control_pattern(tokenizer).search(after)
     if found is None:
         raise ValueError(
@@ -359,7 +360,7 @@ def _prompt_spans(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Iterat
 def _answer(
     tokenizer: Tokenizer, lead: str, content: str, tail: str, end: str
 ) -> tuple[_Part, ...]:
-    # A tokenizer that begins each text with a space brings the template's space itself.
+    # A tokenizer that begins each text with a space already adds the template's space.
     lead = lead[1:] if lead.startswith(" ") and _adds_space(tokenizer) else lead
     hidden = () if _controls(tokenizer)[end].special else (end,)
     return _Part(lead), _Part(content, hidden), _Part(tail)
@@ -368,10 +369,7 @@ def _answer(
 def _contents(
     tokenizer: Tokenizer, template: str, messages: tuple[Message, ...], layout: _Layout
 ) -> list[str]:
-    """The contents as the template writes them.
-
-    They are stripped where it strips, and otherwise unchanged.
-    """
+    """The contents as the template writes them: stripped where it strips, otherwise unchanged."""
     contents = []
     for message, (left, right) in zip(messages, layout.strips, strict=True):
         content = message.content.lstrip() if left else message.content
@@ -392,7 +390,7 @@ def _contents(
 
 @functools.lru_cache(maxsize=64)
 def _controls(tokenizer: Tokenizer) -> dict[str, _Control]:
-    """The added tokens by name, without those that are mere spaces."""
+    """The added tokens by name, without ordinary ones that consist of spaces."""
     return {
         str(token.content): _Control(i, bool(token.special), bool(token.lstrip), bool(token.rstrip))
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -402,6 +400,7 @@ def _controls(tokenizer: Tokenizer) -> dict[str, _Control]:
 
 @functools.lru_cache(maxsize=64)
 def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    # The longest name first, as one name may begin another. ((?!)) matches nothing.
     names = sorted(_controls(tokenizer), key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else "((?!))")
 
@@ -410,7 +409,7 @@ def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 def _written(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     """Added tokens that the template writes and that are not special, such as <tool_call>.
 
-    `encode_text` keeps special tokens text and does not know these.
+    `encode_text` would encode their names in a content as tokens.
     """
     return tuple(
         name
@@ -426,16 +425,17 @@ def _adds_space(tokenizer: Tokenizer) -> bool:
 
 
 def _atoms(tokenizer: Tokenizer, parts: Sequence[_Part]) -> Iterator[tuple[str, bool]]:
-    """(text, False) to be joined to its neighbours.
+    """Splits parts into atoms, each with whether it ends the text before it.
 
-    Or it is (name of a control token, True), or ("", True), which cuts the text.
+    An atom is (text, False), which is joined to its neighbours, (name of a control token, True), or
+    ("", True), which only splits the text.
     """
     for part in parts:
         if part.hidden is None:
             for i, atom in enumerate(_control_pattern(tokenizer).split(part.text)):
                 yield atom, i % 2 == 1
             continue
-        # Cut after its first character, a name is no added token any more.
+        # A name that is split after its first character is no longer found as an added token.
         cuts = [
             f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})"
             for name in part.hidden
@@ -448,16 +448,14 @@ def _atoms(tokenizer: Tokenizer, parts: Sequence[_Part]) -> Iterator[tuple[str, 
 
 
 def _ids(tokenizer: Tokenizer, parts: Sequence[_Part]) -> list[int]:
-    """Ids of a span.
-
-    Control tokens are where the template wrote their names, ordinary text is between them.
-    """
+    """Ids of a span: control tokens where the template writes their names, text between them."""
     ids: list[int] = []
     text, strips = "", False
     for atom, cuts in [*_atoms(tokenizer, parts), ("", True)]:
         if not cuts:
             text += atom
             continue
+        # Spaces beside a control token are dropped as the tokenizer itself would (lstrip, rstrip).
         token = _controls(tokenizer).get(atom)
         text = text.lstrip() if strips else text
         text = text.rstrip() if token and token.lstrip else text

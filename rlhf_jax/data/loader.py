@@ -1,10 +1,10 @@
 """Batches as a pure function of (seed, step).
 
-A run saves one integer, and a restart loses nothing.
+So the loader's state in a checkpoint is one integer, and a restart repeats no row and skips none.
 
-`Batches.at` names one batch; `Batches.stream` is the same batches in order, made ahead of time by a
-thread or by worker processes (grain). Which of the two is used, and with how many workers, never
-changes a batch.
+`Batches.at` makes one batch; `Batches.stream` gives the same batches in order, made ahead of time
+by a thread or by worker processes (grain). A batch does not depend on which of the two makes it, or
+on the number of workers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 Rows = TypeVar("Rows")
-"""A struct of `rlhf_jax.types` (or a dict) whose arrays share their first axis: the rows. Or a list
-of records."""
+"""A struct of `rlhf_jax.types` or a dict of arrays with rows first, or a list of records."""
 
 
 class Batches(Generic[Rows]):
@@ -35,13 +34,13 @@ class Batches(Generic[Rows]):
 
     The stream is the concatenation of one permutation of the rows per epoch, a function of (seed,
     epoch); batch `step` is its entries ``step * batch_size .. (step + 1) * batch_size - 1``. So
-    every row comes once per epoch and no tail is dropped: a batch over the border holds the end of
-    one epoch and the start of the next. Resuming at a step needs nothing but the step, and how many
-    processes share the work changes nothing.
+    every row comes once per epoch and no tail is dropped: a batch at the border has the end of one
+    epoch and the start of the next. Resuming at a step needs the step alone, and the global batch
+    does not depend on the number of processes.
 
-    The rows are arrays, or a source of records that are read by number: a list, or a
-    `tfds.data_source`. Records are read when a batch needs them, and `transform` makes the batch
-    out of them.
+    The rows are arrays, or a source of records that are read by index: a list, or a
+    `tfds.data_source`. Records are read when a batch needs them, and `transform` turns them into
+    the batch.
 
     >>> batches = Batches({"x": np.arange(5)}, batch_size=2, seed=0)
     >>> rows = np.concatenate([batches.at(step)["x"] for step in range(5)])
@@ -55,13 +54,13 @@ class Batches(Generic[Rows]):
     Args:
       rows: struct or dict of numpy arrays with rows first; or a source of records with `len` and
         ``source[i]`` (``__getitems__`` is used where the source has it).
-      batch_size: rows of a batch, over all processes.
+      batch_size: rows per batch, over all processes.
       seed: of the shuffling.
       process_index: which slice of the batch this process gets.
       process_count: number of processes.
-      transform: makes the batch of this process's rows, for example tokenises and pads the list of
-        records. A function of the rows alone (no random state of its own), so that a batch stays a
-        function of (seed, step). None: the rows as they are.
+      transform: makes the batch from this process's rows, for example tokenises and pads the list
+        of records. It must be a function of the rows alone, without random state, so that a batch
+        remains a function of (seed, step). None: the rows as they are.
 
     Raises:
       ValueError: there are no rows, the arrays differ in their number, or the batch does not
@@ -69,9 +68,15 @@ class Batches(Generic[Rows]):
     """
 
     def __init__(
-        self, rows: Rows | Sequence[Any], *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1,
+        self,
+        rows: Rows | Sequence[Any],
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
         transform: Callable[[Any], Rows] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rows, self.batch_size, self.seed, self.transform = rows, batch_size, seed, transform
         self.size = _row_count(rows)
         if batch_size < 1 or batch_size % process_count:
@@ -95,33 +100,35 @@ class Batches(Generic[Rows]):
     ) -> Generator[Rows, None, None]:
         """The batches ``at(start_step)``, ``at(start_step + 1)``, ...
 
-        The stream has no end, and batches are made ahead of time.
+        The stream is endless, and batches are made ahead of time.
 
-        To resume, pass the step to go on with; nothing else is kept. With workers each batch is
-        made whole by one of them, in turn. They start in a second or two and get a copy of this
+        To resume, pass the step of the next batch; there is no other state. With workers each batch
+        is made by one of them, in turn. They take a second or two to start and get a copy of this
         object, so they pay off where `transform` is slow or the source is read from a disk; arrays
-        in memory are best served with ``workers=0``. What workers are given (rows, `transform`)
-        must be picklable; functions of a notebook and lambdas are. A script that uses workers needs
-        the usual ``if __name__ == "__main__":``, as `multiprocessing` imports it anew in each.
+        in memory are best served with ``workers=0``. Rows and `transform` must then be picklable;
+        functions of a notebook and lambdas are. A script that uses workers needs the usual
+        ``if __name__ == "__main__":``, as `multiprocessing` imports it again in each.
 
-        Workers ignore Ctrl-C and SIGTERM, which the training process answers, and end with it
+        Workers ignore Ctrl-C and SIGTERM, which the training process handles, and end with it
         however it ends. Closing or dropping the iterator ends them at once.
 
         Args:
           start_step: the first batch.
           workers: processes that make batches; 0 = a thread of this process.
-          prefetch: batches kept ready, by each worker where there are some; 0 (without workers) =
-            made when asked for.
+          prefetch: batches kept ready, per worker where there are any; 0 (without workers) = made
+            on demand.
 
         Raises:
           ValueError: a negative number, no `prefetch` for workers, or batches of workers that are
-            no arrays.
-          OSError: a worker ended, for example for want of memory. An error of `transform` comes as
-            it is.
+            not arrays.
+          OSError: a worker ended, for example out of memory. Errors of `transform` are raised as
+            they are.
         """
         for name, value, least in (
-            ("start_step", start_step, 0), ("workers", workers, 0), ("prefetch", prefetch, 1 if workers else 0),
-        ):  # fmt: skip
+            ("start_step", start_step, 0),
+            ("workers", workers, 0),
+            ("prefetch", prefetch, 1 if workers else 0),
+        ):
             if value < least:
                 raise ValueError(f"{name}={value} must be {least} or more")
         stream = self._stream(start_step, workers, prefetch)
@@ -129,14 +136,14 @@ class Batches(Generic[Rows]):
         return stream
 
     def _stream(self, start_step: int, workers: int, prefetch: int) -> Generator[Rows, None, None]:
-        import grain  # a second or two, and only those who stream pay for it
+        import grain  # takes a second or two, which `at` alone does not need
         from absl import flags
 
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # grain reads absl's flags; a notebook, pytest or our own command line has none
+        # grain reads absl's flags, which a notebook, pytest and our own command line never parse.
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         make: Callable[[int], Any] = _PackedAt(self) if workers else self.at
+        # The source is the range of steps from `start_step`, so resuming needs no state of grain's.
         batches = grain.MapDataset.range(start_step, sys.maxsize).map(make)
         ahead = 0 if workers else prefetch
         iterator = batches.to_iter_dataset(
@@ -167,7 +174,7 @@ class Batches(Generic[Rows]):
             iterator.close()
 
     def indices(self, step: int) -> Int[np.ndarray, " B"]:
-        """Row numbers of the whole batch `step`: to name the rows of a step that went wrong."""
+        """Row indices of the whole batch `step`, for example to report the rows of a bad step."""
         if step < 0:
             raise ValueError(f"step={step} must be 0 or more")
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -177,13 +184,13 @@ class Batches(Generic[Rows]):
         )
 
     def each_once(self, most: int | None = None) -> Iterator[tuple[Rows, Bool[np.ndarray, " b"]]]:
-        """The batches of one epoch to measure with; every row counts once.
+        """The batches of one epoch for evaluation, each with a mask of the rows that count.
 
-        The last batch is filled up with rows of the next epoch, so that all have one shape; beside
-        each batch stands which of its rows count.
+        The last batch is filled up with rows of the next epoch, so that all have one shape (and one
+        compilation); the mask leaves those rows out, so that every row counts once.
 
         Args:
-          most: at most so many batches, the first ones.
+          most: the number of batches to stop after; None = the whole epoch.
 
         >>> batches = Batches({"x": np.arange(5)}, batch_size=2, seed=0)
         >>> sorted(x for rows, counts in batches.each_once() for x in rows["x"][counts].tolist())
@@ -195,20 +202,19 @@ class Batches(Generic[Rows]):
             yield self.at(step), (place < self.size)[self._slice]
 
     def epoch(self, step: int) -> float:
-        """Epochs that lie before batch `step`."""
+        """Epochs completed before batch `step`, as a fraction."""
         return step * self.batch_size / self.size
 
     def steps(self, epochs: float) -> int:
-        """Steps that hold at least this many epochs."""
+        """The number of steps that cover at least this many epochs."""
         return int(np.ceil(epochs * self.size / self.batch_size))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         known = self._permutations.get(epoch)
         if known is None:
             known = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            # A cache of the two newest, for batches over a border; the value depends on (seed,
-            # epoch) alone. It is replaced, never changed: the thread of a stream may read it
-            # meanwhile.
+            # The cache keeps the two newest epochs, for batches at a border. It is replaced and
+            # never changed in place, because the thread of a stream may be reading it.
             self._permutations = {**dict([*self._permutations.items()][-1:]), epoch: known}
         return known
 
@@ -218,20 +224,20 @@ class Batches(Generic[Rows]):
 
 _OPEN_STREAMS: weakref.WeakSet[Any] = weakref.WeakSet()
 _SHARED: set[type] = set()
-"""Types of the arrays that came through shared memory."""
+"""Types of the arrays that arrived through shared memory."""
 
 
 @functools.cache
 def _close_streams_at_exit() -> None:
-    """Has open streams stop their workers when the program ends, while all modules are loaded."""
+    """Registers the shutdown of open streams, which must run while all modules are still loaded."""
     atexit.register(_close_streams)
 
 
 def _close_streams() -> None:
     for stream in list(_OPEN_STREAMS):
         stream.close()
-    # Grain gives shared memory back in a thread of its own. A program that ends before that thread
-    # has is told by Python that it leaks the last batch.
+    # Grain frees shared memory in a thread of its own. If the program ends before that thread is
+    # done, Python warns that the last batch has leaked.
     for kind in _SHARED:
         pool = getattr(kind, "_del_thread_pool", None)
         if pool is not None:
@@ -240,12 +246,10 @@ def _close_streams() -> None:
 
 
 class _PackedAt:
-    """What a worker does for a step.
+    """Makes the batch of a step in a worker, as its class and its arrays.
 
-    It gives the batch as its class and its arrays, which travel in shared memory.
-
-    Whatever is not an array would go through a pipe, and a worker that dies halfway leaves its
-    reader waiting.
+    Arrays travel in shared memory. Anything else would go through a pipe, where a worker that dies
+    halfway leaves the reader waiting, so a batch of anything else is refused.
     """
 
     def __init__(self, batches: Batches[Any]) -> None:
@@ -255,7 +259,7 @@ class _PackedAt:
         try:
             rows = self.batches.at(step)
         except SystemExit as error:
-            # A worker that ends with status 0 would be waited for without end.
+            # The training process would wait for ever for a worker that ends with status 0.
             raise RuntimeError(
                 f"transform exits ({error}) in batch {step}: raise an error instead"
             ) from error
@@ -275,13 +279,12 @@ class _PackedAt:
 def _unpack(packed: tuple[type, dict[str, np.ndarray]]) -> Any:
     kind, arrays = packed
     _SHARED.update(map(type, arrays.values()))
-    return kind(
-        **{name: np.array(array) for name, array in arrays.items()}
-    )  # A copy, because shared memory is freed at once.
+    # The arrays are copied, because grain frees the shared memory at once.
+    return kind(**{name: np.array(array) for name, array in arrays.items()})
 
 
 def _start_worker(index: int, count: int) -> None:
-    """A worker leaves signals to the training process and ends with it, however that ends."""
+    """Makes a worker ignore signals and end with the training process, however that ends."""
     del index, count
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -290,7 +293,7 @@ def _start_worker(index: int, count: int) -> None:
 
     def end_with_parent() -> None:
         parent.join()
-        os._exit(1)
+        os._exit(1)  # at once: `sys.exit` in a thread would end that thread alone
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -298,7 +301,7 @@ def _start_worker(index: int, count: int) -> None:
 def fingerprint(rows: Any) -> str:
     """sha256 of the rows: names, types, shapes and bytes of all arrays.
 
-    Two data sets never pass for each other.
+    Two different data sets never have the same fingerprint.
     """
     digest = hashlib.sha256()
     for name, value in _fields(rows).items():
@@ -323,6 +326,7 @@ def _take(rows: Any, index: Int[np.ndarray, " b"]) -> Any:
     if _is_columns(rows):
         arrays = {name: np.asarray(value)[index] for name, value in _fields(rows).items()}
         return type(rows)(**arrays)
+    # One call for all rows where the source offers it, as `tfds.data_source` does.
     many = getattr(rows, "__getitems__", None)
     places = index.tolist()
     return list(many(places)) if many else [rows[place] for place in places]

@@ -1,10 +1,10 @@
-"""Texts that nearly repeat an earlier one, found in linear time.
+"""Finds texts that nearly repeat an earlier one, in linear time.
 
-Two texts are near-duplicates when half of all their pieces are shared (Jaccard similarity of the
-sets of pieces), a piece being the 12 bytes from the beginning of a word on: two or three words. A
-template of a dozen words in which one word changes is just so. The similarity is read from MinHash
-signatures (the share of equal entries estimates it), and only texts that agree in a band of their
-signatures are compared, so that two hundred thousand prompts take some seconds.
+Two texts are near-duplicates when their sets of shingles have a Jaccard similarity of at least one
+half. A shingle is the 12 bytes from the start of a word, two or three words. A template of a dozen
+words in which one word changes is just similar enough. The similarity is estimated from MinHash
+signatures (by the share of equal entries), and only texts that agree in a band of their signatures
+are compared (locality-sensitive hashing), so that two hundred thousand prompts take some seconds.
 
 Source: Broder 1997, "On the resemblance and containment of documents" (MinHash).
 """
@@ -17,30 +17,30 @@ import numpy as np
 from jaxtyping import Int, UInt32
 
 BYTES = 1_024
-"""Bytes of a text that are looked at: from longer ones the first and the last half of these."""
+"""Bytes of a text that are compared; of a longer text, the first and the last half of these."""
 PIECES = 5
-"""Fewer pieces than this say little: such texts are never near-duplicates."""
+"""Texts with fewer shingles than this are too short to judge and never near-duplicates."""
 HASHES, BAND = 32, 2
-"""Entries of a signature, and of a band of it: of texts with similarity 0.5 99% share a band."""
+"""Entries per signature and per band; 99% of the pairs with similarity 0.5 share a band."""
 ALIKE = 0.5
 """Share of equal entries from which texts are near-duplicates."""
 CHUNK = 10_000
-"""Texts whose pieces are in memory at the same time."""
+"""Texts whose shingles are in memory at the same time."""
 
 
 def repeats(texts: Sequence[str]) -> list[bool]:
-    """For each text whether it nearly repeats an earlier one.
+    """Whether each text nearly repeats an earlier one.
 
     Args:
-      texts: different ones; case and spaces count, so normalise first. Equal texts are
-        near-duplicates too.
+      texts: usually distinct, as equal texts are near-duplicates too; case and spaces count, so
+        normalise first.
 
     >>> said = "Write a short poem about the sea and a sailor who is waiting for the wind in {}."
     >>> repeats([said.format("spring"), "How do I bake a loaf of rye bread at home?", said.format("autumn")])
     [False, False, True]
-    """
+    """  # noqa: E501
     found: list[bool] = []
-    kept: list[UInt32[np.ndarray, " h"]] = []  # signatures of the texts that repeat none
+    kept: list[UInt32[np.ndarray, " h"]] = []  # signatures of the texts that are not repeats
     buckets: list[dict[bytes, int]] = [{} for _ in range(HASHES // BAND)]
     for start in range(0, len(texts), CHUNK):
         for signature in _signatures(texts[start : start + CHUNK]):
@@ -53,7 +53,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
                 np.count_nonzero(kept[other] == signature) >= ALIKE * HASHES for other in earlier
             )
             found.append(near)
-            if not near:  # texts of one template are compared with its first one alone
+            if not near:  # all texts of a template are compared with its first one alone
                 kept.append(signature)
                 for i, band in enumerate(bands):
                     buckets[i].setdefault(band, len(kept) - 1)
@@ -61,10 +61,10 @@ def repeats(texts: Sequence[str]) -> list[bool]:
 
 
 def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | None]:
-    """MinHash signatures; None for a text of fewer than `PIECES` pieces."""
+    """MinHash signatures; None for a text of fewer than `PIECES` shingles."""
     encoded = [_shortened(text.encode("utf-8", "replace")) for text in texts]
-    # A byte between texts and at both ends keeps words apart; a piece that runs into the next text
-    # is its text's end.
+    # All texts are hashed as one array. A space between texts and at both ends separates their
+    # words, and `_hashed` masks the bytes of a shingle that belong to the next text.
     data = np.frombuffer(b" " + b" ".join(encoded) + b" " * 32, np.uint8)
     starts = np.flatnonzero((data[:-1] == ord(" ")) & (data[1:] != ord(" "))) + 1
     edges = 1 + np.cumsum([0, *(len(text) + 1 for text in encoded)])
@@ -76,11 +76,12 @@ def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | Non
     usable = np.flatnonzero(counts >= PIECES)
     minima = np.empty((len(usable), HASHES), np.uint32)
     if len(usable):
-        # The pieces of unusable texts go, so that each text's pieces end where the next usable
-        # text's begin.
+        # Without the shingles of unusable texts, those of each usable text end where the next
+        # one's begin, which `reduceat` needs.
         mask = (counts >= PIECES)[owner]
         a, b = a[mask], b[mask]
         bounds = np.cumsum([0, *(first[usable + 1] - first[usable])[:-1]])
+        # Two hashes make all others: a + i * b behaves like a family of independent hashes.
         for i in range(HASHES):
             minima[:, i] = np.minimum.reduceat(a + np.uint32(i) * b, bounds)
     rows = dict(zip(usable.tolist(), minima, strict=True))
@@ -95,10 +96,11 @@ def _shortened(data: bytes) -> bytes:
 def _hashed(
     data: np.ndarray, starts: Int[np.ndarray, " p"], ends: Int[np.ndarray, " p"]
 ) -> tuple[UInt32[np.ndarray, " p"], UInt32[np.ndarray, " p"]]:
-    """Two 32-bit hashes of the 12 bytes from each of `starts` on.
+    """Two 32-bit hashes of the 12 bytes from each of `starts`.
 
-    Bytes beyond the end of a text are taken as 0.
+    Bytes beyond the end of a text count as 0.
     """
+    # A strided view reads 8 bytes at any offset without a copy per shingle.
     words = np.lib.stride_tricks.as_strided(data[:8].view(np.uint64), (len(data) - 8,), (1,))
     left = np.clip(ends - starts, 0, 12).astype(np.uint64)
     low, high = words[starts], words[starts + 8]
@@ -108,6 +110,7 @@ def _hashed(
     for shift, factor in ((33, 0xFF51AFD7ED558CCD), (29, 0xC4CEB9FE1A85EC53)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     mixed ^= mixed >> np.uint64(32)
+    # The second hash is odd, so that its multiples modulo 2^32 do not collapse.
     return mixed.astype(np.uint32), (mixed >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
 

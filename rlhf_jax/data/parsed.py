@@ -1,9 +1,9 @@
-"""What the bytes were that this run has parsed, whatever their files hold now.
+"""Fingerprints of the bytes that this run has parsed, whatever their files contain now.
 
-A fingerprint of a run must be of the data it trains on. A file that is hashed some time after it
-was read may have grown in between; the run would then pass for one on the longer file and take
-other batches after a resume. So the readers say what they read (`seen`), and the fingerprint asks
-for it (`of`).
+The fingerprint of a run must be that of the data it trains on. A file that is hashed some time
+after it was read may have grown in between; the run would then be recorded with the longer file and
+take other batches after a resume. So the readers record what they read (`seen`), and the
+fingerprint is looked up here (`of`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ StrPath = str | os.PathLike[str]
 
 
 class Print(NamedTuple):
-    """The fingerprint of a file's bytes, as they lie on the disk (packed, where the file is)."""
+    """The fingerprint of a file's bytes as stored on disk, compressed where the file is."""
 
     sha256: str
     bytes: int
@@ -32,13 +32,13 @@ _loaded: dict[Path, Stat] = {}
 
 
 def begin() -> None:
-    """Forgets what was read before: a stage begins, and reads its files itself."""
+    """Clears the record at the start of a stage, which reads its files itself."""
     _seen.clear()
     _loaded.clear()
 
 
 def seen(path: StrPath, data: bytes) -> None:
-    """Takes down that `data` was read from a file and is about to be parsed."""
+    """Records that `data` was read from a file and is about to be parsed."""
     found = Print(hashlib.sha256(data).hexdigest(), len(data), data.count(b"\n"))
     prints = _seen.setdefault(_key(path), [])
     if found not in prints:
@@ -46,15 +46,15 @@ def seen(path: StrPath, data: bytes) -> None:
 
 
 def forget(path: StrPath) -> None:
-    """Forgets what was read of a file that this program has written anew."""
+    """Drops the record of a file that this program has rewritten."""
     _seen.pop(_key(path), None)
 
 
 def of(path: StrPath) -> Print:
-    """The fingerprint of what was parsed of a file, or of the file where nobody has read it yet.
+    """The fingerprint of what was parsed of a file, or of the file itself if it was not read yet.
 
     Raises:
-      ValueError: it was read more than once and held something else each time.
+      ValueError: it was read more than once with different contents.
     """
     prints = _seen.get(_key(path), [])
     if len(prints) > 1:
@@ -81,17 +81,17 @@ def _of_file(path: Path) -> Print:
 
 
 def loading(path: StrPath) -> None:
-    """Takes down the sizes and times of a model's files, just before they are read.
+    """Records the sizes and times of a model's files, just before they are read.
 
-    Weights are mapped into memory and never read in one piece, so they have no fingerprint of their
-    own. That these stay the same until the files are hashed says that what was hashed is what was
-    loaded.
+    Weights are memory-mapped and never read in one piece, so their bytes are not fingerprinted when
+    they are loaded. If sizes and times are unchanged when the files are hashed, then the hash is
+    that of the loaded weights.
     """
     _loaded.setdefault(_key(path), _stat(Path(path)))
 
 
 def changed_since_loading(path: StrPath) -> list[str]:
-    """Names of a model's files that are not those of `loading`; none where it was not loaded."""
+    """Names of a model's files that changed since `loading`; none where it was not loaded."""
     before, now = _loaded.get(_key(path)), _stat(Path(path))
     return (
         [] if before is None else sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
@@ -107,4 +107,5 @@ def _stat(path: Path) -> Stat:
 
 
 def _key(path: StrPath) -> Path:
+    # Resolved, so that a link and its target are one file.
     return Path(os.path.realpath(path))

@@ -1,11 +1,9 @@
-"""A few rows as the model will see them.
+"""Shows a few rows as the model will see them: tokens, loss mask, and where a response is scored.
 
-They show every token, which of them are trained on, and where a response is scored.
-
-The rows are encoded by the functions the stages call (`rlhf_jax.data.text`), so what is shown is
-what is trained on: the template's control tokens, BOS and EOS, the seam between prompt and answer,
-the loss mask. Without a tokenizer the texts are shown with their seams. `as_text` is for a
-terminal, `rlhf_jax.data.preview_page` writes a page.
+The rows are encoded by the functions that the stages call (`rlhf_jax.data.text`), so the preview is
+what is trained on: the template's control tokens, BOS and EOS, the boundary between prompt and
+response, the loss mask. Without a tokenizer the texts are shown with their boundaries. `as_text` is
+for a terminal, `rlhf_jax.data.preview_page` writes a page.
 """
 
 from __future__ import annotations
@@ -26,22 +24,21 @@ if TYPE_CHECKING:
 ROWS = 5
 """Rows of a preview."""
 HEAD, TAIL = 240, 160
-"""Tokens that are shown of the beginning and the end of a longer part."""
+"""Tokens shown of the beginning and the end of a longer part."""
 LETTERS = 6
-"""Characters that stand for one token where there is no tokenizer, to cut long texts."""
+"""Characters per token that are assumed without a tokenizer, to shorten long texts."""
 
 Role = Literal["read", "trained", "special", "special trained", "note"]
-"""What a token is to the model: only read, or trained on; a token of text, or a special one. A note
-is no token."""
+"""How the model uses a token: read only or trained on, text or special. A note is not a token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A token, or several that are one character together, or a text where there is no tokenizer.
+    """A token, several tokens that form one character, or a text where there is no tokenizer.
 
     Attributes:
-      text: what it says; of a special token its name.
-      role: what it is to the model.
+      text: the decoded text; the name of a special token.
+      role: how the model uses it.
       ids: its token ids.
     """
 
@@ -52,11 +49,11 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A stretch of a row under a heading of its own: a prompt, one of the responses.
+    """A section of a row with its own heading, such as the prompt or one of the responses.
 
     Attributes:
       name: the heading.
-      facts: what else is to be said of it: numbers of tokens, rank, where it is scored.
+      facts: the details beside it: numbers of tokens, rank, where it is scored.
       pieces: what the model reads.
     """
 
@@ -67,7 +64,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One record as the model sees it; `problem` says why it cannot be shown."""
+    """One record as the model sees it; `problem` is the error where it cannot be encoded."""
 
     title: str
     parts: tuple[Part, ...] = ()
@@ -85,9 +82,9 @@ def rows(
 
     Args:
       records: of any kinds.
-      tokenizer: of the model that is trained; None shows texts and turns with their seams instead
-        of tokens.
-      count: how many.
+      tokenizer: of the model to train; None shows texts and turns with their boundaries instead of
+        tokens.
+      count: number of rows.
       assistant_turns: as for `text.encode_demonstration`.
     """
     chosen = _chosen(records, count)
@@ -96,10 +93,7 @@ def rows(
 
 
 def _chosen(records: Sequence[Any], count: int) -> list[int]:
-    """Places of at most `count` records.
-
-    They are taken from each kind in turn, evenly spaced within the kind, and in order.
-    """
+    """Indices of at most `count` records: each kind in turn, evenly spaced within the kind."""
     kinds: dict[type, list[int]] = {}
     for place, record in enumerate(records):
         kinds.setdefault(type(record), []).append(place)
@@ -108,8 +102,10 @@ def _chosen(records: Sequence[Any], count: int) -> list[int]:
         open_kinds = [kind for kind, places in kinds.items() if shares[kind] < len(places)]
         shares[min(open_kinds, key=lambda kind: shares[kind])] += 1
     return sorted(
-        kinds[kind][i * len(kinds[kind]) // share] for kind, share in shares.items() for i in range(share)
-    )  # fmt: skip
+        kinds[kind][i * len(kinds[kind]) // share]
+        for kind, share in shares.items()
+        for i in range(share)
+    )
 
 
 def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
@@ -118,7 +114,8 @@ def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
     title = f"{kind}: record {place + 1:,} of {total:,}{name}"
     try:
         return Row(title, tuple(show(record)))
-    except ValueError as error:  # A template refuses a conversation here as it does in training.
+    except ValueError as error:
+        # As in training, a template may refuse a conversation. The other rows are still shown.
         return Row(title, problem=str(error))
 
 
@@ -126,7 +123,7 @@ def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
 
 
 class _Tokens:
-    """Records to parts, by the functions of the stages."""
+    """Turns records into parts with the encoders of the stages."""
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, assistant_turns: str):
         self.tokenizer, self.assistant_turns = tokenizer, assistant_turns
@@ -202,7 +199,7 @@ class _Tokens:
     ) -> list[Piece]:
         """The pieces of ``ids[start:end]``.
 
-        Tokens that are no character by themselves are joined to the next ones.
+        Tokens that are parts of one character (byte-level BPE) are joined into one piece.
         """
         pieces: list[Piece] = []
         while start < end:
@@ -213,6 +210,8 @@ class _Tokens:
                 continue
             stop = start + 1
             said = self._said(ids, start, stop)
+            # U+FFFD in the text means an incomplete character. A text may contain U+FFFD itself, so
+            # a piece stops growing at 8 tokens.
             while (
                 "\ufffd" in said
                 and stop < min(end, start + 8)
@@ -229,9 +228,10 @@ class _Tokens:
         return mask[stop] == mask[start] and ids[stop] not in self.special
 
     def _said(self, ids: Sequence[int], start: int, stop: int) -> str:
-        """The text of ``ids[start:stop]`` with its spaces.
+        """The text of ``ids[start:stop]`` with its leading space.
 
-        Some decoders drop the space at the beginning of a text.
+        Some decoders drop a space at the beginning of a text, so the ids are decoded after the id
+        before them, whose text is then removed.
         """
         before = [ids[start - 1]] if start and ids[start - 1] not in self.special else []
         first, both = (self._decoded([*before, *more]) for more in ([], ids[start:stop]))
@@ -257,7 +257,7 @@ def _tokens(count: int) -> str:
 
 
 class _Texts:
-    """Records to parts by their texts alone: what stands where, and where the seams are."""
+    """Turns records into parts by their texts alone, when there is no tokenizer."""
 
     def __init__(self, assistant_turns: str = "all"):
         self.assistant_turns = assistant_turns
@@ -318,12 +318,10 @@ def _characters(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""A text without characters that cannot be seen or that act on what shows them.
+    r"""Escapes the characters of a text that are invisible or control how it is displayed.
 
-    They are written as escapes.
-
-    Control characters, direction marks, zero-width characters, soft hyphens, unpaired surrogates,
-    private and unknown characters. Line breaks are escaped too.
+    These are control characters, direction marks, zero-width characters, soft hyphens, unpaired
+    surrogates, private and unassigned characters. Line breaks are escaped too.
 
     >>> visible("a\tb\u202ec\n")
     'a\\tb\\u202ec\\n'
@@ -353,25 +351,22 @@ NO_MODEL = (
 
 
 def colours(stream: Any) -> bool:
-    """Whether `stream` is a terminal that shows colours.
-
-    Its user may not want them (https://no-color.org).
-    """
+    """Whether `stream` is a terminal with colours, and NO_COLOR is unset (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def as_text(
     shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_only: bool = False
 ) -> str:
-    """The rows for a terminal, or for a file.
+    """The rows as text for a terminal or a file.
 
-    Without colours what is trained on stands in brackets.
+    Without colours, brackets mark what is trained on.
 
     Args:
       shown: from `rows`.
-      tokens: whether they were encoded; otherwise the last line says how to see tokens.
-      colour: with ANSI colours.
-      ascii_only: for a stream that writes nothing but ASCII.
+      tokens: whether they were encoded; otherwise the last line explains how to see tokens.
+      colour: use ANSI colours.
+      ascii_only: for a stream that can write ASCII alone.
     """
     names = ("newline", "open", "close", "special", "special end", "note", "score")
     marks: dict[str, str] = dict(
@@ -385,9 +380,10 @@ def as_text(
     if tokens:
         trained = paint([Piece("like this", "trained")], marks)
         special = [f"{paint([piece], marks)} {piece.ids[0]}" for piece in special_pieces(shown)]
-        lines = [f"Trained on: {trained}. Line breaks: {marks['newline']}. Special tokens, and their "
-            "ids: "
-                 f"{', '.join(special) or 'none'}."]  # fmt: skip
+        lines = [
+            f"Trained on: {trained}. Line breaks: {marks['newline']}. Special tokens, and their "
+            f"ids: {', '.join(special) or 'none'}."
+        ]
     for row in shown:
         lines += ["", _strong(row.title, colour)]
         lines += [f"  cannot be encoded: {visible(row.problem)}"] if row.problem else []
@@ -401,7 +397,7 @@ def as_text(
 
 
 def special_pieces(shown: Sequence[Row]) -> list[Piece]:
-    """The different special tokens of the rows, as pieces that are not trained on."""
+    """The distinct special tokens of the rows, as pieces that are not trained on."""
     pieces = (piece for row in shown for part in row.parts for piece in part.pieces)
     return list(
         {p.ids: Piece(p.text, "special", p.ids) for p in pieces if "special" in p.role}.values()
@@ -409,10 +405,7 @@ def special_pieces(shown: Sequence[Row]) -> list[Piece]:
 
 
 def _written(piece: Piece, marks: dict[str, str]) -> str:
-    """A piece with what is hidden made visible.
-
-    After the mark of a line break the line does break.
-    """
+    """The text of a piece with invisible characters escaped; a line break is marked and kept."""
     if piece.role == "note":
         return (
             f" {marks['score']}"

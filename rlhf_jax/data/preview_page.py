@@ -1,4 +1,4 @@
-"""`preview` as a page: the frame of `rlhf_jax.pages` around the rows, every token marked."""
+"""Writes a `preview` as an HTML page, in the frame of `rlhf_jax.pages`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def page(shown: Sequence[Row], *, title: str, tokens: bool, report: str = "") ->
     Args:
       shown: from `preview.rows`.
       title: names the data.
-      tokens: whether they were encoded; otherwise the page says how to see tokens.
-      report: a table to stand below the rows, as it is.
+      tokens: whether they were encoded; otherwise the page explains how to see tokens.
+      report: a preformatted table to show below the rows.
     """
     return pages.render(
         TEMPLATE,
@@ -50,7 +50,7 @@ Kind = Literal["break", "hidden", "plain"]
 
 
 def _runs(text: str) -> list[tuple[Kind, str]]:
-    """The text in pieces: line breaks, hidden characters as escapes, plain text between them."""
+    """Splits a text into line breaks, hidden characters (as escapes) and plain text."""
     runs: list[tuple[Kind, str]] = []
     for kind, characters in itertools.groupby(text, key=_kind):
         if kind == "plain":

@@ -1,9 +1,9 @@
-"""The ids that no text has: what a model expects before a text, and which tokens end a response.
+"""Ids that do not come from text: what precedes a text, and which tokens end a response.
 
-Both are properties of the folder that a model comes in. What comes before a text is asked of the
-tokenizer itself, because base models of Llama, Mistral and Gemma were trained with BOS there and
-others were not. What ends a response is the tokenizer's EOS and whatever ``generation_config.json``
-names besides: Llama 3 Instruct names three ids, Qwen and Gemma name two.
+Both are properties of the model's folder. The ids before a text are read off the tokenizer itself,
+because base models of Llama, Mistral and Gemma were trained with BOS there and others were not. A
+response ends with the tokenizer's EOS or any other id that ``generation_config.json`` names: Llama
+3 Instruct names three ids, Qwen and Gemma name two.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _ENDS = "response_end_ids"
-"""Where a tokenizer keeps the ids of `eos_token_id` of its folder, in the order of the file."""
+"""The attribute of a tokenizer with its folder's `eos_token_id`, in the order of the file."""
 
 _PROBES = ("x", "a", "the", "0", ".")
-"""Short texts of which any tokenizer has ids for at least one."""
+"""Short texts; a tokenizer has ids for at least one of them."""
 
 
 # ------------------------------------------------------------------------------- what begins a text
@@ -31,8 +31,8 @@ _PROBES = ("x", "a", "the", "0", ".")
 def begin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that the tokenizer's own post-processor puts before a text: BOS, or nothing.
 
-    What it puts after a text (EOS, or the ``[SEP]`` of BERT) is left aside: responses and documents
-    end with an EOS that this package writes.
+    What it puts after a text (EOS, or the ``[SEP]`` of BERT) is ignored: this package writes the
+    EOS of responses and documents itself.
 
     Args:
       tokenizer: from `text.load_tokenizer` or `load_hf`; its post-processor may be changed between
@@ -44,14 +44,14 @@ def begin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _begin_ids(tokenizer: Tokenizer, state: bytes) -> tuple[int, ...]:
-    del state  # only part of the key: the same tokenizer with another post-processor is asked again
+    del state  # part of the cache key alone, as the post-processor of a tokenizer may change
     for probe in _PROBES:
         encoded = tokenizer(probe, add_special_tokens=True, return_special_tokens_mask=True)
         ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
         if 0 in added:
             return tuple(ids[: added.index(0)])
-    # A vocabulary that has none of the probes: what is put around an empty text, as far as it is
-    # BOS.
+    # The vocabulary has none of the probes. Around an empty text BOS and EOS cannot be told apart
+    # by position, so only an id that is BOS counts.
     around = tokenizer.encode("", add_special_tokens=True)
     return tuple(around[:1]) if around and around[0] == tokenizer.bos_token_id else ()
 
@@ -81,23 +81,23 @@ def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def folder_end_ids(tokenizer: Any) -> tuple[int, ...]:
     """``eos_token_id`` of the folder that the tokenizer was loaded from, in that order.
 
-    It is () where nothing is known.
+    It is () where the folder names none.
     """
     return tuple(getattr(tokenizer, "__dict__", {}).get(_ENDS, ()))
 
 
 def set_folder_end_ids(tokenizer: Any, ids: tuple[int, ...]) -> None:
-    """Has `tokenizer` remember ids that end a response besides its EOS."""
+    """Stores in `tokenizer` the ids that end a response besides its EOS."""
     vars(tokenizer)[_ENDS] = tuple(ids)
 
 
-# ------------------------------------------------------------------------------- what a folder says
+# --------------------------------------------------------------------------- settings of the folder
 
 
 def follow_folder(
     tokenizer: Tokenizer, folder: str | os.PathLike[str], *, vocab_size: int | None = None
 ) -> None:
-    """Makes a tokenizer do what the other files of its folder say.
+    """Applies the settings of the folder's other files to a tokenizer.
 
     ``add_bos_token`` of ``tokenizer_config.json``, where it is given, decides whether BOS comes
     before a text, whatever the post-processor of ``tokenizer.json`` does; transformers 5 reads
@@ -107,12 +107,11 @@ def follow_folder(
     Args:
       tokenizer: as read from `folder`; it is changed in place.
       folder: of the model.
-      vocab_size: ids that the model has; None takes it from config.json, or else the tokenizer's
-        own.
+      vocab_size: number of ids of the model; None takes it from config.json, or else from the
+        tokenizer.
 
     Raises:
-      ValueError: a value that cannot be meant; the message names file, field and the edit that
-        mends it.
+      ValueError: an invalid value; the message names the file, the field and the fix.
     """
     folder = Path(folder)
     _follow_add_bos(tokenizer, folder / "tokenizer_config.json")
@@ -155,8 +154,8 @@ def _ends_of(folder: Path, description: dict[str, Any], size: int) -> tuple[int,
     value = _object(file).get("eos_token_id")
     if value is None:
         file, value = folder / "config.json", description.get("eos_token_id")
-        # A single id beyond the vocabulary there is a default of the library's config class (50256
-        # of GPT-2).
+        # A single id beyond the vocabulary is a default of transformers' config class, such as the
+        # 50256 of GPT-2, and was never set for this model.
         if isinstance(value, int) and value >= size:
             return ()
     if value is None:

@@ -1,12 +1,12 @@
-r"""Texts that a chat template wrote before: noticed, and told.
+r"""Detects and reports texts that a chat template has already been applied to.
 
-Many published data sets hold conversations as one finished text,
+Many published data sets store a conversation as one finished text,
 ``<|im_start|>user\nHi<|im_end|>\n..``. Text of the data is always encoded as ordinary text, so that
-nobody can write a control token into a prompt. A model trained on such rows learns to spell the
+a user cannot write a control token into a prompt. A model trained on such rows learns to spell the
 markers letter by letter, and at generation it never meets the tokens it was trained on. The rows
-are right as data and wrong as training data, so they are kept, counted and named.
+are valid as data and wrong for training, so they are kept, counted and reported.
 
-Looked for are the special tokens of the tokenizer in use, and the markers of well-known chat
+The search is for the special tokens of the tokenizer in use and for the markers of well-known chat
 templates, because data are often written for another model than the one that is trained on them.
 """
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import transformers
 
 REASON = "special token in text"
-"""What such rows are counted under in a `DataReport`."""
+"""The reason that such rows are counted under in a `DataReport`."""
 
 MARKERS = (
-    r"<\|[^\s<>|]{1,40}\|>",  # ChatML, Llama 3, Phi, Zephyr, OpenAssistant, Command R, Granite, Harmony, EOS of GPT-2
+    # ChatML, Llama 3, Phi, Zephyr, OpenAssistant, Command R, Granite, Harmony, EOS of GPT-2
+    r"<\|[^\s<>|]{1,40}\|>",
     r"<[|\uff5c][^<>|\uff5c]{1,40}\uff5c>",  # DeepSeek, whose bars are full-width
     r"<\|turn>|<turn\|>",  # Gemma 4
     r"<(?:start|end)_of_turn>",  # Gemma
@@ -35,29 +36,28 @@ MARKERS = (
     r"\[[gs]?MASK\]<sop>",  # ChatGLM
     r"</?im_(?:start|end)>|<end_of_utterance>|<eo[ah]>",  # variants of ChatML, Idefics, InternLM
     r"<extra_id_[01]>(?:System|User|Assistant)|<SPECIAL_1[0-2]>",  # Nemotron
-    r"<(?:BOS|EOS)_TOKEN>|<reserved_10[67]>|<\uff5c?\u7528\u6237\uff5c?>",  # Command R, Baichuan, MiniCPM
+    # Command R, Baichuan, MiniCPM
+    r"<(?:BOS|EOS)_TOKEN>|<reserved_10[67]>|<\uff5c?\u7528\u6237\uff5c?>",
     r"<bos>(?<![\s\S]<bos>)|<eos>\s*\Z",  # Gemma, as the frame of a whole text
-    # Llama 2 and Vicuna. Elsewhere in a text <s>..</s> is HTML for struck-out words.
+    # Llama 2 and Vicuna. In the middle of a text <s>..</s> is HTML for struck-out words.
     r"<s>(?<![\s\S]<s>)|</s>(?=\s*(?:\Z|<s>|USER:|Human:|###|\[INST\]))",
 )
-"""Regular expressions of control tokens that chat templates write. Each alternative begins with one
-letter, by which the search skips through ordinary text. Plain words such as ``Human:`` or
-``### Instruction:`` are none: they are text in every tokenizer, and a form of prompt of their
+"""Regular expressions of control tokens that chat templates write. Each alternative begins with a
+literal character, which lets the search skip through ordinary text. Plain words such as ``Human:``
+or ``### Instruction:`` are left out: they are text in every tokenizer, and a prompt format of their
 own."""
 
 _SHOWN = 4
-"""Names of markers and numbers of rows in a note at most."""
+"""Most markers and most row numbers that a note names."""
 
 
 def pattern(tokenizer: transformers.PreTrainedTokenizerFast | None = None) -> re.Pattern[str]:
-    """Finds control tokens of chat templates in a text.
+    """A pattern of the control tokens of chat templates: `MARKERS` and the tokenizer's own.
 
-    Those are `MARKERS` and the special tokens of `tokenizer`.
-
-    A special token that is a bare word, a letter or a space could be anybody's text and is not
-    looked for.
+    A special token that is a bare word, a letter or a space may be ordinary text and is left out.
     """
     names = set() if tokenizer is None else set(_special_names(tokenizer))
+    # Longer names first, as the first alternative that matches wins.
     own = [re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))]
     return re.compile("|".join([*own, *MARKERS]))
 
@@ -75,18 +75,18 @@ def _special_names(tokenizer: transformers.PreTrainedTokenizerFast) -> Iterator[
 def templated_rows(
     records: Iterable[Any], tokenizer: transformers.PreTrainedTokenizerFast | None = None
 ) -> list[int]:
-    """Indices of the records of which a text holds a control token of a chat template.
+    """Indices of the records that have a control token of a chat template in a text.
 
     >>> from rlhf_jax.data.schema import Prompt
     >>> templated_rows([Prompt("[INST] Hi [/INST]"), Prompt("Is a < b, or b <| a?"), Prompt("Hi<|im_end|>")])
     [0, 2]
-    """
+    """  # noqa: E501
     search = pattern(tokenizer).search
     return [i for i, record in enumerate(records) if any(map(search, record_texts(record)))]
 
 
 def markers_in(records: Iterable[Any], search: re.Pattern[str]) -> list[str]:
-    """The first few different markers that the records' texts hold, in the order they come."""
+    """The first few different markers in the records' texts, in order of appearance."""
     found: dict[str, None] = {}
     for record in records:
         for text in record_texts(record):
@@ -102,11 +102,11 @@ def note(
     report: DataReport,
     tokenizer: transformers.PreTrainedTokenizerFast | None = None,
 ) -> str | None:
-    """One line that tells of the rows a chat template wrote before; None where there is none.
+    """A one-line warning about rows that a chat template has been applied to; None without such.
 
     Args:
-      records: what ``read_jsonl(.., special_tokens=pattern(tokenizer))`` returned.
-      report: the report it returned beside them.
+      records: returned by ``read_jsonl(.., special_tokens=pattern(tokenizer))``.
+      report: returned by the same call.
       tokenizer: the same as there.
     """
     count = report.noted.get(REASON, 0)
@@ -124,9 +124,9 @@ def note(
 
 
 def _meaning(names: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast | None) -> str:
-    """What becomes of the markers.
+    """What the tokenizer makes of the markers, as a sentence.
 
-    They become ordinary text, or the token itself where the tokenizer does not call it special.
+    They become ordinary text, or the token itself where the tokenizer does not mark it special.
     """
     if tokenizer is None:
         return "In a text they are ordinary letters to the model."

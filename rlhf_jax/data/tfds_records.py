@@ -1,4 +1,4 @@
-"""Records as rows of TensorFlow Datasets, and back.
+"""Converts records to rows of TensorFlow Datasets and back.
 
 Rows are plain features, so `tfds.data_source` reads them without this package.
 """
@@ -26,13 +26,13 @@ except ModuleNotFoundError as error:
 
 
 _BATCH = 256
-"""Rows that are read from the disk at once."""
+"""Rows that an iteration reads from disk at once."""
 
 
 class Records(Sequence[Any]):
-    """Rows of a TFDS data source as records of `schema`, decoded when asked for.
+    """Rows of a TFDS data source as records of `schema`, decoded on access.
 
-    It is a source for grain as well.
+    An instance is also a random-access data source for grain.
     """
 
     def __init__(self, source: Any, kind: type):
@@ -61,7 +61,7 @@ class Records(Sequence[Any]):
         take = getattr(self.source, "__getitems__", None)
         try:
             rows = take(list(places)) if take else [self.source[place] for place in places]
-        except Exception as error:  # the reader's own types, by what is wrong with the bytes
+        except Exception as error:  # array_record raises types of its own for damaged bytes
             why = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(
                 f"rows {places[0]} to {places[-1]} of {self.source!r} cannot be read ({why}): "
@@ -71,12 +71,10 @@ class Records(Sequence[Any]):
 
 
 def features(kind: type) -> tfds.features.FeaturesDict:
-    """The TFDS features of a record.
+    """The TFDS features of a record, one per field.
 
-    Each field is one, and `messages` stands beside `prompt` for prompts of several turns.
-
-    Variable lengths are sequences. What is None in the record is "" or [] or -1 here: none of them
-    is a value there.
+    A prompt of several turns is stored in an additional feature, `messages`. Fields of variable
+    length are sequences. None is stored as "", [] or -1, which are not valid values of any field.
     """
     text = tfds.features.Text()
     columns: dict[str, Any] = {}
@@ -97,7 +95,7 @@ def features(kind: type) -> tfds.features.FeaturesDict:
 
 
 def record(row: Mapping[str, Any], kind: type) -> Any:
-    """The record of a TFDS row. A field that the row lacks (an older build) is None."""
+    """The record of a TFDS row; a field that the row lacks, as in an older build, is None."""
     values = {name: _value(row[name], *form) for name, form in _fields(kind).items() if name in row}
     turns = row.get("messages", {}).get("role", [])
     if len(turns):
@@ -137,9 +135,9 @@ def _value(value: Any, base: Any, optional: bool) -> Any:
 
 @functools.cache
 def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
-    """Each field's type without None, and whether it may be None.
+    """The type of each field without None, and whether it may be None.
 
-    A `Conversation` counts as its text.
+    A `Conversation` counts as `str`, its first alternative.
     """
     hints = typing.get_type_hints(kind)
     fields = {}
@@ -152,14 +150,14 @@ def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
 
 
 def digests_of(splits: Mapping[str, Iterable[Any]]) -> dict[str, str]:
-    """`digest_of` each split."""
+    """The digest of each split (`digest_of`)."""
     return {split: digest_of(records) for split, records in splits.items()}
 
 
 def digest_of(records: Iterable[Any]) -> str:
-    """sha256 of records in their order.
+    """sha256 of records in order.
 
-    Fields that are None do not count, so that a new field changes nothing.
+    Fields that are None are skipped, so that a new optional field changes no digest.
     """
     total = hashlib.sha256()
     for item in records:

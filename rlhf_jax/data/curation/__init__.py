@@ -1,10 +1,10 @@
-"""What is done to prompts and labels before a stage reads them, and tables of a data set.
+"""Curation of prompts and labels before a stage reads them, and tables that describe a data set.
 
-Pure functions on the records of `rlhf_jax.data.schema`: near-duplicates out, a cap per user, splits
-in which no user is twice, a check that nothing leaked between them, a hook for personal data,
-languages, few-shot instructions made into examples. A record may say who typed its prompt (fields
-`user`, `organization`); one that does not is grouped by its conversation, that is, by its first
-human turn. Functions that leave records out return a `DataReport` beside them.
+Pure functions on the records of `rlhf_jax.data.schema`: removal of near-duplicates, a cap per user,
+splits that share no user, a check for leaks between them, a hook for personal data, languages,
+examples from few-shot instructions. A record may name the author of its prompt (fields `user`,
+`organization`); one that does not is grouped by its conversation, that is, by its first human turn.
+Functions that drop records also return a `DataReport`.
 
 Source: Ouyang et al. 2022, arXiv 2203.02155, sections 3.2 and 3.3 and appendix A.
 """

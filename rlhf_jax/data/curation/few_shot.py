@@ -1,4 +1,4 @@
-"""Few-shot instructions of labelers made into demonstrations."""
+"""Turns labelers' few-shot instructions into demonstrations."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def few_shot_examples(
 ) -> list[Demonstration]:
     r"""K query/response pairs of one instruction as K demonstrations.
 
-    Each has the other K - 1 pairs before it.
+    The prompt of each has the other K - 1 pairs in its context.
 
     Args:
-      instruction: what the labeler asks for.
+      instruction: the task that the labeler describes.
       pairs: the K queries and responses, at least one.
-      template: how a pair is written; it ends in ``{response}``.
+      template: the format of a pair; it ends in ``{response}``.
       **labels: further fields of the records (`source`, `use_case`, `labeler`, `user`, ...); with
-        `id` the k-th record is named ``<id>/<k>``.
+        `id` the k-th record gets the id ``<id>/<k>``.
 
     Source: Ouyang et al. 2022, appendix A.1.
 
@@ -45,17 +45,17 @@ def few_shot_subsets(
     instruction: str, pairs: Sequence[tuple[str, str]], *, count: int, shots: int, seed: int = 0,
     template: str = FEW_SHOT, **labels: str | None,
 ) -> list[Demonstration]:  # fmt: skip
-    """`count` different demonstrations of one instruction.
+    """Draws `count` different demonstrations of one instruction.
 
     Each is a query after a random subset of `shots` other pairs.
 
     Args:
-      instruction: what the labeler asks for.
+      instruction: the task that the labeler describes.
       pairs: the K queries and responses.
-      count: how many; at most K times the number of subsets, so that none comes twice.
+      count: number of demonstrations; at most K times the number of subsets, so that all differ.
       shots: pairs in the context, 0 to K - 1, in the order of `pairs`.
       seed: of the choice.
-      template: how a pair is written; it ends in ``{response}``.
+      template: the format of a pair; it ends in ``{response}``.
       **labels: as in `few_shot_examples`.
 
     Source: Ouyang et al. 2022, appendix A.3 (further examples from different subsets; how many is
@@ -69,7 +69,9 @@ def few_shot_subsets(
             "lower count or shots"
         )
     noise, chosen = random.Random(seed), dict[tuple[int, ...], None]()
-    if 2 * count > possible:  # few are left over: draw from the list of all
+    # When most of the possible examples are wanted, rejecting repeats would take long, so they are
+    # drawn from the list of all.
+    if 2 * count > possible:
         every = [
             (t, *s)
             for t in range(k)
@@ -85,9 +87,12 @@ def few_shot_subsets(
 
 
 def _few_shot(
-    instruction: str, pairs: Sequence[tuple[str, str]], chosen: Sequence[tuple[int, list[int]]], template: str,
+    instruction: str,
+    pairs: Sequence[tuple[str, str]],
+    chosen: Sequence[tuple[int, list[int]]],
+    template: str,
     labels: Mapping[str, str | None],
-) -> list[Demonstration]:  # fmt: skip
+) -> list[Demonstration]:
     head, marker, tail = template.partition("{response}")
     if not marker or tail.strip() or "{query}" not in head:
         raise ValueError(f"template={template!r} must hold {{query}} and end in {{response}}")
@@ -95,6 +100,7 @@ def _few_shot(
         raise ValueError("pairs is empty: give at least one query and its response")
     name = labels.get("id")
     examples = []
+    # `replace` and not `format`: the template may contain other braces.
     for place, (target, context) in enumerate(chosen):
         shown = [head.replace("{query}", pairs[j][0]) + pairs[j][1] for j in context]
         asked = head.replace("{query}", pairs[target][0]).rstrip()

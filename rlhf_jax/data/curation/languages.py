@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable
 def language_share(
     texts: Iterable[str], identify: Callable[[str], str] | None = None
 ) -> dict[str, float]:
-    """Share of the texts in each language, the most frequent first; equal ones by name.
+    """Share of the texts in each language, the most frequent first; ties are sorted by name.
 
     Args:
       texts: prompts, for example.
-      identify: gives a text's language as a code; None = py3langid.
+      identify: returns the language code of a text; None = py3langid.
 
     Raises:
-      ValueError: py3langid is wanted and not installed.
+      ValueError: py3langid is needed and not installed.
 
-    Source: Ouyang et al. 2022, section 3.3 and appendix A.4 (langid.py says 96% English).
+    Source: Ouyang et al. 2022, section 3.3 and appendix A.4 (96% English by langid.py).
 
     >>> language_share(["a", "b", "c"], lambda text: "en" if text < "c" else "de")
     {'en': 0.6666666666666666, 'de': 0.3333333333333333}
@@ -32,10 +32,10 @@ def language_share(
 
 
 def default_identifier() -> Callable[[str], str]:
-    """py3langid's language of a text.
+    """The language identification of py3langid.
 
     Raises:
-      ValueError: it is not installed; the message names the extra.
+      ValueError: it is not installed; the message names the extra to install.
     """
     try:
         import py3langid

@@ -1,4 +1,4 @@
-"""Prompts that are in two splits: found, reported, removed."""
+"""Finds, reports and removes prompts that are in two splits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Leak:
     """One prompt in two splits.
 
     Attributes:
-      kind: "prompt" when the whole prompts are equal, "first human turn" when the conversations
-        only begin the same.
-      text: what they share, shortened.
-      places: (split, position in it) of the two records.
+      kind: "prompt" when the whole prompts are equal, "first human turn" when only the beginnings
+        of the conversations are.
+      text: the shared text, shortened.
+      places: (split, index in it) of the two records.
       ids: of the two records, where they have any.
     """
 
@@ -37,21 +37,22 @@ class Leak:
 
 
 def leakage(splits: Mapping[str, Sequence[Any]]) -> list[Leak]:
-    """Prompts that are in two splits: whole, or as the first human turn of a conversation.
+    """Prompts that are in two splits, as a whole or by the first human turn of a conversation.
 
-    Case and spaces do not count.
+    Differences in case and spaces are ignored.
 
     Args:
       splits: the records of each split, of any kinds.
 
     Returns:
-      For each record the first earlier split that has its prompt or its first turn; empty when
-      nothing leaked.
+      One leak per record that shares its prompt or first turn with an earlier split, naming the
+      first such split; empty when nothing leaked.
     """
     leaks: list[Leak] = []
     turns: dict[str, dict[bytes, int]] = {}
     prompts: dict[str, dict[bytes, int]] = {}
     for name, records in splits.items():
+        # Added to the earlier splits after the loop only: repeats within a split are no leak.
         here: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
         for place, record in enumerate(records):
             whole, turn = (
@@ -69,13 +70,13 @@ def leakage(splits: Mapping[str, Sequence[Any]]) -> list[Leak]:
                     first = earlier[other][value]
                     ids = (getattr(splits[other][first], "id", None), getattr(record, "id", None))
                     leaks.append(Leak(kind, _quoted(text), ((other, first), (name, place)), ids))
-                    break
+                    break  # equal prompts have equal first turns: one leak per record
         prompts[name], turns[name] = here
     return leaks
 
 
 def check_leakage(splits: Mapping[str, Sequence[Any]]) -> None:
-    """Raises a ValueError that names both places of the first leaks, where `leakage` finds any."""
+    """Raises a ValueError where `leakage` finds any, with both positions of the first three."""
     leaks = leakage(splits)
     if leaks:
         shown = "\n  ".join(map(str, leaks[:3]))
@@ -85,9 +86,10 @@ def check_leakage(splits: Mapping[str, Sequence[Any]]) -> None:
 def without_leaks(
     records: Iterable[Item], held_out: Iterable[Any]
 ) -> tuple[list[Item], DataReport]:
-    """The records whose prompt and first human turn are in none of `held_out`, and the counts.
+    """Drops the records that share their prompt or first human turn with one of `held_out`.
 
-    This mends a leak.
+    Returns:
+      The other records, and the counts.
     """
     texts = [(normalise(prompt_text(other)), normalise(first_turn(other))) for other in held_out]
     prompts, turns = (

@@ -1,4 +1,4 @@
-"""A hook that takes personal data out of records, and a simple one to begin with."""
+"""Removes personal data from records with a hook, and a simple hook to begin with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax.data.curation.texts import Item
 from rlhf_jax.data.schema import DataReport
 
 Hook = Callable[[str], str | None]
-"""Gives a text back without personal data, or None to leave the record out."""
+"""Returns a text without personal data, or None to drop the record."""
 
 
 def scrub(
@@ -24,18 +24,20 @@ def scrub(
 ) -> tuple[list[Item], DataReport]:
     """Applies a hook to every prompt, response and document of records.
 
-    Where the hook gives None the record is left out.
+    Where the hook returns None, the record is dropped.
 
-    For the training split only: in the paper nothing is taken out of what is evaluated on. Names of
-    users, labelers and sources are not touched, so give them pseudonyms before they come here.
+    Use it on the training split alone: in the paper nothing is removed from the evaluation data.
+    Names of users, labelers and sources are not changed, so replace them by pseudonyms beforehand.
 
     Args:
       records: of any kinds.
       hook: called with each text.
-      on_row: called with each record and its place before the hook is, to say where a slow hook is.
+      on_row: called with the index and the record before the hook is, to show the progress of a
+        slow hook.
 
     Raises:
-      ValueError: the hook fails, or gives something that is no text; the message names the record.
+      ValueError: the hook fails, or returns something other than a text; the message names the
+        record.
 
     Source: Ouyang et al. 2022, section 3.2 (training split only; the method is not given).
     """
@@ -56,10 +58,10 @@ def scrub(
 def _on_record(hook: Hook, place: int, record: Any) -> Hook:
     """The hook, with errors that name the record it failed on.
 
-    Its text may be personal and is not shown.
+    They do not quote its text, which may be personal.
     """
 
-    def call(text: str) -> Any:  # what is no text is refused by the caller
+    def call(text: str) -> Any:  # the caller refuses values that are not texts
         try:
             return hook(text)
         except Exception as error:  # a user's function may raise anything
@@ -73,7 +75,7 @@ def _on_record(hook: Hook, place: int, record: Any) -> Hook:
 
 
 def _scrubbed(record: Any, hook: Hook) -> Any:
-    """The record with its texts replaced, or the reason why it is left out."""
+    """The record with its texts replaced, or the reason why it is dropped."""
     changes: dict[str, Any] = {}
     for name in ("prompt", "response", "responses", "text"):
         value = getattr(record, name, None)
@@ -113,13 +115,14 @@ _IPV4 = re.compile(
 _IPV6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])")
 
 
+# 13 to 19 digits, the lengths of card numbers; `_luhn` then checks them.
 _CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w]|-\d)")
 
 
 _PHONE = re.compile(
     r"(?<![\w.+-])(?:"
-    # +49 170 1234567; nothing inside a group is tried twice, or forty digits could be cut in 46,000
-    # ways
+    # +49 170 1234567; possessive quantifiers, because backtracking could split forty digits in
+    # 46,000 ways
     r"\+\d{1,3}+\)?(?:[ .-]?+\(?+\d{1,5}+\)?){1,6}"
     r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}"  # (555) 123-4567
     r"|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,5}"  # 0170 1234567
@@ -130,15 +133,16 @@ _PHONE = re.compile(
 def mask_identifiers(text: str) -> str:
     """Replaces e-mail addresses, phone, card and IP numbers by [EMAIL], [PHONE], [CARD] and [IP].
 
-    A start, and not enough: names, addresses, dates of birth, account and passport numbers,
-    anything spelt out in words and most foreign formats of phone numbers stay. For people's real
-    prompts use a tool made for it as the hook.
+    This is a start and not enough: it leaves names, addresses, dates of birth, account and passport
+    numbers, anything spelt out in words and most foreign formats of phone numbers. For real users'
+    prompts use a dedicated tool as the hook.
 
     >>> mask_identifiers("Mail ann@example.org or call (555) 123-4567.")
     'Mail [EMAIL] or call [PHONE].'
     """
     text = _EMAIL.sub("[EMAIL]", text)
     text = _IPV6.sub("[IP]", _IPV4.sub("[IP]", text))
+    # Cards before phones, as a part of a card number may look like a phone number.
     text = _CARD.sub(lambda found: "[CARD]" if _luhn(found[0]) else found[0], text)
     return _PHONE.sub(
         lambda found: "[PHONE]" if sum(map(str.isdigit, found[0])) >= 8 else found[0], text
@@ -146,9 +150,9 @@ def mask_identifiers(text: str) -> str:
 
 
 def _luhn(number: str) -> bool:
-    """Whether the digits pass the check sum of card numbers.
+    """Whether the digits pass the Luhn check of card numbers.
 
-    Every second digit from the right counts double.
+    Every second digit from the right is doubled, and the sum of all digits is a multiple of ten.
     """
     digits = [int(d) for d in number if d.isdigit()][::-1]
     return (sum(digits[0::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])) % 10 == 0

@@ -1,4 +1,4 @@
-"""Which records stay, and in which split: near-duplicates out, a cap per user, splits by user."""
+"""Selects records: removes near-duplicates, caps them per user, and splits them by user."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from rlhf_jax.data.schema import DataReport
 def drop_long_common_prefix(
     prompts: Iterable[Item], *, prefix_length: int
 ) -> tuple[list[Item], DataReport]:
-    """Leaves out prompts that begin as an earlier one does.
+    """Drops prompts that begin like an earlier one.
 
-    They are variations of one template, typed again and again.
+    Such prompts are usually variations of one template, typed again and again.
 
-    Case and spaces do not count. Prompts shorter than the prefix are compared whole, so plain
-    repeats go too. One pass over a set of hashes: a million prompts take some seconds.
+    Differences in case and spaces are ignored. Prompts shorter than the prefix are compared whole,
+    so exact repeats are dropped too. The pass is linear, over a set of hashes: a million prompts
+    take some seconds.
 
     Args:
       prompts: records or bare prompts.
-      prefix_length: characters that two prompts may not share from the start. The paper gives no
-        number.
+      prefix_length: two prompts with this many equal characters at the start are near-duplicates.
+        The paper gives no number.
 
     Returns:
-      The first prompt of each prefix in the order they came, and the counts.
+      The first prompt of each prefix in the order of the input, and the counts.
 
     Source: Ouyang et al. 2022, section 3.2 (a heuristic on long common prefixes).
 
     >>> drop_long_common_prefix(["Write a poem on rain", "write a poem on snow", "Why?"], prefix_length=12)[0]
     ['Write a poem on rain', 'Why?']
-    """
+    """  # noqa: E501
     if prefix_length < 1:
         raise ValueError(f"prefix_length={prefix_length} must be 1 or more characters")
     seen: dict[bytes, tuple[int, bytes]] = {}
@@ -48,7 +49,7 @@ def drop_long_common_prefix(
         first, other = seen[prefix]
         reason = "same prompt" if other == whole else "long common prefix"
         dropped[reason] += 1
-        # Places and no texts: the report is kept, and a prompt may hold personal data.
+        # Indices instead of texts: the report is stored, and a prompt may contain personal data.
         examples.setdefault(
             reason, f"{reason}: the first is prompt {place}, which begins as prompt {first} does"
         )
@@ -58,12 +59,12 @@ def drop_long_common_prefix(
 def cap_per_user(
     records: Iterable[Item], limit: int = 200, *, key: Key = "user"
 ) -> tuple[list[Item], DataReport]:
-    """At most `limit` records of each user: the first ones.
+    """Keeps the first `limit` records of each user.
 
-    Records that name none are all kept, and counted.
+    Records that name no user are all kept, and counted.
 
-    Source: Ouyang et al. 2022, section 3.2 (about 200 prompts a user; appendix A.2 says
-      organization).
+    Source: Ouyang et al. 2022, section 3.2 (about 200 prompts per user; per organization according
+      to appendix A.2).
     """
     if limit < 1:
         raise ValueError(f"limit={limit} must be 1 or more")
@@ -89,27 +90,27 @@ def split_by(
 ) -> dict[str, list[Item]]:
     """Splits records so that a user (organization, conversation, ...) is in exactly one part.
 
-    Each group lies at a place in [0, 1) that its hash with the seed decides, and the fractions cut
-    that line in their order. So a new record of a known user joins the others, whatever else is
-    added, and no state is kept. A record that names no user goes by its conversation. The parts'
-    sizes follow the fractions only roughly: users differ.
+    The hash of a group, with the seed, is a position in [0, 1), which the fractions divide into
+    ranges in their order. So a new record of a known user joins the user's others, whatever else is
+    added, and no state is needed. A record that names no user is split by its conversation. The
+    sizes of the parts follow the fractions only roughly, because users differ in theirs.
 
     Args:
       records: of any kinds.
-      key: "user", "organization", "conversation" or a function that gives a record's group (None:
+      key: "user", "organization", "conversation" or a function that returns a record's group (None:
         by conversation).
-      fractions: share of the groups for each part; they add up to 1.
+      fractions: share of the groups per part; they add up to 1.
       seed: of the hash.
 
     Returns:
-      The records of each part in the order they came.
+      The records of each part in the order of the input.
 
     Source: Ouyang et al. 2022, section 3.2 (by user) and appendix A.2 (by organization).
 
     >>> parts = split_by(["a", "b", "A "], key="conversation", fractions={"train": 0.5, "test": 0.5})
     >>> {"a", "A "} in [set(part) - {"b"} for part in parts.values()]
     True
-    """
+    """  # noqa: E501
     total = sum(fractions.values())
     if abs(total - 1) > 1e-6 or any(share < 0 for share in fractions.values()):
         raise ValueError(
@@ -119,14 +120,14 @@ def split_by(
     ends = list(itertools.accumulate(fractions.values()))
     for record in records:
         group = group_of(record, key)
+        # The first word keeps a conversation from sharing the hash of a user of the same name.
         named = (
             ("conversation", str(group_of(record, "conversation")))
             if group is None
             else ("group", group)
         )
         place = int.from_bytes(digest(str(seed), *named)[:6], "big") / 2**48
-        # Sums of floats may end a little below 1; the last part that has a share takes what is
-        # left.
+        # A sum of floats may end a little below 1; the last part with a share takes the rest.
         choices = [
             name
             for name, end in zip(fractions, ends, strict=True)

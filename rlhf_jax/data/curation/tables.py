@@ -21,7 +21,7 @@ from rlhf_jax.data.schema import (
 )
 
 WIDTH = 120
-"""Columns of a table at most."""
+"""Most columns of a table."""
 
 
 KINDS = {
@@ -33,12 +33,11 @@ KINDS = {
 
 
 MOST_ROWS = 14
-"""Sources, use cases and languages in a table at most; the rest is summed up."""
+"""Most sources, use cases or languages in a table; the others are summed in one row."""
 
 
 LANGUAGE_SAMPLE = 2_000
-"""Prompts whose language is looked at for a table (evenly spaced): py3langid takes a millisecond or
-two for each."""
+"""Most prompts (evenly spaced) whose language is identified, at a millisecond or two for each."""
 
 
 def data_tables(
@@ -49,12 +48,10 @@ def data_tables(
 ) -> str:
     """Tables that describe a data set as the paper's appendix A describes its own.
 
-    No line is longer than 120.
-
-    Sizes by kind, source and split (the paper's table 6), use cases (table 1), prompts a user
-    (table 8), lengths of prompts by kind and split, use case and source (tables 9 and 10), lengths
-    of demonstrations (table 11), how many responses are ranked, labelers, languages. What no record
-    says is one line instead of a table.
+    They are sizes by kind, source and split (the paper's table 6), use cases (table 1), prompts per
+    user (table 8), lengths of prompts by kind and split, use case and source (tables 9 and 10),
+    lengths of demonstrations (table 11), numbers of ranked responses, labelers and languages. Where
+    no record has a field, one line replaces its table. No line is longer than `WIDTH`.
 
     Args:
       splits: the records of each split, of any kinds.
@@ -64,6 +61,7 @@ def data_tables(
     Source: Ouyang et al. 2022, tables 1, 6 and 8 to 11.
     """
     unit = "words" if tokens is None else "tokens"
+    # Several tables need the length of the same text, and a tokenizer is slow.
     count = functools.cache(tokens or (lambda text: len(text.split())))
     records = [record for part in splits.values() for record in part]
     prompted = [record for record in records if not isinstance(record, PlainText)]
@@ -97,7 +95,7 @@ def _by(records: Iterable[Any], name: Callable[[Any], str]) -> dict[str, list[An
 
 
 def _by_split(splits: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Records by kind and split, in the order of the kinds; documents have no prompts."""
+    """Records with prompts by kind and split, in the order of the kinds."""
     return {
         f"{word}, {name}": _of_kind(part, kind)
         for kind, word in KINDS.items()
@@ -108,7 +106,7 @@ def _by_split(splits: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
 
 
 def _most(groups: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """The largest groups, largest first, and the others as one."""
+    """The largest groups, largest first, and all others as one group."""
     order = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     shown = dict(order[:MOST_ROWS])
     if len(order) > MOST_ROWS:
@@ -118,9 +116,9 @@ def _most(groups: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Columns as wide as their widest cell.
+    """A table with columns as wide as their widest cell.
 
-    The first is cut where the whole would be wider than `WIDTH`.
+    The first column is shortened where the table would be wider than `WIDTH`.
     """
     cells = [list(map(str, row)) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -144,6 +142,7 @@ def _sizes(splits: Mapping[str, Sequence[Any]]) -> str:
             continue
         sources = _most(_by(everything, lambda r: r.source or "(no source)"))
         for source, group in sources.items() if len(sources) > 1 else ():
+            # By identity, as equal records of two splits must each count in their own.
             members = {id(record) for record in group}
             counts = [sum(id(record) in members for record in part) for part in of_kind.values()]
             rows.append([f"{word}, {source}", *counts, len(group)])
@@ -194,9 +193,9 @@ def _lengths(title: str, groups: Mapping[str, Sequence[Any]], length: Callable[[
 
 
 def _lengths_by(records: Sequence[Any], what: str, length: Callable[[Any], int]) -> list[str]:
-    """Two tables, by source and by use case.
+    """Two tables of lengths, by source and by use case.
 
-    There is none where there are no records, or nothing to tell them apart.
+    A table is left out where there are no records, or all have the same use case.
     """
     tables = []
     for field, word in (("source", "source"), ("use_case", "use case")):
@@ -212,9 +211,9 @@ def _lengths_by(records: Sequence[Any], what: str, length: Callable[[Any], int])
 
 
 def _quantiles(lengths: list[int]) -> list[Any]:
-    """Number, mean, standard deviation of the sample, least, quartiles and most of some lengths.
+    """Count, mean, sample standard deviation, minimum, quartiles and maximum of some lengths.
 
-    Quartiles are linear between neighbours.
+    Quartiles are interpolated linearly.
     """
     order = sorted(lengths)
 
@@ -242,6 +241,7 @@ def _ranked(rankings: Sequence[Ranking]) -> str:
     sizes = _by(rankings, lambda r: str(sum(rank != ABSENT for rank in r.ranks)))
     for k, group in sorted(sizes.items(), key=lambda item: int(item[0])):
         pairs = sum(strict_pairs(r.ranks) for r in group)
+        # Of all K(K - 1)/2 comparisons, those that prefer neither response.
         tied = len(group) * math.comb(int(k), 2) - pairs
         rows.append([f"K = {k}", len(group), f"{len(group) / len(rankings):.1%}", pairs, tied])
     rows.append(
@@ -279,6 +279,7 @@ def _labelers(records: Sequence[Any]) -> str:
 def _languages(records: Sequence[Any], identify: Callable[[str], str] | None) -> str:
     if identify is None or not records:
         return ""
+    # Evenly spaced, so that every split is sampled.
     chosen = records[:: math.ceil(len(records) / LANGUAGE_SAMPLE)]
     shares = language_share((prompt_text(record) for record in chosen), identify)
     shown = list(shares.items())[:MOST_ROWS]

@@ -1,4 +1,4 @@
-"""The texts of records that curation compares, and what groups records by their author."""
+"""The texts of records that curation compares, and the groups of records by author."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ Item = TypeVar("Item")
 
 
 Key = str | Callable[[Any], str | None]
-"""What groups records: a field ("user", "organization"), "conversation", or a function of a
-record."""
+"""How to group records: a field ("user", "organization"), "conversation", or a function."""
 
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def prompt_text(item: Any) -> str:
-    r"""The prompt of a record as one text.
-
-    The turns of a conversation follow each other with their roles.
+    r"""The prompt of a record as one text; turns of a conversation are joined with their roles.
 
     >>> prompt_text(Prompt("Write a poem."))
     'Write a poem.'
@@ -39,9 +36,7 @@ def prompt_text(item: Any) -> str:
 
 
 def first_turn(item: Any) -> str:
-    r"""The first thing a person says in the prompt of a record.
-
-    Where it is no conversation, that is the whole prompt.
+    r"""The first human turn in the prompt of a record; the whole prompt if it is not a dialogue.
 
     >>> first_turn(Prompt("Human: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"))
     'Hi'
@@ -49,12 +44,13 @@ def first_turn(item: Any) -> str:
     prompt = conversation_of(item)
     if not isinstance(prompt, str):
         return next((m.content for m in prompt if m.role == "user"), prompt_text(prompt))
+    # The blank line before it lets the first turn match like the others.
     parts = ("\n\n" + prompt).split(_HUMAN)
     return parts[1].split(_ASSISTANT)[0].strip() if len(parts) > 1 else prompt
 
 
 def normalise(text: str) -> str:
-    r"""A text without the differences that do not count: case, spaces, ways to write a character.
+    r"""A text without differences of case, spaces and Unicode form, for comparisons.
 
     >>> normalise("  Write  a\nPOEM ")
     'write a poem'
@@ -70,16 +66,16 @@ def conversation_of(item: Any) -> Conversation:
 
 
 def digest(*parts: str) -> bytes:
-    """sha256 of texts in their order."""
+    """sha256 of texts in order."""
     return hashlib.sha256("\0".join(parts).encode()).digest()
 
 
 def group_of(item: Any, key: Key) -> str | None:
-    """The group of a record; None when it does not say.
+    """The group of a record; None when the record does not name one.
 
     Args:
       item: a record or a bare prompt.
-      key: what groups records.
+      key: how to group records.
     """
     if callable(key):
         return key(item)

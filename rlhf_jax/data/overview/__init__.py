@@ -1,9 +1,9 @@
-"""One look at a data set before it is trained on: what a model would learn by mistake.
+"""An overview of a data set before training: what a model would learn by mistake.
 
-A reward model learns whatever tells the preferred answer from the other: often its length,
+A reward model learns whatever distinguishes the preferred answer from the other: often its length,
 sometimes a space at its end. A fine-tuned model learns to repeat the question where the answers
-repeat it. `look` counts such things in linear time, `summary` writes them as one table with a
-sentence for each number that is suspicious, and `headline` as one line.
+repeat it. `look` counts such artefacts in linear time, `summary` formats them as one table with a
+sentence for each suspicious number, and `headline` as one line.
 """
 
 from rlhf_jax.data.overview.numbers import (

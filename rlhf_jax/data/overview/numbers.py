@@ -1,4 +1,4 @@
-"""The numbers that show what a model would learn by mistake, counted in linear time."""
+"""Counts, in linear time, the artefacts of a data set that a model would learn by mistake."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from rlhf_jax.data.curation import KINDS, normalise
 from rlhf_jax.data.schema import ABSENT, Demonstration, PlainText, Prompt, Ranking
 
 TOKEN_SAMPLE = 1_000
-"""Rankings whose answers are counted in tokens (evenly spaced): a tokenizer takes some milliseconds
-for each."""
+"""Most rankings (evenly spaced) whose answers are tokenised, at some milliseconds for each."""
 
 
 SHORT = 3
-"""Characters of an answer that counts as very short, at most."""
+"""Most characters of an answer that counts as very short."""
 
 
 REPEATED = 12
-"""Characters that a prompt needs before an answer that holds it is said to repeat it; "Hi" is in
-many answers."""
+"""Characters from which a prompt counts as repeated by an answer that contains it; many answers
+contain "Hi" by chance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Least, median, 90th percentile and largest of some numbers; all 0 where there are none."""
+    """Minimum, median, 90th percentile and maximum of some numbers; all 0 where there are none."""
 
     least: int = 0
     median: int = 0
@@ -51,15 +50,15 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What the prompts of records are like.
+    """Statistics of the prompts of records.
 
     Attributes:
-      rows: prompts.
-      different: prompts that differ in more than case and spaces.
-      near: of the different ones, those that nearly repeat an earlier one (`near_duplicates`).
-      characters: their lengths, all turns together.
-      turns: numbers of turns; a text is one.
-      system: prompts with a system message.
+      rows: number of prompts.
+      different: number of distinct prompts, ignoring case and spaces.
+      near: of the distinct ones, those that nearly repeat an earlier one (`near_duplicates`).
+      characters: lengths in characters, all turns together.
+      turns: numbers of turns, system messages aside; a text is one turn.
+      system: number of prompts with a system message.
     """
 
     rows: int
@@ -72,20 +71,19 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What the answers of demonstrations, or the ranked answers of rankings, are like.
+    """Statistics of the answers of demonstrations, or of the ranked answers of rankings.
 
     Attributes:
-      count: answers.
+      count: number of answers.
       empty: answers that are empty or only spaces.
       short: answers of 1 to `SHORT` characters.
-      characters: their lengths.
-      begin: answers that begin with the whole prompt, of those whose prompt has `REPEATED`
-        characters.
-      contain: answers that hold the whole prompt anywhere.
-      echo: answers that hold the user's last turn, of prompts that are conversations.
+      characters: lengths in characters.
+      begin: answers that begin with the whole prompt, where it has at least `REPEATED` characters.
+      contain: answers that contain the whole prompt anywhere, likewise.
+      echo: answers that contain the user's last turn, where the prompt is a conversation.
       leading: answers that begin with a space or a line break.
       trailing: answers that end with one.
-      commonest: how often the most frequent answer comes, and the answer.
+      commonest: frequency of the most frequent answer, and that answer.
     """
 
     count: int
@@ -102,22 +100,22 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """What the pairs of ranked answers are like.
+    """Statistics of the pairs of ranked answers.
 
     Attributes:
-      strict: pairs of which one answer is preferred.
+      strict: pairs with one preferred answer.
       tied: pairs of equal rank.
-      longer: strict pairs whose preferred answer has more characters.
-      shorter: strict pairs whose preferred answer has fewer.
-      counted: strict pairs whose answers were counted in tokens.
-      longer_tokens: of these, those whose preferred answer has more.
-      equal: strict pairs of the same text: no model can tell them apart.
-      rankings_with_equal: rankings that hold an answer twice.
+      longer: strict pairs in which the preferred answer has more characters.
+      shorter: strict pairs in which the preferred answer has fewer characters.
+      counted: strict pairs of which the answers were tokenised.
+      longer_tokens: of these, pairs in which the preferred answer has more tokens.
+      equal: strict pairs of the same text, which no model can tell apart.
+      rankings_with_equal: rankings that have the same answer twice.
       repeated: strict pairs that an earlier row has too, with the same prompt and preference.
-      contradicted: strict pairs that an earlier row has the other way round.
-      trailing: how many preferred and how many other answers of strict pairs end with a space or a
+      contradicted: strict pairs that an earlier row has with the opposite preference.
+      trailing: numbers of preferred and of other answers in strict pairs that end with a space or a
         line break.
-      leading: how many of them begin with one.
+      leading: numbers of those that begin with one.
     """
 
     strict: int
@@ -136,7 +134,7 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """The numbers of the records of one kind; what the kind does not have is None."""
+    """The statistics of the records of one kind; None for what the kind does not have."""
 
     kind: str
     rows: int
@@ -149,12 +147,12 @@ class Look:
 def look(
     records: Iterable[Any], *, tokens: Callable[[str], int] | None = None, tokenizer: Any = None
 ) -> dict[str, Look]:
-    """The numbers of records of any kinds, by the name of the kind (`curation.KINDS`).
+    """The statistics of records of any kinds, by the name of the kind (`curation.KINDS`).
 
     Args:
       records: of `rlhf_jax.data.schema`.
       tokens: length of a text in tokens; None counts characters alone.
-      tokenizer: whose special tokens count as templated text too (see `templated`).
+      tokenizer: its special tokens count as templated text too (see `templated`).
     """
     by_kind: dict[type, list[Any]] = {kind: [] for kind in KINDS}
     for record in records:
@@ -165,7 +163,7 @@ def look(
 
 
 def _look(kind: type, rows: list[Any], tokens: Callable[[str], int] | None, tokenizer: Any) -> Look:
-    known: dict[str, str] = {}  # each text is normalised once
+    known: dict[str, str] = {}  # three passes need the normalised texts, each computed once
     numbers: dict[str, Any] = {
         "prompts": None if kind is PlainText else prompt_numbers(rows, known=known),
         "answers": answer_numbers(rows, known=known) if kind in (Demonstration, Ranking) else None,
@@ -175,7 +173,7 @@ def _look(kind: type, rows: list[Any], tokens: Callable[[str], int] | None, toke
 
 
 def _plain(text: str, known: dict[str, str] | None) -> str:
-    """`normalise`, remembered in `known`."""
+    """`normalise`, cached in `known`."""
     if known is None:
         return normalise(text)
     if text not in known:
@@ -186,7 +184,7 @@ def _plain(text: str, known: dict[str, str] | None) -> str:
 def prompt_numbers(
     records: Sequence[Demonstration | Ranking | Prompt], *, known: dict[str, str] | None = None
 ) -> Prompts:
-    """What the prompts of records are like; `known` keeps normalised texts between such calls."""
+    """Statistics of the prompts of records; `known` caches normalised texts between calls."""
     different = list(dict.fromkeys(_key(record.prompt, known) for record in records))
     return Prompts(
         rows=len(records),
@@ -203,7 +201,7 @@ def prompt_numbers(
 def answer_numbers(
     records: Sequence[Demonstration | Ranking], *, known: dict[str, str] | None = None
 ) -> Answers:
-    """What the answers of records are like; answers that were not ranked do not count.
+    """Statistics of the answers of records; answers that were not ranked do not count.
 
     Args:
       records: demonstrations or rankings.
@@ -241,7 +239,7 @@ def pair_numbers(
     *,
     known: dict[str, str] | None = None,
 ) -> Pairs:
-    """What the pairs of ranked answers are like.
+    """Statistics of the pairs of ranked answers.
 
     Args:
       records: rankings.
@@ -253,6 +251,7 @@ def pair_numbers(
     seen: set[int] = set()
     every = math.ceil(len(records) / TOKEN_SAMPLE) or 1
     for place, record in enumerate(records):
+        # Hashes instead of texts keep `seen` small: K responses make K(K - 1)/2 pairs.
         prompt = hash(_key(record.prompt, known))
         texts = [_plain(text, known) for text in record.responses]
         in_tokens = tokens is not None and place % every == 0
@@ -275,6 +274,7 @@ def pair_numbers(
                 hash((prompt, texts[i], texts[j])) for i, j in ((best, other), (other, best))
             )
             count["repeated"] += key in seen
+            # Two equal texts are their own reverse, and counted as `equal` above.
             count["contradicted"] += reverse in seen and key != reverse
             seen.add(key)
     ends: dict[str, Any] = {
@@ -302,7 +302,7 @@ def _has_system(prompt: Any) -> bool:
 
 
 def _key(prompt: Any, known: dict[str, str] | None) -> str:
-    """A prompt without the differences of case and spaces; turns keep their order."""
+    """A prompt without differences of case and spaces, its turns in order."""
     return "\n".join(_plain(turn, known) for turn in _turns(prompt))
 
 

@@ -1,4 +1,4 @@
-"""A sentence for each number that is suspicious."""
+"""Writes a sentence for each suspicious number."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from rlhf_jax.data.overview.numbers import SHORT, Answers, Look, Pairs, Prompts
 
 FEW = 20
-"""Fewer pairs or answers than this say nothing about the rest, and no sentence is written about
-their shares."""
+"""Shares of fewer pairs or answers than this are not judged, as they may be chance."""
 
 
 # Names of columns that are usually part of what the model should read.
@@ -44,10 +43,15 @@ _OFTEN_NEEDED = {
 
 
 def judgements(looks: Mapping[str, Look], aside: Mapping[str, int] | None = None) -> list[str]:
-    """A sentence for each number that is suspicious, the gravest first.
+    """A sentence for each suspicious number, the most serious first.
 
-    Each says what the number is, what it does to a model, and what to do.
+    Each gives the number, its effect on a model, and the remedy.
+
+    Args:
+      looks: from `look`.
+      aside: columns of the source that no record has a field for, and how many rows have them.
     """
+    # Each sentence with its severity, 0 for the most serious.
     found: list[tuple[int, str]] = []
     for name, seen in looks.items():
         if seen.templated:
@@ -79,6 +83,7 @@ def judgements(looks: Mapping[str, Look], aside: Mapping[str, int] | None = None
 
 def _about_pairs(pairs: Pairs) -> list[str]:
     found = []
+    # Pairs of equal length say nothing about a preference for length.
     differ = pairs.longer + pairs.shorter
     if differ >= FEW and pairs.longer >= 0.7 * differ:
         found.append(
@@ -93,7 +98,10 @@ def _about_pairs(pairs: Pairs) -> list[str]:
     for name, where in (("trailing", "ends"), ("leading", "begins")):
         best, other = getattr(pairs, name)
         if pairs.strict >= FEW and abs(best - other) >= 0.1 * pairs.strict:
-            shares = f"{percent(best, pairs.strict)} of pairs, the other in {percent(other, pairs.strict)}"
+            shares = (
+                f"{percent(best, pairs.strict)} of pairs, the other in "
+                f"{percent(other, pairs.strict)}"
+            )
             found.append(
                 f"the preferred answer {where} with a space in {shares}: a reward model will learn "
                 "the space; strip both"
@@ -154,7 +162,7 @@ def _about_answers(name: str, answers: Answers) -> list[str]:
 
 def _about_prompts(name: str, prompts: Prompts) -> list[str]:
     found = []
-    # Rankings and demonstrations of one prompt by several labelers are what they should be.
+    # Several labelers may rank or answer the same prompt, so repeats count in prompt files alone.
     if name == "prompts" and prompts.different < 0.95 * prompts.rows:
         found.append(
             f"{prompts.rows - prompts.different:,} of {prompts.rows:,} prompts are repeats of "
@@ -170,7 +178,7 @@ def _about_prompts(name: str, prompts: Prompts) -> list[str]:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share in per cent; what is not none never reads 0%, and what is not all never 100%."""
+    """A share in per cent, which is 0% only for none and 100% only for all."""
     if not whole or not part:
         return "0%"
     share = 100 * part / whole

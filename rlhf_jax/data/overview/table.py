@@ -1,4 +1,4 @@
-"""The numbers as one table with the sentences below it, and as one line."""
+"""Formats the numbers as one table with the sentences below it, or as one line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rlhf_jax.data.overview.numbers import SHORT, Look, Pairs, look
 from rlhf_jax.data.overview.sentences import judgements, percent
 
 WIDTH = 100
-"""Columns of the table at most."""
+"""Most columns of the table."""
 
 
 LINES = 24
-"""Lines of the table at most, with the sentences below it."""
+"""Most lines of the table, including the sentences below it."""
 
 
 def summary(
@@ -25,11 +25,11 @@ def summary(
 ) -> str:
     """The numbers as a table of at most `LINES` lines of `WIDTH` columns.
 
-    It has a column for each kind of record.
+    It has one column per kind of record.
 
     Args:
-      records: of any kinds, or what `look` gave.
-      aside: columns of the source that no record holds, and how many rows have them.
+      records: of any kinds, or the result of `look`.
+      aside: columns of the source that no record has a field for, and how many rows have them.
       tokens: as for `look`.
       tokenizer: as for `look`.
     """
@@ -56,14 +56,14 @@ def headline(
     aside: Mapping[str, int] | None = None,
     where: str = "data_report.txt",
 ) -> str:
-    """One line of at most `WIDTH` columns.
+    """The data set in one line: how many records per kind, and the most suspicious number.
 
-    It says how many records of each kind there are, and whether anything is suspicious.
+    The line has at most `WIDTH` columns.
 
     Args:
-      records: of any kinds, or what `look` gave.
+      records: of any kinds, or the result of `look`.
       aside: as for `summary`.
-      where: the file that holds the whole.
+      where: the file with the full report.
 
     >>> headline([Prompt("Why is the sky blue?"), Prompt("Name a bird.")])
     '2 prompts; nothing suspicious (data_report.txt)'
@@ -75,12 +75,13 @@ def headline(
     end = f"{more} ({where})"
     if not found:
         return _cut(f"{sizes or 'no records'}; nothing suspicious ({where})")
+    # A sentence gives the finding before its first colon, and the remedy after it.
     first = f"{sizes}; look at: {found[0].partition(':')[0]}"
     return _cut(first, WIDTH - len(end)) + end
 
 
 def _rows(looks: Sequence[Look]) -> list[list[str]]:
-    """The rows of the table; one that no kind has is left out."""
+    """The rows of the table, without those that are empty for every kind."""
 
     def row(label: str, part: str, cell: Callable[[Any], str]) -> list[str]:
         parts = [getattr(seen, part) for seen in looks]
@@ -95,16 +96,16 @@ def _rows(looks: Sequence[Look]) -> list[list[str]]:
         row("with a system message", "prompts", lambda p: percent(p.system, p.rows)),
         row("characters of an answer *", "answers", lambda a: str(a.characters)),
         row(f"empty, up to {SHORT} characters", "answers", lambda a: f"{a.empty:,}, {a.short:,}"),
-        row("begin with, hold the prompt", "answers", lambda a: f"{percent(a.begin, a.count)}, "
-                                                                f"{percent(a.contain, a.count)}"),
+        row("begin with, hold the prompt", "answers",
+            lambda a: f"{percent(a.begin, a.count)}, {percent(a.contain, a.count)}"),
         row("repeat the last turn", "answers", lambda a: percent(a.echo, a.count)),
-        row("pairs, "
-            "ties", "pairs", lambda p: f"{p.strict:,}, {percent(p.tied, p.strict + p.tied)}"),
+        row("pairs, ties", "pairs",
+            lambda p: f"{p.strict:,}, {percent(p.tied, p.strict + p.tied)}"),
         row("preferred is longer", "pairs", _longer),
         row("pairs of equal answers", "pairs", lambda p: f"{p.equal:,}"),
         row("rankings with equal answers", "pairs", lambda p: f"{p.rankings_with_equal:,}"),
-        row("pairs repeated, "
-            "contradicted", "pairs", lambda p: f"{p.repeated:,}, {p.contradicted:,}"),
+        row("pairs repeated, contradicted", "pairs",
+            lambda p: f"{p.repeated:,}, {p.contradicted:,}"),
         ["written by a chat template", *(f"{seen.templated:,}" for seen in looks)],
     ]  # fmt: skip
     rows = [cells for cells in rows if any(cells[1:])]
@@ -131,7 +132,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """A sentence as lines with a mark before it."""
+    """A sentence wrapped to `WIDTH` columns as a list item."""
     lines = [""]
     for word in text.split(" "):
         if len(lines[-1]) + len(word) + 5 > WIDTH:

@@ -1,3 +1,1 @@
-"""From what a user has to the files that the stages read: by source, cut into parts, cleaned,
-measured.
-"""
+"""Turns the user's source into the files that the stages read: split, cleaned and measured."""

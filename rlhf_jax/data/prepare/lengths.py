@@ -1,4 +1,4 @@
-"""Which records fit, counted in the tokens of a model."""
+"""Keeps the records that fit the stages' lengths, in tokens of a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rlhf_jax.data.text import encode_prompt, encode_response
 
 
 class Lengths:
-    """Which texts fit, in tokens of the model's tokenizer with the template's endings; what does
-    not is counted.
+    """Filters records by their length in tokens, template endings included.
+
+    `left_out` counts what does not fit, by reason.
     """
 
     def __init__(self, config: Any, tokenizer: Any):
@@ -33,12 +34,13 @@ class Lengths:
         return len(encode_response(self.tokenizer, response, eos_id=self.tokenizer.eos_token_id))
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """The number of tokens of a text as a prompt."""
         return self._prompt(text)
 
     def fitting(self, records: Iterable[Any]) -> list[Any]:
-        """The records that fit, rankings without the responses that do not; documents are cut
-        elsewhere.
+        """The records that fit.
+
+        Rankings lose the responses that do not fit. Documents are kept: they are cut elsewhere.
         """
         keep = {
             schema.Demonstration: self.demonstration,
@@ -57,15 +59,17 @@ class Lengths:
         return self._fits("prompt", self._prompt(prompt), self.config.prompt_length)
 
     def demonstration(self, record: schema.Demonstration) -> bool:
-        """Whether both texts fit."""
+        """Whether prompt and response fit."""
         response = self._response(record.response)
+        # `and` stops at the first text that does not fit, so a record is counted once.
         return self._fits("demonstration", response, self.config.response_length) and self.prompt(
             record.prompt
         )
 
     def ranking(self, record: schema.Ranking) -> schema.Ranking | None:
-        """The ranking without the responses that are too long, ranks counted anew; None when too
-        little is left.
+        """The ranking without its too long responses, ranked anew.
+
+        It is None when fewer than two different ranks are left, or the rest is still too long.
         """
         limit = self.config.ranked_response_length
         tokens = [self._response(response) for response in record.responses]
@@ -74,12 +78,13 @@ class Lengths:
         if len(set(ranks)) < 2:
             self.left_out["ranking without two responses left that differ in rank"] += 1
             return None
+        # All responses of a ranking share one row with their prompt (`text.ranking_rows`).
         row = self._prompt(record.prompt) + sum(tokens[k] for k in kept)
         if not (
             self.prompt(record.prompt) and self._fits("ranking", row, self.config.ranking_length)
         ):
             return None
-        # People's ranks may have gaps, where a reply was deleted or is left out here.
+        # The ranks may have gaps, where a reply was deleted in the source or dropped above.
         order = sorted(set(ranks))
         return structs.replace(
             record,

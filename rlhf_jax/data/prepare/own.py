@@ -1,6 +1,4 @@
-"""A user's own records: read strictly, without near-duplicates and leaks, as the files that the
-stages read.
-"""
+"""A user's own records as stage files: read strictly, without near-duplicates and leaks."""
 
 from __future__ import annotations
 
@@ -38,7 +36,16 @@ def columns(text: str) -> dict[str, str]:
 
 
 def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[Any]]:
-    """The records of each file that is given; each record has an id afterwards."""
+    """Reads the record files named in the config; every record has an id afterwards.
+
+    Args:
+      config: has a path for each name of `OWN_FILES` ("" for none), `max_bad_fraction` and `key`.
+      reports: the report of each file is appended.
+
+    Raises:
+      ValueError: a bad row, or records that name the other of `user` and `organization` than
+        `config.key`.
+    """
     sets: dict[str, list[Any]] = {}
     for name, kind in OWN_FILES.items():
         if not config[name]:
@@ -60,8 +67,7 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
         if other:
             raise ValueError(
                 f"key={config.key!r}: no record names one, but {named[other]} name a field "
-                f"{other!r}: "
-                f"split by it with --config.key={other}"
+                f"{other!r}: split by it with --config.key={other}"
             )
         reports.append(
             schema.DataReport(f"no record has a field {config.key!r}: split by conversation", 1, 1)
@@ -72,14 +78,15 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
 def deduplicated(
     sets: dict[str, list[Any]], prefix_length: int, reports: list[schema.DataReport]
 ) -> dict[str, list[Any]]:
-    """Only one of the prompts that begin alike, over all files. Further labels of that very prompt
-    stay.
+    """Keeps one of the prompts that begin alike, over all files, with all labels of that prompt.
 
-    A prompt without a label that comes twice in its file is left out, a document too.
+    Unlabelled prompts and documents that repeat an earlier one of their file are dropped too.
     """
     if not prefix_length:
         return sets
     normal = lambda record: curation.normalise(curation.prompt_text(record))
+    # One record per prompt goes through the heuristic, which would take further labels of a prompt
+    # for near-duplicates.
     first: dict[str, Any] = {}
     for name, records in sets.items():
         for record in records if name != "corpus" else ():
@@ -91,7 +98,8 @@ def deduplicated(
     for name, records in sets.items():
         if name != "corpus":
             records = [record for record in records if normal(record) in texts]
-        if name in ("prompts", "corpus"):  # compared whole
+        # These have no labels, so equal ones add nothing. An endless prefix compares whole texts.
+        if name in ("prompts", "corpus"):
             records, report = curation.drop_long_common_prefix(records, prefix_length=sys.maxsize)
             reports.append(dataclasses.replace(report, source=f"repeats in {name}"))
         result[name] = records
@@ -101,8 +109,9 @@ def deduplicated(
 def without_leaks(
     parts: dict[str, dict[str, list[Any]]], leaks: str, reports: list[schema.DataReport]
 ) -> None:
-    """Refuses prompts that are in two splits, or takes them out of the split that is nearer to
-    training; in place.
+    """Refuses prompts that are in two splits, or drops them from the split nearer to training.
+
+    `parts` is changed in place.
     """
 
     def of(split: str) -> list[Any]:
@@ -125,23 +134,31 @@ def without_leaks(
     except ValueError as error:
         raise ValueError(
             f"{error}\nLeave such records out of training with --config.leaks=drop, or split by "
-            "conversation with "
-            "--config.key=conversation"
+            "conversation with --config.key=conversation"
         ) from None
 
 
 def stage_files(
     parts: dict[str, dict[str, list[Any]]], ranking_share: float, seed: int
 ) -> dict[str, Any]:
-    """The files that the stages read, as far as there are records for them."""
+    """The files that the stages read, by name; a file without a source of records is left out.
+
+    Args:
+      parts: name of `OWN_FILES` -> split -> records.
+      ranking_share: without rankings, the share of the training prompts that are set aside for
+        labelling; PPO gets the others.
+      seed: of the choice between those two.
+    """
     demonstrations, rankings, prompts, corpus = (parts.get(name) for name in OWN_FILES)
 
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
         records = [record for part in of if part for record in part[split]]
         return unique_ids(
-            distinct(schema.Prompt(**{f.name: getattr(r, f.name) for f in structs.fields(schema.Prompt)})
-            for r in records)
-        )  # fmt: skip
+            distinct(
+                schema.Prompt(**{f.name: getattr(r, f.name) for f in structs.fields(schema.Prompt)})
+                for r in records
+            )
+        )
 
     labelled = (rankings, demonstrations)
     files: dict[str, Any] = {
@@ -154,6 +171,7 @@ def stage_files(
     if rankings:
         files["rankings"] = rankings["train"]
         files["rankings_held_out"] = [*rankings["validation"], *rankings["test"]]
+    # Without prompts of their own, PPO trains on those of the labelled records.
     train = (
         prompts_of("train", prompts) if prompts else prompts_of("train", rankings or demonstrations)
     )

@@ -1,6 +1,4 @@
-"""Records cut into parts that share no conversation, in an order that a seed decides, each with an
-id of its own.
-"""
+"""Splits records into parts that share no conversation, in an order fixed by a seed, with ids."""
 
 from __future__ import annotations
 
@@ -15,7 +13,11 @@ from rlhf_jax.data import sources
 
 
 class Parts:
-    """Conversations by part: each lies at a place in [0, 1) and the parts' shares cut that line."""
+    """Assigns conversations to parts by a hash.
+
+    The hash is a position in [0, 1), which the parts' shares divide into ranges. So prompts of one
+    conversation are always in one part, whatever file they come from.
+    """
 
     def __init__(self, config: Any):
         self.seed, shares = config.seed, config.shares
@@ -30,15 +32,16 @@ class Parts:
     def take(
         self, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]
     ) -> list[Any]:
-        """At most `count` of the records of `parts` that `keep` returns, in an order that the seed
-        decides.
+        """Takes at most `count` records of `parts`, in an order fixed by the seed.
+
+        `keep` returns the record to take, which it may have shortened, or None to skip it.
         """
 
         def here(record: Any) -> bool:
             place = sources.conversation_place(record.prompt)
             return any(low <= place < high for low, high in (self.ranges[part] for part in parts))
 
-        # OpenAssistant's come first, because there are few of them and they compare more than two
+        # OpenAssistant's records come first: there are few of them, and they compare more than two
         # responses.
         order = sorted(
             (r for r in records if here(r)),
@@ -57,25 +60,25 @@ class Parts:
 
 
 def require_records(files: dict[str, Any]) -> None:
-    """Refuses an empty file of those that a stage cannot do without; a source may have no held-out
-    rankings.
-    """
+    """Refuses empty files, held-out rankings aside: a source may have none of those."""
     for name, records in files.items():
         if not records and not name.startswith("rankings_held_out"):
             raise ValueError(
                 f"no record is left for {name}.jsonl: raise prompt_length, response_length or "
-                "ranked_response_length, "
-                "or the part's share"
+                "ranked_response_length, or the part's share"
             )
 
 
 def shuffled(seed: int, *parts: str | None) -> bytes:
-    """A key to sort by, whose order only `seed` decides."""
+    """A sort key that shuffles: its order depends on `seed` and the parts alone.
+
+    Unlike a random permutation, it keeps the order of the old records when new ones are added.
+    """
     return hashlib.sha256("\0".join([str(seed), *map(str, parts)]).encode()).digest()
 
 
 def named(records: Sequence[Any]) -> list[Any]:
-    """The records with ids that are not given twice: the source and the place in it."""
+    """The records with unique ids: the source and the index in `records`."""
     return [structs.replace(r, id=f"{r.source}-{place}") for place, r in enumerate(records)]
 
 
@@ -85,8 +88,9 @@ def distinct(records: Iterable[Any]) -> list[Any]:
 
 
 def unique_ids(records: Sequence[Any]) -> list[Any]:
-    """The records; of those that came with one id from several files, all but the first get a
-    number behind it.
+    """Makes ids unique by appending a number to every repeat of an id but the first.
+
+    Records of different files may come with the same id.
     """
     seen: collections.Counter[str] = collections.Counter()
     result = []
@@ -98,7 +102,7 @@ def unique_ids(records: Sequence[Any]) -> list[Any]:
 
 
 def with_ids(name: str, records: Iterable[Any]) -> list[Any]:
-    """The records, those without an id named by their place."""
+    """The records, where those without an id get `name` and their index as one."""
     return [
         r if r.id else structs.replace(r, id=f"{name}-{place}") for place, r in enumerate(records)
     ]

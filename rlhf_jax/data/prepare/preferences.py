@@ -1,6 +1,4 @@
-"""The files of people's preferences: HH-RLHF pairs, OpenAssistant rankings, and running text beside
-them.
-"""
+"""The files of human preferences: HH-RLHF pairs, OpenAssistant rankings, and running text."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ TEXT_FILES = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz")
 
 
 def entries(config: Any) -> list[Path]:
-    """The files and folders of `config.data_dir` that `hh_rlhf` may read."""
+    """The files and folders of `config.data_dir` that the source `hh_rlhf` may read."""
     root, named = Path(config.data_dir), ("hh_rlhf", "hh-rlhf", "oasst*", *sources.TEXT_FOLDERS)
     patterns = (
         *named,
@@ -29,17 +27,17 @@ def entries(config: Any) -> list[Path]:
 
 
 def beside_hh(where: str | None, subsets: Sequence[str]) -> tuple[bool, bool, list[str]]:
-    """Whether OpenAssistant and running text are to be had, and a line for each that is not.
+    """Whether OpenAssistant and running text are available, and a line for each that is not.
 
-    A download has both. A folder may hold HH-RLHF alone: nothing is fetched then that was not asked
-    for.
+    A download has both. A folder may contain HH-RLHF alone; what it lacks is then skipped and not
+    downloaded.
     """
     if where is None:
         return True, True, []
     root = Path(where)
     oasst = any(next(root.glob(name), None) for name in ("oasst*", *OASST_FILES))
-    # The rows of HH-RLHF and OpenAssistant are no text: where their files lie in the folder itself,
-    # text has its own.
+    # Rows of HH-RLHF and OpenAssistant are not running text. Where their files are at the top of
+    # the folder, text is looked for in its own subfolders only.
     theirs = [f for name in (*OASST_FILES, *(f"{s}.*" for s in subsets)) for f in root.glob(name)]
     names = (*sources.TEXT_FOLDERS, *(() if theirs else TEXT_FILES))
     text = any(next(root.glob(name), None) for name in names)
@@ -53,8 +51,8 @@ def beside_hh(where: str | None, subsets: Sequence[str]) -> tuple[bool, bool, li
         folders = " or ".join(sources.TEXT_FOLDERS)
         skipped += [
             f"skipped: no folder {folders} in {root}: no corpus.jsonl and no "
-            "corpus_held_out.jsonl, which the stages "
-            "with a pretraining mix and the evaluation on text read"
+            "corpus_held_out.jsonl, which the stages with a pretraining mix and the evaluation on "
+            "text read"
         ]
     return oasst, text, skipped
 
@@ -63,7 +61,7 @@ def preference_files(
     config: Any, parts: Parts, lengths: Lengths, rankings: list[schema.Ranking],
     demonstrations: list[schema.Demonstration],
 ) -> dict[str, Any]:  # fmt: skip
-    """The records of each file but the text."""
+    """The records of each file, running text aside."""
     prompts = distinct(schema.Prompt(r.prompt, id=r.id, source=r.source) for r in rankings)
 
     def prompts_of(part: str, count: int) -> list[schema.Prompt]:
@@ -93,9 +91,9 @@ def preference_files(
 
 
 def text_files(documents: Sequence[schema.PlainText], config: Any) -> tuple[list, list]:
-    """Pieces of some paragraphs for the pretraining mix, and held-out ones from other documents.
+    """Pieces of a few paragraphs for the pretraining mix, and held-out pieces of other documents.
 
-    The last document by hash is held out; where there is only one, its last fifth.
+    The document with the largest hash is held out; of a single document, its last fifth.
     """
     order = sorted(documents, key=lambda d: shuffled(config.seed, d.source))
     pieces = [_pieces(d, config.document_characters) for d in order]

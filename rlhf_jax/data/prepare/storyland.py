@@ -1,6 +1,4 @@
-"""The files of the embedded world: prompts of all splits, demonstrations by simulated labelers,
-corpus text.
-"""
+"""The files of the embedded world: prompts of each split, demonstrations and corpus text."""
 
 from __future__ import annotations
 
@@ -19,8 +17,10 @@ PTX_FIRST_DOCUMENT = 1_000_000
 
 
 def files(config: Any) -> dict[str, list[Any]]:
-    """The records of each file, by the numbers of the config (`configs.storyland.data`)."""
+    """The records of each file, as many as the config asks for (`configs.storyland.data`)."""
     writers = labelers("train", config.labelers)
+    # Shared by the training sets, so that no prompt is in two of them. The generators of `made` run
+    # one after the other, when `list` consumes them.
     seen: set[str] = set()
     made = {
         "prompts_test": _prompts("test", config.test_prompts, 0, set()),

@@ -1,6 +1,4 @@
-"""The tables of a data report: how many records each split holds, how long they are, what leaks
-between splits.
-"""
+"""The tables of a data report: records per split, their lengths, and leaks between splits."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ def tables(
     tokens: Callable[[str], int] | None,
     identify: Callable[[str], str] | None = None,
 ) -> str:
-    """The tables of the files, whose names say their split, and how many prompts are trained on and
-    held out too.
+    """The tables of the files, and how many held-out records share a prompt with a training file.
+
+    The end of a file's name is its split; a name without one is a training file.
     """
     splits: dict[str, list[Any]] = {"train": [], "validation": [], "test": [], "held out": []}
     for name, records in files.items():
@@ -29,12 +28,15 @@ def tables(
     tables = curation.data_tables(
         {k: v for k, v in splits.items() if v}, tokens=tokens, identify=identify
     )
-    return f"Held-out records whose prompt or first human turn is in a training file: {leaks}\n\n{tables}"
+    return (
+        f"Held-out records whose prompt or first human turn is in a training file: {leaks}\n\n"
+        f"{tables}"
+    )
 
 
 def identifier() -> Callable[[str], str] | None:
-    """The language of a text, where the package that tells it is installed."""
+    """The function that identifies languages, or None where its package is not installed."""
     try:
         return curation.default_identifier()
-    except ValueError:  # the tables then say nothing of languages
+    except ValueError:  # the tables then leave languages out
         return None

@@ -1,7 +1,7 @@
-"""The records people write and their files, checked strictly: a bad row is an error, never a guess.
+"""The records that people write and their files, checked strictly: a bad row is an error.
 
-A file holds one JSON object a line, UTF-8. Fields marked ? may be left out or null; a field that is
-not listed is an error.
+A file has one JSON object per line, in UTF-8. Fields marked ? may be left out or null; a field that
+is not listed is an error.
 
 | record | fields |
 |---|---|
@@ -19,8 +19,8 @@ not listed is an error.
 message, first, then user and assistant in turn, the user last. A demonstration may leave `response`
 out and end with the assistant's turn.
 
-`RULES` is the one table of what happens to a bad row; docs/data.md prints it. docs/schema/ holds
-the form of a line as JSON Schema (`json_schema.json_schema`).
+`RULES` lists everything that can happen to a row; docs/data.md prints it. docs/schema/ has the form
+of a line as JSON Schema (`json_schema.json_schema`).
 """
 
 from rlhf_jax.data.schema.checks import LABELS, MORE_THAN_TEXT, check_text

@@ -1,4 +1,4 @@
-"""The checks of a row's fields, one function for each field or rule. Each raises a `RowError`."""
+"""The checks of a row's fields, one function per field or rule; each raises a `RowError`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from rlhf_jax.data.schema.records import ABSENT, ROLES, Conversation, Message, f
 from rlhf_jax.data.schema.rules import RowError, shown
 
 LABELS = ("id", "source", "use_case", "labeler", "labeler_group", "user", "organization")
-"""The optional texts of records that are names; `time` is the other optional text."""
+"""The optional texts of records that are plain names; `time`, the other one, must be ISO 8601."""
 
 
 MORE_THAN_TEXT = (
     "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking",
     "images", "image", "audio", "videos", "refusal", "weight", "train",
 )  # fmt: skip
-"""Fields of other libraries' messages that say something which a role and a text cannot hold."""
+"""Fields of other libraries' messages with content that a role and a text cannot represent."""
 
 
 def check_text(
     value: Any, field: str, *, allow_empty: bool = False, reason: str | None = None
 ) -> str:
-    """`value` when it is a usable text, else a `RowError` that names `field`.
+    """Returns `value` if it is a valid text, and raises a `RowError` that names `field` otherwise.
 
     Args:
-      value: what the row holds.
+      value: the value in the row.
       field: its name, as in "responses[2]".
       allow_empty: accept "".
-      reason: what an empty text is counted under; None = "empty " and the field.
+      reason: the reason that an empty text is counted under; None = "empty " and the field.
     """
     if value is None:
         raise RowError(
@@ -43,6 +43,7 @@ def check_text(
         raise RowError(
             reason or f"empty {field}", f"field {field!r} is empty: fill it in or remove the row"
         )
+    # JSON can escape half of a surrogate pair, which no tokenizer can encode.
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -54,16 +55,17 @@ def check_text(
 
 
 def wrong_type(value: Any, field: str, wanted: str, fix: str) -> RowError:
-    """The error of a value of another JSON type than its field."""
+    """The error for a value of the wrong JSON type."""
     return RowError(
         "wrong type", f"field {field!r} must be {wanted}, got {type(value).__name__}: {fix}"
     )
 
 
 def check_names(row: dict[str, Any], names: Sequence[str], where: str = "") -> None:
-    """No field but `names`; `where` says in the error which object it is."""
+    """Refuses fields other than `names`; `where` names the object in the error."""
     for name in row:
         if name not in names:
+            # Shortened, because the comparison is slow for long names.
             near = difflib.get_close_matches(name[:40], names, n=1)
             hint = (
                 f"did you mean {near[0]!r}?"
@@ -74,7 +76,7 @@ def check_names(row: dict[str, Any], names: Sequence[str], where: str = "") -> N
 
 
 def labels_of(row: dict[str, Any], kind: type) -> dict[str, Any]:
-    """The optional texts of a row that are given."""
+    """The optional texts that a row has."""
     given = [name for name in LABELS if row.get(name) is not None and name in field_names(kind)]
     labels = {name: check_text(row[name], name, reason="empty label") for name in given}
     if row.get("time") is not None:
@@ -83,7 +85,7 @@ def labels_of(row: dict[str, Any], kind: type) -> dict[str, Any]:
 
 
 def time_of(value: Any) -> str:
-    """A `time`: ISO 8601."""
+    """Checks a `time`, which must be ISO 8601."""
     text = check_text(value, "time", reason="empty label")
     try:
         datetime.datetime.fromisoformat(text)
@@ -94,7 +96,7 @@ def time_of(value: Any) -> str:
 
 
 def list_of(row: dict[str, Any], field: str) -> list[Any]:
-    """A field that is needed and holds a list."""
+    """A required field that must be a list."""
     value = row.get(field)
     if value is None:
         raise RowError("missing field", f"field {field!r} must be a list, got nothing: write [...]")
@@ -131,17 +133,18 @@ def prompt_of(row: dict[str, Any]) -> Conversation:
 
 
 def message_of(turn: Any, index: int, *, reason: str, allow_empty: bool = False) -> Message:
-    """One turn.
+    """Checks one turn.
 
     Args:
-      turn: what the row holds.
-      index: of it in `messages`.
-      reason: what an empty text is counted under.
+      turn: the value in the row.
+      index: its index in `messages`.
+      reason: the reason that an empty text is counted under.
       allow_empty: accept "".
     """
     field = f"messages[{index}]"
     if not isinstance(turn, dict):
         raise wrong_type(turn, field, "an object", 'write {"role": "user", "content": "..."}')
+    # Dropping such a field would change what the turn means, so it is refused with its own fix.
     more = next((name for name in turn if name in MORE_THAN_TEXT and turn[name] is not None), None)
     if more is not None:
         fix = (
@@ -163,7 +166,7 @@ def message_of(turn: Any, index: int, *, reason: str, allow_empty: bool = False)
 
 
 def check_turns(turns: Sequence[Message]) -> None:
-    """The turns of a prompt are [system,] user, assistant, .., user."""
+    """Checks that the turns of a prompt are [system,] user, assistant, .., user."""
     first = turns[0].role == "system"
     for k, turn in enumerate(turns[first:], start=first):
         wanted = "assistant" if (k - first) % 2 else "user"
@@ -187,15 +190,15 @@ def check_turns(turns: Sequence[Message]) -> None:
 
 
 def ranks_of(row: dict[str, Any], k: int) -> tuple[int, ...]:
-    """K ranks from 0, `ABSENT` for null; at least two are ranked."""
+    """The K ranks from 0, `ABSENT` for null; at least two responses must be ranked."""
     values = list_of(row, "ranks")
     if len(values) != k:
         reason = "missing rank" if len(values) < k else "unknown rank"
         fix = "give one each (or null)"
         raise RowError(reason, f"field 'ranks' has {len(values)} entries for {k} responses: {fix}")
     for i, value in enumerate(values):
-        # A rank above K is usually a score (larger is better) in the wrong column. (bool is an int
-        # to isinstance.)
+        # A rank above K is usually a score (larger is better) in the wrong column. `type`, because
+        # isinstance takes a bool for an int.
         if value is not None and (type(value) is not int or not 1 <= value <= k):
             raise RowError(
                 "unknown rank",
@@ -212,7 +215,7 @@ def ranks_of(row: dict[str, Any], k: int) -> tuple[int, ...]:
 def one_for_each(
     row: dict[str, Any], field: str, k: int, check: Callable[[Any, str], Any]
 ) -> tuple[Any, ...] | None:
-    """An optional list with one entry for each of K responses, each checked."""
+    """An optional list with one checked entry per response."""
     if row.get(field) is None:
         return None
     values = list_of(row, field)
@@ -231,7 +234,7 @@ def policy_of(value: Any, field: str) -> str:
 
 def temperature_of(value: Any, field: str) -> float:
     """The temperature that a response was sampled at."""
-    del field
+    del field  # all checks of `one_for_each` have the same arguments
     if type(value) not in (int, float) or not 0 <= value <= 1e6:
         raise RowError(
             "bad temperature",
@@ -241,7 +244,7 @@ def temperature_of(value: Any, field: str) -> float:
 
 
 def revision_of(value: Any) -> int | None:
-    """The number of a ranking's revision, from 0."""
+    """The revision number of a ranking, from 0."""
     if value is not None and (type(value) is not int or value < 0):
         raise RowError(
             "bad revision",

@@ -1,10 +1,10 @@
-"""The form of a record file's lines as JSON Schema, written from the records' own definitions.
+"""JSON Schema of the lines of a record file, derived from the definitions of the records.
 
     python -m rlhf_jax.data.schema.json_schema docs/schema
 
-A schema says which fields a line may have and of which types. What depends on several fields or on
-the text (turns that alternate, one rank for each response, no empty prompt, ids that differ) is in
-`rules.RULES`, and `jsonl.read_jsonl` checks it.
+A schema gives the fields of a line and their types. Constraints across fields or on the text (turns
+that alternate, one rank per response, no empty prompt, unique ids) are in `rules.RULES`, and
+`jsonl.read_jsonl` checks them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ FILES = {
     "prompt": Prompt,
     "plain_text": PlainText,
 }
-"""Name of a published file, without ``.json`` -> its record."""
+"""Name of a published file, without ``.json`` -> its record class."""
 
 
 def json_schema(kind: type) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of one line that holds a record.
+    """The JSON Schema (draft 2020-12) of one line with a record.
 
-    It is msgspec's schema of the record in the form of files: a prompt of several turns is a field
-    of its own, `messages`, and ranks start at 1, with null for a response that was not ranked.
+    It is msgspec's schema of the record, changed to the form in files: a prompt of several turns is
+    a field of its own, `messages`, and ranks start at 1, with null for a response that was not
+    ranked.
 
     Args:
       kind: `Demonstration`, `Ranking`, `Prompt` or `PlainText`.
@@ -51,12 +52,12 @@ def json_schema(kind: type) -> dict[str, Any]:
 
 
 def _unwrapped(text: str) -> str:
-    """A docstring with one line a paragraph."""
+    """A docstring with one line per paragraph."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _separate_messages(found: dict[str, Any]) -> None:
-    """Makes two fields of `prompt`, a text or a list of turns, of which a line has one."""
+    """Splits `prompt`, a text or a list of turns, into two fields of which a line has one."""
     text, turns = found["properties"].pop("prompt")["anyOf"]
     nothing = {"type": "null"}
     both = {"prompt": {"anyOf": [text, nothing]}, "messages": {"anyOf": [turns, nothing]}}

@@ -1,4 +1,4 @@
-"""Files of JSON lines as records, and records as files."""
+"""Reads and writes files of JSON lines as records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf_jax.data.schema.strict_json import json_object, lines_of
 from rlhf_jax.run.files import local_path, written
 
 OTHER_TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".feather")
-"""Ends of the names of files that are no JSON."""
+"""File name suffixes of tables that are not JSON lines."""
 
 
 def read_jsonl(
@@ -37,24 +37,24 @@ def read_jsonl(
 ) -> tuple[list[Record], DataReport]:
     """Read records of one kind from a JSON-lines file (gzip when the name ends in .gz).
 
-    What happens to a row that breaks a rule is in `RULES`.
+    `RULES` lists what happens to a row that breaks a rule.
 
     Args:
       path: the file.
       kind: `Demonstration`, `Ranking`, `Prompt` or `PlainText`.
-      max_bad_fraction: share of the rows that may be bad; these are left out and counted. 0
+      max_bad_fraction: share of the rows that may be bad; these are dropped and counted. 0
         tolerates none.
-      allow_empty_responses: accept "" as a response: a sampled answer may stop at once. A prompt is
-        never empty.
-      limit: the longest row: its prompt and its longest ranked response together, or its text. None
-        = no limit.
-      length: what `limit` counts in a text: characters, or tokens with
+      allow_empty_responses: accept "" as a response, as a sampled response may end at once. A
+        prompt must never be empty.
+      limit: greatest length of a row: its prompt and its longest ranked response together, or its
+        text. None = no limit.
+      length: the length of a text for `limit`: in characters, or in tokens with
         ``lambda text: len(tokenizer.encode(text))``.
-      too_long: what happens to a longer row. "drop" counts it and is no error. "error" makes it a
-        bad row. "truncate" cuts responses and texts at their end, never prompts, and notes the row;
-        where the prompt leaves no room, the row is dropped. A cut answer teaches a model to stop in
-        mid-sentence, and no labeler saw it.
-      special_tokens: rows whose texts hold one of these are noted, for example
+      too_long: what happens to a longer row. "drop" drops and counts it without an error. "error"
+        makes it a bad row. "truncate" cuts responses and texts at their end, never prompts, and
+        notes the row; where the prompt leaves no room, the row is dropped. A truncated answer
+        teaches a model to stop in mid-sentence, and no labeler saw it.
+      special_tokens: rows with one of these in a text are noted, for example
         ``tokenizer.all_special_tokens``; or a pattern that finds them, such as
         `rlhf_jax.data.templated.pattern`.
 
@@ -63,8 +63,8 @@ def read_jsonl(
 
     Raises:
       ValueError: the file is missing, damaged or empty, or more rows are bad than allowed; the
-        message names file:line, the field and the fix for the first row of each reason. For a file
-        in another tool's form it is the command that converts it.
+        message gives file:line, the field and the fix for the first row of each reason. For a file
+        in another tool's format it is the command that converts it.
     """
     _check_options(max_bad_fraction, limit, too_long, special_tokens)
     _refuse_other_table(path)
@@ -74,6 +74,7 @@ def read_jsonl(
         kept.add(line, parse_row(row, kind, allow_empty_responses=allow_empty_responses), tally)
 
     _each_row(tally, keep)
+    # Lengths are checked after all rows are read, as a later revision may replace a ranking.
     special = special_pattern(special_tokens)
     records = []
     for line, record in kept.records.items():
@@ -94,6 +95,7 @@ def read_jsonl(
     try:
         _refuse_bad(report, max_bad_fraction, tolerated)
     except ValueError:
+        # If the whole file is in another format, that is more useful than an error for each row.
         _refuse_foreign(path, kind)
         raise
     if not records:
@@ -110,8 +112,8 @@ def read_rows(
 ) -> tuple[list[Any], DataReport]:
     r"""Apply `parse` to each JSON object of a file.
 
-    A `RowError` drops the row and counts it by its reason. Blank lines are skipped. Lines end at
-    "\n" only: U+2028 and U+0085 are ordinary characters inside JSON strings.
+    A `RowError` drops the row and counts it under its reason. Blank lines are skipped. Lines end at
+    "\n" only, because U+2028 and U+0085 are ordinary characters inside JSON strings.
     """
     tally, records = Tally(path), []
     _each_row(tally, lambda _, row: records.append(parse(row)))
@@ -119,17 +121,17 @@ def read_rows(
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Write records, one JSON object a line.
+    """Write records, one JSON object per line.
 
-    The file is written whole or not at all, and survives a power cut when this returns. Ranks are
-    written from 1, null where not ranked; a prompt of several turns is written as `messages`;
-    fields that are None are left out. Gzip when the name ends in .gz.
+    The file is written atomically and is on disk when this returns. Ranks are written from 1, null
+    where not ranked; a prompt of several turns is written as `messages`; fields that are None are
+    left out. Gzip when the name ends in .gz.
     """
     path = local_path("the file to write", path)
     lines = [json.dumps(json_of(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
     data = "".join(lines).encode("utf-8")
     with written(path, binary=True) as file:
-        # mtime=0: equal records give equal bytes.
+        # mtime=0, so that equal records give equal bytes.
         file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     parsed.forget(path)
 
@@ -143,8 +145,8 @@ def _refuse_other_table(path: str | os.PathLike[str]) -> None:
 
 
 def _refuse_foreign(path: str | os.PathLike[str], kind: type) -> None:
-    """Raises the command that converts the file, where it is in a form that another tool writes."""
-    # The readers of other forms build on this module, and only an error needs them here.
+    """Raises an error with the command that converts the file, if another tool wrote it."""
+    # Imported here, because the readers of other formats import this module.
     from rlhf_jax.data.sources import recognise
 
     advice = recognise.advice(path, kind)

@@ -1,4 +1,4 @@
-"""Records that are longer than a limit, and records that are kept but deserve a look."""
+"""Truncates or refuses records over a length limit, and notes records that deserve a look."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from rlhf_jax.data.schema.rules import RowError
 
 
 def fitted(record: Any, limit: int, length: Callable[[str], int], too_long: str) -> Any:
-    """The record itself where it fits, or cut so that it does.
+    """The record itself where it fits, or truncated to fit.
 
     Args:
       record: of any kind.
-      limit: most that its prompt and its longest ranked response may take, or its text.
-      length: what a text takes.
-      too_long: "truncate" cuts responses and texts at their end; else a longer record is an error.
+      limit: greatest length of its prompt and longest ranked response together, or of its text.
+      length: the length of a text.
+      too_long: "truncate" cuts responses and texts at their end; otherwise a longer record is an
+        error.
 
     Raises:
-      RowError: it does not fit and is not cut, or its prompt leaves no room.
+      RowError: it does not fit and is not truncated, or its prompt leaves no room.
     """
+    # A reward model reads each response after the prompt by itself, so the longest one counts.
     before, answers = split_texts(record)
     taken = sum(map(length, before))
     total = taken + max(map(length, answers), default=0)
@@ -60,11 +62,12 @@ def _cut(record: Any, room: int, length: Callable[[str], int]) -> Any:
 
 
 def _shorten(text: str, room: int, length: Callable[[str], int]) -> str:
-    """The longest beginning of a text that takes at most `room`."""
+    """The longest prefix of a text with a length of at most `room`."""
     if length(text) <= room:
         return text
+    # The length of a prefix grows with its end, so bisection needs few calls of a slow tokenizer.
     end = max(bisect.bisect_right(range(len(text)), room, key=lambda n: length(text[:n])) - 1, 0)
-    while end and length(text[:end]) > room:  # A count of tokens may fall where the text grows.
+    while end and length(text[:end]) > room:  # a longer text may have fewer tokens after all
         end -= 1
     if not text[:end].strip():
         raise RowError(
@@ -74,17 +77,17 @@ def _shorten(text: str, room: int, length: Callable[[str], int]) -> str:
 
 
 def notes(record: Any) -> list[str]:
-    """The reasons of `RULES` under which a record deserves a look, whatever file it came from."""
+    """The reasons of `RULES` for which a record of any file deserves a look."""
     return list(notes_of(record, None, cut=False))
 
 
 def notes_of(record: Any, special: re.Pattern[str] | None, *, cut: bool) -> Iterator[str]:
-    """The same for a record of a file.
+    """The reasons for which a record deserves a look.
 
     Args:
       record: of any kind.
-      special: finds the special tokens that count as a note; None finds none.
-      cut: whether `fitted` has cut it.
+      special: finds special tokens to note; None finds none.
+      cut: whether `fitted` has truncated the record.
     """
     if cut:
         yield "response cut"

@@ -1,8 +1,8 @@
-"""Rows of JSON as records, and records as rows of JSON.
+"""Converts rows of JSON to records, and records to rows of JSON.
 
 In Python ranks start at 0 and -1 means not ranked, as in `rlhf_jax.types.RankingBatch`; in a file
-they start at 1 and null means not ranked. This file is the only place that converts. Only the order
-of ranks counts: 1, 3 says the same as 1, 2.
+they start at 1 and null means not ranked. The conversion is in this file and `checks` alone. Only
+the order of ranks counts: 1, 3 means the same as 1, 2.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from rlhf_jax.data.schema.rules import RowError
 def _parse_demonstration(row: dict[str, Any], allow_empty: bool) -> Demonstration:
     check_names(row, field_names(Demonstration))
     response, turns = row.get("response"), row.get("messages")
+    # A conversation may be given whole: its last turn is then the response.
     if response is None and isinstance(turns, list) and turns:
         last = len(turns) - 1
         answer = message_of(turns[last], last, reason="empty response", allow_empty=allow_empty)
@@ -58,7 +59,7 @@ def _parse_demonstration(row: dict[str, Any], allow_empty: bool) -> Demonstratio
 
 
 def _parse_prompt(row: dict[str, Any], allow_empty: bool) -> Prompt:
-    del allow_empty  # There is no response.
+    del allow_empty  # a prompt has no response
     check_names(row, field_names(Prompt))
     return Prompt(prompt=prompt_of(row), **labels_of(row, Prompt))
 
@@ -106,7 +107,7 @@ _PARSERS: dict[type, Callable[[dict[str, Any], bool], Any]] = {
 def parse_row(
     row: dict[str, Any], kind: type[Record], *, allow_empty_responses: bool = False
 ) -> Record:
-    """One row of JSON as a record.
+    """Parses and checks one row of JSON.
 
     Args:
       row: the JSON object.
@@ -120,7 +121,7 @@ def parse_row(
 
 
 def json_of(record: Any) -> dict[str, Any]:
-    """The JSON object of a record, or of any other dataclass; fields that are None are left out."""
+    """The JSON object of a record or a dataclass; fields that are None are left out."""
     if isinstance(record, msgspec.Struct):
         fields = msgspec.structs.asdict(record)
     else:
@@ -128,6 +129,7 @@ def json_of(record: Any) -> dict[str, Any]:
     row = {name: value for name, value in fields.items() if value is not None}
     turns = row.get("prompt")
     if isinstance(turns, tuple):
+        # Rebuilt rather than popped, so that `messages` keeps the place of `prompt` in the line.
         row = {"messages" if name == "prompt" else name: value for name, value in row.items()}
         row["messages"] = [msgspec.structs.asdict(turn) for turn in turns]
     if isinstance(record, Ranking):

@@ -1,8 +1,8 @@
 """The records that people write: one definition of each, for files and for programs.
 
-They are compared by their fields and never changed: `msgspec.structs.replace` makes a changed copy.
-`parse` makes them from rows of JSON and back; `json_schema` publishes that form. What a type cannot
-say stands in `rules`.
+They are immutable and compare by their fields; `msgspec.structs.replace` makes a changed copy.
+`parse` converts them from and to rows of JSON, and `json_schema` publishes that form. `rules` has
+the constraints that a type cannot express.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all records share: they are immutable, and another field is an error."""
+    """Base of all records: immutable, and an unknown field is an error."""
 
 
 class Message(_Record, frozen=True):
@@ -35,7 +35,7 @@ class Message(_Record, frozen=True):
 
 
 Conversation = str | tuple[Message, ...]
-"""What a response answers: a text, or the turns before it."""
+"""The prompt of a response: a text, or the turns before it."""
 
 
 class Demonstration(_Record, frozen=True):
@@ -106,19 +106,20 @@ Record = TypeVar("Record", Demonstration, Ranking, Prompt, PlainText)
 
 @functools.cache
 def field_names(kind: type) -> tuple[str, ...]:
-    """The fields of a record as its JSON form has them.
+    """The names of a record's fields in its JSON form.
 
     >>> field_names(Prompt)[:3]
     ('prompt', 'messages', 'id')
     """
+    # In JSON a prompt of several turns has a name of its own, so that each field has one type.
     first, *others = kind.__struct_fields__
     return ("prompt", "messages", *others) if first == "prompt" else (first, *others)
 
 
 def strict_pairs(ranks: Sequence[int]) -> int:
-    r"""Number of comparisons a ranking holds: pairs of ranked responses that do not tie.
+    r"""Number of comparisons in a ranking: pairs of ranked responses that do not tie.
 
-    $\binom{K}{2}$ minus the tied pairs; responses of rank -1 take part in none.
+    $\binom{K}{2}$ minus the tied pairs; responses of rank -1 are in no pair.
 
     >>> strict_pairs([0, 1, 1, -1])
     2

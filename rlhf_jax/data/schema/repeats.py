@@ -1,4 +1,4 @@
-"""Rows that may not come twice in a file: equal ids, and one ranking of a labeler given again."""
+"""Refuses rows that repeat an earlier one: equal ids, or the same ranking by the same labeler."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rlhf_jax.data.schema.rules import RowError, shown
 
 
 class KeptRecords:
-    """The records so far by line, and what must not come twice."""
+    """The records so far by line, and the keys that must be unique."""
 
     def __init__(self):
         self.records: dict[int, Any] = {}
         self.ids: dict[str, tuple[int, Any]] = {}
-        self.lines: dict[Any, int] = {}  # Of each (labeler, prompt, responses).
+        self.lines: dict[Any, int] = {}  # (labeler, prompt, responses) -> line
 
     def add(self, line: int, record: Any, tally: Tally) -> None:
         """Keeps a record and drops the one it revises.
@@ -23,6 +23,8 @@ class KeptRecords:
         Raises:
           RowError: it may not be kept.
         """
+        # Sorted, as a labeler may see the same responses in another order. Without a labeler's name
+        # two rankings may come from two people.
         key = None
         if isinstance(record, Ranking) and record.labeler is not None:
             key = (record.labeler, record.prompt, tuple(sorted(record.responses)))

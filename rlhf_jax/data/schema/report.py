@@ -1,4 +1,4 @@
-"""What became of the rows of a source: the counts, and where the first row of each reason is."""
+"""Reports how many rows of a source were kept or dropped, and the first rows of each reason."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ SCREEN = 24
 
 
 PLACES = 3
-"""How many lines of a file a data report names for a reason."""
+"""Most rows that a data report names per reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of a source. ``dataclasses.asdict(report)`` is its JSON form.
+    """The outcome of the rows of a source; ``dataclasses.asdict(report)`` is its JSON form.
 
     Attributes:
       source: where the rows came from.
       rows: rows read.
       kept: records returned; ``kept + sum(dropped.values()) == rows``.
-      dropped: rows left out, by reason.
-      noted: rows kept that deserve a look, by reason, such as rankings in which all responses tie.
+      dropped: numbers of rows dropped, by reason.
+      noted: numbers of rows kept that deserve a look, by reason, such as rankings in which all
+        responses tie.
       examples: the first error message of each reason, with its file:line.
       places: file:line of the first rows of each reason, at most `PLACES`.
-      aside: columns of a table that no record has a field for, and in how many rows each held
-        something.
+      aside: columns of a table that no record has a field for, and the number of rows in which each
+        has a value.
     """
 
     source: str
@@ -59,16 +60,14 @@ class DataReport:
     def summary(self) -> str:
         """The report as text of at most `SCREEN` lines.
 
-        Each reason with its count and first places.
-
-        Below stand as many first error messages as the screen has room for; `examples` holds them
-        all.
+        It gives each reason with its count and first rows, and below them as many of the first
+        error messages as there is room for; `examples` has all of them.
 
         >>> places = {"duplicate key": ["rows.jsonl:4", "rows.jsonl:9"]}
         >>> print(DataReport("rows.jsonl", rows=9, kept=7, dropped={"duplicate key": 2}, places=places).summary())
         rows.jsonl: 9 rows, 7 kept, 2 dropped
           dropped: duplicate key 2 (rows.jsonl:4, 9)
-        """
+        """  # noqa: E501
         lines = [
             f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} "
             "dropped"
@@ -84,6 +83,7 @@ class DataReport:
         if self.aside:
             columns = [f"{name} {n}" for name, n in sorted(self.aside.items())]
             items.append(f"columns left aside: {', '.join(columns)}")
+        # Many reasons share lines (rounded up), so that all of them fit on the screen.
         in_a_line = -(-len(items) // (SCREEN - 1)) or 1
         lines += [
             "  " + "; ".join(items[i : i + in_a_line]) for i in range(0, len(items), in_a_line)
@@ -121,7 +121,7 @@ class Tally:
         self.noted: dict[str, list[int]] = {}
 
     def drop(self, line: int, error: RowError) -> None:
-        """Counts a line that is left out."""
+        """Counts a line that is dropped."""
         self.dropped.setdefault(error.reason, {})[line] = str(error)
 
     def note(self, line: int, reason: str) -> None:
@@ -129,8 +129,8 @@ class Tally:
         self.noted.setdefault(reason, []).append(line)
 
     def report(self, kept: int) -> DataReport:
-        """The report, when all lines have been read and `kept` records are left."""
-        # Sorted, because a later revision drops an earlier line.
+        """The report, once all lines have been read and `kept` records are left."""
+        # Sorted, because a later revision drops an earlier line after the lines between them.
         lines = {r: sorted(found) for r, found in self.dropped.items()} | self.noted
         examples = {}
         for reason, found in self.dropped.items():

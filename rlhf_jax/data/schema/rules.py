@@ -1,4 +1,4 @@
-"""The rules for a row of a record file: the one table of them, and the error of a broken one."""
+"""The rules for a row of a record file, and the error of a row that breaks one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 NESTING = 32
-"""Most lists and objects in each other; a record needs three."""
+"""Greatest depth of nested lists and objects; a record needs three."""
 
 
 class Rule(NamedTuple):
     """What happens to a row, and what its owner can do about it.
 
     Attributes:
-      outcome: "bad" rows are an error, or left out and counted up to `max_bad_fraction`; "dropped"
-        rows are left out and counted; "kept" rows are records, counted as deserving a look.
-      row: which rows.
+      outcome: "bad" rows are an error, or dropped and counted up to `max_bad_fraction`; "dropped"
+        rows are dropped and counted; "kept" rows are records, noted for a closer look.
+      row: which rows the rule is about.
       fix: what to do.
     """
 
@@ -134,11 +134,11 @@ RULES: Mapping[str, Rule] = {
         "kept", "a ranking that prefers nothing: it holds no pair", "none needed"
     ),
 }
-"""Every reason a row of a record file is counted under; nothing else happens to a row."""
+"""Every reason that a row of a record file is counted under; nothing else happens to a row."""
 
 
 class RowError(ValueError):
-    """A row that breaks a rule. `reason` is the short name it is counted under."""
+    """The error of a row that breaks a rule; `reason` is the short name it is counted under."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -150,5 +150,5 @@ _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """A value as an error may quote it: short, on one line."""
+    """A value as quoted in an error: short and on one line."""
     return _SHOWN.repr(value)

@@ -1,7 +1,7 @@
-"""Files of JSON under one strict pass.
+"""Reads files of JSON strictly.
 
-No key twice in an object, no NaN, no endless nesting, no line or packed file that fills the
-memory; UTF-8 throughout. What Python's parser accepts beyond JSON is an error here.
+Duplicate keys, NaN, deep nesting, and lines or compressed files that would fill the memory are
+errors, and so is everything else that Python's parser accepts beyond JSON. All text is UTF-8.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from rlhf_jax.data.schema.rules import NESTING, RowError, shown
 from rlhf_jax.run.files import is_nested_deeper, local_path, repeated_key
 
 LINE_LIMIT = 2**24
-"""Most bytes of a line; a record of a hundred thousand words has a million."""
+"""Most bytes of a line; a record of a hundred thousand words has about a million."""
 
 
 UNPACKED_LIMIT = 2**26
-"""Bytes that any .gz file may unpack to; a larger one may grow `UNPACKED_RATIO` times."""
+"""Any .gz file may decompress to this many bytes, or to `UNPACKED_RATIO` times its size."""
 
 
 UNPACKED_RATIO = 200
-"""Text packs 3 to 20 times smaller, one line repeated for ever 1,000 times.
+"""Text compresses by a factor of 3 to 20, one line repeated endlessly by a factor of 1,000.
 
-A file above this limit was made to fill the memory.
+A file above this limit is a decompression bomb.
 """
 
 
 def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """Each object of a file of JSON lines (or its error), with the number of its line."""
+    """Each object of a file of JSON lines (or its error), with its line number."""
     for line, data in lines_of(path):
         try:
             yield line, json_object(data)
@@ -45,12 +45,12 @@ def json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any
 
 
 def json_list(path: str | os.PathLike[str]) -> list[dict[str, Any] | RowError] | None:
-    """The rows of a file that is one JSON list, or what is wrong with each.
+    """The rows of a file that is one JSON list, or the error of each.
 
-    None where it is no list.
+    None where the file is not a list.
 
     Raises:
-      ValueError: the list breaks off or is no JSON; the message names line and column.
+      ValueError: the list is truncated or not valid JSON; the message gives line and column.
     """
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data.startswith(b"["):
@@ -68,7 +68,7 @@ def json_list(path: str | os.PathLike[str]) -> list[dict[str, Any] | RowError] |
     except RowError as error:
         raise ValueError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # The file has lines, each of which is a list.
+        if error.msg == "Extra data":  # a file of JSON lines, each of which is a list
             return None
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(
@@ -81,7 +81,7 @@ def json_value(path: str | os.PathLike[str]) -> Any:
     """The file as one JSON value.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not one.
     """
     try:
         return _DECODER.decode(
@@ -92,9 +92,9 @@ def json_value(path: str | os.PathLike[str]) -> Any:
 
 
 def first_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file in order, to see what it is.
+    """The JSON objects of a file in order, to recognise its format.
 
-    It ends before the first line that is none.
+    The iterator ends before the first line that is not an object.
     """
     try:
         for _, data in lines_of(path):
@@ -104,15 +104,15 @@ def first_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The whole file, unpacked when its name ends in .gz.
+    """The whole file, decompressed when its name ends in .gz.
 
     Raises:
-      ValueError: it is missing or damaged, or no path but an address (``gs://..``).
+      ValueError: it is missing or damaged, or the path is a URL (``gs://..``).
     """
     local_path("the file to read", path)
     if not os.path.isfile(path) and os.path.exists(path):
-        # A pipe can be read once only and may never end; a run reads its data again when it goes
-        # on.
+        # A pipe can be read only once and may never end, but a run reads its data again when it is
+        # resumed.
         what = (
             "a folder: pass one file"
             if os.path.isdir(path)
@@ -121,6 +121,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise ValueError(f"{path} is {what}")
     try:
         data = Path(path).read_bytes()
+        # The fingerprint of a run is that of these very bytes; the file may change later.
         parsed.seen(path, data)
         return _unpacked(data, path) if str(path).endswith(".gz") else data
     except FileNotFoundError:
@@ -130,7 +131,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def lines_of(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that hold something, and their numbers from 1.
+    """The lines of a file that are not blank, with their numbers from 1.
 
     Raises:
       ValueError: a line is too long, or as for `read_bytes`.
@@ -150,7 +151,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     """The JSON object of a line.
 
     Raises:
-      RowError: it is not one, or breaks the strict pass.
+      RowError: it is not one, or not strict JSON.
     """
     try:
         row = _DECODER.decode(data.decode("utf-8"))
@@ -165,9 +166,10 @@ def json_object(data: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         what = f"malformed JSON (character {error.pos}: {error.msg})"
         raise RowError("malformed JSON", f"{what}: write one JSON object a line") from None
-    except ValueError:  # Python's own limit on the digits of an integer.
+    except ValueError:  # from Python's own limit on the digits of an integer
         what = "malformed JSON (an integer of more digits than Python reads)"
         raise RowError("number too long", f"{what}: write it as a string, or remove it") from None
+    # Counting brackets is fast and spares nearly every row the walk of `_is_deep`.
     if data.count(b"[") + data.count(b"{") > NESTING and _is_deep(row):
         raise _too_deep()
     if not isinstance(row, dict):
@@ -199,6 +201,7 @@ def _refuse_constants(value: Any) -> None:
 
 def _unpacked(data: bytes, path: str | os.PathLike[str]) -> bytes:
     limit = max(UNPACKED_LIMIT, UNPACKED_RATIO * len(data))
+    # One byte beyond the limit is enough to know that there is more, whatever the file claims.
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
         found = file.read(limit + 1)
     if len(found) > limit:
@@ -214,7 +217,7 @@ def _too_deep() -> RowError:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether more than `NESTING` lists and objects are nested, whatever the parser's own limit."""
+    """Whether more than `NESTING` lists and objects are nested; Python's own limit varies."""
     return is_nested_deeper(value, NESTING - 1)
 
 
@@ -234,4 +237,4 @@ _DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_
 
 
 _ROW_BY_ROW = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
-"""For a list of rows, each of which is then checked by itself."""
+"""Decodes a list of rows and accepts NaN, so that `_checked_row` can report it per row."""

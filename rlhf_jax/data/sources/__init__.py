@@ -1,15 +1,13 @@
-"""Real people's data: HH-RLHF, OpenAssistant, running text.
-
-The tables and exports of other tools are read here too.
+"""Readers of human data: HH-RLHF, OpenAssistant, running text, and other tools' tables and exports.
 
 `read_hh`, `read_oasst` and `read_english` read a folder or download from the hub. `read_pairs`,
-`read_completions`, `read_prompts` and `read_rated` read a table of one form; `read_form` reads any
-of `FORMS`, and recognises which. What may hold a table is in `tables`, what happens to a row in
-`FORM_RULES`, and docs/data_sources.md describes each form.
+`read_completions`, `read_prompts` and `read_rated` read a table of one form; `read_form` recognises
+and reads any of `FORMS`. `tables` reads the file formats, `FORM_RULES` lists what happens to a row,
+and docs/data_sources.md describes each form.
 
-A dialogue of the first kind becomes one prompt in one form, whatever the source: "Human: ..", blank
-line, "Assistant: ..", and so on, ending in "Assistant:". Train and test are split by a hash of the
-first human turn, so no conversation is in both. Tables keep their own splits, and messages stay
+A dialogue of the public data sets becomes a prompt in one format: "Human: ..", blank line,
+"Assistant: ..", and so on, ending in "Assistant:". Train and test are split by a hash of the first
+human turn, so no conversation is in both. Tables keep their own splits, and messages remain
 messages.
 """
 

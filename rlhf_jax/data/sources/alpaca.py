@@ -1,9 +1,9 @@
-"""Alpaca and Dolly: an instruction, what it is about, and the answer, each in its column.
+"""Alpaca and Dolly: columns for an instruction, its input, and the answer.
 
-Alpaca is ``{instruction, input, output}``; LLaMA-Factory adds `system`, `history` (pairs of texts:
-the turns before) and a preference, `chosen` and `rejected` in the place of `output`. Dolly is
-``{instruction, context, response, category}``. The second text stands below the first, after a
-blank line.
+Alpaca is ``{instruction, input, output}``; LLaMA-Factory adds `system`, `history` (pairs of texts,
+the earlier turns) and a preference, `chosen` and `rejected` instead of `output`. Dolly is
+``{instruction, context, response, category}``. The prompt is the instruction, a blank line, and the
+input.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ def parse_alpaca(row: Row) -> Draft:
     """A demonstration, or a ranking of two where there are `chosen` and `rejected`.
 
     Raises:
-      RowError: a column is missing or is no text.
+      RowError: a column is missing or not a text.
     """
     row.refuse_more_than_text()
     prompt = _with_history(row, _joined(row, "input"))
     if row.has("chosen") or row.has("rejected"):
         return pair_of(row, prompt, row.text("chosen"), row.text("rejected"))
+    # A list is usually a preference, with both answers in one column.
     if isinstance(row.values.get("output"), list):
         raise RowError(
             "wrong type",
@@ -38,7 +39,7 @@ def parse_dolly(row: Row) -> Draft:
     """A demonstration whose use case is the category.
 
     Raises:
-      RowError: a column is missing or is no text.
+      RowError: a column is missing or not a text.
     """
     row.refuse_more_than_text()
     category = as_label(row.take("category")) if row.has("category") else None
@@ -55,7 +56,7 @@ def _joined(row: Row, second: str) -> str:
 def _with_history(row: Row, prompt: str) -> Any:
     """The prompt after the turns of `history`, a list of [instruction, answer]."""
     if not row.has("history"):
-        row.take("history")
+        row.take("history")  # an empty column has been read, too
         return prompt
     pairs = listed(row, "history", row.take("history"), opening="[")
     good = isinstance(pairs, list) and all(

@@ -1,10 +1,8 @@
-"""What the exports of annotation tools have in common.
+"""Turns the exports of annotation tools into rankings and demonstrations.
 
-They have records, people, and one question whose answers are wanted.
-
-`argilla` and `label_studio` say what a record holds and what each person answered; here the
-question is chosen, once for the whole file, and its answers become rankings and demonstrations.
-Where two could be meant, none is taken.
+`argilla` and `label_studio` extract the fields of a record and each person's answers. Here one
+question is chosen for the whole file, and its answers become records. Where two questions are
+possible, the user has to choose.
 """
 
 from __future__ import annotations
@@ -40,11 +38,11 @@ class Given:
 
     Attributes:
       question: its name.
-      kind: whether it orders responses, rates the one response, is a text that answers, or none of
+      kind: whether it orders responses, rates the single response, is itself a response, or none of
         these.
       value: for an order, each response with its rank from 1 or None; else the number or the text.
-      person: who gave it.
-      submitted: whether it counts: not cancelled, discarded or a draft.
+      person: the annotator.
+      submitted: whether it counts, that is, was not cancelled, discarded or left a draft.
     """
 
     question: str
@@ -56,7 +54,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Annotated:
-    """A record of an annotation tool: its fields, its id, and what people answered."""
+    """A record of an annotation tool: its fields, its id, and people's answers."""
 
     fields: Row
     id: str | None
@@ -71,14 +69,14 @@ def table(
     """The rows and their parser.
 
     Args:
-      rows: the records of the file; where the question is a rating, those with one prompt are put
-        together.
-      columns: what the user said: ``prompt`` (a field), ``ranking``, ``score`` or ``response`` (a
-        question), and the field that a choice means.
-      extract: what a row holds.
+      rows: the records of the file; where the question is a rating, those with the same prompt are
+        grouped.
+      columns: the user's mapping: ``prompt`` (a field), ``ranking``, ``score`` or ``response`` (a
+        question), and the field that a choice refers to.
+      extract: the fields and answers of a row.
 
     Raises:
-      ValueError: no question, or more than one, could be meant.
+      ValueError: no question is suitable, or more than one is.
     """
     found: dict[int, Annotated | RowError] = {}
     for row in rows:
@@ -86,13 +84,12 @@ def table(
             found[id(row)] = extract(row, columns)
         except RowError as error:
             found[id(row)] = error
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-        ) as error:
-            # An entry is not an object, or of another type.
-            said = f"the record is not as the tool exports it ({first_line(error)}): export the file again"
+        except (AttributeError, KeyError, TypeError) as error:
+            # `extract` trusts the export's structure, so a damaged entry fails inside it.
+            said = (
+                f"the record is not as the tool exports it ({first_line(error)}): export the file "
+                "again"
+            )
             found[id(row)] = RowError("wrong type", said)
     try:
         question, kind = _choose(
@@ -112,6 +109,7 @@ def table(
 
     if kind != "number":
         return rows, parse
+    # A rating is of one response, so records with the same prompt and system make one ranking.
     together: dict[Any, list[Row]] = {}
     for row in rows:
         one, prompt = found[id(row)], id(row)
@@ -149,7 +147,7 @@ def _choose(records: Sequence[Annotated], columns: Mapping[str, str]) -> tuple[s
                 f"--columns {flag}=NAME"
             )
     if not kinds:
-        return "", "order"  # nobody annotated anything: each row says so
+        return "", "order"  # without annotations, each row is dropped with that reason
     raise ValueError(
         f"no question orders, rates or answers: the questions are {listed}; a choice must name a "
         "field (--columns CHOICE=FIELD), and a text is taken as the answer with --columns "
@@ -207,7 +205,7 @@ def _drafts(
 def _rated(
     records: Sequence[Annotated], row: Row, question: str, columns: Mapping[str, str]
 ) -> list[Draft]:
-    """A ranking by each person of the responses that they rated, one of each record."""
+    """One ranking per person, of the responses that the person rated, one from each record."""
     people: dict[str | None, list[tuple[Annotated, Any]]] = {}
     for record in records:
         for answer in record.given:
@@ -267,11 +265,10 @@ def _answer_field(fields: Row, columns: Mapping[str, str]) -> str:
 
 
 def field_of(fields: Row, name: Any, columns: Mapping[str, str]) -> str | None:
-    """The field that a choice or a rank means.
+    """The field that a choice or a rank refers to.
 
-    It is the one that the user named, or else the one of that name.
-
-    Case and signs between words aside: ``response-1`` and ``Response 1`` mean ``response_1``.
+    It is the one that the user mapped, or else the one of that name. Case and punctuation are
+    ignored: ``response-1`` and ``Response 1`` refer to ``response_1``.
     """
     if not isinstance(name, str):
         return None
@@ -286,12 +283,12 @@ def _plain(name: str) -> str:
 
 
 def choice(fields: Row, name: Any, columns: Mapping[str, str]) -> list[tuple[Any, int]] | None:
-    """The order that a choice says.
+    """The order that a choice expresses.
 
-    The field that it names is better than those that are numbered like it.
-
-    A tie ranks all of them alike. None where it names no field, or only one could be meant.
+    The named field is better than the other fields of the same numbered series. A tie ranks all of
+    them alike. None where the choice names no field, or the field has no alternatives.
     """
+    # response_1, response_2 or answer_a, answer_b: fields that differ in the last number or letter.
     stems: dict[str, list[str]] = {}
     for field in fields.columns():
         match = re.fullmatch(r"(.*?)[\W_]*(?:\d+|[a-dA-D])", field)
@@ -355,7 +352,7 @@ def _demonstration(
 
 
 def _text(fields: Row, value: Any, name: str) -> str:
-    """A response as a text; a list of one turn is that turn's."""
+    """A response as a text; of a list of one turn, that turn's text."""
     if isinstance(value, list):
         said = turns(fields, name, value)
         value = said[0].get("content") if len(said) == 1 and isinstance(said[0], dict) else value

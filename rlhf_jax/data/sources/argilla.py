@@ -1,4 +1,4 @@
-"""Argilla: the records that people ranked, rated or answered, as its exports have them.
+"""Argilla: exports of records that people ranked, rated or answered.
 
 Version 2 writes a list of
 ``{id, fields, metadata, suggestions, responses: {question: [{value, user_id}]}}`` (`to_json`,
@@ -8,9 +8,9 @@ Version 2 writes a list of
 ``question: [{user_id, value, status}]`` (`push_to_huggingface`).
 
 A ranking is a list of names of fields, best first, or of ``{value, rank}``: the exports of version
-2 have no ranks, and so no ties. A choice is the name of the best field. A number rates the one
-response of its record, and records with one prompt are compared. Drafts and discarded answers are
-left out; suggestions are nobody's word.
+2 have no ranks, and so no ties. A choice is the name of the best field. A number rates the single
+response of its record, and records with the same prompt are compared. Drafts and discarded answers
+are left out, and so are suggestions, which are not people's answers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_record(row: Row) -> bool:
 
 
 def _old_questions(row: Row) -> list[str]:
-    """Version 1's flat columns: lists of what each person said."""
+    """The flat columns of version 1: lists of each person's answers."""
     wanted = {"user_id", "value", "status"}
     found = []
     for name, value in row.values.items():
@@ -50,10 +50,10 @@ def _old_questions(row: Row) -> list[str]:
 
 
 def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
-    """What a record holds.
+    """The fields and answers of a record.
 
     Raises:
-      RowError: it is no record of Argilla.
+      RowError: it is not a record of Argilla.
     """
     fields = _fields(row)
     found = [row.take(name) for name in ("id", "external_id")]
@@ -72,6 +72,7 @@ def _fields(row: Row) -> Row:
     questions = [
         name for name in row.values if FLAT in name or ".suggestion" in name
     ] + _old_questions(row)
+    # A flat record has its fields beside its questions, without a mark of their own.
     names = [name for name in row.values if name not in questions and name not in _OF_RECORDS]
     asides = [
         name
@@ -128,6 +129,7 @@ def _given(
     if isinstance(value, int | float):
         return Given(question, "number", value, person, submitted)
     if isinstance(value, str):
+        # A text may be a choice that names a field, unless the user declared it the answer.
         order = None if columns.get("response") == question else choice(fields, value, columns)
         return Given(
             question, "text" if order is None else "order", order or value, person, submitted
@@ -139,10 +141,11 @@ def _given(
 def _order(
     fields: Row, columns: Mapping[str, str], value: Any
 ) -> list[tuple[Any, int | None]] | None:
-    """The responses with their ranks, where each entry names a field.
+    """The responses with their ranks, or None where an entry does not name a field.
 
-    Otherwise it is not a ranking (but labels, say).
+    Such a list is not a ranking, but a list of labels, for example.
     """
+    # `datasets` stores a list of {value, rank} as one object of two lists.
     if (
         isinstance(value, dict)
         and isinstance(value.get("value"), list)
@@ -162,8 +165,8 @@ def _order(
         return None
     ranks = [entry.get("rank") for entry in entries]
     if not isinstance(value[0], dict) or all(rank is None for rank in ranks):
-        # The client of version 2 writes the names alone. It reads such a list as a ranking too,
-        # best first.
+        # The client of version 2 writes the names alone, and reads such a list as a ranking, best
+        # first.
         fields.note("order without ranks")
         ranks = list(range(1, len(ranks) + 1))
     order = sorted({rank for rank in ranks if rank is not None})

@@ -1,4 +1,4 @@
-"""The rows of one table, how they become records, and the counts of what became of each."""
+"""Converts the rows of one table to records, and counts the outcome of each row."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from rlhf_jax.data.sources.rules import EXPECTED_DROPS
 SETS: Mapping[type, str] = {
     Demonstration: "demonstrations", Ranking: "rankings", Prompt: "prompts", PlainText: "corpus",
 }  # fmt: skip
-"""What the records of a kind are called in a folder of data."""
+"""The name of a kind's records in a folder of data."""
 
 
 LOOKED_AT = 100
-"""Rows that are looked at for the form: in the first ones a column may be empty."""
+"""Rows that are examined to recognise the form, as a column may be empty in the first ones."""
 
 
 MARKERS = templated.pattern()
@@ -39,7 +39,7 @@ Plan = Callable[[Sequence[Row]], tuple[Sequence[Row], Parser]]
 
 
 class CountedTable:
-    """The rows of a table on their way to records, and what became of each."""
+    """The rows of a table while they are converted to records, and the outcome of each."""
 
     def __init__(self, path: str | os.PathLike[str], split: str | None, max_bad_fraction: float):
         if not 0 <= max_bad_fraction < 1:
@@ -57,7 +57,7 @@ class CountedTable:
             if isinstance(values, RowError):
                 self._drop(place, values)
             else:
-                # A byte order mark before the first name comes from tables that were joined.
+                # In tables that were concatenated, a first name may begin with a byte order mark.
                 named = {str(name).lstrip("\ufeff"): value for name, value in values.items()}
                 self.rows.append(Row(place, named, cells=cells))
 
@@ -73,7 +73,7 @@ class CountedTable:
         return self.rows[0]
 
     def form(self) -> str:
-        """The form of the first row that is of one; "" where none of the first is.
+        """The form of the first row with a known one; "" where none of the first rows has one.
 
         Raises:
           ValueError: there are no rows.
@@ -82,17 +82,17 @@ class CountedTable:
         return next(filter(None, map(recognise.of_row, self.rows[:LOOKED_AT])), "")
 
     def example(self, form: str) -> Row:
-        """The first row of a form, or of the file."""
+        """The first row of a form, or else of the file."""
         return next((row for row in self.rows if FORMS[form].fits(row)), self.first())
 
     def map_columns(self, columns: Mapping[str, str]) -> None:
-        """Give columns the names that are wanted.
+        """Rename columns to the wanted names.
 
         Raises:
-          ValueError: no row has such a column, or one is to have two names.
+          ValueError: no row has such a column, or one column would get two names.
         """
         present = {name for row in self.rows for name in row.values}
-        # A number inside UltraFeedback's completions is no column: its reader looks for it there.
+        # A score inside UltraFeedback's completions is not a column; `rated` finds it there.
         inside = {key for row in self.rows[:1] for key in _inner_names(row)}
         columns = {
             wanted: have
@@ -130,12 +130,12 @@ class CountedTable:
             row.values = {**given, **kept, **replaced}
 
     def refuse_unread(self, columns: Mapping[str, str]) -> None:
-        """Raise where a column was given a name that nothing reads.
+        """Raise where a column was renamed to a name that the form does not read.
 
-        Otherwise a slip of the pen would go unseen.
+        Otherwise a typing error would go unnoticed.
 
         Raises:
-          ValueError: naming the flag.
+          ValueError: a name was not read; the message names the flag.
         """
         for wanted, have in columns.items():
             holding = sum(row.has(wanted) for row in self.rows)
@@ -160,7 +160,7 @@ class CountedTable:
         """Raise where a row is of another form than the first.
 
         Raises:
-          ValueError: naming the row.
+          ValueError: there is such a row; the message names it.
         """
         fitting = any(FORMS[form].fits(row) for row in self.rows)
         if not fitting and not FORMS[form].renames:
@@ -183,7 +183,7 @@ class CountedTable:
         """The records of all rows.
 
         Raises:
-          ValueError: rows give records of several kinds where one is wanted.
+          ValueError: the rows give records of several kinds, and `one_kind` is set.
         """
         rows, parse = plan(self.rows)
         parsed: list[tuple[Row, list[Draft]]] = []
@@ -217,7 +217,7 @@ class CountedTable:
     ) -> Any:
         fields = ({"source": source} if source else {}) | draft.fields
         if some_system and not draft.has_system and isinstance(fields.get("prompt"), str):
-            # Half of a table as bare text and half as a chat would teach two forms at once.
+            # If only some rows were conversations, a model would learn two formats at once.
             row.note("prompt made a turn")
             fields = {
                 **fields,
@@ -246,7 +246,7 @@ class CountedTable:
         return record
 
     def _of_row(self, row: Row) -> set[Any]:
-        """The rankings by labelers that a row gave so far."""
+        """The keys of the rankings by labelers that a row has given so far."""
         if self.last[0] is not row:
             self.last = (row, set())
         return self.last[1]
@@ -310,7 +310,7 @@ class CountedTable:
 
 
 def _inner_names(row: Row) -> set[str]:
-    """The names inside the lists of objects that a row holds."""
+    """The names of the fields inside a row's lists of objects."""
     lists = [value for value in row.values.values() if isinstance(value, list)]
     return {key for value in lists for item in value if isinstance(item, dict) for key in item}
 

@@ -1,4 +1,4 @@
-"""Folders of data and downloads from the Hugging Face hub."""
+"""Finds folders of data, and downloads from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlhf_jax.run.files import local_path
 
 
 def folder(data_dir: str | os.PathLike[str], *names: str) -> Path:
-    """The folder itself, or the first of `names` that it holds.
+    """The folder itself, or the first of its subfolders `names` that exists.
 
     Raises:
-      ValueError: it is no folder.
+      ValueError: it is not a folder.
     """
     root = local_path("data_dir", data_dir)
     if not root.is_dir():
@@ -28,11 +28,11 @@ def download(repo: str, name: str) -> Path:
     """The local copy of a file of a data set on the hub.
 
     Raises:
-      ValueError: it cannot be had; the message says how to pass a folder instead.
+      ValueError: the download fails; the message explains how to pass a folder instead.
     """
     try:
         return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset"))
-    except OSError as error:  # every error of the hub client is one
+    except OSError as error:  # the base class of all errors of the hub client
         raise ValueError(
             f"cannot download {name} of {repo} ({type(error).__name__}: {first_line(error)}): "
             "check the network, or put the file in a folder and pass data_dir (--data_dir=FOLDER)"

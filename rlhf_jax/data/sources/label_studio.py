@@ -1,17 +1,17 @@
-"""Label Studio: tasks with people's annotations, as its JSON export has them.
+"""Label Studio: the JSON export of tasks with people's annotations.
 
 A task is ``{id, data: {prompt, ..}, annotations: [{completed_by, was_cancelled, result: [..]}]}``.
-Of the results
+The types of results are
 
-- `pairwise` (``{selected: left}``) and `choices` prefer one of the task's answers,
-- `ranker` (``{ranker: {rank: [ids]}}``) orders the items of a list of the task's, best first;
-  several buckets have no order of their own, which ``--columns "buckets=good>bad"`` gives,
-- `rating` rates the one response of its task, and tasks with one prompt are compared,
-- `textarea` is an answer to the prompt.
+- `pairwise` (``{selected: left}``) and `choices`, which prefer one of the task's answers,
+- `ranker` (``{ranker: {rank: [ids]}}``), which orders the items of one of the task's lists, best
+  first; several buckets have no order of their own, so ``--columns "buckets=good>bad"`` gives it,
+- `rating`, which rates the single response of its task; tasks with the same prompt are compared,
+- `textarea`, which is an answer to the prompt.
 
-Which columns of the data the left and the right text are is not in the export: they are named as
-`PAIRS` has it, as the tags are, or with ``--columns left=NAME,right=NAME``. Cancelled annotations
-are left out; predictions are nobody's word.
+The export does not say which columns of the data are the left and the right text: they have one of
+the names in `PAIRS`, the names of the tags, or those of ``--columns left=NAME,right=NAME``.
+Cancelled annotations are left out, and so are predictions, which are not people's answers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ from rlhf_jax.data.sources.messages import label_of
 from rlhf_jax.data.sources.row import Row, as_label
 
 PAIRS = (
-    ("answer1", "answer2"), ("answer_1", "answer_2"), ("answer_a", "answer_b"), ("response1", "response2"),
-    ("response_1", "response_2"), ("response_a", "response_b"), ("completion1", "completion2"), ("text1", "text2"),
-    ("option1", "option2"), ("output1", "output2"), ("left", "right"),
-)  # fmt: skip
+    ("answer1", "answer2"),
+    ("answer_1", "answer_2"),
+    ("answer_a", "answer_b"),
+    ("response1", "response2"),
+    ("response_1", "response_2"),
+    ("response_a", "response_b"),
+    ("completion1", "completion2"),
+    ("text1", "text2"),
+    ("option1", "option2"),
+    ("output1", "output2"),
+    ("left", "right"),
+)
 ITEM_TEXTS = ("body", "text", "content", "answer", "response")
 UNSORTED = "_"
-"""The name that Label Studio gives to the list of what nobody moved to a bucket."""
+"""The name that Label Studio gives to the list of items that were not moved to a bucket."""
 
 
 def is_task(row: Row) -> bool:
@@ -42,10 +50,10 @@ def is_task(row: Row) -> bool:
 
 
 def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
-    """What a task holds.
+    """The data and annotations of a task.
 
     Raises:
-      RowError: a choice, an order or a pair cannot be told.
+      RowError: a choice, an order or a pair is ambiguous.
     """
     data = row.inside("data", row.take("data"))
     given: list[Given] = []
@@ -93,8 +101,7 @@ def _given(
             raise RowError(
                 "more than one turn", f"{question!r} has {len(texts)} texts: one answer to a prompt"
             )
-        # A text area beside a choice is mostly a remark: it answers where it is named like an
-        # answer.
+        # A text area beside a choice is usually a remark, so its name must be that of an answer.
         name = columns.get("response", "") == question or question in ANSWERS
         return Given(
             question,
@@ -136,22 +143,21 @@ def _sides(data: Row, columns: Mapping[str, str], to_name: Any) -> tuple[str, st
 
 
 def _ranked(data: Row, columns: Mapping[str, str], value: Any) -> list[tuple[Any, int | None]]:
-    """The items of the task with their ranks; what lies in no bucket is not ranked."""
+    """The items of the task with their ranks; items in no bucket are not ranked."""
     buckets = value if isinstance(value, dict) else {"rank": value}
     names = [name for name in buckets if name != UNSORTED]
     if len(names) > 1:
         order = [name.strip() for name in columns.get("buckets", "").split(">")]
         if sorted(order) != sorted(names):
             raise RowError(
-                "unknown "
-                "answer", f"the items lie in the buckets {', '.join(names)}, and which is better is not "
-                    "in the "
-                f'export: say it with --columns "buckets={">".join(names)}", the best first',
-            )  # fmt: skip
+                "unknown answer",
+                f"the items lie in the buckets {', '.join(names)}, and which is better is not in "
+                f'the export: say it with --columns "buckets={">".join(names)}", the best first',
+            )
         names = order
     ids = [item for name in names for item in buckets[name] or []]
     items = _items(data, columns, [*ids, *(buckets.get(UNSORTED) or [])])
-    # The list of what is not sorted is the ranking itself where there is no other.
+    # The list of unsorted items is the ranking itself where there is no bucket.
     ids = ids or list(buckets.get(UNSORTED) or []) if not names else ids
     return [(text, ids.index(name) + 1 if name in ids else None) for name, text in items.items()]
 
@@ -168,10 +174,10 @@ def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, A
     name = columns.get("items", found[0] if len(found) == 1 else "")
     if name not in found:
         raise RowError(
-            "unknown "
-            "answer", f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
+            "unknown answer",
+            f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
             f"{', '.join(sorted(data.columns()))}",
-        )  # fmt: skip
+        )
     items = data.take(name)
     keys = [key for key in ITEM_TEXTS if all(item.get(key) is not None for item in items)]
     if len(keys) != 1:

@@ -1,8 +1,7 @@
-"""Lists of messages, whoever wrote them, and OpenAI's forms of fine-tuning files.
+"""Reads lists of messages of any source, and OpenAI's formats of fine-tuning files.
 
-A turn is ``{role, content}`` or ShareGPT's ``{from, value}``. Whatever else it holds is kept, left
-aside by name, or refused by name: a tool call that is dropped would leave an answer that makes no
-sense.
+A turn is ``{role, content}`` or ShareGPT's ``{from, value}``. Any other field is left aside by name
+or refused by name: dropping a tool call, for example, would leave an answer that makes no sense.
 """
 
 from __future__ import annotations
@@ -25,9 +24,17 @@ from rlhf_jax.data.sources.row import (
 from rlhf_jax.data.sources.transcripts import ASSISTANT, HUMAN, turns_of
 
 _ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 _TOOL_ROLES = (
     "tool",
     "function",
@@ -68,28 +75,30 @@ _ABOUT = (
     "hashed_ip", "tokens", "num_tokens", "score", "rating", "source", "category", "markdown",
     "parent_id", "annotations", "prefix",
 )  # fmt: skip
-"""What people write about a turn: no part of it."""
+"""Metadata of a turn, which is left aside."""
 
 
 def turn(row: Row, value: Any, where: str) -> Any:
-    """A turn as ``{role, content}``, its content one text.
+    """A turn as ``{role, content}`` with one text as its content.
 
     Args:
-      row: the row it is in, which notes what was joined or left aside.
-      value: what the file holds.
-      where: its place, as in ``messages[2]``.
+      row: the row of the turn, which notes what was joined or left aside.
+      value: the turn in the file.
+      where: its name in errors, as in ``messages[2]``.
 
     Raises:
-      RowError: it holds something that a role and a text cannot hold, or no text.
+      RowError: it has something that a role and a text cannot represent, or no text.
     """
     if not isinstance(value, dict):
-        return value  # `schema` says what a turn is
+        return value  # `schema` refuses it with the right message
     given = {name: inner for name, inner in value.items() if inner is not None}
     role, content = _either(given, "role", "from", where), _either(given, "content", "value", where)
     if isinstance(role, str) and role.lower() in _TOOL_ROLES:
-        raise RowError("tool "
-            "call", f"'{where}' has the role {role!r}: it must be one of {', '.join(ROLES)}, so leave "
-                                    "conversations with tool calls out")  # fmt: skip
+        raise RowError(
+            "tool call",
+            f"'{where}' has the role {role!r}: it must be one of {', '.join(ROLES)}, so leave "
+            "conversations with tool calls out",
+        )
     for name, inner in given.items():
         if name not in ("role", "from", "content", "value"):
             _refuse_or_leave(row, name, inner, where, _ROLES.get(str(role).strip().lower(), ""))
@@ -129,7 +138,7 @@ def _refuse_or_leave(row: Row, name: str, value: Any, where: str, role: str) -> 
             f"'{where}' has a 'name', {str(value)[:30]!r}: write it into the text or remove it",
         )
     if name in _WEIGHTS:
-        # The user's turns are never trained on, so that 0 says nothing new about one.
+        # The user's turns are never trained on, so a weight of 0 is right for them.
         if value not in ((1, True) if role == "assistant" else (0, False, 1, True)):
             raise RowError(
                 "turn weight",
@@ -146,10 +155,10 @@ def _refuse_or_leave(row: Row, name: str, value: Any, where: str, role: str) -> 
 
 
 def content_text(row: Row, content: Any, where: str) -> Any:
-    """A content as one text: a text as it is, a list of text parts joined.
+    """A content as one text: a text as it is, or a list of text parts joined.
 
     Raises:
-      RowError: a part is no text.
+      RowError: a part is not a text.
     """
     if not isinstance(content, list):
         return content
@@ -178,7 +187,7 @@ def content_text(row: Row, content: Any, where: str) -> Any:
 
 
 def turns(row: Row, name: str, value: Any) -> str | list[Any]:
-    """What a column says: a text, or a list of turns.
+    """The value of a column: a text, or a list of turns.
 
     Raises:
       RowError: it is neither.
@@ -199,10 +208,10 @@ def turns(row: Row, name: str, value: Any) -> str | list[Any]:
 
 
 def with_system(row: Row, prompt: Any) -> tuple[Any, bool]:
-    """The prompt with the system column's text as its first turn, and whether there was one.
+    """The prompt with the system column's text as its first turn, and whether it was added.
 
     Raises:
-      RowError: the prompt has a system turn that differs from it.
+      RowError: the prompt has a system turn that differs from the column.
     """
     system = row.system_text()
     if not system:
@@ -221,17 +230,14 @@ def with_system(row: Row, prompt: Any) -> tuple[Any, bool]:
 
 
 def as_turns(prompt: str) -> list[dict[str, str]]:
-    """A text prompt as turns.
-
-    A transcript is cut at its marks; any other text is one turn of the user's.
-    """
+    """A text prompt as turns: those of a transcript, or one user's turn for any other text."""
     if ("\n\n" + prompt).startswith(HUMAN) and prompt.endswith(ASSISTANT):
         return turns_of(prompt)
     return [{"role": "user", "content": prompt}]
 
 
 def last_text(prompt: Any) -> str:
-    """What an answer would repeat: a text prompt, or the last turn of a list of them.
+    """The text that an answer might repeat: a text prompt, or the last turn of a list.
 
     It is "" for anything else.
     """
@@ -243,7 +249,7 @@ def last_text(prompt: Any) -> str:
 def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -> tuple[Any, str]:
     """The prompt and the text that answers it.
 
-    `said` is that text, the turn, or the whole conversation.
+    `said` is the column with the answer: a text, one turn, or the whole conversation.
 
     Raises:
       RowError: there is no prompt, the last turn is not the assistant's, or several turns answer
@@ -263,6 +269,8 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
             "no Assistant turn",
             "the last message is not the assistant's: remove what follows its turn",
         )
+    # The answer may repeat the conversation from the prompt or from before it; then its own turns
+    # before the last are the prompt.
     given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if prompt is None or (before and _same(before[-len(given) :], given)):
         prompt = before
@@ -270,14 +278,14 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
         raise RowError(
             "more than one turn",
             f"{len(said)} messages answer the prompt: only the last may; if they are the whole "
-            "conversation, leave the "
-            "prompt's column aside with --columns prompt= (in Python columns={'prompt': ''})",
+            "conversation, leave the prompt's column aside with --columns prompt= (in Python "
+            "columns={'prompt': ''})",
         )
     return prompt, check_text(last.get("content"), "content", allow_empty=True)
 
 
 def _same(turns: list[Any], others: list[Any]) -> bool:
-    """Whether two conversations are the same, spaces around a content aside."""
+    """Whether two conversations are equal, ignoring spaces around contents."""
 
     def plain(turn: Any) -> Any:
         return (
@@ -327,7 +335,7 @@ def demonstration_of(row: Row, prompt: Any, answer: str, **labels: str) -> Draft
 
 
 def prompt_of(row: Row, prompt: Any) -> Draft:
-    """A prompt that nobody answered.
+    """A prompt without an answer.
 
     Raises:
       RowError: the systems differ.
@@ -346,7 +354,7 @@ def conversation(row: Row, name: str = "messages") -> Draft:
     With ``rejected_response`` it is a ranking of two.
 
     Raises:
-      RowError: the last turn is not the assistant's, or a turn holds more than a role and a text.
+      RowError: the last turn is not the assistant's, or a turn has more than a role and a text.
     """
     row.refuse_more_than_text()
     said = turns(row, name, row.needed(name))
@@ -363,7 +371,7 @@ def preference(row: Row) -> Draft:
     """A row ``{input: {messages}, preferred_output: [turn], non_preferred_output: [turn]}``.
 
     Raises:
-      RowError: the input holds tools, or an output is not one turn of the assistant's.
+      RowError: the input has tools, or an output is not one turn of the assistant's.
     """
     row.refuse_more_than_text()
     given = row.needed("input")
@@ -388,10 +396,7 @@ def preference(row: Row) -> Draft:
 
 
 def label_of(value: Any) -> str | None:
-    """The name of a person as an export gives it.
-
-    It is a text, a number, or an object with an e-mail, name or id.
-    """
+    """The name of a person in an export: a text, a number, or an object with e-mail, name or id."""
     if isinstance(value, dict):
         value = next(
             (value[key] for key in ("email", "username", "id") if value.get(key) is not None), None

@@ -1,4 +1,4 @@
-"""OpenAssistant: trees of messages whose replies volunteers ranked."""
+"""OpenAssistant: trees of messages with replies that volunteers ranked."""
 
 from __future__ import annotations
 
@@ -56,9 +56,8 @@ def read_oasst_demonstrations(
 ) -> tuple[list[Demonstration], DataReport]:
     """The best-ranked (or only) human reply to each context of OpenAssistant.
 
-    Arguments as in `read_oasst`.
-
-    The file may also be ``demonstrations.jsonl.gz`` (rows ``{prompt: [{role, text}], response}``).
+    The arguments are those of `read_oasst`. The file may also be ``demonstrations.jsonl.gz`` (rows
+    ``{prompt: [{role, text}], response}``).
     """
     path = _oasst_file(data_dir, "*tree*.jsonl.gz", "demonstrations.jsonl.gz")
     of_tree = functools.partial(_tree_demonstrations, language=language)
@@ -121,8 +120,7 @@ def _tree_demonstrations(row: dict[str, Any], *, language: str) -> list[Demonstr
         ranked = sorted(
             (r for r in human if type(r.get("rank")) is int), key=lambda reply: reply["rank"]
         )
-        # Without ranks a reply is taken only where it is alone: nobody said which of several is
-        # good.
+        # Without ranks a reply is taken only if it is the only one, as none is known to be better.
         best = ranked[0] if ranked else human[0] if len(human) == 1 else None
         if best is not None:
             text = check_text(best.get("text"), "text").strip()
@@ -133,10 +131,11 @@ def _tree_demonstrations(row: dict[str, Any], *, language: str) -> list[Demonstr
 def _contexts(
     row: dict[str, Any], language: str
 ) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
-    """Every human message of a tree with the turns up to and with it."""
+    """Every human message of a tree, with the turns up to and including it."""
     root = row.get("prompt")
     if not isinstance(root, dict):
         raise RowError("bad prompt", "field 'prompt' must be the first message of the tree")
+    # A stack instead of recursion, as a tree built from flat messages may be deep.
     stack = [(root, [])] if root.get("lang") == language and not root.get("deleted") else []
     while stack:
         node, before = stack.pop()
@@ -186,7 +185,7 @@ def is_message(row: Row) -> bool:
 
 
 def table(rows: Sequence[Row], language: str) -> tuple[Sequence[Row], Callable[[Row], list[Draft]]]:
-    """The trees of a file, those of the flat form put together, and their parser.
+    """The trees of a file, built from its messages in the flat form, and their parser.
 
     Args:
       rows: trees, or messages that name their parents.
@@ -198,16 +197,16 @@ def table(rows: Sequence[Row], language: str) -> tuple[Sequence[Row], Callable[[
 
 
 def _trees(rows: Sequence[Row]) -> list[Row]:
-    """The messages of the flat form as trees.
+    """Builds trees from the messages of the flat form.
 
-    A message whose parent is missing stands alone, and is refused there.
+    A message with a missing parent becomes a tree of its own, which `_drafts` refuses.
     """
     nodes: dict[str, dict[str, Any]] = {}
     for row in rows:
         node = {name: row.take(name) for name in row.values}
         rank = as_number(node.get("rank"), "rank", texts=row.cells)
         for name in ("deleted", "synthetic"):
-            if row.cells:  # a cell holds the word
+            if row.cells:  # a CSV cell is always text
                 node[name] = str(node.get(name)).strip().lower() in ("true", "1", "1.0")
         nodes[str(node["message_id"])] = node | {
             "rank": None if rank is None else int(rank),
@@ -221,6 +220,7 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         root, seen = str(row.values["message_id"]), set()
         while str(nodes[root]["parent_id"]) in nodes:
+            # In a damaged file the parents may form a cycle.
             if root in seen:
                 raise ValueError(
                     f"{row.place}: field 'parent_id' leads from the message back to it: remove the "

@@ -1,6 +1,6 @@
-"""The records of this package in whatever holds a table.
+"""Reads the records of this package from any format of table.
 
-They are read as `schema.read_jsonl` reads them, with texts unchanged.
+They are parsed like those of `schema.read_jsonl`, with texts unchanged.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ RATINGS = (
     "helpfulness", "correctness", "honesty", "quality", "rating", "overall_rating", "overall_score",
     "reward",
 )  # fmt: skip
-"""Numbers by which people or models say how good a response is, as HelpSteer has them."""
+"""Columns with ratings of a response by people or models, as in HelpSteer."""
 
 
 def fits(row: Row) -> bool:
-    """Whether a row has what a record needs, under the names of this package."""
+    """Whether a row has the fields of a record, under the names of this package."""
     prompt, found = row.has("prompt") or row.has("messages"), set(row.columns())
     if row.has("responses"):
         return prompt and row.has("ranks")
     if any(row.has(name) for name in ("chosen", "rejected", "completion", "completions", "label")):
         return False
-    # A prompt beside columns that nobody knows may have its answer there.
+    # If there are unknown columns beside a prompt, one of them may be its answer.
     alone = found <= {*field_names(Prompt), *row.systems()}
+    # A response that was rated as bad is no demonstration, unless the user chooses this form.
     if rating(row) and row.has("response"):
-        return False  # a response that somebody rated as bad is no demonstration, unless the user says so
+        return False
     return (prompt and (row.has("response") or alone)) or (
         row.has("text") and found <= set(field_names(PlainText))
     )
 
 
 def rating(row: Row) -> str:
-    """The first column of `RATINGS` that holds something; "" where none does."""
+    """The first column of `RATINGS` with a value; "" where none has one."""
     return next((name for name in RATINGS if row.has(name)), "")
 
 
 def parse(row: Row) -> Draft:
-    """A ranking, a demonstration, a text or a prompt, by the columns that are there.
+    """A ranking, a demonstration, a text or a prompt, depending on the columns of the row.
 
     Texts are not changed.
 
     Raises:
-      RowError: a system column and a system turn differ, or a column says more than a text can.
+      RowError: a system column and a system turn differ, or a column has more than text, such as
+        tool calls.
     """
     row.refuse_more_than_text()
     kind = kind_of(row)
@@ -69,7 +71,7 @@ def parse(row: Row) -> Draft:
 
 
 def kind_of(row: Row) -> type:
-    """The class of record that a row holds."""
+    """The record class of a row."""
     if row.has("responses") or "ranks" in row.values:
         return Ranking
     if row.has("text") and not (row.has("prompt") or row.has("messages")):

@@ -1,14 +1,13 @@
-"""Several responses to a prompt with a number each.
+"""Several responses to a prompt with a score each, as in UltraFeedback, distilabel or HelpSteer.
 
-UltraFeedback, distilabel, HelpSteer and others have this form.
-
-A larger number is better, equal ones tie, a missing one is not ranked. The row is one of
+A larger score is better, equal scores tie, and a response without a score is not ranked. The row is
+one of
 
 - ``{prompt, responses: [text], scores: [number]}``, also as distilabel's
   ``{instruction, generations, ratings}``;
 - UltraFeedback's ``{instruction, completions: [{response, overall_score, model, ..}]}``;
-- ``{prompt, response, score}``, one response a row: rows with one prompt are ranked together. Which
-  of several numbers is meant is said with ``--columns score=helpfulness``.
+- ``{prompt, response, score}``, one response per row: rows with the same prompt are ranked
+  together. ``--columns score=helpfulness`` chooses one of several scores.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ LISTS = ("responses", "completions", "generations")
 NUMBERS = ("scores", "ratings", "rating")
 PROMPTS = ("prompt", "instruction")
 SCORES = ("overall_score", "score", "fine-grained_score")
-"""The numbers of a completion, the first that is there; UltraFeedback has the first and the
+"""Names of a completion's score, in order of preference; UltraFeedback has the first and the
 last."""
 
 
 def table(
     rows: Sequence[Row], columns: Mapping[str, str] | None = None
 ) -> tuple[Sequence[Row], Callable[[Row], Draft]]:
-    """The rows, those of one response each put together by their prompt, and their parser.
+    """The rows, grouped by prompt where each has one response, and their parser.
 
     Args:
-      rows: the rows of the table, its columns renamed.
-      columns: of these, ``score`` may name a number inside the completions.
+      rows: the rows of the table, with renamed columns.
+      columns: the renaming; its ``score`` may name a number inside the completions.
     """
     score = (columns or {}).get("score", "")
     singles = [
@@ -58,8 +57,7 @@ def table(
     together: dict[Any, list[Row]] = {}
     for row in rows:
         prompt = next((row.values.get(name) for name in PROMPTS if row.has(name)), None)
-        # What stands over a prompt and who rated it keep rows apart: their numbers are not
-        # compared.
+        # Scores are not compared between system prompts or labelers.
         prompt = _plain_prompt(prompt)
         key = (repr(prompt), row.system_key(), repr(row.values.get("labeler")))
         together.setdefault(key, []).append(row)
@@ -68,17 +66,14 @@ def table(
 
 
 def _plain_prompt(prompt: Any) -> Any:
-    """A prompt as rows are compared by it.
-
-    Its line ends and the spaces around it do not count.
-    """
+    """A prompt in the form that groups rows, without differences in line ends and outer spaces."""
     return prompt.replace("\r\n", "\n").strip() if isinstance(prompt, str) else prompt
 
 
 def parse(row: Row, score: str = "") -> Draft:
-    """A ranking of K responses by the numbers of one column.
+    """A ranking of K responses by their scores.
 
-    `score` is that column of a completion; "" takes the first of `SCORES`.
+    `score` is the name of the score in a completion; "" takes the first of `SCORES`.
 
     Raises:
       RowError: there is no list of responses, or not a number or null for each.
@@ -125,7 +120,7 @@ def _numbers(row: Row) -> list[Any] | None:
     scores = listed(row, name, row.take(name), opening="[")
     if not isinstance(scores, list):
         return None
-    # distilabel keeps a model's ratings as texts.
+    # distilabel stores a model's ratings as texts.
     return [
         as_number(score, f"{name}[{k}]", texts=name != "scores") for k, score in enumerate(scores)
     ]
@@ -134,7 +129,7 @@ def _numbers(row: Row) -> list[Any] | None:
 def _completions(
     row: Row, name: str, answers: list[dict[str, Any]], score: str
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """The texts, numbers and models of UltraFeedback's completions."""
+    """The texts, scores and models of UltraFeedback's completions."""
     names = [score] if score else SCORES
     key = next(
         (key for key in names if any(answer.get(key) is not None for answer in answers)), None
@@ -142,11 +137,10 @@ def _completions(
     if key is None:
         found = ", ".join(sorted({key for answer in answers for key in answer}))
         raise RowError(
-            "missing "
-            "rank", f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the "
-                "number "
-            "with --columns score=NAME",
-        )  # fmt: skip
+            "missing rank",
+            f"field '{name}[0]' must hold one of {', '.join(SCORES)}: it has {found}; name the "
+            "number with --columns score=NAME",
+        )
     for answer in answers:
         for other in sorted(set(answer) - {"response", "model", key}):
             if answer[other] not in (None, "", [], {}):
@@ -181,7 +175,7 @@ def _ranking(
 
 
 def _without_prompt(row: Row, prompt: Any, responses: list[str]) -> list[str]:
-    """The responses without the prompt where all of them are whole texts that begin with it."""
+    """The responses, without the prompt where all of them are whole texts that begin with it."""
     text = last_text(prompt)
     kind = repeats(text, responses)
     if kind == "one":
@@ -201,7 +195,7 @@ def _without_prompt(row: Row, prompt: Any, responses: list[str]) -> list[str]:
 
 
 def _single(row: Row) -> tuple[str, float | int | None]:
-    """The response of a row and its number."""
+    """The response of a row and its score."""
     row.refuse_more_than_text()
     if not row.has("score"):
         numbers = [name for name in row.columns() if isinstance(row.values[name], int | float)]

@@ -1,7 +1,4 @@
-"""Tables of other people as records.
-
-There is one function for each of TRL's forms, and one for every form.
-"""
+"""Reads other tools' tables as records: one function per form of TRL, and one for any form."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from rlhf_jax.data.sources.recognise import FORMS, Options
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
       form: the name of its form.
-      said: what was read as what, in words.
+      said: a sentence on how the columns were interpreted.
       records: the records by the name of their kind: demonstrations, rankings, prompts, corpus.
       report: the counts.
     """
@@ -47,12 +44,12 @@ def read_form(
     """A file or folder in one of `FORMS`, as records.
 
     Args:
-      path: JSON lines, a JSON list, CSV, TSV, parquet or arrow (packed or not), or a folder of
+      path: JSON lines, a JSON list, CSV, TSV, parquet or arrow (compressed or not), or a folder of
         shards.
       form: a name of `FORMS`; "" recognises it by the columns.
       columns: wanted name -> name in the table, such as ``{"prompt": "question"}``;
-        ``{"tools": ""}`` leaves a column aside. In the exports of annotation tools the names are
-        those of fields and questions.
+        ``{"tools": ""}`` leaves a column aside. For exports of annotation tools the names are those
+        of fields and questions.
       split: which split of a folder, where there are several.
       source: the records' `source` where a row has none.
       max_bad_fraction: share of the rows that may be bad (those of `EXPECTED_DROPS` aside). 0
@@ -60,12 +57,12 @@ def read_form(
       language: of OpenAssistant's messages.
 
     Returns:
-      The records in file order, the counts, and what was read as what.
+      The records in file order, the counts, and how the columns were interpreted.
 
     Raises:
       ValueError: there is nothing to read, no form fits, a row is of another form than those before
-        it, or more rows are bad than allowed; the message names file:line, what was found, and the
-        flag or edit that mends it.
+        it, or more rows are bad than allowed; the message gives file:line, the problem, and the
+        flag or edit that fixes it.
     """
     options = Options(dict(columns or {}), language)
     read = CountedTable(path, split, max_bad_fraction)
@@ -79,7 +76,7 @@ def read_form(
         raise ValueError(f"{read.first().place}: {recognise.refuse_unknown(read.first())}")
     read.refuse_mixed(form)
     if form == "jsonl" and not columns and read.is_records():
-        # Its own reader knows revisions, and every other rule of this package's files.
+        # This reader also knows revisions and all other rules of this package's files.
         kind = own.kind_of(read.example(form))
         own_records, report = schema.read_jsonl(
             path, kind, max_bad_fraction=max_bad_fraction, special_tokens=MARKERS
@@ -115,11 +112,11 @@ def read_pairs(
 ) -> tuple[list[Ranking], DataReport]:
     """Rows ``{prompt, chosen, rejected}`` (TRL's preference form) as rankings of K = 2.
 
-    Each of the three is a text or a list of ``{role, content}``. Without `prompt` the two hold the
-    whole conversation: lists share all turns but the last; texts are transcripts, cut at the last
-    "Assistant:" turn. Any other table without a prompt is refused. A column `system` becomes the
-    first turn. Answers that are whole texts beside their prompt are cut. Pairs whose responses are
-    identical or empty, or that share no prompt, are dropped and counted.
+    Each of the three is a text or a list of ``{role, content}``. Without `prompt` the other two are
+    whole conversations: lists share all turns but the last; texts are transcripts, split at the
+    last "Assistant:" turn. Any other table without a prompt is refused. A column `system` becomes
+    the first turn. A prompt that the answers repeat is removed from them. Pairs with identical or
+    empty responses, or without a shared prompt, are dropped and counted.
 
     Args:
       path: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` file, a folder
@@ -132,8 +129,8 @@ def read_pairs(
       columns: wanted name -> name in the table, such as ``{"prompt": "question"}``.
 
     Returns:
-      The rankings in file order, and the counts. Other columns that `Ranking` has, such as `id`,
-      come along; the report names those that are left aside.
+      The rankings in file order, and the counts. Further columns that are fields of `Ranking`, such
+      as `id`, are kept; the report names those that are left aside.
 
     Raises:
       ValueError: there is nothing to read, a file is damaged or a shard is missing, a bad row
@@ -160,9 +157,8 @@ def read_completions(
 ) -> tuple[list[Demonstration], DataReport]:
     """Rows ``{prompt, completion}`` or ``{messages}`` (TRL) as demonstrations.
 
-    Arguments as in `read_pairs`.
-
-    Of `messages` the last turn is the response, and must be the assistant's.
+    The last turn of `messages` is the response and must be the assistant's. The arguments are those
+    of `read_pairs`.
     """
     return _read(
         path,
@@ -185,7 +181,7 @@ def read_prompts(
 ) -> tuple[list[Prompt], DataReport]:
     """Rows ``{prompt}``, a text or a list of messages (TRL's prompt-only form).
 
-    Arguments as in `read_pairs`.
+    The arguments are those of `read_pairs`.
     """
     return _read(
         path, Prompt, lambda rows: (rows, trl.prompt_only), split, source, max_bad_fraction, columns
@@ -200,14 +196,12 @@ def read_rated(
     max_bad_fraction: float = 0.0,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Ranking], DataReport]:
-    """Responses with a number each, larger = better, as rankings: equal numbers tie.
-
-    Arguments as in `read_pairs`.
+    """Responses with a score each, larger = better, as rankings: equal scores tie.
 
     The row is ``{prompt, responses: [text], scores: [number]}``, or as in UltraFeedback
     ``{instruction, completions: [{response, overall_score, model}]}`` (also `score`), or one
-    response ``{prompt, response, score}``, and rows with one prompt are ranked together. A response
-    whose number is missing is not ranked.
+    response ``{prompt, response, score}``; such rows with the same prompt are ranked together. A
+    response without a score is not ranked. The arguments are those of `read_pairs`.
 
     Source: Cui et al. 2023, arXiv 2310.01377 (UltraFeedback).
     """

@@ -1,10 +1,7 @@
-"""The forms of other people's data: how each is recognised, and what it gives.
+"""Recognises the forms of other tools' data; `FORMS` lists them and the records that they give.
 
-`FORMS` is the one table of them.
-
-A form is recognised by the columns of a row that hold something. It is said aloud which one was
-taken, and where no form fits, or a table has no prompt, the refusal names the columns that are
-there and the flag that maps them.
+A form is recognised by the columns with a value. The user is informed of the choice, and where no
+form fits, or a table has no prompt, the error names the columns and the flag that maps them.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ Parser = Callable[[Row], Draft | list[Draft]]
 
 
 class Options(NamedTuple):
-    """What a user may say about a table.
+    """A user's options for reading a table.
 
     Attributes:
       columns: wanted name -> name in the table.
@@ -51,13 +48,13 @@ class Form(NamedTuple):
     """A form of data.
 
     Attributes:
-      title: its name for people.
-      columns: what recognises it, in words.
-      gives: what a row becomes, in words.
+      title: its name in messages.
+      columns: the columns that identify it, in words.
+      gives: the records that a row becomes, in words.
       fits: whether a row is of this form.
-      plan: the rows of a table (some put together) and the parser of one.
-      renames: whether `columns` renames columns; else it names fields and questions inside a
-        record.
+      plan: returns the rows of a table, possibly grouped, and the parser of one row.
+      renames: whether the user's `columns` rename columns; otherwise they name fields and questions
+        inside a record.
     """
 
     title: str
@@ -126,12 +123,16 @@ FORMS: Mapping[str, Form] = {
     "label_studio": Form(
         "a Label Studio export", "`data`, `annotations`",
         "rankings by each annotator, or demonstrations",
-        label_studio.is_task, lambda rows, o: annotated.table(rows, o.columns, label_studio.extract), renames=False,
+        label_studio.is_task,
+        lambda rows, o: annotated.table(rows, o.columns, label_studio.extract),
+        renames=False,
     ),
     "argilla": Form(
         "an Argilla export", "`fields`, `responses`; or flat, `QUESTION.responses`",
         "rankings by each annotator, or demonstrations",
-        argilla.is_record, lambda rows, o: annotated.table(rows, o.columns, argilla.extract), renames=False,
+        argilla.is_record,
+        lambda rows, o: annotated.table(rows, o.columns, argilla.extract),
+        renames=False,
     ),
     "oasst": Form(
         "OpenAssistant", "trees of messages, or `message_id`, `parent_id`, `role`, `text`",
@@ -141,9 +142,16 @@ FORMS: Mapping[str, Form] = {
     "openai": Form(
         "OpenAI messages", "`messages`; or `input`, `preferred_output`, `non_preferred_output`",
         "the last turn -> response, those before it -> prompt; preferred over non-preferred",
-        lambda row: (holds_turns(row, "messages") and not (row.has("chosen") or row.has("response"))
-        and not row.has("responses")) or row.has("preferred_output"),
-        _each(lambda row: messages.preference(row) if "preferred_output" in row.values else messages.conversation(row)),
+        lambda row: (
+            holds_turns(row, "messages")
+            and not (row.has("chosen") or row.has("response"))
+            and not row.has("responses")
+        ) or row.has("preferred_output"),
+        _each(
+            lambda row: messages.preference(row)
+            if "preferred_output" in row.values
+            else messages.conversation(row)
+        ),
     ),
     "sharegpt": Form(
         "ShareGPT", "`conversations` or `conversation`: turns of `from` and `value`",
@@ -158,13 +166,16 @@ FORMS: Mapping[str, Form] = {
     "alpaca": Form(
         "Alpaca", "`instruction`, `output` (or `chosen`, `rejected`)",
         "instruction + input -> prompt, output -> response",
-        lambda row: row.has("instruction") and (row.has("output") or row.has("chosen")) and not row.has("prompt"),
+        lambda row: row.has("instruction")
+        and (row.has("output") or row.has("chosen"))
+        and not row.has("prompt"),
         _each(alpaca.parse_alpaca),
     ),
     "dolly": Form(
         "Dolly", "`instruction`, `response`",
         "instruction + context -> prompt, response -> response, category -> use_case",
-        lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"), _each(alpaca.parse_dolly),
+        lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"),
+        _each(alpaca.parse_dolly),
     ),
     "rated": Form(
         "responses with scores",
@@ -176,7 +187,8 @@ FORMS: Mapping[str, Form] = {
     "trl": Form(
         "TRL", "`prompt` and `chosen`, `rejected`; `prompt`, `completion`; `prompt`",
         "prompt -> prompt, chosen over rejected, completion -> response",
-        lambda row: _is_pairs(row) or (row.has("prompt") and "completion" in row.values and not row.has("completions")),
+        lambda row: _is_pairs(row)
+        or (row.has("prompt") and "completion" in row.values and not row.has("completions")),
         _plan_trl,
     ),
     "jsonl": Form(
@@ -198,13 +210,13 @@ ANSWERS = (
     "assistant",
     "best_answer",
 )
-"""Columns that the refusal of a table proposes as answers; none is taken for one."""
+"""Columns that an error proposes as answers; none is used without the user's choice."""
 PREFERENCES = (
     "preference", "preferred", "overall_preference", "human_preference", "better",
     "better_response", "better_response_id", "safer_response_id", "winner", "choice", "labels",
 )  # fmt: skip
-"""Columns that say which of several numbered answers is better: naming two of those answers alone
-would lose it."""
+"""Columns that name the better of several numbered answers; mapping the answers alone would lose
+that information."""
 MAPPED = (
     "prompt",
     "chosen",
@@ -231,16 +243,16 @@ def check_form(name: str) -> Form:
 
 
 def of_row(row: Row) -> str:
-    """The name of the form that a row is of; "" where it is of none."""
+    """The name of a row's form; "" where no form fits."""
     return next((name for name, form in FORMS.items() if form.fits(row)), "")
 
 
 def said(name: str, row: Row) -> str:
-    """What was read as what, for the user.
+    """How the columns of a row are interpreted, as a sentence for the user.
 
     >>> said("alpaca", Row("a.json:1", {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}))
     'read as Alpaca: system -> system turn, instruction + input -> prompt, output -> response'
-    """
+    """  # noqa: E501
     form, parts = FORMS[name], []
     if row.systems():
         parts.append("system -> system turn")
@@ -273,10 +285,13 @@ def said(name: str, row: Row) -> str:
 
 
 def refuse_unknown(row: Row) -> str:
-    """What to tell the owner of a table that no form fits."""
+    """The error message for a table of which no form fits, with the flag or edit that helps."""
     columns = ", ".join(sorted(row.columns())) or "nothing"
     if {"annotation_id", "annotator"} & set(row.values):
-        return f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export it as JSON"
+        return (
+            f"the columns are {columns}: this looks like Label Studio's JSON-MIN or CSV, so export "
+            "it as JSON"
+        )
     if row.has("chosen") and row.has("rejected"):
         proposed = trl.proposed(row)
         return (
@@ -287,7 +302,10 @@ def refuse_unknown(row: Row) -> str:
     wanted = [name for name in MAPPED if name in renamed and not row.has(name)]
     if wanted:  # Excel's users write Prompt, Chosen, Rejected
         mapped = ",".join(f"{name}={renamed[name]}" for name in wanted)
-        return f"the columns are {columns}, which are compared by their exact names: --columns {mapped}"
+        return (
+            f"the columns are {columns}, which are compared by their exact names: --columns "
+            f"{mapped}"
+        )
     if row.has("prompt") and row.has("response") and own.rating(row):
         return (
             f"the columns are {columns}: {own.rating(row)!r} rates the response, so rank the "
@@ -329,7 +347,7 @@ def refuse_unknown(row: Row) -> str:
 
 
 def _misspelt(names: set[str], known: set[str]) -> bool:
-    """Whether a name is one of a record's with a slip in it, such as `promt`."""
+    """Whether a name is a misspelt field of a record, such as `promt`."""
     return any(
         difflib.get_close_matches(name, ["prompt", "response", "messages"], cutoff=0.8)
         for name in names - known
@@ -337,13 +355,13 @@ def _misspelt(names: set[str], known: set[str]) -> bool:
 
 
 def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
-    """The command that converts a file which is no file of this package.
+    """The command that converts a file of another tool, for the error about its rows.
 
-    It is "" where it is one, or no form fits.
+    It is "" where the file seems to be one of this package, or cannot be read as a table.
 
     Args:
       path: the file.
-      kind: the class of the records that are wanted of it.
+      kind: the wanted class of records.
     """
     try:
         first = next(iter(tables.rows(Path(path))), None)
@@ -378,7 +396,10 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
     elif names <= known or (name in ("jsonl", "") and has_core and not row.systems()):
         return ""  # records of this package, whatever is wrong with them
     if not name:
-        return f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} --out=DIR)"
+        return (
+            f"{path}: {refuse_unknown(row)} (python experiments/prepare_data.py .. --data={path} "
+            "--out=DIR)"
+        )
     shown = ", ".join(list(row.values)[:6])
     return (
         f"{path} looks like {FORMS[name].title} ({shown}): convert it with python "

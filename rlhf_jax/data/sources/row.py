@@ -1,6 +1,6 @@
-"""A row of somebody else's table while it is read.
+"""A row of another tool's table while it is read.
 
-It knows what was taken from it, what was noted, and what is left aside.
+It records which columns were read, what was noted, and what is left aside.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ SYSTEMS = (
     "system", "system_prompt", "system_message", "system_instruction", "system_instructions",
     "sys_prompt",
 )  # fmt: skip
-"""Columns that hold a system prompt. Case and the signs between words do not matter:
-`System Prompt` is one too."""
+"""Columns with a system prompt. Case and punctuation are ignored: `System Prompt` is one too."""
 _PLAIN_SYSTEMS = {name.replace("_", "") for name in SYSTEMS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A record as `schema.parse_row` takes it.
+    """A record in the form that `schema.parse_row` takes.
 
     Attributes:
       kind: the class of the record.
       fields: its JSON form.
-      has_system: whether a system column made its prompt a list of turns.
+      has_system: whether its prompt is a list of turns because of a system column.
     """
 
     kind: type
@@ -49,13 +48,13 @@ class Draft:
 
 
 class Row:
-    """The columns of one row. `take` reads one, and what nobody takes is left aside and named.
+    """The columns of one row: `take` reads one, and the unread ones are reported as left aside.
 
     Attributes:
       place: file:line.
-      values: the columns as the file has them.
-      cells: whether the file can hold nothing but texts (CSV, TSV).
-      parts: the rows of the file that this one puts together; itself where it is one.
+      values: the columns as in the file.
+      cells: whether all values of the file are texts (CSV, TSV).
+      parts: the rows of the file that were grouped into this one; the row itself otherwise.
     """
 
     def __init__(
@@ -74,16 +73,16 @@ class Row:
         self._inside: dict[str, Row] = {}
 
     def inside(self, name: str, values: dict[str, Any]) -> Row:
-        """A row for what lies inside a column.
+        """A row for the object inside a column.
 
-        What that row notes and leaves aside is reported of this one.
+        Its notes and unread columns are reported for this row.
         """
         self._taken.add(name)
         self._inside[name] = Row(self.place, values, cells=self.cells)
         return self._inside[name]
 
     def notes(self) -> list[str]:
-        """What deserves a look."""
+        """The reasons for which the row deserves a look."""
         inner = [note for row in self._inside.values() for note in row.notes()]
         return list(dict.fromkeys([*self._notes, *inner]))
 
@@ -92,26 +91,23 @@ class Row:
         self._notes[reason] = None
 
     def leave_aside(self, name: str) -> None:
-        """Name something inside a column that no record can hold."""
+        """Report something inside a column that no record has a field for."""
         self._aside[name] = None
 
     def has(self, name: str) -> bool:
-        """Whether the column holds something."""
+        """Whether the column has a value."""
         return not is_blank(self.values.get(name))
 
     def columns(self) -> list[str]:
-        """The names of the columns that hold something."""
+        """The names of the columns with a value."""
         return [name for name in self.values if self.has(name)]
 
     def take(self, name: str) -> Any:
-        """What a column holds, cleaned of line ends, marks and numbers that are no JSON.
-
-        It is None where it is missing.
-        """
+        """The value of a column, converted by `clean`; None where it is missing."""
         self._taken.add(name)
         value = self.values.get(name)
         if self.cells and isinstance(value, str) and value.strip().lower() in _MISSING:
-            # What pandas and others write for nothing, or a word that somebody wrote.
+            # pandas and others write missing values so, but it may also be a word that was meant.
             self.note("missing value as text")
         return self.clean(value)
 
@@ -120,12 +116,12 @@ class Row:
         return name in self._taken
 
     def raw(self, name: str) -> Any:
-        """What a column holds, as it is."""
+        """The unchanged value of a column."""
         self._taken.add(name)
         return self.values.get(name)
 
     def aside(self) -> list[str]:
-        """What holds something and was not taken."""
+        """The names of the columns with a value that were not read."""
         found = [name or "(no name)" for name in self.columns() if name not in self._taken] + list(
             self._aside
         )
@@ -136,9 +132,9 @@ class Row:
         return found
 
     def clean(self, value: Any) -> Any:
-        """A value as JSON would hold it.
+        """A value as JSON would represent it.
 
-        A text has no byte order mark before it, and its lines end in LF.
+        Texts lose a byte order mark and get LF as line ends, and NaN becomes None.
         """
         if isinstance(value, str):
             return self._clean_text(value)
@@ -164,10 +160,10 @@ class Row:
     # ----------------------------------------------------------------------------------- by meaning
 
     def needed(self, name: str) -> Any:
-        """What a column holds.
+        """The value of a required column.
 
         Raises:
-          RowError: it is missing; the message names the columns that are there.
+          RowError: it is missing; the message names the columns that the row has.
         """
         value = self.take(name)
         if value is None and name in self.values:
@@ -184,7 +180,7 @@ class Row:
         return value
 
     def text(self, name: str) -> str:
-        """A text that must be there, and may be empty."""
+        """A required text, which may be empty."""
         value = self.needed(name)
         if not isinstance(value, str):
             raise RowError(
@@ -204,13 +200,13 @@ class Row:
         return "" if self.cells and value.strip().lower() in _MISSING else value
 
     def systems(self) -> list[str]:
-        """The names of the system columns that hold something."""
+        """The names of the system columns with a value."""
         return [
             name for name in self.columns() if re.sub(r"[\W_]+", "", name).lower() in _PLAIN_SYSTEMS
         ]
 
     def system_text(self) -> str:
-        """The text of a system column, or ""."""
+        """The text of the system column, or ""; several columns must agree."""
         found = {name: self.optional_text(name) for name in self.systems()}
         texts = {text.strip() for text in found.values() if text}
         if len(texts) > 1:
@@ -218,11 +214,11 @@ class Row:
         return next((text for text in found.values() if text), "")
 
     def system_key(self) -> str:
-        """Equal for rows that stand under one system prompt."""
+        """A key that is equal for rows with the same system prompt."""
         return repr([self.values[name] for name in self.systems()])
 
     def refuse_more_than_text(self) -> None:
-        """Raise where a column says something that a role and a text cannot hold."""
+        """Raise where a column has content that a role and a text cannot represent."""
         for reason, names in _NOT_RECORDS.items():
             for name in names:
                 if self.has(name) and not is_empty_json(self.values[name]):
@@ -233,10 +229,11 @@ class Row:
                     )
 
     def labels(self, kind: type) -> dict[str, Any]:
-        """The optional fields of a record that columns of the same name hold."""
+        """The optional fields of a record that the row has as columns of the same name."""
         labels: dict[str, Any] = {}
         for name in schema.field_names(kind):
             if name in (*schema.LABELS, "time") and self.has(name):
+                # A column of that name with something else in it is not a label, and left aside.
                 label = as_label(self.clean(self.values[name]))
                 if label is not None and (name != "time" or is_time(label)):
                     labels[name] = label
@@ -249,29 +246,28 @@ class Row:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell holds nothing: null, NaN, an empty text or list."""
+    """Whether a cell has no value: null, NaN, an empty text or list."""
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def is_empty_json(value: Any) -> bool:
-    """Whether a value is nothing, also written as JSON in a text: ``"[]"``, ``"null"``."""
+    """Whether a value is empty, also if written as JSON in a text: ``"[]"``, ``"null"``."""
     return is_blank(value) or (
         isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None", "nan")
     )
 
 
 def as_label(value: Any) -> str | None:
-    """An id or a name as text: integers of any length as they are, 7.0 as "7".
-
-    It is None for what is not a label.
+    """An id or a name as text, integers of any length unchanged and 7.0 as "7"; None for others.
 
     >>> as_label(123456789012345678901234567890), as_label(7.0), as_label(True)
     ('123456789012345678901234567890', '7', None)
     """
     if isinstance(value, bool):
         return None
+    # pandas turns a column of integers into floats where one is missing; up to 2^53 they are exact.
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     if isinstance(value, int):
@@ -289,7 +285,7 @@ def is_time(text: str) -> bool:
 
 
 def as_number(value: Any, name: str, *, texts: bool = False) -> float | int | None:
-    """A score; None where there is none. With `texts` a text that is a number counts as one.
+    """A score; None where there is none. With `texts`, a number may be written as text.
 
     Raises:
       RowError: it is something else.
@@ -324,7 +320,7 @@ def _refuse_infinite(name: str) -> None:
 
 
 def ranks_of(scores: Iterable[float | int | None]) -> list[int | None]:
-    """Ranks from 1 for the largest number, equal for equal ones, None where there is none.
+    """Ranks from 1 for the largest score; equal scores tie, and None remains None.
 
     >>> ranks_of([3, 4.5, None, 3.0])
     [2, 1, None, 2]
@@ -338,10 +334,7 @@ def ranks_of(scores: Iterable[float | int | None]) -> list[int | None]:
 
 
 def tidy_prompt(row: Row, prompt: str) -> str:
-    """A text prompt without the spaces after it and empty lines before it.
-
-    It is noted where there were some.
-    """
+    """A text prompt without trailing spaces and leading empty lines; noted where there were any."""
     tidy = prompt.rstrip().lstrip("\n")
     if tidy != prompt:
         row.note("spaces at the seam removed")
@@ -349,7 +342,7 @@ def tidy_prompt(row: Row, prompt: str) -> str:
 
 
 def tidy_answer(row: Row, answer: str) -> str:
-    """An answer without the spaces around it; noted where there were some."""
+    """An answer without the spaces around it; noted where there were any."""
     if answer != answer.strip():
         row.note("spaces at the seam removed")
     return answer.strip()
@@ -358,16 +351,16 @@ def tidy_answer(row: Row, answer: str) -> str:
 def note_beginnings(row: Row, answers: list[str]) -> None:
     """Note where one response is the beginning of another."""
     distinct = sorted({answer for answer in answers if answer})
-    # Sorted texts that share a beginning stand together.
+    # In sorted order, the texts that begin with a text follow it directly.
     if any(after.startswith(before) for before, after in itertools.pairwise(distinct)):
         row.note("one response begins the other")
 
 
 def listed(row: Row, name: str, value: Any, *, opening: str = "[{") -> Any:
-    """A list that a CSV cell holds as JSON; every other value as it is.
+    """The list that a CSV cell has as JSON; every other value unchanged.
 
     Raises:
-      RowError: the cell is a list as Python prints it, which cannot be told from a text.
+      RowError: the cell is a list as Python prints it, which cannot be distinguished from a text.
     """
     if not row.cells or not isinstance(value, str) or not value.lstrip().startswith(opening):
         return value
@@ -376,8 +369,8 @@ def listed(row: Row, name: str, value: Any, *, opening: str = "[{") -> Any:
     except ValueError:
         pass
     else:
-        # Where a text may stand too, a list of objects that are no turns is one: an answer that is
-        # itself JSON.
+        # Where a text is allowed too, a list of objects that are not turns is a text: an answer
+        # that is itself JSON.
         return decoded if opening != "[{" or is_turns(decoded) else value
     if re.match(r"\s*\[\{'(?:role|content|from|value)'", value):
         raise RowError(
@@ -396,7 +389,7 @@ def is_turns(value: Any) -> bool:
 
 
 def holds_turns(row: Row, name: str) -> bool:
-    """Whether a column holds a list, in a cell of CSV written as JSON."""
+    """Whether a column has a list, which in a CSV cell must look like turns in JSON."""
     value = row.values.get(name)
     if not row.cells or not isinstance(value, str):
         return isinstance(value, list)
@@ -404,7 +397,7 @@ def holds_turns(row: Row, name: str) -> bool:
 
 
 def asked(prompt: Any) -> dict[str, Any]:
-    """The prompt under the name that `schema` has for its type."""
+    """The prompt under the field name of its type in `schema`."""
     return {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
 
 

@@ -1,7 +1,4 @@
-"""What happens to a row of somebody else's table.
-
-These are the rules that the forms share, beside those of `schema.RULES`.
-"""
+"""The rules for rows of other tools' tables, in addition to those of `schema.RULES`."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ EXPECTED_DROPS = (
     "nothing annotated",
     "language",
 )
-"""Public data sets and exports have such rows: they are left out and counted, and are no error."""
+"""Reasons that rows of public data sets and exports are dropped and counted under, not errors."""
 
 FORM_RULES: Mapping[str, Rule] = {
     # no prompt is guessed
@@ -146,5 +143,5 @@ FORM_RULES: Mapping[str, Rule] = {
     ),
     "scores say otherwise": Rule("kept", "`score_chosen` < `score_rejected`", "look at the row"),
 }
-"""Every reason that the readers of tables and exports count a row under, besides those of
+"""Every reason that the readers of tables and exports count a row under, in addition to those of
 `schema.RULES`."""

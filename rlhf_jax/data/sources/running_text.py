@@ -1,4 +1,4 @@
-"""Running text for the pretraining mix."""
+"""Reads running text for the pretraining mix."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TEXT_FOLDERS = ("english_text", "wikitext2")
 def read_text(
     path: str | os.PathLike[str], *, separator: str | None = None
 ) -> tuple[list[PlainText], DataReport]:
-    """Documents of running text: a file, or all such files of a folder in the order of their names.
+    """Documents of running text, from a file or from all such files of a folder, sorted by name.
 
     Args:
-      path: ``.txt`` (one document, or several between `separator`) or ``.jsonl`` (``{text}`` a
-        line, other fields left aside), plain or with ``.gz``.
+      path: ``.txt`` (one document, or several between `separator`) or ``.jsonl`` (one ``{text}``
+        per line, other fields ignored), plain or with ``.gz``.
       separator: for example "<|endoftext|>"; None = a text file is one document.
 
     Raises:
@@ -50,9 +50,9 @@ def read_text(
 def read_english(
     data_dir: str | os.PathLike[str] | None = None, *, separator: str | None = None
 ) -> tuple[list[PlainText], DataReport]:
-    """Running English for the pretraining mix, one document a file.
+    """English running text for the pretraining mix, one document per file.
 
-    It is novels, or two parts of WikiText-2.
+    The download is two splits of WikiText-2.
 
     Args:
       data_dir: folder with a folder english_text or wikitext2, or with text files itself; None =
@@ -65,6 +65,7 @@ def read_english(
     if data_dir is not None:
         return read_text(folder(data_dir, *TEXT_FOLDERS), separator=separator)
     archive = download(TEXT_REPO, TEXT_ARCHIVE)
+    # Read from the archive directly, so that no path in it is ever written to.
     try:
         with zipfile.ZipFile(archive) as packed:
             names = [

@@ -1,9 +1,7 @@
-"""The rows of a table on disk, whatever holds them.
+"""Reads the rows of a table on disk: JSON lines, a JSON list, CSV, TSV, parquet, arrow, or folders.
 
-That may be JSON lines, a JSON list, CSV, TSV, parquet, arrow, or a folder of them.
-
-Nothing is unpickled, and what is read is bounded. A row has its place: file:line, or file:row
-counted from 1 where rows are no lines (a JSON list, parquet, arrow).
+Nothing is unpickled, and sizes are bounded. A row is located by file:line, or by file:row counted
+from 1 where rows are not lines (a JSON list, parquet, arrow).
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ class Located(NamedTuple):
 
     Attributes:
       place: file:line.
-      values: its columns, or what is wrong with it.
-      cells: whether the file can hold nothing but texts.
+      values: its columns, or its error.
+      cells: whether all values of the file are texts.
     """
 
     place: str
@@ -43,7 +41,7 @@ def rows(path: Path, split: str | None = None) -> Iterator[Located]:
       split: which split, where there are several; None = the only one.
 
     Raises:
-      ValueError: there is nothing to read, a file is damaged, a shard is missing, or pyarrow is.
+      ValueError: there is nothing to read, a file is damaged, or a shard or pyarrow is missing.
     """
     for file in table_files(path, split):
         yield from _rows_of(file)
@@ -61,7 +59,7 @@ def _rows_of(file: Path) -> Iterator[Located]:
 
 
 def _json(file: Path) -> Iterator[Located]:
-    """JSON lines, or one list of objects: the content decides, as ``.json`` is the name of both."""
+    """Rows of JSON lines, or of one list; the content decides, as both may be named ``.json``."""
     listed = schema.json_list(file)
     if listed is not None:
         yield from (Located(f"{file}:{number}", row) for number, row in enumerate(listed, start=1))
@@ -77,7 +75,7 @@ def _json(file: Path) -> Iterator[Located]:
 
 
 def _refuse_one_object(file: Path) -> None:
-    """Raise where the file is one JSON object over several lines, which is no list of rows."""
+    """Raise where the file is one JSON object over several lines instead of a list of rows."""
     try:
         whole = schema.json_value(file)
     except ValueError:
@@ -108,9 +106,8 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
         header = _header(file, next(reader, []), separator)
         start = reader.line_num + 1
         for cells in reader:
-            if any(
-                cell.strip() for cell in cells
-            ):  # a spreadsheet writes empty rows as separators alone
+            # A spreadsheet writes empty rows as separators alone.
+            if any(cell.strip() for cell in cells):
                 yield Located(f"{file}:{start}", _record(header, cells), True)
             start = reader.line_num + 1
     except csv.Error as error:
@@ -123,9 +120,8 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
 
 def _header(file: Path, names: list[str], separator: str) -> list[str]:
     names = [name.strip().lstrip("\ufeff") for name in names]
-    while (
-        names.count("") > 1 and not names[-1]
-    ):  # empty columns of a spreadsheet, after the last that has a name
+    # A spreadsheet may write empty columns after the last one with a name.
+    while names.count("") > 1 and not names[-1]:
         names.pop()
     other = next(
         (sign for sign in (";", "\t", ",") if sign != separator and sign in "".join(names)), None
@@ -147,18 +143,17 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
         cells = cells[: len(header)]
     if len(cells) != len(header):
         return RowError(
-            "uneven "
-            "row", f"{len(cells)} cells where the first line names {len(header)} columns: quote cells "
-                "that hold "
-            "the separator or a line end",
-        )  # fmt: skip
+            "uneven row",
+            f"{len(cells)} cells where the first line names {len(header)} columns: quote cells "
+            "that hold the separator or a line end",
+        )
     return dict(zip(header, cells, strict=True))
 
 
 # --------------------------------------------------------------------------------- files of a table
 
 _TABLES = ("*.parquet", "*.arrow", "*.jsonl", "*.jsonl.gz")
-"""What a folder is searched for: other files lie beside data too, such as dataset_info.json."""
+"""The files to look for in a folder, which may also have others, such as dataset_info.json."""
 _FILES = (
     *_TABLES,
     "*.json",
@@ -285,7 +280,7 @@ def _found(root: Path) -> list[Path]:
 
 
 def _check_shards(chosen: Sequence[tuple[Path, re.Match[str]]]) -> None:
-    """Raise unless each place of ``-00000-of-00002`` is there once."""
+    """Raise unless each index of ``-00000-of-00002`` occurs exactly once."""
     places = [(int(match["place"]), int(match["count"])) for _, match in chosen if match["count"]]
     if not places and len({match["table"] for _, match in chosen}) == len(chosen):
         return
@@ -329,7 +324,7 @@ def _record_batches(file: Any, pyarrow: Any) -> Iterator[Any]:
         reader = pyarrow.ipc.open_file(file)
         yield from (reader.get_batch(k) for k in range(reader.num_record_batches))
         return
-    # A stream that is cut between two batches would read as a shorter table.
+    # A stream that is truncated between two batches would be read as a shorter table.
     file.seek(max(file.size() - len(_END_OF_STREAM), 0))
     if file.read() != _END_OF_STREAM:
         raise OSError("it has no end mark, so it is cut off")

@@ -1,6 +1,6 @@
 """HH-RLHF: dialogues as one text with the marks "Human:" and "Assistant:".
 
-Other readers use these functions for texts of that form.
+Other readers use these functions for texts in that format.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_hh(
       split: "train" or "test", by a hash of the first human turn; the published file names do not
         decide.
       test_fraction: share of the conversations in the test split.
-      subsets: which parts to read; a part that the folder lacks is skipped.
+      subsets: which subsets to read; one that the folder lacks is skipped.
 
     Returns:
       Rankings whose `source` is ``hh_rlhf/<subset>``, and the counts.
@@ -78,7 +78,7 @@ def best_responses(rankings: Iterable[Ranking]) -> list[Demonstration]:
 
 
 def dialogue(turns: Sequence[tuple[str, str]]) -> str:
-    r"""A prompt out of (role, text) turns; role "assistant" is the assistant, any other the human.
+    r"""A prompt from (role, text) turns; role "assistant" is the assistant, any other the human.
 
     >>> dialogue([("prompter", "Hello"), ("assistant", "Hi."), ("prompter", "Who are you?")])
     'Human: Hello\n\nAssistant: Hi.\n\nHuman: Who are you?\n\nAssistant:'
@@ -96,6 +96,7 @@ def turns_of(transcript: str) -> list[dict[str, str]]:
     >>> turns_of("Human: Hello\n\nAssistant: Hi.\n\nHuman: Who?\n\nAssistant:")[1:]
     [{'role': 'assistant', 'content': 'Hi.'}, {'role': 'user', 'content': 'Who?'}]
     """
+    # The blank line lets the first mark match. With a group, `split` keeps the marks.
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + transcript.lstrip("\n"))
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [
@@ -106,7 +107,7 @@ def turns_of(transcript: str) -> list[dict[str, str]]:
 
 
 def cut_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """What two transcripts share up to their last "Assistant:", and the two answers.
+    """The shared text of two transcripts up to their last "Assistant:", and the two answers.
 
     Raises:
       RowError: they differ before it.
@@ -120,7 +121,7 @@ def cut_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 def in_test_split(prompt: Conversation, *, fraction: float) -> bool:
     """Whether a dialogue belongs to the test split.
 
-    The sha256 of its first human turn decides; spaces and case do not count.
+    The sha256 of its first human turn decides; differences in spaces and case are ignored.
     """
     return conversation_place(prompt) < fraction
 
@@ -138,6 +139,7 @@ def conversation_place(prompt: Conversation) -> float:
         prompt = next((turn.content for turn in prompt if turn.role == "user"), prompt[0].content)
     turn = ("\n\n" + prompt).split(HUMAN)[1] if HUMAN in "\n\n" + prompt else prompt
     key = " ".join(turn.split(ASSISTANT)[0].lower().split())
+    # 48 bits, which a float represents exactly.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
@@ -154,6 +156,7 @@ def take_split(
             f'split={split!r} must be "train" or "test", test_fraction={test_fraction} between 0 '
             "and 1"
         )
+    # Public data sets have rows of `EXPECTED_DROPS`; any other bad row means a damaged file.
     damaged = [
         message for reason, message in report.examples.items() if reason not in EXPECTED_DROPS
     ]

@@ -1,11 +1,11 @@
 """TRL's forms: ``prompt, chosen, rejected``, ``prompt, completion`` and ``prompt``.
 
-Each may hold texts or messages.
+Each column may have texts or messages.
 
-A prompt is never guessed. It is the column `prompt`, or what stands before the last "Assistant:" of
-two transcripts, or the turns that two lists of messages share. `survey` looks at all rows of a
-table once: whether the answers repeat their prompt is a property of the table, and one short row
-cannot tell.
+A prompt is never guessed. It is the column `prompt`, or the text before the last "Assistant:" of
+two transcripts, or the turns that two lists of messages share. `survey` goes over all rows of a
+table once: whether the answers repeat their prompt is a property of the table, which one short row
+does not show.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rlhf_jax.data.sources.transcripts import ASSISTANT, HUMAN, cut_transcripts,
 
 Repeats = Literal["never", "maybe", "likely", "surely", "one"]
 LIKELY_WORDS = 3
-"""A prompt of so many words before every answer is no coincidence; "Hello" before "Hello there"
-is."""
+"""Words from which a prompt at the start of every answer is no coincidence; "Hello" before "Hello
+there" is one."""
 LIKELY_CHARACTERS = 16
 """The same for languages without spaces."""
 
@@ -44,20 +44,17 @@ QUESTIONS = (
     "human",
     "text",
 )
-"""Columns that the refusal of a table without a prompt proposes; none is taken for it."""
+"""Columns that the error about a missing prompt proposes; the user has to choose one."""
 
 
 def proposed(row: Row) -> str:
-    """The column that the refusal of a row without a prompt names.
-
-    It is "NAME" where none is named like one.
-    """
+    """The column that the error about a missing prompt proposes, or "NAME" where none fits."""
     found = {name.strip().lower(): name for name in row.columns()}
     return next((found[name] for name in ("prompt", *QUESTIONS) if name in found), "NAME")
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text has a turn of the assistant's as HH-RLHF marks it, with any line ends."""
+    """Whether a text has an assistant's turn with the mark of HH-RLHF, with any line ends."""
     return ASSISTANT in "\n\n" + _plain(text).lstrip("\n")
 
 
@@ -89,7 +86,7 @@ def survey(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
 def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
     r"""Whether answers are whole texts that begin with their prompt.
 
-    "surely" and "one" (of two) are of a prompt that is a transcript, which no answer repeats by
+    "surely" and "one" (of two) are for a prompt that is a transcript, which no answer repeats by
     chance.
 
     >>> repeats("Human: Hi\n\nAssistant:", ["Human: Hi\n\nAssistant: Hello."])
@@ -106,7 +103,7 @@ def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
         return "never"
     if prompt.endswith(ASSISTANT.strip()):
         return "surely" if all(begin) else "one"
-    # "Hello" goes on in "Hello!", but "Name a bird." ends where it ends.
+    # "Hello" continues in "Hello!", but "Name a bird." is complete.
     ends_whole = not prompt[-1].isalnum() or all(rest[:1].isspace() or not rest for rest in rests)
     if not all(begin) or not ends_whole:
         return "never"
@@ -122,7 +119,7 @@ def _plain(text: str) -> str:
 
 
 def pair(row: Row, found: set[str] | None = None) -> Draft:
-    """A ranking of two; `found` is what `survey` says of the table, None that the row stands alone.
+    """A ranking of two; `found` is the result of `survey`, or None for a row by itself.
 
     Raises:
       RowError: a column is missing, there is no prompt, or the answers are the same.
@@ -141,9 +138,8 @@ def pair(row: Row, found: set[str] | None = None) -> Draft:
     (first, chosen), (second, rejected) = (
         answer_to(row, prompt, said) for said in (chosen, rejected)
     )
-    if isinstance(first, list) != isinstance(
-        second, list
-    ):  # one answer is a text, the other a conversation
+    # One answer may be a text and the other a conversation.
+    if isinstance(first, list) != isinstance(second, list):
         first, second = (as_turns(one) if isinstance(one, str) else one for one in (first, second))
     if first != second:
         raise RowError("prompts differ", "the two conversations differ before the last turn")
@@ -201,16 +197,15 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     raise RowError(
         "no prompt",
         f"no column 'prompt' and no transcript: the row has {', '.join(sorted(row.columns()))}; "
-        "name the column that "
-        f"holds the prompt with --columns prompt={proposed(row)} (in Python columns={{'prompt': "
-        f"{proposed(row)!r}}})",
+        f"name the column that holds the prompt with --columns prompt={proposed(row)} (in Python "
+        f"columns={{'prompt': {proposed(row)!r}}})",
     )
 
 
 def _without_prompt(
     row: Row, given: str | list[Any], answers: list[str], found: set[str] | None
 ) -> tuple[str | list[Any], list[str]]:
-    """The prompt and the answers; answers that begin with the whole prompt lose it."""
+    """The prompt and the answers, without a prompt at their beginning."""
     prompt = last_text(given)
     opens = _plain(prompt).rstrip().endswith(ASSISTANT.strip())
     if isinstance(given, str) and all(map(_is_whole, answers)) and not opens:
@@ -235,19 +230,15 @@ def _from_transcripts(row: Row, prompt: str, answers: list[str]) -> tuple[str, l
         raise RowError(
             "transcript of another prompt",
             "the answers are whole transcripts, and none of their human turns is the prompt "
-            f"{prompt[:30]!r}: leave "
-            "its column aside with --columns prompt= (in Python columns={'prompt': ''}), or write "
-            "the answers alone",
+            f"{prompt[:30]!r}: leave its column aside with --columns prompt= (in Python "
+            "columns={'prompt': ''}), or write the answers alone",
         )
     row.note("prompt cut from whole text")
     return context, [first, last][: len(answers)]
 
 
 def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | None) -> list[str]:
-    """The answers without a prompt that they begin with.
-
-    It is removed only where it is certainly repeated.
-    """
+    """The answers without the prompt at their beginning, where it is certainly a repetition."""
     kind = repeats(prompt, answers)
     found = {kind} if found is None else found
     if kind == "one" and len(answers) > 1:
@@ -262,8 +253,8 @@ def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | Non
             f"both answers begin with the prompt {prompt[:30]!r}, and no other row tells whether "
             "it is repeated there: remove it from the answers, or add rows",
         )
-    # A single answer may well begin by saying the question again; a table of answers that all do is
-    # one of whole texts.
+    # A single answer may well begin by repeating the question, but if all answers of a table do,
+    # they are whole texts.
     table_repeats = bool(found) and found <= {"surely", "likely", "maybe"}
     if (
         kind == "surely"
@@ -280,10 +271,7 @@ def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | Non
 
 
 def _note_scores(row: Row) -> None:
-    """Note a pair whose own scores do not say what its columns say.
-
-    The scores are left aside in any case.
-    """
+    """Note a pair whose scores contradict its columns; the scores are left aside in any case."""
     scores = [row.values.get(name) for name in ("score_chosen", "score_rejected")]
     try:
         chosen, rejected = (as_number(score, "score", texts=True) for score in scores)

@@ -1,7 +1,7 @@
-"""Storyland, the embedded world: a small English in which the truth is known.
+"""Storyland, the embedded world: a small subset of English in which the truth is known.
 
-`task` gives instructions, `document` the pretraining corpus, `labelers` simulated people, `gold`
-the score that stands in for what people really want. Everything is a pure function of seeds and
+`task` gives instructions, `document` the pretraining corpus, `labelers` simulated people, and
+`gold` the score that represents true human preferences. Everything is a pure function of seeds and
 indices.
 """
 

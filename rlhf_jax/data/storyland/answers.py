@@ -1,4 +1,4 @@
-"""Answers to the tasks of storyland: honest ones, and what careless labelers and the web write."""
+"""Answers to the tasks of storyland: honest ones, and flawed ones of labelers and the web."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_jax.data.storyland.tasks import CATEGORIES, COUNTED, Task
 
 # --- answers --------------------------------------------------------------------------------------
 def answer(asked: Task, rng: random.Random) -> str:
-    """The honest answer: what a careful labeler writes."""
+    """The honest answer, as a careful labeler writes it."""
     if asked.use_case == "story":
         return _story_answer(asked.wish, rng)
     if asked.use_case == "list":
@@ -44,6 +44,7 @@ def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
     objects = [*_spread(words, sum(kind != "close" for kind in kinds), rng), ""]
     cast = {"hero": hero, "object": words[0] if words else word(rng, "object")}
     cast |= {slot: word(rng, slot, (hero,)) for slot in ("other", "place", "color")}
+    # The cast recurs in most sentences, so that a story is about the same things throughout.
     lines: list[str] = []
     used: list[grammar.Form] = []
     for kind, needed in zip(kinds, objects, strict=False):
@@ -55,7 +56,7 @@ def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
 
 
 def _spread(words: Sequence[str], places: int, rng: random.Random) -> list[str]:
-    """The wished words over `places` sentences, at most one each, in a random order."""
+    """The requested words over `places` sentences, at most one in each, in random order."""
     spread = [*words, *[""] * (places - len(words))]
     return [spread.pop(int(rng.random() * len(spread))) for _ in range(places)]
 
@@ -64,6 +65,7 @@ def _fresh_form(
     forms: Sequence[grammar.Form], used: list[grammar.Form], needed: str, rng: random.Random
 ) -> grammar.Form:
     fitting = [form for form in forms if not needed or "{object}" in form.pattern]
+    # A form is used twice only when there is no other, as the gold score counts that as repetition.
     usable = [form for form in fitting if form not in used] or fitting
     used.append(usable[int(rng.random() * len(usable))])
     return used[-1]
@@ -71,10 +73,7 @@ def _fresh_form(
 
 # --- flawed answers: what careless labelers and the web write -------------------------------------
 def flawed_answer(asked: Task, rng: random.Random) -> str:
-    """An answer with one typical flaw.
-
-    That is a forgotten wish, a wrong fact, a wrong subject or a rude remark.
-    """
+    """An answer with one typical flaw: a forgotten wish, a wrong fact or subject, or rudeness."""
     flaw = rng.random()
     if flaw < 0.2:
         return _rude_answer(asked, rng)
@@ -97,10 +96,7 @@ def _rude_answer(asked: Task, rng: random.Random) -> str:
 
 
 def _careless_wish(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A story wish misread: most often the mood, else the number of sentences, the words or ending.
-
-    It may be the hero too.
-    """
+    """A story's wish, misread: most often the mood, else the length, words and ending, or hero."""
     misread = dict(wish)
     flaw = rng.random()
     if flaw < 0.4:
@@ -126,7 +122,7 @@ def _careless_list(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any
 
 
 def _wrong_fact(text: str, rng: random.Random) -> str:
-    """The text with one word of a slot changed for another of the same slot."""
+    """The text with one word of a slot replaced by another of the same slot."""
     places = [
         (match, slot)
         for slot in (

@@ -1,13 +1,13 @@
-"""The pretraining corpus: a small web.
+"""The pretraining corpus, modelled on the web.
 
-Stories, letters, fact pages, exercise sheets with answers, and pages of instructions that are
-mostly not followed.
+It has stories, letters, fact pages, exercise sheets with answers, and pages of instructions that
+are mostly not followed.
 
-``document(index)`` is a pure function. The share of each kind is in `KINDS`. Two things are there
-on purpose: the skills that instructions need (right answers on exercise sheets, stories that keep
-to their heading), and the habit that makes a base model useless as an assistant: after a bare
-instruction usually comes another instruction, a remark or something else. Only training prompts
-appear; a fifth of the answers are flawed.
+``document(index)`` is a pure function. The share of each kind is in `KINDS`. The corpus has two
+properties by design: the skills that instructions need (correct answers on exercise sheets, stories
+that match their heading), and the habit that makes a base model a poor assistant: a bare
+instruction is usually followed by another instruction, a remark or something else. Only training
+prompts appear; a fifth of the answers are flawed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def documents(start: int, stop: int, *, seed: int = 0) -> Iterator[str]:
 
 
 def _training_task(rng: random.Random) -> Task:
+    # Held-out prompts must not be seen in pretraining either.
     while True:
         drawn = draw_task(rng)
         if split_of(drawn.prompt) == "train":
@@ -60,14 +61,14 @@ def _any_answer(asked: Task, rng: random.Random) -> str:
 def _exercises(rng: random.Random) -> str:
     """An exercise sheet with answers.
 
-    The skills are learned here, and a few-shot prefix can imitate it.
+    The model learns the skills here, and a few-shot prefix can imitate the format.
     """
     asked = [_training_task(rng) for _ in range(2 + int(rng.random() * 2))]
     return "\n\n".join(f"Task: {one.prompt}\nAnswer: {_any_answer(one, rng)}" for one in asked)
 
 
 def _instructions(rng: random.Random) -> str:
-    """Instructions on a page: mostly followed by something that does not answer them."""
+    """A page of instructions, most of them followed by something that does not answer them."""
     parts: list[str] = []
     for _ in range(1 + int(rng.random() * 3)):
         asked = _training_task(rng)
@@ -101,7 +102,7 @@ _REMARKS = (
 
 
 def _titled_story(rng: random.Random) -> str:
-    """A story under a heading that it keeps to: mood, hero and words can be learnt here."""
+    """A story that matches its heading, from which mood, hero and words can be learned."""
     while True:
         asked = draw_task(rng)
         if asked.use_case == "story" and split_of(asked.prompt) == "train":
@@ -146,7 +147,7 @@ def _facts(rng: random.Random) -> str:
 
 
 def _passage(rng: random.Random) -> str:
-    """A passage with true statements about it: reading and copying."""
+    """A passage with a question about it and an answer, to learn reading and copying."""
     while True:
         asked = draw_task(rng)
         if (
@@ -167,7 +168,7 @@ def _lists(rng: random.Random) -> str:
 
 
 def _dictation(rng: random.Random) -> str:
-    """Words said twice in the same order: nothing can be guessed, everything can be copied."""
+    """The same random words twice, which can only be predicted by copying."""
     slots = ("object", "hero", "place", "name", "color")
     said = " ".join(word(rng, str(pick(rng, slots))) for _ in range(8 + int(rng.random() * 9)))
     return f"Dictation: {said}\nAgain: {said}"

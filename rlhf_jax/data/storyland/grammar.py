@@ -1,11 +1,9 @@
-"""The words and sentence forms of storyland.
-
-One grammar both writes sentences and recognises them.
+"""The words and sentence forms of storyland: one grammar that writes and recognises sentences.
 
 A form is a sentence with ``{slots}`` (filled from `LEXICON`) and ``[a|b|c]`` alternatives. `write`
-fills a form; `parse` recognises a sentence and says which form it is and what stands in its slots.
-The gold scorer reads texts through `parse`, so a sentence is fluent storyland English exactly when
-some form could have written it.
+fills a form; `parse` recognises a sentence and returns its form and the words in its slots. The
+gold scorer reads texts through `parse`, so a sentence is fluent exactly when some form generates
+it.
 """
 
 # ruff: noqa: SIM905 (word lists are easier to read and edit as text)
@@ -93,7 +91,7 @@ T = TypeVar("T")
 class Form(NamedTuple):
     """A sentence form.
 
-    `kind` is where it belongs (open, middle, close, rude, ...), `mood` its mood or 'neutral'.
+    `kind` is its role in a text (open, middle, close, rude, ...), `mood` its mood or 'neutral'.
     """
 
     kind: str
@@ -224,9 +222,10 @@ RUDE_FORMS = _forms("rude", "neutral", _RUDE)
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One item, uniformly. Uses only `random()`, whose stream Python promises to keep.
+    """One item, drawn uniformly.
 
-    So the corpus never changes.
+    It uses `random()` alone, because Python guarantees its stream across versions, so that the
+    corpus never changes.
     """
     return items[int(rng.random() * len(items))]
 
@@ -240,9 +239,9 @@ def word(rng: random.Random, slot: str, without: Sequence[str] = ()) -> str:
 
 
 def write(form: Form, rng: random.Random, slots: Mapping[str, str]) -> str:
-    """The form as a sentence.
+    """Writes a sentence of the form.
 
-    Its slots come from `slots`; those missing there are drawn, `other` never as the hero.
+    Slots that are missing in `slots` are drawn, never the word of `hero` or `other` again.
     """
     filled = dict(slots)
     for slot in re.findall(r"\{(\w+)\}", form.pattern):
@@ -256,6 +255,7 @@ def _regex(form: Form) -> re.Pattern[str]:
     seen: set[str] = set()
 
     def slot(match: re.Match[str]) -> str:
+        # A slot that occurs twice in a form must have the same word both times.
         name = match.group(1)
         if name in seen:
             return f"(?P={name})"
@@ -284,14 +284,14 @@ def _parse(sentence: str) -> Parse | None:
 
 
 def parse(sentence: str) -> Parse | None:
-    """The form that could have written `sentence`, or None when no form could."""
+    """The form that generates `sentence`, with its slots, or None when no form does."""
     return _parse(sentence)
 
 
 def sentences(text: str) -> list[str]:
-    """Splits a text after each full stop, question mark or line break.
+    """Splits a text after each full stop, question or exclamation mark, or line break.
 
-    The rest is a sentence too.
+    An unfinished end of the text is a sentence too.
     """
     parts = re.split(r"(?<=[.?!])\s+|\n+", text.strip())
     return [part for part in parts if part]

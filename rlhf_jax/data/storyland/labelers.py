@@ -1,9 +1,8 @@
-"""Simulated labelers with a taste and noise of their own, who write demonstrations and rank.
+"""Simulated labelers who write demonstrations and rank, each with its own preferences and noise.
 
-A labeler sees what a person sees, a response's parts, weighs them in its own way, likes longer or
-shorter answers a little, is not quite consistent, and calls two responses equal when it can hardly
-tell them apart. Held-out labelers come from the same population and never label training data
-(Ouyang et al. 2022, section 3.4).
+A labeler judges the parts of the gold score with its own weights, a small length bias and noise,
+and ties two responses of nearly equal worth. Held-out labelers are drawn from the same population
+and never label training data (Ouyang et al. 2022, section 3.4).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Labeler:
       name: ``train-0``, ``heldout-1``, ...
       group: train or heldout.
       noise: standard deviation of a judgement, in gold points.
-      tie: responses whose perceived worth differs by less are tied.
+      tie: responses are tied when their perceived worth differs by at most this.
       length_bias: gold points for doubling the length.
       taste: this labeler's weight of instruction, constraint and facts, relative to the gold
         scorer's.
@@ -45,8 +44,9 @@ class Labeler:
     def rank(self, task: Task, responses: Sequence[str], *, place: object) -> list[int]:
         """Ranks of the responses as in a file: 1 is best, equal ranks are ties.
 
-        The judgement of a response is a pure function of the labeler, `place` (say, the prompt's
-        id) and its text, so neither order nor company matter, and equal texts are always tied.
+        The judgement of a response is a pure function of the labeler, `place` (such as the prompt's
+        id) and its text. It does not depend on the order or on the other responses, and equal texts
+        are always tied.
         """
         worth = {
             response: self._worth(task, response) + self._slip(response, place)
@@ -55,19 +55,18 @@ class Labeler:
         order = sorted(set(worth.values()), reverse=True)
         rank_of, rank, leader = {}, 1, order[0]
         for value in order:
+            # Compared with the best of the tie, not the one before, so that ties cannot chain.
             if leader - value > self.tie:
                 rank, leader = rank + 1, value
             rank_of[value] = rank
         return [rank_of[worth[response]] for response in responses]
 
     def demonstrate(self, task: Task, *, place: object) -> str:
-        """A demonstration: an honest answer.
+        """A demonstration: an honest answer, or with probability `carelessness` a flawed one.
 
-        It has a flaw as often as this labeler is careless.
-
-        Half of the flaws are of the task (a wish forgotten, a wrong fact, a rude remark). The
-        others are of form: chatter around an honest answer, or a sentence without its capital.
-        People write so without thinking and do not like to read it.
+        Half of the flaws are in content (a forgotten constraint, a wrong fact, a rude remark). The
+        others are in form: chatter around an honest answer, or a sentence without its capital,
+        which people write inadvertently and dislike when they rank.
         """
         rng = random.Random(f"{self.name}/demonstration/{place}")
         if rng.random() >= self.carelessness:
@@ -82,6 +81,7 @@ class Labeler:
 
     def _worth(self, task: Task, response: str) -> float:
         judged = gold(task, response)
+        # The labeler's own weights shift the gold score; a part of 0.5 shifts nothing.
         shift = sum(
             WEIGHTS[part] * (self.taste[part] - 1) * (value - 0.5)
             for part, value in judged.parts.items()
@@ -106,9 +106,9 @@ def _without_capital(text: str, rng: random.Random) -> str:
 
 
 def _normal(rng: random.Random) -> float:
-    """A standard normal draw by Box and Muller.
+    """A standard normal sample by the Box-Muller transform.
 
-    It uses `random()` alone, whose stream Python promises to keep.
+    It uses `random()` alone, because Python guarantees its stream across versions.
     """
     return math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
 

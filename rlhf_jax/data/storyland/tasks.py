@@ -1,10 +1,10 @@
-"""Instructions with checkable wishes, in the use-cases of the paper, and the honest answer to each.
+"""Instructions with verifiable constraints, in the paper's use cases, with their honest answers.
 
-``task(split, index)`` is a pure function: the same arguments give the same instruction for ever,
-and the splits are disjoint because each prompt belongs to the split that a hash of its text names.
+``task(split, index)`` is a pure function: the same arguments always give the same instruction. The
+splits are disjoint, because a hash of its text assigns each prompt to one split.
 
-The mix of use-cases follows the paper's shape (generation most, then open questions and lists;
-Ouyang et al. 2022, table 1), with more of the checkable small ones and no chat.
+The mix of use cases follows the paper (generation most often, then open questions and lists; Ouyang
+et al. 2022, table 1), with more of the small verifiable ones and no chat.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ RUDE_THINGS = ("note", "joke", "letter", "song", "poem")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An instruction and what it wishes for.
+    """An instruction and its constraints.
 
     Attributes:
       use_case: story, closed_qa, open_qa, list, rewrite, summary, classify or refuse.
-      prompt: the text the model sees.
+      prompt: the text that the model sees.
       wish: what the gold scorer checks, by name (hero, mood, count, words, ending, answer, ...).
     """
 
@@ -105,16 +105,16 @@ class Task:
 
 
 def split_of(prompt: str) -> str:
-    """The split a prompt belongs to.
+    """The split of a prompt.
 
-    A hash of its text puts 5% in test, 5% in validation and the rest in training.
+    A hash of its text assigns 5% to test, 5% to validation and the rest to training.
     """
     bucket = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) % 20
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
 def task(split: str, index: int, *, seed: int = 0) -> Task:
-    """The instruction at place `index` of the split's endless stream.
+    """The instruction with index `index` in the split's endless stream.
 
     Raises:
       ValueError: the split is none of train, validation, test.
@@ -124,6 +124,7 @@ def task(split: str, index: int, *, seed: int = 0) -> Task:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    # About 20 attempts for a held-out split, each with its own seed, so the stream has no state.
     attempt = 0
     while True:
         rng = random.Random(f"storyland-task/{seed}/{split}/{index}/{attempt}")
@@ -155,7 +156,7 @@ def task_of(name: str) -> Task:
 
 
 def draw_task(rng: random.Random) -> Task:
-    """An instruction of a use-case drawn by the mix, from any split."""
+    """An instruction of any split, with a use case drawn from the mix."""
     threshold = rng.random()
     for share, make in _MIX:
         threshold -= share
@@ -164,7 +165,7 @@ def draw_task(rng: random.Random) -> Task:
     return _story(rng)
 
 
-# --- one function a use-case ----------------------------------------------------------------------
+# --- one function per use case --------------------------------------------------------------------
 def _story(rng: random.Random) -> Task:
     hero, mood = word(rng, "hero"), word(rng, "mood")
     count = 2 + int(rng.random() * 3)
@@ -200,6 +201,7 @@ _STORY_PROMPTS = (
 def _facts(rng: random.Random, count: int) -> list[dict[str, str]]:
     facts: list[dict[str, str]] = []
     for _ in range(count):
+        # No two facts share a word, so that each question has one answer.
         fresh = {
             slot: word(rng, slot, [fact[slot] for fact in facts])
             for slot in ("name", "object", "place", "color")
@@ -255,9 +257,8 @@ def _open_qa(rng: random.Random) -> Task:
     )
 
 
-KNOWLEDGE: tuple[
-    tuple[str, str, str, Mapping[str, str]], ...
-] = (  # question, answer, relation, truth
+# question, answer, relation, truth
+KNOWLEDGE: tuple[tuple[str, str, str, Mapping[str, str]], ...] = (
     ("Where does a {} live?", "A {} lives in the {}.", "home", HOMES),
     ("What does a {} eat?", "A {} eats {}.", "food", FOODS),
     ("What does a {} need?", "A {} needs the {}.", "tool", TOOLS),
@@ -294,6 +295,7 @@ def _rewrite(rng: random.Random) -> Task:
     hero = word(rng, "hero")
     fresh = word(rng, "hero", (hero,))
     text = " ".join(_scene(rng, hero, word(rng, "mood"), 1 + int(rng.random() * 2)))
+    # If the new hero were in the text already, the answer would confuse the two.
     while re.search(rf"\b{fresh}\b", text):
         fresh = word(rng, "hero", (hero,))
     prompt = str(pick(rng, _REWRITE_PROMPTS)).format(fresh=fresh, hero=hero, text=text)

@@ -23,9 +23,9 @@ def assets() -> Path:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the first documents of the corpus.
+    """Trains byte-level BPE on the first documents of the corpus.
 
-    Nearly every storyland word is one token.
+    Nearly every word of storyland becomes one token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -52,6 +52,6 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def corpus_fingerprint(count: int = 1000) -> str:
     """sha256 of the first `count` documents.
 
-    It pins the corpus that the base models were pretrained on.
+    A test compares it with the corpus that the base models were pretrained on.
     """
     return hashlib.sha256("\0".join(documents(0, count)).encode()).hexdigest()

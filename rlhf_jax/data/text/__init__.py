@@ -1,16 +1,16 @@
-r"""Texts to token rows: templates, tokenising, masks and packing.
+r"""Turns texts into rows of tokens: templates, tokenisation, masks and packing.
 
-This is the one place that says how text becomes ids, for every stage, scorer and export. A prompt
-is a text or the turns of a conversation. The template of a text: the prompt is its text and
-``"\n\n"``; the response is its text and EOS. Conversations are written by `chat`. A prompt, a
-document and any other beginning of a row starts with what the tokenizer's own post-processor puts
-there (`begin_ids`: BOS, or nothing), once; a response never does. Prompt and response are tokenised
-separately and their ids concatenated, for SFT, reward model and PPO alike, so that a response has
-the same ids wherever it is seen. Rows are contiguous from the left and padded on the right; masks
-come from lengths and roles, never from ids.
+This package alone defines how text becomes ids, for every stage, scorer and export. A prompt is a
+text or the turns of a conversation. The template of a text: the prompt is its text and ``"\n\n"``;
+the response is its text and EOS. `chat` encodes conversations. A prompt, a document and any other
+beginning of a row starts with what the tokenizer's own post-processor puts there (`begin_ids`: BOS,
+or nothing), once; a response never does. Prompt and response are tokenised separately and their ids
+concatenated, for SFT, reward model and PPO alike, so that a response has the same ids everywhere.
+Rows are contiguous from the left and padded on the right; masks are made from lengths and roles,
+never from ids.
 
-Row functions never cut or drop anything: what does not fit is an error, and `drop_too_long` is the
-counted way out.
+Row functions never truncate or drop anything: what does not fit is an error. `drop_too_long` leaves
+such items out beforehand, and counts them.
 """
 
 from rlhf_jax.data.special_ids import begin_ids

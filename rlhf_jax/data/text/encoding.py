@@ -1,4 +1,4 @@
-"""Prompts, responses and documents as ids, and ids as text."""
+"""Encodes prompts, responses and documents as ids, and decodes ids to text."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt, up to where the response begins.
 
-    The name of a special token inside a text or a message stays ordinary text: a user cannot write
-    a control token.
+    The name of a special token inside a text or a message is encoded as ordinary text, so that a
+    user cannot write a control token.
 
     Args:
-      tokenizer: its chat template writes messages; where it has none, `chat.PLAIN_TEMPLATE` does.
-      prompt: a text, which the template's ending follows, or messages of which the last is not the
+      tokenizer: its chat template formats messages, or `chat.PLAIN_TEMPLATE` where it has none.
+      prompt: a text, to which `PROMPT_END` is added, or messages, the last of which is not the
         assistant's.
-      bos_id: comes first instead of what the tokenizer puts before a text (`begin_ids`); None for
-        messages, whose template writes its own.
+      bos_id: replaces what the tokenizer puts before a text (`begin_ids`); must be None for
+        messages, as a chat template writes BOS itself.
 
     Raises:
-      ValueError: messages that the template cannot write (see `chat.encode_messages`), or `bos_id`
-        with messages.
+      ValueError: messages that the template refuses (see `chat.encode_messages`), or `bos_id` with
+        messages.
     """
     if isinstance(prompt, str):
         ids = chat.encode_text(tokenizer, prompt + PROMPT_END)
@@ -59,9 +59,9 @@ def encode_prompt(
 
 
 def encode_opening(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a text that a model goes on with as it stands.
+    """Token ids of a text that a model continues as it is, without a template.
 
-    Such a text is a few-shot prompt, or a question without a template.
+    An example is a few-shot prompt.
     """
     return [*begin_ids(tokenizer), *chat.encode_text(tokenizer, text)]
 
@@ -69,7 +69,7 @@ def encode_opening(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -
 def encode_response(
     tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int
 ) -> list[int]:
-    """Token ids of a whole response to a text, EOS last."""
+    """Token ids of a whole response to a text, ending with EOS."""
     return [*chat.encode_text(tokenizer, text), eos_id]
 
 
@@ -78,7 +78,8 @@ def encode_answer(
 ) -> list[int]:
     """Token ids of a whole response to `prompt`.
 
-    EOS is the last one after a text, the template's end of turn after messages.
+    They end with EOS if the prompt is a text, and with the template's end of turn if it is
+    messages.
     """
     if isinstance(prompt, str):
         return encode_response(tokenizer, response, eos_id=require_eos_id(tokenizer))
@@ -97,14 +98,15 @@ def encode_demonstration(
     Args:
       tokenizer: as in `encode_prompt`.
       prompt: a text, or the turns before the response.
-      response: what the assistant answers.
-      assistant_turns: of messages, "all" trains on the assistant's earlier turns too, "last" on the
-        response alone. A text has one.
+      response: the assistant's answer.
+      assistant_turns: for messages, "all" trains on the assistant's earlier turns too, "last" on
+        the response alone. A text has no earlier turns.
     """
     if not isinstance(prompt, str):
         return chat.encode_conversation(
             tokenizer, [*prompt, Message("assistant", response)], turns=assistant_turns
         )
+    # Tokenised apart, so that the response has the ids that PPO samples and the reward model reads.
     asked, said = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, prompt, response)
     return [*asked, *said], [False] * len(asked) + [True] * len(said)
 
@@ -112,10 +114,7 @@ def encode_demonstration(
 def encode_document(
     tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int
 ) -> list[int]:
-    """Token ids of a document of the pretraining mix.
-
-    They are what the tokenizer puts before a text, the text, and EOS.
-    """
+    """Token ids of a document of the pretraining mix: `begin_ids`, the text, and EOS."""
     return [*encode_opening(tokenizer, text), eos_id]
 
 
@@ -124,39 +123,36 @@ def stop_ids(
 ) -> tuple[int, ...]:
     """The ids that end a response to any of `prompts`.
 
-    They are EOS, the other ids that the model's generation_config.json names, and what the chat
-    template ends the assistant's turn with.
+    They are EOS, the other ids that the model's generation_config.json names, and the token with
+    which the chat template ends the assistant's turn.
     """
+    # The end of turn depends on the roles alone, so one prompt per sequence of roles is enough.
     roles = {tuple(m.role for m in p): p for p in prompts if not isinstance(p, str)}
     ends = (chat.next_turn(tokenizer, messages).end_id for messages in roles.values())
     return tuple(dict.fromkeys([*end_ids(tokenizer), *ends]))
 
 
 def exported_end_ids(tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The ids to write as ``eos_token_id`` of an exported model.
+    """The ids to write as ``eos_token_id`` of an exported model, for other programs to stop at.
 
-    With them other programs stop where this one does.
-
-    Those of the folder that the tokenizer came from, in that order; the tokenizer's EOS; and the
-    end of turn of its chat template.
+    They are those of the folder that the tokenizer was loaded from, in that order, then the
+    tokenizer's EOS, then the end of turn of its chat template.
     """
     ends = [*folder_end_ids(tokenizer), require_eos_id(tokenizer), end_of_turn_id(tokenizer)]
     return tuple(dict.fromkeys(i for i in ends if i is not None))
 
 
 def end_of_turn_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
-    """What the tokenizer's own chat template ends the assistant's turn with.
+    """The id with which the tokenizer's own chat template ends the assistant's turn.
 
-    None where the tokenizer has no template, or one that no conversation can be encoded with: then
-    none was.
+    None where the tokenizer has no template, or one that cannot encode any conversation, so that no
+    conversation was trained on either.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
     asked = Message("user", "x")
-    for messages in (
-        (asked,),
-        (Message("system", "x"), asked),
-    ):  # some templates want a system turn first
+    # Some templates require a system turn.
+    for messages in ((asked,), (Message("system", "x"), asked)):
         with contextlib.suppress(ValueError):
             return chat.next_turn(tokenizer, messages).end_id
     return None
@@ -165,9 +161,9 @@ def end_of_turn_id(tokenizer: transformers.PreTrainedTokenizerFast) -> int | Non
 def decode_response(
     tokenizer: transformers.PreTrainedTokenizerFast, ids: Ids, *, eos_id: int | Sequence[int]
 ) -> str:
-    """The text before the first of the `eos_id` (all of it when there is none).
+    """The text before the first of the `eos_id`, or all of it when there is none.
 
-    For people and scorers; never encode it again.
+    It is for people and scorers and must not be encoded again, as that may give other ids.
     """
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     ids = [int(i) for i in ids]

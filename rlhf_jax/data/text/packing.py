@@ -1,4 +1,4 @@
-"""Several texts to a row: which go together, and what does not fit."""
+"""Packs several items into a row, and counts the items that do not fit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Item = TypeVar("Item")
 def best_fit(
     sizes: Sequence[int], *, capacity: int, max_items: int | None = None
 ) -> list[list[int]]:
-    """Indices of items, grouped into rows.
+    """Groups items into rows by best-fit decreasing, as indices.
 
-    The largest item goes first, each into the fullest row that still has room.
+    The largest item is placed first, each in the fullest row that still has room.
 
     Args:
       sizes: tokens of each item.
-      capacity: tokens of a row.
-      max_items: most items of a row; None = no limit.
+      capacity: tokens per row.
+      max_items: most items per row; None = no limit.
 
     >>> best_fit([3, 5, 2, 6], capacity=8)
     [[3, 2], [1, 0]]
@@ -59,7 +59,7 @@ def drop_too_long(items: Sequence[Item], *, length: int) -> tuple[list[Item], in
 
 
 def padding_share(batch: LMBatch | RankingBatch) -> float:
-    """Share of the slots that hold padding: compute spent on nothing."""
+    """Share of the slots that are padding, which is wasted compute."""
     return float(np.mean(np.asarray(batch.segments) == 0))
 
 
@@ -70,6 +70,7 @@ def slots_of(item: Any) -> int:
     """
     if not len(item) or np.ndim(item[0]) == 0:
         return len(item)
+    # Both are pairs: ids with a mask of the same length, or the ids of a prompt and a response.
     if len(item) == 2 and isinstance(item[1][0] if len(item[1]) else 0, bool):
         return len(item[0])
     if len(item) == 2:

@@ -1,4 +1,4 @@
-"""Ids as rows of a batch: tokens, segments, positions and masks."""
+"""Builds the rows of a batch from ids: tokens, segments, positions and masks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def prompt_batch(
     """Prompts as right-padded rows.
 
     Args:
-      prompts: token ids of each prompt, as `encode_prompt` gives them.
+      prompts: token ids of each prompt, from `encode_prompt`.
       length: slots of a row, in tokens.
-      ids: each prompt's place in the stream; None = 0, 1, ..
+      ids: index of each prompt in the stream; None = 0, 1, ..
 
     Raises:
       ValueError: a prompt is empty or longer than `length`, or `ids` has another length.
@@ -52,15 +52,15 @@ def sft_rows(
     mask_prompt: bool = True,
     max_pieces: int | None = None,
 ) -> LMBatch:
-    """Demonstrations, several to a row (best fit), each a segment of its own with positions from 0.
+    """Packs demonstrations into rows (best fit), each as a segment with positions from 0.
 
     Args:
       pairs: (prompt ids, response ids with EOS).
       length: slots of a row, in tokens.
-      mask_prompt: targets are the response tokens and EOS; False adds the prompt's tokens but its
-        first. The paper does not say which it used.
-      max_pieces: most demonstrations of a row; 1 makes a batch of 32 rows one of 32 demonstrations,
-        at the price of padding. None = as many as fit.
+      mask_prompt: True trains on the response tokens and EOS; False also on the prompt's tokens
+        but the first. The paper does not state which it used.
+      max_pieces: most demonstrations per row; with 1 a batch of 32 rows has 32 demonstrations, at
+        the price of padding. None = as many as fit.
 
     Raises:
       ValueError: a prompt or response is empty, or a pair is longer than `length`.
@@ -85,15 +85,12 @@ def sft_rows(
 def masked_rows(
     pieces: Sequence[MaskedIds], *, length: int, max_pieces: int | None = None
 ) -> LMBatch:
-    """Pieces with targets of their own, several to a row (best fit).
-
-    Each is a segment with positions from 0.
+    """Packs pieces with masks into rows (best fit), each as a segment with positions from 0.
 
     Args:
-      pieces: (ids, mask), as `encode_demonstration` gives them; the mask is True where an id is a
-        target.
+      pieces: (ids, mask), from `encode_demonstration`; the mask is True where an id is a target.
       length: slots of a row, in tokens.
-      max_pieces: most pieces of a row; None = as many as fit.
+      max_pieces: most pieces per row; None = as many as fit.
 
     Raises:
       ValueError: a piece is longer than `length`, a mask has another length than its ids, its first
@@ -112,12 +109,11 @@ def masked_rows(
 
 
 def lm_rows(documents: Sequence[Ids], *, length: int) -> LMBatch:
-    """Documents, several to a row (best fit), each a segment of its own.
+    """Packs documents into rows (best fit), each as a segment with positions from 0.
 
-    A document ends with its EOS (`encode_document`).
-
-    A document longer than a row is split into pieces of `length` tokens, each its own segment.
-    Every token is a target but the first of a piece, which has no predecessor.
+    A document ends with its EOS (`encode_document`). One that is longer than a row is split into
+    pieces of `length` tokens, each its own segment. Every token is a target but the first of a
+    piece, which has no predecessor.
     """
     pieces = [list(d[i : i + length]) for d in documents for i in range(0, len(d), length)]
     return _lm_rows([(piece, _after(1, len(piece))) for piece in pieces], length)
@@ -130,20 +126,20 @@ def ranking_rows(
     max_k: int,
     max_n: int | None = None,
 ) -> RankingBatch:
-    """Ranked responses as shared-prefix rows, several prompts to a row where they fit (best fit).
+    """Packs rankings into shared-prefix rows (best fit), several prompts per row where they fit.
 
-    A prompt is one segment without parent; each response is a segment whose parent is the prompt
-    and whose positions go on from the prompt's length. A ranking costs prompt + sum of responses
-    tokens, once, and never leaves its row.
+    A prompt is one segment without a parent. Each response is a segment with the prompt as its
+    parent and positions that continue from the prompt's length. So a ranking takes prompt + sum of
+    responses tokens, all of them in one row.
 
     Args:
       rankings: prompt, responses and ranks. A response of rank -1 takes no tokens; its end is 0.
       length: slots of a row, in tokens.
-      max_k: K of the batch; a ranking with fewer responses is filled up with rank -1.
-      max_n: N of the batch, the most prompts of a row; None = as many as the fullest row holds.
+      max_k: K of the batch; a ranking with fewer responses is padded with rank -1.
+      max_n: N of the batch, the most prompts per row; None = as many as the fullest row has.
 
     Returns:
-      ``ends, ranks: "B N K"``; places without a prompt have rank -1 and end 0.
+      ``ends, ranks: "B N K"``; entries without a prompt have rank -1 and end 0.
 
     Raises:
       ValueError: a ranking is longer than `length`, has more than `max_k` responses, an empty
@@ -161,20 +157,20 @@ def ranking_rows(
 def ranking_batch(
     samples: Samples, ranks: Int[np.ndarray, "B K"], *, length: int | None = None
 ) -> RankingBatch:
-    """Sampled and ranked responses as shared-prefix rows, one prompt a row.
+    """Sampled and ranked responses as shared-prefix rows, one prompt per row.
 
-    This is the way from sampling to reward training.
+    This connects sampling to the training of the reward model.
 
     Args:
-      samples: rows ``b*K + k`` hold sample k of prompt b; token ids go on unchanged.
+      samples: row ``b*K + k`` is sample k of prompt b; its token ids are used unchanged.
       ranks: 0 best, ties equal, -1 not ranked (such a sample takes no tokens).
-      length: slots of a row, in tokens; None = what the longest row needs.
+      length: slots of a row, in tokens; None = the length of the longest row.
 
     Returns:
       Row b is prompt b, so ``ends, ranks: "B 1 K"``.
 
     Raises:
-      ValueError: the samples are not K rows a prompt, or a row does not fit.
+      ValueError: the samples are not K rows per prompt, or a row does not fit.
     """
     prompts, k = ranks.shape
     tokens, starts, ends = (
@@ -187,6 +183,7 @@ def ranking_batch(
     rankings = []
     for b in range(prompts):
         rows = range(b * k, b * k + k)
+        # The ids are taken from the samples and never re-encoded, which could change them.
         prompt = tokens[b * k, : starts[b * k]].tolist()
         if any(tokens[i, : starts[i]].tolist() != prompt for i in rows):
             raise ValueError(
@@ -205,10 +202,7 @@ def ranking_batch(
 
 
 def _zeros(count: int, *shape: int) -> list[Any]:
-    """Arrays for the fields of a struct.
-
-    Their type is Any, because the fields' types are those on the device.
-    """
+    """Arrays for the fields of a struct, typed Any as the fields are annotated as jax arrays."""
     return [np.zeros(shape, np.int32) for _ in range(count)]
 
 
@@ -241,7 +235,7 @@ def _lm_rows(pieces: Sequence[MaskedIds], length: int, max_pieces: int | None = 
     mask: Any = np.zeros((len(rows), length), bool)
     for b, row in enumerate(rows):
         start = 0
-        for segment, item in enumerate(row, start=1):
+        for segment, item in enumerate(row, start=1):  # segment 0 is padding
             ids, targets = pieces[item]
             end = start + len(ids)
             tokens[b, start:end] = ids
@@ -255,7 +249,7 @@ def _lm_rows(pieces: Sequence[MaskedIds], length: int, max_pieces: int | None = 
 def _ranking_batch(rows: Sequence[Sequence[RankedIds]], t: int, n: int, k: int) -> RankingBatch:
     tokens, segments, parents, positions = _zeros(4, len(rows), t)
     ends, ranks = _zeros(2, len(rows), n, k)
-    ranks -= 1
+    ranks -= 1  # -1 marks absent responses, and so all entries that are not written below
 
     def write(b: int, start: int, ids: Ids, segment: int, parent: int, position: int) -> int:
         piece = (b, slice(start, start + len(ids)))
@@ -272,6 +266,7 @@ def _ranking_batch(rows: Sequence[Sequence[RankedIds]], t: int, n: int, k: int) 
             for j, (response, rank) in enumerate(zip(responses, prompt_ranks, strict=True)):
                 if rank < 0:
                     continue
+                # Every response continues the prompt, wherever it is stored in the row.
                 segment += 1
                 start = write(b, start, response, segment, parent, len(prompt))
                 ends[b, place, j], ranks[b, place, j] = start - 1, rank

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders, and whether two of them give the same ids."""
+"""Loads the tokenizers of model folders, and checks that two of them give the same ids."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer in a local folder (tokenizer.json, tokenizer_config.json).
 
-    Code in the folder is never run.
-
-    It also knows what the folder says beside the tokenizer: ``add_bos_token``, and the ids that end
-    a response (`special_ids.follow_folder`).
+    Code in the folder is never run. The folder's other settings are applied as well:
+    ``add_bos_token``, and the ids that end a response (`special_ids.follow_folder`).
 
     Raises:
-      ValueError: there is no tokenizer, it cannot be read, or it names no EOS token; or the folder
-        says of its special ids what cannot be.
+      ValueError: there is no tokenizer, it cannot be read, it names no EOS token, or the folder's
+        settings of special ids are invalid.
     """
     try:
         file = check_tokenizer(path)
@@ -45,31 +43,31 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
 def open_tokenizer(
     folder: str | os.PathLike[str], file: Path
 ) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer as transformers reads it; `load_tokenizer` also obeys the folder's other files.
+    """The tokenizer as transformers reads it; `load_tokenizer` also applies the folder's settings.
 
     Args:
-      folder: that holds it.
+      folder: the folder of the tokenizer.
       file: its tokenizer.json, checked (`rlhf_jax.run.files.check_tokenizer`).
 
     Raises:
       ValueError: it cannot be read.
     """
-    import transformers  # slow to import, and only this needs it
+    import transformers  # slow to import, and needed by this function alone
 
-    try:  # The file is named, so that tokenizer_config.json cannot name another.
+    try:  # the file is given, so that tokenizer_config.json cannot name another
         return transformers.PreTrainedTokenizerFast.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
         )
-    except Exception as error:  # The Rust parser raises bare Exception.
+    except Exception as error:  # the Rust parser raises bare Exception
         raise ValueError(
             f"the tokenizer in {folder} cannot be read ({error}): copy or save it again"
         ) from error
 
 
 def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
-    """sha256 of everything that decides the ids of a text and what comes before it, and of EOS."""
+    """sha256 of everything that determines the ids of a text and those before it, and of EOS."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Set by the last call's arguments, not part of the vocabulary.
+    # These are set by the arguments of the last call and do not belong to the vocabulary.
     for call_state in ("truncation", "padding"):
         state.pop(call_state, None)
     state["eos_token_id"] = tokenizer.eos_token_id
@@ -82,7 +80,7 @@ def check_same_tokenizer(**tokenizers: transformers.PreTrainedTokenizerFast) -> 
     Called as ``check_same_tokenizer(policy=a, reward_model=b)``.
 
     Raises:
-      ValueError: naming two that differ.
+      ValueError: two differ; the message names them.
     """
     (first, reference), *others = tokenizers.items()
     for name, other in others:

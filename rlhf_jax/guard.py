@@ -1,6 +1,4 @@
-"""The guard inside a training step: what counts as a bad step, from the numbers of the last sound
-ones.
-"""
+"""The guard inside a training step: a step is judged by the numbers of the last sound steps."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def guard_state(size: int = 128) -> GuardState:
     """An empty window for `is_spike`.
 
     Args:
-      size: sound steps that it remembers.
+      size: number of sound steps in the window.
 
     Returns:
       Zeros, and a count of 0.
@@ -47,15 +45,14 @@ def guard_state(size: int = 128) -> GuardState:
 
 
 LEAST_SPREAD = 0.05
-"""A spread below this share of the mean counts as this share: numbers that hardly vary do not make
-trifles spikes."""
+"""Smallest spread, as a share of the mean: tiny changes of a steady number are not spikes."""
 
 
 def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int) -> Bool[Array, ""]:
-    """Whether a number of a step lies far above those of the last sound steps.
+    """Whether a number of this step is far above those of the last sound steps.
 
     ``x > mean + std * max(standard deviation, 0.05 |mean|)`` over the window, for any of the three
-    numbers. False until half of the window is filled, and for a number that has not varied from 0.
+    numbers. False until half of the window is filled, and for a number that has always been 0.
 
     Args:
       guard: the last sound steps.
@@ -83,6 +80,7 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
         return jnp.sum(jnp.where(filled, x, 0), axis=0, keepdims=True) / jnp.maximum(seen, 1)
 
     middle = mean(guard.window)
+    # Squares of deviations, not E[x^2] - mean^2, whose difference cancels in float32.
     spread = jnp.sqrt(mean(jnp.square(guard.window - middle)))
     spread = jnp.maximum(spread, LEAST_SPREAD * jnp.abs(middle))
     above = (watched[None] > middle + std * spread) & (spread > 0)
@@ -90,14 +88,14 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
 
 
 def remember(guard: GuardState, watched: Float[Array, "3"]) -> GuardState:
-    """The window after a sound step; the oldest step makes room.
+    """Adds a sound step to the window, in the place of the oldest one once the window is full.
 
     Args:
       guard: the window so far.
       watched: as in `is_spike`.
 
     Returns:
-      A window with one step more.
+      The window with the numbers of this step.
     """
     place = guard.count % guard.window.shape[0]
     return GuardState(guard.window.at[place].set(watched), guard.count + 1)

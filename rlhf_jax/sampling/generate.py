@@ -1,14 +1,12 @@
 """Sampling: one prefill for the K samples of a prompt, then cached decode steps.
 
-The loop ends when every row has ended.
+`generate` samples one batch in one compiled program, whose loop ends when every row has ended.
+`refill.generate_many` decodes any number of prompts in a fixed number of rows: a row whose response
+has ended continues with the next prompt.
 
-`generate` samples one batch in one compiled program; `refill.generate_many` sends any number of
-prompts through a fixed number of rows, where a finished row makes room for the next prompt.
-
-Rows are contiguous from the left: prompt, response with its EOS, padding (id 0). The key of a
-  sampled token folds in
-(key, the prompt's id, the sample k, the response index), so batching, slot refill and padding
-change no token.
+Rows are contiguous from the left: prompt, response with its EOS, padding (id 0). The random numbers
+of a token depend only on (key, prompt id, sample k, index in the response), so batching, refill and
+padding change no token.
 """
 
 from __future__ import annotations

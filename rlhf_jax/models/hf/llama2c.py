@@ -48,9 +48,15 @@ def load_llama2c(
     width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack(
         "<7i", content[:28]
     )
-    sizes = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers,
-             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": abs(vocabulary),
-             "max_position_embeddings": context}  # fmt: skip
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": abs(vocabulary),  # a negative size marks an unembedding of its own
+        "max_position_embeddings": context,
+    }
     for name, value in sizes.items():
         check_number(name, value, str(path))
     config = DecoderConfig(

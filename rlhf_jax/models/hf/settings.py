@@ -103,8 +103,8 @@ _KNOWN_HARMLESS = frozenset().union(*_HARMLESS.values())
 _OFF = (None, False, 0, "", "none", "default")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        ("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier",
-         "scale_emb", "residual_scale", "embedding_scale", "partial_rotary_factor", "rotary_pct",
+        ("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale",
+         "lm_head_multiplier", "scale_emb", "residual_scale", "embedding_scale", "partial_rotary_factor", "rotary_pct",
          "rope_scaling_factor",
          "attention_factor", "rope_factor", "factor", "decoder_sparse_step", "ep_size"),
         (None, 1, 1.0),
@@ -277,8 +277,8 @@ _GGUF_PLAIN: dict[str, tuple[Any, ...]] = {
     "llama.attention.causal": (True,),
     "llama.use_parallel_residual": (False,),
     **dict.fromkeys(
-        ("llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.attn_factor", "llama.logit_scale",
-         "llama.residual_scale", "llama.embedding_scale", "llama.rope.scale"),
+        ("llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.attn_factor",
+         "llama.logit_scale", "llama.residual_scale", "llama.embedding_scale", "llama.rope.scale"),
         (1, 1.0),
     ),
 }  # fmt: skip

@@ -235,12 +235,13 @@ _KINDS = (
      "a LoRA adapter that was not merged: merge it (merge_and_unload) and save the result"),
     (r"^(pretrained_model\.|v_head|value_head|.*\.v_head|.*value_head|summary)",
      "a value head, as TRL's models have: pass the model that it was put on, saved without it"),
-    (r"^(score|classifier|regression_head|reward_head|multiple_choice_head|qa_outputs|rank_head|critic)\b",
+    (r"^(score|classifier|regression_head|reward_head|multiple_choice_head|qa_outputs|rank_head"
+     r"|critic)\b",
      "a head for another task: a reward model has score.weight of one row"),
-    (r"^lm_head\.", "an unembedding beside what config.json asks for: take it out, or pass the language "
-        "model"),
-    (r"qweight|qzeros|\.scales$|g_idx|weight_scale|input_scale|absmax|quant_map|quant_state|\.SCB$|weight_format"
-     r"|weight_packed|_zero_point|nested_",
+    (r"^lm_head\.",
+     "an unembedding beside what config.json asks for: take it out, or pass the language model"),
+    (r"qweight|qzeros|\.scales$|g_idx|weight_scale|input_scale|absmax|quant_map|quant_state|\.SCB$"
+     r"|weight_format|weight_packed|_zero_point|nested_",
      "of quantised weights: choose the model's weights that are not quantised"),
     (r"(^|\.)(mtp|nextn|eagle|medusa)|\.(eh_proj|enorm|hnorm|shared_head)\b",
      "of layers that predict several tokens, which this decoder has not: choose a model without "
@@ -249,10 +250,10 @@ _KINDS = (
      "of a model that reads images or sound: pass its text model alone"),
     (r"experts|\.router|block_sparse_moe|\.mlp\.gate\.weight|shared_expert",
      "of a mixture of experts, which this decoder is not: choose a dense model"),
-    (r"\.[qk]_norm\.", "a norm of queries or keys, which config.json does not announce: model_type qwen3 has "
-        "them"),
-    (r"_proj\.bias$|\.bias$", "a bias that config.json does not announce (attention_bias, mlp_bias, "
-        "model_type)"),
+    (r"\.[qk]_norm\.",
+     "a norm of queries or keys, which config.json does not announce: model_type qwen3 has them"),
+    (r"_proj\.bias$|\.bias$",
+     "a bias that config.json does not announce (attention_bias, mlp_bias, model_type)"),
 )  # fmt: skip
 """A pattern in the name of a tensor that was not read -> what it is, and what mends it."""
 
@@ -283,11 +284,17 @@ def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int)
 def _kind(name: str, layers: int) -> str:
     place = re.search(r"\b(?:layers|h|blk)\.(\d+)\.", name)
     if place and int(place[1]) >= layers:
-        return f"of layer {place[1]}, and config.json says {layers} layers: it is another model's config.json"
+        return (
+            f"of layer {place[1]}, and config.json says {layers} layers: it is another model's "
+            "config.json"
+        )
     for pattern, meaning in _KINDS:
         if re.search(pattern, name):
             return meaning
-    return "no part of the decoder that config.json describes: pass the folder of the plain model, or take it out"
+    return (
+        "no part of the decoder that config.json describes: pass the folder of the plain model, or "
+        "take it out"
+    )
 
 
 def same_values(one: Any, other: Any, blocks: Iterator[slice]) -> bool:

@@ -111,7 +111,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _card(description: Mapping[str, Any]) -> str:
     """The model card. That of a reward model says what has to be added to the logits."""
     head = "---\nlibrary_name: transformers\ntags:\n- rlhf_jax\n---\n\n"
-    loading = f"Loads with `rlhf_jax.load_hf(folder)` or as transformers' `{description['architectures'][0]}`.\n"
+    loading = (
+        "Loads with `rlhf_jax.load_hf(folder)` or as transformers' "
+        f"`{description['architectures'][0]}`.\n"
+    )
     if SCORE_BIAS not in description:
         return f"{head}# Language model\n\n{loading}"
     bias = description[SCORE_BIAS]

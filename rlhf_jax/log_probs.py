@@ -343,8 +343,8 @@ def _inputs_of(program: Any, outputs: list[bool]) -> list[bool]:
         wanted = [id(x) in needed for x in equation.outvars]
         if not any(wanted):
             continue
-        # A jitted function inside, such as `jnp.where`, is searched too, because its outputs may not
-        # depend on all of its inputs. Any other operation counts as depending on all of them.
+        # A jitted function inside, such as `jnp.where`, is searched too, because its outputs may
+        # not depend on all of its inputs. Any other operation counts as depending on all of them.
         inputs = [True] * len(equation.invars)
         if equation.primitive.name == "jit":
             inputs = _inputs_of(equation.params["jaxpr"].jaxpr, wanted)

@@ -214,7 +214,8 @@ def full_name(name: str) -> str:
 
 _BUFFERS = re.compile(
     r"transformer\.h\.(?P<gpt2>\d+)\.attn\.(bias|masked_bias)"
-    r"|model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb"
+    r"\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
 )
 
 

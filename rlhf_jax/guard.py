@@ -21,7 +21,8 @@ def is_sound(
     Returns:
       A scalar for `optim.keep_unless`.
 
-    >>> [bool(is_sound(jnp.float32(1.0), norm=jnp.float32(n), limit=9.0)) for n in (3.0, 30.0, jnp.nan)]
+    >>> loss, norms = jnp.float32(1.0), jnp.array([3.0, 30.0, jnp.nan])
+    >>> [bool(is_sound(loss, norm=norm, limit=9.0)) for norm in norms]
     [True, False, False]
     """
     sound = jnp.isfinite(norm)
@@ -69,7 +70,9 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
     >>> guard = guard_state(4)
     >>> for loss in (1.0, 3.0, 2.0):
     ...     guard = remember(guard, jnp.array([loss, 1.0, 0.0]))
-    >>> [bool(is_spike(guard, jnp.array([loss, 1.0, 0.0]), std=6.0)) for loss in (6.8, 7.0)]  # 2 + 6 * 0.816 = 6.9
+    >>> [  # the threshold is 2 + 6 * 0.816 = 6.9
+    ...     bool(is_spike(guard, jnp.array([loss, 1.0, 0.0]), std=6.0)) for loss in (6.8, 7.0)
+    ... ]
     [False, True]
     """
     size = guard.window.shape[0]

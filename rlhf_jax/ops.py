@@ -240,7 +240,8 @@ def kl_estimate(
 
     Source: Schulman 2020, "Approximating KL divergence".
 
-    >>> [round(float(kl_estimate(jnp.float32(-1.0), jnp.float32(-2.0), kind=k)), 4) for k in ("k1", "k2", "k3")]
+    >>> logp, ref_logp = jnp.float32(-1.0), jnp.float32(-2.0)
+    >>> [round(float(kl_estimate(logp, ref_logp, kind=k)), 4) for k in ("k1", "k2", "k3")]
     [1.0, 0.5, 0.3679]
     """
     difference = logp - ref_logp

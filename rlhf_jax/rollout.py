@@ -250,7 +250,8 @@ def used_score(
 
     Source: Ziegler et al. 2019, released code; Stiennon et al. 2020.
 
-    >>> used_score(jnp.array([0.75, 9.0]), jnp.array([True, False]), scale=2.0, missing_eos_score=-1.0).tolist()
+    >>> raw, finished = jnp.array([0.75, 9.0]), jnp.array([True, False])
+    >>> used_score(raw, finished, scale=2.0, missing_eos_score=-1.0).tolist()
     [1.5, -1.0]
     """
     score = scale * raw + shift

@@ -132,8 +132,8 @@ def pairs_fit(lengths: ArrayLike, slots: int) -> bool:
       True if B is even and every pair of every batch (longest with shortest and so on) fits into
       ``7/6 T`` slots.
 
-    >>> pairs_fit(np.array([5, 2, 3, 4]), 6), pairs_fit(np.array([6, 3, 2, 4]), 6), pairs_fit(np.array([1]), 6)
-    (True, False, False)
+    >>> [pairs_fit(np.array(lengths), 6) for lengths in ([5, 2, 3, 4], [6, 3, 2, 4], [1])]
+    [True, False, False]
     """
     ordered = np.sort(np.asarray(lengths), axis=-1)
     return ordered.shape[-1] % 2 == 0 and bool(

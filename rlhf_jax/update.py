@@ -46,7 +46,8 @@ def accumulate_grads(
       ValueError: if `microbatches` does not divide the rows.
 
     >>> fn = lambda w, x: (Mean(jnp.sum(w * x), jnp.float32(x.size)), {})
-    >>> [float(accumulate_grads(fn, jnp.float32(1.0), jnp.array([1.0, 2.0, 3.0, 6.0]), n)[0]) for n in (1, 2, 4)]
+    >>> w, rows = jnp.float32(1.0), jnp.array([1.0, 2.0, 3.0, 6.0])
+    >>> [float(accumulate_grads(fn, w, rows, n)[0]) for n in (1, 2, 4)]
     [3.0, 3.0, 3.0]
     """
 

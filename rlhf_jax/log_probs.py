@@ -332,7 +332,7 @@ def linear_weights(
     program = jax.make_jaxpr(gradient)(jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr
     if _inputs_of(program, [True])[0]:
         return None
-    # At -1, because a loss need not be finite at 0.
+    # Evaluated at -1, because a loss need not be finite at 0.
     return gradient(jnp.full(shape, -1.0, jnp.float32))
 
 

@@ -210,6 +210,7 @@ def _scale_by_tf_adam(
 ) -> optax.GradientTransformation:
     inner = optax.scale_by_adam(b1=b1, b2=b2)
 
+    # optax keeps the moments; only its update, with epsilon after the bias correction, is replaced.
     def update(updates, state, params=None):
         _, state = inner.update(updates, state, params)
         assert isinstance(state, optax.ScaleByAdamState)

@@ -145,7 +145,7 @@ def make_score_and_shape(
         rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
         if shaping.whiten_rewards:
             rewards = ops.whiten(rewards, mask, shift_mean=False)
-        # A response that ended with EOS has no value after its last token.
+        # After a response that ended with EOS the value is 0; only a cut one is bootstrapped.
         bootstrap = (
             None if shaping.truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
         )
@@ -261,7 +261,7 @@ def used_score(
 def rollout_metrics(
     rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float[Array, ""]
 ) -> Metrics:
-    """Metrics of a rollout; the name of a mean tells what it is a mean over.
+    """Metrics of a rollout; names give what a mean is over, such as ``per_sequence``.
 
     Args:
       rollout: of one iteration.

@@ -123,8 +123,7 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(
             f"mesh shape {sizes} (data, fsdp, tensor) needs {known} devices and there are "
-            f"{len(devices)}: "
-            f"choose sizes that multiply to {len(devices)}, or -1 for one of them"
+            f"{len(devices)}: choose sizes that multiply to {len(devices)}, or -1 for one of them"
         )
     sizes = tuple(len(devices) // known if n == -1 else n for n in sizes)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -177,8 +176,8 @@ def _check_fits(
         if shape[dimension] % pieces:
             raise ValueError(
                 f"{name} of shape {shape} does not divide: mesh axes {axes} cut dimension "
-                f"{dimension} into {pieces}. "
-                f"Choose another mesh, or put the rule ({name!r}, PartitionSpec()) first"
+                f"{dimension} into {pieces}. Choose another mesh, or put the rule "
+                f"({name!r}, PartitionSpec()) first"
             )
 
 

@@ -458,6 +458,7 @@ def minibatch_order(
         raise ValueError(f"epochs={epochs} must be at least 1: every rollout is used once or more")
     if minibatches == 1:
         return jnp.tile(jnp.arange(rows), (epochs, 1))
+    # One key per epoch, so that the order of an epoch does not depend on how many there are.
     orders = [
         jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)
     ]

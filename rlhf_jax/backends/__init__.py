@@ -115,7 +115,7 @@ def backend_for(
     dtype: str = "float32",
     head_dim: int = 0,
 ) -> Backend:
-    """The fastest backend of this machine: the only function that asks what the machine is.
+    """The fastest backend of this machine; no other function asks for its devices.
 
     Args:
       kernel: attention over whole rows, one of `KERNELS`.

@@ -29,7 +29,7 @@ Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]
 """Cosines and sines of rotary positions."""
 
 LayerCache = tuple[Array, Array]
-"""Keys and values of one layer, laid out as its `KVCache` says."""
+"""Keys and values of one layer, in the layout of its `KVCache`."""
 
 
 class View(NamedTuple):

@@ -22,7 +22,7 @@ def is_here() -> bool:
 
 
 def fits(*, head_dim: int, dtype: jnp.dtype, slots: int = BLOCK) -> bool:
-    """Whether cuDNN's kernel takes heads of this width in this dtype, for rows of so many slots."""
+    """Whether cuDNN's kernel supports this head width, dtype and number of slots per row."""
     return dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and slots % 2 == 0
 
 

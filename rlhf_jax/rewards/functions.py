@@ -82,8 +82,7 @@ class Judge:
         except Exception as error:
             raise FunctionFailed(
                 f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; what was saved "
-                "before is intact, "
-                "mend the function and give the same command again"
+                "before is intact, mend the function and give the same command again"
             ) from error
         try:
             return Judgement(

@@ -165,8 +165,8 @@ def require_room(model: Model, prompts: PromptBatch, sampling: Sampling) -> None
     if slots > context:
         raise ValueError(
             f"max_new_tokens={sampling.max_new_tokens} after prompts of {width} slots needs "
-            f"{slots} positions, "
-            f"more than the context_length={context}: choose at most {context - width}"
+            f"{slots} positions, more than the context_length={context}: choose at most "
+            f"{context - width}"
         )
 
 

@@ -122,12 +122,9 @@ def _card(description: Mapping[str, Any]) -> str:
     bias = description[SCORE_BIAS]
     return (
         f"{head}# Reward model\n\n{loading}\nThe score of a text is `logits[:, 0] + {bias!r}`: the "
-        "layout of a "
-        f"sequence classifier has no bias, so it stands in `config.json` as `{SCORE_BIAS}`. With "
-        "it the labelers' "
-        "demonstrations score 0 on average. Pad on the right; the score is read at the last token "
-        "that is not "
-        "`pad_token_id`.\n"
+        "layout of a sequence classifier has no bias, so it stands in `config.json` as "
+        f"`{SCORE_BIAS}`. With it the labelers' demonstrations score 0 on average. Pad on the "
+        "right; the score is read at the last token that is not `pad_token_id`.\n"
     )
 
 

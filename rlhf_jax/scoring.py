@@ -216,6 +216,7 @@ def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
     """The masked-in tokens of rows of one text each, at most `targets` per row (None: no limit)."""
     if targets is None or targets >= tokens.shape[1]:
         return _Targets(None, tokens, mask)
+    # Moving the targets to the front gives all rows the same N slots for the last block.
     order, place = ops.compact(mask, targets)
     itself = jnp.broadcast_to(jnp.arange(targets, dtype=jnp.int32)[None, :], order.shape)
     fits = (jnp.sum(mask, axis=1) <= targets)[:, None]

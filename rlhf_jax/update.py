@@ -173,6 +173,7 @@ def update_both(
         policy = _apply(states[0], optimizers[0], gradients[0], ema_decay)
         return policy, _apply(states[1], optimizers[1], gradients[1], ema_decay)
 
+    # One condition over both networks, so that they always have taken the same steps.
     new = optim.step_where(sound, apply_both, states)
     metrics = (
         gradients[0].metrics

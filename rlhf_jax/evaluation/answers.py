@@ -48,8 +48,8 @@ def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> 
 
     Args:
       answers: of each model to the same prompts.
-      asked: the text of each prompt. Rows with the same prompt form one group in the intervals of
-        the win rates; None means that all prompts differ.
+      asked: the text of each prompt; rows with the same prompt count as one in the win rates. None
+        means that all prompts differ.
 
     Returns:
       Win rates, mean scores, parts and lengths by model, and the best-of-n curve, for JSON.

@@ -175,6 +175,7 @@ def _generate(model, params, prompts, key, *, sampling: Sampling, copies: int) -
     hidden, cache = prefill(
         model, params, prompts, slots=prompts.tokens.shape[1] + sampling.max_new_tokens
     )
+    # Once per rollout and after the prefill, which reads the parameters in their own layout.
     params = model.for_decoding(params)
     keys = row_keys(key, prompts.ids, copies)
     hidden = jnp.repeat(hidden, copies, axis=0)

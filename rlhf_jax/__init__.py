@@ -1,7 +1,7 @@
 """InstructGPT in JAX: pure array functions, one struct vocabulary, flat readable experiments.
 
-The names here are the public ones. What they share is in `rlhf_jax.types`; the index convention is
-in docs/conventions.md.
+The names exported here are the public ones. The structs that they share are in `rlhf_jax.types`;
+the index convention is in docs/conventions.md.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """Advantage estimators: GAE with a critic; leave-one-out, group-relative, reward-to-go without.
 
-Masks are true on response tokens. Positions outside the mask are skipped: nothing there, NaN
-included, changes a result, and results are 0 there.
+Masks are true on response tokens. Positions outside the mask are skipped: no value there, not even
+NaN, changes a result, and results are 0 there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def gae(
       gamma: discount per token.
       lam: 0 is one-step temporal difference, 1 is reward-to-go minus value.
       bootstrap: ``V(tokens[:lengths])`` of rows that the length limit cut, 0 for finished rows;
-        None when every row counts as finished (InstructGPT, where the score punishes a missing EOS
-        instead).
+        None if every row counts as finished (as in InstructGPT, where the score penalises a missing
+        EOS instead).
 
     Returns:
       Advantages and returns, in reward units, 0 outside the mask.
@@ -61,7 +61,7 @@ def gae(
         next_advantage, next_value = after
         reward, value, valid = slot
         delta = reward + gamma * next_value - value
-        # Outside the mask the carry passes unchanged, so padding does not separate tokens.
+        # Outside the mask the carry is unchanged, so tokens on both sides of a gap are neighbours.
         advantage = jnp.where(valid, delta + gamma * lam * next_advantage, next_advantage)
         return (advantage, jnp.where(valid, value, next_value)), jnp.where(valid, advantage, 0)
 
@@ -137,8 +137,8 @@ def group_relative(scores: Float[Array, "B K"], *, eps: float | int = 1e-6) -> F
     """
     _group_size(scores)
     centred = scores - jnp.mean(scores, axis=1, keepdims=True)
-    # Centred twice, because the rounding error of the mean, divided by eps, would give equal scores
-    # an advantage.
+    # Centred twice: the rounding error of the mean, divided by eps, would give equal scores an
+    # advantage.
     centred = centred - jnp.mean(centred, axis=1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=1, keepdims=True)
     return centred / (jnp.sqrt(variance) + eps)

@@ -1,6 +1,4 @@
-"""The guard inside a training step: what counts as a bad step, from the numbers of the last sound
-ones.
-"""
+"""The guard inside a training step: a step is judged by the numbers of the last sound steps."""
 
 from __future__ import annotations
 
@@ -23,7 +21,8 @@ def is_sound(
     Returns:
       A scalar for `optim.keep_unless`.
 
-    >>> [bool(is_sound(jnp.float32(1.0), norm=jnp.float32(n), limit=9.0)) for n in (3.0, 30.0, jnp.nan)]
+    >>> loss, norms = jnp.float32(1.0), jnp.array([3.0, 30.0, jnp.nan])
+    >>> [bool(is_sound(loss, norm=norm, limit=9.0)) for norm in norms]
     [True, False, False]
     """
     sound = jnp.isfinite(norm)
@@ -36,7 +35,7 @@ def guard_state(size: int = 128) -> GuardState:
     """An empty window for `is_spike`.
 
     Args:
-      size: sound steps that it remembers.
+      size: number of sound steps in the window.
 
     Returns:
       Zeros, and a count of 0.
@@ -47,15 +46,14 @@ def guard_state(size: int = 128) -> GuardState:
 
 
 LEAST_SPREAD = 0.05
-"""A spread below this share of the mean counts as this share: numbers that hardly vary do not make
-trifles spikes."""
+"""Smallest spread, as a share of the mean: tiny changes of a steady number are not spikes."""
 
 
 def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int) -> Bool[Array, ""]:
-    """Whether a number of a step lies far above those of the last sound steps.
+    """Whether a number of this step is far above those of the last sound steps.
 
     ``x > mean + std * max(standard deviation, 0.05 |mean|)`` over the window, for any of the three
-    numbers. False until half of the window is filled, and for a number that has not varied from 0.
+    numbers. False until half of the window is filled, and for a number that has always been 0.
 
     Args:
       guard: the last sound steps.
@@ -72,7 +70,9 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
     >>> guard = guard_state(4)
     >>> for loss in (1.0, 3.0, 2.0):
     ...     guard = remember(guard, jnp.array([loss, 1.0, 0.0]))
-    >>> [bool(is_spike(guard, jnp.array([loss, 1.0, 0.0]), std=6.0)) for loss in (6.8, 7.0)]  # 2 + 6 * 0.816 = 6.9
+    >>> [  # the threshold is 2 + 6 * 0.816 = 6.9
+    ...     bool(is_spike(guard, jnp.array([loss, 1.0, 0.0]), std=6.0)) for loss in (6.8, 7.0)
+    ... ]
     [False, True]
     """
     size = guard.window.shape[0]
@@ -83,6 +83,7 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
         return jnp.sum(jnp.where(filled, x, 0), axis=0, keepdims=True) / jnp.maximum(seen, 1)
 
     middle = mean(guard.window)
+    # Squares of deviations, not E[x^2] - mean^2, whose difference cancels in float32.
     spread = jnp.sqrt(mean(jnp.square(guard.window - middle)))
     spread = jnp.maximum(spread, LEAST_SPREAD * jnp.abs(middle))
     above = (watched[None] > middle + std * spread) & (spread > 0)
@@ -90,14 +91,14 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
 
 
 def remember(guard: GuardState, watched: Float[Array, "3"]) -> GuardState:
-    """The window after a sound step; the oldest step makes room.
+    """Adds a sound step to the window, in the place of the oldest one once the window is full.
 
     Args:
       guard: the window so far.
       watched: as in `is_spike`.
 
     Returns:
-      A window with one step more.
+      The window with the numbers of this step.
     """
     place = guard.count % guard.window.shape[0]
     return GuardState(guard.window.at[place].set(watched), guard.count + 1)

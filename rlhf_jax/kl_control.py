@@ -17,7 +17,7 @@ from rlhf_jax.types import KLState, Mean
 
 
 class KLController(NamedTuple):
-    """What sets beta over a run.
+    """Sets beta over the course of a run.
 
     Attributes:
       init: ``() -> KLState``.
@@ -70,7 +70,7 @@ def adaptive_kl(
       target: wanted KL, nats per sequence.
       horizon: episodes after which a constant error of 1 would double beta.
       n_steps: episodes (responses) of one rollout.
-      clip: largest relative error that one update sees.
+      clip: bound of the relative error in one update.
 
     Returns:
       A controller.
@@ -108,7 +108,7 @@ def kl_nats_per_sequence(
     ref_logp: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> Mean:
-    """KL to the reference, as the controllers need it: ``mean_b sum_t (logp - ref_logp)``.
+    """KL to the reference, the input of the controllers: ``mean_b sum_t (logp - ref_logp)``.
 
     Args:
       logp: sampled tokens under the policy, in nats.

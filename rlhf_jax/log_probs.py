@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states, without ever holding the logits of all tokens.
+"""Log-probabilities of tokens from hidden states, without the logits of all tokens in memory.
 
 The targets of a row are moved to its front and the head runs on some columns at a time. What other
 libraries call fused linear cross-entropy is `weighted_log_prob`.
@@ -24,8 +24,8 @@ Head = Callable[[jax.Array], jax.Array]
 """Hidden states ``[..., D]`` to logits ``[..., V]``: ``functools.partial(model.head, params)``."""
 
 CHUNK_TOKENS = 256
-"""A chunk holds at least this many tokens: below it reading the head's weights costs more than
-using them.
+"""Least number of tokens per chunk: with fewer, reading the head's weights takes longer than the
+products with them.
 """
 
 
@@ -45,7 +45,7 @@ def token_log_probs(
 
     The targets of a row are moved to its front and the head runs on `chunk` columns at a time;
     chunks without a target cost nothing, and the backward pass recomputes the logits of one chunk
-    at a time. Rows stay rows, so a batch that is sharded over devices stays where it is.
+    at a time. Rows are not flattened, so a batch that is sharded by rows is not moved.
 
     Args:
       hidden: last hidden states.
@@ -53,7 +53,7 @@ def token_log_probs(
         parameters.
       tokens: ids of the row; only targets are read.
       mask: true where ``tokens[b, t]`` is a target; None for every token that has a predecessor.
-      previous: from `previous_index`; None when each row is one piece (then slot 0 has no
+      previous: from `previous_index`; None if each row is one segment (then slot 0 has no
         predecessor).
       temperature: divides the logits.
       chunk: columns of the batch that go through the head together; None sizes it by
@@ -131,15 +131,15 @@ def weighted_log_prob(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """``sum_t weights_t * logp_t``; being linear, its gradient is computed in the forward pass.
 
-    The gradient of each log-probability's term is known before the logits are, so the head's
-    gradient is computed while they are there, and they are not computed a second time: a quarter of
-    the head's work less.
+    The gradient of the sum by each log-probability is its weight, which is known in advance. So the
+    head's gradient is computed from each chunk's logits as soon as they exist, and the backward
+    pass does not compute them again, which saves a quarter of the head's work.
 
     Args:
       hidden: last hidden states.
       head: hidden states to logits; gradients reach its parameters.
       tokens: ids of the row; only targets are read.
-      weights: of each target; no gradient reaches them.
+      weights: one per target; they get no gradient.
       previous: slot that each target is predicted from, -1 where there is no target.
       temperature: divides the logits.
       chunk: as in `token_log_probs`.
@@ -170,7 +170,7 @@ def weighted_log_prob(
 
 
 def _targets(tokens: jax.Array, mask: jax.Array | None, previous: jax.Array | None) -> jax.Array:
-    """`previous` with -1 wherever there is no target: what to predict, and from where."""
+    """`previous` with -1 wherever there is no target."""
     if previous is None:
         previous = jnp.broadcast_to(
             jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] - 1, tokens.shape
@@ -179,7 +179,7 @@ def _targets(tokens: jax.Array, mask: jax.Array | None, previous: jax.Array | No
 
 
 class _Chunks(NamedTuple):
-    """Hidden states, tokens and which of them are targets, ``[N, B, C]``, and their order."""
+    """Hidden states, tokens and the target mask, ``[N, B, C]``, with the order of the targets."""
 
     hidden: jax.Array
     tokens: jax.Array
@@ -193,7 +193,7 @@ class _Chunks(NamedTuple):
         return _split(x, chunks, columns)
 
     def join(self, x: jax.Array) -> jax.Array:
-        """What was read of the chunks, at the slots of its targets; 0 elsewhere."""
+        """Results of the chunks, moved back to the slots of their targets; 0 elsewhere."""
         rows = self.order.shape[0]
         return align(jnp.swapaxes(x, 0, 1).reshape(rows, -1), self.place)
 
@@ -211,8 +211,8 @@ def _chunks(
     chunks = -(-slots // columns)
     order, place = compact(previous >= 0, chunks * columns)
     source = jnp.where(order >= 0, align(previous, order), -1)
-    # `align` puts zeros where there is no target: what was there reaches neither result nor
-    # gradient.
+    # `align` gives zeros where there is no target, so that a NaN there reaches neither results nor
+    # gradients.
     return _Chunks(
         hidden=_split(align(hidden, source), chunks, columns),
         tokens=_split(align(tokens, order), chunks, columns),
@@ -254,10 +254,11 @@ def _over_chunks(
 def _weighted_chunks(
     read: Callable[[jax.Array, jax.Array], jax.Array], head: Head, *chunks: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum and each chunk's log-probs; its gradient is computed going forward.
+    """The weighted sum and each chunk's log-probs; its gradient is computed in the forward pass.
 
-    `chunks` are hidden states, tokens, which of them are targets, and weights.
+    `chunks` are hidden states, tokens, the target mask, and weights.
     """
+    # The head closes over its parameters; custom_vjp needs them as arguments to give a gradient.
     head, params = jax.closure_convert(head, chunks[0][0])
 
     def value(params: list[jax.Array], *chunks: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -293,7 +294,7 @@ def _weighted_chunks(
 
 
 def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
-    """Columns of a chunk: `chunk`, or as many as backend and `CHUNK_TOKENS` allow."""
+    """Columns per chunk: `chunk`, or by the backend's budget and `CHUNK_TOKENS`."""
     rows, slots, _ = hidden.shape
     if chunk is None:
         vocabulary = jax.eval_shape(head, hidden).shape[-1]
@@ -304,23 +305,24 @@ def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
     return min(chunk, slots)
 
 
-# ------------------------------------------------------------------------------- losses of
-# log-probs
+# ----------------------------------------------------------------------------- losses of log-probs
 
 
 def linear_weights(
     total: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]
 ) -> Float[Array, "B T"] | None:
-    """The gradient of a loss by its log-probs where they do not change it; else None.
+    """The gradient of a loss by its log-probs if it does not depend on them; else None.
 
-    It is read from the program of the gradient: where that does not depend on the log-probs the
-      loss is linear (or
-    affine), and its gradient can be the `weights` of `weighted_log_prob`. A loss that is linear but
-    does not look so gives None, which costs time and never a result.
+    The dependence is read from the jaxpr of the gradient: if there is none, the loss is linear (or
+    affine), and its gradient can be the `weights` of `weighted_log_prob`. A linear loss that is not
+    recognised as such gives None, which costs time but does not change a result.
 
     Args:
       total: log-probs to the total of the loss; it is called while JAX traces.
       shape: of the log-probs.
+
+    Returns:
+      The gradient, or None.
 
     >>> linear_weights(lambda logp: -2 * jnp.sum(logp), (1, 2)).tolist()
     [[-2.0, -2.0]]
@@ -330,7 +332,7 @@ def linear_weights(
     program = jax.make_jaxpr(gradient)(jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr
     if _inputs_of(program, [True])[0]:
         return None
-    # At -1, because a loss need not be finite at 0.
+    # Evaluated at -1, because a loss need not be finite at 0.
     return gradient(jnp.full(shape, -1.0, jnp.float32))
 
 
@@ -341,8 +343,8 @@ def _inputs_of(program: Any, outputs: list[bool]) -> list[bool]:
         wanted = [id(x) in needed for x in equation.outvars]
         if not any(wanted):
             continue
-        # What is jitted inside, such as `jnp.where`, is looked into: its outputs may not depend on
-        # all of its inputs. Every other operation depends on all.
+        # A jitted function inside, such as `jnp.where`, is searched too, because its outputs may
+        # not depend on all of its inputs. Any other operation counts as depending on all of them.
         inputs = [True] * len(equation.invars)
         if equation.primitive.name == "jit":
             inputs = _inputs_of(equation.params["jaxpr"].jaxpr, wanted)

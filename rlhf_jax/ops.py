@@ -1,12 +1,11 @@
-"""The equations under every stage, on arrays: shift, masked statistics, KL, shaped rewards, and
-log-probs from logits.
+"""The equations under every stage: shift, masked statistics, KL, shaped rewards, log-probs.
 
 Every per-token array is ``[B, T]`` and entry ``t`` belongs to ``tokens[:, t]``. `previous_index`
 and `align` are the only shift in the package: ``logp[:, t]`` and ``values[:, t]`` are read at the
 token before ``t``.
 
-Masked-out entries may hold anything, NaN included: every function selects its inputs before it
-computes with them, so that neither results nor gradients see what is outside the mask.
+Masked-out entries may have any value, NaN included: every function selects its inputs before it
+computes with them, so neither results nor gradients depend on what is outside the mask.
 
 Shape legend: B rows, T slots of a row, V vocabulary.
 """
@@ -31,8 +30,8 @@ def previous_index(
     parent segment.
 
     Args:
-      segments: piece of each slot, 0 for padding; the slots of a piece are contiguous.
-      parents: segment that the piece continues, 0 for none; None when no piece has a parent.
+      segments: segment of each slot, 0 for padding; the slots of a segment are contiguous.
+      parents: segment that this one continues, 0 for none; None when no segment has a parent.
 
     Returns:
       Slots in ``[-1, T)``. Padding and first tokens without a parent get -1: they are never
@@ -60,8 +59,9 @@ def previous_index(
 
 
 def align(x: Shaped[Array, "B T *rest"], previous: Int[Array, "B S"]) -> Shaped[Array, "B S *rest"]:
-    """Read `x` at the token before each token: ``y[b, t] = x[b, previous[b, t]]``, 0 where there is
-    none.
+    """Read `x` at the token before each token, 0 where there is none.
+
+    ``y[b, t] = x[b, previous[b, t]]``
 
     Args:
       x: anything that a network computed per token (hidden states, values).
@@ -75,6 +75,7 @@ def align(x: Shaped[Array, "B T *rest"], previous: Int[Array, "B S"]) -> Shaped[
     [[0.0, 5.0, 6.0]]
     """
     index = previous.reshape(previous.shape + (1,) * (x.ndim - 2))
+    # Every index is in range; "clip" only saves the fill that the default mode would compute.
     taken = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1, mode="clip")
     return jnp.where(index >= 0, taken, jnp.zeros((), x.dtype))
 
@@ -85,8 +86,7 @@ def log_probs_from_logits(
     *,
     temperature: Real[ArrayLike, ""] = 1.0,
 ) -> Float[Array, "*batch"]:
-    """Log-probability of each token under logits that predict it:
-    ``log softmax(logits / temperature)[token]``.
+    """Log-probability of each token: ``log softmax(logits / temperature)[token]``.
 
     Args:
       logits: already aligned: ``logits[:, t]`` predicts ``tokens[:, t]``.
@@ -110,11 +110,12 @@ def log_probs_from_logits(
 def entropy_from_logits(
     logits: Float[Array, "*batch V"], *, temperature: Real[ArrayLike, ""] = 1.0
 ) -> Float[Array, "*batch"]:
-    """Entropy of the distribution sampled from: ``-sum_v p_v log p_v`` with
-    ``p = softmax(logits / temperature)``.
+    """Entropy of the sampling distribution ``p = softmax(logits / temperature)``.
+
+    ``H = -sum_v p_v log p_v``
 
     Args:
-      logits: one distribution a position; a token with the logit -inf can never be drawn.
+      logits: one distribution per position; a token with the logit -inf can never be drawn.
       temperature: the sampler's.
 
     Returns:
@@ -134,21 +135,23 @@ def entropy_from_logits(
 def compact(
     is_target: Bool[Array, "B T"], width: int
 ) -> tuple[Int[Array, "B N"], Int[Array, "B T"]]:
-    """The slots of each row's targets from the left, and the place of each target among them.
+    """The slots of each row's targets in order, and the index of each target in that list.
 
     Args:
-      is_target: which slots.
-      width: N, places a row; the targets beyond are left out.
+      is_target: which slots are targets.
+      width: N, the most targets per row; those beyond are left out.
 
     Returns:
-      ``(order, place)``: slots, -1 where a row has no more; places, -1 where there is no target.
-      `align` by the one brings targets to the front, by the other back.
+      ``(order, place)``: ``order[b, n]`` is the slot of target n, -1 beyond the last target;
+      ``place[b, t]`` is the index of slot t in `order`, -1 where t is not a target.
+      ``align(x, order)`` moves targets to the front and ``align(y, place)`` moves them back.
 
     >>> [x.tolist() for x in compact(jnp.array([[False, True, False, True]]), 3)]
     [[[1, 3, -1]], [[-1, 0, -1, 1]]]
     """
     slots = is_target.shape[1]
     number = jnp.sum(is_target, axis=1, dtype=jnp.int32)
+    # Targets are False here and sort first; a stable sort keeps them in the order of their slots.
     order = jnp.argsort(~is_target, axis=1, stable=True)[:, :width]
     order = jnp.where(
         jnp.arange(order.shape[1], dtype=jnp.int32)[None, :] < number[:, None], order, -1
@@ -159,15 +162,14 @@ def compact(
 
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean over the entries where `mask` is true: ``sum(mask * x) / sum(mask)``; 0 when there are
-    none.
+    """Mean over the mask: ``sum(mask * x) / sum(mask)``; 0 when the mask is empty.
 
     Args:
       x: anything; entries outside the mask may be NaN.
       mask: true where `x` counts.
 
     Returns:
-      A float32 scalar in the unit of `x`: bf16 could not even count to 257.
+      A float32 scalar in the unit of `x`; bfloat16 could not represent a count of 257.
 
     >>> float(masked_mean(jnp.array([1.0, 3.0, 1e6]), jnp.array([True, True, False])))
     2.0
@@ -183,8 +185,8 @@ def whiten(
 
     ``y = (x - mean) / sqrt(var + 1e-8)  (+ mean, when shift_mean is False)``, population variance
 
-    Over a global batch the statistics are global: call it once, on the whole rollout, not per
-    device or minibatch.
+    Over a global batch the statistics are global: call it once on the whole rollout, not per device
+    or per minibatch.
 
     Args:
       x: advantages or rewards.
@@ -202,8 +204,8 @@ def whiten(
     """
     x = x.astype(jnp.float32)
     mean = masked_mean(x, mask)
-    # A second pass takes out the rounding error of the mean, which 1 / sqrt(1e-8) would blow up in
-    # all-equal batches.
+    # A second pass removes the rounding error of the mean, which 1 / sqrt(1e-8) would amplify when
+    # all entries are equal.
     mean = mean + masked_mean(x - mean, mask)
     centred = jnp.where(mask, x, mean) - mean
     scaled = centred * lax.rsqrt(masked_mean(jnp.square(centred), mask) + 1e-8)
@@ -216,14 +218,13 @@ def kl_estimate(
     *,
     kind: Literal["k1", "k2", "k3"] = "k1",
 ) -> Float[Array, "*shape"]:
-    """Per-token estimate of ``KL(policy || reference)`` from samples of the policy, with
-    ``d = logp - ref_logp``.
+    """Per-token estimate of ``KL(policy || reference)`` from samples of the policy.
 
-    ``k1 = d`` (unbiased, may be negative), ``k2 = d^2 / 2`` (biased; its expected gradient is that
-    of the KL), ``k3 = exp(-d) - 1 + d`` (unbiased, never negative, its gradient is not that of the
-    KL).
+    With ``d = logp - ref_logp``: ``k1 = d`` (unbiased, may be negative), ``k2 = d^2 / 2``
+    (biased; its expected gradient is that of the KL), ``k3 = exp(-d) - 1 + d`` (unbiased, never
+    negative; its gradient is not that of the KL).
 
-    Inside a loss differentiate k2: the expected gradient of k1 at the policy's own samples is zero.
+    Inside a loss, differentiate k2: the expected gradient of k1 at the policy's own samples is 0.
 
     Args:
       logp: log-probs of sampled tokens under the policy, in nats.
@@ -231,15 +232,16 @@ def kl_estimate(
       kind: which estimator.
 
     Returns:
-      Estimates in nats per token. Mask them; entries must be finite for gradients
-      (`token_log_probs` gives zeros).
+      Estimates in nats per token, not masked. Gradients need finite entries everywhere, which
+      `token_log_probs` gives: it is 0 outside its mask.
 
     Raises:
       ValueError: if `kind` is unknown.
 
     Source: Schulman 2020, "Approximating KL divergence".
 
-    >>> [round(float(kl_estimate(jnp.float32(-1.0), jnp.float32(-2.0), kind=k)), 4) for k in ("k1", "k2", "k3")]
+    >>> logp, ref_logp = jnp.float32(-1.0), jnp.float32(-2.0)
+    >>> [round(float(kl_estimate(logp, ref_logp, kind=k)), 4) for k in ("k1", "k2", "k3")]
     [1.0, 0.5, 0.3679]
     """
     difference = logp - ref_logp
@@ -265,7 +267,7 @@ def shaped_rewards(
     ``rewards[t] = -kl_coef * (logp[t] - ref_logp[t]) + score * [t is the last masked-in token]``
 
     Args:
-      score: reward-model output of each row.
+      score: reward-model score of each row.
       logp: sampled tokens under the policy, in nats.
       ref_logp: the same tokens under the frozen reference.
       mask: true on response tokens (EOS included).
@@ -289,17 +291,19 @@ def shaped_rewards(
 
 
 def split_rows(tree: Any, pieces: int, name: str, what: str) -> Any:
-    """``[rows, ...]`` to ``[pieces, rows / pieces, ...]``, row i in piece ``i % pieces``; back by
-    `join_rows`.
+    """Split ``[rows, ...]`` into ``[pieces, rows / pieces, ...]``: row i goes to ``i % pieces``.
 
-    Contiguous pieces would put each on one device of a sharded batch, and XLA would replicate the
-    activations.
+    Contiguous pieces would each be on one device of a sharded batch, and XLA would replicate the
+    activations. `join_rows` is the inverse.
 
     Args:
       tree: arrays with the same first dimension.
-      pieces: how many.
-      name: the setting that asked for so many.
-      what: what the rows are.
+      pieces: number of pieces.
+      name: the setting that gives `pieces`, for the error message.
+      what: what the rows are, for the error message.
+
+    Returns:
+      The same tree with the axis of pieces first, as `lax.scan` and `lax.map` take it.
 
     Raises:
       ValueError: if `pieces` does not divide the rows.
@@ -316,7 +320,7 @@ def split_rows(tree: Any, pieces: int, name: str, what: str) -> Any:
 
 
 def join_rows(tree: Any) -> Any:
-    """``[pieces, rows of a piece, ...]`` back to the rows of `split_rows`, in their order.
+    """Join ``[pieces, rows per piece, ...]`` to ``[rows, ...]``, the inverse of `split_rows`.
 
     >>> join_rows(jnp.array([[0, 2], [1, 3]])).tolist()
     [0, 1, 2, 3]
@@ -325,10 +329,10 @@ def join_rows(tree: Any) -> Any:
 
 
 def require_divides(name: str, pieces: int, rows: int, what: str) -> None:
-    """Refuses a number of pieces that does not divide the rows.
+    """Check that `pieces` divides `rows`.
 
     Raises:
-      ValueError: with the numbers that do.
+      ValueError: if it does not; the message lists the numbers that do.
     """
     if pieces < 1 or rows % pieces:
         fits = [str(n) for n in range(1, rows + 1) if rows % n == 0]

@@ -1,6 +1,4 @@
-"""Optimizers as optax chains, learning-rate schedules, weight averaging, and the guard against bad
-steps.
-"""
+"""Optimizers as optax chains, learning-rate schedules, weight averaging, and skipped steps."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ State = TypeVar("State")
 def cosine_to(
     peak: float | int, total_steps: int, *, final_fraction: float | int = 0.1
 ) -> optax.Schedule:
-    """Half a cosine from `peak` at step 0 to ``final_fraction * peak`` at `total_steps`, and that
-    from there on.
+    """Half a cosine from `peak` at step 0 to ``final_fraction * peak`` at `total_steps`.
 
-    ``lr(s) = peak * (f + (1 - f) * (1 + cos(pi * s / total_steps)) / 2)``; no warmup.
+    ``lr(s) = peak * (f + (1 - f) * (1 + cos(pi * s / total_steps)) / 2)``, constant after
+    `total_steps`; no warmup.
 
     Args:
       peak: learning rate of the first step.
@@ -52,8 +50,7 @@ def cosine_to(
 def warmup_then_constant(
     peak: float | int, warmup_steps: int, *, initial_fraction: float | int = 0.1
 ) -> optax.Schedule:
-    """A line from ``initial_fraction * peak`` at step 0 to `peak` at `warmup_steps`, and that from
-    there on.
+    """A line from ``initial_fraction * peak`` to `peak` at `warmup_steps`, then constant.
 
     Args:
       peak: learning rate after the warmup.
@@ -80,8 +77,7 @@ def warmup_then_constant(
 def with_warmup(
     schedule: optax.Schedule, warmup_steps: int, *, initial_fraction: float | int = 0.1
 ) -> optax.Schedule:
-    """`schedule`, begun `warmup_steps` later: until then a line from ``initial_fraction`` of its
-    first rate up to it.
+    """`schedule`, started `warmup_steps` later, after a line up to its first rate.
 
     Args:
       schedule: what comes after the warmup, counted from its own step 0.
@@ -152,9 +148,9 @@ def adam(
 
     ``theta -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta)``
 
-    Its state is 8 bytes a parameter, 6 with a bfloat16 first moment. The second moment stays
-    float32: a step changes it by ``1 - b2`` of itself or less, and bfloat16 rounds away what is
-    below 0.4% (all of it for ``b2=0.999``).
+    Its state takes 8 bytes per parameter, 6 with a bfloat16 first moment. The second moment is
+    always float32: it decays by ``1 - b2`` of itself per step, and bfloat16 rounds away relative
+    changes below 0.4% (every decay step of ``b2=0.999``).
 
     Args:
       learning_rate: a number or a schedule over optimizer steps.
@@ -164,12 +160,11 @@ def adam(
       weight_decay: decoupled, on kernels and embeddings only (see `decay_mask`).
       clip_norm: gradients with a larger global norm are scaled down to it first; None for no
         clipping.
-      first_moment_dtype: what m is kept in, ``"bfloat16"`` for the lean form; None for that of the
+      first_moment_dtype: dtype of m, ``"bfloat16"`` to save memory; None for that of the
         parameters.
 
     Returns:
-      An optax chain whose state remembers the learning rate of its last step
-      (`last_learning_rate`).
+      An optax chain. Its state records the learning rate of the last step (`last_learning_rate`).
 
     Source: Ouyang et al. 2022, appendix C (betas); Kingma and Ba 2015; Loshchilov and Hutter 2019
     (decay).
@@ -187,12 +182,12 @@ def tf_adam(
     weight_decay: float | int = 0.0,
     clip_norm: float | int | None = None,
 ) -> optax.GradientTransformation:
-    """Adam with epsilon before the bias correction, the form of TensorFlow 1 and so of the 2019 and
-    2020 code.
+    """Adam with epsilon before the bias correction, the form of TensorFlow 1.
 
     ``theta -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``
 
-    Early steps are smaller than in `adam`: its epsilon would be ``eps / sqrt(1 - b2^t)`` here.
+    The released code of the 2019 and 2020 papers uses it. Early steps are smaller than those of
+    `adam`: the same step in `adam` would need the epsilon ``eps / sqrt(1 - b2^t)``.
 
     Args:
       learning_rate: a number or a schedule over optimizer steps.
@@ -203,7 +198,7 @@ def tf_adam(
       clip_norm: as in `adam`.
 
     Returns:
-      An optax chain whose state remembers the learning rate of its last step.
+      An optax chain. Its state records the learning rate of the last step.
 
     Source: Kingma and Ba 2015, section 2 (its "epsilon hat"); Ziegler et al. 2019, released code.
     """
@@ -215,6 +210,7 @@ def _scale_by_tf_adam(
 ) -> optax.GradientTransformation:
     inner = optax.scale_by_adam(b1=b1, b2=b2)
 
+    # optax keeps the moments; only its update, with epsilon after the bias correction, is replaced.
     def update(updates, state, params=None):
         _, state = inner.update(updates, state, params)
         assert isinstance(state, optax.ScaleByAdamState)
@@ -237,33 +233,31 @@ def adafactor(
     weight_decay: float | int = 0.0,
     clip_norm: float | int | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor without a first moment: of a matrix's second moments only the sums of its rows and
-    columns are kept.
+    """Adafactor without a first moment: second moments are kept as row and column averages only.
 
     ``v_hat = row column^T / mean(row)``, averages of ``g^2 + eps`` that decay by
     ``1 - t^-decay_rate``; ``u = g / sqrt(v_hat)``;
     ``theta -= lr * (u / max(1, rms(u) / clip_update) + weight_decay * theta)``
 
-    Its state is next to nothing: ``4 (n + m)`` bytes for a matrix of ``n m`` parameters, where Adam
-    keeps ``8 n m``. Each layer of a stacked leaf has its own rows and columns; `rms` is over the
-    whole leaf. The learning rate is an absolute one, as in `adam`, and not relative to the size of
-    the parameters.
+    Its state is tiny: ``4 (n + m)`` bytes for a matrix of ``n m`` parameters, where Adam keeps
+    ``8 n m``. Each layer of a stacked leaf has its own rows and columns; `rms` is over the whole
+    leaf. The learning rate is absolute, as in `adam`, and not relative to the size of the
+    parameters.
 
     Args:
       learning_rate: a number or a schedule over optimizer steps.
-      decay_rate: how fast the averages lengthen.
+      decay_rate: how fast the averages lengthen; larger keeps more history.
       eps: added to squared gradients.
       clip_update: updates with a larger root mean square over a leaf are scaled down to it.
-      factor_from: a leaf whose second longest axis is shorter keeps all second moments (4 bytes a
-        parameter).
+      factor_from: a leaf with a second longest axis below this keeps all its second moments (4
+        bytes per parameter).
       weight_decay: decoupled, on kernels and embeddings only.
       clip_norm: as in `adam`.
 
     Returns:
-      An optax chain whose state remembers the learning rate of its last step.
+      An optax chain. Its state records the learning rate of the last step.
 
-    Source: Shazeer and Stern 2018, algorithms 4 and 5 (factors, update clipping, the decay that
-    lengthens).
+    Source: Shazeer and Stern 2018, algorithms 4 and 5 (factors, update clipping, increasing decay).
     """
     scale = optax.chain(
         _scale_by_factors(decay_rate, eps, factor_from), optax.clip_by_block_rms(clip_update)
@@ -272,11 +266,10 @@ def adafactor(
 
 
 class FactoredMoments(NamedTuple):
-    """Steps taken, and for each parameter ``{"row", "column"}`` or, where it is not factored,
-    ``{"full"}``.
+    """Steps taken, and per parameter ``{"row", "column"}``, or ``{"full"}`` if it is not factored.
 
-    The names come after the parameter's own, so that sharding rules for parameters, which end in a
-    parameter's name, do not take these vectors for it: they are replicated.
+    These names come after the parameter's own. Sharding rules for parameters end in a parameter's
+    name, so they do not match these vectors, which are replicated.
     """
 
     count: Int[Array, ""]
@@ -288,7 +281,9 @@ def _scale_by_factors(
 ) -> optax.GradientTransformation:
     inner = optax.scale_by_factored_rms(
         decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=factor_from
-    )  # its state has three trees in the shape of the parameters, with one number where there is nothing
+    )
+    # Its state has three trees in the shape of the parameters, with a placeholder of one number for
+    # what a parameter does not have. `packed` drops the placeholders, `unpacked` puts them back.
 
     def packed(state: optax.FactoredState) -> FactoredMoments:
         def pack(row: Array, column: Array, full: Array) -> dict[str, Array]:
@@ -330,8 +325,9 @@ def _chain(
 
 
 def _clip_by_global_norm(limit: float | int) -> optax.GradientTransformation:
-    """``g * min(1, limit / |g|)``: one factor, where `optax.clip_by_global_norm` writes ``g / |g|``
-    beside ``g``.
+    """``g * min(1, limit / |g|)``: one factor, so no second copy of the gradients is written.
+
+    `optax.clip_by_global_norm` writes ``g / |g|`` in addition to ``g``.
     """
 
     def update(updates, state, params=None):
@@ -343,9 +339,7 @@ def _clip_by_global_norm(limit: float | int) -> optax.GradientTransformation:
 
 
 def clip_factor(norm: Float[Array, ""], limit: float | int) -> Float[Array, ""]:
-    """What gradients of this global norm are scaled by, so that it is at most `limit`:
-    ``min(1, limit / norm)``.
-    """
+    """The factor ``min(1, limit / norm)`` that scales gradients to a norm of at most `limit`."""
     return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
 
 
@@ -367,7 +361,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 class LearningRateState(NamedTuple):
-    """Steps taken, and the learning rate of the last one (for the log)."""
+    """Steps taken, and the learning rate of the last one, for logging."""
 
     count: Int[Array, ""]
     learning_rate: Float[Array, ""]
@@ -390,7 +384,7 @@ def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransf
 
 
 def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
-    """Learning rate of the last step, or None when the optimizer does not keep one.
+    """Learning rate of the last step, or None if the optimizer does not record it.
 
     Args:
       opt_state: of `adam`, `tf_adam`, `adafactor`, or of anything made with
@@ -403,11 +397,10 @@ def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
 
 
 def ema_update(ema: Params, params: Params, *, decay: float | int) -> Params:
-    """Exponential moving average of weights, in float32:
-    ``ema <- decay * ema + (1 - decay) * params``.
+    """Exponential moving average of weights: ``ema <- decay * ema + (1 - decay) * params``.
 
-    In bfloat16 the increment of 0.8% would round away; so the average is float32 whatever the
-    parameters are.
+    The average is float32 whatever the parameters are: in bfloat16, most increments of 0.8% of the
+    difference would round away.
 
     Args:
       ema: the average so far, float32.
@@ -415,7 +408,7 @@ def ema_update(ema: Params, params: Params, *, decay: float | int) -> Params:
       decay: 0.992 in the paper.
 
     Returns:
-      The new average. After n updates of constant weights the start has weight ``decay ** n``.
+      The new average. After n updates the initial average has weight ``decay ** n``.
 
     Source: Ouyang et al. 2022, appendix C.4.
 
@@ -432,8 +425,9 @@ def ema_update(ema: Params, params: Params, *, decay: float | int) -> Params:
 def keep_unless(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     """`new` when `sound`, else the whole of `old`: weights, moments, counters and average.
 
-    A bad step must leave nothing behind. `optax.apply_if_finite` gives up after a number of bad
-    steps and then applies one; this never does. Whoever runs the loop counts `skipped` and stops.
+    A bad step must leave no trace. `optax.apply_if_finite` gives up after a number of bad steps and
+    then applies one; this never does. The training loop counts `skipped` steps and decides when to
+    stop.
 
     Args:
       sound: from `is_sound`.
@@ -447,12 +441,12 @@ def keep_unless(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: State) -> State:
-    """``keep_unless(sound, step(old), old)``, in the form that takes the least memory traffic here.
+    """``keep_unless(sound, step(old), old)`` in the form with the least memory traffic here.
 
     Args:
       sound: from `is_sound`.
-      step: state before the step to the state after it, in the same shapes.
-      old: state before it.
+      step: maps the state before the step to the state after it, in the same shapes.
+      old: state before the step.
 
     Returns:
       One of the two.

@@ -1,9 +1,8 @@
-"""Samples to a `Rollout`: reference log-probs, values, scores, shaped rewards and advantages in one
-compiled piece.
+"""Samples to a `Rollout`: reference log-probs, values, shaped rewards and advantages in one jit.
 
 The samples come from `generate`. `Rollout.old_logp` are the sampler's own log-probs, and the token
-ids go on as they are. A reward that is a function of texts runs on the host between the two and
-comes in as `scores`.
+ids are not encoded again. A reward that is a function of texts runs on the host after sampling and
+is passed in as `scores`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,12 @@ metrics)``."""
 
 
 def score_samples(model: Model, params: Params, samples: Samples) -> Float[Array, " B"]:
-    """Raw reward-model score of each row, read at its last token (hidden index ``lengths - 1``),
-    EOS included.
+    """Raw reward-model score of each row, read at its last token (index ``lengths - 1``).
 
     Args:
       model: a scalar model.
-      params: its parameters; the bias that sets demonstrations to 0 is among them.
-      samples: rows; only `tokens` and `lengths` are read.
+      params: its parameters, with the bias that sets the mean score of demonstrations to 0.
+      samples: rows, EOS included; only `tokens` and `lengths` are read.
 
     Returns:
       Scores before scaling and before the rule for missing EOS.
@@ -48,39 +46,37 @@ def score_samples(model: Model, params: Params, samples: Samples) -> Float[Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shaping:
-    """How scores become rewards and advantages, checked when it is made.
+    """How scores become rewards and advantages; checked when it is constructed.
 
     Raises:
-      ValueError: an unknown `truncation`, or a number that no rollout can have; the message names
-        the field.
+      ValueError: an unknown `truncation`, or a number out of range; the message names the field.
     """
 
     gamma: float | int = 1.0
     """Discount per token; InstructGPT uses 1."""
     lam: float | int = 0.95
-    """Of GAE; the paper does not say, its parents use 0.95."""
+    """Lambda of GAE. The paper does not give it; the code of Ziegler et al. 2019 uses 0.95."""
     temperature: float | int = 1.0
     """The sampler's; applied to the reference too, so that KL is 0 while the policies are equal."""
     missing_eos_score: float | int | None = None
-    """Replaces the score of a response that the length limit cut; None to keep what the model
-    says."""
+    """Replaces the score of a response cut by the length limit; None keeps the model's score."""
     truncation: str = "terminal"
-    """``"terminal"`` treats a cut response as ended (value 0 after it, as the parent code does);
-    ``"bootstrap"`` continues it with ``V(tokens[:lengths])``."""
+    """``"terminal"`` treats a cut response as ended (value 0 after it, as in the code of Ziegler et
+    al. 2019); ``"bootstrap"`` continues it with ``V(tokens[:lengths])``."""
     score_scale: float | int = 1.0
     """Fixed gain, for a reward model normalised as in Ziegler et al. 2019."""
     score_shift: float | int = 0.0
     """Fixed shift."""
     whiten_rewards: bool = False
-    """Scale the shaped rewards to variance 1 over the rollout's response tokens, their mean kept,
-    before the advantages; off in InstructGPT's preset (the paper does not say), on in Ziegler et
-    al. 2019."""
+    """Before the advantages, scale the shaped rewards to variance 1 over the rollout's response
+    tokens, keeping their mean. Off in InstructGPT's preset (the paper does not mention it), on in
+    Ziegler et al. 2019."""
     microbatches: int = 1
-    """Pieces of the rollout that go through the three networks one after the other; 1 is fastest
-    where memory allows it."""
+    """Number of pieces of the rollout that go through the three networks one after the other; 1 is
+    fastest where memory allows it."""
     max_new_tokens: int | None = None
-    """Of the sampler: the last blocks then compute responses alone. None where that is not
-    known."""
+    """The sampler's; with it, the last block of each network computes response tokens only. None
+    where it is unknown."""
 
     def __post_init__(self):
         if self.truncation not in ("terminal", "bootstrap"):
@@ -97,13 +93,13 @@ class Shaping:
 def make_score_and_shape(
     policy: Model, value: Model, reward: Model | None = None, shaping: Shaping = Shaping()
 ) -> ScoreAndShape:
-    """The compiled piece between sampling and the update.
+    """The compiled function between sampling and the update.
 
     ``score = score_scale * raw + score_shift``, then `missing_eos_score` where the response never
     ended; then ``reward_t = -kl_coef * (old_logp_t - ref_logp_t) + score * [t is last]``, and GAE.
 
-    Rows whose raw score is not finite are masked out whole and counted (``rollout/dropped``, and
-    the `Each` ``dropped_rows``).
+    A row with a score that is not finite is masked out as a whole and counted (``rollout/dropped``,
+    and the `Each` ``dropped_rows``).
 
     Args:
       policy: the policy's architecture, with which the reference is run.
@@ -113,9 +109,9 @@ def make_score_and_shape(
 
     Returns:
       ``(ref_params, value_params, reward_params, samples, kl_coef, ids, scores=None) -> (Rollout,
-      metrics)``, compiled. `kl_coef` is an array (`KLState.coef`), so that a new value does not
-      compile again; `ids` are the prompts' places in the stream, one a row; `scores` are raw scores
-      from the host, and then `reward_params` may be None.
+      metrics)``, compiled. `kl_coef` is an array (`KLState.coef`), so a new value does not compile
+      again; `ids` are the prompts' indices in the stream, one per row; `scores` are raw scores from
+      the host, with which `reward_params` may be None.
 
     Raises:
       ValueError: when called, if there is neither a reward model nor scores, or if `microbatches`
@@ -149,6 +145,7 @@ def make_score_and_shape(
         rewards = ops.shaped_rewards(score, old_logp, ref_logp, mask, kl_coef=kl_coef)
         if shaping.whiten_rewards:
             rewards = ops.whiten(rewards, mask, shift_mean=False)
+        # After a response that ended with EOS the value is 0; only a cut one is bootstrapped.
         bootstrap = (
             None if shaping.truncation == "terminal" else jnp.where(samples.finished, 0, last_value)
         )
@@ -182,9 +179,7 @@ def _read_networks(
     samples: Samples,
     scores: Float[Array, " B"] | None,
 ) -> tuple[Float[Array, " B"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:
-    """Raw scores, the reference's log-probs of the responses, values before each token and after
-    the last.
-    """
+    """Raw scores, reference log-probs, values before each token, and the value after the last."""
     mask = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
     rows = (samples.tokens, samples.lengths, mask)
     policy, value, reward = models
@@ -197,7 +192,7 @@ def _read_networks(
 
 
 def _in_pieces(read: Callable[..., Any], pieces: int, *rows: Any) -> Any:
-    """``read(*rows)``, some of the rows at a time."""
+    """``read(*rows)`` over `pieces` parts of the rows, one after the other."""
     if pieces == 1:
         return read(*rows)
     split = ops.split_rows(rows, pieces, "score_microbatches", "rollout")
@@ -224,7 +219,8 @@ def _without_bad_rows(
 ) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
     """The score, 0 where it or the raw one is not finite, and the response mask without those rows.
 
-    A judge that fails on a row is told of although `missing_eos_score` would have hidden it.
+    The raw score is checked too, because `missing_eos_score` could replace the NaN of a judge that
+    failed and so hide the failure.
     """
     valid = jnp.isfinite(raw) & jnp.isfinite(score)
     whole = scoring.response_mask(samples.prompt_lengths, samples.lengths, samples.tokens.shape[1])
@@ -239,22 +235,23 @@ def used_score(
     shift: float | int = 0.0,
     missing_eos_score: float | int | None = None,
 ) -> Float[Array, " B"]:
-    """The score that enters the reward: scaled and shifted, then replaced where the response never
-    ended.
+    """The score that enters the reward: ``scale * raw + shift``, replaced where EOS is missing.
 
     Args:
       raw: from the reward model.
       finished: false where the length limit cut the response, whatever the stop id is.
       scale: fixed gain.
       shift: fixed shift.
-      missing_eos_score: for unfinished rows, on the scale after `shift`; None to leave them.
+      missing_eos_score: for unfinished rows, on the scale after `shift`; None leaves them as they
+        are.
 
     Returns:
       Scores.
 
     Source: Ziegler et al. 2019, released code; Stiennon et al. 2020.
 
-    >>> used_score(jnp.array([0.75, 9.0]), jnp.array([True, False]), scale=2.0, missing_eos_score=-1.0).tolist()
+    >>> raw, finished = jnp.array([0.75, 9.0]), jnp.array([True, False])
+    >>> used_score(raw, finished, scale=2.0, missing_eos_score=-1.0).tolist()
     [1.5, -1.0]
     """
     score = scale * raw + shift
@@ -264,15 +261,15 @@ def used_score(
 def rollout_metrics(
     rollout: Rollout, raw: Float[Array, " B"], *, kl_coef: Float[Array, ""]
 ) -> Metrics:
-    """What to log of a rollout; every mean names what it is a mean over.
+    """Metrics of a rollout; names give what a mean is over, such as ``per_sequence``.
 
     Args:
       rollout: of one iteration.
-      raw: scores as the reward model gave them, of all rows.
+      raw: scores of all rows as the reward model gave them.
       kl_coef: beta of this rollout.
 
     Returns:
-      ``rollout/kl_nats_per_sequence`` is what the adaptive controller wants.
+      ``rollout/kl_nats_per_sequence`` is the input of the adaptive KL controller.
       ``surprisal_nats_per_token`` is ``-old_logp``, an unbiased estimate of the policy's entropy.
       Dropped rows count in ``dropped`` only.
     """
@@ -305,11 +302,10 @@ def rollout_metrics(
 
 
 def log_prob_limit(model: Model) -> float:
-    """How far two programs may differ in a token's log-prob, in nats: 1e-4 in float32, 2e-2 in
-    anything coarser.
+    """Tolerance between two programs' log-probs of a token, in nats: 1e-4 in float32, else 2e-2.
 
-    Float32 products run in coarser passes on TPU and NVIDIA unless `jax_default_matmul_precision`
-    says otherwise.
+    TPUs and NVIDIA GPUs multiply float32 matrices in a coarser precision unless
+    `jax_default_matmul_precision` is set.
     """
     precision = jax.config.values["jax_default_matmul_precision"]
     exact_products = backend_for().exact_products or precision in ("highest", "float32")
@@ -325,7 +321,7 @@ class InitialParams(NamedTuple):
     """Frozen."""
     value: Params
     reward: Params | None = None
-    """The bias that sets demonstrations to 0 included; None when scores come from the host."""
+    """With the bias that sets demonstrations to 0 on average; None for scores from the host."""
 
 
 def step_zero_checks(
@@ -339,17 +335,16 @@ def step_zero_checks(
     clip_ratio: float | int = 0.2,
     limit: float | None = None,
 ) -> dict[str, float]:
-    """What must hold before the first update of PPO; each of these has broken somebody's training
-    run.
+    """Check the invariants of PPO before its first update.
 
-    Policy and reference through one compiled program agree exactly; the sampler's log-probs and
+    Policy and reference agree exactly, run by one compiled program; the sampler's log-probs and
     those of a program with a backward pass agree with it within `limit`, so no ratio is clipped;
     the value network started as the reward model.
 
     Args:
       policy: a language model.
       value: a scalar model.
-      reward: a scalar model; None leaves the check of the value network out (scores from the host).
+      reward: a scalar model; None skips the check of the value network (scores from the host).
       params: of all four networks.
       samples: some rows sampled from the initial policy; a micro-batch is enough.
       temperature: the sampler's.
@@ -357,7 +352,7 @@ def step_zero_checks(
       limit: nats (and score units, for the value); None for `log_prob_limit`.
 
     Returns:
-      What was measured, under the names of the checks.
+      The measured values by the name of the check.
 
     Raises:
       ValueError: if a check fails; the message gives the measured value, its limit and the likely
@@ -371,7 +366,7 @@ def step_zero_checks(
     score = partial(scoring.sequence_log_probs, policy, temperature=temperature)
     rows = (samples.tokens, samples.lengths, mask)
 
-    # Rows are an argument: a compiled function may not close over arrays that lie on several
+    # The rows are an argument: a compiled function cannot close over arrays that span several
     # processes.
     def with_backward_pass(params: Params, *rows: Array) -> Array:
         def loss(params: Params) -> tuple[Array, Array]:
@@ -379,8 +374,7 @@ def step_zero_checks(
             return jnp.sum(logp), logp
 
         grads, logp = jax.grad(loss, has_aux=True)(params)
-        # Returned with a zero weight on the gradient, so that the compiler cannot leave the
-        # backward pass out.
+        # The gradient is added with weight 0, so that the compiler cannot drop the backward pass.
         return logp + 0 * sum(jnp.nan_to_num(g).ravel()[0] for g in jax.tree.leaves(grads))
 
     scoring_program = jax.jit(score)
@@ -405,21 +399,26 @@ def step_zero_checks(
 
 
 _CAUSES = {
-    "reference_gap": "the KL to the reference is not 0: policy and reference must start from the same "
-    "weights",
-    "sampler_gap": "the sampler draws from another distribution: look at temperature, top_k, top_p and "
-    "dropout",
-    "update_gap": "the update computes other log-probs than the scoring program: look at dropout and the "
-    "compute dtype",
-    "clip_fraction": "ratios differ from 1 before any update: look at temperature, top_k, top_p and "
-    "dropout",
+    "reference_gap": (
+        "the KL to the reference is not 0: policy and reference must start from the same weights"
+    ),
+    "sampler_gap": (
+        "the sampler draws from another distribution: look at temperature, top_k, top_p and dropout"
+    ),
+    "update_gap": (
+        "the update computes other log-probs than the scoring program: look at dropout and the "
+        "compute dtype"
+    ),
+    "clip_fraction": (
+        "ratios differ from 1 before any update: look at temperature, top_k, top_p and dropout"
+    ),
     "value_gap": "the value network must start from the reward model, head and bias included",
 }
 
 
 def _require_within(measured: dict[str, float], limits: dict[str, float]) -> None:
     for name, found in measured.items():
-        # Written so that NaN fails.
+        # `not <=`, because a NaN must fail and compares false either way.
         if not found <= limits[name]:
             raise ValueError(
                 f"step 0: {name}={found:.3g} is above its limit {limits[name]:g}: {_CAUSES[name]}"

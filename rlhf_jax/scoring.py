@@ -1,8 +1,8 @@
 """A network over finished rows: log-probs, values and scores, under the one index convention.
 
-Everything that reads a network outside of sampling goes through here: the update, the reference,
-the reward model and the checks at step 0. So the policy and its reference run the same program, and
-a shift can be wrong in one place only.
+Every forward pass outside of sampling goes through this file: the update, the reference, the reward
+model and the checks at step 0. So the policy and its reference run the same program, and there is
+only one place where the shift could be wrong.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rlhf_jax.types import LMBatch, Model, Output, Params, RankingBatch
 def row_layout(
     lengths: Int[Array, " B"], slots: int
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Segments and positions of rows that hold one text each, contiguous from the left.
+    """Segments and positions of rows of one text each, contiguous from the left.
 
     Args:
-      lengths: tokens of each row, padding not counted.
+      lengths: tokens of each row, without padding.
       slots: T.
 
     Returns:
@@ -42,8 +42,9 @@ def row_layout(
 def response_mask(
     prompt_lengths: Int[Array, " B"], lengths: Int[Array, " B"], slots: int
 ) -> Bool[Array, "B T"]:
-    """True on response tokens, EOS included: ``prompt_lengths <= t < lengths``. Ids are never
-    looked at.
+    """True on response tokens, EOS included: ``prompt_lengths <= t < lengths``.
+
+    Token ids are not read, so a prompt may contain the EOS or padding id.
 
     Args:
       prompt_lengths: tokens of each prompt.
@@ -51,7 +52,7 @@ def response_mask(
       slots: T.
 
     Returns:
-      The mask of everything that PPO trains on.
+      The mask of the tokens that PPO trains on.
 
     >>> response_mask(jnp.array([1]), jnp.array([3]), 4).tolist()
     [[False, True, True, False]]
@@ -61,21 +62,19 @@ def response_mask(
 
 
 def pair_rows(model: Model) -> Model:
-    """The same network, computing rows of one text each two to a row of 7/6 the width: 7/12 of the
-    work.
+    """The same network with two texts packed per row of 7/6 the width: 7/12 of the work.
 
-    The longest text shares a row with the shortest, the next one with the next, each a segment of
-    its own; hidden states come back in the order and places of the rows. Samples have heavy-tailed
-    lengths, so a batch as wide as its limits is mostly padding. Ask `pairs_fit` first: where a pair
-    is longer than a row all hidden states are NaN. Meant for rows on one device: over several the
-    exchange of rows costs more than it saves.
+    The longest text shares a row with the shortest, the second longest with the second shortest and
+    so on, each as a segment of its own; hidden states come back at the rows and slots of the input.
+    Sampled lengths are heavy-tailed, so a batch padded to the length limit is mostly padding. Check
+    `pairs_fit` first: if any pair is longer than a packed row, all hidden states are NaN. Meant for
+    rows on one device: over several devices, exchanging rows costs more than it saves.
 
     Args:
-      model: any network; its cache and heads are untouched.
+      model: any network; its cache and heads are unchanged.
 
     Returns:
-      A `Model` whose `apply` gives the same hidden states up to rounding (on padding they mean
-      nothing).
+      A `Model` whose `apply` gives the same hidden states up to rounding (undefined on padding).
     """
 
     def apply(
@@ -98,9 +97,11 @@ def pair_rows(model: Model) -> Model:
             segments=jnp.where(own, 1, jnp.where(in_second, 2, 0)),
             positions=jnp.where(own, places, behind),
         ).hidden
+        # The second text of a row starts where the first one ends; shift it back to slot 0.
         there = jnp.minimum(places + ends, places.shape[1] - 1)[:, : segments.shape[1]]
         behind = jnp.take_along_axis(hidden, there[:, :, None], axis=1)
         both = jnp.concatenate([hidden[:, : segments.shape[1]], behind])
+        # A compiled program cannot raise, so a pair that is too long must show as NaN.
         fits = jnp.all(lengths[first] + lengths[second] <= places.shape[1])
         return Output(
             jnp.where(fits, both[jnp.argsort(jnp.concatenate([first, second]))], jnp.nan), None
@@ -128,11 +129,11 @@ def pairs_fit(lengths: ArrayLike, slots: int) -> bool:
       slots: T.
 
     Returns:
-      True where B is even and in each batch the longest and the shortest fit into ``7/6 T`` slots,
-      and so on.
+      True if B is even and every pair of every batch (longest with shortest and so on) fits into
+      ``7/6 T`` slots.
 
-    >>> pairs_fit(np.array([5, 2, 3, 4]), 6), pairs_fit(np.array([6, 3, 2, 4]), 6), pairs_fit(np.array([1]), 6)
-    (True, False, False)
+    >>> [pairs_fit(np.array(lengths), 6) for lengths in ([5, 2, 3, 4], [6, 3, 2, 4], [1])]
+    [True, False, False]
     """
     ordered = np.sort(np.asarray(lengths), axis=-1)
     return ordered.shape[-1] % 2 == 0 and bool(
@@ -150,8 +151,7 @@ def sequence_log_probs(
     temperature: Real[ArrayLike, ""] = 1.0,
     targets: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Log-probs of the masked-in tokens: ``logp[:, t] = log p(tokens[t] | tokens[:t])`` at
-    `temperature`.
+    """Log-probs of the masked-in tokens: ``logp[:, t] = log p(tokens[t] | tokens[:t])``.
 
     Args:
       model: a language model.
@@ -160,11 +160,11 @@ def sequence_log_probs(
       lengths: tokens of each row.
       mask: which tokens to read, `response_mask` in PPO.
       temperature: the sampler's; policy, old policy and reference must share it.
-      targets: the most tokens that `mask` has in a row, `max_new_tokens` in PPO; None for any
-        number. The last block is computed for so many tokens a row. A row that has more is NaN.
+      targets: the most tokens that `mask` has in any row, `max_new_tokens` in PPO; None for no
+        limit. The last block is computed for this many tokens per row. A row with more gives NaN.
 
     Returns:
-      Log-probs in nats, float32, 0 outside `mask`. Dropout is off.
+      Log-probs in nats at `temperature`, float32, 0 outside `mask`. Dropout is off.
     """
     own, head = _targets(tokens, mask, targets), partial(model.head, params)
     hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
@@ -182,9 +182,7 @@ def sequence_log_probs_and_entropy(
     temperature: Real[ArrayLike, ""] = 1.0,
     targets: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`sequence_log_probs` and, from the same logits, the entropy of the distribution of each
-    token, in nats.
-    """
+    """`sequence_log_probs` and the entropies, in nats, of the same logits."""
     own, head = _targets(tokens, mask, targets), partial(model.head, params)
     hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
     how = {"previous": own.previous, "temperature": temperature}
@@ -193,11 +191,11 @@ def sequence_log_probs_and_entropy(
 
 
 class _Targets(NamedTuple):
-    """The targets of rows: all slots as they are, or at most N of each row, moved to its front.
+    """The targets of rows: all slots as they are, or at most N per row, moved to its front.
 
-    `at` are the slots that predict them, None for all; `previous` names the same among what is
-    computed at these. `place` brings what was read back to the slots of the row, and `fits` says
-    whether a row has no more than N.
+    `at` are the slots that predict the targets, None for all slots; `previous` are the indices into
+    what is computed at `at`. `place` moves results back to their slots of the row, and `fits` is
+    true for a row with at most N targets.
     """
 
     at: Int[Array, "B N"] | None
@@ -208,18 +206,17 @@ class _Targets(NamedTuple):
     fits: Bool[Array, "B 1"] | None = None
 
     def at_slots(self, x: Float[Array, "B N"]) -> Float[Array, "B T"]:
-        """What was read of the targets, at their slots; NaN in rows that have too many."""
+        """Results of the targets, moved back to their slots; NaN in rows with too many targets."""
         if self.place is None or self.fits is None:
             return x
         return jnp.where(self.fits, ops.align(x, self.place), jnp.nan)
 
 
 def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
-    """The targets `mask` of rows of one text each, of which a row has at most `targets`; None for
-    any number.
-    """
+    """The masked-in tokens of rows of one text each, at most `targets` per row (None: no limit)."""
     if targets is None or targets >= tokens.shape[1]:
         return _Targets(None, tokens, mask)
+    # Moving the targets to the front gives all rows the same N slots for the last block.
     order, place = ops.compact(mask, targets)
     itself = jnp.broadcast_to(jnp.arange(targets, dtype=jnp.int32)[None, :], order.shape)
     fits = (jnp.sum(mask, axis=1) <= targets)[:, None]
@@ -230,10 +227,10 @@ def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
 def _hidden_of_texts(
     model: Model, params: Params, tokens: Array, lengths: Array, at: Array | None = None
 ) -> Float[Array, "B N D"]:
-    """Hidden states of rows of one text each; of the slots `at` alone where they are given."""
+    """Hidden states of rows of one text each; only those of the slots `at` where given."""
     segments, positions = row_layout(lengths, tokens.shape[1])
     rows = {"segments": segments, "positions": positions}
-    if model.picks:  # lengths save some kernels a mask of all pairs of slots
+    if model.picks:  # With lengths, some kernels need no mask over all pairs of slots.
         rows["lengths"] = lengths
     if at is None:
         return model.apply(params, tokens, **rows).hidden
@@ -243,7 +240,7 @@ def _hidden_of_texts(
 def lm_log_probs(
     model: Model, params: Params, batch: LMBatch, *, key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T"]:
-    """Log-probs of the targets of packed rows; no piece sees another one.
+    """Log-probs of the targets of packed rows; no segment attends to another.
 
     Args:
       model: a language model.
@@ -268,18 +265,17 @@ def lm_weighted_log_prob(
     *,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """The weighted sum of `lm_log_probs`, whose gradient is computed in the forward pass, and they
-    themselves.
+    """The weighted sum of `lm_log_probs`, its head gradient computed in the forward pass.
 
     Args:
       model: a language model.
       params: its parameters.
       batch: packed rows.
-      weights: of each target; no gradient reaches them.
+      weights: one per target; they get no gradient.
       key: turns dropout on.
 
     Returns:
-      ``(total, logp)`` of `log_probs.weighted_log_prob`.
+      ``(total, logp)`` as `log_probs.weighted_log_prob` returns them.
     """
     rows = {"segments": batch.segments, "positions": batch.positions}
     hidden = model.apply(params, batch.tokens, **rows, key=key).hidden
@@ -308,13 +304,13 @@ def sequence_values(
       tokens: rows of one text each.
       lengths: tokens of each row, at least 1.
       mask: which values are wanted; None for all.
-      targets: the most tokens that `mask` has in a row, as in `sequence_log_probs`; None for any
-        number.
+      targets: the most tokens that `mask` has in any row, as in `sequence_log_probs`; None for no
+        limit.
 
     Returns:
-      ``(values, last)``. For a value network `last` is the bootstrap of a truncated row, one place
+      ``(values, last)``. For a value network `last` is the bootstrap of a truncated row, one step
       after the last entry of `values`; for a reward model it is the score (`sequence_scores`
-      computes it alone).
+      computes only that).
     """
     values, last = _read_values(model, params, tokens, lengths, mask, targets, lengths[:, None] - 1)
     return values, last[:, 0]
@@ -329,9 +325,7 @@ def response_values(
     *,
     targets: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Values before each token that `mask` names, as in `sequence_values`; the one after the last
-    is not computed.
-    """
+    """The `values` of `sequence_values` alone: before each masked-in token, none after the last."""
     return _read_values(
         model, params, tokens, lengths, mask, targets, jnp.zeros((len(tokens), 0), jnp.int32)
     )[0]
@@ -346,9 +340,7 @@ def _read_values(
     targets: int | None,
     also: Array,
 ) -> tuple[Array, Array]:
-    """Values before the tokens of `mask`, at most `targets` a row, and those read at the slots
-    `also` ``[B, M]``.
-    """
+    """Values before the tokens of `mask`, and the scalars at the slots `also` ``[B, M]``."""
     if mask is None or targets is None or targets + also.shape[1] >= tokens.shape[1]:
         scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths))
         segments, _ = row_layout(lengths, tokens.shape[1])
@@ -367,21 +359,25 @@ def _read_values(
 def sequence_scores(
     model: Model, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> Float[Array, " B"]:
-    """What a reward model says of each row, read at its last token: ``r(tokens[:lengths])``.
+    """Reward-model score of each row, read at its last token: ``r(tokens[:lengths])``.
 
     Args:
       model: a scalar model.
       params: its parameters.
       tokens: rows of one text each.
       lengths: tokens of each row, at least 1.
+
+    Returns:
+      Raw scores, before any scale or shift.
     """
     hidden = _hidden_of_texts(model, params, tokens, lengths, lengths[:, None] - 1)
     return model.head(params, hidden)[:, 0]
 
 
 def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[Array, "B NK D"]:
-    """Hidden state at the last token of each ranked response; the K responses of a prompt share one
-    forward row.
+    """Hidden state at the last token of each ranked response.
+
+    The K responses of a prompt share one row, so the prompt is computed once.
 
     Args:
       model: any network.
@@ -389,8 +385,8 @@ def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[A
       batch: shared-prefix rows.
 
     Returns:
-      The states that the head reads, ``n * K + k`` for response k of prompt n; they mean nothing
-      where it is absent.
+      The states that the head reads, at index ``n * K + k`` for response k of prompt n; undefined
+      where the response is absent.
     """
     ends = jnp.maximum(batch.ends.reshape(batch.ends.shape[0], -1), 0)
     rows = {"segments": batch.segments, "positions": batch.positions, "parents": batch.parents}
@@ -408,6 +404,6 @@ def ranking_scores(model: Model, params: Params, batch: RankingBatch) -> Float[A
     Returns:
       Scores; 0 where the response is absent (rank -1).
     """
-    # The head runs on the N * K read-outs only.
+    # The head runs only on the N * K states that are scored.
     scores = model.head(params, ranking_hidden(model, params, batch)).reshape(batch.ends.shape)
     return jnp.where(batch.ranks >= 0, scores, 0)

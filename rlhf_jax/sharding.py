@@ -1,8 +1,7 @@
-"""Where arrays live: one mesh ``(data, fsdp, tensor)``, ordered regex rules for parameters, batches
-by rows.
+"""Sharding: one mesh ``(data, fsdp, tensor)``, regex rules for parameters, batches by rows.
 
-One device is the mesh ``(1, 1, 1)``; there is no other path. Data parallel as `pmap` users know it
-is ``(n, 1, 1)``.
+One device is the mesh ``(1, 1, 1)``; there is no other code path. Pure data parallelism, as `pmap`
+users know it, is ``(n, 1, 1)``.
 """
 
 from __future__ import annotations
@@ -21,49 +20,48 @@ from jaxtyping import PyTree
 from rlhf_jax.run import processes
 
 AXES = ("data", "fsdp", "tensor")
-"""Rows of a batch go over data and fsdp; parameters over fsdp and tensor."""
+"""Rows of a batch are split over data and fsdp; parameters over fsdp and tensor."""
 
 Rules = Sequence[tuple[str, PartitionSpec]]
-"""Ordered ``(regex, PartitionSpec)``; the first regex found in the path of a leaf decides."""
+"""Ordered ``(regex, PartitionSpec)``; the first regex found in the path of a leaf applies."""
 
 P = PartitionSpec
 
 DECODER_RULES: Rules = (
-    # Blocks are stacked: axis 0 is the layer. Column-parallel into a branch, row-parallel out of
-    # it.
+    # Blocks are stacked: axis 0 is the layer. Column-parallel into a branch and row-parallel out of
+    # it, as in Megatron, so that a branch needs one reduction over the tensor axis.
     (r"blocks/attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(attention/out|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "tensor")),
-    # Adapters [L, inputs, r] and [L, r, outputs] lie as the kernel that they are added to.
+    # Adapters [L, inputs, r] and [L, r, outputs] are sharded as the kernel that they are added to.
     (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
     (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
     (r"blocks/(attention/out|mlp/down)/lora_a$", P(None, "tensor")),
     (r"blocks/(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),
-    # By width and not by vocabulary: 50,257 rows divide by no mesh.
+    # By width and not by vocabulary: the 50,257 rows of GPT-2 do not divide over usual meshes.
     (r"(embed|positions)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"unembed/kernel$", P(("fsdp", "tensor"), None)),
 )
-"""Rules for `rlhf_jax.models.decoder`; optimizer moments and EMA have the same paths inside, so
-they follow. Norms, scalar heads and counters are replicated."""
+"""Rules for `rlhf_jax.models.decoder`. Paths of optimizer moments and EMA end in the same names, so
+the rules apply to them too. Norms, scalar heads and counters are replicated."""
 
 T = TypeVar("T")
 
 
 def rules_from_data(rules: Sequence[Any], *, field: str = "sharding") -> Rules:
-    """Rules as they stand in a config:
-    ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
+    """Rules from a config's ``((regex, (axes of dimension 0, of dimension 1, ..)), ..)``.
 
     Args:
       rules: for each dimension None, the name of a mesh axis, or a tuple of names; ``()``
         replicates everything.
-      field: of the config, for errors.
+      field: name of the config field, for error messages.
 
     Returns:
       The same rules for `tree_shardings`.
 
     Raises:
-      ValueError: an entry is not such a pair, its regex does not compile, or it names no mesh axis.
+      ValueError: an entry is not such a pair, its regex does not compile, or an axis is unknown.
 
     >>> rules_from_data((("mlp/up/kernel$", (None, "fsdp", "tensor")),))
     (('mlp/up/kernel$', P(None, 'fsdp', 'tensor')),)
@@ -107,7 +105,7 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
       devices: None for all devices of all hosts.
 
     Returns:
-      A mesh with automatic axes, so that the compiler places what nobody annotated.
+      A mesh with automatic axes, so that the compiler chooses shardings that are not given.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
@@ -125,22 +123,20 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), *, devices: Sequence[Any] | Non
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(
             f"mesh shape {sizes} (data, fsdp, tensor) needs {known} devices and there are "
-            f"{len(devices)}: "
-            f"choose sizes that multiply to {len(devices)}, or -1 for one of them"
+            f"{len(devices)}: choose sizes that multiply to {len(devices)}, or -1 for one of them"
         )
     sizes = tuple(len(devices) // known if n == -1 else n for n in sizes)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECODER_RULES) -> PyTree:
-    """A sharding for each leaf: the first rule whose regex is found in the leaf's path, else
-    replicated.
+    """A sharding for each leaf, by the first rule that matches its path; replicated if none does.
 
     Paths read like ``policy/params/blocks/mlp/up/kernel`` or ``opt_state/0/mu/embed/embedding``.
 
     Args:
       tree: parameters, a `TrainState`, a `PPOState`, or their `jax.eval_shape`.
-      mesh: from `make_mesh`; to plan an `AbstractMesh`.
+      mesh: from `make_mesh`, or an `AbstractMesh` for planning without devices.
       rules: ordered.
 
     Returns:
@@ -148,8 +144,7 @@ def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECOD
 
     Raises:
       ValueError: if a rule does not fit a leaf: more axes than the leaf has, or a size that the
-        mesh does not divide. Nothing is replicated silently; put a rule for that leaf before the
-        others.
+        mesh does not divide. Such a leaf is not silently replicated; put a rule for it first.
     """
 
     def place(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
@@ -181,8 +176,8 @@ def _check_fits(
         if shape[dimension] % pieces:
             raise ValueError(
                 f"{name} of shape {shape} does not divide: mesh axes {axes} cut dimension "
-                f"{dimension} into {pieces}. "
-                f"Choose another mesh, or put the rule ({name!r}, PartitionSpec()) first"
+                f"{dimension} into {pieces}. Choose another mesh, or put the rule "
+                f"({name!r}, PartitionSpec()) first"
             )
 
 
@@ -202,18 +197,16 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole: for batches, rollouts and
-    `make_ppo_step(batch_sharding=...)`.
-    """
+    """Rows over data and fsdp, other axes whole: for batches, rollouts and `make_ppo_step`."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch this process reads: ``(index, count)`` for
-    ``Batches(process_index=, process_count=)``.
+    """Which share of a batch this process reads, as ``(index, count)``.
 
-    Where the tensor axis goes over several processes they hold the same rows and have the same
-    share. Where a topology mixes the rows of processes each reads the whole batch, ``(0, 1)``.
+    They are the arguments of ``Batches(process_index=, process_count=)``. Processes that share a
+    tensor axis have the same rows and so the same share. If the mesh mixes the rows of processes,
+    each process reads the whole batch: ``(0, 1)``.
 
     Args:
       mesh: from `make_mesh`.
@@ -229,9 +222,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
-    """The share of `process` where ``owners[piece]`` are the processes that hold a piece of the
-    rows.
-    """
+    """The share of `process`, given the processes ``owners[piece]`` of each piece of the rows."""
     held = {
         int(owner): {*np.flatnonzero((owners == owner).any(axis=1)).tolist()}
         for owner in np.unique(owners)
@@ -244,14 +235,14 @@ def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
 
 
 def own_rows(batch: T, mesh: Mesh) -> T:
-    """This process's share of a batch that every process has whole, for `place_batch`.
+    """This process's share of a batch that every process has in full, for `place_batch`.
 
     Args:
       batch: a struct of arrays with rows first.
       mesh: from `make_mesh`.
 
     Returns:
-      The struct with a part of the rows; all of them in a program of one process.
+      The struct with this share of the rows; all rows if there is one process.
 
     Raises:
       ValueError: if the rows do not divide over data and fsdp.
@@ -267,8 +258,9 @@ def own_rows(batch: T, mesh: Mesh) -> T:
 
 
 def place_batch(batch: T, mesh: Mesh) -> T:
-    """Put a batch on the devices, rows over data and fsdp; with several processes each gives its
-    share of the rows.
+    """Put a batch on the devices, rows over data and fsdp.
+
+    With several processes, each passes its share of the rows.
 
     Args:
       batch: a struct of numpy arrays with rows first, this process's `batch_share` of the global
@@ -308,16 +300,16 @@ def _check_rows(path: tuple, rows: int, mesh: Mesh) -> None:
 
 
 def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
-    """Put parameters or a whole training state on the devices as `rules` say.
+    """Put parameters or a whole training state on the devices by `rules`.
 
     Args:
-      state: a tree of arrays that every process holds in full, or of arrays that lie on the devices
-        of all already.
+      state: a tree of arrays that every process has in full, or of arrays that are already sharded
+        over the devices of all processes.
       mesh: from `make_mesh`.
       rules: ordered.
 
     Returns:
-      The same tree of global arrays, always copies: a step that donates them leaves `state` alone.
+      The same tree of global arrays, always copies: donating them does not invalidate `state`.
 
     Raises:
       ValueError: as `tree_shardings`.
@@ -328,9 +320,9 @@ def place_state(state: T, mesh: Mesh, rules: Rules = DECODER_RULES) -> T:
 def _place(leaf: Any, place: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(jnp.copy, out_shardings=place)(leaf)
-    # device_put would share the shard that is on the right device already, and a donating step
-    # would then delete it. Over several processes it would also send the whole array around, to
-    # compare.
+    # device_put would share a shard that is already on the right device, and a donating step would
+    # then delete it. Over several processes it would also send the whole array to all of them, to
+    # check that it is the same everywhere.
     whole = np.array(leaf)
     if place.is_fully_addressable:
         return jax.device_put(whole, place)
@@ -340,8 +332,9 @@ def _place(leaf: Any, place: NamedSharding) -> jax.Array:
 def build_state(
     make: Callable[..., T], *arguments: PyTree, mesh: Mesh, rules: Rules = DECODER_RULES
 ) -> tuple[T, T]:
-    """``make(*arguments)``, computed where its leaves belong: no device and no host ever holds more
-    than its part.
+    """``make(*arguments)``, computed directly in its sharding.
+
+    No device and no host ever has more than its part of the result.
 
     Args:
       make: a function of arrays, such as ``lambda params: train_state(params, tx)``.

@@ -1,15 +1,14 @@
-"""Training steps as pure functions: supervised, reward model, PPO, PPO-ptx. `compile_step` is the
-only jit of a step.
+"""Training steps as pure functions: supervised, reward model, PPO, PPO-ptx.
 
-A step takes everything from its arguments and returns the new state and metrics. Losses are
-functions of arrays; a step binds their arguments by name from what it has (`POLICY_ARGUMENTS` and
-the other tuples below), so that a loss of your own needs no other file. Each loss comes back as a
-total and a count: gradients are summed over micro-batches and divided once, and any number of
-micro-batches gives the same step.
+A step takes everything from its arguments and returns the new state and metrics; `compile_step` is
+the only jit of a step. Losses are functions of arrays, and a step binds their arguments by name
+from what it has (`POLICY_ARGUMENTS` and the other tuples below), so a loss of your own needs no
+change of this file. Each loss returns a total and a count: gradients are summed over micro-batches
+and divided once, so any number of micro-batches gives the same step.
 
-A step whose loss or gradient norm is not finite, or lies far above those of the last sound steps
+A step whose loss or gradient norm is not finite, or is far above those of the last sound steps
 (`spike_std`), leaves the state as it was and reports ``skipped``. So `TrainState.step` counts
-applied updates; the place in the data is the loop's own counter.
+applied updates; the position in the data is the loop's own counter.
 """
 
 from __future__ import annotations
@@ -57,16 +56,16 @@ from rlhf_jax.update import (
 )
 
 LM_ARGUMENTS = ("logp", *(field.name for field in dataclasses.fields(LMBatch)))
-"""What the loss of `make_sft_step` and the `ptx_loss` may name."""
+"""Arguments that the loss of `make_sft_step` and the `ptx_loss` may name."""
 
 RANKING_ARGUMENTS = ("rewards", "ranks")
-"""What the loss of `make_reward_step` may name, both ``[B, N, K]``."""
+"""Arguments that the loss of `make_reward_step` may name, both ``[B, N, K]``."""
 
 POLICY_ARGUMENTS = ("logp", "entropy", *(field.name for field in dataclasses.fields(Rollout)))
-"""What a `policy_loss` may name; entropy is computed only for a loss that names it."""
+"""Arguments that a `policy_loss` may name; entropy is computed only for a loss that names it."""
 
 VALUE_ARGUMENTS = ("values", *(field.name for field in dataclasses.fields(Rollout)))
-"""What a `value_loss` may name."""
+"""Arguments that a `value_loss` may name."""
 
 T = TypeVar("T")
 
@@ -90,21 +89,21 @@ def make_sft_step(
     Args:
       model: a language model.
       tx: an optimizer from `rlhf_jax.optim`, or any optax chain.
-      loss: arguments by name from `LM_ARGUMENTS`. Where it is linear in the log-probs a quarter of
-        the head's work is saved (`log_probs.weighted_log_prob`).
+      loss: takes arguments by name from `LM_ARGUMENTS`. If it is linear in the log-probs, a quarter
+        of the head's work is saved (`log_probs.weighted_log_prob`).
       microbatches: pieces of the batch that go through the model one after the other; must divide
         its rows.
       spike_limit: skip the step when the gradient norm is above it; None for no fixed limit.
-      spike_std: skip the step when loss or gradient norm is more standard deviations above the mean
-        of the last sound steps (`guard.is_spike`); None not to. Asks for a state with a window:
-        ``train_state(..., guard=True)``.
+      spike_std: skip the step when the loss or the gradient norm is more than this many standard
+        deviations above the mean of the last sound steps (`guard.is_spike`); None for no such
+        check. Needs a state with a window: ``train_state(..., guard=True)``.
 
     Returns:
       ``(TrainState, LMBatch, key) -> (TrainState, metrics)``. The key turns dropout on; None leaves
       it off.
 
     Raises:
-      ValueError: if `loss` asks for something that is not there.
+      ValueError: if `loss` requires an argument that is not in `LM_ARGUMENTS`.
 
     Source: Ouyang et al. 2022, section 3.5 and appendix C.1.
     """
@@ -114,7 +113,7 @@ def make_sft_step(
     def step(
         state: TrainState, batch: LMBatch, key: Key[Array, ""] | None
     ) -> tuple[TrainState, Metrics]:
-        # One key a row, so that each micro-batch finds its own.
+        # One key per row: splitting the rows into micro-batches then splits the keys with them.
         keys = None if key is None else jax.random.split(key, batch.tokens.shape[0])
         grads = accumulate_grads(loss_fn, state.params, (batch, keys), microbatches)
         gradient = Gradient.of(*grads, name="sft")
@@ -139,9 +138,9 @@ def make_reward_step(
     Args:
       model: a scalar model.
       tx: an optimizer.
-      loss: arguments by name from `RANKING_ARGUMENTS`.
-      microbatches: must divide the rows of the batch; never splits a prompt, because a prompt lies
-        in one row.
+      loss: takes arguments by name from `RANKING_ARGUMENTS`.
+      microbatches: must divide the rows of the batch; a prompt is never split, because all its
+        responses are in one row.
       spike_limit: as in `make_sft_step`.
       spike_std: as in `make_sft_step`.
 
@@ -150,7 +149,7 @@ def make_reward_step(
       unused.
 
     Raises:
-      ValueError: if `loss` asks for something that is not there.
+      ValueError: if `loss` requires an argument that is not in `RANKING_ARGUMENTS`.
 
     Source: Ouyang et al. 2022, eq. 1 and appendix C.2.
     """
@@ -172,10 +171,10 @@ def make_reward_step(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPO:
-    """How one rollout becomes optimizer steps: the numbers of the update, checked when it is made.
+    """How one rollout becomes optimizer steps: the settings of the update, checked on construction.
 
     Raises:
-      ValueError: a number that no update can have; the message names the field.
+      ValueError: a number out of range; the message names the field.
 
     Source of the defaults: Ouyang et al. 2022, appendix C.4.
     """
@@ -200,15 +199,15 @@ class PPO:
     """Largest norm of ``ptx_coef * grad L_ptx / n_ptx_tokens`` alone. One clip over the sum (in the
     policy's optimizer) would let a large pretraining term shrink the PPO term."""
     ema_decay: float | int = 0.992
-    """Of the policy's average, updated every optimizer step where the state keeps one."""
+    """Decay of the policy's weight average, updated every optimizer step if the state has one."""
     spike_limit: float | int | None = None
     """Skip a minibatch when the gradient norm of a network is above it; None for no fixed limit."""
     spike_std: float | int | None = None
-    """As in `make_sft_step`, for both networks; of the value network the largest reward of a
-    minibatch counts too."""
+    """As in `make_sft_step`, for both networks; for the value network also of the largest absolute
+    reward of a minibatch."""
     max_new_tokens: int | None = None
-    """Of the sampler: the last block of each network then computes responses alone. None where that
-    is not known; a row with a longer response gives a loss that is not finite."""
+    """The sampler's; with it, the last block of each network computes response tokens only. None
+    where it is unknown. A row with a longer response gives a loss that is not finite."""
 
     def __post_init__(self):
         for name in ("epochs", "minibatches", "microbatches", "ptx_microbatches", "max_new_tokens"):
@@ -224,20 +223,18 @@ class PPO:
 
 
 class Losses(NamedTuple):
-    """The three losses of PPO-ptx, each called with the arguments that it names."""
+    """The three losses of PPO-ptx, each called with the arguments that its signature names."""
 
     policy: Loss = ppo_policy_loss
-    """Of `POLICY_ARGUMENTS`; `advantages` are whitened when `PPO.whiten_advantages`."""
+    """Takes `POLICY_ARGUMENTS`; `advantages` are whitened if `PPO.whiten_advantages`."""
     value: Loss = ppo_value_loss
-    """Of `VALUE_ARGUMENTS`."""
+    """Takes `VALUE_ARGUMENTS`."""
     ptx: Loss = sft_loss
-    """Of `LM_ARGUMENTS`."""
+    """Takes `LM_ARGUMENTS`."""
 
 
 class Optimizers(NamedTuple):
-    """One optimizer per network; their schedules count optimizer steps, ``epochs * minibatches``
-    per rollout.
-    """
+    """One optimizer per network; schedules count ``epochs * minibatches`` steps per rollout."""
 
     policy: optax.GradientTransformation
     value: optax.GradientTransformation
@@ -253,8 +250,7 @@ def make_ppo_step(
     batch_sharding: jax.sharding.Sharding | None = None,
     rollout_model: Callable[[Model], Model] = lambda model: model,
 ) -> StepFn:
-    """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix
-    of PPO-ptx.
+    """One PPO update: epochs x minibatches optimizer steps on a rollout, with the pretraining mix.
 
     ``grad = grad L_policy / n_tokens + ptx_coef * grad L_ptx / n_ptx_tokens``, then one optimizer
     step per minibatch.
@@ -266,20 +262,20 @@ def make_ppo_step(
       policy: a language model.
       value: a scalar model, its own network.
       optimizers: of the policy and of the value network.
-      ppo: the numbers of the update.
+      ppo: the settings of the update.
       losses: of the policy, of the value network and of the pretraining rows.
-      batch_sharding: where the rows of a minibatch live (`sharding.batch_sharding`); None lets the
-        compiler choose.
-      rollout_model: how both networks run over the rows of the rollout; `scoring.pair_rows`
-        computes two to a row.
+      batch_sharding: how the rows of a minibatch are sharded (`sharding.batch_sharding`); None lets
+        the compiler choose.
+      rollout_model: wraps both networks for the rows of the rollout; `scoring.pair_rows` packs two
+        texts per row.
 
     Returns:
       ``(PPOState, Rollout, LMBatch | None, key) -> (PPOState, metrics)``. The rows of the `LMBatch`
       are spread over the optimizer steps; without one the step is plain PPO. The key orders the
-      minibatches. The `Each` ``skipped_steps`` is 1 for the optimizer steps that were left out.
+      minibatches. The `Each` ``skipped_steps`` is 1 for each optimizer step that was skipped.
 
     Raises:
-      ValueError: if a loss asks for something that is not there, or a batch does not divide.
+      ValueError: if a loss requires an argument that is not available, or a batch does not divide.
 
     Source: Ouyang et al. 2022, eq. 2 and appendix C.4; Schulman et al. 2017.
     """
@@ -310,6 +306,7 @@ def make_ppo_step(
     def optimizer_step(
         rollout: Rollout, states: tuple[TrainState, TrainState], index: tuple[Array, LMBatch | None]
     ):
+        # Gathering random rows loses their sharding, so it is stated again for the compiler.
         rows, lm_rows = _constrain((_minibatch(rollout, index[0]), index[1]), batch_sharding)
         policy_grad = policy_gradient(states[0].params, rows, lm_rows)
         gradients = policy_grad, value_gradient(states[1].params, rows)
@@ -319,6 +316,7 @@ def make_ppo_step(
     def step(
         state: PPOState, rollout: Rollout, lm_batch: LMBatch | None, key: Key[Array, ""]
     ) -> tuple[PPOState, Metrics]:
+        # Here and not in a minibatch: the statistics are those of the whole rollout.
         if ppo.whiten_advantages:
             advantages = ops.whiten(rollout.advantages, rollout.mask)
             rollout = dataclasses.replace(rollout, advantages=advantages)
@@ -349,14 +347,14 @@ def compile_step(
     """Compile a step: the only `jit` of a step in the package.
 
     The state is donated: its buffers become those of the new state, and the old one must not be
-    used again. Anything frozen (the KL reference) therefore needs its own copy, which `train_state`
-    makes.
+    used again. Anything frozen (the KL reference) must therefore not share its buffers, which is
+    why `train_state` copies the weights.
 
     Args:
       step: from a ``make_*_step``.
-      state_sharding: `sharding.tree_shardings` of the state, so that it stays where it was placed;
-        None on one device.
-      donate: False keeps the old state alive, at twice the memory.
+      state_sharding: `sharding.tree_shardings` of the state, so that the new state is placed as the
+        old one was; None on one device.
+      donate: False keeps the old state usable, at twice the memory.
 
     Returns:
       The same function, compiled once per shape.
@@ -374,11 +372,11 @@ def compile_frozen_step(
     state_sharding: PyTree | None = None,
     donate: bool = True,
 ) -> StepFn:
-    """Compile a step over weights that it reads and never changes: LoRA, or a trained head on a
-    frozen trunk.
+    """Compile a step with frozen weights: LoRA, or a trained head on a frozen trunk.
 
-    `frozen` is an argument of the compiled program: neither a constant in it (a second copy) nor
-    donated (it may be the KL reference too). The state holds only what is trained.
+    `frozen` is an argument of the compiled program: it is not a constant of it, which would be a
+    second copy, and it is not donated, because it may also be the KL reference. The state contains
+    only what is trained.
 
     Args:
       make_step: ``frozen -> step``, for example
@@ -405,17 +403,18 @@ def compile_frozen_step(
 def train_state(
     params: Params, tx: optax.GradientTransformation, *, ema: bool = False, guard: bool = False
 ) -> TrainState:
-    """A network at step 0, on copies of `params`, so that a donating step cannot touch what was
-    passed in.
+    """The training state at step 0, on copies of `params`.
+
+    The copies keep `params` usable after a step has donated the state.
 
     Args:
       params: initial weights.
       tx: the optimizer.
-      ema: keep an average of the weights, in float32, from here on.
-      guard: remember the last sound steps, for a step with `spike_std`.
+      ema: keep a float32 average of the weights.
+      guard: keep the window of the last sound steps, for a step with `spike_std`.
 
     Returns:
-      The state of a training that has not begun.
+      The state before the first update.
     """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     average = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params) if ema else None
@@ -432,20 +431,19 @@ def train_state(
 def minibatch_order(
     key: Key[Array, ""], rows: int, *, epochs: int, minibatches: int
 ) -> Int[Array, "steps rows_of_minibatch"]:
-    """Which rows each optimizer step takes: every row once an epoch, in a new random order each
-    time.
+    """Which rows each optimizer step takes: every row once per epoch, in a new random order.
 
-    With one minibatch a step takes all rows, and no loss depends on their order: they stay as they
-    are.
+    With one minibatch, a step takes all rows and no loss depends on their order, so they are not
+    shuffled.
 
     Args:
       key: of the iteration.
-      rows: rows of the rollout.
-      epochs: passes.
-      minibatches: optimizer steps a pass.
+      rows: number of rows of the rollout.
+      epochs: passes over the rollout.
+      minibatches: optimizer steps per pass.
 
     Returns:
-      Row indices, ``epochs * minibatches`` lines of ``rows / minibatches``.
+      Row indices ``[epochs * minibatches, rows / minibatches]``.
 
     Raises:
       ValueError: if `minibatches` does not divide `rows`.
@@ -459,6 +457,7 @@ def minibatch_order(
         raise ValueError(f"epochs={epochs} must be at least 1: every rollout is used once or more")
     if minibatches == 1:
         return jnp.tile(jnp.arange(rows), (epochs, 1))
+    # One key per epoch, so that the order of an epoch does not depend on how many there are.
     orders = [
         jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(epochs)
     ]
@@ -466,9 +465,7 @@ def minibatch_order(
 
 
 def _minibatch(rollout: Rollout, rows: Int[Array, " B"]) -> Rollout:
-    """Rows of the rollout; all of them are in their order (`minibatch_order`), and nothing is
-    gathered.
-    """
+    """Rows of the rollout; without a gather if it is all rows, which are then in their order."""
     return rollout if len(rows) == len(rollout.ids) else jax.tree.map(lambda x: x[rows], rollout)
 
 
@@ -498,7 +495,8 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
             return of_logp(scoring.lm_log_probs(model, params, batch, key=key))
         total, logp = scoring.lm_weighted_log_prob(model, params, batch, weights, key=key)
         mean, metrics = of_logp(logp)
-        # The value is the loss's own, the gradient that of `total`, which is the same function.
+        # The value comes from the loss and the gradient from `total`, the same function up to a
+        # constant; `total - stop_gradient(total)` is 0 and carries only the gradient.
         only_gradient = total - lax.stop_gradient(total)
         return dataclasses.replace(mean, total=mean.total + only_gradient), metrics
 
@@ -508,9 +506,7 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
 def _traced_once(
     loss: Callable[[Array], tuple[Mean, Metrics]], shape: tuple[int, ...]
 ) -> Callable[[Array], tuple[Mean, Metrics]]:
-    """`loss` as the program that it is: whatever that is used for, the user's function is called
-    once.
-    """
+    """Trace `loss` once, so that using it twice does not call the user's function twice."""
     program, constants = jax.closure_convert(loss, jnp.zeros(shape, jnp.float32))
     return lambda logp: program(logp, *constants)
 

@@ -70,9 +70,7 @@ class Max:
 
 @struct
 class Each:
-    """One number for each optimizer step, or row, of an iteration, in order: for the loop to act
-    on, never logged.
-    """
+    """One number per optimizer step, or per row, of an iteration: for the loop, never logged."""
 
     value: jax.Array
 
@@ -86,8 +84,8 @@ class Cache:
 
     ``lengths`` advances by the number of tokens with ``segment > 0``, so a right-padded prefill
     leaves no gap. There is one array per layer, so that a decode step updates it in place. Keys and
-    values have the layout in which one query reads them: scores are sums over D for each S, mixed
-    values sums over S for each D. (For cuDNN's kernel both are ``B S H D``.)
+    values have the layout in which a single query reads them: scores are sums over D for each S,
+    mixed values are sums over S for each D. (For cuDNN's kernel both are ``B S H D``.)
     """
 
     keys: tuple[Float[Array, "B H D S"], ...]
@@ -96,11 +94,11 @@ class Cache:
     lengths: Int[Array, " B"]
 
     def repeat(self, k: int) -> Cache:
-        """Each row `k` times: row ``b`` becomes ``b*k .. b*k + k-1``, K samples of one prefill."""
+        """Each row `k` times: row ``b`` becomes ``b*k .. b*k + k-1``, for K samples per prefill."""
         return jax.tree.map(lambda x: jnp.repeat(x, k, axis=0), self)
 
     def reset(self, rows: Bool[Array, " B"]) -> Cache:
-        """Empties the rows where `rows` is true, so that other prompts can take them."""
+        """Empty the rows where `rows` is true, so that other prompts can use them."""
         segments = jnp.where(rows[:, None], 0, self.segments)
         lengths = jnp.where(rows, 0, self.lengths)
         return dataclasses.replace(self, segments=segments, lengths=lengths)
@@ -114,7 +112,7 @@ class Output(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A network as pure functions over a nested dict, as an optimizer of optax is a pair of them.
+    """A network as pure functions over a nested dict, much as an optax optimizer is a pair of them.
 
     Attributes:
       init: ``(key) -> params``.
@@ -126,11 +124,11 @@ class Model(NamedTuple):
       init_cache: ``(batch, length) -> Cache`` with all rows empty.
       config: what the functions were built from (a frozen dataclass), so that a saved model can be
         described.
-      for_decoding: ``(params) -> params`` as `apply` with a cache and `head` read them fastest; the
-        sampler calls it once a rollout.
-      picks: whether `apply` also takes ``at [B, N]``, slots of each row: `Output.hidden` is then
-        that of those alone, ``[B, N, D]``, and the last block computes no others. And whether it
-        takes ``lengths [B]``, the tokens of rows that hold one text each.
+      for_decoding: ``(params) -> params`` in the layout that `apply` with a cache and `head` read
+        fastest; the sampler calls it once per rollout.
+      picks: whether `apply` also takes ``at [B, N]``, slots of each row: `Output.hidden` then has
+        only those, ``[B, N, D]``, and the last block computes no others. Also whether it takes
+        ``lengths [B]``, the number of tokens of each row if rows have one text each.
     """
 
     init: Callable[[jax.Array], Params]
@@ -142,7 +140,7 @@ class Model(NamedTuple):
     picks: bool = False
 
     def apply_at(self, params: Params, tokens: Any, at: Int[Array, "B N"], **rows: Any) -> Output:
-        """`apply` with the hidden states of the slots `at` alone, ``[B, N, D]``."""
+        """`apply`, returning only the hidden states of the slots `at`, ``[B, N, D]``."""
         if self.picks:
             return self.apply(params, tokens, at=at, **rows)
         output = self.apply(params, tokens, **rows)
@@ -189,8 +187,8 @@ class PromptBatch:
 class Samples:
     """Sampled rows: prompt, response with EOS, padding; row ``b*K + k`` is sample k of prompt b.
 
-    ``lengths`` counts prompt and response with EOS; ``logp`` is that of the sampling distribution
-    and 0 on the prompt; ``finished`` is false where the length limit cut the response.
+    ``lengths`` counts prompt and response with EOS; ``logp`` is under the sampling distribution and
+    0 on the prompt; ``finished`` is false where the length limit cut the response.
     """
 
     tokens: Int[Array, "B T"]
@@ -232,7 +230,7 @@ class GuardState:
 
 @struct
 class TrainState:
-    """A network in training, without functions and keys, so that it is checkpointed as it is.
+    """A network in training, without functions and keys, so that it can be checkpointed as it is.
 
     `ema` is None when no average is kept, `guard` when spikes are not detected.
     """

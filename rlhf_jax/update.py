@@ -1,6 +1,4 @@
-"""One optimizer step: the gradient of a batch, what is logged of it, the verdict of the guard, the
-states after it.
-"""
+"""One optimizer step: gradient and metrics of a batch, the guard's verdict, the new states."""
 
 from __future__ import annotations
 
@@ -27,20 +25,19 @@ T = TypeVar("T")
 def accumulate_grads(
     loss_fn: LossOfBatch, params: PyTree, batch: PyTree, microbatches: int = 1
 ) -> tuple[PyTree, Mean, Metrics]:
-    """Gradient of a loss over a batch, a micro-batch at a time: totals are differentiated and
-    divided once.
+    """Gradient of a loss over a batch, a micro-batch at a time; totals are divided once at the end.
 
     ``grads = (sum_i d total_i / d params) / sum_i count_i``
 
-    A mean of micro-batch means would weigh tokens of short rows more; this is the gradient of the
-    whole batch.
+    This is the gradient of the whole batch. A mean of micro-batch means would give tokens of
+    micro-batches with few tokens more weight.
 
     Args:
       loss_fn: ``(params, micro-batch) -> (Mean, metrics)``.
       params: what to differentiate by.
       batch: a tree of arrays with the same number of rows.
-      microbatches: how many pieces; row i goes to piece ``i % microbatches``, so that rows stay on
-        their device.
+      microbatches: number of pieces; row i goes to piece ``i % microbatches``, so rows do not move
+        between devices.
 
     Returns:
       Gradients (float32; 0 when nothing was counted), the loss and the metrics of the whole batch.
@@ -49,7 +46,8 @@ def accumulate_grads(
       ValueError: if `microbatches` does not divide the rows.
 
     >>> fn = lambda w, x: (Mean(jnp.sum(w * x), jnp.float32(x.size)), {})
-    >>> [float(accumulate_grads(fn, jnp.float32(1.0), jnp.array([1.0, 2.0, 3.0, 6.0]), n)[0]) for n in (1, 2, 4)]
+    >>> w, rows = jnp.float32(1.0), jnp.array([1.0, 2.0, 3.0, 6.0])
+    >>> [float(accumulate_grads(fn, w, rows, n)[0]) for n in (1, 2, 4)]
     [3.0, 3.0, 3.0]
     """
 
@@ -72,16 +70,17 @@ def accumulate_grads(
         pieces = ops.split_rows(batch, microbatches, "microbatches", "batch")
         totals, aux = lax.scan(body, zeros, pieces)
         loss, metrics = add_up(aux)
+    # An empty mask gives a gradient of 0 and not of 0 / 0.
     count = jnp.where(loss.count == 0, 1, loss.count).astype(jnp.float32)
     return jax.tree.map(lambda g: g / count, totals), loss, metrics
 
 
 class Gradient(NamedTuple):
-    """The gradient of one optimizer step, with what the guard and the log need of it."""
+    """The gradient of one optimizer step, with what the guard and the log need."""
 
     grads: Params
     losses: tuple[Array, ...]
-    """Totals that must be finite for the step to be taken."""
+    """Loss totals; the step is taken only if all are finite."""
     norm: Array
     metrics: Metrics
     mean_loss: Array
@@ -90,14 +89,14 @@ class Gradient(NamedTuple):
 
     @classmethod
     def of(cls, grads: Params, loss: Mean, metrics: Metrics, *, name: str) -> Gradient:
-        """What `accumulate_grads` returned; its metrics are logged below `name`."""
+        """From what `accumulate_grads` returns; its metrics get the prefix `name`."""
         norm = optax.tree.norm(grads)
         own = {"loss": loss, "grad_norm": once(norm)}
         named = {f"{name}/{key}": metric for key, metric in (metrics | own).items()}
         return cls(grads, (loss.total,), norm, named, loss.value, jnp.zeros((), jnp.float32))
 
     def clipped(self, limit: float | int | None) -> Gradient:
-        """The same direction with a norm of at most `limit`; `norm` stays that before clipping."""
+        """The same direction with a norm of at most `limit`; `norm` remains the unclipped one."""
         if limit is None:
             return self
         scale = optim.clip_factor(self.norm, limit)
@@ -106,11 +105,9 @@ class Gradient(NamedTuple):
     def plus(
         self, other: Gradient, *, coef: float | int, clip_norm: float | int | None
     ) -> Gradient:
-        """``self + coef * other``, the second term clipped alone; logs their cosine and the norm of
-        the sum.
-        """
-        # Not `vdot`: it flattens, and pieces of a matrix have no flat form, so each device would
-        # get all layers whole.
+        """``self + coef * other``, the second term clipped alone; logs the cosine of the two."""
+        # Not `vdot`: it flattens, and a matrix sharded over two axes has no flat sharding, so each
+        # device would gather all layers in full.
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), self.grads, other.grads)
         dot = sum(jax.tree.leaves(products))
         cosine = dot / jnp.maximum(optax.tree.norm(self.grads) * other.norm, 1e-12)
@@ -122,26 +119,27 @@ class Gradient(NamedTuple):
         return self._replace(
             grads=grads,
             losses=self.losses + other.losses,
-            # The guard looks at the larger one: clipping must not hide a spike of the PPO term.
+            # The guard gets the larger norm: clipping must not hide a spike of the PPO term.
             norm=jnp.maximum(norm, self.norm),
             metrics=self.metrics | other.metrics | own,
         )
 
     @property
     def watched(self) -> Array:
-        """The three numbers that the window of the guard remembers of a step."""
+        """The three numbers of a step that the window of the guard records."""
         return jnp.stack(
             [jnp.asarray(x, jnp.float32) for x in (self.mean_loss, self.norm, self.reward)]
         )
 
 
 class Limits(NamedTuple):
-    """When a step is skipped, besides for numbers that are not finite."""
+    """When a step is skipped, besides when a number is not finite."""
 
     norm: float | int | None = None
     """Largest gradient norm; None for no limit."""
     std: float | int | None = None
-    """Standard deviations above the last sound steps (`guard.is_spike`); None for no limit."""
+    """Standard deviations above the mean of the last sound steps (`guard.is_spike`); None for no
+    limit."""
 
 
 def update_both(
@@ -175,6 +173,7 @@ def update_both(
         policy = _apply(states[0], optimizers[0], gradients[0], ema_decay)
         return policy, _apply(states[1], optimizers[1], gradients[1], ema_decay)
 
+    # One condition over both networks, so that they always have taken the same steps.
     new = optim.step_where(sound, apply_both, states)
     metrics = (
         gradients[0].metrics
@@ -200,7 +199,7 @@ def update_one(
       state: of the network.
       optimizer: its own.
       gradient: of the step.
-      name: of the metrics.
+      name: prefix of the metrics.
       limits: when the step is skipped.
 
     Returns:
@@ -217,9 +216,7 @@ def update_one(
 def _verdict(
     gradients: tuple[tuple[Gradient, GuardState | None], ...], limits: Limits
 ) -> tuple[Bool[Array, ""], Metrics]:
-    """Whether the networks may step, all or none: everything finite and, where it is looked for, no
-    spike.
-    """
+    """Whether the networks may step, all or none: all finite and within `limits`."""
     finite, calm = jnp.bool_(True), jnp.bool_(True)
     for gradient, window in gradients:
         finite &= guards.is_sound(*gradient.losses, gradient.reward, norm=gradient.norm)
@@ -242,7 +239,7 @@ def _apply(
     gradient: Gradient,
     ema_decay: float | int | None,
 ) -> TrainState:
-    """The state after an optimizer step that is sound."""
+    """The state after an optimizer step that the guard has allowed."""
     updates, opt_state = optimizer.update(gradient.grads, state.opt_state, state.params)
     params: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
     ema = state.ema
@@ -255,7 +252,7 @@ def _apply(
 
 
 def _learning_rate(name: str, state: TrainState) -> Metrics:
-    """The rate of the last step that was taken; nothing for an optimizer that does not tell it."""
+    """The rate of the last step that was taken; empty if the optimizer does not record it."""
     rate = optim.last_learning_rate(state.opt_state)
     return {} if rate is None else {f"{name}/lr": once(rate)}
 
@@ -266,13 +263,13 @@ def once(x: ArrayLike) -> Mean:
 
 
 def add_up(stacked: T) -> T:
-    """Metrics with a leading axis, as `lax.scan` stacks them, to one of each.
+    """Reduce metrics that `lax.scan` has stacked along a leading axis.
 
     Args:
       stacked: a tree whose leaves are `Mean`, `Max` or `Each`.
 
     Returns:
-      Sums of totals and counts, the largest of each `Max`, every `Each` as it is.
+      Sums of totals and counts, the maximum of each `Max`, every `Each` unchanged.
     """
 
     def reduce(metric: Mean | Max | Each) -> Mean | Max | Each:

@@ -1,10 +1,10 @@
-"""What the library asks of a machine: one set of operations per kind of device, behind one seam.
+"""Backends: one set of operations per kind of device, behind one interface.
 
-`PLAIN` is the meaning of every operation; all other backends compute the same, and a test holds
-them to it. `backend_for` is the only function that asks what this machine is. A model takes its
-backend from its config and calls its operations; it never asks which one it has.
+`PLAIN` defines every operation; all other backends compute the same, which a test checks.
+`backend_for` is the only function that asks which device this machine has. A model takes its
+backend from its config and calls its operations; it never branches on which backend that is.
 
-Each faster form is one entry of one `_replace` below: without the entry `PLAIN`'s form is used.
+Each faster form is one entry of a `_replace` below; without the entry, `PLAIN`'s form is used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = [
 ]  # fmt: skip
 
 KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
-"""Attention over whole rows: ``plain`` holds all scores of a layer; ``blocked`` those of one block
-of queries, and leaves out the keys that come after it; ``cudnn`` is NVIDIA's flash attention, for
-bfloat16; ``splash`` is that of a TPU, for rows without parents. ``auto`` takes the fastest one."""
+"""Attention over whole rows: ``plain`` has all scores of a layer in memory; ``blocked`` those of
+one block of queries, and skips the keys that come after it; ``cudnn`` is NVIDIA's flash attention,
+for bfloat16; ``splash`` is that of a TPU, for rows without parents. ``auto`` takes the fastest."""
 
 
 class Backend(NamedTuple):
@@ -46,13 +46,13 @@ class Backend(NamedTuple):
       cache: how keys and values are kept for decoding, and attention over them.
       head_logits: ``(hidden, embedding) -> logits`` of a tied head, float32.
       over_layers: ``(body, x, blocks, positions=, unroll=) -> x``, all blocks over whole rows.
-      unstack: ``blocks -> layers``, each layer's parameters out of the stacks.
+      unstack: ``blocks -> layers``, each layer's parameters sliced from the stacks.
       last_block: ``(block, positions)``, the last block of a step with a cache, for some slots.
-      decode_layout: one layer's parameters as decode steps read them fastest.
+      decode_layout: one layer's parameters in the layout that decode steps read fastest.
       decode_blocks: ``(ordinary, ...)``, the blocks of a step with a cache (`models.decoding`).
-      step_where: ``(sound, step, old)``: ``step(old)`` where it is sound, else `old`.
-      logits_per_chunk: logits that one chunk of `log_probs` may hold.
-      exact_products: whether products of float32 are computed in float32 unless told otherwise.
+      step_where: ``(sound, step, old)``: ``step(old)`` if `sound`, else `old`.
+      logits_per_chunk: the most logits of one chunk of `log_probs`.
+      exact_products: whether float32 matrices are multiplied in float32 by default.
       head_forward: whether `log_probs.weighted_log_prob` computes its gradient in the forward pass.
     """
 
@@ -86,16 +86,16 @@ PLAIN = Backend(
     decode_layout=plain.decode_layout,
     decode_blocks=plain.decode_blocks,
     step_where=plain.step_where,
-    logits_per_chunk=2**26,  # 256 MiB in float32 keep an accelerator busy
+    logits_per_chunk=2**26,  # 256 MiB in float32: enough to keep an accelerator busy
     exact_products=False,
     head_forward=False,
 )
-"""The meaning of every operation; it runs on any device and for any placement of the arrays."""
+"""The definition of every operation; it runs on any device and for any sharding of the arrays."""
 
 ACCELERATOR = PLAIN._replace(
     attend=attention.attend_in_blocks, head_logits=plain.narrow_head_logits
 )
-"""What GPUs and TPUs share, wherever the arrays are placed."""
+"""What GPUs and TPUs have in common, for any sharding of the arrays."""
 
 CPU = PLAIN._replace(
     linear=cpu.linear_on_mesh,
@@ -103,10 +103,10 @@ CPU = PLAIN._replace(
     attend=attention.attend_in_blocks,
     head_logits=cpu.head_logits,
     step_where=cpu.step_where,
-    logits_per_chunk=2**20,  # 4 MiB in float32 stay in the cache of a processor
+    logits_per_chunk=2**20,  # 4 MiB in float32: fits into a processor's cache
     exact_products=True,
 )
-"""Forms for CPUs, wherever the arrays are placed."""
+"""Forms for CPUs, for any sharding of the arrays."""
 
 
 def backend_for(
@@ -116,20 +116,20 @@ def backend_for(
     dtype: str = "float32",
     head_dim: int = 0,
 ) -> Backend:
-    """The fastest backend of this machine: the only function that asks what the machine is.
+    """The fastest backend of this machine; no other function asks for its devices.
 
     Args:
       kernel: attention over whole rows, one of `KERNELS`.
-      mesh: ``(data, fsdp, tensor)`` over which activations are spread; None for one device.
-      dtype: what the model computes in.
-      head_dim: the width of its heads; 0 where no attention is computed.
+      mesh: ``(data, fsdp, tensor)`` over which activations are sharded; None for one device.
+      dtype: the compute dtype of the model.
+      head_dim: the width of its heads; 0 if there is no attention.
 
     Returns:
-      Equal arguments give the same object on the same machine.
+      The backend; equal arguments give the same object on the same machine.
 
     Raises:
-      ValueError: ``cudnn`` was asked for and cannot compute this; a kernel refuses a length of rows
-        when it is called.
+      ValueError: ``cudnn`` was requested and does not support these arguments. (Row lengths are
+        checked when a kernel is called.)
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
     alone = jax.device_count() == 1
@@ -137,7 +137,7 @@ def backend_for(
 
 
 def _platform() -> str:
-    """``cpu``, ``tpu``, ``nvidia``, the name of another one, or what programs are planned for."""
+    """``cpu``, ``tpu``, ``nvidia``, another platform's name, or the one that is planned for."""
     return _PLANNED.get() or ("nvidia" if nvidia.is_here() else jax.default_backend())
 
 
@@ -145,7 +145,7 @@ def _platform() -> str:
 def _assemble(
     platform: str, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int, alone: bool
 ) -> Backend:
-    """The backend of a platform, from the forms that hold anywhere to those of one kernel."""
+    """The backend of a platform, from the general forms to those of one attention kernel."""
     backend = CPU if platform == "cpu" else ACCELERATOR
     if platform == "planned":
         backend = backend._replace(attend=attention.attend_recomputed)
@@ -156,7 +156,7 @@ def _assemble(
         backend = backend._replace(decode_layout=layout)
     if platform == "nvidia" and kernel == "auto":
         backend = _with_cudnn(backend, mesh, dtype, head_dim)
-    # Without a mesh the compiler may place rows on several chips, and it cannot partition splash.
+    # Without a mesh the compiler may shard rows over several chips, and it cannot partition splash.
     if platform == "tpu" and kernel == "auto" and (mesh is not None or alone):
         backend = backend._replace(attend=tpu.attend_on(mesh))
     return _with_kernel(backend, kernel, mesh, dtype, head_dim)
@@ -193,7 +193,7 @@ def _with_cudnn(backend: Backend, mesh: Mesh | None, dtype: jnp.dtype, head_dim:
 def _with_kernel(
     backend: Backend, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int
 ) -> Backend:
-    """The backend with the kernel for whole rows that a config asks for by name."""
+    """The backend with the attention kernel that a config names."""
     if kernel == "plain":
         return backend._replace(attend=attention.attend)
     if kernel == "blocked":
@@ -213,10 +213,10 @@ _PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", defaul
 
 @contextlib.contextmanager
 def planned_for_accelerators() -> Iterator[None]:
-    """Programs that are traced inside take an accelerator's forms, whatever this machine is.
+    """Trace programs inside this context in an accelerator's forms, whatever this machine is.
 
-    For planning: they can be compiled for CPUs, so attention is the nearest thing to a flash kernel
-    that XLA has, one block of scores at a time, computed again in the backward pass.
+    It is for planning. The programs must compile on CPUs, so attention takes the form of XLA that
+    is nearest to a flash kernel: one block of scores at a time, recomputed in the backward pass.
     """
     token = _PLANNED.set("planned")
     try:
@@ -251,7 +251,7 @@ def platform_of(mesh: Mesh) -> str:
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """Inside, arrays without a placement are made and computed in host memory."""
+    """Inside this context, arrays without a sharding are created and computed in host memory."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 

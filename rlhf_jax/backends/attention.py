@@ -18,31 +18,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 BLOCK = 128
-"""Queries of a block: a row of 384 slots then costs two thirds of the plain product, a long row
-one half."""
+"""Queries per block: a row of 384 slots then costs two thirds of the plain product, a long row one
+half."""
 
 RECOMPUTE_FROM = 1024
-"""Slots from which the backward pass computes a block's scores again; the scores of shorter rows
-fit into memory."""
+"""Row length from which the backward pass recomputes a block's scores; those of shorter rows fit
+into memory."""
 
 Angles = tuple[Float[Array, "B T 1 E2"], Float[Array, "B T 1 E2"]]
 """Cosines and sines of rotary positions."""
 
 LayerCache = tuple[Array, Array]
-"""Keys and values of one layer, laid out as its `KVCache` says."""
+"""Keys and values of one layer, in the layout of its `KVCache`."""
 
 
 class View(NamedTuple):
-    """What the queries of a layer see, and the rotary angles of queries and keys.
+    """Which keys the queries of a layer attend to, and the rotary angles of queries and keys.
 
     Attributes:
       bias: 0 where a query sees a key, very negative elsewhere; every query sees at least one key.
-      query_angles: of the slots that ask; None without rotary positions.
-      key_angles: of the slots that are seen.
-      segments: the segments of whole rows in which a query sees all of its own segment that is not
-        later, and nothing else; None where `bias` says more than that.
-      lengths: the tokens of each row where a row holds one text from its first slot on, so that
-        causality alone says what a token sees; None where that is not known.
+      query_angles: of the query slots; None without rotary positions.
+      key_angles: of the key slots.
+      segments: the segments of whole rows, if each query sees exactly the keys of its own segment
+        that are not later; None if `bias` is not determined by that rule.
+      lengths: the number of tokens of each row, if each row is one text from its first slot on, so
+        that the causal mask is enough; else None.
     """
 
     bias: Float[Array, "B 1 T S"]
@@ -52,7 +52,7 @@ class View(NamedTuple):
     lengths: Int[Array, " B"] | None = None
 
     def at(self, positions: Int[Array, "B N"]) -> View:
-        """The view of the queries at some slots of each row; what is seen stays the whole row."""
+        """The view for the queries at some slots of each row, over the keys of the whole row."""
         return self._replace(
             bias=take(self.bias[:, 0], positions)[:, None],
             query_angles=jax.tree.map(lambda angle: take(angle, positions), self.query_angles),
@@ -60,11 +60,11 @@ class View(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """How one layer's keys and values are kept, and attention over them.
+    """How one layer's keys and values are stored, and attention over them.
 
     Attributes:
       shapes: ``(batch, slots, groups, head_dim)`` to the shapes of keys and values.
-      head_axis: the axis of both that counts key-value heads.
+      head_axis: the axis of key-value heads in both.
       write: ``(cache, slots, key, value) -> cache``; slots past the end store nothing.
       attend: ``(query, cache, view, query_scalar)`` to mixed values ``[B, T, H, E]``.
     """
@@ -88,14 +88,14 @@ def attend(
     view: View,
     query_scalar: int,
 ) -> Float[Array, "B T H E"]:
-    """Every query over the keys of its row, with all scores of the layer in memory.
+    """Attention of every query over the keys of its row, all scores of the layer in memory.
 
     Args:
       query: one vector per head and slot.
-      key: fewer heads where they are grouped: query head h reads head ``h // (H / G)``.
+      key: may have fewer heads: query head h reads head ``h // (H / G)``.
       value: as `key`.
       view: what each query sees.
-      query_scalar: scores are divided by its root.
+      query_scalar: scores are divided by its square root.
 
     Returns:
       Mixed values, in the dtype of `value`.
@@ -106,7 +106,7 @@ def attend(
 def attend_in_blocks(
     query: Array, key: Array, value: Array, view: View, query_scalar: int
 ) -> Array:
-    """`attend` block by block of queries, without the keys that come after a block."""
+    """`attend` in blocks of queries, each without the keys that come after it."""
     slots = query.shape[1]
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
     part = functools.partial(over_keys, query_scalar=query_scalar)
@@ -122,7 +122,7 @@ def attend_in_blocks(
 def attend_recomputed(
     query: Array, key: Array, value: Array, view: View, query_scalar: int
 ) -> Array:
-    """`attend` as a flash kernel uses memory: the backward pass computes the scores again."""
+    """`attend` with the memory use of a flash kernel: the backward pass recomputes the scores."""
     run = functools.partial(attend_in_blocks, query_scalar=query_scalar)
     return jax.checkpoint(run)(query, key, value, view)
 
@@ -134,7 +134,7 @@ def attend_at(
     view: View,
     query_scalar: int,
 ) -> Float[Array, "B N H E"]:
-    """Some queries of a row over all its keys; their order does not say what they see."""
+    """Some queries of a row over all its keys; `bias` alone decides what they see."""
     part = functools.partial(over_keys, query_scalar=query_scalar)
     part = jax.checkpoint(part) if key.shape[1] >= RECOMPUTE_FROM else part
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
@@ -152,7 +152,7 @@ def over_keys(
     bias: Float[Array, "B 1 T S"],
     query_scalar: int,
 ) -> Float[Array, "B T H E"]:
-    """The products, on keys and values as `HEADS_FIRST` holds them; softmax in float32.
+    """The products, on keys and values in the layout of `HEADS_FIRST`; softmax in float32.
 
     Args:
       query: T queries per row.
@@ -169,8 +169,8 @@ def over_keys(
     query = (query * query_scalar**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, head_dim)
     product = _row_times if query.shape[2] == 1 else _rows_times
     scores = product(query, key).reshape(batch, heads, length, -1) + bias
-    # The division of the softmax comes after the product with the values: one pass over the scores
-    # less, forward and backward.
+    # The softmax is normalised after the product with the values, which saves one pass over the
+    # scores, forward and backward.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     grouped = weights.astype(value.dtype).reshape(batch, groups, -1, scores.shape[-1])
     mixed = product(grouped, value).reshape(batch, heads, length, head_dim)
@@ -185,9 +185,9 @@ _rows_times = functools.partial(jnp.einsum, "bgnm,bgms->bgns", preferred_element
 def _row_times(
     row: Float[Array, "B G 1 M"], matrix: Float[Array, "B G M S"]
 ) -> Float[Array, "B G 1 S"]:
-    """`_rows_times` of one row (decoding) as multiply and add, which reads the cache where it is.
+    """`_rows_times` of one row (decoding) as multiply and add, which does not copy the cache.
 
-    As a matrix product of one row XLA on a CPU copied the cache first, which took twice the time.
+    As a matrix product of one row, XLA on a CPU copied the cache first, which took twice the time.
     """
     return jnp.sum(row.astype(jnp.float32).swapaxes(2, 3) * matrix, axis=2, keepdims=True)
 

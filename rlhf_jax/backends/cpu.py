@@ -1,4 +1,4 @@
-"""Forms that XLA on a CPU compiles to faster programs; each computes what `plain` computes."""
+"""Forms that XLA compiles to faster programs on a CPU; each computes what `plain` computes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from rlhf_jax.types import Params
 State = TypeVar("State")
 
 TILES = 16
-"""Tiles of a kernel; 8 to 32 are alike."""
+"""Tiles per kernel; 8 to 32 are equally fast."""
 
 
-# ------------------------------------------------------------------------------------------
-# products
+# ---------------------------------------------------------------------------------------- products
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
-    """`plain.linear` over a matrix of tokens; a kernel of three axes is in tiles."""
+    """`plain.linear` over a matrix of tokens; a kernel with three axes is stored in tiles."""
     if kernel.ndim == 3:
         return _linear_of_tiles(x, kernel, bias)
     return plain.linear_of_rows(x, kernel, bias)
 
 
 def linear_on_mesh(x: Array, kernel: Array, bias: Array | None = None) -> Array:
-    """`linear` where rows are spread over devices, so that they do not become one matrix."""
+    """`linear` for rows that are sharded over devices and must not be flattened to one matrix."""
     if kernel.ndim == 3:
         return _linear_of_tiles(x, kernel, bias)
     return plain.linear(x, kernel, bias)
@@ -46,10 +45,10 @@ def _linear_of_tiles(x: Array, tiles: Array, bias: Array | None) -> Array:
 def times_tiles(
     x: Float[Array, "*B I"], tiles: Float[Array, "N O I"], **how: Any
 ) -> Float[Array, "*B NO"]:
-    """``x W`` with W transposed and cut into N tiles, for a few rows: about half the time.
+    """``x W`` with W transposed and cut into N tiles, for few rows: about half the time.
 
-    The weights of a decode step come from memory, not from a cache. So they are stored in the order
-    in which they are read, a tile per thread.
+    A decode step reads its weights from memory, not from a cache. So they are stored in the order
+    in which they are read, one tile per thread.
     """
     outputs = jnp.einsum("mi,noi->nmo", plain.as_matrix(x), tiles, **how)
     return outputs.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
@@ -93,13 +92,13 @@ def head_logits(
 
 @jax.custom_vjp
 def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """`x`, whose gradient is computed once and kept as an array.
+    """`x`, with a gradient that is computed once and kept as an array.
 
-    XLA on a CPU computes an elementwise sum again for each of its users. The gradient of the
-    residual stream is a sum over all later layers: it was computed for every matrix product of
-    every layer anew, in transposed order, 9 to 17% of an SFT step of four layers. An
-    `optimization_barrier` is removed there before fusion, and so are two equal branches; a
-    condition stays if the compiler cannot decide it. Reverse mode only.
+    XLA on a CPU recomputes an elementwise sum for each of its users. The gradient of the residual
+    stream is a sum over all later layers: it was recomputed for every matrix product of every
+    layer, in transposed order, which took 9 to 17% of an SFT step of four layers. XLA removes an
+    `optimization_barrier` before fusion, and a condition with two equal branches too; it keeps a
+    condition that it cannot decide. Reverse mode only.
     """
     return x
 
@@ -109,8 +108,8 @@ def _residual_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _residual_backward(some: Array, gradient: Array) -> tuple[Array]:
-    # Only NaN differs from itself, which the compiler cannot exclude. Where the residual stream is
-    # NaN its gradient is NaN too, so nothing is hidden from the guard of a step.
+    # Only NaN differs from itself, and the compiler cannot exclude a NaN. If the residual stream is
+    # NaN its gradient is NaN too, so the guard of a step still sees it.
     as_it_is = lambda g: g
     lost = lambda g: jnp.full_like(g, jnp.nan)
     return (lax.cond(some == some, as_it_is, lost, gradient),)
@@ -130,7 +129,7 @@ def over_layers(
     positions: Int[Array, "B N"] | None,
     unroll: int | None,
 ) -> Array:
-    """`plain.over_layers_to_positions` as a loop over `unstack`, where no scan is asked for."""
+    """`plain.over_layers_to_positions` as a loop over `unstack`, unless a scan is requested."""
     layers = plain.depth(blocks)
     if unroll not in (None, layers):
         return plain.over_layers_to_positions(body, x, blocks, positions=positions, unroll=unroll)
@@ -143,12 +142,13 @@ def over_layers(
 
 @jax.custom_vjp
 def unstack(blocks: PyTree) -> tuple[PyTree, ...]:
-    """Each layer's parameters out of the stacks, whose gradients are stacked again.
+    """Each layer's parameters, sliced from the stacks; their gradients are stacked again.
 
     Reverse mode only. XLA compiles identical kernels once; indexing with a value that it cannot
-    fold makes every layer's slice the same kernel, and what reads the slices is the same for all
-    layers too: an eighth fewer kernels in a PPO run of four layers. Both branches of the condition
-    give the same numbers, so it need not hold; as constants the compiler would fold them.
+    fold makes every layer's slice the same kernel, and the kernels that read the slices are then
+    the same for all layers too: an eighth fewer kernels in a PPO run of four layers. Both branches
+    of the condition give the same index, so the result does not depend on it; a constant index
+    would be folded.
     """
     some = jax.tree.leaves(blocks)[0]
     numbers = lambda: tuple(jnp.int32(layer) for layer in range(some.shape[0]))
@@ -163,16 +163,15 @@ unstack.defvjp(
 )
 
 
-# ------------------------------------------------------------------------------------- the
-# optimizer
+# ----------------------------------------------------------------------------------- the optimizer
 
 
 def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: State) -> State:
     """`plain.step_where` as a condition, at half the memory traffic.
 
-    Behind a select XLA computes new weights from moments that it does not keep, so that it copies
-    the old ones, which it may no longer overwrite, and reads every array several times. On an
-    accelerator one kernel writes weights and moments together.
+    With a select, XLA on a CPU recomputes the new moments where it computes the new weights, so it
+    cannot overwrite the old moments, copies them, and reads every array several times. On an
+    accelerator, one kernel writes weights and moments together.
     """
 
     # A select may return a wider type than its old operand: moments of bfloat16 weights do.
@@ -183,8 +182,7 @@ def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: Stat
         return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
     narrow = any(map(is_narrow, jax.tree.leaves(old)))
-    # Only where it can differ: the step is traced for the answer, a tenth of the tracing of an
-    # update.
+    # Only where types can differ: finding out traces the step, a tenth of the tracing of an update.
     types = jax.tree.map(wider, jax.eval_shape(step, old) if narrow else old, old)
 
     def widen(state: State) -> State:

@@ -1,5 +1,6 @@
-"""What a process on a CPU asks of glibc, of Python's garbage collector and of XLA, once, before
-devices are found.
+"""Settings of glibc, Python's garbage collector and XLA for a process on a CPU.
+
+They are made once, before JAX initialises its devices.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import jax
 
 
 def settle(*, large: bool = False) -> None:
-    """Prepares a process for training where no accelerator may be found; call it before devices
-    are.
+    """Prepare a process for training; call it before JAX initialises its devices.
 
-    Tracing makes so many objects that Python looks for garbage again and again, among all that was
-    imported too: that is frozen once. The rest is for the CPU alone.
+    Tracing creates so many objects that the garbage collector runs often, each time over everything
+    that was imported as well: those objects are frozen once. The other settings are made only where
+    there is no accelerator.
 
     Args:
-      large: whether the models are so large that memory is scarcer than the time to fault it in.
+      large: the models are so large that memory matters more than the time of page faults.
     """
     if not gc.get_freeze_count():
         gc.collect()
@@ -31,8 +32,9 @@ def settle(*, large: bool = False) -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether JAX may find a GPU or TPU: its plugin is installed and not ruled out. Devices are not
-    touched.
+    """Whether JAX may find a GPU or TPU: its plugin is installed and not ruled out.
+
+    Devices are not initialised by this check.
     """
     installed = (
         bool(metadata.entry_points(group="jax_plugins")) or util.find_spec("libtpu") is not None
@@ -41,20 +43,20 @@ def has_accelerator() -> bool:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Has glibc keep what is freed, for the next step; elsewhere it does nothing. Call it before
-    devices are found.
+    """Make glibc keep freed memory for the next step; without glibc it does nothing.
 
-    XLA takes the scratch memory of a CPU step from malloc. By default such large pieces go back to
-    the system after each step and are faulted in page by page in the next one: on a virtual machine
-    of two cores an SFT step of a million parameters took 1.3 to 1.6 times as long. Not all faults
-    go: what XLA's own threads free beyond 64 MB is still handed back. One arena for all threads
-    would keep that too, but compiling then takes a quarter longer.
+    Call it before JAX initialises its devices. XLA takes the scratch memory of a CPU step from
+    malloc. By default such large blocks are returned to the system after each step and faulted in
+    page by page in the next one: on a virtual machine of two cores an SFT step of a million
+    parameters took 1.3 to 1.6 times as long. Some faults remain: what XLA's own threads free beyond
+    64 MB is still returned. One arena for all threads would keep that too, but compiling then takes
+    a quarter longer.
 
-    With ``keep=False`` large pieces go back at once again, as by default: a model of 135M
-    parameters in PPO held 19 GB otherwise. So they do, above 32 MiB, where glibc takes large pages
-    (`make` asks it to): faults are few then, and a PPO step of 5M parameters whose scratch memory
-    was kept ran 3% faster and held up to a third more, because a small piece may lie in the way of
-    the next step's.
+    With ``keep=False`` large blocks are returned at once, as by default: PPO with a model of 135M
+    parameters used 19 GB otherwise. Blocks above 32 MiB are also returned where glibc uses large
+    pages (`make` turns them on): faults are few then, and keeping the scratch memory of a PPO step
+    of 5M parameters made it 3% faster but used up to a third more memory, because a small block can
+    fragment the space that the next step needs.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -64,11 +66,11 @@ def keep_freed_memory(keep: bool = True) -> None:
     mallopt(m_mmap_max, 0 if keep and not large_pages else 65_536)
     mallopt(m_trim_threshold, 2**31 - 1 if keep else 2**17)
     if keep and large_pages:
-        mallopt(m_mmap_threshold, 2**25)  # the largest that it takes
+        mallopt(m_mmap_threshold, 2**25)  # the largest value that glibc accepts
 
 
 def release_freed_memory() -> None:
-    """Hands back to the system what a stage has freed; elsewhere than under glibc it does nothing.
+    """Return to the system what a stage has freed; without glibc it does nothing.
 
     `keep_freed_memory` keeps it for the next step, but the next stage has arrays of other sizes,
     and what is kept adds up.
@@ -78,23 +80,23 @@ def release_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Hands back to the system what malloc keeps, where it can be asked to."""
+    """Return to the system what malloc has kept, where the C library has `malloc_trim`."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def compile_lightly() -> None:
-    """Asks XLA for LLVM's level 1 where nothing was asked for. Call it before devices are found.
+    """Set LLVM's optimisation level to 1 unless the user has set one.
 
-    Programs compiled in a fifth less time and ran as fast (measured on PPO's, whose time is in
-    matrix products).
+    Call it before JAX initialises its devices. Programs compiled in a fifth less time and ran as
+    fast (measured on PPO, where matrix products take most of the time).
     """
     ask_xla("xla_backend_optimization_level", "1")
 
 
 def ask_xla(flag: str, value: str) -> None:
-    """Sets a flag of XLA's unless it was set already. XLA reads them when devices are found."""
+    """Set a flag of XLA unless it is set already; XLA reads its flags when devices initialise."""
     flags = os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}={value}".strip()

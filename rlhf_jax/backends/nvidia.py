@@ -22,12 +22,12 @@ def is_here() -> bool:
 
 
 def fits(*, head_dim: int, dtype: jnp.dtype, slots: int = BLOCK) -> bool:
-    """Whether cuDNN's kernel takes heads of this width in this dtype, for rows of so many slots."""
+    """Whether cuDNN's kernel supports this head width, dtype and number of slots per row."""
     return dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and slots % 2 == 0
 
 
 def require(*, head_dim: int, dtype: jnp.dtype, slots: int = BLOCK) -> None:
-    """Refuses what cuDNN cannot compute where its kernel was asked for by name.
+    """Refuse what cuDNN cannot compute, where its kernel was requested by name.
 
     Raises:
       ValueError: another device, dtype, head width or an odd row length.
@@ -41,7 +41,7 @@ def require(*, head_dim: int, dtype: jnp.dtype, slots: int = BLOCK) -> None:
 
 
 def attend(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
-    """`attention.attend`; short rows, and what the kernel does not take, by XLA's products."""
+    """`attention.attend` by cuDNN; by XLA for short rows and what cuDNN does not support."""
     slots, head_dim = query.shape[1], query.shape[3]
     if slots < BLOCK or not fits(head_dim=head_dim, dtype=query.dtype, slots=slots):
         return attention.attend_in_blocks(query, key, value, view, query_scalar)
@@ -55,19 +55,19 @@ def attend_always(query: Array, key: Array, value: Array, view: View, query_scal
 
 
 def _flash(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
-    """By cuDNN. No query sees what comes after it, so half of the blocks are left out."""
+    """Attention by cuDNN. Queries do not see later keys, so half of the blocks are skipped."""
     how = {"is_causal": True, "scale": query_scalar**-0.5, "implementation": "cudnn"}
     if view.lengths is None:
         mask = view.bias == 0
         return jax.nn.dot_product_attention(query, key, value, mask=mask, **how)
     # One text per row: causality alone says what its tokens see, and no [B, 1, T, T] is written.
-    tokens = jnp.maximum(view.lengths, 1)  # a row of nothing but padding sees something too
+    tokens = jnp.maximum(view.lengths, 1)  # a row of padding only must see a key too
     lengths = {"query_seq_lengths": tokens, "key_value_seq_lengths": tokens}
     return jax.nn.dot_product_attention(query, key, value, **lengths, **how)
 
 
 def attend_at(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
-    """`attention.attend_at`; the backward pass of cuDNN wants an even number of queries."""
+    """`attention.attend_at`; the backward pass of cuDNN needs an even number of queries."""
     slots, head_dim = key.shape[1], query.shape[3]
     if slots < BLOCK or not fits(head_dim=head_dim, dtype=query.dtype, slots=slots):
         return attention.attend_at(query, key, value, view, query_scalar)
@@ -105,7 +105,7 @@ def decode_blocks(
     ordinary: Callable[..., Any], config: Any, params: Any, x: Array, cache: Any, *others: Any
 ) -> Any:
     """`plain.decode_blocks` by the kernels of `nvidia_decode` where they fit the step."""
-    from rlhf_jax.backends import nvidia_decode  # Pallas is slow to import, and for this alone
+    from rlhf_jax.backends import nvidia_decode  # Pallas is slow to import and needed only here
 
     if not nvidia_decode.fits_step(config, params["blocks"], x, *others):
         return ordinary(config, params, x, cache, *others)

@@ -1,18 +1,19 @@
-"""A decode step's blocks in seven kernels a layer, for NVIDIA GPUs.
+"""A decode step's blocks in seven kernels per layer, for NVIDIA GPUs.
 
-One token per row keeps a GPU busy with launches: a layer's products read their weights in 5 to 16
-microseconds each, and the compiler puts a dozen small kernels of 2 to 3 microseconds between them.
+With one token per row, a GPU spends its time on launches: a layer's products read their weights in
+5 to 16 microseconds each, and the compiler puts a dozen small kernels of 2 to 3 microseconds
+between them.
 Here a layer of the Llama family is
 
     query, key, value product | rotate, store, attend | product | add, norm | gated product |
     product | add, norm
 
 over the arrays of `models.decoding.decoding_params`. A product's depth is cut into pieces that run
-side by side; the kernel that follows adds them up. All is computed as `models.layers.Block` does,
-and rounded where that rounds, up to the order of sums.
+in parallel; the kernel that follows adds them up. Everything is computed as in
+`models.layers.Block` and rounded at the same points, up to the order of sums.
 
-The kernels are written for Pallas' Triton backend, which jax 0.10 to 0.12 have and some later one
-will not: where it is missing `fits` is False, and the blocks run as everywhere else. On a CPU they
+The kernels use Pallas' Triton backend, which jax 0.10 to 0.12 have and a later version will drop:
+where it is missing, `fits` is False and the blocks run as on other devices. On a CPU the kernels
 are interpreted, for tests.
 
 Shape legend: B rows, D width, H query heads, G key-value heads, E head width, F MLP width, S cache
@@ -41,22 +42,21 @@ except ImportError:  # pragma: no cover - a jax without this backend
     triton: Any = None
 
 ROWS = 128
-"""Up to so many rows: beyond, the products are no longer bound by memory, and the compiler's are as
-fast.
+"""The most rows: with more, the products are no longer memory-bound and the compiler's are as fast.
 """
 
 CAPABILITIES = ("8.0", "9.0")
-"""NVIDIA's A100, H100 and H200, whose multiprocessors hold the 144 KiB that the products have on
-their way; other chips have less, or were not tried."""
+"""NVIDIA's A100, H100 and H200: their multiprocessors have shared memory for the 144 KiB that the
+products prefetch; other chips have less, or were not tried."""
 
 KEYS = 64
-"""Cached slots that are looked at together."""
+"""Cached slots per block of attention."""
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: blocks of columns and depth, and pieces that run side by side.
+    """How a product is cut: blocks of columns and depth, and pieces that run in parallel.
 
-    `stages` blocks of depth are on their way from memory at a time.
+    `stages` blocks of depth are prefetched from memory at a time.
     """
 
     columns: int
@@ -66,7 +66,7 @@ class Tiles(NamedTuple):
 
 
 def fits(config: Any, rows: int) -> bool:
-    """Whether the kernels are there and compute the blocks of this decoder for so many rows."""
+    """Whether the kernels exist here and compute this decoder's blocks for that many rows."""
     family = (config.norm, config.activation, config.positions) == ("rmsnorm", "swiglu", "rotary")
     extras = config.qk_norm or config.post_norm or config.query_scalar
     plain = config.bias == "none" and not extras
@@ -126,8 +126,8 @@ def blocks(
       x: the embedded token of each row.
       keys: each layer's cached keys.
       values: as `keys`.
-      slots: where each row's token is stored; S and beyond: nowhere.
-      view: what a layer's queries see of the cache, and their rotary angles.
+      slots: where each row's token is stored; S or more: not stored.
+      view: which cached keys a layer's queries see, and their rotary angles.
 
     Returns:
       Hidden states after the last norm, and the caches with the tokens in them (the same memory,
@@ -157,7 +157,7 @@ def _call(
     )  # fmt: skip
 
     def quiet(*args: Array) -> Any:
-        with warnings.catch_warnings():  # that this backend will go some day is said above
+        with warnings.catch_warnings():  # the module docstring covers the deprecation
             warnings.filterwarnings(
                 "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
             )
@@ -166,14 +166,13 @@ def _call(
     return quiet
 
 
-# -------------------------------------------------------------------------------------------------
-# products
+# ---------------------------------------------------------------------------------------- products
 
 
 def tiles_for(depth: int, columns: int) -> Tiles:
-    """The fastest or nearly so at 64 rows of four shapes, on an H200.
+    """A tiling that was fastest, or nearly, at 64 rows of four shapes on an H200.
 
-    Its 132 multiprocessors want 80 programs or more. Many blocks have to be on their way at a time;
+    Its 132 multiprocessors need 80 programs or more. Many blocks must be prefetched at a time, and
     wide ones, because each reads all of `x`.
     """
     pieces = 1
@@ -185,7 +184,7 @@ def tiles_for(depth: int, columns: int) -> Tiles:
 def product(
     x: Float[Array, "B K"], weights: Float[Array, "K N"], cut: Tiles | None = None
 ) -> Float[Array, "P B N"]:
-    """``x @ weights`` in float32, the sum over each piece of the depth by itself."""
+    """``x @ weights`` in float32, with a separate sum per piece of the depth."""
     (rows, depth), columns = x.shape, weights.shape[1]
     cut = cut or tiles_for(depth, columns)
     piece = depth // cut.pieces
@@ -248,14 +247,13 @@ def _row_block(rows: int) -> int:
 
 
 def _rows(rows: int, axis: int) -> tuple[Any, Array]:
-    """This program's rows, by its place on the grid's `axis`, and which of them there are."""
+    """This program's rows, by its index on the grid's `axis`, and a mask of those that exist."""
     size = _row_block(rows)
     begin = pl.program_id(axis) * size
     return pl.ds(begin, size), (begin + jnp.arange(size) < rows)[:, None]
 
 
-# -------------------------------------------------------------------------------------- between the
-# products
+# ---------------------------------------------------------------------------- between the products
 
 
 def add_and_norm(
@@ -306,17 +304,18 @@ def attend(
     slots: Int[Array, " B"],
     angles: tuple[Float[Array, "B 1 1 E2"], Float[Array, "B 1 1 E2"]],
 ) -> tuple[Float[Array, "B HE"], Float[Array, "B S G E"], Float[Array, "B S G E"]]:
-    """Rotates queries and keys, stores keys and values, and mixes the values that each query sees.
+    """Rotate queries and keys, store keys and values, and attend over the cache.
 
-    A program has the query heads of one key-value head of a row. It sees its own new key and what
-    lies before it in the cache, where `bias` is 0.
+    A program computes the query heads of one key-value head of a row. They see their own new key
+    and the cached keys for which `bias` is 0.
 
     Args:
       parts: sums over pieces of the projections, query heads first, then keys, then values.
       keys: of one layer.
       values: as `keys`.
       bias: 0 where the row's query sees a slot, very negative elsewhere.
-      slots: where the new keys and values go, after all that is seen; S and beyond: nowhere.
+      slots: where the new keys and values are stored, after all that is seen; S or more: not
+        stored.
       angles: cosines and sines of each row's position.
     """
     (pieces, rows, _), (_, length, groups, width), dtype = parts.shape, keys.shape, keys.dtype
@@ -354,7 +353,7 @@ def _attention_kernel(sizes: _Sizes) -> Callable[..., None]:
         keys_ref, values_ref, mixed_ref, *stored_refs = refs[5:]
         row, group = pl.program_id(0), pl.program_id(1)
         slot, lanes = slots_ref[row], jnp.arange(width)
-        turned = (lanes + width // 2) % width  # coordinate i turns with coordinate i + E/2
+        turned = (lanes + width // 2) % width  # coordinate i is rotated with coordinate i + E/2
 
         def projected(head: Array, lanes: Array, **some: Any) -> Array:
             index = [jnp.int32(i) for i in range(pieces)]

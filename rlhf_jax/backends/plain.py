@@ -1,6 +1,6 @@
-"""The meaning of every operation of a backend, and the forms for one device.
+"""The definition of every operation of a backend, and the forms for one device.
 
-Every other backend must compute what these compute; `tests/backends` holds them to it.
+Every other backend must compute what these compute, which `tests/backends` checks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from rlhf_jax.types import Params
 State = TypeVar("State")
 
 Body = Callable[..., tuple[Array, Any]]
-"""One block: ``(x, layer, params) -> (x, ..)``; with ``positions=`` for some slots of each row
-alone.
-"""
+"""One block: ``(x, layer, params) -> (x, ..)``; with ``positions=``, for those slots only."""
 
 
 def linear(
@@ -37,8 +35,8 @@ def linear_of_rows(
 ) -> Float[Array, "*B O"]:
     """`linear` over a matrix with one row per token, for one device.
 
-    The gradient of a kernel then sums over one axis. Over two, rows and slots, XLA on a CPU
-    transposes both activations first: an eighth of a training step.
+    The gradient of a kernel is then a sum over one axis. For a sum over two, rows and slots, XLA on
+    a CPU first transposes both activations, which took an eighth of a training step.
     """
     return linear(as_matrix(x), kernel, bias).reshape(*x.shape[:-1], -1)
 
@@ -49,7 +47,7 @@ def as_matrix(x: Float[Array, "*B I"]) -> Float[Array, "M I"]:
 
 
 def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The residual stream between two branches, as it is."""
+    """The residual stream between two branches, unchanged."""
     return x
 
 
@@ -61,7 +59,7 @@ def head_logits(
 
 
 def head_product(subscripts: str, hidden: Array, weight: Array) -> Array:
-    """The float32 product of a head at the precision its hidden states call for.
+    """The float32 product of a head, at the precision that its hidden states need.
 
     Errors of a head reach every log-prob, reward and value. Products of a bfloat16 model are exact
     in TF32 and in the passes of ``HIGH``.
@@ -72,14 +70,14 @@ def head_product(subscripts: str, hidden: Array, weight: Array) -> Array:
 
 
 FEW_ROWS = 64
-"""Up to so many hidden states, as in decoding, reading the head's weights costs more than using
-them."""
+"""Up to this many hidden states, as in decoding, reading the head's weights takes longer than the
+product."""
 
 
 def narrow_head_logits(
     hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]
 ) -> Float[Array, "... V"]:
-    """`head_logits`, where few rows read bfloat16 weights as they are: their products are exact."""
+    """`head_logits`, which for few rows does not convert bfloat16 weights: products are exact."""
     few = hidden.size <= FEW_ROWS * hidden.shape[-1]
     if few and hidden.dtype == embedding.dtype == jnp.bfloat16:
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
@@ -92,7 +90,7 @@ def narrow_head_logits(
 def over_layers(
     body: Body, x: Array, blocks: PyTree, *, positions: Int[Array, "B N"] | None, unroll: int | None
 ) -> Array:
-    """All blocks one after the other, as one scan over the layers; then `positions` alone.
+    """All blocks one after the other, as one scan over the layers; then only `positions`.
 
     Args:
       body: one block.
@@ -108,7 +106,7 @@ def over_layers(
 def over_layers_to_positions(
     body: Body, x: Array, blocks: PyTree, *, positions: Int[Array, "B N"] | None, unroll: int | None
 ) -> Array:
-    """`over_layers` whose last block computes `positions` alone: nearly 1/L less work."""
+    """`over_layers` with a last block that computes only `positions`: nearly 1/L less work."""
     if positions is None:
         return scan(body, x, blocks, unroll)
     below = depth(blocks) - 1
@@ -122,7 +120,7 @@ def over_layers_to_positions(
 def scan(
     body: Body, x: Array, blocks: PyTree, unroll: int | None, *, layers: range | None = None
 ) -> Array:
-    """`body` over stacked layers, which have the numbers `layers`; None for all from 0."""
+    """Scan `body` over stacked layers with the indices `layers`; None for all from 0."""
 
     def step(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
         return body(x, *layer)[0], None
@@ -133,12 +131,12 @@ def scan(
 
 
 def depth(blocks: PyTree) -> int:
-    """How many layers are stacked."""
+    """The number of stacked layers."""
     return jax.tree.leaves(blocks)[0].shape[0]
 
 
 def unstack(blocks: PyTree) -> tuple[PyTree, ...]:
-    """Each layer's parameters out of the stacks."""
+    """Each layer's parameters, sliced from the stacks."""
     take_layer = lambda layer: jax.tree.map(lambda leaf: leaf[layer], blocks)
     return tuple(map(take_layer, range(depth(blocks))))
 
@@ -146,7 +144,7 @@ def unstack(blocks: PyTree) -> tuple[PyTree, ...]:
 def all_then_take(
     block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]
 ) -> tuple[Array, Any]:
-    """The last block over all slots, of which `positions` are taken: right for any placement."""
+    """The last block over all slots, then only `positions`: correct for any sharding."""
     x, cache = block()
     return take(x, positions), cache
 
@@ -154,28 +152,27 @@ def all_then_take(
 def only_positions(
     block: Callable[..., tuple[Array, Any]], positions: Int[Array, "B N"]
 ) -> tuple[Array, Any]:
-    """The last block for `positions` alone, where activations are on one device."""
+    """The last block for `positions` only, for activations on one device."""
     return block(positions=positions)
 
 
-# --------------------------------------------------------------------------------------- decode
-# steps
+# ------------------------------------------------------------------------------------ decode steps
 
 JOINED = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
-"""Projections of one input that decode steps compute as one product."""
+"""Projections of the same input that decode steps compute as one product."""
 
 
 def decode_layout(layer: Params) -> Params:
-    """One layer's parameters as decode steps read them: as they are."""
+    """One layer's parameters for decode steps: unchanged."""
     return layer
 
 
 def joined(layer: Params) -> Params:
-    """The layer with each group of `JOINED` as one projection, its outputs side by side.
+    """The layer with each group of `JOINED` concatenated to one projection.
 
-    Few rows keep a small product from using a device well. Not where outputs are spread over
-    devices: those of one projection would have to move. Nor in a layer with adapters, which have
-    inputs of their own.
+    With few rows, a small product cannot use a device well. Not for outputs that are sharded over
+    devices, because those of one projection would have to move between them. Not for a layer with
+    adapters either, because each adapter belongs to one projection.
     """
     modules: dict[str, dict[str, Any]] = {name: dict(module) for name, module in layer.items()}
     if any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(layer)):
@@ -189,14 +186,13 @@ def joined(layer: Params) -> Params:
 
 
 def decode_blocks(ordinary: Callable[..., Any], *arguments: Any) -> Any:
-    """All blocks of a step over a cache: those that `ordinary` computes one after the other."""
+    """All blocks of a step over a cache, one after the other by `ordinary`."""
     return ordinary(*arguments)
 
 
-# ------------------------------------------------------------------------------------- the
-# optimizer
+# ----------------------------------------------------------------------------------- the optimizer
 
 
 def step_where(sound: Bool[Array, ""], step: Callable[[State], State], old: State) -> State:
-    """``step(old)`` where `sound`, else the whole of `old`, leaf by leaf."""
+    """``step(old)`` if `sound`, else all of `old`, leaf by leaf."""
     return jax.tree.map(lambda new, kept: jnp.where(sound, new, kept), step(old), old)

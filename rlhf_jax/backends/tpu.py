@@ -25,14 +25,14 @@ HEADS = "tensor"
 def attend_on(mesh: Mesh | None, *, always: bool = False) -> Callable[..., Array]:
     """`attention.attend` by the splash kernel, on one chip or over the devices of a mesh.
 
-    The kernel compares the segment of a query with those of the keys. That a query also sees its
-    parent's segment is no equality, and a mask of its own for each row would take one `[T, T]`
-    array per row: rows with parents or windows are computed in blocks, as are rows of other
-    lengths.
+    The kernel compares the segment of a query with those of the keys. An equality cannot express
+    that a query also sees its parent's segment, and a mask per row would take a `[T, T]` array per
+    row. So rows with parents or windows, and rows of other lengths, are computed in blocks of
+    queries by XLA.
 
     Args:
       mesh: ``(data, fsdp, tensor)``; None for one chip.
-      always: refuse what the kernel cannot compute instead of computing it otherwise.
+      always: raise an error for what the kernel cannot compute, instead of using blocks.
     """
 
     def attend(query: Array, key: Array, value: Array, view: View, query_scalar: int) -> Array:
@@ -69,7 +69,7 @@ def _divides(mesh: Mesh, query: Array, key: Array) -> bool:
 
 
 def _splash(query: Array, key: Array, value: Array, segments: Array) -> Array:
-    """The kernel over queries that are scaled already; interpreted where there is no TPU."""
+    """The kernel, for queries that are already scaled; interpreted if there is no TPU."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     slots, heads = query.shape[1:3]

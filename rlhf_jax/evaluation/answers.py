@@ -1,6 +1,4 @@
-"""The answers of several models to the same prompts, compared: win rates, scores, parts, lengths,
-best of n.
-"""
+"""Compare the answers of several models to the same prompts: win rates, scores, best of n."""
 
 from __future__ import annotations
 
@@ -20,10 +18,9 @@ BEST_OF = "best_of_4"
 
 
 class Answers(NamedTuple):
-    """What one model said to N prompts, S samples each: texts, judgements and lengths in tokens,
-    all ``[N, S]``.
+    """Responses of one model to N prompts, S samples each, with scores and lengths ``[N, S]``.
 
-    `gold` is None where nobody knows the truth.
+    `tokens` are lengths in tokens. `gold` is None where there is no gold scorer.
     """
 
     texts: list[list[str]]
@@ -33,8 +30,7 @@ class Answers(NamedTuple):
     tokens: np.ndarray
     samples: Samples
     scored_in_part: int = 0
-    """Responses whose text takes more tokens than the reward model's context leaves: scored as far
-    as they fit."""
+    """Number of responses longer than the reward model's context, which scored only what fits."""
 
     def means(self) -> dict[str, float]:
         """Mean scores and length."""
@@ -46,15 +42,17 @@ class Answers(NamedTuple):
 
 
 def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> dict[str, Any]:
-    """Win rates against SFT (by gold, length-controlled, by reward model), scores, parts, lengths,
-    best-of-n.
+    """Win rates against SFT (by gold, length-controlled, by reward model), scores and best-of-n.
 
-    Without gold scores the keys that speak of them are left out.
+    Without gold scores, the keys that need them are left out.
 
     Args:
       answers: of each model to the same prompts.
-      asked: the text of each prompt: rows of one prompt count as one. None says that each is
-        another.
+      asked: the text of each prompt; rows with the same prompt count as one in the win rates. None
+        means that all prompts differ.
+
+    Returns:
+      Win rates, mean scores, parts and lengths by model, and the best-of-n curve, for JSON.
     """
     raw, answers = answers, same_score_for_same_text(answers)
     groups = (
@@ -64,7 +62,7 @@ def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> 
     )
     baseline = answers[BASELINE]
     others = {name: said for name, said in answers.items() if name != BASELINE}
-    # Best of 4 meets the samples it was not chosen from.
+    # Best of 4 is compared with the samples that it was not chosen from.
     best = _best_of(baseline, 4) if baseline.reward.shape[1] > 4 else None
     results: dict[str, Any] = {}
     has_gold = baseline.gold is not None
@@ -104,10 +102,10 @@ def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> 
 
 
 def same_score_for_same_text(answers: dict[str, Answers]) -> dict[str, Answers]:
-    """The answers, with one reward-model score wherever the same was answered to a prompt.
+    """The answers, with equal reward-model scores for equal responses to a prompt.
 
-    A text that two models gave was scored in two batches, and its two scores may differ by rounding
-    (in bfloat16 by one in a hundred). Neither of them is better.
+    A response that two models gave was scored in two batches, and the two scores may differ by
+    rounding (in bfloat16 by 1%). That must not decide a comparison, so the first score is used.
     """
     first: dict[tuple[int, str], float] = {}
     settled = {}
@@ -121,7 +119,7 @@ def same_score_for_same_text(answers: dict[str, Answers]) -> dict[str, Answers]:
 
 
 def _best_of(said: Answers, n: int) -> dict[str, np.ndarray]:
-    """The sample that the reward model likes best among the first n of each prompt."""
+    """The sample with the highest reward-model score among the first n of each prompt."""
     pick = said.reward[:, :n].argmax(axis=1)[:, None]
     fields = ("reward", "tokens") if said.gold is None else ("gold", "reward", "tokens")
     return {f: np.take_along_axis(getattr(said, f), pick, axis=1)[:, 0] for f in fields}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Departure(NamedTuple):
-    """One value of the paper beside that of the run.
+    """A value of the paper that differs in the run.
 
     Attributes:
       name: what the value is.
@@ -26,10 +26,10 @@ class Departure(NamedTuple):
 
 
 def departures(config: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The rows of the table, one for each value that is not the paper's.
+    """The rows of the table, one for each value that differs from the paper's.
 
     Args:
-      config: what the stages were run with, as they recorded it: ``base`` and the groups ``data``,
+      config: the configs of the stages, as recorded by them: ``base`` and the groups ``data``,
         ``sft``, ``sample``, ``reward_model`` and ``ppo`` (that of PPO-ptx).
 
     Returns:
@@ -145,6 +145,6 @@ def _rules_of_ppo(ppo: SimpleNamespace) -> list[Departure]:
 
 
 def _amount(data: SimpleNamespace, name: str) -> str:
-    """The number of records that the config asks for, where it asks for one."""
+    """The number of records in the config, if it has one."""
     value = getattr(data, name, None)
     return f"{value:,}" if isinstance(value, int) else "those of one's own files"

@@ -1,6 +1,4 @@
-"""How well a reward model's scores agree with rankings: accuracy with its interval, whole and in
-bins.
-"""
+"""How well a reward model's scores agree with rankings: accuracy, overall and in bins."""
 
 from __future__ import annotations
 
@@ -20,17 +18,18 @@ MARGIN_QUANTILES = np.linspace(0, 1, 6)
 
 
 LENGTH_EDGES = np.array([-1e4, -50.0, -15.0, 0.0, 1.0, 16.0, 51.0, 1e4])
-"""Bins of (words of the preferred response) - (words of the other one); the middle bin holds equal
+"""Bins of (words of the preferred response) - (words of the other one); the middle bin is for equal
 lengths."""
 
 
 def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
-    """Accuracy on strict pairs with its interval, whole and in bins; the rule "longer is better"
-    beside it.
+    """Accuracy on strict pairs with its interval, overall and in bins.
+
+    The accuracy of the rule "longer is better" is given for comparison.
     """
     grid, ranks, lengths = pad_ranked(rankings, scores)
-    # Several labelers' rankings of one prompt say the same thing twice: the prompt is the unit of
-    # the intervals.
+    # Rankings of one prompt by several labelers are not independent, so the intervals resample
+    # prompts.
     number = {
         prompt: place for place, prompt in enumerate(dict.fromkeys(r.prompt for r in rankings))
     }
@@ -61,7 +60,7 @@ def pair_margins(grid: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def _lists(table: Any) -> dict[str, list[float | None]]:
-    """A named tuple of arrays for JSON; NaN, where a bin holds nothing, as null."""
+    """A named tuple of arrays for JSON; NaN, the value of an empty bin, becomes null."""
     columns = {name: np.asarray(column).tolist() for name, column in table._asdict().items()}
     return {name: [None if x != x else x for x in column] for name, column in columns.items()}
 

@@ -87,7 +87,7 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
 
 def _share_ties(proxy: np.ndarray, sorted_weights: np.ndarray) -> np.ndarray:
     """Weights of the samples, from those in rising order of proxy; ties share their mean."""
-    # In sorted order, neighbours that tie belong to one group.
+    # In sorted order, neighbours that tie belong to the same group.
     order = np.argsort(proxy, kind="stable")
     rising = proxy[order].astype(np.float64)
     steps = ~ties.is_tie(rising[1:], rising[:-1], scale=ties.scale_of(proxy))

@@ -4,9 +4,9 @@ Inputs are ``scores [N, K]`` of K responses to N prompts and ``ranks [N, K]`` of
 best, equal ranks are a tie, -1 is an absent response. A labeler's ties are dropped. Two scores that
 differ by rounding are equal.
 
-Every interval is over prompts, because neither the pairs of one prompt are independent nor two
-labelers' rankings of it. Where several rows belong to one prompt, `groups` says which. This module
-uses numpy only.
+Every interval is over prompts, because the pairs of a prompt are not independent, and neither are
+two labelers' rankings of it. If several rows have the same prompt, `groups` identifies them. This
+module uses numpy only.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def length_only_accuracy(
     *,
     groups: Int[np.ndarray, " G"] | None = None,
 ) -> Accuracy:
-    """Accuracy of the rule that the longer response is better; a reward model should beat it."""
+    """Accuracy of the rule "the longer response is better", which a reward model should beat."""
     return pairwise_accuracy(lengths, ranks, groups=groups)
 
 
@@ -317,7 +317,7 @@ def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: in
     if len(prompt) == 0:
         raise ValueError("no pair to compare: the rankings share no strict pair")
     _, index = np.unique(prompt, return_inverse=True)
-    # Sums per prompt, so that a resample adds up prompts instead of pairs.
+    # Sums per prompt, so that a resample adds up prompts and not pairs.
     count, total = np.bincount(index), np.bincount(index, outcome)
     rng = np.random.default_rng(seed)
     means = []

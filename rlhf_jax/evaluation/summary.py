@@ -1,4 +1,4 @@
-"""The main numbers of a pipeline, for ``results.json`` and the last lines on the screen."""
+"""The main numbers of a pipeline, for ``results.json`` and the summary that is printed last."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def reward_model_results(rewards: dict) -> dict:
     for name, found in rewards.items():
         if isinstance(found, dict) and "accuracy" in found:
             sets[name] = found
-    # Storyland's two sets are equally large; reversed, the later one wins: the held-out labelers'.
+    # Storyland's two sets are equally large. `max` returns the first maximum, so the reversed order
+    # gives the later set, that of the held-out labelers.
     main = max(reversed(list(sets.values())), key=lambda found: found["prompts"])
     accuracy = {MEASURED_ON.get(name, name): found["accuracy"] for name, found in sets.items()}
     agreed = {}

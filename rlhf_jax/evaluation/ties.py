@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Num
 
 ROUNDING = 16 * float(np.finfo(np.float32).eps)
-"""Relative difference up to which two float32 scores are one: 1.9e-6.
+"""Relative difference up to which two float32 scores count as equal: 1.9e-6.
 
 In another batch, or at another position in it, a reward model sums the same numbers in another
-order. 16 units in the last place leave room for the sums of a deep network, and are far below any
-meaningful difference of rewards.
+order. 16 units in the last place cover the sums of a deep network and are far below any meaningful
+difference of rewards.
 """
 
 
@@ -24,12 +24,12 @@ def tolerance(
 
     It is `ROUNDING` times the largest of ``|a|``, ``|b|`` and `scale`.
 
-    A score near 0 is a difference of large terms and has their rounding error, so it is compared
-    with the usual size of scores too.
+    A score near 0 is a difference of large terms and has their rounding error, so the usual size of
+    scores counts as well.
 
     Args:
       a: scores.
-      b: the scores they are compared with, of a shape that fits.
+      b: the scores they are compared with, of a shape that broadcasts with `a`.
       scale: usual size of a score, as `scale_of` gives it.
     """
     return ROUNDING * np.maximum(np.maximum(np.abs(a), np.abs(b)), scale)

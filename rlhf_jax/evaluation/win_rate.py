@@ -3,7 +3,7 @@
 Scores are arrays ``[N, S]``: N prompts, S samples of each (``[N]`` is one sample). A and B may have
 different S: every sample of A is compared with every sample of B of the same prompt and the
 outcomes are averaged, so a prompt counts once however often it was sampled, and every interval is
-over prompts. Where several rows belong to one prompt, `groups` says so, and they count once too.
+over prompts. If several rows have the same prompt, `groups` identifies them, and they count once.
 
 Two scores that differ by rounding are equal (`rlhf_jax.evaluation.ties`).
 """
@@ -71,14 +71,14 @@ def win_rate(
     of the per-prompt outcomes over that of wins and losses of the same mean,
     ``D = s^2 / (p (1 - p))``, both with one extra win and one extra loss added. Without ties and
     with one sample per prompt ``D = 1``, which is exactly Wilson's interval. Ties and several
-    samples per prompt lower the variance and shorten it. It stays within 0..1 and does not collapse
-    at 0 or 1.
+    samples per prompt lower the variance and shorten the interval. It never leaves 0..1, and its
+    width does not become 0 at a win rate of 0 or 1.
 
     Args:
       a: scores of A, ``[N]`` or ``[N, S]``.
       b: scores of B on the same prompts.
       tie: as in `outcomes`.
-      groups: the prompt of each row, where several rows belong to one prompt; these are averaged
+      groups: the prompt of each row, if several rows have the same prompt; these are averaged
         first.
 
     Returns:
@@ -98,7 +98,7 @@ def win_rate(
 
 
 def wilson(p: float, n: float) -> tuple[float, float]:
-    """Wilson's 95% score interval of a share `p` in `n` independent trials; it stays within 0..1.
+    """Wilson's 95% score interval of a share `p` in `n` independent trials, always within 0..1.
 
     Source: Wilson 1927.
 

@@ -2,7 +2,7 @@
 
 To write your own, take arrays by the names of the `Rollout` fields (and ``logp``, ``values``,
 ``entropy``), put hyperparameters behind ``*``, and return the total and the count instead of their
-ratio. A loss knows no model, no config and no tokenizer.
+ratio. A loss depends on no model, config or tokenizer.
 """
 
 from rlhf_jax.losses.policy import ppo_policy_loss

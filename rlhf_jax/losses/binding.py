@@ -1,4 +1,4 @@
-"""Losses are called with the arguments that they name, out of what a step has."""
+"""Call a loss with the arguments that its signature names, out of those that a step has."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Array
 from rlhf_jax.types import Mean, Metrics
 
 Loss = Callable[..., Any]
-"""Arrays in, ``(Mean, dict of Mean or Max)`` out; a bare `Mean` will do."""
+"""A function of arrays that returns ``(Mean, dict of Mean or Max)``, or a bare `Mean`."""
 
 
 class BoundLoss(NamedTuple):
-    """A loss and the arguments that it takes by name from what a step has."""
+    """A loss, and the names of the arguments that it takes from a step."""
 
     loss: Loss
     names: tuple[str, ...]
@@ -29,13 +29,13 @@ class BoundLoss(NamedTuple):
 def bind_arguments(loss: Loss, available: tuple[str, ...], *, name: str) -> BoundLoss:
     """Find which of `available` the loss names.
 
-    Keyword-only arguments with a default are hyperparameters and stay as they are; so do defaults
-    of other arguments that are not in `available`.
+    Keyword-only arguments with a default are hyperparameters and keep their defaults, as do other
+    arguments with a default that are not in `available`.
 
     Args:
       loss: a function of arrays, or a `functools.partial` of one.
-      available: what the step can hand over.
-      name: of the argument, for the error.
+      available: names of the arguments that the step can pass.
+      name: of the loss argument, for the error message.
 
     Returns:
       The loss, to be called with at least its `names`.

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Real
 from rlhf_jax.types import Max, Mean, Metrics
 
 LOG_RATIO_LIMIT = 20.0
-"""Bound of the log-ratio: far outside any clip range, while a larger ratio could overflow."""
+"""Bound of the log-ratio, far outside any clip range; the exponential of a larger one could
+overflow."""
 
 
 def ppo_policy_loss(
@@ -55,7 +56,7 @@ def ppo_policy_loss(
     log_ratio = jnp.where(mask, logp, 0) - jnp.where(mask, old_logp, 0)
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     advantages = jnp.where(mask, advantages, 0)
-    # Where the clipped term is the larger one it is constant, so that the token has no gradient.
+    # Where the clipped term is the larger one, it is constant and the token has no gradient.
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
 

@@ -17,7 +17,7 @@ def ranking_loss(
     *,
     divisor: Literal["pairs", "choose"] = "pairs",
 ) -> tuple[Mean, Metrics]:
-    """Pairwise logistic loss over the K ranked responses of each prompt; prompts weigh the same.
+    """Pairwise logistic loss over the K ranked responses of each prompt; equal weight per prompt.
 
     ``L = mean over prompts of  (1 / D) * sum_{(w, l): rank_w < rank_l} -log sigmoid(r_w - r_l)``
 

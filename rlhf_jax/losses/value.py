@@ -18,7 +18,7 @@ def ppo_value_loss(
     *,
     clip_value: Real[ArrayLike, ""] | None = 0.2,
 ) -> tuple[Mean, Metrics]:
-    """Squared error to the returns, the larger one of the plain and the clipped value.
+    """Squared error to the returns: the larger error of the plain and the clipped value.
 
     ``L = mean_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2) / 2``
 

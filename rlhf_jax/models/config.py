@@ -1,4 +1,4 @@
-"""The shape and family of a decoder, and what is refused of it."""
+"""The shape and family of a decoder, and the checks of its settings."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _CHOICES = {
 class RotaryScaling(NamedTuple):
     """How Llama 3.1 and later stretch rotary positions to a longer context.
 
-    Frequencies whose wavelength exceeds ``original_context / low`` turn `factor` times slower,
-    those below ``original_context / high`` stay, and between the two the share that stays falls
-    linearly in ``original_context / wavelength``. Source: Llama 3 Herd of Models 2024 and the
-    rope_scaling of its config.json.
+    Frequencies with a wavelength above ``original_context / low`` are divided by `factor`, those
+    with one below ``original_context / high`` are unchanged, and between the two the result is
+    interpolated linearly in ``original_context / wavelength``.
+
+    Source: Llama 3 Herd of Models 2024, and the rope_scaling of its config.json.
     """
 
     factor: float
@@ -59,9 +60,9 @@ class DecoderConfig:
         LayerNorm has one too).
       tied: the unembedding is the embedding.
       rotary_base: theta of the rotary angles.
-      rotary_scaling: their stretch to a long context (Llama 3.1); None = none.
+      rotary_scaling: how they are scaled to a longer context (Llama 3.1); None = not scaled.
       qk_norm: an RMSNorm over each head's query and key before they are rotated (Qwen3, Gemma).
-      post_norm: a norm after attention and after the MLP too, before they are added (Gemma).
+      post_norm: also a norm after attention and after the MLP, before they are added (Gemma).
       embedding_scaled: embeddings are multiplied by ``sqrt(width)`` (Gemma).
       query_scalar: queries are divided by its root; 0 means `head_dim`.
       window: positions a query looks back in a local layer, its own included; 0 = no layer is
@@ -70,18 +71,18 @@ class DecoderConfig:
       local_rotary_base: theta in local layers.
       dropout: rate on the embedding and both residual branches; acts only where `apply` is given a
         key.
-      dtype: compute dtype, float32 or bfloat16; parameters stay as they are (float32 masters). Not
+      dtype: compute dtype, float32 or bfloat16; parameters keep theirs (float32 masters). Not
         float16: its gradients underflow without loss scaling, which bfloat16 does not need.
       remat: ``block`` recomputes each block in the backward pass.
       attention: the kernel for whole rows; ``auto`` takes the fastest of the device (`backends`),
         and on an NVIDIA GPU kernels of our own for decode steps of the families that they compute
         (`backends.nvidia_decode`).
       unroll: blocks per iteration of the layer scan; None means all, 1 compiles fastest.
-      mesh: ``(data, fsdp, tensor)`` that activations and caches are spread over, as `sharding` does
-        with batches and parameters; None leaves them to the compiler, which is right for one
+      mesh: ``(data, fsdp, tensor)`` over which activations and caches are sharded, as `sharding`
+        does for batches and parameters; None leaves that to the compiler, which is right for one
         device.
       unused_ids: ids that have no text, as ranges ``(first, after the last)``: the padded rows of
-        an embedding. The head of a language model gives them no probability, so that they are never
+        an embedding. The head of a language model gives them probability 0, so that they are never
         sampled.
     """
 

@@ -1,8 +1,7 @@
 """One decoder for GPT-2, Llama, Mistral, Qwen2, Qwen3 and Gemma 3, as pure functions.
 
-Outside this folder nobody sees nnx: parameters are a nested dict of arrays, and `apply_decoder`
-  rebuilds
-the modules of `layers` from it while JAX traces. The blocks are stacked: every leaf of
+nnx is not visible outside this folder: parameters are a nested dict of arrays, and `apply_decoder`
+rebuilds the modules of `layers` from it while JAX traces. The blocks are stacked: every leaf of
 ``params["blocks"]`` has a leading layer axis.
 
 Shape legend: B rows, T query slots, S key slots, N wanted slots, D width, L layers.
@@ -42,15 +41,15 @@ _MASKED = -1e30
 
 
 class Rows(NamedTuple):
-    """How the tokens of a batch stand in their rows.
+    """How the tokens of a batch are laid out in their rows.
 
     Attributes:
-      segments: 0 = padding, 1.. = pieces of the row.
-      positions: the place of each token in its text (the caller adds a prompt's length for its
+      segments: 0 = padding, 1.. = segments of the row.
+      positions: the position of each token in its text (the caller adds a prompt's length for its
         responses).
-      parents: the segment each token may also attend to; 0 or None = none.
-      lengths: the tokens of each row, where it is known that every row holds one text from its
-        first slot on; `segments` and `positions` say the same. None where that is not known.
+      parents: the segment that each token may also attend to; 0 or None = none.
+      lengths: the number of tokens of each row, if every row is known to be one text from its first
+        slot on, in agreement with `segments` and `positions`; else None.
     """
 
     segments: Int[Array, "B T"]
@@ -88,7 +87,7 @@ def apply_decoder(
 
     One attention rule serves packing, shared prefixes and caches: `visible`. With a cache the
     tokens take the slots ``lengths + 0, 1, ..`` of their row and also see what is cached; tokens of
-    segment 0 must stand right of the others, and are not stored.
+    segment 0 must come after the others, and are not stored.
 
     Args:
       config: the decoder.
@@ -96,9 +95,9 @@ def apply_decoder(
       tokens: ids.
       cache: as from `decoding.init_cache`; None = the tokens are whole rows.
       key: turns dropout on.
-      at: the slots whose hidden states are wanted; None for all. On one device and without adapters
-        the last block then computes keys and values of all tokens, and everything else for these
-        alone: with L layers nearly 1/L of the work of the others is left out.
+      at: the slots whose hidden states are wanted; None for all. On one device and without
+        adapters, the last block then computes keys and values of all tokens and everything else
+        only for these, which saves nearly 1/L of the work of L layers on the other slots.
       **rows: the fields of `Rows`: segments, positions, parents and lengths.
 
     Returns:
@@ -139,8 +138,8 @@ def _over_adapted_layers(
 ) -> Float[Array, "B N D"]:
     """`Backend.over_layers` as two scans, where only the last blocks have adapters.
 
-    Frozen weights are read from their stacks: as a scanned operand each part of them would be a
-    copy.
+    Frozen weights are sliced from their stacks inside the loop: splitting the stacks into scanned
+    operands would copy them.
     """
     weights, adapters = without_adapters(blocks)
 
@@ -178,7 +177,7 @@ def visible(
 def _shared(
     config: DecoderConfig, rows: Rows, slots: Int[Array, "B T"], keys: Rows, key: Array | None
 ) -> Shared:
-    """What all layers are given; `keys` is `rows` itself where whole rows see themselves."""
+    """The inputs that all layers share; `keys` is `rows` itself if there is no cache."""
     parents = jnp.zeros_like(rows.segments) if rows.parents is None else rows.parents
     seen = visible(rows.segments, parents, slots, keys.segments)
     whole = _view(config, seen, rows.positions)

@@ -61,17 +61,17 @@ def blocks_over_cache(
     shared: Shared,
     at: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B N D"], Cache]:
-    """All blocks and the last norm over new tokens that also see what is cached.
+    """All blocks and the last norm over new tokens, which also attend to the cache.
 
-    A plain loop over layers that have arrays of their own: a scan would copy each layer's part out
-    of a stacked cache, which took a third of a decode step on a CPU.
+    This is a plain loop over layers with arrays of their own: a scan would copy each layer's part
+    out of a stacked cache, which took a third of a decode step on a CPU.
 
     Args:
       config: the decoder.
       params: with stacked blocks, or as from `decoding_params`.
       x: embedded tokens.
       cache: with the segments of the new tokens.
-      slots: where their keys and values go; past the end: nowhere.
+      slots: where their keys and values are stored; those past the end are dropped.
       shared: what the queries of each layer see.
       at: the slots whose hidden states are wanted; None for all.
 
@@ -90,7 +90,7 @@ def blocks_over_cache(
 
 
 def layers_of(config: DecoderConfig, blocks: Any) -> Sequence[Params]:
-    """Each layer's parameters: stacked blocks taken apart, or as `decoding_params` did before."""
+    """Each layer's parameters: unstacked here, or already by `decoding_params`."""
     if isinstance(blocks, tuple):
         return blocks
     weights, adapters = without_adapters(blocks)
@@ -107,11 +107,11 @@ def layers_of(config: DecoderConfig, blocks: Any) -> Sequence[Params]:
 
 
 def decoding_params(config: DecoderConfig, params: Params) -> Params:
-    """Parameters as decode steps read them fastest.
+    """Parameters in the layout that decode steps read fastest.
 
-    Each layer has arrays of its own, in the compute dtype. Out of stacked arrays every decode step
-    would copy every weight, and convert it where the master is wider. How a layer is laid out
-    beyond that is the backend's. Make it once for a rollout; it takes the memory of the blocks.
+    Each layer has arrays of its own, in the compute dtype. From stacked arrays every decode step
+    would copy every weight, and convert it where the master is wider. The rest of the layout is up
+    to the backend. Call it once per rollout; it takes as much memory as the blocks.
 
     Args:
       config: the decoder.

@@ -1,7 +1,7 @@
 """Heads over the one decoder: a language model (logits) and a scalar model (reward and value).
 
 Head products are float32 at the highest precision: their errors reach every log-prob, reward and
-  value.
+value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _model(config: DecoderConfig, init: Callable[..., Params], head: Callable[..
 def language_model(config: DecoderConfig) -> Model:
     """The policy and its reference: ``head(params, hidden)`` gives float32 logits ``[..., V]``.
 
-    Equal configs give the same object, so that what was compiled for one is used by all.
+    Equal configs give the same object, so that functions compiled for one are reused.
     """
 
     def init(key: Array) -> Params:
@@ -74,7 +74,7 @@ probability is 0.
 def _masked(
     logits: Float[Array, "... V"], unused: tuple[tuple[int, int], ...]
 ) -> Float[Array, "... V"]:
-    """`NEVER` in the place of the logits of `unused`; without any the logits themselves."""
+    """The logits, with `NEVER` for the ids of `unused`."""
     if not unused:
         return logits
     mask = np.zeros(logits.shape[-1], bool)
@@ -84,9 +84,9 @@ def _masked(
 
 
 def without_ids(model: Model, unused: tuple[tuple[int, int], ...]) -> Model:
-    """The language model whose head gives the ids of `unused` no probability.
+    """The language model with a head that gives the ids of `unused` probability 0.
 
-    Sampler, log-probs, entropy and reference read the same head, so they all speak of one
+    Sampler, log-probs, entropy and reference use the same head, so they all refer to the same
     distribution.
 
     Args:
@@ -114,7 +114,7 @@ def scalar_model(config: DecoderConfig) -> Model:
 
     ``head(params, hidden) = hidden . weight + bias``, float32 ``[...]``.
 
-    Source: Ouyang et al. 2022, section 3.5 (the final unembedding layer removed, a scalar put out).
+    Source: Ouyang et al. 2022, section 3.5 (the final unembedding layer removed, a scalar output).
     """
 
     def init(key: Array) -> Params:

@@ -38,8 +38,8 @@ DropoutKeys = tuple[Array | None, Array | None]
 class Linear(nnx.Linear):
     """A projection ``x W + b``; with ``lora_a`` and ``lora_b`` it is ``x W + b + (x A) B``.
 
-    In this order the backward pass of an adapter never forms the gradient of W, a third of the
-    work.
+    In this order the backward pass of an adapter never computes the gradient of W, which saves a
+    third of the work.
     """
 
     lora_a: nnx.Param
@@ -128,8 +128,8 @@ class Attention(nnx.Module):
         """What attention adds to the residual stream.
 
         Args:
-          queries: the slots that ask; `x` itself where all do.
-          x: the slots that are seen.
+          queries: the slots with queries; `x` itself if all have one.
+          x: the slots that are attended to.
           view: what each query sees, and the rotary angles.
           cache: keys and values of earlier tokens, and the slots that take those of `x`.
 
@@ -221,7 +221,7 @@ class Block(nnx.Module):
         """The residual stream after this block, and the cache of this layer."""
         residual, rate = self.config.backend.residual, self.config.dropout
         seen = queries = self.attention_norm(x)
-        if positions is not None:  # keys and values of all slots, everything else of these alone
+        if positions is not None:  # keys and values of all slots, the rest of these only
             x, view = take(x, positions), view.at(positions)
             queries = self.attention_norm(x)
         mixed, stored = self.attention(queries, seen, view, cache=cache)
@@ -271,7 +271,7 @@ def _rotary_frequencies(config: DecoderConfig) -> Float[Array, " E2"]:
     if config.rotary_scaling is None:
         return frequency
     factor, low, high, original = config.rotary_scaling
-    turns = original * frequency / (2 * jnp.pi)  # within the context of the first training
+    turns = original * frequency / (2 * jnp.pi)  # full turns within the original context
     stays = jnp.clip((turns - low) / (high - low), 0, 1)
     return frequency * (stays + (1 - stays) / factor)
 
@@ -290,7 +290,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Entries set to 0 with probability `rate`, the others scaled up; `x` itself without a key."""
     if key is None or rate == 0:
         return x
-    # 16 random bits an entry, half of what `bernoulli` draws.
+    # 16 random bits per entry, half of what `bernoulli` draws.
     dropped = round(rate * 2**16)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
     return jnp.where(keep, x / (1 - dropped / 2**16), 0)
@@ -306,12 +306,12 @@ def init_module(kind: Callable[..., Any], config: DecoderConfig, key: Array) -> 
 
 @functools.lru_cache
 def _graph(kind: Callable[..., Any], config: DecoderConfig, **how: bool) -> Any:
-    """A module without its arrays; building it takes a tenth of the tracing of a training step."""
+    """A module without its arrays; building one takes 10% of a training step's tracing time."""
     return nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), **how)))[0]
 
 
 def bind(kind: Callable[..., Any], config: DecoderConfig, params: Params, **how: bool) -> Any:
-    """The module over `params`, built while JAX traces: compiled calls pay nothing for nnx."""
+    """The module over `params`, built while JAX traces, so that compiled calls do not run nnx."""
     leaves, adapters = without_adapters(params)
     module = nnx.merge(_graph(kind, config, **how), traverse_util.unflatten_dict(leaves))
     for (*path, name), value in adapters.items():
@@ -333,7 +333,7 @@ def without_adapters(params: Params) -> tuple[dict[Any, Array], dict[Any, Array]
 
 
 class Shared(NamedTuple):
-    """What every layer is given beside its parameters.
+    """The inputs of every layer besides its parameters.
 
     Attributes:
       whole: what queries see, and their rotary angles.
@@ -372,8 +372,8 @@ def run_block(
 ) -> tuple[Float[Array, "B Q D"], LayerCache | None]:
     """One layer as a function of its parameters; `how` as for `Block`.
 
-    Its jit is for tracing: once for all layers and networks of a shape. The compiler inlines it
-    again. `backend` is the config's, as a part of the key under which jit keeps the trace.
+    Its jit saves tracing: layers and networks of one shape are traced once, and the compiler
+    inlines the function again. `backend` is the config's, passed to be part of jit's cache key.
     """
     del backend
     block = bind(Block, config, params, joined="query_key_value" in params["attention"])

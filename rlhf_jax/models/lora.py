@@ -1,17 +1,19 @@
 r"""Low-rank adaptation: a few trained arrays beside frozen weights, as functions on dicts.
 
-A projection ``y = x W`` whose dict also holds ``lora_a`` and ``lora_b`` computes
-``y = x W + x A B`` (see `layers.Linear`); the model itself is the same. What is trained
-(`init_lora`) is a small dict of its own:
+A projection ``y = x W`` with ``lora_a`` and ``lora_b`` in its dict computes ``y = x W + x A B``
+(see `layers.Linear`); the model itself is the same. What is trained (`init_lora`) is a small dict
+of its own::
 
-    trained = init_lora(base, key, rank=16)                        # blocks/attention/query/{lora_a,
-    lora_b}, ... step = compile_frozen_step(lambda base: make_sft_step(lora_model(model, base,
-    alpha=16), tx), base) logits = model.apply(with_lora(base, trained, alpha=16), ...)  # shares
-    the arrays of base save_hf(folder, model, merge_lora(base, trained, alpha=16), tokenizer)
+    trained = init_lora(base, key, rank=16)  # blocks/attention/query/{lora_a, lora_b}, ...
+    step = compile_frozen_step(
+        lambda base: make_sft_step(lora_model(model, base, alpha=16), tx), base
+    )
+    logits = model.apply(with_lora(base, trained, alpha=16), ...)  # shares the arrays of base
+    save_hf(folder, model, merge_lora(base, trained, alpha=16), tokenizer)
 
-So a policy and its KL reference hold one copy of the base weights, and so do a reward model and the
-value network that starts from it. The trained dict may hold whole leaves too, such as a fresh
-``score`` head: they take the place of the base's.
+So a policy and its KL reference share one copy of the base weights, and so do a reward model and
+the value network that starts from it. The trained dict may also contain whole leaves, such as a
+fresh ``score`` head: they replace those of the base.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -42,7 +44,7 @@ def init_lora(
       key: of the initial A.
       rank: r, columns of A and rows of B.
       targets: regex searched in the paths of kernels, such as ``blocks/attention/query/kernel``.
-      layers: adapt only the last so many blocks; None = all. The backward pass ends below them.
+      layers: adapt only this many of the last blocks; None = all. The backward pass stops there.
 
     Returns:
       ``lora_a [n, inputs, r]`` and ``lora_b [n, r, outputs]``, float32, beside where each kernel
@@ -80,7 +82,7 @@ def with_lora(base: Params, trained: Params, *, alpha: float | int) -> Params:
     """Parameters for `Model.apply` and `Model.head` that share the arrays of `base`.
 
     Args:
-      base: frozen parameters; ``{}`` when `trained` holds all there is.
+      base: frozen parameters; ``{}`` if `trained` has all parameters.
       trained: adapters, and whole leaves that replace those of `base`.
       alpha: adapters act with the weight ``alpha / rank``.
 
@@ -117,11 +119,11 @@ def _merged(kernel: Array, a: Array, b: Array) -> Array:
 
 
 def lora_model(model: Model, base: Params, *, alpha: float | int) -> Model:
-    """The model as a function of what is trained; `base` stays as it is.
+    """The model as a function of its trained parameters; `base` is frozen.
 
-    Build it inside the compiled function that gets `base` as an argument
-    (`steps.compile_frozen_step` does): as a constant of the program the weights would be there
-    twice.
+    Build it inside the compiled function that gets `base` as an argument, as
+    `steps.compile_frozen_step` does: constants of the program would be a second copy of the
+    weights.
 
     Args:
       model: a language or scalar model.

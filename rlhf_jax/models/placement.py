@@ -18,7 +18,7 @@ WIDTH = ("fsdp", "tensor")
 
 
 def spread(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
-    """`x` over the mesh axes of each dimension; one that they do not divide stays whole."""
+    """Shard each dimension of `x` over its mesh axes, unless they do not divide it."""
     if mesh is None or mesh.size == 1:
         return x
     spec = []
@@ -30,18 +30,18 @@ def spread(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
 
 
 def spread_rows(mesh: Mesh | None, x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
-    """Hidden states with rows over data and fsdp, all else whole; so is their gradient."""
+    """Shard the rows of hidden states, and of their gradient, over data and fsdp."""
     return spread(mesh, x, ROWS, *[None] * (x.ndim - 1))
 
 
 def look_up(
     mesh: Mesh | None, table: Callable[[Array], Array], ids: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Rows of a table that is in pieces of the width, brought to the devices of their rows.
+    """Reshard rows looked up in a table that is sharded by width, to be sharded by rows.
 
-    It goes in small moves, forward and (the gradient) backward: pieces are joined over tensor, then
-    exchanged for rows over fsdp. Left to itself the compiler finds no way in one move, and copies
-    the activations of the whole batch to every device.
+    It is done in two steps, forward and for the gradient backward: widths are gathered over tensor,
+    then exchanged for rows over fsdp. Given only the final sharding, the compiler would replicate
+    the activations of the whole batch on every device.
     """
     by_width = spread(mesh, table(spread(mesh, ids, "data", None)), "data", None, WIDTH)
     return spread(mesh, spread(mesh, by_width, "data", None, "fsdp"), ROWS, None, None)

@@ -1,9 +1,8 @@
-"""Which rows of an embedding stand for a text: what a tokenizer and a model must agree on.
+"""Which rows of an embedding have a text: what a tokenizer and a model must agree on.
 
 A model may have more rows than its tokenizer has tokens: Qwen's table is padded to a multiple of
-128. Such an id has no text, so it must never be sampled. And a tokenizer may name more tokens than
-there are rows, as Gemma 3 does for images; that is sound only as long as no text can contain one of
-them.
+128. Such an id has no text, so it must never be sampled. A tokenizer may also have more tokens than
+there are rows, as Gemma 3's does for images; that is safe only if no text can contain one of them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Ranges = tuple[tuple[int, int], ...]
 def unused_ids(tokenizer: Any, vocab_size: int) -> Ranges:
     """The ids below `vocab_size` that no token of the tokenizer has.
 
-    They are the end of a padded table, and any gaps.
+    They are the padding at the end of the table, and any gaps.
 
     Args:
       tokenizer: anything with the `get_vocab` of transformers; without one nothing is known, and no
@@ -43,9 +42,9 @@ def unused_ids(tokenizer: Any, vocab_size: int) -> Ranges:
 
 
 def with_texts_only(model: Model, tokenizer: Any) -> Model:
-    """The language model that gives the ids without a text no probability.
+    """The language model with probability 0 for ids that have no text.
 
-    It is `model` itself where there are none.
+    It is `model` itself if there are no such ids.
 
     Args:
       model: a language model.
@@ -57,10 +56,10 @@ def with_texts_only(model: Model, tokenizer: Any) -> Model:
 
 
 def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
-    """Refuses a tokenizer that could hand the model an id for which it has no embedding.
+    """Refuse a tokenizer that could give the model an id for which it has no embedding.
 
-    Special tokens beyond the table are fine while nothing writes them: text is encoded so that the
-    name of a special token in it stays ordinary text.
+    Special tokens beyond the table are accepted as long as nothing inserts them: the name of a
+    special token inside a text is encoded as ordinary text.
 
     Args:
       tokenizer: of transformers.
@@ -68,8 +67,8 @@ def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
       where: its folder or file, for the message.
 
     Raises:
-      ValueError: an ordinary token, or a special one that something writes, has an id of
-        `vocab_size` or more.
+      ValueError: an ordinary token, or a special one that is inserted, has an id of `vocab_size` or
+        more.
     """
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not beyond:
@@ -95,7 +94,7 @@ def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
 
 
 def _from_text(tokenizer: Any, token: str) -> bool:
-    """Whether the tokenizer's own merges can make this token out of ordinary text."""
+    """Whether the tokenizer's merges can produce this token from ordinary text."""
     if token not in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False):
         return False
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -109,7 +108,7 @@ def _from_text(tokenizer: Any, token: str) -> bool:
 
 
 def _writers(tokenizer: Any, token: str, i: int) -> Iterator[str]:
-    """What puts a special token into ids although no text contains it."""
+    """What inserts a special token into ids, although no text contains it."""
     for role in ("bos_token", "eos_token", "unk_token"):
         if getattr(tokenizer, role, None) == token:
             yield f"its {role}"

@@ -1,11 +1,11 @@
 """HTML pages from jinja2 templates: one frame, one set of styles, one set of charts.
 
 A page is a template that extends ``pages/page.html.jinja`` and fills its blocks `title`, `styles`
-and `main`. A template is named by its path inside the package, and the words of a page are in its
+and `main`. A template is named by its path inside the package, and the text of a page is in its
 template; Python computes numbers and charts. Every value that a template writes is escaped, because
-prompts, responses and configs come from other
-people: only `charts` and the macros of templates return markup. A page loads nothing, runs no
-script, and follows the reader's light or dark setting, window width and zoom.
+prompts, responses and configs come from other people: only `charts` and the macros of templates
+return markup. A page loads nothing, runs no script, and follows the reader's light or dark setting,
+window width and zoom.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FRAME = "pages/page.html.jinja"
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Escapes every value, and refuses a value that Python did not pass."""
+    """Jinja environment that escapes every value and raises an error for a missing one."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("rlhf_jax", ""),
         autoescape=True,
@@ -32,7 +32,7 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that `template` makes of `values`.
+    """The page rendered from `template` with `values`.
 
     Args:
       template: path inside the package, such as ``evaluation/report/report.html.jinja``.

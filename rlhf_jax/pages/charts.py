@@ -1,9 +1,9 @@
 """Small charts as inline SVG: bars with whiskers, and lines through points.
 
-Every chart is 360 units wide, so that its text has full size on a phone; a page sets several side
-by side. Colours are CSS variables of ``pages/page.css``, such as ``var(--ppo)``, which have a value
-for light and one for dark. This file computes coordinates; ``pages/charts.svg.jinja`` writes the
-elements and escapes all text.
+Every chart is 360 units wide, so that its text has full size on a phone; wider pages put several
+side by side. Colours are CSS variables of ``pages/page.css``, such as ``var(--ppo)``, with one
+value for the light and one for the dark theme. This file computes coordinates;
+``pages/charts.svg.jinja`` writes the elements and escapes all text.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     span = max(high - low, 1e-12)
     unit = 10.0 ** math.floor(math.log10(span / count))
     step = next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= count + 1)
-    # The tolerance keeps an end that misses its tick by rounding alone.
+    # The tolerance keeps the last tick if the end of the axis misses it by rounding only.
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
@@ -111,16 +111,16 @@ def bar_chart(
     reference_label: str = "",
     text: Format = number,
 ) -> str:
-    """Horizontal bars from 0, with their whiskers and with each value at the right.
+    """Horizontal bars from 0, with whiskers and with each value at the right.
 
     Args:
       bars: from top to bottom.
-      title: what a screen reader says of the chart.
+      title: description of the chart for screen readers.
       maximum: value at the right end of the axis; None takes a round number above the largest bar
         or whisker.
-      reference: value at which a dashed line stands, or None.
-      reference_label: what is written above that line.
-      text: how values are written.
+      reference: value of a dashed line, or None.
+      reference_label: label above that line.
+      text: formatter of the values.
 
     Returns:
       An ``svg`` element as markup, which a template writes as it is.
@@ -152,7 +152,7 @@ class _Axis(NamedTuple):
     scale: float
 
     def length(self, value: float) -> float:
-        """Length of a bar; a value outside of the axis ends at its end."""
+        """Length of a bar; a value beyond the axis is cut at its end."""
         return max(0.0, min(value, self.maximum)) * self.scale
 
     def place(self, value: float) -> float:
@@ -208,16 +208,16 @@ def line_chart(
     y_range: Point | None = None,
     text: Format | None = None,
 ) -> str:
-    """Lines with their points, whose numbers are shown on hovering; ticks are round numbers.
+    """Lines and their points, with values shown on hovering; ticks are round numbers.
 
     Args:
-      lines: drawn in order; one without points is left out.
-      title: what a screen reader says of the chart.
+      lines: drawn in order; a line without points is left out.
+      title: description of the chart for screen readers.
       x_label: name of the horizontal axis.
       y_label: name of the vertical axis.
       x_range: ends of the horizontal axis; None takes those of the points.
       y_range: ends of the vertical axis; None takes those of the points, with some room.
-      text: how the ticks of the vertical axis are written, and those of an axis with `x_range`.
+      text: formatter of the ticks of the vertical axis, and of an axis with `x_range`.
 
     Returns:
       An ``svg`` element as markup, which a template writes as it is.
@@ -228,7 +228,7 @@ def line_chart(
     frame = _Frame(across, up)
     x_ticks = _ticks(across, frame.x, text if x_range else None)
     if all(float(x).is_integer() for x, _ in points):
-        # An axis that counts, say epochs, has no tick at 1.5.
+        # An axis of integers, such as epochs, must not have a tick at 1.5.
         x_ticks = [tick for tick in x_ticks if tick["value"].is_integer()]
     return pages.macro(
         TEMPLATE,

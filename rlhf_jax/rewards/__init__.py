@@ -1,3 +1,1 @@
-"""Rewards that are computed from texts: functions of a researcher's own, and the gold scorer of a
-small world.
-"""
+"""Rewards that are computed from texts by functions of the user's."""

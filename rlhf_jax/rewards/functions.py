@@ -1,16 +1,15 @@
-"""Functions that judge a text: their arguments bound by name, their results checked, their mistakes
-told.
+"""User functions that score a text: arguments bound by name, results and errors checked.
 
-``config.text_reward`` and ``config.gold`` name a function, ``package.module:function``. It names
-what it wants to see, as a loss does: any of `ARGUMENTS`. Keyword-only arguments are hyperparameters
+``config.text_reward`` and ``config.gold`` name a function, ``package.module:function``. Like a
+loss, it takes any of `ARGUMENTS` by name. Keyword-only arguments are hyperparameters
 (`rlhf_jax.run.config.fn_spec`)::
 
     def score(prompt, response, *, longest=200):
         return float("because" in response) - len(response) / longest
 
-A function of two arguments of other names gets ``(prompt id, response)``. It returns a number, or
-an object with a number ``score`` (and, for an evaluation, ``parts``). None abstains: the score is
-NaN, which leaves the response out.
+A function of two arguments with other names gets ``(prompt id, response)``. It returns a number, or
+an object with a number ``score`` (and, for an evaluation, ``parts``). Returning None abstains: the
+score is NaN, which leaves the response out.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from typing import Any
 from rlhf_jax.run import config as config_lib
 
 ARGUMENTS = ("prompt", "response", "prompt_id")
-"""What a function may name: the prompt as the data hold it (text, or messages), the response, the
-prompt's id."""
+"""Arguments that a function may name: the prompt as it is in the data (text or messages), the
+response, and the prompt's id."""
 
 
 class FunctionFailed(ValueError):
-    """A function of the user's raised an error in the middle of a run."""
+    """A user function raised an error in the middle of a run."""
 
     exit_status = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a function said of a response: NaN where it abstained; `parts` where it tells them."""
+    """A function's result for a response: NaN if it abstained; `parts` if it returns them."""
 
     score: float
     parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -46,14 +45,13 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A function of texts, called as ``(prompt_id, response, prompt)`` whatever arguments it names
-    itself.
+    """A user function behind one signature, ``(prompt_id, response, prompt)``.
 
     Attributes:
       name: ``module:function``, for messages.
       function: the user's function, hyperparameters bound.
-      wants: for each of its arguments in turn: the name it is passed by (None: by its place) and
-        which of `ARGUMENTS`.
+      wants: per argument, in order, the keyword that it is passed by (None: positionally) and which
+        of `ARGUMENTS` it is.
     """
 
     name: str
@@ -64,7 +62,7 @@ class Judge:
         """The score alone.
 
         Raises:
-          ValueError: as of `judged`.
+          ValueError: as `judged`.
         """
         return self.judged(prompt_id, response, prompt).score
 
@@ -72,9 +70,9 @@ class Judge:
         """The score and its parts.
 
         Raises:
-          FunctionFailed: the function raised an error; function, prompt, the error and its line are
-            named.
-          ValueError: what it returned is no number; prompt and function are named.
+          FunctionFailed: the function raised an error; the message names the function, the prompt,
+            the error and its line.
+          ValueError: it did not return a number; the message names the prompt and the function.
         """
         known = {"prompt_id": prompt_id, "response": response, "prompt": prompt}
         in_place = [known[what] for key, what in self.wants if key is None]
@@ -84,8 +82,7 @@ class Judge:
         except Exception as error:
             raise FunctionFailed(
                 f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; what was saved "
-                "before is intact, "
-                "mend the function and give the same command again"
+                "before is intact, mend the function and give the same command again"
             ) from error
         try:
             return Judgement(
@@ -101,15 +98,15 @@ _MEND = "return a number, an object with a number score, or None to leave the re
 
 
 def judge(spec: Any) -> Judge:
-    """The function that `spec` names, ready to judge.
+    """The function that `spec` names, as a `Judge`.
 
     Args:
       spec: ``"module:function"``, a `rlhf_jax.run.config.fn_spec`, a function, or a `Judge`, which
         is returned.
 
     Raises:
-      ValueError: there is no such function, it lacks a hyperparameter, or it wants an argument that
-        is not there.
+      ValueError: there is no such function, a hyperparameter is missing, or it requires an argument
+        that is not available.
     """
     if isinstance(spec, Judge):
         return spec
@@ -119,7 +116,8 @@ def judge(spec: Any) -> Judge:
     fields = {"fn": spec} if isinstance(spec, str) else dict(spec.items())
     name = str(fields.get("fn"))
     function = config_lib.import_fn(name)
-    # A keyword-only argument with the name of something available is that, and no hyperparameter.
+    # A keyword-only argument named as in ARGUMENTS is passed per response and needs no value in
+    # the config; the empty string only satisfies `resolve`.
     given = {key: "" for key in _keyword_only(function) if key in ARGUMENTS and key not in fields}
     resolved = config_lib.resolve(fields | given)
     assert isinstance(resolved, functools.partial)
@@ -128,7 +126,7 @@ def judge(spec: Any) -> Judge:
 
 
 def bound(name: str, function: Callable[..., Any]) -> tuple[tuple[str | None, str], ...]:
-    """How to pass what is available to a function, as `Judge.wants`.
+    """How to pass `ARGUMENTS` to a function, as `Judge.wants`.
 
     >>> bound("x:f", lambda response, prompt: 0.0)
     (('response', 'response'), ('prompt', 'prompt'))
@@ -136,21 +134,21 @@ def bound(name: str, function: Callable[..., Any]) -> tuple[tuple[str | None, st
     ((None, 'prompt_id'), (None, 'response'))
 
     Raises:
-      ValueError: it requires an argument of another name; what is available is listed.
+      ValueError: it requires an argument with another name; the message lists `ARGUMENTS`.
     """
     legacy = ((None, "prompt_id"), (None, "response"))
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return legacy  # a function written in C that does not tell
+        return legacy  # a function written in C without a signature
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in places if p.default is p.empty]
     others = [p for p in required if p.name not in ARGUMENTS]
     if not places and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return legacy
     if others:
-        # ``f(name, response)``, as before names were bound, unless a name says that it wants
-        # something else there.
+        # ``f(name, response)``, the convention before names were bound, unless the name of an
+        # argument shows that something else is expected there.
         swapped = required[0].name in ("prompt", "response") or required[-1].name in (
             "prompt",
             "prompt_id",
@@ -185,14 +183,13 @@ def _keyword_only(function: Callable[..., Any]) -> list[str]:
 
 
 def number(value: Any) -> float:
-    """What a function returned as a float: NaN for None; numbers of any library count, texts and
-    lists do not.
+    """A function's result as a float: a number of any library, or NaN for None; no texts or lists.
 
     >>> number(True), number(2), number(None)
     (1.0, 2.0, nan)
 
     Raises:
-      ValueError: it is no number; the message says what it is.
+      ValueError: it is not a number; the message describes it.
     """
     if value is None:
         return math.nan
@@ -216,9 +213,7 @@ def number(value: Any) -> float:
 
 
 def _where(error: Exception) -> str:
-    """``my_lab.py:12: ZeroDivisionError: division by zero``: the last line of the user's own files,
-    if there is one.
-    """
+    """The error and its last line in the user's own files: ``my_lab.py:12: KeyError: 'a'``."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     own = [
         f for f in frames if "site-packages" not in f.filename and "/lib/python" not in f.filename

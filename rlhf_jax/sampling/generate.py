@@ -1,14 +1,12 @@
 """Sampling: one prefill for the K samples of a prompt, then cached decode steps.
 
-The loop ends when every row has ended.
+`generate` samples one batch in one compiled program, whose loop ends when every row has ended.
+`refill.generate_many` decodes any number of prompts in a fixed number of rows: a row whose response
+has ended continues with the next prompt.
 
-`generate` samples one batch in one compiled program; `refill.generate_many` sends any number of
-prompts through a fixed number of rows, where a finished row makes room for the next prompt.
-
-Rows are contiguous from the left: prompt, response with its EOS, padding (id 0). The key of a
-  sampled token folds in
-(key, the prompt's id, the sample k, the response index), so batching, slot refill and padding
-change no token.
+Rows are contiguous from the left: prompt, response with its EOS, padding (id 0). The random numbers
+of a token depend only on (key, prompt id, sample k, index in the response), so batching, refill and
+padding change no token.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
 
 
 class Decoding(NamedTuple):
-    """What the decode loop carries: R responses, and B rows, each of which decodes one of them.
+    """The state of the decode loop: R responses, and B rows that each decode one of them.
 
     N = max_new_tokens. `tokens`, `logp`, `counts`, `finished` and `uniform` are indexed by
-    response. A response goes on until it has finished (a stop id) or is full (N tokens). A row is
-    live while its response goes on; ``response == R`` marks an idle row. Only live rows are
-    advanced. `uniform` holds the random numbers of every token, drawn before the loop: inside it
-    they would cost a dozen small kernels per token.
+    response. A response ends when it is finished (a stop id) or full (N tokens). A row is live
+    until its response has ended; ``response == R`` marks an idle row. Only live rows are advanced.
+    `uniform` has the random numbers of every token. They are drawn before the loop, because inside
+    it they would cost a dozen small kernels per token.
     """
 
     tokens: Int[Array, "R N"]
@@ -45,17 +43,17 @@ class Decoding(NamedTuple):
 
     @property
     def live(self) -> Bool[Array, " B"]:
-        """Rows that want another token."""
+        """Rows that decode another token."""
         going = ~self.finished & (self.counts < self.tokens.shape[1])
         return jnp.concatenate([going, jnp.zeros((1,), bool)])[self.response]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn and when a response ends, checked when it is made.
+    """How tokens are drawn and when a response ends; checked on construction.
 
     Raises:
-      ValueError: a number that no sampler can have; the message names the field.
+      ValueError: a number out of range; the message names the field.
     """
 
     max_new_tokens: int
@@ -65,12 +63,12 @@ class Sampling:
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Then keep the fewest likeliest tokens whose probability reaches p."""
+    """Then keep the smallest set of likeliest tokens with a total probability of at least p."""
     stop_ids: tuple[int, ...] = ()
     """The ids that end a response (EOS and others); the stop token belongs to the response."""
 
     def __post_init__(self):
-        # Plain Python numbers, so that equal settings are one compiled program.
+        # Plain Python numbers hash alike, so that equal settings share one compiled program.
         plain = {
             "max_new_tokens": int(self.max_new_tokens),
             "temperature": float(self.temperature),
@@ -110,14 +108,14 @@ def generate(
     Args:
       model: a language model.
       params: its parameters.
-      prompts: B prompts of at least one token each; `ids` are their places in the stream.
+      prompts: B prompts of at least one token each; `ids` are their indices in the stream.
       key: of the iteration, ``fold_in(key(seed), step)``.
       sampling: how tokens are drawn and when a response ends.
       samples_per_prompt: K; sample k of prompt b is the row ``b * K + k``.
 
     Returns:
-      `Samples` with ``T = P + N`` slots. ``logp`` (nats, float32) is under the distribution sampled
-      from, that is after temperature, top-k and top-p; a greedy token has probability 1 there, so
+      `Samples` with ``T = P + N`` slots. ``logp`` (nats, float32) is under the sampling
+      distribution, that is after temperature, top-k and top-p; a greedy token has probability 1, so
       its ``logp`` is 0.
 
     Raises:
@@ -136,7 +134,7 @@ def lower_generate(
     key: Key[Array, ""] | jax.ShapeDtypeStruct,
     sampling: Sampling,
 ) -> jax.stages.Lowered:
-    """The program that `generate` would run for such arguments; nothing is sampled.
+    """The lowered program that `generate` would run for these arguments; nothing is sampled.
 
     Args:
       model: a language model.
@@ -144,6 +142,9 @@ def lower_generate(
       prompts: B prompts, or their shapes.
       key: a key, or its shape.
       sampling: as in `generate`.
+
+    Returns:
+      The program, to be compiled or measured.
 
     Raises:
       ValueError: as `generate`.
@@ -153,10 +154,10 @@ def lower_generate(
 
 
 def require_room(model: Model, prompts: PromptBatch, sampling: Sampling) -> None:
-    """Refuses prompts that leave no room for a whole response in the model's context.
+    """Refuse prompts that leave no room for a whole response in the model's context.
 
     Raises:
-      ValueError: with the numbers, and what to choose.
+      ValueError: there is no room; the message has the numbers and a setting that fits.
     """
     width = prompts.tokens.shape[1]
     slots = width + sampling.max_new_tokens
@@ -164,8 +165,8 @@ def require_room(model: Model, prompts: PromptBatch, sampling: Sampling) -> None
     if slots > context:
         raise ValueError(
             f"max_new_tokens={sampling.max_new_tokens} after prompts of {width} slots needs "
-            f"{slots} positions, "
-            f"more than the context_length={context}: choose at most {context - width}"
+            f"{slots} positions, more than the context_length={context}: choose at most "
+            f"{context - width}"
         )
 
 
@@ -174,6 +175,7 @@ def _generate(model, params, prompts, key, *, sampling: Sampling, copies: int) -
     hidden, cache = prefill(
         model, params, prompts, slots=prompts.tokens.shape[1] + sampling.max_new_tokens
     )
+    # Once per rollout and after the prefill, which reads the parameters in their own layout.
     params = model.for_decoding(params)
     keys = row_keys(key, prompts.ids, copies)
     hidden = jnp.repeat(hidden, copies, axis=0)
@@ -196,7 +198,7 @@ def prefill(
     rows = {"segments": segments, "positions": places, "cache": model.init_cache(batch, width)}
     last = jnp.asarray(prompts.lengths)[:, None] - 1
     hidden, cache = model.apply_at(params, jnp.asarray(prompts.tokens), last, **rows)
-    # The prompts looked at their own slots alone: the others come only now.
+    # The prefill attends to the prompt's slots only; the cache gets its full length afterwards.
     return hidden[:, 0], jax.tree.map(_at_origin, model.init_cache(batch, slots), cache)
 
 
@@ -205,7 +207,7 @@ def _at_origin(whole: Array, part: Array) -> Array:
 
 
 def empty_responses(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:
-    """An empty response for each prefilled row; its random numbers as from `draws`."""
+    """An empty response for each prefilled row, with the random numbers of `draws`."""
     rows = uniform.shape[0]
     return Decoding(
         tokens=jnp.zeros(uniform.shape[:2], jnp.int32),
@@ -219,7 +221,7 @@ def empty_responses(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:
 
 
 def another_token(model: Model, params: Params, state: Decoding, sampling: Sampling) -> Decoding:
-    """Another token for each live row."""
+    """Decode one more token of each live row."""
     response = jnp.where(state.live, state.response, state.tokens.shape[0])
     hidden, state = decode_step(model, params, state)
     return append_token(model, params, hidden, state, response, sampling)
@@ -228,7 +230,7 @@ def another_token(model: Model, params: Params, state: Decoding, sampling: Sampl
 def decode_step(
     model: Model, params: Params, state: Decoding
 ) -> tuple[Float[Array, "B D"], Decoding]:
-    """Feed each live row's last token: its hidden state and the advanced cache.
+    """Run the model on each live row's last token: its hidden state, and the advanced cache.
 
     The hidden state predicts the next token.
     """
@@ -237,7 +239,7 @@ def decode_step(
     output = model.apply(
         params,
         jnp.where(state.live, last[jnp.minimum(state.response, last.shape[0] - 1)], 0)[:, None],
-        # A row that is not live feeds padding, which the cache does not store.
+        # The input of a row that is not live is padding, which the cache does not store.
         segments=state.live.astype(jnp.int32)[:, None],
         positions=state.cache.lengths[:, None],
         cache=state.cache,
@@ -248,7 +250,7 @@ def decode_step(
 def row_key(
     key: Key[Array, ""], prompt_id: Int[Array, ""], sample: Int[Array, ""]
 ) -> Key[Array, ""]:
-    """The key of one response, whatever row decodes it."""
+    """The key of one response, independent of the row that decodes it."""
     return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample)
 
 
@@ -262,7 +264,7 @@ def row_keys(
 
 
 def draws(keys: Key[Array, " B"], max_new_tokens: int) -> Float[Array, "B N 2"]:
-    """Two numbers in [0, 1) for each token of each row, from ``fold_in(row's key, place)``."""
+    """Two numbers in [0, 1) per token of each row, from ``fold_in(row's key, token index)``."""
     places = jnp.arange(max_new_tokens)
     one = lambda key, place: jax.random.uniform(jax.random.fold_in(key, place), (2,))
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, places)
@@ -276,17 +278,16 @@ def sample_token(
     top_k: int,
     top_p: float,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """A token per row and its log-prob (nats) under the distribution sampled from.
+    """A token per row and its log-prob (nats) under the sampling distribution.
 
-    The cumulative sums of the distribution are inverted. The vocabulary is cut into about sqrt(V)
-    blocks: one uniform number chooses the block by its mass, another the token in it. So a row
-    needs two random numbers and one pass over its logits, the pass of the log-sum-exp; the Gumbel
-    trick needs V numbers. Blocks are as wide as a power of two, which is what vector units sum
-    fastest.
+    Sampling inverts the cumulative distribution. The vocabulary is cut into about sqrt(V) blocks:
+    one uniform number chooses the block by its mass, another one the token in it. So a row needs
+    two random numbers and one pass over its logits, that of the log-sum-exp; the Gumbel trick needs
+    V numbers. The width of a block is a power of two, which vector units sum fastest.
 
     Args:
       logits: float32.
-      uniform: two random numbers a row, of this token alone (`draws`).
+      uniform: two random numbers per row, used for no other token (`draws`).
       temperature: 0 is greedy.
       top_k: 0 keeps all.
       top_p: 1.0 keeps all.
@@ -301,14 +302,13 @@ def sample_token(
     logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
     size = logits.shape[1]
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    width = (
-        1 << math.isqrt(size - 1).bit_length()
-    )  # the first power of two that is at least sqrt(V)
+    # The first power of two that is at least sqrt(V).
+    width = 1 << math.isqrt(size - 1).bit_length()
     blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(
         len(logits), -1, width
     )
     block, mass = _invert(jnp.sum(jnp.exp(blocks), axis=2), uniform[:, 0])
-    # The chosen block's weights again, which is cheaper than to keep those of all.
+    # Computing the chosen block's weights again is cheaper than keeping those of all blocks.
     places = block[:, None] * width + jnp.arange(width)[None, :]
     weights = jnp.exp(jnp.take_along_axis(logits, places, axis=1, mode="fill", fill_value=-jnp.inf))
     inside, _ = _invert(weights, uniform[:, 1])
@@ -320,9 +320,9 @@ def sample_token(
 def _invert(
     weights: Float[Array, "B N"], uniform: Float[Array, " B"]
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """The first index whose cumulative weight exceeds ``uniform * total``, and the total.
+    """The first index with a cumulative weight above ``uniform * total``, and the total.
 
-    Weight 0 is never chosen.
+    An index with weight 0 is never chosen.
     """
     cumulative = jnp.cumsum(weights, axis=1)
     total = cumulative[:, -1]
@@ -333,7 +333,8 @@ def _invert(
 def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
     """Set to -inf every logit outside the k likeliest, then outside the nucleus of mass p.
 
-    The likeliest always stays. Of equal logits the first stay, no more of them than are needed.
+    The likeliest token is always kept. Of equal logits, the first ones are kept, and only as many
+    as are needed.
 
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
@@ -349,7 +350,7 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[
 
 
 def _chosen(logits: Float[Array, "B V"], index: Int[Array, "B N"], kept: Any) -> Bool[Array, "B V"]:
-    """True at those places of each row that `index` lists and for which `kept` holds."""
+    """True at the ids of each row that `index` lists and for which `kept` is true."""
     none = jnp.zeros(logits.shape, bool)
     return jnp.put_along_axis(
         none, index, jnp.broadcast_to(kept, index.shape), axis=-1, inplace=False
@@ -366,7 +367,7 @@ def append_token(
 ) -> Decoding:
     """Sample the next token of each response in `response`, and append it.
 
-    R and beyond name no response: that row is idle.
+    An index of R or more marks an idle row, for which nothing is stored.
     """
     at = jnp.minimum(response, state.tokens.shape[0] - 1)
     places = state.counts[at]
@@ -393,7 +394,7 @@ def join_responses(
     counts: Int[Array, " B"],
     finished: Bool[Array, " B"],
 ) -> Samples:
-    """Prompt and response joined without a gap."""
+    """Join prompts and responses without a gap."""
     lengths = jnp.asarray(prompts.lengths)
     slots = jnp.arange(prompts.tokens.shape[1] + tokens.shape[1])[None, :]
     place = slots - lengths[:, None]

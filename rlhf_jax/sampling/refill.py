@@ -1,7 +1,6 @@
-"""More prompts than rows: a row whose response has ended goes on with the next prompt.
+"""Continuous batching: a row that has ended its response continues with the next prompt.
 
-This is continuous batching. The host keeps a queue of responses; the decode loop of `generate` runs
-on the device.
+The host keeps a queue of responses; the decode loop of `generate` runs on the device.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ from rlhf_jax.types import Cache, Model, Params, PromptBatch, Samples
 
 
 class Begun(NamedTuple):
-    """What begins next: P prompts, and Q responses to them, of which the first `count` are real."""
+    """One refill: P prompts, and Q responses to them, of which the first `count` are real."""
 
     prompts: PromptBatch
     response: Int[np.ndarray, " Q"] | Int[Array, " Q"]
-    """Where each response is kept among the R of `Decoding`."""
+    """Index of each response among the R of `Decoding`."""
     source: Int[np.ndarray, " Q"] | Int[Array, " Q"]
-    """Which of the prompts it answers."""
+    """Index of the prompt that it answers."""
     sample: Int[np.ndarray, " Q"] | Int[Array, " Q"]
-    """Its number among the samples of that prompt, from 0."""
+    """Its index among the samples of that prompt."""
     count: np.int32 | Int[Array, ""]
     until: np.int32 | Int[Array, ""]
-    """Decoding goes on until no response waits and at most so many rows are live."""
+    """Decoding stops when no response waits and at most this many rows are live."""
 
 
 class Waiting(NamedTuple):
-    """Up to Q responses that have begun and wait for a row, and the caches of their prompts.
+    """Up to Q prefilled responses that wait for a row, and the caches of their prompts.
 
     Those from `given` to `count` still wait. Response q answers prompt ``source[q]`` of the cache.
     """
@@ -62,18 +61,19 @@ class Waiting(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows that responses go through, and where they are placed."""
+    """The rows that decode responses, and their sharding."""
 
     count: int = 256
-    """B, responses that are decoded together."""
+    """B, the number of responses that are decoded together."""
     refill: int | None = None
-    """Responses that begin together; None for half the rows of a stream. More take more memory."""
+    """Responses that are prefilled together; None for half the rows of a stream. More responses
+    take more memory."""
     streams: int = 1
-    """The rows are cut into this many groups, each decoded by a thread of its own with its share of
-    the prompts. One token at a time does not keep the cores of a CPU busy: two streams are a third
-    faster on two cores. An accelerator wants one. It changes no token either."""
+    """Number of groups of rows, each decoded by its own thread with its share of the prompts. One
+    decode step at a time does not keep the cores of a CPU busy: two streams are a third faster on
+    two cores. Use one on an accelerator. The number does not change any token."""
     sharding: jax.sharding.Sharding | None = None
-    """Where rows live (`sharding.batch_sharding`); None for one device."""
+    """Sharding of the rows (`sharding.batch_sharding`); None for one device."""
 
 
 def generate_many(
@@ -87,31 +87,31 @@ def generate_many(
     rows: Rows = Rows(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
-    """Samples of any number of prompts through a fixed number of rows.
+    """Sample any number of prompts in a fixed number of rows.
 
-    No row waits for the longest response. A row that ends goes on with the next prompt inside the
-    decode loop (continuous batching): response lengths are heavy-tailed, and a batch that waits for
-    its longest row computes mostly padding. `Rows.refill` prompts are prefilled together and wait
-    for rows, with caches of their own; the host is asked only when none waits. The tokens are those
-    of `generate` for the same key, prompt id and sample (in float32; in bfloat16 a tie may fall
-    otherwise).
+    No row waits for the longest response: a row that has ended continues with the next prompt
+    inside the decode loop (continuous batching). Response lengths are heavy-tailed, and a batch
+    that waits for its longest row computes mostly padding. `Rows.refill` responses are prefilled
+    together and wait for rows, with caches of their own; control returns to the host only when none
+    waits. The tokens are those of `generate` for the same key, prompt id and sample (in float32; in
+    bfloat16 a tie may be broken differently).
 
     Args:
       model: a language model.
       params: its parameters.
-      prompts: N prompts, in host memory; `ids` are their places in the stream.
+      prompts: N prompts, in host memory; `ids` are their indices in the stream.
       key: of this stream of samples.
       sampling: as in `generate`.
-      counts: K, samples of each prompt: one number for all, or N numbers.
-      rows: how many rows, in how many streams, and where they are placed.
+      counts: K, samples per prompt: one number for all prompts, or N numbers.
+      rows: how many rows, in how many streams, and their sharding.
       progress: called with (responses done, responses) after each refill.
 
     Returns:
-      `Samples` on the host, prompt by prompt: the K samples of a prompt follow each other.
+      `Samples` on the host, prompt by prompt: the K samples of a prompt are consecutive.
 
     Raises:
-      ValueError: as `generate`, or when `counts` does not fit the prompts, or `rows.streams` the
-        devices.
+      ValueError: as `generate`, or if `counts` does not fit the prompts or `rows.streams` does not
+        fit the devices.
     """
     repeats = np.broadcast_to(np.asarray(counts), prompts.lengths.shape)
     if repeats.min(initial=0) < 0:
@@ -149,7 +149,7 @@ def generate_many(
 
 
 def _streams(rows: Rows, repeats: np.ndarray) -> int:
-    """The streams that there are prompts for."""
+    """The number of streams, at most one per prompt that is sampled."""
     several = rows.sharding is not None and len(rows.sharding.device_set) > 1
     if rows.streams < 1 or (rows.streams > 1 and several):
         raise ValueError(
@@ -164,14 +164,14 @@ def _for_decoding(model: Model, params: Params) -> Params:
 
 
 def _shares(counts: np.ndarray, streams: int) -> list[slice]:
-    """Consecutive prompts for each stream, with about equally many responses, at least one."""
+    """Consecutive prompts for each stream, with about equal numbers of responses, at least one."""
     ends = np.searchsorted(np.cumsum(counts), np.arange(1, streams) * counts.sum() / streams) + 1
     ends = np.clip(ends, np.arange(1, streams), len(counts) - streams + np.arange(1, streams))
     return [slice(a, b) for a, b in zip([0, *ends], [*ends, len(counts)], strict=True)]
 
 
 def _empty(model: Model, queue: _Queue, slots: int, max_new_tokens: int, sharding: Any) -> Decoding:
-    """Idle rows, and room for the responses that they will decode and for those that wait."""
+    """Idle rows, with room for the responses that they will decode and for those that wait."""
     places = queue.places
     state = empty_responses(
         jnp.zeros((places, max_new_tokens, 2)), model.init_cache(queue.rows, slots)
@@ -183,7 +183,7 @@ def _empty(model: Model, queue: _Queue, slots: int, max_new_tokens: int, shardin
 
 
 def _over_rows(state: Decoding, sharding: jax.sharding.NamedSharding) -> Decoding:
-    """Rows and their cache as `sharding` says; every device has all responses."""
+    """The shardings of the state: rows and their cache by `sharding`, responses replicated."""
     whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     rows = jax.tree.map(lambda _: sharding, (state.response, state.cache))
     return jax.tree.map(lambda _: whole, state)._replace(response=rows[0], cache=rows[1])
@@ -193,9 +193,9 @@ def _drain_all(
     queues: Sequence[_Queue], empty: Callable[[_Queue], Decoding], run: Callable[..., Decoding],
     progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """Samples each queue to its end.
+    """Decode every queue to its end.
 
-    When one fails, or the user interrupts, the others stop at their next refill.
+    If one fails, or the user interrupts, the others stop at their next refill.
     """
     stop, turn = threading.Event(), threading.Lock()
     total = sum(queue.total for queue in queues)
@@ -204,7 +204,8 @@ def _drain_all(
         state = empty(queue)
         try:
             while not (queue.empty or stop.is_set()):
-                # Only to dispatch: the program is compiled by one stream, and the others find it.
+                # The lock is held for the dispatch only: the first stream compiles the program, and
+                # the others find it in the cache.
                 with turn:
                     state = run(state, queue.next())
                 queue.collect(state)
@@ -226,7 +227,7 @@ def _drain_all(
 
 
 class _Queue:
-    """Bookkeeping on the host: responses that are decoded, to be sampled, and ended."""
+    """Bookkeeping on the host: which responses wait, are being decoded, and have ended."""
 
     def __init__(
         self,
@@ -260,10 +261,7 @@ class _Queue:
         return self.collected == self.total
 
     def next(self) -> Begun:
-        """What begins next, as `_refill_and_decode` takes it.
-
-        Prompts; place, prompt and sample of each response; how many; rows that may stay live.
-        """
+        """The next refill, for `_refill_and_decode`."""
         free = np.flatnonzero(self.holds < 0)[: self.chunk]
         jobs = np.arange(self.given, min(self.given + len(free), self.total))
         self.holds[free[: len(jobs)]] = jobs
@@ -274,13 +272,13 @@ class _Queue:
         place[: len(jobs)] = free[: len(jobs)]
         source, sample = np.zeros((2, self.chunk), np.int32)
         source[: len(jobs)], sample[: len(jobs)] = self.owner[jobs] - first, self.sample[jobs]
-        # While more prompts come the loop ends as soon as none waits: no row shall stand idle.
+        # While prompts are left, the loop ends as soon as no response waits, so no row is idle.
         until = self.rows if self.given < self.total else 0
         prompts = jax.tree.map(lambda x: x[chosen], self.prompts)
         return Begun(prompts, place, source, sample, np.int32(len(jobs)), np.int32(until))
 
     def collect(self, state: Decoding) -> None:
-        """Take over the responses that have ended."""
+        """Copy the responses that have ended, and free their slots."""
         seen = jax.tree.map(np.asarray, (state.tokens, state.logp, state.counts, state.finished))
         ended = (self.holds >= 0) & (seen[3] | (seen[2] == seen[0].shape[1]))
         for store, found in zip(self.ended, seen, strict=True):
@@ -289,7 +287,7 @@ class _Queue:
         self.holds[ended] = -1
 
     def samples(self) -> Samples:
-        """Everything, prompt by prompt, on the host."""
+        """All samples, prompt by prompt, on the host."""
         with on_host():
             prompts, ended = jax.tree.map(
                 jnp.asarray, (jax.tree.map(lambda x: x[self.owner], self.prompts), self.ended)
@@ -302,17 +300,17 @@ class _Queue:
 def _refill_and_decode(
     model, weights, key, state, begun: Begun, *, sampling: Sampling, sharding
 ) -> Decoding:
-    """Begin responses, then decode them: whenever a row ends, it takes a response that waits.
+    """Prefill responses, then decode: a row that has ended takes a response that waits.
 
-    Ends when none waits and at most ``begun.until`` rows are live. `weights` are the parameters,
-    and those for decoding.
+    The loop ends when none waits and at most ``begun.until`` rows are live. `weights` are the
+    parameters and their form for decoding.
     """
     params, fast = weights
     prompts, place, source, sample, count, until = jax.tree.map(jnp.asarray, begun)
     hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
     keys = jax.vmap(partial(row_key, key))(prompts.ids[source], sample)
     state = state._replace(
-        # Its old place has a new response now.
+        # A row that has ended must let go of its index, which may now belong to a new response.
         response=jnp.where(state.live, state.response, state.tokens.shape[0]),
         counts=state.counts.at[place].set(0, mode="drop"),
         finished=state.finished.at[place].set(False, mode="drop"),
@@ -322,7 +320,8 @@ def _refill_and_decode(
     waiting = Waiting(place, source, jnp.zeros((), jnp.int32), count, cache)
 
     def advance(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
-        # A loop, not a condition: its body works in place, and mostly it does not run.
+        # A loop and not a condition, because its body updates the cache in place; usually it does
+        # not run at all.
         state, waiting = jax.lax.while_loop(_may_hand_over, _hand_over, carry)
         return another_token(model, fast, state, sampling), waiting
 
@@ -341,7 +340,7 @@ def _may_hand_over(carry: tuple[Decoding, Waiting]) -> Bool[Array, ""]:
 
 
 def _hand_over(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
-    """Rows that are not live, some at a time, take the next responses that wait."""
+    """Give the next waiting responses to rows that are not live, a few rows at a time."""
     state, waiting = carry
     rows, some = state.response.shape[0], max(1, state.response.shape[0] // 16)
     free = jnp.nonzero(~state.live, size=some, fill_value=rows)[0]

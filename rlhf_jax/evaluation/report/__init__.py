@@ -1,6 +1,6 @@
 """`report.html` of a run: what was learnt, how it was measured, where it departs from the paper.
 
-`page` gathers what the template ``report.html.jinja`` writes: `claims` judges the claims of the
+`page` collects the values for the template ``report.html.jinja``: `claims` judges the claims of the
 paper, `figures` draws the charts, `results` reads the nested numbers. ``docs/results_schema.md``
 describes every key that is read.
 """

@@ -1,4 +1,4 @@
-"""The claims of the paper that a small run can check, judged by numbers of `results.json`."""
+"""The claims of the paper that a small run can check, judged by the numbers of `results.json`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from rlhf_jax.evaluation.report.results import number
 
 MAXIMAL_DROP = 0.05
-"""Accuracy that a reward model may lose on labelers it never learnt from."""
+"""Accuracy that a reward model may lose on labelers that it was not trained on."""
 MINIMAL_ACCURACY = 0.6
 MAXIMAL_KL = 30.0
-"""Nats per sequence up to which a policy counts as near its reference."""
+"""Largest KL, in nats per sequence, of a policy that counts as near its reference."""
 
 
 class Claim(NamedTuple):
-    """A claim, whether the run shows it (None: not measured), and the numbers that say so."""
+    """A claim, whether the run supports it (None: not measured), and the numbers for it."""
 
     text: str
     seen: bool | None

@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Model(NamedTuple):
-    """How a model is named, explained and coloured; the colours are the same in every chart."""
+    """Name, explanation and colour of a model; the colours are the same in every chart."""
 
     name: str
     meaning: str
@@ -52,7 +52,7 @@ CURVES = {
     "validation_loss": ("Validation loss", "nats per token"),
     "accuracy": ("Accuracy", "share of pairs"),
 }
-"""Metrics that are drawn: the title of the chart and the unit of its axis."""
+"""Metrics that are plotted: the title of the chart and the unit of its axis."""
 
 POLICIES = ("ppo", "ppo_ptx")
 
@@ -64,7 +64,7 @@ Each iteration has its own prompts, so the points scatter.
 
 
 class Figure(NamedTuple):
-    """A chart (markup) under its caption (text)."""
+    """A chart (markup) with its caption (text)."""
 
     caption: str
     svg: str
@@ -139,7 +139,7 @@ def tax(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def reward_model(results: Mapping[str, Any]) -> list[Figure]:
-    """Accuracy of the reward model beside the labelers' agreement, and its calibration."""
+    """Accuracy of the reward model compared with the labelers' agreement, and its calibration."""
     bars = []
     known = {"train_labelers": "RM, training", "heldout_labelers": "RM, held-out"}
     for group in dict.fromkeys([*known, *mapping(results, "rm_accuracy")]):
@@ -225,7 +225,7 @@ def time_of_stages(seconds: Mapping[str, float], text: charts.Format) -> list[Fi
 
 
 def stage_name(stage: str) -> str:
-    """The name of a stage as it is written on the page."""
+    """The name of a stage on the page."""
     return MODELS[stage].name if stage in MODELS else stage.replace("_", " ")
 
 
@@ -240,7 +240,7 @@ def _bars(values: Mapping[str, Any]) -> list[Bar]:
 
 
 def _scores(title: str, values: Mapping[str, Any], caption: str) -> list[Figure]:
-    """One chart of scores; those within 0..1 share that axis, so that charts can be compared."""
+    """One chart of scores; scores within 0..1 get that axis, so that charts can be compared."""
     bars = _bars(values)
     if not bars:
         return []
@@ -279,8 +279,8 @@ def _step_name(stages: Mapping[str, Rows]) -> str:
 def _line(stage: str, rows: Rows, x: str, y: str, *, smooth: int = 0) -> Line:
     """A curve of one stage.
 
-    It is smoothed where it has more than ten points: held-out loss is measured every few iterations
-    only.
+    It is smoothed if it has more than ten points; the held-out loss, measured only every few
+    iterations, has fewer.
     """
     points = pairs([row.get(x) for row in rows], [row.get(y) for row in rows])
     model = MODELS.get(stage)

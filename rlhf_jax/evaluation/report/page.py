@@ -1,4 +1,4 @@
-"""Gathers what the template of the report writes: results, metric rows and samples of a run."""
+"""Collect the values for the template of the report: results, metric rows and samples of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_jax.run import files
 TEMPLATE = "evaluation/report/report.html.jinja"
 
 ANSWERS_SHOWN = 3
-"""Prompts whose answers are open on the page; the others can be unfolded."""
+"""Number of prompts with visible answers; those of the others can be unfolded."""
 
 
 def write_report(
@@ -28,11 +28,11 @@ def write_report(
     samples: Sequence[Mapping[str, Any]] = (),
     departures: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Writes the report as one HTML file, whole or not at all.
+    """Write the report as one HTML file, completely or not at all.
 
     Args:
       path: where to write, for example ``runs/instructgpt/report.html``.
-      results: the numbers of `results.json`; the page names what is missing.
+      results: the numbers of `results.json`; the page lists those that are missing.
       history: metric rows by stage, ``{"ppo": [{"iteration": 0, "score": 0.1}, ...]}``, or one list
         of rows that each name their ``stage``.
       samples: ``{"prompt": str, "responses": {model: {"text": str, "gold_score": float}}}``, the
@@ -41,7 +41,7 @@ def write_report(
         paper.
 
     Returns:
-      The path written.
+      The path of the file.
     """
     page = render_report(results, history, samples, departures)
     path = Path(path)
@@ -82,7 +82,7 @@ def render_report(
 
 
 class _Headline(NamedTuple):
-    """The win rate of the final model; `prompts` is 0 where their number is not known."""
+    """The win rate of the final model; `prompts` is 0 if their number is not known."""
 
     value: str
     low: str
@@ -114,7 +114,7 @@ class _Card(NamedTuple):
 
 
 class _Answers(NamedTuple):
-    """A prompt and what each model answered."""
+    """A prompt and the answer of each model."""
 
     prompt: str
     cards: list[_Card]
@@ -124,7 +124,7 @@ def _answers(sample: Mapping[str, Any]) -> _Answers:
     responses = mapping(sample, "responses")
     scores = {key: number(responses, f"{key}.gold_score") for key in responses}
     best = max((score for score in scores.values() if score is not None), default=None)
-    # The models of the report come first and in its order, whatever else was sampled.
+    # The models of the report come first, in its order; other sampled models follow.
     ours = [key for key in MODELS if key in responses]
     others = [key for key in responses if key not in MODELS]
     cards = []
@@ -143,7 +143,7 @@ def _answers(sample: Mapping[str, Any]) -> _Answers:
 
 
 def _best_of(results: Mapping[str, Any]) -> str:
-    """The numbers of answers that the reward model chose from."""
+    """The values of n for which best-of-n was measured."""
     counts = mapping(results, "best_of_n").get("n") or ()
     return ", ".join(f"{n:g}" if finite(n) else str(n) for n in counts) or "not given"
 
@@ -153,7 +153,7 @@ def _departure(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Cost(NamedTuple):
-    """What a run took; `compiling` and `memory` are empty where they were not measured."""
+    """Time and memory of a run; `compiling` and `memory` are empty if they were not measured."""
 
     total: str
     compiling: str
@@ -193,7 +193,7 @@ def _by_stage(history: Mapping[str, Rows] | Rows) -> dict[str, Rows]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested mappings under dotted keys."""
+    """The leaves of nested mappings by dotted keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Careful reading of `results.json`: a number that is missing or not finite is read as None."""
+"""Tolerant reading of `results.json`: a number that is missing or not finite becomes None."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _required() -> Iterator[str]:
 
 
 REQUIRED = tuple(_required())
-"""Dotted keys of `results.json` that hold one finite number each."""
+"""Dotted keys of `results.json` that have one finite number each."""
 
 REQUIRED_MAPPINGS = ("gold_parts", "seconds", "config", "versions")
 
 
 def check_results(results: Mapping[str, Any]) -> list[str]:
-    """Names the keys that `results` lacks: absent, or not a finite number where one is due.
+    """The keys that are missing in `results`, or that are not the finite number they should be.
 
     Args:
       results: as written to `results.json` (docs/results_schema.md).
@@ -55,7 +55,7 @@ def check_results(results: Mapping[str, Any]) -> list[str]:
 
 
 def finite(value: Any) -> bool:
-    """Whether `value` is a number that can be drawn."""
+    """Whether `value` is a number that can be plotted."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -77,12 +77,12 @@ def interval(results: Mapping[str, Any], key: str) -> Interval:
 
 
 def mapping(results: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping at a key; an empty one where there is none."""
+    """The mapping at a key; an empty one if there is none."""
     value = results.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
 def pairs(xs: Any, ys: Any) -> list[tuple[float, float]]:
-    """Points of two lists, without those that have a coordinate that is not a finite number."""
+    """Points of two lists, without those that have a missing or non-finite coordinate."""
     points = zip(xs or (), ys or (), strict=False)
     return [(float(x), float(y)) for x, y in points if finite(x) and finite(y)]

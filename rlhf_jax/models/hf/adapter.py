@@ -1,11 +1,11 @@
-"""A LoRA adapter of PEFT beside its base model: merged into the weights while they are read.
+"""A PEFT LoRA adapter in the folder of its base model, merged into the weights as they are read.
 
-transformers applies an adapter that it finds beside the base, so leaving it out would load another
-model. Plain LoRA on the projections is merged, ``W + alpha / r * B A``; everything else that PEFT
-has is refused by its name.
+transformers applies an adapter that it finds beside the base, so ignoring it would load another
+model. Plain LoRA on the projections is merged, ``W + alpha / r * B A``; every other feature of PEFT
+is refused by its name.
 
 Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for
-  ``alpha / sqrt(r)``.
+``alpha / sqrt(r)``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _HARMLESS = {
     "eva_config", "corda_config", "loftq_config", "lora_ga_config", "megatron_core", "arrow_config",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "fan_in_fan_out",
 }  # fmt: skip
-"""Fields of adapter_config.json that change no merged weight: training alone, or what the tensors
-show themselves."""
+"""Fields of adapter_config.json that do not change the merged weights: they concern only training,
+or can be seen from the tensors."""
 _READ = {
     "peft_type",
     "r",
@@ -42,11 +42,11 @@ _READ = {
     "init_lora_weights",
 }
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base as it was; PiSSA and its kind change it."""
+"""Values of ``init_lora_weights`` that do not change the base, as PiSSA and similar methods do."""
 
 
 _OUT_IN = ("lm_head.weight", "score.weight")
-"""Matrices that GPT-2 keeps as (out, in) too."""
+"""Matrices that are stored as (out, in) in GPT-2 too."""
 
 
 class Adapter(NamedTuple):
@@ -63,11 +63,11 @@ class Adapter(NamedTuple):
     scale: float
 
     def applied(self, read: Read, *, transposed: bool) -> Read:
-        """A reader of tensors that adds the adapter to those it was trained on.
+        """A reader of tensors that adds the adapter to the matrices that it was trained on.
 
         Args:
           read: name -> tensor.
-          transposed: whether files keep matrices as (out, in); GPT-2's do not.
+          transposed: whether files store matrices as (out, in); those of GPT-2 do not.
         """
 
         def merged(name: str) -> Stored:
@@ -107,11 +107,11 @@ class _Merged:
 
 
 def find_adapter(folder: Path) -> Adapter | None:
-    """The adapter in a model folder, or None; the base has to be there too.
+    """The adapter in a model folder, or None; the base must be there too.
 
     Raises:
-      ValueError: it stands alone, is incomplete, or is more than plain LoRA; the message names
-        what.
+      ValueError: it has no base, is incomplete, or is more than plain LoRA; the message names the
+        file or setting.
     """
     description, weights = folder / ADAPTER_CONFIG, folder / ADAPTER
     if not description.exists() and not weights.exists():
@@ -143,16 +143,16 @@ def find_adapter(folder: Path) -> Adapter | None:
 
 
 def refuse_to_save_beside(folder: Path) -> None:
-    """Refuses to write a model over the base of an adapter.
+    """Refuse to write a model over the base of an adapter.
 
-    What was loaded there has the adapter in it already.
+    The model that was loaded from there already has the adapter merged, and loading would merge it
+    again.
 
     Args:
-      folder: that is to be written; it need not be there. An adapter alone in it waits for its
-        base.
+      folder: the folder to write; it need not exist. It may contain an adapter without a base.
 
     Raises:
-      ValueError: it holds a base and its adapter; nothing was written.
+      ValueError: it contains a base and its adapter; nothing was written.
     """
     adapter = next((name for name in (ADAPTER, ADAPTER_CONFIG) if (folder / name).exists()), None)
     if adapter and any(file.name != ADAPTER for file in folder.glob("*.safetensors")):
@@ -237,7 +237,7 @@ def _pairs(file: Path, rank: int) -> dict[str, tuple[Stored, Stored]]:
 
 
 def _check_targets(targets: Any, pairs: Mapping[str, Any], where: Path) -> None:
-    """The names that the config lists are those that have matrices; a pattern is left to PEFT."""
+    """Check that the listed `target_modules` have matrices; a regex pattern is not checked."""
     if not isinstance(targets, list):
         return
     for module in pairs:

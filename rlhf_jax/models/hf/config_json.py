@@ -14,7 +14,7 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes.
 
     Raises:
-      ValueError: a family or a feature this decoder does not have.
+      ValueError: a family or a feature that this decoder does not have.
     """
     kind = description.get("model_type")
     if not isinstance(kind, str) or kind not in NAMES:
@@ -52,18 +52,18 @@ _COUNTS = {
     **dict.fromkeys(("intermediate_size", "n_inner"), 10 * _MILLION),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 100_000),
 }
-"""Integers of a config.json and the largest that is accepted: far above every model there is."""
+"""Integers of a config.json and the largest accepted value, far above that of any known model."""
 
 
 _REALS = {
     **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), 1.0),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"), 1e15),
 }
-"""Numbers above 0, and the largest."""
+"""Positive numbers of a config.json, and the largest accepted value."""
 
 
 def check_number(name: str, value: Any, where: str) -> None:
-    """Refuses a size or constant of a model description that is not a number, or absurd.
+    """Refuse a size or constant of a model description that is not a number, or out of range.
 
     Args:
       name: of the field; fields that are neither a size nor a constant are accepted.
@@ -71,7 +71,7 @@ def check_number(name: str, value: Any, where: str) -> None:
       where: the file, for the message.
 
     Raises:
-      ValueError: it is.
+      ValueError: the value is refused.
     """
     if (
         name in _COUNTS
@@ -131,9 +131,8 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
             f"hidden_act={d['hidden_act']!r} is not supported: choose a model with silu"
         )
     attention, mlp = (bool(d.get(name, False)) for name in ("attention_bias", "mlp_bias"))
-    if (
-        kind == "qwen2"
-    ):  # its biases are fixed: on query, key and value, whatever attention_bias says
+    # Qwen2 always has biases on query, key and value, whatever attention_bias is.
+    if kind == "qwen2":
         attention = False
     if attention != mlp:
         raise ValueError(
@@ -159,9 +158,9 @@ def _llama_config(d: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of rotary positions.
+    """The rotary settings of config.json.
 
-    transformers 5 writes it as rope_parameters, earlier versions as rope_scaling.
+    transformers 5 writes them as rope_parameters, earlier versions as rope_scaling.
     """
     new, old = (d.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if (
@@ -184,13 +183,13 @@ def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 _MISTRAL_WINDOW = 4096
-"""The sliding window of Mistral's own config class where config.json gives none."""
+"""The sliding window of Mistral if config.json has none, the default of its config class."""
 
 
 def _context_within_window(d: Mapping[str, Any]) -> int:
-    """The context, up to the sliding window where there is one.
+    """The context length, limited to the sliding window if there is one.
 
-    Within it, attention is plain attention.
+    Up to that length, windowed attention is plain attention.
     """
     context, types = d["max_position_embeddings"], d.get("layer_types") or []
     if set(types) - {_LOCAL, _GLOBAL} or (types and len(types) != d["num_hidden_layers"]):
@@ -311,14 +310,14 @@ def hf_config(config: DecoderConfig, *, score: bool) -> dict[str, Any]:
     `score` names the sequence classifier instead of the language model.
 
     Raises:
-      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2, Qwen3 and Gemma 3.
+      ValueError: the parts are not those of GPT-2, Llama, Qwen2, Qwen3 or Gemma 3.
     """
     kind = family_of(config)
     task = (
         "ForSequenceClassification" if score else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     )
     if kind == "gemma3_text" and score:
-        task = f"Text{task}"  # the one without Text reads images too
+        task = f"Text{task}"  # the class without Text in its name also takes images
     shared = {
         "model_type": kind,
         "architectures": [ARCHITECTURES[kind] + task],

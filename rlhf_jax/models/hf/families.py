@@ -38,7 +38,7 @@ GPT2 = {
     "norm": "transformer.ln_f",
     "unembed": "lm_head",
     "blocks.attention_norm": "transformer.h.{}.ln_1",
-    # Files hold these three as one c_attn: stored.split_c_attn reads it, write._joined writes it.
+    # Files store these three as one c_attn: stored.split_c_attn reads it, write._joined writes it.
     "blocks.attention.query": "transformer.h.{}.attn.query",
     "blocks.attention.key": "transformer.h.{}.attn.key",
     "blocks.attention.value": "transformer.h.{}.attn.value",
@@ -100,11 +100,11 @@ def tensor_name(names: Mapping[str, str], path: tuple[str, ...]) -> str:
 
 
 def is_flipped(path: tuple[str, ...], *, transposed: bool) -> bool:
-    """Whether a file keeps this matrix as (out, in): all of them, or in GPT-2 the head only.
+    """Whether a file stores this matrix as (out, in): all of them, or in GPT-2 the head only.
 
     Args:
       path: of the parameter.
-      transposed: whether the family keeps its matrices so; GPT-2 does not.
+      transposed: whether the family stores its matrices that way; GPT-2 does not.
     """
     return path[-1] == "kernel" and (transposed or path[0] == "unembed")
 
@@ -113,7 +113,7 @@ def family_of(config: DecoderConfig) -> str:
     """The model_type under which a decoder is written.
 
     Raises:
-      ValueError: the mixture of parts is none of GPT-2, Llama, Qwen2, Qwen3 and Gemma 3.
+      ValueError: the parts are not those of GPT-2, Llama, Qwen2, Qwen3 or Gemma 3.
     """
     parts = (config.positions, config.norm, config.activation)
     gemma = (

@@ -29,12 +29,12 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
     """Load a Llama model from a GGUF file.
 
     Args:
-      path: of the file; a tokenizer.json beside it is preferred to the tokenizer in the file.
+      path: of the file; a tokenizer.json in its folder is preferred to the tokenizer in the file.
       dtype: of the parameters, to which quantised weights are expanded.
       shardings: where to put them; None = the default device.
 
     Returns:
-      The model, its parameters, and its tokenizer (None where neither is readable).
+      The model, its parameters, and its tokenizer (None if neither can be read).
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -49,7 +49,7 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
     check_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # the reader fails with whatever the bytes lead it to
+    except Exception as error:  # on corrupt bytes the reader raises errors of any type
         raise ValueError(f"{path} is corrupt ({error}): copy it again") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if len(tensors) < len(reader.tensors):
@@ -85,7 +85,7 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
 
 
 def _shape(tensor: Any) -> list[int]:
-    """The shape of a tensor as numpy has it; GGUF writes the axes in reverse."""
+    """The shape of a tensor in numpy's order; GGUF writes the axes in reverse."""
     return [int(size) for size in reversed(tensor.shape)]
 
 
@@ -105,9 +105,9 @@ class _Quantised:
 
 
 def _let_go(mapped: Any) -> None:
-    """Gives the pages of a mapped file back; they can be read again.
+    """Release the pages of a mapped file, which can be read again.
 
-    Until then they would count as memory of this process.
+    Until then they count as memory of this process.
     """
     while mapped is not None and not isinstance(mapped, mmap.mmap):
         mapped = getattr(mapped, "base", None)
@@ -130,7 +130,7 @@ _FIELDS = {
 
 
 def _is_unread(name: str) -> bool:
-    """Whether a field may say how the model computes and has not been read."""
+    """Whether a field was not read although it may affect how the model computes."""
     return name not in _FIELDS.values() and not name.startswith(("GGUF.", "tokenizer."))
 
 

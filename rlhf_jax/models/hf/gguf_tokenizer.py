@@ -25,7 +25,7 @@ def gguf_tokenizer(reader: Any) -> Any:
       reader: a `gguf.GGUFReader`.
 
     Returns:
-      A tokenizer of transformers; None where the file describes one of another kind.
+      A tokenizer of transformers; None if the file describes one of another kind.
 
     Raises:
       ValueError: the description contradicts itself.
@@ -38,11 +38,10 @@ def gguf_tokenizer(reader: Any) -> Any:
     if field("model") != "gpt2":
         return None
     import tokenizers
-    import transformers  # slow to import and 60 MB large, and only this needs it
+    import transformers  # slow to import, 60 MB large, and needed only here
     from tokenizers import decoders, models, pre_tokenizers
 
-    # How the text is cut before the merges: as GPT-2 does, and for SmolLM each digit by itself
-    # first.
+    # How text is split before the merges: as in GPT-2, and for SmolLM first into single digits.
     cuts = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
     if field("pre") not in cuts:
         return None
@@ -60,7 +59,7 @@ def gguf_tokenizer(reader: Any) -> Any:
             models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
         )
     except Exception as error:
-        # The Rust library raises a bare one where a merge makes a piece that is not a token.
+        # The Rust library raises a bare Exception if a merge gives a piece that is not a token.
         raise ValueError(
             f"the tokenizer of the GGUF file cannot be read ({error}): copy the file again"
         ) from error
@@ -92,7 +91,7 @@ def gguf_tokenizer(reader: Any) -> Any:
 
 
 def _add_ends(inner: Any, pieces: Sequence[str], field: Callable[[str], Any]) -> None:
-    """BOS and EOS around a text, where the file says that the model was trained so."""
+    """Add BOS and EOS around a text, if the file's add_bos_token and add_eos_token are true."""
     from tokenizers import processors
 
     ends = {}

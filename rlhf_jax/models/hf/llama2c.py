@@ -48,9 +48,15 @@ def load_llama2c(
     width, mlp_width, layers, heads, kv_heads, vocabulary, context = struct.unpack(
         "<7i", content[:28]
     )
-    sizes = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers,
-             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": abs(vocabulary),
-             "max_position_embeddings": context}  # fmt: skip
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": abs(vocabulary),  # a negative size marks an unembedding of its own
+        "max_position_embeddings": context,
+    }
     for name, value in sizes.items():
         check_number(name, value, str(path))
     config = DecoderConfig(
@@ -115,9 +121,9 @@ def _tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> dict[str,
 
 
 def _check_rotary_tables(config: DecoderConfig, tables: np.ndarray, path: Path) -> None:
-    """Checks that the file's tables of cosines and sines are those of the base that is assumed.
+    """Check that the file's tables of cosines and sines are those of the assumed rotary base.
 
-    The file has no field for the base. Tables of zeros say nothing.
+    The file has no field for the base. Tables of zeros are not checked.
     """
     frequencies = config.rotary_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     angles = np.arange(config.context_length)[:, None] * frequencies
@@ -132,7 +138,7 @@ def _check_rotary_tables(config: DecoderConfig, tables: np.ndarray, path: Path) 
 
 def _tokenizer(path: Path, config: DecoderConfig) -> Any:
     import tokenizers
-    import transformers  # slow to import, and only this needs it
+    import transformers  # slow to import, and needed only here
     from tokenizers import decoders, models, normalizers, processors
 
     scores = _pieces(path, config.vocab_size)
@@ -179,9 +185,9 @@ def _pieces(path: Path, vocab_size: int) -> dict[str, float]:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best score first.
+    """Every merge of two pieces into a third, the best score first.
 
-    llama2.c searches them greedily in this order.
+    llama2.c applies merges greedily in this order.
     """
     joined = sorted(
         (piece for piece in list(scores)[259:] if len(piece) > 1), key=lambda piece: -scores[piece]

@@ -31,19 +31,19 @@ def assemble(
     bias: np.floating | float = 0.0,
     check: Callable[[], None] = lambda: None,
 ) -> Params:
-    """Parameters of the shapes that `model` expects.
+    """Parameters in the shapes that `model` expects.
 
-    Every tensor is found, and `check` called, before the first of them is read.
+    Every tensor is looked up, and `check` called, before the first of them is read.
 
     Args:
-      model: whose parameters they are.
+      model: the model to which they belong.
       names: our module -> its name in the file (`families`).
       read: gives the tensors of the file.
       dtype: of the parameters.
       shardings: where to put them; None = the default device.
-      transposed: whether the file keeps matrices as (out, in).
+      transposed: whether the file stores matrices as (out, in).
       bias: of a score head, which has no tensor in a file.
-      check: raises where the file holds something that was not read.
+      check: raises if the file has something that was not read.
 
     Raises:
       ValueError: a tensor is missing or has another shape.
@@ -84,7 +84,7 @@ def _window_of(value: np.ndarray, index: Window) -> np.ndarray:
 def _place(
     shape: tuple[int, ...], dtype: Any, sharding: Any, make: Callable[[Window], np.ndarray]
 ) -> jax.Array:
-    """An array on its devices; each device's piece is made once."""
+    """An array on its devices; each device's shard is read once."""
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -96,7 +96,7 @@ def _place(
         placed = jax.device_put(piece((slice(None),) * len(shape)))
     else:
         placed = jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
-    # Without waiting, the pieces that are on their way to a device would add up on the host.
+    # Without waiting, the shards in transfer to a device would add up in host memory.
     return placed.block_until_ready()
 
 
@@ -106,11 +106,11 @@ def _read_piece(
     """The window `index` of a parameter.
 
     Args:
-      stored: the tensors that it is made of.
+      stored: the tensors that it consists of.
       dtype: of the parameter.
       index: a window of the parameter.
-      stacked: whether its first axis is the layer, each of which is a tensor of its own.
-      flip: whether the file keeps the matrix transposed.
+      stacked: whether its first axis is the layer; then each layer is a tensor of its own.
+      flip: whether the file stores the matrix transposed.
     """
     target = _aligned(tuple(part.stop - part.start for part in index), dtype)
     layers, window = (index[0], index[1:]) if stacked else (slice(0, 1), index)
@@ -121,7 +121,7 @@ def _read_piece(
 
 
 def _copy(source: Stored, window: Window, target: np.ndarray) -> None:
-    """Fills `target` from a window of the file, in its dtype, one block of rows after the other."""
+    """Fill `target`, in its dtype, from a window of the file, block by block of rows."""
     rows, *others = window
     for block in blocks(len(target), target.dtype.itemsize * math.prod(source.shape[1:])):
         target[block] = source[(slice(rows.start + block.start, rows.start + block.stop), *others)]

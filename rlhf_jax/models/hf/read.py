@@ -1,11 +1,11 @@
 """Reading a model folder (config.json, safetensors, tokenizer.json), or a GGUF file.
 
-No torch, no pickle, no remote code, and no path is ever built from a name found in a file: the
-shards are the ``*.safetensors`` files of the folder, whatever an index says. Headers are read with
-limits (`rlhf_jax.run.files`).
+There is no torch, no pickle and no remote code, and no path is built from a name found in a file:
+the shards are the ``*.safetensors`` files of the folder, whatever is in an index. Headers are read
+with limits (`rlhf_jax.run.files`).
 
-Memory: each parameter is allocated once, where its devices want it, and filled from the files a
-block of rows at a time.
+Memory: each parameter is allocated once, in its sharding, and filled from the files a block of rows
+at a time.
 """
 
 from __future__ import annotations
@@ -46,17 +46,16 @@ def load_hf(
 ) -> tuple[Model, Params, Any]:
     """Load a text model from a local folder or a GGUF file.
 
-    Folders may hold GPT-2, Llama, Mistral, Qwen2, Qwen3 or Gemma 3, GGUF files Llama.
+    Folders may contain GPT-2, Llama, Mistral, Qwen2, Qwen3 or Gemma 3 models, GGUF files Llama.
 
-    Each parameter goes from the file straight to its devices: the host never holds the model twice.
+    Each parameter is read from the file directly to its devices, so the host never has two copies.
     A folder with a score head (saved by `save_hf`, or a ``...ForSequenceClassification`` of one
     label) gives a scalar model. Compute is float32; for bfloat16 compute build the model again from
     ``replace(model.config, dtype=...)``.
 
-    Every tensor and every setting is read, or harmless, or refused by its name; a plain LoRA
-    adapter of PEFT beside the base is merged. What is read otherwise than config.json says is
-    printed. Ids that the tokenizer has no token for are in ``model.config.unused_ids`` and get no
-    probability.
+    Every tensor and every setting is read, harmless, or refused by its name; a plain LoRA adapter
+    of PEFT beside the base is merged. Deviations from config.json are printed. Ids without a token
+    in the tokenizer are in ``model.config.unused_ids`` and get probability 0.
 
     Args:
       path: a folder with config.json, safetensors and (optional) tokenizer.json; or a .gguf file.
@@ -67,8 +66,8 @@ def load_hf(
         ``partial(sharding.tree_shardings, mesh=mesh)``.
 
     Returns:
-      The model, its parameters, and the tokenizer (None where the folder holds no tokenizer.json; a
-      GGUF file describes its own where it is byte-level BPE).
+      The model, its parameters, and the tokenizer (None if the folder has no tokenizer.json; a GGUF
+      file describes its own if it is byte-level BPE).
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -116,7 +115,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_scalar(description: Mapping[str, Any], tensors: FolderTensors) -> bool:
-    """Whether the folder holds a reward model: it has a score head, which has one row."""
+    """Whether the folder has a reward model, that is, a score head with one row."""
     classifier = [
         n for n in description.get("architectures") or [] if n.endswith("ForSequenceClassification")
     ]
@@ -145,7 +144,7 @@ def _is_scalar(description: Mapping[str, Any], tensors: FolderTensors) -> bool:
 
 
 def _score_bias(description: Mapping[str, Any], tensors: FolderTensors) -> np.floating:
-    """What is added to ``hidden . score.weight``.
+    """The bias that is added to ``hidden . score.weight``.
 
     Our own exports have it in config.json, some others as a tensor.
     """
@@ -164,10 +163,10 @@ def _score_bias(description: Mapping[str, Any], tensors: FolderTensors) -> np.fl
 def _with_own_head(
     config: DecoderConfig, names: Mapping[str, str], tensors: FolderTensors, *, scalar: bool
 ) -> DecoderConfig:
-    """The config with `tied` as the file has the head.
+    """The config with `tied` set by the head in the file.
 
-    A head that equals the embedding is a second copy of it, and is skipped. One that differs unties
-    the two, as transformers does: a merged adapter that trained the head leaves such a file.
+    A head that equals the embedding is a second copy of it, and is skipped. If it differs, the two
+    are untied, as in transformers: merging an adapter that trained the head gives such a file.
     """
     head, embedding = f"{names['unembed']}.weight", f"{names['embed']}.weight"
     if not config.tied or head not in tensors or embedding not in tensors:
@@ -189,7 +188,7 @@ def _with_own_head(
 
 
 def _all_read(tensors: FolderTensors, config: DecoderConfig, adapter: Adapter | None) -> None:
-    """Refuses tensors that have not been read, in the base and in its adapter."""
+    """Refuse tensors that have not been read, in the base and in its adapter."""
     unread = {
         name: shape for name, shape in tensors.unread.items() if not is_buffer(name, config.layers)
     }

@@ -17,12 +17,12 @@ from rlhf_jax.models.hf.stored import Window, blocks
 from rlhf_jax.run.files import check_file, parse_json, written
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""The format's names of the types that are read; all others are quantised weights, or no
-weights."""
+"""The format's names of the types that are read; all others are for quantised weights, or for
+tensors that are not weights."""
 
 
 _HEADER_LIMIT = 100_000_000
-"""Most bytes of the header of a safetensors file, as the library has it."""
+"""Largest header of a safetensors file in bytes, the limit of the library."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class InFile:
     """A tensor of a safetensors file (`stored.Stored`).
 
     Attributes:
-      file: that holds it.
-      name: as the file has it.
-      shape: as the file has it.
+      file: the file that contains it.
+      name: its name in the file.
+      shape: its shape in the file.
       kind: the format's name of its type, such as "BF16".
     """
 
@@ -68,7 +68,7 @@ def tensors_of(file: Path) -> Iterator[InFile]:
 
 
 def _check_header(file: Path) -> None:
-    """Refuses headers that the library would accept: with a tensor twice, or nested without end."""
+    """Refuse headers that the library would accept: with a tensor twice, or nested too deeply."""
     check_file(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -110,13 +110,13 @@ def file_order(tensors: Mapping[str, Outgoing]) -> dict[str, Outgoing]:
 
 
 def write_file(file: Path, tensors: Mapping[str, Outgoing]) -> None:
-    """Writes a safetensors file a block at a time.
+    """Write a safetensors file block by block.
 
     The library's own writer needs all tensors in memory at once. The format: eight bytes of length,
     the header as JSON padded to a multiple of eight, then the tensors one after the other.
 
     Args:
-      file: to be written, whole or not at all.
+      file: the file to write; it is written completely or not at all.
       tensors: name -> tensor; each is fetched when its turn comes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,13 +1,13 @@
-"""Every setting of a config.json is read, known to change no number, refused or reported.
+"""Every setting of a config.json is read, known to be harmless, refused or reported.
 
-A decoder that ignores a setting still gives plausible logits, so none is skipped in silence:
+A decoder that ignores a setting still gives plausible logits, so no setting is silently skipped:
 
-* what `config_json.config_from_hf` reads is listed for each family (`_READ`);
-* what changes no number, or only training and sampling (which have settings of their own here), is
-  listed by the reason (`_HARMLESS`);
-* what would change a number is refused by its name and value, unless the value is the one that
-  leaves everything as it is (`_NEUTRAL`);
-* an unknown name is refused when it sounds like the forward pass (`_COMPUTES`), and otherwise
+* what `config_json.config_from_hf` reads is listed per family (`_READ`);
+* what does not change the logits, or only training and sampling (which have settings of their own
+  here), is listed by the reason (`_HARMLESS`);
+* what would change the logits is refused by its name and value, unless the value has no effect
+  (`_NEUTRAL`);
+* an unknown setting is refused if its name suggests the forward pass (`_COMPUTES`), and otherwise
   printed: a new harmless field of some library must not make a model unreadable.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCORE_BIAS = "rlhf_jax_score_bias"
-"""The setting of our own: the bias of a score head, for which the layout has no tensor."""
+"""Our own setting: the bias of a score head, for which the Hugging Face layout has no tensor."""
 
 _SHARED = {
     "model_type",
@@ -97,16 +97,16 @@ _HARMLESS = {
     },
     "our own": {SCORE_BIAS},
 }  # fmt: skip
-"""Why a setting changes no number of ours -> the settings."""
+"""The reason why settings do not change the numbers of this decoder -> those settings."""
 _KNOWN_HARMLESS = frozenset().union(*_HARMLESS.values())
 
 _OFF = (None, False, 0, "", "none", "default")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        ("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier",
-         "scale_emb", "residual_scale", "embedding_scale", "partial_rotary_factor", "rotary_pct",
-         "rope_scaling_factor",
-         "attention_factor", "rope_factor", "factor", "decoder_sparse_step", "ep_size"),
+        ("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale",
+         "lm_head_multiplier", "scale_emb", "residual_scale", "embedding_scale",
+         "partial_rotary_factor", "rotary_pct", "rope_scaling_factor", "attention_factor",
+         "rope_factor", "factor", "decoder_sparse_step", "ep_size"),
         (None, 1, 1.0),
     ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (None, 0, 1)),
@@ -117,24 +117,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (None, True, False),
     "n_ctx": (None,),
 }  # fmt: skip
-"""Settings of other decoders -> the values with which they are plain. Anything else that sounds so:
-`_OFF`."""
+"""Settings of other decoders -> the values with which they change nothing. Other settings that
+match `_COMPUTES` may have the values `_OFF`."""
 _REFUSED = re.compile(
-    r"^(scale_attn_\w+|add_cross_attention|cross_attention_hidden_size|is_encoder_decoder|pruned_heads|text_config"
-    r"|vision_config|audio_config|clip_qkv|alibi|dim_model_base|scale_depth|mup_\w+|depth_scale\w*"
-    r"|no_rope_layer\w*|mlp_only_layers|first_k_dense_replace)$"
+    r"^(scale_attn_\w+|add_cross_attention|cross_attention_hidden_size|is_encoder_decoder"
+    r"|pruned_heads|text_config|vision_config|audio_config|clip_qkv|alibi|dim_model_base"
+    r"|scale_depth|mup_\w+|depth_scale\w*|no_rope_layer\w*|mlp_only_layers|first_k_dense_replace)$"
 )
 _COMPUTES = re.compile(
-    r"scal|soft_?cap|logit|mlp|glu|(^|_)ffn|(^|_)gated?(_|$)|mamba|(^|_)ssm|multiplier|norm|rope|rotary|bias|window"
-    r"|expert|moe|attn|attention|attend|alibi|parallel|clip|clamp"
-    r"|quant|compress|activation|hidden_act|residual|lora|router|mtp|nextn|layer|position|embed|head|causal|multimodal"
-    r"|vision|audio|tie_|kv_"
+    r"scal|soft_?cap|logit|mlp|glu|(^|_)ffn|(^|_)gated?(_|$)|mamba|(^|_)ssm|multiplier"
+    r"|norm|rope|rotary|bias|window|expert|moe|attn|attention|attend|alibi|parallel|clip|clamp"
+    r"|quant|compress|activation|hidden_act|residual|lora|router|mtp|nextn|layer|position"
+    r"|embed|head|causal|multimodal|vision|audio|tie_|kv_"
 )
-"""What is in the names of settings that change what a decoder computes."""
+"""Parts of the names of settings that are likely to change what a decoder computes."""
 
 
 def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuses a config.json with a setting that this decoder does not compute.
+    """Refuse a config.json with a setting that this decoder does not implement.
 
     Args:
       description: the content of config.json; its ``model_type`` is a family of `_READ`.
@@ -171,7 +171,7 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tell_unread(what: str, unknown: Mapping[str, Any]) -> None:
-    """Prints the names and values of settings that are not read, if there are any.
+    """Print the names and values of settings that are not read, if there are any.
 
     Args:
       what: the file and what it has, ``"config.json has settings"``.
@@ -183,7 +183,7 @@ def tell_unread(what: str, unknown: Mapping[str, Any]) -> None:
 
 
 def _is_plain(name: str, value: Any, description: Mapping[str, Any]) -> bool:
-    """Whether a setting that is not read has the value of a plain decoder."""
+    """Whether a setting that is not read has a value without effect."""
     derived = {
         "n_ctx": description.get("n_positions"),
         "num_heads": description.get("num_attention_heads"),
@@ -226,12 +226,13 @@ def _head_dim(description: Mapping[str, Any]) -> int:
 
 
 _CLASSES = re.compile(
-    r"(gpt2|llama|mistral|qwen2|qwen3|gemma3|gemma3text)(model|lmheadmodel|forcausallm|forsequenceclassification)"
+    r"(gpt2|llama|mistral|qwen2|qwen3|gemma3|gemma3text)"
+    r"(model|lmheadmodel|forcausallm|forsequenceclassification)"
 )
 
 
 def _check_architecture(kind: str, names: Any) -> None:
-    """The class that wrote the model is a plain language model or classifier, of its own family."""
+    """Check that `architectures` is a plain language model or classifier of this model_type."""
     if names is None or names == []:
         return
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -246,7 +247,7 @@ def _check_architecture(kind: str, names: Any) -> None:
 
 
 def check_rope(rope: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Refuses a field of a rope description that its kind does not read.
+    """Refuse a field of a rope description that its kind does not read.
 
     Args:
       rope: ``rope_scaling`` or ``rope_parameters``, or one part of them.
@@ -267,33 +268,34 @@ def check_rope(rope: Mapping[str, Any], names: tuple[str, ...], where: str) -> N
 
 
 _GGUF_HARMLESS = re.compile(
-    r"general\.(?!type$).*|quantize\..*|split\.(no|tensors\.count)|llama\.(tensor_data_layout|rope\.scaling\.finetuned"
-    r"|rope\.scaling\.original_context_length|context_length|attention\.layer_norm_epsilon|leading_dense_block_count)"
+    r"general\.(?!type$).*|quantize\..*|split\.(no|tensors\.count)"
+    r"|llama\.(tensor_data_layout|rope\.scaling\.finetuned|rope\.scaling\.original_context_length"
+    r"|context_length|attention\.layer_norm_epsilon|leading_dense_block_count)"
 )
-"""Fields of a GGUF file that change no number: names, sources, and how it was quantised."""
+"""Fields of a GGUF file that do not change the logits: names, sources, and how it was quantised."""
 _GGUF_PLAIN: dict[str, tuple[Any, ...]] = {
     "general.type": ("model",),
     "split.count": (0, 1),
     "llama.attention.causal": (True,),
     "llama.use_parallel_residual": (False,),
     **dict.fromkeys(
-        ("llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.attn_factor", "llama.logit_scale",
-         "llama.residual_scale", "llama.embedding_scale", "llama.rope.scale"),
+        ("llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.attn_factor",
+         "llama.logit_scale", "llama.residual_scale", "llama.embedding_scale", "llama.rope.scale"),
         (1, 1.0),
     ),
 }  # fmt: skip
-"""Fields of a GGUF file -> the values with which the model is plain; of other fields of its family:
-`_OFF`."""
+"""Fields of a GGUF file -> the values with which they change nothing; other fields of its family
+may have the values `_OFF`."""
 
 
 def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
-    """Refuses a GGUF file with a field that changes numbers and that nothing reads.
+    """Refuse a GGUF file with a field that changes the logits and is not read.
 
-    Fields that are unknown here are printed.
+    Unknown fields are printed.
 
     Args:
       path: of the file.
-      fields: those that nothing reads.
+      fields: those that are not read.
       plain: field -> the value that follows from what is read.
 
     Raises:

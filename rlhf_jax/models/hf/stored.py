@@ -1,4 +1,4 @@
-"""Tensors that are still in a file, and are read a window at a time.
+"""Tensors in files that are read by windows.
 
 A window is a range of indices for each axis. Reading by windows keeps the memory beside the
 parameters to a few blocks of `BLOCK` bytes, whatever the size of a tensor.
@@ -36,15 +36,15 @@ class Stored(Protocol):
 
 
 Read = Callable[[str], Stored]
-"""Name of a tensor -> the tensor; a ValueError where it is missing."""
+"""Name of a tensor -> the tensor; raises ValueError if it is missing."""
 
 
 def blocks(rows: int, row_size: int) -> Iterator[slice]:
-    """Cuts rows into blocks of about `BLOCK` bytes.
+    """Cut rows into blocks of about `BLOCK` bytes.
 
     Args:
-      rows: how many there are.
-      row_size: bytes of a whole row: reading part of a row from a file brings in all of it.
+      rows: number of rows.
+      row_size: bytes of a whole row, because reading part of a row from a file reads all of it.
     """
     step = max(1, BLOCK // max(1, row_size))
     for start in range(0, rows, step):
@@ -60,7 +60,7 @@ def checked(name: str, value: Stored, shape: tuple[int, ...]) -> Stored:
     """`value` itself.
 
     Raises:
-      ValueError: it has not the shape that config.json asks for.
+      ValueError: its shape is not the one that follows from config.json.
     """
     if tuple(value.shape) != shape:
         raise ValueError(
@@ -85,7 +85,7 @@ class _Columns:
 
 
 def split_c_attn(read: Read, config: DecoderConfig) -> Read:
-    """A reader that serves GPT-2's one matrix ``c_attn [D, 3D]`` as query, key and value."""
+    """A reader that splits GPT-2's matrix ``c_attn [D, 3D]`` into query, key and value."""
 
     def split(name: str) -> Stored:
         for index, part in enumerate(("query", "key", "value")):
@@ -98,17 +98,17 @@ def split_c_attn(read: Read, config: DecoderConfig) -> Read:
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of a query or key matrix (out, in).
+    """Reorder the rows of a query or key matrix (out, in).
 
-    Files of GGUF and llama2.c rotate the neighbours (0, 1), (2, 3), ..; this decoder rotates row i
-    of a head together with row i + head_dim / 2.
+    GGUF and llama2.c files pair the neighbouring rows (0, 1), (2, 3), .. for rotation; this decoder
+    pairs row i of a head with row i + head_dim / 2.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def unpermuted(read: Read, config: DecoderConfig) -> Read:
-    """A reader that puts queries and keys into the order in which this decoder rotates them."""
+    """A reader that reorders queries and keys to the rotary layout of this decoder."""
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
 
     def unpermute(name: str) -> Stored:

@@ -1,6 +1,6 @@
-"""The tensors of a model folder: which files hold them, and an error for each that is not read.
+"""The tensors of a model folder: which files contain them, and an error for those not read.
 
-Everything here reads headers only. The one exception is a tied head that a file holds a second
+Everything here reads headers only. The one exception is a tied head that a file contains a second
 time, which is compared with the embedding (`same_values`).
 """
 
@@ -21,7 +21,7 @@ from rlhf_jax.run.files import PLAIN_NAME, read_json
 INDEX = "model.safetensors.index.json"
 
 _OTHER_COPIES = re.compile(r"consolidated([.-].*)?\.safetensors")
-"""Mistral's and Meta's own layout of the same weights, beside that of Hugging Face."""
+"""Files of the same weights in the layouts of Mistral and Meta, next to those of Hugging Face."""
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLED_PARTS = (
@@ -32,14 +32,13 @@ _PICKLED_PARTS = (
     "lm_head.bin",
     "score.bin",
 )
-"""Pickles that people keep beside a model as a part of it; ``pytorch_model.bin`` is a copy of the
-whole."""
+"""Pickles that can be a part of the model; ``pytorch_model.bin`` is a copy of the whole model."""
 
 
 class FolderTensors:
     """The tensors of a model folder by their full names, and which of them have been read.
 
-    Calling it gives a tensor and counts it as read; `peek` gives it without counting.
+    Calling it returns a tensor and marks it as read; `peek` returns it without marking it.
     """
 
     def __init__(self, path: Path):
@@ -58,7 +57,7 @@ class FolderTensors:
         self._check_index()
 
     def _check_index(self) -> None:
-        """Compares the folder with its index, which is used only to find out what is missing."""
+        """Compare the folder with its index, which is used only to find out what is missing."""
         if not (self.path / INDEX).exists():
             return
         index = read_json(self.path / INDEX)
@@ -92,16 +91,16 @@ class FolderTensors:
         return name in self._tensors
 
     def __call__(self, name: str) -> Stored:
-        """The tensor, counted as read."""
+        """The tensor, marked as read."""
         tensor = self.peek(name)
         self.read.add(name)
         return tensor
 
     def peek(self, name: str) -> InFile:
-        """The tensor, without counting it as read.
+        """The tensor, without marking it as read.
 
         Raises:
-          ValueError: the folder holds none of that name, or its numbers are quantised.
+          ValueError: the folder has no tensor of that name, or it is quantised.
         """
         if name not in self._tensors:
             raise ValueError(
@@ -135,10 +134,10 @@ class FolderTensors:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files whose tensors make up the model of a folder.
+    """The safetensors files of the model in a folder.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there are none.
       ValueError: a part of the model is a pickle, which is never read.
     """
     for name in _PICKLED_PARTS:
@@ -163,9 +162,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, InFile]) -> None:
-    """Checks that index and files describe one model.
+    """Check that index and files describe the same model.
 
-    No tensor is in another file than the index says, and no file is missing from the index.
+    Every tensor must be in the file that the index gives, and every file must be in the index.
 
     Args:
       folder: of the model.
@@ -194,15 +193,14 @@ def check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[st
 
 
 _WRAPPERS = re.compile(r"^((_orig_mod|module|_fsdp_wrapped_module|base_model\.model)\.)+")
-"""What torch.compile, data parallelism and PEFT put before every name."""
+"""Prefixes that torch.compile, data parallelism and PEFT put before every name."""
 _BARE = {"wte": "transformer", "wpe": "transformer", "h": "transformer", "ln_f": "transformer",
          "embed_tokens": "model", "layers": "model", "norm": "model"}  # fmt: skip
-"""First part of a name of a model that was saved without its head -> the part that goes before
-it."""
+"""First part of a name in a model that was saved without its head -> the prefix that is missing."""
 
 
 def full_name(name: str) -> str:
-    """A tensor's name as a whole language model has it.
+    """A tensor's name in the complete language model.
 
     >>> full_name("_orig_mod.layers.0.mlp.up_proj.weight")
     'model.layers.0.mlp.up_proj.weight'
@@ -214,14 +212,15 @@ def full_name(name: str) -> str:
 
 _BUFFERS = re.compile(
     r"transformer\.h\.(?P<gpt2>\d+)\.attn\.(bias|masked_bias)"
-    r"|model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb"
+    r"\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
 )
 
 
 def is_buffer(name: str, layers: int) -> bool:
-    """Whether a tensor is one that the modelling code computes by itself.
+    """Whether a tensor is a buffer that the modelling code computes itself.
 
-    Those are causal masks and rotary frequencies.
+    These are causal masks and rotary frequencies.
 
     >>> is_buffer("transformer.h.0.attn.bias", 2), is_buffer("transformer.h.2.attn.bias", 2)
     (True, False)
@@ -235,12 +234,13 @@ _KINDS = (
      "a LoRA adapter that was not merged: merge it (merge_and_unload) and save the result"),
     (r"^(pretrained_model\.|v_head|value_head|.*\.v_head|.*value_head|summary)",
      "a value head, as TRL's models have: pass the model that it was put on, saved without it"),
-    (r"^(score|classifier|regression_head|reward_head|multiple_choice_head|qa_outputs|rank_head|critic)\b",
+    (r"^(score|classifier|regression_head|reward_head|multiple_choice_head|qa_outputs|rank_head"
+     r"|critic)\b",
      "a head for another task: a reward model has score.weight of one row"),
-    (r"^lm_head\.", "an unembedding beside what config.json asks for: take it out, or pass the language "
-        "model"),
-    (r"qweight|qzeros|\.scales$|g_idx|weight_scale|input_scale|absmax|quant_map|quant_state|\.SCB$|weight_format"
-     r"|weight_packed|_zero_point|nested_",
+    (r"^lm_head\.",
+     "an unembedding beside what config.json asks for: take it out, or pass the language model"),
+    (r"qweight|qzeros|\.scales$|g_idx|weight_scale|input_scale|absmax|quant_map|quant_state|\.SCB$"
+     r"|weight_format|weight_packed|_zero_point|nested_",
      "of quantised weights: choose the model's weights that are not quantised"),
     (r"(^|\.)(mtp|nextn|eagle|medusa)|\.(eh_proj|enorm|hnorm|shared_head)\b",
      "of layers that predict several tokens, which this decoder has not: choose a model without "
@@ -249,16 +249,16 @@ _KINDS = (
      "of a model that reads images or sound: pass its text model alone"),
     (r"experts|\.router|block_sparse_moe|\.mlp\.gate\.weight|shared_expert",
      "of a mixture of experts, which this decoder is not: choose a dense model"),
-    (r"\.[qk]_norm\.", "a norm of queries or keys, which config.json does not announce: model_type qwen3 has "
-        "them"),
-    (r"_proj\.bias$|\.bias$", "a bias that config.json does not announce (attention_bias, mlp_bias, "
-        "model_type)"),
+    (r"\.[qk]_norm\.",
+     "a norm of queries or keys, which config.json does not announce: model_type qwen3 has them"),
+    (r"_proj\.bias$|\.bias$",
+     "a bias that config.json does not announce (attention_bias, mlp_bias, model_type)"),
 )  # fmt: skip
-"""A pattern in the name of a tensor that was not read -> what it is, and what mends it."""
+"""A pattern in the name of a tensor that was not read -> what it is, and what to do about it."""
 
 
 def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int) -> None:
-    """Names the tensors of a model that nothing reads, if there are any.
+    """Raise an error that names tensors which were not read, if there are any.
 
     Args:
       where: folder or file.
@@ -266,7 +266,7 @@ def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int)
       layers: blocks of the decoder.
 
     Raises:
-      ValueError: there are some.
+      ValueError: `unread` is not empty.
     """
     if not unread:
         return
@@ -283,15 +283,21 @@ def refuse_unread(where: Path, unread: Mapping[str, Sequence[int]], layers: int)
 def _kind(name: str, layers: int) -> str:
     place = re.search(r"\b(?:layers|h|blk)\.(\d+)\.", name)
     if place and int(place[1]) >= layers:
-        return f"of layer {place[1]}, and config.json says {layers} layers: it is another model's config.json"
+        return (
+            f"of layer {place[1]}, and config.json says {layers} layers: it is another model's "
+            "config.json"
+        )
     for pattern, meaning in _KINDS:
         if re.search(pattern, name):
             return meaning
-    return "no part of the decoder that config.json describes: pass the folder of the plain model, or take it out"
+    return (
+        "no part of the decoder that config.json describes: pass the folder of the plain model, or "
+        "take it out"
+    )
 
 
 def same_values(one: Any, other: Any, blocks: Iterator[slice]) -> bool:
-    """Whether two tensors of a file hold the same numbers, as the coarser of their types has them.
+    """Whether two tensors of a file have the same values in the coarser of their types.
 
     Args:
       one: a tensor `[V, D]` that is read by windows.

@@ -1,4 +1,4 @@
-"""The tokenizer in a model folder, and what config.json says of its special tokens."""
+"""The tokenizer in a model folder, and the ids of its special tokens for config.json."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rlhf_jax.run.files import check_tokenizer
 
 
 def model_tokenizer(folder: Path, config: DecoderConfig) -> Any:
-    """The tokenizer in a model folder; None where there is none.
+    """The tokenizer in a model folder; None if there is none.
 
     Raises:
-      ValueError: it cannot be read, or could give ids that the model has no embedding for.
+      ValueError: it cannot be read, or could give ids for which the model has no embedding.
     """
     if not (folder / "tokenizer.json").exists():
         return None
@@ -27,25 +27,26 @@ def model_tokenizer(folder: Path, config: DecoderConfig) -> Any:
 
 
 def save_tokenizer(path: Path, tokenizer: Any) -> None:
-    """Writes a tokenizer with its chat templates into a model folder.
+    """Write a tokenizer with its chat templates into a model folder.
 
     Raises:
       OSError: the disk is full or the folder cannot be written.
     """
-    # Its own writer leaves the templates of an earlier save, and loading would take them for its
-    # own.
+    # The tokenizer's own writer does not delete the templates of an earlier save, and loading would
+    # use them.
     for old in (*path.glob("chat_template.jinja"), *path.glob("additional_chat_templates/*.jinja")):
         old.unlink()
     try:
         tokenizer.save_pretrained(path)
     except Exception as error:
-        if type(error) is not Exception:  # the Rust writer raises a bare one where a disk is full
+        # The Rust writer raises a bare Exception if the disk is full.
+        if type(error) is not Exception:
             raise
         raise OSError(f"the tokenizer could not be written to {path}: {error}") from error
 
 
 def template_names(tokenizer: Any) -> list[Any]:
-    """Names of a tokenizer's chat templates where it has several: each is saved under its name."""
+    """Names of a tokenizer's chat templates if it has several; each is saved under its name."""
     templates = getattr(tokenizer, "chat_template", None)
     return list(templates) if isinstance(templates, dict) else []
 
@@ -53,15 +54,15 @@ def template_names(tokenizer: Any) -> list[Any]:
 def special_ids(tokenizer: Any, rows: int) -> dict[str, int | list[int]]:
     """Ids of BOS, of padding and of all that end a response, for config.json.
 
-    Padding never has the id of EOS or of the end of a turn, even where the tokenizer says so, nor
-    one beyond the embedding, as in a tokenizer that was given a padding token later.
+    Padding never gets the id of EOS or of the end of a turn, even if the tokenizer has it so, nor
+    an id beyond the embedding, which a padding token that was added later may have.
 
     Args:
       tokenizer: of transformers.
       rows: of the embedding.
 
     Returns:
-      ``bos_token_id``, ``eos_token_id`` (a list where there are several) and ``pad_token_id``.
+      ``bos_token_id``, ``eos_token_id`` (a list if there are several) and ``pad_token_id``.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = [] if eos is None else list(exported_end_ids(tokenizer))

@@ -40,24 +40,25 @@ def save_hf(
 ) -> None:
     """Write a folder that `load_hf` and transformers read: weights, config, tokenizer, model card.
 
-    The folder and all its files are on the disk when this returns. Tensors keep the dtype of
-    `params` (bfloat16 included). The Hugging Face layout has no tensor for the bias of a score
-    head: it goes to config.json as ``rlhf_jax_score_bias``, and score = logits + bias. A sequence
-    classifier of transformers reads the last token that is not ``pad_token_id``, so the id written
-    there is never that of EOS.
+    The folder and all its files have been synced to disk when this returns. Tensors keep the dtype
+    of `params` (bfloat16 included). The Hugging Face layout has no tensor for the bias of a score
+    head, so it is written to config.json as ``rlhf_jax_score_bias``: score = logits + bias. A
+    sequence classifier of transformers reads the last token that is not ``pad_token_id``, so that
+    id is never the one of EOS.
 
     Args:
       path: the folder; weights and, with a tokenizer, chat templates of an earlier save in it are
         removed.
       model: as from `language_model` or `scalar_model`.
       params: its parameters, on any devices. Where they are sharded over several processes, all
-        call this together; process 0 writes, and holds at most a layer of what the others have.
+        call this together; process 0 writes, and has at most a layer of the others' shards at a
+        time.
       tokenizer: saved beside them, with its chat template.
       max_shard_size: bytes of tensors in one file; above it there are several and an index.
 
     Raises:
-      ValueError: the model has no config, its mixture of parts is no known family, or the folder
-        holds a base with an adapter.
+      ValueError: the model has no config, its parts are not those of a known family, or the folder
+        contains a base with an adapter.
       OSError: a file could not be written.
     """
     if not isinstance(model.config, DecoderConfig):
@@ -79,7 +80,8 @@ def save_hf(
     ):
         for names in _shards(tensors, max_shard_size):
             for tensor in file_order({name: tensors[name] for name in names}).values():
-                tensor.fetch()  # Takes part in what process 0 gathers, in the same order.
+                # The gather is collective: every process calls it, in the order of process 0.
+                tensor.fetch()
         return
     special = {} if tokenizer is None else special_ids(tokenizer, model.config.vocab_size)
     make_folder(path)
@@ -110,20 +112,20 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _card(description: Mapping[str, Any]) -> str:
-    """The model card. That of a reward model says what has to be added to the logits."""
+    """The model card; for a reward model it gives the bias to add to the logits."""
     head = "---\nlibrary_name: transformers\ntags:\n- rlhf_jax\n---\n\n"
-    loading = f"Loads with `rlhf_jax.load_hf(folder)` or as transformers' `{description['architectures'][0]}`.\n"
+    loading = (
+        "Loads with `rlhf_jax.load_hf(folder)` or as transformers' "
+        f"`{description['architectures'][0]}`.\n"
+    )
     if SCORE_BIAS not in description:
         return f"{head}# Language model\n\n{loading}"
     bias = description[SCORE_BIAS]
     return (
         f"{head}# Reward model\n\n{loading}\nThe score of a text is `logits[:, 0] + {bias!r}`: the "
-        "layout of a "
-        f"sequence classifier has no bias, so it stands in `config.json` as `{SCORE_BIAS}`. With "
-        "it the labelers' "
-        "demonstrations score 0 on average. Pad on the right; the score is read at the last token "
-        "that is not "
-        "`pad_token_id`.\n"
+        "layout of a sequence classifier has no bias, so it stands in `config.json` as "
+        f"`{SCORE_BIAS}`. With it the labelers' demonstrations score 0 on average. Pad on the "
+        "right; the score is read at the last token that is not `pad_token_id`.\n"
     )
 
 
@@ -185,7 +187,7 @@ def _pull(piece: jax.Array, layer: int | None) -> np.ndarray:
 
 
 def _joined(tensors: dict[str, Outgoing], layer: int) -> dict[str, Outgoing]:
-    """A layer of GPT-2 with its query, key and value as one c_attn."""
+    """A layer of GPT-2 with query, key and value joined as c_attn."""
     for leaf in ("weight", "bias"):
         parts = [
             tensors.pop(f"transformer.h.{layer}.attn.{part}.{leaf}")
@@ -202,7 +204,7 @@ def _side_by_side(parts: Sequence[Outgoing]) -> np.ndarray:
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Outgoing], max_shard_size: int) -> None:
-    """One file, or several and their index; the weights of an earlier save go first."""
+    """Write one file, or several and an index, after deleting the weights of an earlier save."""
     for old in (
         *folder.glob("model.safetensors"),
         *folder.glob("model-*-of-*.safetensors"),
@@ -222,7 +224,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Outgoing], max_shard_size:
 
 
 def _shards(tensors: Mapping[str, Outgoing], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes; a larger tensor has a file of its own."""
+    """Group names into files of at most `limit` bytes; a larger tensor gets its own file."""
     shards: list[list[str]] = [[]]
     free = limit
     for name, tensor in tensors.items():

@@ -211,8 +211,9 @@ def few_shot_prompts(
 
 
 def answer(
-    network: networks.Network, reward: networks.Network, judge: Any, prompts: Sequence[schema.Prompt], ask: Ask,
-    count: int, config: ConfigDict, mesh: jax.sharding.Mesh,
+    network: networks.Network, reward: networks.Network, judge: Any,
+    prompts: Sequence[schema.Prompt], ask: Ask, count: int, config: ConfigDict,
+    mesh: jax.sharding.Mesh,
 ) -> Answers:  # fmt: skip
     """`count` samples of each prompt, with gold score, reward-model score and length.
 

@@ -26,6 +26,7 @@ from rlhf_jax.data.prepare.preferences import entries
 from rlhf_jax.evaluation.departures import departures
 from rlhf_jax.evaluation.report import check_results, write_report
 from rlhf_jax.evaluation.summary import agreement, headline
+from rlhf_jax.ppo import RANKING_ARGUMENTS
 from rlhf_jax.run import (
     asking,
     checks,
@@ -47,7 +48,6 @@ from rlhf_jax.run.plans import Step, describe
 from rlhf_jax.run.ppo import settings
 from rlhf_jax.run.stages import Measure, Stage, Stages
 from rlhf_jax.run.workdir import CONFIG_FILE, HARMLESS, change_allowed
-from rlhf_jax.steps import RANKING_ARGUMENTS
 
 STAGES = tuple(reads.VERSIONS)
 SMOKE = "This is a smoke run: it shows that every stage runs, and its numbers mean nothing."

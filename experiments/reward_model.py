@@ -29,6 +29,7 @@ from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
 from rlhf_jax.evaluation.held_out_rankings import Scores, evaluate
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.ppo import RANKING_ARGUMENTS
 from rlhf_jax.run import (
     checks,
     cli,
@@ -49,7 +50,7 @@ from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.console import Progress
 from rlhf_jax.run.loop import Loop, Settings
-from rlhf_jax.steps import RANKING_ARGUMENTS, compile_frozen_step, make_reward_step, train_state
+from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
 
 LOWER = (

@@ -35,20 +35,12 @@ from rlhf_jax.ops import (
     shaped_rewards,
     whiten,
 )
+from rlhf_jax.ppo import PPO, Losses, Optimizers
 from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
 from rlhf_jax.run.config import fn_spec, load_config, resolve
 from rlhf_jax.sampling.generate import Sampling, generate
 from rlhf_jax.sampling.refill import Rows, generate_many
-from rlhf_jax.steps import (
-    PPO,
-    Losses,
-    Optimizers,
-    compile_step,
-    make_ppo_step,
-    make_reward_step,
-    make_sft_step,
-    train_state,
-)
+from rlhf_jax.steps import compile_step, make_ppo_step, make_reward_step, make_sft_step, train_state
 from rlhf_jax.types import (
     Cache,
     KLState,

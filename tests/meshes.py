@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import optim, scoring, sharding, steps
+from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.models import language_model, scalar_model
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.sampling.generate import Sampling, generate
@@ -164,8 +165,8 @@ def ppo_steps(mesh, policy, value, params, place):
         steps.make_ppo_step(
             policy,
             value,
-            steps.Optimizers(TX, TX),
-            steps.PPO(minibatches=2, ptx_coef=1.0),
+            ppo_lib.Optimizers(TX, TX),
+            ppo_lib.PPO(minibatches=2, ptx_coef=1.0),
             batch_sharding=sharding.batch_sharding(mesh),
         ),
         state_sharding=where,

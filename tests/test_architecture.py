@@ -33,8 +33,19 @@ MAY_IMPORT = {
     "sharding": {"types", "run.processes"},
     "kl_control": {"types"},
     "guard": {"types"},
+    "ppo": {"types", "losses"},
     "update": {"types", "ops", "optim", "guard"},
-    "steps": {"types", "ops", "losses", "scoring", "guard", "update", "backends", "log_probs"},
+    "steps": {
+        "types",
+        "ops",
+        "losses",
+        "ppo",
+        "scoring",
+        "guard",
+        "update",
+        "backends",
+        "log_probs",
+    },
     # `data`: an exported model says what ends its responses, which its tokenizer and chat template know.
     "models": {"types", "ops", "backends", "run.files", "run.processes", "data"},
     "sampling": {"types", "ops", "backends", "models"},
@@ -141,6 +152,7 @@ MAY_IMPORT = {
     "run.pipeline": set(),
     "run.plans": set(),
     "run.ppo": {
+        "ppo",
         "types",
         "data",
         "sampling",
@@ -402,7 +414,7 @@ TO_BE_SHORTENED = {
         for name in ("evaluate", "instructgpt", "ppo", "prepare_data", "reward_model")
     ),
     *(f"rlhf_jax/run/{name}.py" for name in ("files", "stages")),
-    *("rlhf_jax/steps.py", "tools/benchmark.py", "tools/plan.py"),
+    *("tools/benchmark.py", "tools/plan.py"),
 }
 
 
@@ -454,7 +466,7 @@ EDITED = [
     ),
     *(
         PACKAGE / f"{name}.py"
-        for name in ("advantages", "kl_control", "rollout", "steps", "update")
+        for name in ("advantages", "kl_control", "ppo", "rollout", "steps", "update")
     ),
     *(p for p in PROGRAMS if p.parent == ROOT / "experiments"),
 ]

@@ -34,18 +34,13 @@ from rlhf_jax.data.text import load_tokenizer
 from rlhf_jax.models.config import gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
+from rlhf_jax.ppo import PPO
 from rlhf_jax.run import optimizers
 from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.config import leaf_keys, load_config, record_reads, resolve
 from rlhf_jax.run.ppo import settings
 from rlhf_jax.run.ppo import setup as setup_lib
-from rlhf_jax.steps import (
-    PPO,
-    make_ppo_step,
-    make_reward_step,
-    make_sft_step,
-    train_state,
-)
+from rlhf_jax.steps import make_ppo_step, make_reward_step, make_sft_step, train_state
 from rlhf_jax.types import KLState, LMBatch, PPOState, RankingBatch, Rollout
 
 ROOT = Path(__file__).parents[1]

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import rollout as rollouts
 from rlhf_jax import scoring, steps
 from rlhf_jax.models.config import DecoderConfig
@@ -442,7 +443,7 @@ def test_the_kl_penalty_lowers_the_exact_kl():
         iteration=jnp.zeros((), jnp.int32),
     )
     state, _ = jax.jit(
-        steps.make_ppo_step(BIGRAM, zero, steps.Optimizers(tx, tx), steps.PPO(minibatches=1))
+        steps.make_ppo_step(BIGRAM, zero, ppo_lib.Optimizers(tx, tx), ppo_lib.PPO(minibatches=1))
     )(state, rollout, None, KEY)
     assert exact_kl(state.policy.params["table"]) < 0.95 * before
 

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import guard as guards
 from rlhf_jax import ops, optim, scoring, sharding, steps, update
+from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.losses.binding import bind_arguments
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
@@ -28,7 +29,7 @@ from tests import tiny
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)
-BOTH = steps.Optimizers(SGD, SGD)
+BOTH = ppo_lib.Optimizers(SGD, SGD)
 
 
 @lru_cache  # tests with the same settings share one compiled program
@@ -38,10 +39,10 @@ def ppo_step(policy_tx=SGD, value_tx=SGD, **options):
         for name in ("policy", "value", "ptx")
         if f"{name}_loss" in options
     }
-    txs = steps.Optimizers(policy_tx, value_tx)
+    txs = ppo_lib.Optimizers(policy_tx, value_tx)
     return jax.jit(
         steps.make_ppo_step(
-            tiny.LANGUAGE, tiny.SCALAR, txs, steps.PPO(**options), losses=steps.Losses(**losses)
+            tiny.LANGUAGE, tiny.SCALAR, txs, ppo_lib.PPO(**options), losses=ppo_lib.Losses(**losses)
         )
     )
 
@@ -97,7 +98,7 @@ def test_the_pretraining_loss_is_called_once_a_ppo_step():
         return sft_loss(logp, mask)
 
     state, rollout = start()
-    settings, losses = steps.PPO(minibatches=2, ptx_coef=1.0), steps.Losses(ptx=ptx_loss)
+    settings, losses = ppo_lib.PPO(minibatches=2, ptx_coef=1.0), ppo_lib.Losses(ptx=ptx_loss)
     step = steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, settings, losses=losses)
     jax.eval_shape(step, state, rollout, tiny.lm_batch(8), KEY)
     assert len(calls) == 1
@@ -158,7 +159,7 @@ def test_one_minibatch_takes_all_rows_as_they_are_and_their_order_does_not_matte
 def test_one_compilation_for_many_iterations():
     state, rollout = start()
     step = steps.compile_step(
-        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2))
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, ppo_lib.PPO(minibatches=2))
     )
     for iteration in range(3):
         state, _ = step(
@@ -194,7 +195,7 @@ def test_batches_that_do_not_divide_are_refused_with_the_choices(options, messag
 def test_microbatches_give_the_gradient_of_the_whole_ragged_batch():
     params, batch = tiny.LANGUAGE.init(KEY), tiny.lm_batch(8)
     loss_fn = steps._lm_loss_fn(
-        tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss")
+        tiny.LANGUAGE, bind_arguments(sft_loss, ppo_lib.LM_ARGUMENTS, name="loss")
     )
     accumulate = jax.jit(partial(update.accumulate_grads, loss_fn), static_argnums=2)
     whole, loss, _ = accumulate(params, (batch, None), 1)
@@ -320,7 +321,7 @@ def test_ratio_is_one_with_dropout_in_the_model():
     old = score(params, rollout.tokens, rollout.lengths, rollout.mask)
     tiny.assert_bit_equal(old, score(params, rollout.tokens, rollout.lengths, rollout.mask))
     state = dataclasses.replace(tiny.ppo_state(SGD, SGD), policy=steps.train_state(params, SGD))
-    step = jax.jit(steps.make_ppo_step(model, tiny.SCALAR, BOTH, steps.PPO(minibatches=1)))
+    step = jax.jit(steps.make_ppo_step(model, tiny.SCALAR, BOTH, ppo_lib.PPO(minibatches=1)))
     _, metrics = step(state, dataclasses.replace(rollout, old_logp=old), None, KEY)
     assert value_of(metrics, "policy/log_ratio_max") < 1e-5
 
@@ -381,7 +382,7 @@ def test_reference_is_neither_moved_nor_donated():
     tiny.assert_bit_equal(score(state.policy.params, *where), score(reference, *where))
     step = steps.compile_step(
         steps.make_ppo_step(
-            tiny.LANGUAGE, tiny.SCALAR, steps.Optimizers(tx, tx), steps.PPO(minibatches=4)
+            tiny.LANGUAGE, tiny.SCALAR, ppo_lib.Optimizers(tx, tx), ppo_lib.PPO(minibatches=4)
         )
     )
     for iteration in range(3):
@@ -393,13 +394,13 @@ def test_reference_is_neither_moved_nor_donated():
 def test_compiled_step_donates_its_state():
     state, rollout = start()
     step = steps.compile_step(
-        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2))
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, ppo_lib.PPO(minibatches=2))
     )
     step(state, rollout, None, KEY)
     assert state.policy.params["embed"].is_deleted()
     state, rollout = start()
     step = steps.compile_step(
-        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, steps.PPO(minibatches=2)),
+        steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, ppo_lib.PPO(minibatches=2)),
         donate=False,
     )
     step(state, rollout, None, KEY)
@@ -416,11 +417,11 @@ def _gradients(state, rollout, lm_batch):
     )
     policy_fn = steps._policy_loss_fn(
         tiny.LANGUAGE,
-        bind_arguments(ppo_policy_loss, steps.POLICY_ARGUMENTS, name="policy_loss"),
+        bind_arguments(ppo_policy_loss, ppo_lib.POLICY_ARGUMENTS, name="policy_loss"),
         1.0,
     )
     lm_fn = steps._lm_loss_fn(
-        tiny.LANGUAGE, bind_arguments(sft_loss, steps.LM_ARGUMENTS, name="loss")
+        tiny.LANGUAGE, bind_arguments(sft_loss, ppo_lib.LM_ARGUMENTS, name="loss")
     )
     ppo = update.accumulate_grads(policy_fn, state.policy.params, whitened)[0]
     return ppo, update.accumulate_grads(lm_fn, state.policy.params, (lm_batch, None))[0]
@@ -880,4 +881,4 @@ def test_resume_is_bit_exact_with_keys_from_the_step_number():
 )  # fmt: skip
 def test_numbers_that_no_update_can_have_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field}={value} must be"):
-        steps.PPO(**{field: value})
+        ppo_lib.PPO(**{field: value})

@@ -42,20 +42,13 @@ from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
+from rlhf_jax.ppo import PPO, Optimizers
 from rlhf_jax.rollout import Shaping, make_score_and_shape
 from rlhf_jax.run import compiling, devices, memory, networks, responses
 from rlhf_jax.run.files import write_lines
 from rlhf_jax.sampling.generate import Sampling, generate, lower_generate
 from rlhf_jax.sampling.refill import Rows, generate_many
-from rlhf_jax.steps import (
-    PPO,
-    Optimizers,
-    compile_step,
-    make_ppo_step,
-    make_reward_step,
-    make_sft_step,
-    train_state,
-)
+from rlhf_jax.steps import compile_step, make_ppo_step, make_reward_step, make_sft_step, train_state
 from rlhf_jax.types import KLState, LMBatch, Model, PPOState, PromptBatch, Samples
 
 PEERS = {

@@ -368,8 +368,8 @@ def _flag_parser(run: Run, config: str, workdir: str) -> _Parser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="compile every phase, print its memory, do nothing else; of a pipeline: print the plan "
-        "of its stages",
+        help="compile every phase, print its memory, do nothing else; "
+        "of a pipeline: print the plan of its stages",
     )
     return parser
 

@@ -1,5 +1,6 @@
-# What this project uses of ml_collections, for the type checker: a key of a config may hold anything, while the types
-# inferred from the library's code are unions of everything a config can hold, which no caller can use.
+# What this project uses of ml_collections, for the type checker: a key of a config may hold
+# anything, while the types inferred from the library's code are unions of everything a config can
+# hold, which no caller can use.
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any

@@ -6,11 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.ppo import POLICY_ARGUMENTS, PPO, VALUE_ARGUMENTS, Losses
 from rlhf_jax.rewards import functions
 from rlhf_jax.run import checks, contexts, datasets, inputs
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run.networks import model_folder
-from rlhf_jax.steps import POLICY_ARGUMENTS, PPO, VALUE_ARGUMENTS, Losses
 
 
 def check(config: ConfigDict) -> None:

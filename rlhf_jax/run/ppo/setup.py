@@ -15,11 +15,12 @@ from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.schema import Conversation
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
+from rlhf_jax.ppo import Optimizers
 from rlhf_jax.rewards import functions
 from rlhf_jax.run import optimizers as optimizer_lib
 from rlhf_jax.run.networks import Network, TrainableParams, load_network
 from rlhf_jax.run.ppo.settings import require_reward
-from rlhf_jax.steps import Optimizers, train_state
+from rlhf_jax.steps import train_state
 from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout
 
 

@@ -1,4 +1,4 @@
-"""The parts of an update: the numbers of PPO, its losses and optimizers, and what a loss may name."""
+"""The parts of an update: the numbers of PPO, its losses, its optimizers, what a loss may name."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def main() -> None:
     ruled = plan.plan_by_rule(config, mesh)
     setup = plan.abstract_setup(config, mesh, policy, value)
     with planned_for_accelerators():
-        programs = list(plan.ppo.programs(setup, config, mesh))
+        programs = list(plan.ppo.programs.programs(setup, config, mesh))
     for name, compiled in programs:
         told = memory.needs(compiled)
         given = arguments(compiled)

@@ -113,9 +113,10 @@ def dangers(tree: ast.AST) -> set[str]:
 ALLOWED = {
     "rlhf_jax/run/config.py": {"importlib.import_module"},  # the user's own functions
     "rlhf_jax/run/config_file.py": {"exec_module"},  # the user's own config file
-    "rlhf_jax/run/metrics.py": {
-        "importlib.import_module"
-    },  # tensorboardX, wandb: two names in the source
+    # tensorboardX, wandb: two names in the source.
+    "rlhf_jax/run/metrics.py": {"importlib.import_module"},
+    # The programs of this package, by names that are files in it.
+    "rlhf_jax/run/programs.py": {"importlib.import_module", "runpy"},
 }
 
 

@@ -76,7 +76,7 @@ def _near(file: Path) -> str:
 # ------------------------------------------------------------------------------------------- models
 
 
-def check_model(field: str, name: str, kind: str = LANGUAGE) -> None:
+def check_model(field: str, name: Any, kind: str = LANGUAGE) -> None:
     """Refuses a path that is not a model of the given kind.
 
     The kind is read from the config.json and the names of the tensors, without loading weights.

@@ -64,7 +64,7 @@ class Sampling:
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Then keep the smallest set of likeliest tokens with a total probability of at least p."""
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: Sequence[int] = ()
     """The ids that end a response (EOS and others); the stop token belongs to the response."""
 
     def __post_init__(self):

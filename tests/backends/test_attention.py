@@ -192,7 +192,7 @@ def test_splash_over_eight_devices_is_the_decoder_on_one():
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
-    placed = sharding.place_state(jax.device_get(params), mesh)
+    placed = sharding.place_state(params, mesh)
     batch = sharding.place_batch(jax.tree.map(np.asarray, (tokens, rows)), mesh)
     ours, theirs = gradient(spread, placed, *batch), gradient(plain, params, tokens, rows)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

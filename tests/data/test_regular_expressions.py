@@ -23,6 +23,7 @@ import rlhf_jax
 from rlhf_jax.data import curation, schema
 from rlhf_jax.data.curation import personal_data
 from rlhf_jax.data.storyland import grammar
+from rlhf_jax.run import secrets
 from rlhf_jax.run.secrets import is_secret, known_secrets, redact
 
 LENGTH = 20_000

@@ -23,6 +23,7 @@ _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 def prompt_text(item: Any) -> str:
     r"""The prompt of a record as one text; turns of a conversation are joined with their roles.
 
+    >>> from rlhf_jax.data.schema import Prompt
     >>> prompt_text(Prompt("Write a poem."))
     'Write a poem.'
     >>> from rlhf_jax.data.schema import Message
@@ -38,6 +39,7 @@ def prompt_text(item: Any) -> str:
 def first_turn(item: Any) -> str:
     r"""The first human turn in the prompt of a record; the whole prompt if it is not a dialogue.
 
+    >>> from rlhf_jax.data.schema import Prompt
     >>> first_turn(Prompt("Human: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"))
     'Hi'
     """

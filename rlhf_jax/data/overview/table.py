@@ -65,6 +65,7 @@ def headline(
       aside: as for `summary`.
       where: the file with the full report.
 
+    >>> from rlhf_jax.data.schema import Prompt
     >>> headline([Prompt("Why is the sky blue?"), Prompt("Name a bird.")])
     '2 prompts; nothing suspicious (data_report.txt)'
     """

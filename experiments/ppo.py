@@ -36,25 +36,21 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import scoring, sharding
 from rlhf_jax.data import chat, text
-from rlhf_jax.evaluation.alignment_tax import lm_loss
-from rlhf_jax.rewards import functions
-from rlhf_jax.rollout import InitialParams, Shaping, make_score_and_shape, step_zero_checks
+from rlhf_jax.rollout import Shaping, make_score_and_shape
 from rlhf_jax.run import (
     cli,
     contexts,
     datasets,
     devices,
-    guards,
     memory,
     networks,
-    processes,
-    responses,
     results,
 )
 from rlhf_jax.run.config import filled_from
 from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.run.networks import Network, TrainableParams
 from rlhf_jax.run.ppo import programs
+from rlhf_jax.run.ppo.judging import judge_all, observe, response_texts
 from rlhf_jax.run.ppo.settings import (
     check,
     check_contexts,
@@ -66,17 +62,21 @@ from rlhf_jax.run.ppo.settings import (
 from rlhf_jax.run.ppo.setup import (
     Pieces,
     Setup,
+    check_step_zero,
     initial_state,
     kl_controller,
     optimizers,
+    origin,
+    pieces_for,
     reward_and_value,
     sharding_rules,
     stop_ids,
+    text_rows,
 )
 from rlhf_jax.run.ppo.watch import iteration_keys, watch
 from rlhf_jax.sampling.generate import Sampling, generate
-from rlhf_jax.steps import compile_frozen_step, make_ppo_step, minibatch_order
-from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Samples, StepFn
+from rlhf_jax.steps import compile_frozen_step, make_ppo_step
+from rlhf_jax.types import Metrics, Model, Params, PPOState, Samples, StepFn
 
 SHOW = (
     "rollout/score", "gold_score", "rollout/kl_nats_per_sequence", "rollout/response_tokens",
@@ -225,13 +225,6 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Setup:
     )  # fmt: skip
 
 
-def text_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Context) -> LMBatch:
-    """Packed rows of a plain-text file, each document within the policy's context."""
-    return datasets.lm_rows(
-        tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length"
-    )
-
-
 def compiled_pieces(
     config: ConfigDict, mesh: jax.sharding.Mesh, policy: Network, value: Network,
     reward: Network | None, trained: tuple[TrainableParams, TrainableParams], where: PPOState,
@@ -258,17 +251,6 @@ def compiled_pieces(
     )  # fmt: skip
     frozen = trained[0].frozen, trained[1].frozen
     return Pieces(score_and_shape, compile_frozen_step(step, frozen, state_sharding=where))
-
-
-def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
-    """Fingerprints of the inputs for the checkpoints; models are identified by their sha256."""
-    files = {key: config[key] for key in ("prompts", "held_out_text")}
-    if config.ptx_coef:
-        files["pretraining_text"] = config.pretraining_text
-    models = {
-        key: networks.model_folder(config[key]) for key in ("model", "reward_model") if config[key]
-    }
-    return guards.origin(config, files=files, models=models, tokenizer=setup.policy.tokenizer)
 
 
 def dry_run(config: ConfigDict) -> dict[str, memory.Needs]:
@@ -307,74 +289,6 @@ def sample(
             stop_ids=stop_ids(setup),
         ),
     )  # fmt: skip
-
-
-def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
-    """The functions that put two samples into a row, where this fits; else one per row.
-
-    The pairs must fit both in the whole rollout, which is scored, and in each minibatch.
-    """
-    if setup.paired is None:
-        return setup.pieces
-    lengths, slots = np.asarray(samples.lengths), samples.tokens.shape[1]
-    order = minibatch_order(key, len(lengths), epochs=config.epochs, minibatches=config.minibatches)
-    fit = scoring.pairs_fit(lengths, slots) and scoring.pairs_fit(lengths[np.asarray(order)], slots)
-    return setup.paired if fit else setup.pieces
-
-
-def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
-    """Stops the run unless policy, reference, sampler and value network agree before any update."""
-    reward = setup.reward
-    step_zero_checks(
-        setup.policy.model, setup.value, reward.model if reward else None,
-        InitialParams(
-            policy=setup.trained_policy.whole(state.policy.params), reference=setup.policy.params,
-            value=setup.trained_value.whole(state.value.params),
-            reward=reward.params if reward else None,
-        ),
-        samples, temperature=config.temperature,
-    )  # fmt: skip
-
-
-def response_texts(setup: Setup, samples: Samples, iteration: int) -> list[str]:
-    """The responses as text where a function of texts judges them; otherwise an empty list."""
-    if not (setup.gold or setup.text_reward):
-        return []
-    asked = [setup.asked[i] for i in setup.prompts.indices(iteration)]
-    return responses.response_texts(setup.policy.tokenizer, samples, asked)
-
-
-def judge_all(
-    setup: Setup, score: functions.Judge, texts: list[str], iteration: int
-) -> list[float]:
-    """`score` of each response of an iteration, on every process.
-
-    The processes share the work: process i of n judges the responses i, i + n, i + 2n and so on.
-    """
-    asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
-    part = asked[processes.index() :: processes.count()]
-    judged = processes.exchange(
-        "scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part]
-    )
-    # Undo the sharing: response i is number i // n of process i % n.
-    return [judged[place % len(judged)][place // len(judged)] for place in range(len(asked))]
-
-
-def observe(
-    setup: Setup, state: PPOState, texts: list[str], iteration: int, config: ConfigDict
-) -> dict[str, Any]:
-    """Metrics that nothing is trained on: mean gold score of the texts, loss on held-out text."""
-    seen: dict[str, Any] = {}
-    if setup.gold is not None:
-        judged = np.asarray(judge_all(setup, setup.gold, texts, iteration))
-        told = judged[np.isfinite(judged)]  # NaN: the scorer abstained
-        seen["gold_score"] = float(told.mean()) if len(told) else float("nan")
-    if setup.held_out and (
-        iteration % config.evaluate_every == 0 or iteration + 1 == config.iterations
-    ):
-        policy = setup.trained_policy.whole(state.policy.params)
-        seen["held_out_loss"] = lm_loss(setup.policy.model, policy, setup.held_out)
-    return seen
 
 
 if __name__ == "__main__":

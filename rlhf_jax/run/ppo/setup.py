@@ -8,20 +8,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import kl_control, sharding
+from rlhf_jax import kl_control, scoring, sharding
 from rlhf_jax.data import text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.data.schema import Conversation
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.ppo import Optimizers
 from rlhf_jax.rewards import functions
+from rlhf_jax.rollout import InitialParams, step_zero_checks
+from rlhf_jax.run import contexts, datasets, guards, networks
 from rlhf_jax.run import optimizers as optimizer_lib
 from rlhf_jax.run.networks import Network, TrainableParams, load_network
 from rlhf_jax.run.ppo.settings import require_reward
-from rlhf_jax.steps import train_state
-from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout
+from rlhf_jax.steps import minibatch_order, train_state
+from rlhf_jax.types import LMBatch, Metrics, Model, Params, PPOState, Rollout, Samples
 
 
 class Pieces(NamedTuple):
@@ -147,3 +150,48 @@ def reward_and_value(
     # Both networks read the same token ids.
     text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
     return (None if config.text_reward else network), network
+
+
+def text_rows(tokenizer: Any, path: str, config: ConfigDict, context: contexts.Context) -> LMBatch:
+    """Packed rows of a plain-text file, each document within the policy's context."""
+    return datasets.lm_rows(
+        tokenizer, path, length=config.ptx_row_length, context=context, key="ptx_row_length"
+    )
+
+
+def origin(config: ConfigDict, setup: Setup) -> dict[str, Any]:
+    """Fingerprints of the inputs for the checkpoints; models are identified by their sha256."""
+    files = {key: config[key] for key in ("prompts", "held_out_text")}
+    if config.ptx_coef:
+        files["pretraining_text"] = config.pretraining_text
+    models = {
+        key: networks.model_folder(config[key]) for key in ("model", "reward_model") if config[key]
+    }
+    return guards.origin(config, files=files, models=models, tokenizer=setup.policy.tokenizer)
+
+
+def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDict) -> Pieces:
+    """The functions that put two samples into a row, where this fits; else one per row.
+
+    The pairs must fit both in the whole rollout, which is scored, and in each minibatch.
+    """
+    if setup.paired is None:
+        return setup.pieces
+    lengths, slots = np.asarray(samples.lengths), samples.tokens.shape[1]
+    order = minibatch_order(key, len(lengths), epochs=config.epochs, minibatches=config.minibatches)
+    fit = scoring.pairs_fit(lengths, slots) and scoring.pairs_fit(lengths[np.asarray(order)], slots)
+    return setup.paired if fit else setup.pieces
+
+
+def check_step_zero(setup: Setup, state: PPOState, samples: Samples, config: ConfigDict) -> None:
+    """Stops the run unless policy, reference, sampler and value network agree before any update."""
+    reward = setup.reward
+    step_zero_checks(
+        setup.policy.model, setup.value, reward.model if reward else None,
+        InitialParams(
+            policy=setup.trained_policy.whole(state.policy.params), reference=setup.policy.params,
+            value=setup.trained_value.whole(state.value.params),
+            reward=reward.params if reward else None,
+        ),
+        samples, temperature=config.temperature,
+    )  # fmt: skip

@@ -110,7 +110,9 @@ def smoke_data(config: ConfigDict) -> None:
 
 def smoke_sft(config: ConfigDict) -> None:
     """Two epochs."""
-    config.update(epochs=2, model=SMALL_BASE)
+    config.epochs = 2
+    if config.model:  # empty in a pipeline, which fills it in from `base`
+        config.model = SMALL_BASE
 
 
 def smoke_sample(config: ConfigDict) -> None:
@@ -146,7 +148,6 @@ def smoke(config: ConfigDict) -> None:
     """A whole pipeline in under two minutes."""
     for stage in common.STAGES:
         globals()[f"smoke_{'sft' if stage == 'ppo_init' else stage}"](config[stage])
-    config.sft.model = config.ppo_init.model = ""  # filled in by the pipeline, from `base`
     config.base, config.smoke = SMALL_BASE, True
 
 

@@ -134,11 +134,12 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
     if "base" in paths and config.few_shot.demonstrations:
         asks[paths["base"]] = [bare_prompts, *few_shot_asks(config)]
     for path, each in asks.items():
-        folder = networks.model_folder(path)
-        context = contexts.of_folder(folder)
-        if context.length is None or not (folder / "tokenizer.json").exists():
-            continue  # loading the model reports this
-        known: Any = networks.Network(None, {}, text.load_tokenizer(folder))  # pyright: ignore[reportArgumentType]
+        known = contexts.before_loading(networks.model_folder(path))
+        if known is None:
+            continue
+        context, tokenizer = known
+        # Only its tokenizer is read; the model is not loaded yet.
+        unloaded = networks.Network(None, {}, tokenizer)  # pyright: ignore[reportArgumentType]
         for ask in each:
             what = (
                 config.prompts
@@ -147,7 +148,7 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             )
             name = contexts.prompt_of(what, [p.prompt for p in prompts])
             contexts.check(
-                context, [len(ids) for ids in ask(known, prompts)[0]], name,
+                context, [len(ids) for ids in ask(unloaded, prompts)[0]], name,
                 new=config.max_new_tokens,
             )  # fmt: skip
         if (
@@ -155,7 +156,7 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
             and path in paths.values()
             and config.held_out_row_length > context.length
         ):
-            read_held_out(known.tokenizer, config, context=context)
+            read_held_out(tokenizer, config, context=context)
 
 
 def check(config: ConfigDict) -> None:

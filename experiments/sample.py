@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.data import schema, text
+from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import labelers, task_of
 from rlhf_jax.run import checks, cli, contexts, datasets, devices, inputs, networks
 from rlhf_jax.run import responses as responses_lib
@@ -106,14 +106,14 @@ def check_context(name: str, prompts: Sequence[schema.Prompt], config: ConfigDic
       ValueError: a prompt is longer than `prompt_length`, or with `max_new_tokens` longer than the
         model's context.
     """
-    folder = networks.model_folder(name)
-    context = contexts.of_folder(folder)
-    if context.length is None or not (folder / "tokenizer.json").exists():
-        return  # loading the model reports this
+    known = contexts.before_loading(networks.model_folder(name))
+    if known is None:
+        return
+    context, tokenizer = known
     asked = [p.prompt for p in prompts]
     ids = datasets.encode_prompts(
-        text.load_tokenizer(folder), asked, length=config.prompt_length, where=config.prompts
-    )  # fmt: skip
+        tokenizer, asked, length=config.prompt_length, where=config.prompts
+    )
     contexts.check(
         context, [len(each) for each in ids], contexts.prompt_of(config.prompts, asked),
         new=config.max_new_tokens,

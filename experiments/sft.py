@@ -235,7 +235,8 @@ def read_demonstrations(
     records = datasets.read_records(path, schema.Demonstration, tokenizer)
     if not records:
         raise ValueError(f"{path} holds no demonstrations: check how it was made")
-    checks.require_one_of("assistant_turns", config.assistant_turns, ("all", "last"))
+    choices = inputs.ONE_OF["assistant_turns"]
+    checks.require_one_of("assistant_turns", config.assistant_turns, choices)
     pieces = [
         text.encode_demonstration(
             tokenizer, r.prompt, r.response, assistant_turns=config.assistant_turns

@@ -181,7 +181,14 @@ MAY_IMPORT = {
     "run.pretrained": {"models", "run.cache", "run.files"},
     "run.processes": set(),
     "run.programs": set(),
-    "run.rankings": {"data", "run.checks", "run.contexts", "run.datasets", "run.networks"},
+    "run.rankings": {
+        "data",
+        "run.checks",
+        "run.contexts",
+        "run.datasets",
+        "run.inputs",
+        "run.networks",
+    },
     "run.records": {"run.checkpoint", "run.files"},
     "run.responses": {
         "backends",

@@ -237,7 +237,7 @@ def description() -> dict[str, str | int]:
 
 def memory_stats() -> dict[str, int]:
     """Bytes in use and the limit of this process's first device; empty where it does not tell."""
-    return jax.local_devices()[0].memory_stats() or {}
+    return first_device().memory_stats() or {}
 
 
 def first_device() -> Any:

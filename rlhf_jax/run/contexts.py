@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, schema
+from rlhf_jax.data import chat, schema, text
 from rlhf_jax.models.hf import config_from_hf
 from rlhf_jax.run import files
 
@@ -66,6 +66,20 @@ def of_folder(folder: Path) -> Context:
     named = (name for name in _FIELDS if description.get(name) == length)
     field = next(named, "")
     return Context(length, str(folder), f"{field}={length}" if field else "")
+
+
+def before_loading(folder: Path) -> tuple[Context, Any] | None:
+    """The context and the tokenizer of a model folder, to measure prompts before it is loaded.
+
+    None where one of them is not known; loading the model reports an error if there is one.
+
+    Raises:
+      ValueError: as `of_folder`, or the tokenizer is damaged.
+    """
+    context = of_folder(folder)
+    if context.length is None or not (folder / "tokenizer.json").exists():
+        return None
+    return context, text.load_tokenizer(folder)
 
 
 def of_network(network: Any, folder: Path | None = None) -> Context:

@@ -59,10 +59,10 @@ def held(*trees: Any) -> int:
     12
     """
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(trees)}
-    return sum(map(_on_one_device, leaves.values()))
+    return sum(map(_bytes_per_device, leaves.values()))
 
 
-def _on_one_device(leaf: Any) -> int:
+def _bytes_per_device(leaf: Any) -> int:
     # A key array has an extended dtype without a usable item size.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 8

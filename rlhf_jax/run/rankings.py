@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import schema, text
-from rlhf_jax.run import checks, contexts, datasets
+from rlhf_jax.run import checks, contexts, datasets, inputs
 from rlhf_jax.run.networks import Network, model_folder
 
 
@@ -44,7 +44,7 @@ def fitting(
     Raises:
       ValueError: one does not fit and `config.too_long` is "error", or none does.
     """
-    checks.require_one_of("too_long", config.too_long, ("error", "drop"))
+    checks.require_one_of("too_long", config.too_long, inputs.ONE_OF["too_long"])
     whole = [tokens([ranking])["tokens"] for ranking in encoded]
     text_lengths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in encoded]
     # A row contains all responses, while the context limits the prompt with a single one.

@@ -32,6 +32,7 @@ from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.run.ppo import watch as ppo_watch
 from rlhf_jax.run.ppo.setup import Setup
 from rlhf_jax.run.workdir import allow_change
+from rlhf_jax.steps import minibatch_order
 from rlhf_jax.types import Mean
 from tests.reliability import kill
 
@@ -512,7 +513,7 @@ def test_skipped_minibatches_are_named_and_counted_over_iterations(inputs, tmp_p
         (1, "minibatch 3 of 4"), (1, "minibatch 4 of 4"), (2, "minibatch 1 of 4")
     ]  # fmt: skip
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0), 1)
-    order = ppo.minibatch_order(key, 8, epochs=2, minibatches=2)
+    order = minibatch_order(key, 8, epochs=2, minibatches=2)
     assert lines[0]["rows"] == setup.prompts.indices(0)[np.asarray(order[2])].tolist()
     skips = guards.Skips(tmp_path, "ppo", config.prompts, limit=5)
     with pytest.raises(FloatingPointError, match="every minibatch of iteration 1 was left out"):

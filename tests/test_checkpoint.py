@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -490,3 +492,20 @@ def test_the_seal_lists_every_file_and_leaf(tmp_path):
     assert set(seal["files"]) == {
         str(p.relative_to(tmp_path / "1")) for p in (tmp_path / "1").rglob("*") if p.is_file()
     }
+
+
+def test_arrays_that_answer_after_a_failed_save_show_no_traceback(monkeypatch, tmp_path):
+    """The other writes of a save that failed find Orbax's event loop closed; all else is told."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with Checkpoints(tmp_path / "a"), Checkpoints(tmp_path / "b"):
+        pass
+    late, other = (
+        SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other")
+    )
+    for unraisable in (late, other):
+        thread = threading.Thread(target=sys.unraisablehook, args=(unraisable,))
+        thread.start()
+        thread.join()
+    sys.unraisablehook(late)
+    assert told == [other, late]

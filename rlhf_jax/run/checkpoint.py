@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,6 +73,7 @@ class Checkpoints:
         from orbax.checkpoint import v1
 
         logging.getLogger("absl").addFilter(_not_told_twice)
+        _drop_late_answers()
         self._orbax = v1
         self.root = files.local_path("the folder of checkpoints", root).absolute()
         self._keep = keep
@@ -467,6 +469,27 @@ def _not_told_twice(record: logging.LogRecord) -> bool:
     return not (
         record.exc_info and "orbax" in record.pathname and "_SignalingThread" in str(record.msg)
     )
+
+
+def _drop_late_answers() -> None:
+    """Makes `sys.unraisablehook` pass over the arrays that answer after their save has failed.
+
+    When the write of one array fails, Orbax closes the event loop of the save while TensorStore
+    still writes the others. Each of those then finds the loop closed and shows a traceback from a
+    C++ thread, below the error that `save` or `wait` raises.
+    """
+    told = sys.unraisablehook
+    if getattr(told, "drops_late_answers", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        error = unraisable.exc_value
+        if in_main_thread or repr(error) != "RuntimeError('Event loop is closed')":
+            told(unraisable)
+
+    hook.drops_late_answers = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
 
 
 def _warn(text: str) -> None:

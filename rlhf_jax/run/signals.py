@@ -61,7 +61,9 @@ def interrupting(*, several: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = told
+        # A hook that was put around this one in the meantime stays: it has its own reason.
+        if sys.unraisablehook is swallowed:
+            sys.unraisablehook = told
         signal.set_wakeup_fd(wakeup)
         writer.close()
         for number, handler in before.items():

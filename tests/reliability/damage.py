@@ -9,6 +9,8 @@ not the one that was damaged), later saves work, and models and log equal those 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import pickle
@@ -192,17 +194,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = runs.inputs(folder / "inputs")
-        whole, cut, run = folder / "whole", folder / "cut", folder / "run"
+        whole, cut = folder / "whole", folder / "cut"
         assert runs.command("sft", runs.sft_flags(source, whole)).status == 0
         assert runs.stop_early(source, cut).status == 143
         expected, before = runs.outcome(whole), runs.steps(cut)
-        for name, fault, loses in [*file_faults(cut), *folder_faults(cut)]:
-            if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
-                continue
+        places = (folder / f"run{i}" for i in itertools.count())
+
+        def damaged(fault: Callable[[Path], None], loses: bool, run: Path) -> tuple[bool, str]:
             shutil.copytree(cut, run, symlinks=True)
             fault(run / "checkpoints")
-            table.add(name, *judge(source, run, expected, loses, before))
+            seen = judge(source, run, expected, loses, before)
             shutil.rmtree(run)
+            return seen
+
+        words = sys.argv[1:]
+        table.judge(
+            (name, functools.partial(damaged, fault, loses, place))
+            for (name, fault, loses), place in zip(
+                [*file_faults(cut), *folder_faults(cut)], places, strict=False
+            )
+            if not words or any(word in name for word in words)
+        )
     table.show()
 
 

@@ -9,6 +9,7 @@ traceback, sealed steps as they were; and after space was made the same command 
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -114,12 +115,14 @@ def main() -> None:
         source = runs.inputs(folder / "inputs")
         assert runs.command("sft", runs.sft_flags(source, folder / "whole")).status == 0
         expected = runs.outcome(folder / "whole")
+        cases: list[tuple[str, Callable[[], tuple[bool, str]]]] = []
         for size in SIZES:
-            table.add(f"tmpfs of {size}", *full(source, folder / size, expected, size))
-        for name, fault in others.items():
-            table.add(
-                name, *fault(source, folder / name.replace(" ", "_").replace("(", ""), expected)
-            )
+            seen = functools.partial(full, source, folder / size, expected, size)
+            cases.append((f"tmpfs of {size}", seen))
+        for i, (name, fault) in enumerate(others.items()):
+            seen = functools.partial(fault, source, folder / f"other{i}", expected)
+            cases.append((name, seen))
+        table.judge(cases)
     table.show()
 
 

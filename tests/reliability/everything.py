@@ -1,6 +1,6 @@
 r"""All long scripts of this folder, one after the other: what ``make reliability`` runs.
 
-    python -m tests.reliability.everything                       # all of them, an hour at most
+    python -m tests.reliability.everything                       # all of them, within the hour
     python -m tests.reliability.everything power kill            # those with one of these words
     python -m tests.reliability.everything --minutes=20
 

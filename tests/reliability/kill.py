@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward_model", "ppo")
 TOTAL = {"sft": 64, "reward_model": 62, "ppo": 40}
 """Steps of each stage as `command` sets it."""
+AT_ONCE = min(2, len(os.sched_getaffinity(0)))
+"""Stages that are run side by side."""
 ENOUGH = 600.0
 """Seconds after which a start that does nothing is given up."""
 
@@ -281,14 +284,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as root:
         make_inputs(Path(root) / "inputs")
-        for stage in flags.stages.split(","):
+
+        def seen(stage: str) -> tuple[str, Outcome, float]:
             begin = time.monotonic()
             result = compare(stage, Path(root), flags.kills, flags.seed)
-            rows.append((stage, result, time.monotonic() - begin))
             print(stage, result, flush=True)
+            return stage, result, time.monotonic() - begin
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            rows = list(pool.map(seen, flags.stages.split(",")))
     print(
         "\n| command | kills tried | of them while saving | survived | lost | equal to the bit | seconds |"
     )

@@ -10,6 +10,8 @@ command goes on to models and log equal to those of a run that nothing happened 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import signal
 import sys
@@ -176,18 +178,21 @@ def stages(folder: Path, table: runs.Table) -> None:
     source = runs.inputs(folder / "inputs")
     assert runs.command("sft", runs.sft_flags(source, folder / "whole")).status == 0
     expected = runs.outcome(folder / "whole")
-    places = (folder / f"run{i}" for i in range(10**6))
+    places = (folder / f"run{i}" for i in itertools.count())
+    cases: list[tuple[str, Callable[[], tuple[bool, str]]]] = []
     for number, name in NAMES.items():
+        pause = 0.3 if number == signal.SIGINT else 1.3
         for moment in MOMENTS:
-            table.add(
-                f"{name} {moment.name}", *once(source, next(places), expected, moment, number)
-            )
+            seen = functools.partial(once, source, next(places), expected, moment, number)
+            cases.append((f"{name} {moment.name}", seen))
         for moment in MOMENTS[:-1]:
-            pause = 0.3 if number == signal.SIGINT else 1.3
-            seen = twice(source, next(places), expected, moment, number, pause)
-            table.add(f"{name} twice, {pause} s apart, {moment.name}", *seen)
-        table.add(f"{name} while sampling", *sampling(source, next(places), number))
-    table.add("SIGTERM twice within 0.05 s is one", *same_one_twice(source, next(places), expected))
+            seen = functools.partial(twice, source, next(places), expected, moment, number, pause)
+            cases.append((f"{name} twice, {pause} s apart, {moment.name}", seen))
+        cases.append(
+            (f"{name} while sampling", functools.partial(sampling, source, next(places), number))
+        )
+    seen = functools.partial(same_one_twice, source, next(places), expected)
+    table.judge([*cases, ("SIGTERM twice within 0.05 s is one", seen)])
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,11 @@ from rlhf_jax.data import chat, schema, text
 from rlhf_jax.evaluation.alignment_tax import lm_loss
 from rlhf_jax.evaluation.answers import BASELINE, Answers, compare
 from rlhf_jax.rewards import functions
-from rlhf_jax.run import cli, contexts, datasets, devices, inputs, networks, responses
-from rlhf_jax.run.asking import Ask, bare_prompts, few_shot_asks, in_slots, tokens_that_start
-from rlhf_jax.run.console import Progress, patiently
+from rlhf_jax.run import answering, cli, contexts, datasets, devices, inputs, networks, responses
+from rlhf_jax.run.asking import Ask, bare_prompts, few_shot_asks
+from rlhf_jax.run.console import patiently
 from rlhf_jax.run.files import write_json
 from rlhf_jax.run.metrics import StageLog
-from rlhf_jax.sampling.generate import Sampling
 from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 
@@ -84,12 +82,14 @@ def run(config: ConfigDict, workdir: str) -> dict:
             )
             count = counts.get(name, config.samples)
             ask = (
-                few_shot_prompts(network, reward, judge, prompts, config, mesh)
+                answering.few_shot_prompts(network, reward, judge, prompts, config, mesh)
                 if prompted
                 else bare_prompts
             )
             network = network._replace(name=name)
-            answers[name] = answer(network, reward, judge, prompts, ask, count, config, mesh)
+            answers[name] = answering.answer(
+                network, reward, judge, prompts, ask, count, config, mesh
+            )
             if config.held_out_text and not prompted:
                 kind = text.tokenizer_fingerprint(network.tokenizer)
                 context = contexts.of_network(network, networks.model_folder(paths[name]))
@@ -180,98 +180,6 @@ def check(config: ConfigDict) -> None:
         functions.judge(config.gold)
         prompts = datasets.read_prompts(config.prompts, config.limit)
         inputs.check_gold("gold", config.gold, prompts, config.prompts)
-
-
-# ------------------------------------------------------------------------------------------- asking
-
-
-def few_shot_prompts(
-    network: networks.Network, reward: networks.Network, judge: Any,
-    prompts: Sequence[schema.Prompt], config: ConfigDict, mesh: jax.sharding.Mesh,
-) -> Ask:  # fmt: skip
-    """Prompts after a few worked examples: of several prefixes the one with the highest reward.
-
-    Source: Ouyang et al. 2022, section 3.6 (GPT-3 with a few-shot prefix chosen by reward-model
-    score).
-    """
-    asks = few_shot_asks(config)
-    # One width for all candidates, so that they share a compiled program.
-    slots = max(ask(network, prompts)[1] for ask in asks)
-    asks = [in_slots(ask, slots) for ask in asks]
-
-    trial = prompts[: config.few_shot.trial_prompts]
-
-    def score(ask: Ask) -> float:
-        return float(
-            answer(
-                network, reward, None, trial, ask, config.base_samples, config, mesh
-            ).reward.mean()
-        )
-
-    return max(asks, key=score) if len(asks) > 1 else asks[0]
-
-
-def answer(
-    network: networks.Network, reward: networks.Network, judge: Any,
-    prompts: Sequence[schema.Prompt], ask: Ask, count: int, config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-) -> Answers:  # fmt: skip
-    """`count` samples of each prompt, with gold score, reward-model score and length.
-
-    Raises:
-      ValueError: a prompt leaves no room for `max_new_tokens` in the context of the model or of the
-        reward model.
-    """
-    bare = [p.prompt for p in prompts]
-    scored = [len(text.encode_prompt(reward.tokenizer, prompt)) for prompt in bare]
-    where = contexts.prompt_of("scoring", bare)
-    contexts.check(contexts.of_network(reward), scored, where, new=config.max_new_tokens)
-    ids, slots = ask(network, prompts)
-    prompted = ask is not bare_prompts
-    stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
-    with Progress(f"{network.name}: sampling", count * len(prompts), unit="responses") as progress:
-        texts, samples = responses.sample_responses(
-            network,
-            responses.EncodedPrompts(ids, slots, () if prompted else bare),
-            mesh,
-            Sampling(config.max_new_tokens, config.temperature, stop_ids=tuple(stop)),
-            counts=count,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            progress=lambda done, _: progress(done),
-        )
-    texts = [t.strip() if prompted else t for t in texts]
-    asked = [p for p in prompts for _ in range(count)]
-    # Encoded again by the reward model's tokenizer, a text may be longer than what was sampled.
-    rows, cut = responses.fitting_scoring_rows(reward, [p.prompt for p in asked], texts)
-    rewards = responses.score_rows(reward, rows, mesh, batch_size=config.batch_size)
-    judged = [known(judge, p, t) for p, t in zip(asked, texts, strict=True)] if judge else []
-    shape = (len(prompts), count)
-    tokens = np.asarray(samples.lengths - samples.prompt_lengths)
-    return Answers(
-        [texts[i : i + count] for i in range(0, len(texts), count)],
-        np.array([g.score for g in judged]).reshape(shape) if judge else None,
-        [dict(g.parts) for g in judged], rewards.reshape(shape), tokens.reshape(shape), samples,
-        cut,
-    )  # fmt: skip
-
-
-def known(judge: Any, prompt: schema.Prompt, response: str) -> functions.Judgement:
-    """The gold scorer's judgement of a response.
-
-    Raises:
-      ValueError: the score is not finite; leaving the prompt out would give the means and win rates
-        of each model a different set of prompts.
-    """
-    scorer = functions.judge(judge)
-    judged = scorer.judged(str(prompt.id), response, prompt.prompt)
-    if not math.isfinite(judged.score):
-        raise ValueError(
-            f"gold={scorer.name} gave {judged.score} for the prompt {str(prompt.id)!r}: an "
-            "evaluation compares the answers to each prompt, return a number for every response or "
-            "leave the prompt out of its file"
-        )
-    return judged
 
 
 # ---------------------------------------------------------------------------------------- measuring

@@ -24,11 +24,10 @@ from rlhf_jax.backends import cpu_process
 from rlhf_jax.data import schema
 from rlhf_jax.data.prepare.preferences import entries
 from rlhf_jax.evaluation.departures import departures
-from rlhf_jax.evaluation.report import check_results, write_report
+from rlhf_jax.evaluation.report import write_report
 from rlhf_jax.evaluation.summary import agreement, headline
-from rlhf_jax.ppo import RANKING_ARGUMENTS
 from rlhf_jax.run import (
-    asking,
+    answering,
     checks,
     cli,
     compiling,
@@ -39,13 +38,12 @@ from rlhf_jax.run import (
     networks,
     pretrained,
     results,
+    stage_checks,
 )
 from rlhf_jax.run import config as config_lib
-from rlhf_jax.run import inputs as inputs_lib
 from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run.plans import Step, describe
-from rlhf_jax.run.ppo import settings
 from rlhf_jax.run.stages import Measure, Stage, Stages
 from rlhf_jax.run.workdir import CONFIG_FILE, HARMLESS, change_allowed
 
@@ -84,34 +82,9 @@ def check_shapes(config: ConfigDict) -> None:
 
     This happens before anything is computed, because the last stages start hours later.
     """
-    inputs_lib.check_settings(config)
-    ignored = reads.set_in_vain(json.loads(config_lib.to_json(config), parse_constant=str))
-    if ignored:
-        raise ValueError("; ".join(ignored))
-    check_stages(config)
+    stage_checks.check(config)
     checks.require_one_of("data.source", config.data.source, tuple(prepare_data.SOURCES))
-    inputs_lib.check_model("base", config.base)
-    networks.check_shape("base", config.base, config.shapes.policy)
-    if config.reward_model.model:
-        networks.check_shape(
-            "reward_model.model", config.reward_model.model, config.shapes.reward_model
-        )
-    # The models of PPO do not exist yet; the base model has the same context length.
-    later = config_lib.unlocked_copy(config.ppo)
-    later.update(model=config.base, reward_model=config.reward_model.model)
-    settings.check_contexts(later)
-
-
-def check_stages(config: ConfigDict) -> None:
-    """Refuses what a stage would refuse later, as far as the config alone shows it."""
-    config_lib.resolve(config.reward_model.loss, available=RANKING_ARGUMENTS)
     sample.draw_k(config.seed, 0, config.sample.min_k, config.sample.max_k)
-    try:
-        settings.validate(config.ppo)
-    except ValueError as error:
-        raise ValueError(f"ppo.{error}") from None
-    for name in (config.ppo.gold, config.ppo.text_reward, config.evaluate.gold):
-        settings.judge(name)
 
 
 class Pipeline:
@@ -267,25 +240,10 @@ class Pipeline:
         prompts = datasets.read_prompts(self.data("prompts_validation"))
         reward = networks.load_network(self.paths.reward_model(), mesh, config.decoder)
         judge = config_lib.resolve(config.gold) if config.gold else None
-        epochs = []
-        for row in self.done("sft")["epochs"]:
-            network = networks.load_network(self.paths.epoch(row), mesh, config.decoder)
-            count = self.config.validation_samples
-            said = evaluate.answer(
-                network, reward, judge, prompts, asking.bare_prompts, count, config, mesh
-            )
-            epochs.append({**row, "path": self.paths.epoch(row), **said.means()})
-            print(
-                f"baseline epoch {row['epoch']}: reward-model score "
-                f"{epochs[-1]['reward_score']:.3f}",
-                flush=True,
-            )
-        best = max(epochs, key=lambda row: row["reward_score"])
-        lowest = min(epochs, key=lambda row: row["validation_loss"])
-        return {
-            "epochs": epochs, "path": best["path"], "epoch": best["epoch"],
-            "lowest_loss_epoch": lowest["epoch"],
-        }  # fmt: skip
+        epochs = [{**row, "path": self.paths.epoch(row)} for row in self.done("sft")["epochs"]]
+        return answering.best_epoch(
+            epochs, reward, judge, prompts, self.config.validation_samples, config, mesh
+        )
 
     def ppo(self, folder: str, *, ptx: bool) -> dict:
         """PPO, with or without the pretraining mix."""
@@ -314,34 +272,14 @@ class Pipeline:
 
     def results(self) -> dict:
         """Writes ``results.json`` (docs/results_schema.md) and ``metrics.jsonl`` of all stages."""
-        found = results.gathered({name: self.stages.record(name) for name in STAGES})
-        if self.config.evaluate.gold:
-            demonstrations = self.data("demonstrations_validation")
-            found["demonstration_gold_score"] = results.mean_gold_score(
-                demonstrations, self.config.evaluate.gold
-            )
-        found |= {
-            "config": json.loads(config_lib.to_json(self.config)),
-            "versions": results.versions(),
-        }
-        files.write_json(self.folder / "results.json", found)
-        files.write_lines(
-            self.folder / "metrics.jsonl",
-            (row for name in STAGES for row in results.log_rows(self.folder, name)),
-        )
-        missing = check_results(found)
-        # Human data have no gold scores, so half of the keys are missing there by design.
-        if missing and self.config.evaluate.gold:
-            print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
-        return found
+        gold = self.config.evaluate.gold
+        demonstrations = self.data("demonstrations_validation") if gold else ""
+        recorded = {name: self.stages.record(name) for name in STAGES}
+        return results.write(self.folder, recorded, self.config, demonstrations, gold)
 
     def report(self, found: dict) -> Path:
         """Writes ``report.html``; it describes the config that each stage recorded when it ran."""
-        ran = {name: record["config"] for name, record in found["stages"].items()}
-        config = {group: ran[stage][group] for stage, group in reads.GROUPS.items()}
-        config |= {
-            "base": found["stages"]["sft"]["inputs"].get("base", {"path": self.config.base})["path"]
-        }
+        config = results.recorded_config(found, reads.GROUPS, self.config.base)
         return write_report(
             self._shown / "report.html", found,
             results.history(self.folder, ("ppo", "ppo_ptx"), found["sft"]["epochs"]),

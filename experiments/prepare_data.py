@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import curation, schema, sources
@@ -39,12 +38,11 @@ from rlhf_jax.data.prepare import own, parts, preferences, tables
 from rlhf_jax.data.prepare import storyland as world
 from rlhf_jax.data.prepare.lengths import Lengths
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
-from rlhf_jax.data.text import encode_opening, encode_prompt, load_tokenizer, prompt_batch, stop_ids
-from rlhf_jax.run import checks, cli, data_flags, devices, look, networks
+from rlhf_jax.data.text import encode_prompt, load_tokenizer
+from rlhf_jax.run import checks, cli, data_flags, look, networks, trial
 from rlhf_jax.run import config as config_lib
-from rlhf_jax.run.files import write_json, written
+from rlhf_jax.run.files import written
 from rlhf_jax.run.signals import told_when_slow
-from rlhf_jax.sampling.generate import Sampling, generate
 
 _SHOW = contextvars.ContextVar("show the tables", default=True)
 
@@ -121,10 +119,8 @@ def hh_rlhf(config: ConfigDict, folder: Path) -> dict:
     # `noted` names the splits of the source, not the parts that are made here, so it is left out.
     lines = [dataclasses.replace(report, noted={}).summary() for report in reports] + skipped
     lines += [f"left out: {reason}: {count}" for reason, count in sorted(lengths.left_out.items())]
-    lines += [
-        "rankings by number of responses: "
-        + ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))
-    ]
+    by_size = ", ".join(f"{k}: {n}" for k, n in sorted(sizes.items()))
+    lines += [f"rankings by number of responses: {by_size}"]
     lines += [f"{name}.jsonl: {count}" for name, count in counts.items()]
     measured = tables.tables(files, lengths.count, tables.identifier())
     _report(folder, [*lines, "", *look.lines(files, config, reports), measured])
@@ -271,49 +267,9 @@ def _check_cleaning(config: ConfigDict) -> None:
     checks.require_range("ranking_share", config.ranking_share, low=0.0, high=1.0)
 
 
-# -------------------------------------------------------------------------------- pretrained models
-
-
-def pretrained(config: ConfigDict, folder: Path) -> dict:
-    """Fetches and converts a model, and tests it with one question.
-
-    A wrong rotary base or a missed permutation of the weights shows in the answer.
-
-    Raises:
-      ValueError: the model is unknown, cannot be fetched, or its greedy answer does not contain
-        `config.answer`.
-    """
-    path = networks.model_folder(config.model)
-    network = networks.load_network(config.model, devices.start((1, -1, 1)), {"unroll": 1})
-    ids = encode_opening(network.tokenizer, config.question)
-    prompt = prompt_batch([ids], length=len(ids))
-    said = generate(
-        network.model,
-        network.params,
-        prompt,
-        jax.random.key(0),
-        Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=0.0,
-            stop_ids=stop_ids(network.tokenizer, [config.question]),
-        ),
-    )
-    answer = network.tokenizer.decode(said.tokens[0, len(ids) : int(said.lengths[0])])
-    if config.answer not in answer:
-        raise ValueError(
-            f"{path} continues {config.question!r} with {answer!r}: delete the folder and run again"
-        )
-    result = {
-        "model": config.model, "folder": str(path), "question": config.question, "answer": answer,
-    }  # fmt: skip
-    write_json(folder / "model.json", result)
-    print(f"{config.model} is in {path}\n{config.question}{answer}", flush=True)
-    return result
-
-
 SOURCES: dict[str, Callable[[ConfigDict, Path], dict]] = {
     "storyland": storyland, "hh_rlhf": hh_rlhf, "jsonl": own_files, "convert": convert,
-    "pretrained": pretrained, "look": lambda config, folder: {"records": look.look(config)},
+    "pretrained": trial.pretrained, "look": lambda config, folder: {"records": look.look(config)},
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ Source: Ouyang et al. 2022, section 3.5 (eq. 1) and appendix C.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +27,13 @@ from rlhf_jax import scoring, sharding
 from rlhf_jax.data import schema, text
 from rlhf_jax.data.loader import Batches
 from rlhf_jax.evaluation import reward_model as quality
-from rlhf_jax.evaluation.held_out_rankings import Scores, evaluate
+from rlhf_jax.evaluation.held_out_rankings import evaluate
 from rlhf_jax.models.heads import scalar_from_language_model, scalar_model
 from rlhf_jax.ppo import RANKING_ARGUMENTS
 from rlhf_jax.run import (
     checks,
     cli,
     compiling,
-    contexts,
     datasets,
     devices,
     guards,
@@ -48,7 +47,6 @@ from rlhf_jax.run import (
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import rankings as ranked
 from rlhf_jax.run import responses as responses_lib
-from rlhf_jax.run.console import Progress
 from rlhf_jax.run.loop import Loop, Settings
 from rlhf_jax.steps import compile_frozen_step, make_reward_step, train_state
 from rlhf_jax.types import Model, Output, Params, RankingBatch, StepFn, TrainState
@@ -121,7 +119,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         for name, path in config.evaluation.items()
         if path
     }
-    scores = score_each(
+    scores = ranked.scores(
         network, [r for rankings, _ in sets.values() for r in rankings], config, mesh
     )
     for name, (rankings, too_long) in sets.items():
@@ -224,7 +222,7 @@ def read_trunk(
     The states take the place of the tokens, and the index of each state that of its response's end.
     An epoch of the head then costs next to nothing, so the head can take many.
     """
-    hidden = in_batches(
+    hidden = responses_lib.in_batches(
         partial(_ranking_hidden, model, trunk), rows, config.batch_size, mesh, "frozen trunk"
     )
     places: Any = np.broadcast_to(
@@ -235,26 +233,7 @@ def read_trunk(
     return model._replace(apply=lambda params, states, **_: Output(states, None)), seen
 
 
-def in_batches(
-    function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str
-) -> Any:
-    """A function of rows, applied to `size` rows at a time, with progress shown under `name`.
-
-    The last batch is padded with the last row, so that one compiled program serves all batches.
-    """
-    count, found = len(rows.tokens), []
-    with Progress(name, count, unit="rows") as progress:
-        for start in range(0, count, size):
-            index = np.minimum(np.arange(start, start + size), count - 1)
-            batch = jax.tree.map(lambda x, index=index: x[index], rows)
-            batch = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
-            found.append(processes.gather(function(batch)))
-            progress(min(start + size, count))
-    return np.concatenate(found)[:count]
-
-
 _ranking_hidden = jax.jit(scoring.ranking_hidden, static_argnums=0)
-_ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)
 
 
 def center(
@@ -292,39 +271,6 @@ def center(
     head = network.params["score"]
     bias = head["bias"] + quality.demonstration_bias(scores)
     return network._replace(params={**network.params, "score": {**head, "bias": bias}})
-
-
-def score_each(
-    network: networks.Network, rankings: Sequence[schema.Ranking], config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-) -> Scores:  # fmt: skip
-    """The score of each distinct response, even if several labelers ranked it.
-
-    The responses to a prompt share a row.
-    """
-    names, items = ranked.distinct_responses(network.tokenizer, rankings, config)
-    if not items:
-        return {}
-    sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in items]
-    asked = [group[0][0] for group in names]
-    contexts.check(
-        contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked)
-    )
-    # Held-out rankings may be longer than the training rows; one width serves all of them.
-    longest = max(sizes)
-    length = max(config.row_length, longest)
-    places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
-    rows = text.ranking_rows(items, length=length, max_k=config.max_k)
-    scored = in_batches(
-        partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh,
-        "held-out",
-    )  # fmt: skip
-    return {
-        name: float(scored[row, place, k])
-        for row, inside in enumerate(places)
-        for place, item in enumerate(inside)
-        for k, name in enumerate(names[item])
-    }
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from rlhf_jax import sharding
 from rlhf_jax.backends import cpu_process, planned_for_accelerators
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import devices, memory
-from tools import plan
+from rlhf_jax.run.ppo import programs as programs_lib
+from tools import by_rule, plan
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"layers": 4, "width": 256, "heads": 8, "vocab_size": 2_000, "context_length": 256}
@@ -54,11 +55,11 @@ def main() -> None:
         False
     )  # freed pieces leave, so that resident memory is what is in use
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
-    policy, value = plan.models(config)
-    ruled = plan.plan_by_rule(config, mesh)
-    setup = plan.abstract_setup(config, mesh, policy, value)
+    policy, value = by_rule.models(config)
+    ruled = by_rule.plan_by_rule(config, mesh)
+    setup = by_rule.abstract_setup(config, mesh, policy, value)
     with planned_for_accelerators():
-        programs = list(plan.ppo.programs.programs(setup, config, mesh))
+        programs = list(programs_lib.programs(setup, config, mesh))
     for name, compiled in programs:
         told = memory.needs(compiled)
         # Once unmeasured: what a first run brings in for good (the program's own code, stacks of the
@@ -70,9 +71,9 @@ def main() -> None:
         before = resident("VmRSS")
         result = jax.block_until_ready(compiled(*given))
         peak = resident("VmHWM") - before
-        by_rule = ruled.phases[name] - ruled.stays - ruled.batch
+        estimate = ruled.phases[name] - ruled.stays - ruled.batch
         print(
-            json.dumps({"phase": name, "compiled": told.new, "by_rule": by_rule, "measured": peak}),
+            json.dumps({"phase": name, "compiled": told.new, "by_rule": estimate, "measured": peak}),
             flush=True,
         )
         del result, given

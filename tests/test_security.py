@@ -22,7 +22,7 @@ from rlhf_jax.data import schema, text
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, load_llama2c, save_hf
-from rlhf_jax.run import files, networks
+from rlhf_jax.run import networks
 from rlhf_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -381,12 +381,13 @@ def test_json_of_a_model_folder_has_limits(model: Path, name: str, content: str,
         load_hf(model)
 
 
-@pytest.mark.parametrize("name", sorted(files.LIMITS))
+@pytest.mark.parametrize("name", sorted(untrusted.LIMITS))
 def test_files_of_a_model_folder_have_a_size(model: Path, name: str):
     with (model / name).open("ab") as file:
-        file.truncate(files.LIMITS[name] + 1)  # a hole: it takes no space
+        file.truncate(untrusted.LIMITS[name] + 1)  # a hole: it takes no space
     with pytest.raises(
-        ValueError, match=rf"{name} has [\d,]+ bytes, more than the limit of {files.LIMITS[name]:,}"
+        ValueError,
+        match=rf"{name} has [\d,]+ bytes, more than the limit of {untrusted.LIMITS[name]:,}",
     ):
         load_hf(model)
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.run.files import read_json
+from rlhf_jax.run.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer

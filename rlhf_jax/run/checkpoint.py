@@ -29,7 +29,8 @@ import numpy as np
 
 from rlhf_jax import backends
 from rlhf_jax.run import files, processes
-from rlhf_jax.run.files import json_digest, read_json, sha256, write_json
+from rlhf_jax.run.files import json_digest, sha256, write_json
+from rlhf_jax.run.untrusted import read_json
 
 __all__ = [
     "FORMAT",

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rlhf_jax.run.files import PLAIN_NAME
+from rlhf_jax.run.untrusted import PLAIN_NAME
 
 
 def require(condition: bool, field: str, value: Any, fix: str) -> None:

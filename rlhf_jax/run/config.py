@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict, FieldReference
 
 from rlhf_jax.run import checks, config_file, files, programs
-from rlhf_jax.run.files import read_json
 from rlhf_jax.run.secrets import REDACTED, is_secret, redact
+from rlhf_jax.run.untrusted import read_json
 
 # -------------------------------------------------------------------------------- functions by name
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax.data import chat, schema, text
 from rlhf_jax.models.hf import config_from_hf
-from rlhf_jax.run import files
+from rlhf_jax.run import untrusted
 
 _FIELDS = ("max_position_embeddings", "n_positions", "sliding_window")
 """Fields of a config.json that may determine the context length."""
@@ -59,7 +59,7 @@ def of_folder(folder: Path) -> Context:
     file = folder / "config.json"
     if not file.is_file():
         return Context(None, str(folder))
-    description = files.read_json(file)
+    description = untrusted.read_json(file)
     if not isinstance(description, dict):
         return Context(None, str(folder))  # loading the model reports the damage
     length = config_from_hf(description).context_length

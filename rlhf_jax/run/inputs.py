@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FieldReference
 from rlhf_jax.data import schema
 from rlhf_jax.data.storyland import task_of
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.run import checks, files, networks, optimizers, pretrained
+from rlhf_jax.run import checks, networks, optimizers, pretrained, untrusted
 from rlhf_jax.sharding import rules_from_data
 
 LANGUAGE, REWARD = "language model", "reward model"
@@ -144,7 +144,7 @@ def _check_folder(field: str, folder: Path) -> None:
             else ": pass the folder of a model"
         )
         raise ValueError(f"{name} holds no model (a config.json with its weights){there}")
-    description = files.read_json(folder / "config.json")
+    description = untrusted.read_json(folder / "config.json")
     if not isinstance(description, dict) or "model_type" not in description:
         raise ValueError(
             f"{name} holds a config.json that describes no model (no model_type): "
@@ -161,7 +161,7 @@ def kind_of(folder: Path) -> str:
       The kind, or "" where the files cannot be read.
     """
     try:
-        description = files.read_json(folder / "config.json")
+        description = untrusted.read_json(folder / "config.json")
         names = _tensor_names(folder)
     except (OSError, ValueError, safetensors.SafetensorError):
         return ""  # loading the model reports what is wrong
@@ -178,8 +178,8 @@ def kind_of(folder: Path) -> str:
 def _tensor_names(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return list(files.read_json(index)["weight_map"])
-    file = files.check_file(folder / "model.safetensors")
+        return list(untrusted.read_json(index)["weight_map"])
+    file = untrusted.check_file(folder / "model.safetensors")
     with safetensors.safe_open(file, framework="numpy") as stored:
         return list(stored.keys())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 STRANGE = "this stage did not write it"
 """The reason for setting aside a file while the outputs of its stage are intact."""
@@ -54,3 +54,41 @@ def told(bad: Mapping[str, str]) -> tuple[str, ...]:
         f"{name} is not what was written ({trouble})" for name, trouble in list(bad.items())[:3]
     ]
     return (*shown, f"and {len(bad) - 3} more") if len(bad) > 3 else tuple(shown)
+
+
+def time_left(
+    later: Sequence[tuple[float | None, Mapping[str, Any] | None]],
+    known: Sequence[Mapping[str, Any]],
+) -> str:
+    """The estimated time of the stages still to run, in words; empty if it cannot be estimated.
+
+    Args:
+      later: of each such stage its cost (how much it computes, in any unit) and the record of its
+        last run, or None.
+      known: the records of all finished stages; their seconds for each unit of cost count where a
+        stage has not run yet.
+    """
+    seconds = [_expected(cost, earlier, known) for cost, earlier in later]
+    if None in seconds:
+        return ""
+    minutes = round(sum(filter(None, seconds)) / 60)
+    if minutes < 1:
+        return "  (under a minute to the end)"
+    if minutes < 100:
+        return f"  (about {minutes} min to the end)"
+    return f"  (about {minutes / 60:.0f} h to the end)"
+
+
+def _expected(
+    cost: float | None, earlier: Mapping[str, Any] | None, known: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """Seconds of a stage, in proportion to what it computes; None if nothing tells them."""
+    if earlier is not None:
+        scale = cost / earlier["cost"] if cost and earlier.get("cost") else 1.0
+        return earlier["seconds"] * scale
+    if cost == 0:
+        return 0.0
+    both = [(r["seconds"], r["cost"]) for r in known if r.get("cost") and r.get("seconds")]
+    if cost is None or not both:
+        return None
+    return cost * sum(seconds for seconds, _ in both) / sum(cost for _, cost in both)

@@ -1,14 +1,19 @@
-"""Rankings of a file as token ids, and which of them fit a row and the model's context."""
+"""Rankings of a file: as token ids, which of them fit a row, and the scores of their responses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from rlhf_jax import scoring
 from rlhf_jax.data import schema, text
+from rlhf_jax.evaluation.held_out_rankings import Scores
 from rlhf_jax.run import checks, contexts, datasets, inputs
+from rlhf_jax.run import responses as responses_lib
 from rlhf_jax.run.networks import Network, model_folder
 
 
@@ -125,3 +130,40 @@ def distinct_responses(
             names.append([(prompt, list(responses)[i]) for i in group])
             items.append((prompt_ids, [encoded[i] for i in group], [0] * len(group)))
     return names, items
+
+
+def scores(
+    network: Network, rankings: Sequence[schema.Ranking], config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+) -> Scores:  # fmt: skip
+    """The score of each distinct response, even if several labelers ranked it.
+
+    The responses to a prompt share a row.
+    """
+    names, items = distinct_responses(network.tokenizer, rankings, config)
+    if not items:
+        return {}
+    sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in items]
+    asked = [group[0][0] for group in names]
+    contexts.check(
+        contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked)
+    )
+    # Held-out rankings may be longer than the training rows; one width serves all of them.
+    longest = max(sizes)
+    length = max(config.row_length, longest)
+    places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
+    rows = text.ranking_rows(items, length=length, max_k=config.max_k)
+    scored = responses_lib.in_batches(
+        partial(_ranking_scores, network.model, network.params), rows, config.batch_size, mesh,
+        "held-out",
+    )  # fmt: skip
+    return {
+        name: float(scored[row, place, k])
+        for row, inside in enumerate(places)
+        for place, item in enumerate(inside)
+        for k, name in enumerate(names[item])
+    }
+
+
+# At module level, so that all calls share the compiled programs.
+_ranking_scores = jax.jit(scoring.ranking_scores, static_argnums=0)

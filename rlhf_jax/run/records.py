@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.run import files
+from rlhf_jax.run import files, untrusted
 from rlhf_jax.run.checkpoint import sealed_steps
 
 DONE = "done.json"
@@ -155,6 +155,16 @@ def _trouble(path: Path | None, entry: Mapping[str, Any]) -> str:
     if size == entry["bytes"]:
         return ""
     return f"it has {size:,} bytes and had {entry['bytes']:,}" if size else "it is empty"
+
+
+def earlier(run: Path, stage: str) -> dict[str, Any] | None:
+    """The record of a stage's last run that counted its seconds, set aside or not."""
+    aside = sorted((run / ASIDE).glob(f"*/{stage}"), reverse=True)
+    for folder in (run / stage, *aside):
+        seen, _ = read(folder / DONE)
+        if seen and seen.get("seconds"):
+            return seen
+    return None
 
 
 def strangers(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
@@ -331,7 +341,7 @@ def write(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Reads a record; returns None and what is wrong with it, or ``(None, "")`` if absent."""
     try:
-        record = files.read_json(path)
+        record = untrusted.read_json(path)
         if not isinstance(record, dict):
             raise ValueError("it holds no object")
         stored = record.pop("sha256", None)
@@ -363,7 +373,7 @@ def config_changes(folder: Path) -> list[Any]:
         return []
     try:
         return list(
-            files.read_json(folder / CHECKPOINTS / "manifests" / f"{step}.json")["extra"][
+            untrusted.read_json(folder / CHECKPOINTS / "manifests" / f"{step}.json")["extra"][
                 "config_changes"
             ]
         )

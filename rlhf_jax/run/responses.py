@@ -213,6 +213,24 @@ def score_rows(
     return scores
 
 
+def in_batches(
+    function: Callable[[Any], jax.Array], rows: Any, size: int, mesh: jax.sharding.Mesh, name: str
+) -> Any:
+    """A function of rows, applied to `size` rows at a time, with progress shown under `name`.
+
+    The last batch is padded with the last row, so that one compiled program serves all batches.
+    """
+    count, found = len(rows.tokens), []
+    with Progress(name, count, unit="rows") as progress:
+        for start in range(0, count, size):
+            index = np.minimum(np.arange(start, start + size), count - 1)
+            batch = jax.tree.map(lambda x, index=index: x[index], rows)
+            batch = sharding.place_batch(sharding.own_rows(batch, mesh), mesh)
+            found.append(processes.gather(function(batch)))
+            progress(min(start + size, count))
+    return np.concatenate(found)[:count]
+
+
 def by_length(
     lengths: ArrayLike, batch_size: int, *, most: int | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:

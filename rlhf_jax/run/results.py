@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlhf_jax import backends
 from rlhf_jax.data import schema
+from rlhf_jax.evaluation.report import check_results
 from rlhf_jax.evaluation.summary import reward_model_results
-from rlhf_jax.run import files, metrics, processes, records
-from rlhf_jax.run.config import resolve
+from rlhf_jax.run import files, metrics, processes, records, untrusted
+from rlhf_jax.run.config import resolve, to_json
 
 PPO_CURVES = {
     "rollout/score": "score",
@@ -100,6 +102,47 @@ def gathered(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def write(
+    folder: Path, recorded: Mapping[str, Mapping[str, Any]], config: ConfigDict,
+    demonstrations: str, gold: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes ``results.json`` and ``metrics.jsonl`` of all stages; returns the results.
+
+    Args:
+      folder: the run folder.
+      recorded: the record of each stage, by its name.
+      config: of the pipeline.
+      demonstrations: the file whose responses `gold` scores too.
+      gold: the gold scorer; empty where people judge, who leave half of the keys out.
+    """
+    found = gathered(recorded)
+    if gold:
+        found["demonstration_gold_score"] = mean_gold_score(demonstrations, gold)
+    found |= {"config": json.loads(to_json(config)), "versions": versions()}
+    files.write_json(folder / "results.json", found)
+    rows = (row for name in recorded for row in log_rows(folder, name))
+    files.write_lines(folder / "metrics.jsonl", rows)
+    missing = check_results(found)
+    if missing and gold:
+        print(f"Note: results.json lacks {', '.join(missing)}", flush=True)
+    return found
+
+
+def recorded_config(
+    found: Mapping[str, Any], groups: Mapping[str, str], base: str
+) -> dict[str, Any]:
+    """The config that the stages recorded when they ran.
+
+    Args:
+      found: what `write` returned.
+      groups: the group of the config that each stage reads.
+      base: the base model as the user names it, where the stage SFT recorded no path.
+    """
+    stages = found["stages"]
+    config = {group: stages[name]["config"][group] for name, group in groups.items()}
+    return config | {"base": stages["sft"]["inputs"].get("base", {"path": base})["path"]}
+
+
 def mean_gold_score(path: str, gold: Any) -> float:
     """The mean gold score of the labelers' own responses in a file of demonstrations."""
     judge = resolve(gold)
@@ -172,7 +215,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
       ValueError: the file is missing or damaged.
     """
     try:
-        return files.read_json(path)
+        return untrusted.read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run the stage that makes it first") from None
     except ValueError as error:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.run import files, records
 from rlhf_jax.run.config import diff
-from rlhf_jax.run.plans import STRANGE, Step, describe, told
+from rlhf_jax.run.plans import STRANGE, Step, describe, time_left, told
 
 Inputs = Mapping[str, str]
 """Name of an input (a key of the config, say) -> path of a file or of a folder."""
@@ -249,16 +249,13 @@ class Stages:
 
     def _require_inputs(self, stage: Stage, waiting: Sequence[str]) -> None:
         """Raises if a stage that has to run lacks a file, before any stage is computed."""
-        if waiting or not all(self._is_done(name) for name in stage.needs):
+        if waiting or not all(self._read(name)[0] for name in stage.needs):
             return
         for name, path in stage.inputs().items():
             try:
                 self._digest(path)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-
-    def _is_done(self, name: str) -> bool:
-        return self._read(name)[0] is not None
 
     # -------------------------------------------------------------------------------------- the key
 
@@ -328,13 +325,9 @@ class Stages:
         """Prints the plan and executes it; `steps` is a plan that was just made."""
         steps = self.plan() if steps is None else steps
         self._say(describe(steps, self._shown))
-        self._clear_digests()
+        self._digests.clear()  # the user's files may change between planning and running
         for step in steps:
             self.stage(step.stage, planned=step)
-
-    def _clear_digests(self) -> None:
-        """Forgets digests of the user's files, which may change between planning and running."""
-        self._digests.clear()
 
     def stage(
         self, name: str, work: Callable[[str], Any] | None = None, *, planned: Step | None = None
@@ -419,6 +412,7 @@ class Stages:
         """Runs the stage's function after recording its inputs in ``begun.json``."""
         folder = self.folder / stage.name
         files.make_folder(folder)
+        files.remove_unfinished(folder)
         path, step = folder / records.BEGUN, records.newest_step(folder)
         earlier, _ = records.read(path)
         records.write(path, {"key": self._key(parts), **parts})
@@ -437,7 +431,7 @@ class Stages:
 
     def _require_unchanged(self, stage: Stage, parts: Mapping[str, Any]) -> None:
         """Raises if an input changed while the stage ran: its key would be that of another file."""
-        self._clear_digests()
+        self._digests.clear()
         for name, path in stage.inputs().items():
             if not self._owner(path) and self._digest(path) != parts["inputs"][name]["sha256"]:
                 raise ValueError(
@@ -495,43 +489,11 @@ class Stages:
     def _left(self, name: str) -> str:
         """The estimated time of this stage and the later ones; empty if it cannot be estimated."""
         order = list(self._stages)
-        left = 0.0
-        for later in order[order.index(name) :]:
-            if later != name and later in self._intact:
-                continue
-            seconds = self._expected(self._stages[later])
-            if seconds is None:
-                return ""
-            left += seconds
-        minutes = round(left / 60)
-        if minutes < 1:
-            return "  (under a minute to the end)"
-        return (
-            f"  (about {minutes} min to the end)"
-            if minutes < 100
-            else f"  (about {left / 3600:.0f} h to the end)"
+        later = [n for n in order[order.index(name) :] if n == name or n not in self._intact]
+        known = [record for n in self._stages if (record := self._read(n)[0])]
+        return time_left(
+            [(self._stages[n].cost, records.earlier(self.folder, n)) for n in later], known
         )
-
-    def _expected(self, stage: Stage) -> float | None:
-        """Estimated seconds of a stage, from an earlier run of it or else from the other stages.
-
-        Both are scaled in proportion to what the stages compute.
-        """
-        aside = sorted((self.folder / records.ASIDE).glob(f"*/{stage.name}"), reverse=True)
-        for folder in (self.folder / stage.name, *aside):
-            seen, _ = records.read(folder / records.DONE)
-            if seen and seen.get("seconds"):
-                scale = stage.cost / seen["cost"] if stage.cost and seen.get("cost") else 1.0
-                return seen["seconds"] * scale
-        done = [self._read(name)[0] for name in self._stages]
-        known = [
-            (r["seconds"], r["cost"]) for r in done if r and r.get("cost") and r.get("seconds")
-        ]
-        if stage.cost == 0:
-            return 0.0
-        if stage.cost is None or not known:
-            return None
-        return stage.cost * sum(seconds for seconds, _ in known) / sum(cost for _, cost in known)
 
 
 def _plain(result: Any) -> Any:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.run import checkpoint, files, processes
 from rlhf_jax.run.config import diff, to_json
-from rlhf_jax.run.files import read_json
+from rlhf_jax.run.untrusted import read_json
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"

@@ -18,7 +18,7 @@ from rlhf_jax.data.storyland.tokenizer import assets
 from rlhf_jax.models.config import DecoderConfig, gpt2
 from rlhf_jax.models.heads import language_model, scalar_model
 from rlhf_jax.models.hf import save_hf
-from rlhf_jax.run import asking, contexts, devices, networks, responses
+from rlhf_jax.run import answering, asking, contexts, devices, networks, responses
 from rlhf_jax.sampling.generate import Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_prompts_and_answers_that_fill_the_context_exactly(mesh):
     policy, judge = network(language_model, sizes), network(scalar_model, sizes)
     asked = [schema.Prompt(sized(34)), schema.Prompt("Why?")]
     settings = config("evaluate", max_new_tokens="18", batch_size="2", gold="", temperature="0.0")
-    said = evaluate.answer(policy, judge, None, asked, asking.bare_prompts, 1, settings, mesh)
+    said = answering.answer(policy, judge, None, asked, asking.bare_prompts, 1, settings, mesh)
     assert said.tokens.max() <= 18
     assert np.isfinite(said.reward).all()
     settings.max_new_tokens = 19
@@ -153,7 +153,7 @@ def test_prompts_and_answers_that_fill_the_context_exactly(mesh):
         ValueError,
         match="has 34 tokens and max_new_tokens=19 come after it, together 53, but the context",
     ):
-        evaluate.answer(policy, judge, None, asked, asking.bare_prompts, 1, settings, mesh)
+        answering.answer(policy, judge, None, asked, asking.bare_prompts, 1, settings, mesh)
     ids = [text.encode_prompt(TOKENIZER, p.prompt) for p in asked]
     with pytest.raises(ValueError, match="prompt 1 has 34 tokens and max_new_tokens=19"):
         responses.sample_responses(

@@ -44,7 +44,7 @@ def scores(network, mesh):
 
     def score(rankings, **options):
         config = ConfigDict({"row_length": 64, "max_k": 4, "batch_size": 2} | options)
-        return reward_model.score_each(network, rankings, config, mesh)
+        return ranked.scores(network, rankings, config, mesh)
 
     return score
 

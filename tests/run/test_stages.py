@@ -458,6 +458,20 @@ def test_interrupted_before_its_first_checkpoint_a_changed_stage_begins_anew(tmp
     assert changed.ran == [0, 1, 2, 3]
 
 
+def test_what_a_killed_write_left_is_gone_when_its_stage_goes_on(tmp_path):
+    """A power cut in the middle of `files.written` leaves a file that nobody reads, at any depth."""
+    with pytest.raises(KeyboardInterrupt):
+        Oven(tmp_path / "run", stop=2).stages.run()
+    inner = tmp_path / "run" / "bake" / "inner"
+    inner.mkdir()
+    for folder in (inner, inner.parent):
+        (folder / ".crust.r2em6lh5.tmp").write_text("[4")
+    oven = Oven(tmp_path / "run")
+    oven.stages.run()
+    assert oven.ran == [2, 3]
+    assert not [p for p in (tmp_path / "run").rglob("*.tmp") if p.name.startswith(".")]
+
+
 # --------------------------------------------------------------------------------------------------------- progress
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.backends import cpu_process
 from rlhf_jax.models.config import DecoderConfig, gpt2
-from tools import benchmark
+from tools import benchmark, suites
 
 TINY = (
     "--layers=1", "--width=16", "--heads=2", "--vocab=64", "--batch=2", "--prompt_len=6", "--new_tokens=8", "--k=3",
@@ -23,7 +23,7 @@ def run(capsys, monkeypatch):
     # Settings for a process of its own, which the tests are not.
     monkeypatch.setattr(benchmark.devices, "start", lambda shape: None)
     monkeypatch.setattr(benchmark.jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(benchmark, "bandwidth", lambda: 1e10)
+    monkeypatch.setattr(suites, "bandwidth", lambda: 1e10)
 
     def run(*flags):
         benchmark.main([*flags, "--json"])
@@ -63,7 +63,7 @@ def test_a_ppo_iteration_tells_its_pieces(run):
 
 
 def test_ppo_compiles_each_program_once_and_ahead(run, compiled, monkeypatch):
-    together, ahead = benchmark.compiling.compile_together, []
+    together, ahead = suites.compiling.compile_together, []
 
     def compile_and_tell(programs):
         compiled.clear()
@@ -71,7 +71,7 @@ def test_ppo_compiles_each_program_once_and_ahead(run, compiled, monkeypatch):
         ahead.extend(compiled)
 
     monkeypatch.setattr(cpu_process, "has_accelerator", lambda: True)
-    monkeypatch.setattr(benchmark.compiling, "compile_together", compile_and_tell)
+    monkeypatch.setattr(suites.compiling, "compile_together", compile_and_tell)
     run("ppo", *TINY, "--width=24")
     phases = ["jit(_generate)", "jit(score_and_shape)", "jit(step)"]
     for names in (ahead, compiled):  # which of them ends first is chance
@@ -93,30 +93,30 @@ def test_flops_are_those_counted_by_hand():
     blocks = 4 * 2 * 12 * 256**2 * 1024
     attention = 4 * 4 * 256 * 8 * 128 * 129 / 2
     head = 2 * 256 * 8192 * 512
-    assert benchmark.forward_flops(config, [128] * 8, targets=512) == blocks + attention + head
+    assert suites.forward_flops(config, [128] * 8, targets=512) == blocks + attention + head
 
 
 def test_flops_of_grouped_heads_and_a_gated_mlp():
     config = DecoderConfig(100, 16, 1, 8, 4, kv_heads=2, mlp_width=24)
     weights = 8 * (8 + 4 + 4 + 8) + 3 * 8 * 24  # query, key, value, out; gate, up, down
     assert (
-        benchmark.forward_flops(config, [3], targets=1) == 2 * weights * 3 + 4 * 8 * 6 + 2 * 8 * 100
+        suites.forward_flops(config, [3], targets=1) == 2 * weights * 3 + 4 * 8 * 6 + 2 * 8 * 100
     )
 
 
 @pytest.mark.parametrize(("epochs", "gigaflops"), [(1, 78), (4, 218)])
 def test_an_iteration_of_ppo_has_the_known_number_of_flops(epochs, gigaflops):
     a = benchmark.parse(["ppo", f"--epochs={epochs}"])
-    flops = benchmark._ppo_flops(a, benchmark.decoder(a, 128))
+    flops = suites._ppo_flops(a, suites.decoder(a, 128))
     assert flops == pytest.approx(gigaflops * 1e9, rel=0.02)
 
 
 def test_ranking_rows_share_the_prompt():
     a = benchmark.parse(["reward", *TINY])
-    rows = benchmark.ranking_rows(a, 0)
+    rows = suites.ranking_rows(a, 0)
     assert rows.tokens.shape == (2, 6 + 3 * 8)
     np.testing.assert_array_equal(jnp.unique(rows.segments), [1, 2, 3, 4])
-    assert benchmark._shared_pairs(a) == 21 + 3 * (8 * 6 + 36)
+    assert suites._shared_pairs(a) == 21 + 3 * (8 * 6 + 36)
 
 
 def test_ratios_are_theirs_over_ours():

@@ -18,7 +18,7 @@ from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import memory
 from rlhf_jax.run.config import load_config
 from rlhf_jax.run.ppo import setup as setup_lib
-from tools import plan
+from tools import by_rule, plan
 
 ROOT = Path(__file__).parents[2]
 PRESETS = {"1_3b": (1.3157, 8), "6b": (6.6582, 32), "175b": (174.6, 256)}
@@ -65,8 +65,8 @@ def test_bytes_by_rule_are_those_of_the_placed_state():
     sizes = {"layers": 2, "width": 16, "heads": 4, "vocab_size": 51, "context_length": 128}
     config.update(shapes={"policy": sizes, "reward_model": sizes}, ptx_rows_per_episode=1.0)
     mesh = sharding.make_mesh((2, 2, 2))
-    found = plan.plan_by_rule(config, mesh)
-    policy, value = plan.models(config)
+    found = by_rule.plan_by_rule(config, mesh)
+    policy, value = by_rule.models(config)
     params = [sharding.place_state(m.init(jax.random.key(0)), mesh) for m in (policy, value)]
     state, _ = setup_lib.initial_state(config, mesh, *params)
     device = jax.devices()[3]
@@ -83,32 +83,32 @@ def test_bytes_by_rule_are_those_of_the_placed_state():
 
 def test_flops_are_two_a_weight_and_token_and_grow_with_the_rows():
     config = preset("1_3b")
-    policy, value = plan.models(config)
-    found = plan.flops(config, policy, value, 0)
+    policy, value = by_rule.models(config)
+    found = by_rule.flops(config, policy, value, 0)
     tokens = config.episodes * 2048
-    weights = plan.plan_by_rule(config, plan.abstract_mesh((1, 16, 1))).counts
+    weights = by_rule.plan_by_rule(config, by_rule.abstract_mesh((1, 16, 1))).counts
     least = 2 * tokens * (weights["policy"] + 2 * weights["value"])
     assert 1.0 < found["score"] / least < 1.3  # attention on top
     assert found["update"] == pytest.approx(
         4 * (found["score"] - tokens * 2 * 1.15 * weights["value"]), rel=0.1
     )
     config.unlock().update(episodes=1024)
-    assert plan.flops(config, policy, value, 0)["score"] == 2 * found["score"]
+    assert by_rule.flops(config, policy, value, 0)["score"] == 2 * found["score"]
 
 
 def test_decoding_takes_at_least_the_time_to_read_the_weights():
-    config, chip = preset("1_3b"), plan.CHIPS["H100"]
-    found = plan.plan_by_rule(config, plan.abstract_mesh((1, 16, 1)))
+    config, chip = preset("1_3b"), by_rule.CHIPS["H100"]
+    found = by_rule.plan_by_rule(config, by_rule.abstract_mesh((1, 16, 1)))
     floor = config.max_new_tokens * 2 * found.counts["policy"] / chip.bandwidth
-    assert plan.seconds(found, config, 16, chip, 0.4)["generate"] > floor
-    faster = plan.seconds(found, config, 16, chip._replace(bandwidth=2 * chip.bandwidth), 0.4)
-    assert faster["generate"] < plan.seconds(found, config, 16, chip, 0.4)["generate"]
-    assert faster["update"] == plan.seconds(found, config, 16, chip, 0.4)["update"]
+    assert by_rule.seconds(found, config, 16, chip, 0.4)["generate"] > floor
+    faster = by_rule.seconds(found, config, 16, chip._replace(bandwidth=2 * chip.bandwidth), 0.4)
+    assert faster["generate"] < by_rule.seconds(found, config, 16, chip, 0.4)["generate"]
+    assert faster["update"] == by_rule.seconds(found, config, 16, chip, 0.4)["update"]
 
 
 def test_adapters_need_no_moments_of_the_weights():
-    whole = plan.plan_by_rule(preset("1_3b"), plan.abstract_mesh((1, 16, 1)))
-    lora = plan.plan_by_rule(preset("1_3b", train="lora"), plan.abstract_mesh((1, 16, 1)))
+    whole = by_rule.plan_by_rule(preset("1_3b"), by_rule.abstract_mesh((1, 16, 1)))
+    lora = by_rule.plan_by_rule(preset("1_3b", train="lora"), by_rule.abstract_mesh((1, 16, 1)))
     assert lora.networks["policy"].optimizer < 0.15 * whole.networks["policy"].optimizer
     assert lora.networks["reference"] == whole.networks["reference"]
 

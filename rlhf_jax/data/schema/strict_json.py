@@ -18,7 +18,8 @@ from typing import Any
 
 from rlhf_jax.data import parsed
 from rlhf_jax.data.schema.rules import NESTING, RowError, shown
-from rlhf_jax.run.files import is_nested_deeper, local_path, repeated_key
+from rlhf_jax.run.files import local_path
+from rlhf_jax.run.untrusted import is_nested_deeper, repeated_key
 
 LINE_LIMIT = 2**24
 """Most bytes of a line; a record of a hundred thousand words has about a million."""

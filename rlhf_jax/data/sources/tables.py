@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from rlhf_jax.data import schema
 from rlhf_jax.data.schema import RowError, read_bytes
 from rlhf_jax.data.sources.hub import first_line
-from rlhf_jax.run.files import local_path, read_json
+from rlhf_jax.run.files import local_path
+from rlhf_jax.run.untrusted import read_json
 
 
 class Located(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_jax.data.special_ids import begin_ids, follow_folder
-from rlhf_jax.run.files import check_tokenizer
+from rlhf_jax.run.untrusted import check_tokenizer
 
 if TYPE_CHECKING:
     import transformers
@@ -47,7 +47,7 @@ def open_tokenizer(
 
     Args:
       folder: the folder of the tokenizer.
-      file: its tokenizer.json, checked (`rlhf_jax.run.files.check_tokenizer`).
+      file: its tokenizer.json, checked (`rlhf_jax.run.untrusted.check_tokenizer`).
 
     Raises:
       ValueError: it cannot be read.

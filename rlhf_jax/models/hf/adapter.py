@@ -22,7 +22,7 @@ import numpy as np
 from rlhf_jax.models.hf.safetensors_file import tensors_of
 from rlhf_jax.models.hf.stored import Read, Stored, Window, whole
 from rlhf_jax.models.hf.tensors import ADAPTER, ADAPTER_CONFIG, full_name
-from rlhf_jax.run.files import read_json
+from rlhf_jax.run.untrusted import read_json
 
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",

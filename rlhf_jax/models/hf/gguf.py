@@ -21,7 +21,7 @@ from rlhf_jax.models.hf.stored import Read, Stored, Window, unpermuted
 from rlhf_jax.models.hf.tensors import refuse_unread
 from rlhf_jax.models.hf.tokenizer import model_tokenizer
 from rlhf_jax.models.vocabulary import check_ids, unused_ids
-from rlhf_jax.run.files import check_gguf
+from rlhf_jax.run.untrusted import check_gguf
 from rlhf_jax.types import Model, Params
 
 

@@ -2,7 +2,7 @@
 
 There is no torch, no pickle and no remote code, and no path is built from a name found in a file:
 the shards are the ``*.safetensors`` files of the folder, whatever is in an index. Headers are read
-with limits (`rlhf_jax.run.files`).
+with limits (`rlhf_jax.run.untrusted`).
 
 Memory: each parameter is allocated once, in its sharding, and filled from the files a block of rows
 at a time.
@@ -33,7 +33,8 @@ from rlhf_jax.models.hf.stored import blocks, checked, split_c_attn, whole
 from rlhf_jax.models.hf.tensors import FolderTensors, is_buffer, refuse_unread, same_values
 from rlhf_jax.models.hf.tokenizer import model_tokenizer
 from rlhf_jax.models.vocabulary import unused_ids
-from rlhf_jax.run.files import local_path, read_json
+from rlhf_jax.run.files import local_path
+from rlhf_jax.run.untrusted import read_json
 from rlhf_jax.types import Model, Params
 
 

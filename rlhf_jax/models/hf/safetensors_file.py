@@ -14,7 +14,8 @@ import numpy as np
 import safetensors
 
 from rlhf_jax.models.hf.stored import Window, blocks
-from rlhf_jax.run.files import check_file, parse_json, written
+from rlhf_jax.run.files import written
+from rlhf_jax.run.untrusted import check_file, parse_json
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The format's names of the types that are read; all others are for quantised weights, or for

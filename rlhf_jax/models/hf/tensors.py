@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_jax.models.hf.safetensors_file import FLOATS, InFile, tensors_of
 from rlhf_jax.models.hf.settings import clipped
 from rlhf_jax.models.hf.stored import Stored
-from rlhf_jax.run.files import PLAIN_NAME, read_json
+from rlhf_jax.run.untrusted import PLAIN_NAME, read_json
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,7 +9,7 @@ from rlhf_jax.data.special_ids import follow_folder
 from rlhf_jax.data.text import end_of_turn_id, exported_end_ids, open_tokenizer
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.vocabulary import check_ids
-from rlhf_jax.run.files import check_tokenizer
+from rlhf_jax.run.untrusted import check_tokenizer
 
 
 def model_tokenizer(folder: Path, config: DecoderConfig) -> Any:

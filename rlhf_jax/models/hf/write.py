@@ -26,7 +26,8 @@ from rlhf_jax.models.hf.settings import SCORE_BIAS
 from rlhf_jax.models.hf.tensors import INDEX
 from rlhf_jax.models.hf.tokenizer import save_tokenizer, special_ids, template_names
 from rlhf_jax.run import processes
-from rlhf_jax.run.files import check_template_name, local_path, make_folder, sync_tree, written
+from rlhf_jax.run.files import local_path, make_folder, sync_tree, written
+from rlhf_jax.run.untrusted import check_template_name
 from rlhf_jax.types import Model, Params
 
 

@@ -167,7 +167,7 @@ def sequence_log_probs(
       Log-probs in nats at `temperature`, float32, 0 outside `mask`. Dropout is off.
     """
     own, head = _targets(tokens, mask, targets), partial(model.head, params)
-    hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
+    hidden = model.apply_at(params, tokens, own.at, **_texts(model, tokens, lengths)).hidden
     how = {"previous": own.previous, "temperature": temperature}
     return own.at_slots(token_log_probs(hidden, head, own.tokens, own.mask, **how))
 
@@ -184,7 +184,7 @@ def sequence_log_probs_and_entropy(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`sequence_log_probs` and the entropies, in nats, of the same logits."""
     own, head = _targets(tokens, mask, targets), partial(model.head, params)
-    hidden = _hidden_of_texts(model, params, tokens, lengths, own.at)
+    hidden = model.apply_at(params, tokens, own.at, **_texts(model, tokens, lengths)).hidden
     how = {"previous": own.previous, "temperature": temperature}
     logp, entropy = token_log_probs_and_entropy(hidden, head, own.tokens, own.mask, **how)
     return own.at_slots(logp), own.at_slots(entropy)
@@ -224,17 +224,12 @@ def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
     return _Targets(before, ops.align(tokens, order), order > 0, itself, place, fits)
 
 
-def _hidden_of_texts(
-    model: Model, params: Params, tokens: Array, lengths: Array, at: Array | None = None
-) -> Float[Array, "B N D"]:
-    """Hidden states of rows of one text each; only those of the slots `at` where given."""
+def _texts(model: Model, tokens: Array, lengths: Array) -> dict[str, Array]:
+    """The layout of rows of one text each, as `Model.apply` takes it."""
     segments, positions = row_layout(lengths, tokens.shape[1])
     rows = {"segments": segments, "positions": positions}
-    if model.picks:  # With lengths, some kernels need no mask over all pairs of slots.
-        rows["lengths"] = lengths
-    if at is None:
-        return model.apply(params, tokens, **rows).hidden
-    return model.apply_at(params, tokens, at, **rows).hidden
+    # With lengths, some kernels need no mask over all pairs of slots.
+    return rows | {"lengths": lengths} if model.picks else rows
 
 
 def lm_log_probs(
@@ -342,14 +337,16 @@ def _read_values(
 ) -> tuple[Array, Array]:
     """Values before the tokens of `mask`, and the scalars at the slots `also` ``[B, M]``."""
     if mask is None or targets is None or targets + also.shape[1] >= tokens.shape[1]:
-        scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths))
+        hidden = model.apply(params, tokens, **_texts(model, tokens, lengths)).hidden
+        scalars = model.head(params, hidden)
         segments, _ = row_layout(lengths, tokens.shape[1])
         return ops.align(scalars, ops.previous_index(segments)), jnp.take_along_axis(
             scalars, also, axis=1
         )
     order, place = ops.compact(mask, targets)
     at = jnp.concatenate([jnp.maximum(order - 1, 0), also], axis=1)
-    scalars = model.head(params, _hidden_of_texts(model, params, tokens, lengths, at))
+    hidden = model.apply_at(params, tokens, at, **_texts(model, tokens, lengths)).hidden
+    scalars = model.head(params, hidden)
     values = ops.align(jnp.where(order > 0, scalars[:, :targets], 0), place)
     return jnp.where((jnp.sum(mask, axis=1) <= targets)[:, None], values, jnp.nan), scalars[
         :, targets:
@@ -370,7 +367,8 @@ def sequence_scores(
     Returns:
       Raw scores, before any scale or shift.
     """
-    hidden = _hidden_of_texts(model, params, tokens, lengths, lengths[:, None] - 1)
+    last = lengths[:, None] - 1
+    hidden = model.apply_at(params, tokens, last, **_texts(model, tokens, lengths)).hidden
     return model.head(params, hidden)[:, 0]
 
 

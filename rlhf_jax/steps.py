@@ -28,7 +28,7 @@ from rlhf_jax import guard as guards
 from rlhf_jax import ops, scoring
 from rlhf_jax.backends import backend_for
 from rlhf_jax.log_probs import linear_weights
-from rlhf_jax.losses.binding import BoundLoss, Loss, bind_arguments
+from rlhf_jax.losses.binding import BoundLoss, Loss, bind_arguments, with_metrics
 from rlhf_jax.losses.ranking import ranking_loss
 from rlhf_jax.losses.supervised import sft_loss
 from rlhf_jax.ppo import (
@@ -151,7 +151,8 @@ def make_reward_step(
     bound = bind_arguments(loss, RANKING_ARGUMENTS, name="loss")
 
     def loss_fn(params: Params, batch: RankingBatch) -> tuple[Mean, Metrics]:
-        return bound(rewards=scoring.ranking_scores(model, params, batch), ranks=batch.ranks)
+        rewards = scoring.ranking_scores(model, params, batch)
+        return with_metrics(bound.loss(**bound.arguments(rewards=rewards, ranks=batch.ranks)))
 
     def step(
         state: TrainState, batch: RankingBatch, key: Key[Array, ""] | None
@@ -312,6 +313,8 @@ def compile_frozen_step(
     Returns:
       The step, compiled once per shape.
     """
+    if not jax.tree.leaves(frozen):
+        return compile_step(make_step(frozen), state_sharding=state_sharding, donate=donate)
     donated = (1,) if donate else ()
 
     def step(frozen: PyTree, state: Any, *others: Any) -> Any:
@@ -411,7 +414,8 @@ def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
         batch, keys = rows
         key = None if keys is None else keys[0]
         backend = getattr(model.config, "backend", None) or backend_for()
-        of_logp = _traced_once(lambda logp: loss(logp=logp, **_fields(batch)), batch.tokens.shape)
+        call = lambda logp: with_metrics(loss.loss(**loss.arguments(logp=logp, **_fields(batch))))
+        of_logp = _traced_once(call, batch.tokens.shape)
         weights = None
         if backend.head_forward:
             weights = linear_weights(lambda logp: of_logp(logp)[0].total, batch.tokens.shape)
@@ -444,9 +448,10 @@ def _policy_loss_fn(
         where = (rows.tokens, rows.lengths, rows.mask)
         if "entropy" not in loss.names:
             logp = scoring.sequence_log_probs(model, params, *where, **how)
-            return loss(logp=logp, **_fields(rows))
+            return with_metrics(loss.loss(**loss.arguments(logp=logp, **_fields(rows))))
         logp, entropy = scoring.sequence_log_probs_and_entropy(model, params, *where, **how)
-        mean, metrics = loss(logp=logp, entropy=entropy, **_fields(rows))
+        arrays = loss.arguments(logp=logp, entropy=entropy, **_fields(rows))
+        mean, metrics = with_metrics(loss.loss(**arrays))
         total = lax.stop_gradient(jnp.sum(jnp.where(rows.mask, entropy, 0)))
         return mean, {"entropy": Mean(total, jnp.sum(rows.mask, dtype=jnp.float32))} | metrics
 
@@ -457,6 +462,6 @@ def _value_loss_fn(model: Model, loss: BoundLoss, targets: int | None = None) ->
     def loss_fn(params: Params, rows: Rollout) -> tuple[Mean, Metrics]:
         where = (rows.tokens, rows.lengths, rows.mask)
         values = scoring.response_values(model, params, *where, targets=targets)
-        return loss(values=values, **_fields(rows))
+        return with_metrics(loss.loss(**loss.arguments(values=values, **_fields(rows))))
 
     return loss_fn

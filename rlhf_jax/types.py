@@ -139,8 +139,12 @@ class Model(NamedTuple):
     for_decoding: Callable[[Params], Params] = lambda params: params
     picks: bool = False
 
-    def apply_at(self, params: Params, tokens: Any, at: Int[Array, "B N"], **rows: Any) -> Output:
-        """`apply`, returning only the hidden states of the slots `at`, ``[B, N, D]``."""
+    def apply_at(
+        self, params: Params, tokens: Any, at: Int[Array, "B N"] | None, **rows: Any
+    ) -> Output:
+        """`apply`, returning only the hidden states of the slots `at`, ``[B, N, D]``; None: all."""
+        if at is None:
+            return self.apply(params, tokens, **rows)
         if self.picks:
             return self.apply(params, tokens, at=at, **rows)
         output = self.apply(params, tokens, **rows)

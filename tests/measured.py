@@ -73,7 +73,9 @@ def main() -> None:
         peak = resident("VmHWM") - before
         estimate = ruled.phases[name] - ruled.stays - ruled.batch
         print(
-            json.dumps({"phase": name, "compiled": told.new, "by_rule": estimate, "measured": peak}),
+            json.dumps(
+                {"phase": name, "compiled": told.new, "by_rule": estimate, "measured": peak}
+            ),
             flush=True,
         )
         del result, given

@@ -22,7 +22,7 @@ from rlhf_jax.data import schema, text
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.storyland import tokenizer as storyland_assets
 from rlhf_jax.models import DecoderConfig, language_model, load_hf, load_llama2c, save_hf
-from rlhf_jax.run import networks
+from rlhf_jax.run import networks, untrusted
 from rlhf_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]

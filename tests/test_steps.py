@@ -6,7 +6,9 @@ PITFALLS 1, 2, 5, 6, 19, 21-23, 26, 30, 38, 39, 44, 45, 47-49, J5, J6, J9, J10; 
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from functools import lru_cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax import guard as guards
 from rlhf_jax import ops, optim, scoring, sharding, steps, update
 from rlhf_jax import ppo as ppo_lib
+from rlhf_jax.backends import attention
 from rlhf_jax.losses.binding import bind_arguments
 from rlhf_jax.losses.policy import ppo_policy_loss
 from rlhf_jax.losses.ranking import ranking_loss
@@ -102,6 +105,38 @@ def test_the_pretraining_loss_is_called_once_a_ppo_step():
     step = steps.make_ppo_step(tiny.LANGUAGE, tiny.SCALAR, BOTH, settings, losses=losses)
     jax.eval_shape(step, state, rollout, tiny.lm_batch(8), KEY)
     assert len(calls) == 1
+
+
+def test_the_policys_equation_is_eight_calls_from_the_program_and_attention_eight_more(monkeypatch):
+    """``iterate`` of experiments/ppo.py calls the step; whoever reads on needs no more calls than this."""
+    here = str(Path(steps.__file__).parent)
+    seen: dict[str, list[str]] = {}
+
+    def calls_from_the_step() -> list[str]:
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(here)]
+        return [f"{Path(f.filename).stem}.{f.name}" for f in frames]
+
+    def policy_loss(logp, old_logp, advantages, mask):
+        seen["equation"] = calls_from_the_step()
+        return ppo_policy_loss(logp, old_logp, advantages, mask)
+
+    def over_keys(*arguments, **how):
+        calls = calls_from_the_step()
+        if "accumulate_grads" in "".join(calls) and "sequence_log_probs" in "".join(calls):
+            seen.setdefault("attention", calls)
+        return product(*arguments, **how)
+
+    product = attention.over_keys
+    monkeypatch.setattr(attention, "over_keys", over_keys)
+    # A width of its own: blocks of this shape were not traced before.
+    model = language_model(DecoderConfig(tiny.VOCABULARY, 16, 1, 24, 2))
+    state, rollout = start()
+    state = dataclasses.replace(state, policy=steps.train_state(model.init(KEY), SGD))
+    settings, losses = ppo_lib.PPO(minibatches=2), ppo_lib.Losses(policy=policy_loss)
+    step = steps.make_ppo_step(model, tiny.SCALAR, BOTH, settings, losses=losses)
+    jax.eval_shape(step, state, rollout, None, KEY)
+    assert len(seen["equation"]) < 8, seen["equation"]  # its own call is the last one
+    assert len(seen["attention"]) < 8 + 8, seen["attention"]
 
 
 # ------------------------------------------------------------------------------------------- counting steps

@@ -138,10 +138,10 @@ def attend_at(
     part = functools.partial(over_keys, query_scalar=query_scalar)
     part = jax.checkpoint(part) if key.shape[1] >= RECOMPUTE_FROM else part
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
-    mixed = [
-        part(query[:, i : i + BLOCK], key, value, view.bias[:, :, i : i + BLOCK])
-        for i in range(0, query.shape[1], BLOCK)
-    ]
+    mixed = []
+    for begin in range(0, query.shape[1], BLOCK):
+        end = begin + BLOCK
+        mixed.append(part(query[:, begin:end], key, value, view.bias[:, :, begin:end]))
     return jnp.concatenate(mixed, axis=1)
 
 

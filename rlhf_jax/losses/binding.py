@@ -20,10 +20,14 @@ class BoundLoss(NamedTuple):
     loss: Loss
     names: tuple[str, ...]
 
-    def __call__(self, **arrays: Array) -> tuple[Mean, Metrics]:
-        """Call the loss with those of `arrays` that it names; a bare `Mean` gets empty metrics."""
-        result = self.loss(**{name: arrays[name] for name in self.names})
-        return (result, {}) if isinstance(result, Mean) else result
+    def arguments(self, **arrays: Array) -> dict[str, Array]:
+        """Those of `arrays` that the loss names."""
+        return {name: arrays[name] for name in self.names}
+
+
+def with_metrics(result: Any) -> tuple[Mean, Metrics]:
+    """What a loss returned; a bare `Mean` gets empty metrics."""
+    return (result, {}) if isinstance(result, Mean) else result
 
 
 def bind_arguments(loss: Loss, available: tuple[str, ...], *, name: str) -> BoundLoss:

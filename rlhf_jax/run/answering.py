@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from rlhf_jax.data import schema, text
 from rlhf_jax.evaluation.answers import Answers
 from rlhf_jax.rewards import functions
-from rlhf_jax.run import contexts, responses
+from rlhf_jax.run import contexts, networks, responses
 from rlhf_jax.run.asking import Ask, bare_prompts, few_shot_asks, in_slots, tokens_that_start
 from rlhf_jax.run.console import Progress
-from rlhf_jax.run.networks import Network, load_network
+from rlhf_jax.run.networks import Network
 from rlhf_jax.sampling.generate import Sampling
 
 
@@ -128,7 +128,7 @@ def best_epoch(
     """
     rows = []
     for row in epochs:
-        network = load_network(row["path"], mesh, config.decoder)
+        network = networks.load_network(row["path"], mesh, config.decoder)
         said = answer(network, reward, judge, prompts, bare_prompts, count, config, mesh)
         rows.append({**row, **said.means()})
         score = rows[-1]["reward_score"]

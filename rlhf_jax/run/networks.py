@@ -188,6 +188,8 @@ class TrainableParams(NamedTuple):
 
     def model(self, model: Model, frozen: Params) -> Model:
         """`model` as a function of `params`, for `compile_frozen_step`."""
+        if not self.frozen:
+            return model
         return lora_model(model, frozen, alpha=self.alpha)
 
     def whole(self, params: Params) -> Params:

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import evaluate, instructgpt, ppo, prepare_data, reward_model, sample, sft
-from rlhf_jax.run import cli, datasets, networks, pretrained, records
+from rlhf_jax.run import answering, cli, datasets, networks, pretrained, records
 from rlhf_jax.run import config as config_lib
 from rlhf_jax.run import pipeline as reads
 from rlhf_jax.run import rankings as ranked
@@ -338,8 +338,9 @@ def test_choosing_the_baseline_reads_nothing_that_its_key_does_not_count(finishe
         return type("Said", (), {"means": lambda self: {"reward_score": 0.0}})()
 
     given: list[ConfigDict] = []
-    monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr(networks, "load_network", lambda *a, **kw: None)
+    monkeypatch.setattr(answering, "answer", answer)
+    nothing = networks.Network(None, {}, None)
+    monkeypatch.setattr(networks, "load_network", lambda *a, **kw: nothing)
     monkeypatch.setattr(datasets, "read_prompts", lambda path: [])
     pipeline.baseline("baseline")
     counted = reads.parts(json.loads(config_lib.to_json(load())))["baseline"]

@@ -99,9 +99,7 @@ def test_flops_are_those_counted_by_hand():
 def test_flops_of_grouped_heads_and_a_gated_mlp():
     config = DecoderConfig(100, 16, 1, 8, 4, kv_heads=2, mlp_width=24)
     weights = 8 * (8 + 4 + 4 + 8) + 3 * 8 * 24  # query, key, value, out; gate, up, down
-    assert (
-        suites.forward_flops(config, [3], targets=1) == 2 * weights * 3 + 4 * 8 * 6 + 2 * 8 * 100
-    )
+    assert suites.forward_flops(config, [3], targets=1) == 2 * weights * 3 + 4 * 8 * 6 + 2 * 8 * 100
 
 
 @pytest.mark.parametrize(("epochs", "gigaflops"), [(1, 78), (4, 218)])

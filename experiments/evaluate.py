@@ -36,7 +36,7 @@ from rlhf_jax.types import LMBatch, Model, Params, Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class SampleLine:
     """One line of ``samples.jsonl``."""
 
     id: str | None
@@ -254,7 +254,7 @@ def write_samples(
         for name, said in answers.items():
             gold = None if said.gold is None else float(said.gold[i, 0])
             lines.append(
-                Line(
+                SampleLine(
                     p.id, name, chat.readable(p.prompt), said.texts[i][0], gold,
                     float(said.reward[i, 0]),
                 )

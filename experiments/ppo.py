@@ -123,7 +123,7 @@ def iterate(
     All randomness is a function of (seed, iteration), so a resumed run repeats the original.
     """
     # Each phase waits for its arrays, so that running out of memory is reported by its name.
-    phase = partial(programs.phase, setup=setup, config=config, mesh=mesh)
+    phase = partial(programs.phase_of_iteration, setup=setup, config=config, mesh=mesh)
     key, order_key = iteration_keys(config, iteration)
 
     # 1. Sample one response to each prompt of the iteration.

@@ -149,10 +149,10 @@ def origin(config: ConfigDict, base: networks.Network) -> dict[str, Any]:
 def where(
     config: ConfigDict, rankings: Sequence[schema.Ranking], encoded: Sequence[text.RankedIds],
     places: Sequence[int],
-) -> guards.Records:  # fmt: skip
+) -> guards.RowRecords:  # fmt: skip
     """Which rankings are in which row, so that a skipped step can name its records."""
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
-    return guards.Records(
+    return guards.RowRecords(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
         max_items=config.prompts_per_row, places=places,
     )  # fmt: skip

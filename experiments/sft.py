@@ -57,7 +57,7 @@ class Setup(NamedTuple):
 
     network: networks.Network
     trained: networks.TrainableParams
-    records: guards.Records
+    records: guards.RowRecords
     rows: LMBatch
     batches: Batches
     held: list[LMBatch]
@@ -222,7 +222,7 @@ def demonstration_rows(tokenizer: Any, path: str, config: ConfigDict) -> LMBatch
 
 def read_demonstrations(
     tokenizer: Any, path: str, config: ConfigDict, *, context: contexts.Context | None = None
-) -> tuple[guards.Records, LMBatch]:
+) -> tuple[guards.RowRecords, LMBatch]:
     """Rows of a file of demonstrations, and which demonstrations are in which row.
 
     Each row has `config.pieces_per_row` demonstrations (None: as many as fit). In a conversation
@@ -246,7 +246,7 @@ def read_demonstrations(
     sizes, limits = [len(ids) for ids, _ in pieces], (config.row_length, config.pieces_per_row)
     if context is not None:
         contexts.check(context, sizes, contexts.record_of(path, len(records)))
-    where = guards.Records(
+    where = guards.RowRecords(
         path, [r.id for r in records], sizes, capacity=limits[0], max_items=limits[1]
     )
     return where, text.masked_rows(pieces, length=limits[0], max_pieces=limits[1])

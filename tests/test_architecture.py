@@ -541,6 +541,17 @@ def test_modules_import_each_other_in_one_direction():
     assert not set(names) - done, sorted(set(names) - done)
 
 
+def test_a_class_has_a_name_of_its_own():
+    """One name, one meaning; functions are told apart by their module (`contexts.check`), classes are not."""
+    homes: dict[str, list[str]] = {}
+    for path in (path for path in MODULES + PROGRAMS if path.parent.name != "experiments"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name_of(path))
+    # TFDS names a dataset by its builder's class.
+    assert {name for name, found in homes.items() if len(found) > 1} == {"PlainText"}
+
+
 def test_every_public_function_and_class_has_a_docstring():
     missing = []
     for path in MODULES:

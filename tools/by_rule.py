@@ -65,7 +65,7 @@ the rest (our choice)."""
 GIB = 2**30
 
 
-class Network(NamedTuple):
+class NetworkBytes(NamedTuple):
     """Bytes per device of one of the four networks, by rule."""
 
     parameters: float = 0
@@ -79,7 +79,7 @@ class Network(NamedTuple):
 class Plan(NamedTuple):
     """The result of `plan_by_rule`: bytes on each device, FLOPs of all devices together."""
 
-    networks: dict[str, Network]
+    networks: dict[str, NetworkBytes]
     counts: dict[str, int]
     batch: float
     decoding: float
@@ -228,18 +228,18 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
         * dtype
     )
     networks = {
-        "policy": Network(
+        "policy": NetworkBytes(
             held(state.policy.params), held(state.policy.opt_state), held(state.policy.ema),
             grads[0] * copies[0], policy_work, cache,
         ),
-        "value": Network(
+        "value": NetworkBytes(
             held(state.value.params), held(state.value.opt_state), 0, grads[1],
             train(value, step_rows, slots, head=False),
         ),
-        "reference": Network(
+        "reference": NetworkBytes(
             held(setup.policy.params), activations=forward(policy, scored, slots, head=True)
         ),
-        "reward_model": Network(
+        "reward_model": NetworkBytes(
             held(setup.reward.params) if setup.reward else 0,
             activations=forward(value, scored, slots, head=False),
         ),

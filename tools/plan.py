@@ -39,7 +39,7 @@ from tools.by_rule import (
     CHIPS,
     GIB,
     USABLE,
-    Network,
+    NetworkBytes,
     Plan,
     abstract_mesh,
     abstract_setup,
@@ -177,7 +177,7 @@ def show(plan: Plan, result: dict[str, Any], config: ConfigDict, utilization: fl
         "\nMemory of each device in GiB, by rule (eval_shape and sharding rules; "
         f"{config.decoder.dtype} compute)"
     )
-    columns = Network._fields
+    columns = NetworkBytes._fields
     print(f"  {'':<13}" + "".join(f"{c:>12}" for c in columns))
     for name, network in plan.networks.items():
         print(f"  {name:<13}" + "".join(f"{x / GIB:>12.2f}" for x in network))

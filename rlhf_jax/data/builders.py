@@ -27,7 +27,7 @@ from rlhf_jax.data.schema import DataReport
 from rlhf_jax.data.sources.hub import first_line
 
 # Where TFDS is missing, the import of tfds_records names the extra to install.
-from rlhf_jax.data.tfds_records import Records, digest_of, digests_of, features, row_of, tfds
+from rlhf_jax.data.tfds_records import TfdsRecords, digest_of, digests_of, features, row_of, tfds
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -78,7 +78,7 @@ def build(
     return {split: len(records) for split, records in splits.items()}, report
 
 
-def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Records:
+def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> TfdsRecords:
     """The records of a split that `build` wrote, with random access.
 
     Args:
@@ -108,7 +108,7 @@ def read(name: str, out_dir: str | os.PathLike[str], split: str = "train") -> Re
         raise ValueError(
             f"split={split!r} of {folder} cannot be opened ({why}): build it again"
         ) from None
-    return Records(source, kind)
+    return TfdsRecords(source, kind)
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

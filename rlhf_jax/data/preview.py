@@ -63,7 +63,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PreviewRow:
     """One record as the model sees it; `problem` is the error where it cannot be encoded."""
 
     title: str
@@ -77,7 +77,7 @@ def rows(
     *,
     count: int = ROWS,
     assistant_turns: str = "all",
-) -> list[Row]:
+) -> list[PreviewRow]:
     """Some of the records, evenly spaced and of every kind, as the stages encode them.
 
     Args:
@@ -108,15 +108,15 @@ def _chosen(records: Sequence[Any], count: int) -> list[int]:
     )
 
 
-def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> Row:
+def _row(show: _Texts | _Tokens, place: int, record: Any, total: int) -> PreviewRow:
     kind = type(record).__name__.lower().replace("plaintext", "document")
     name = f", id {visible(record.id)[:60]}" if record.id else ""
     title = f"{kind}: record {place + 1:,} of {total:,}{name}"
     try:
-        return Row(title, tuple(show(record)))
+        return PreviewRow(title, tuple(show(record)))
     except ValueError as error:
         # As in training, a template may refuse a conversation. The other rows are still shown.
-        return Row(title, problem=str(error))
+        return PreviewRow(title, problem=str(error))
 
 
 # --------------------------------------------------------------------------------- with a tokenizer
@@ -356,7 +356,7 @@ def colours(stream: Any) -> bool:
 
 
 def as_text(
-    shown: Sequence[Row], *, tokens: bool, colour: bool = False, ascii_only: bool = False
+    shown: Sequence[PreviewRow], *, tokens: bool, colour: bool = False, ascii_only: bool = False
 ) -> str:
     """The rows as text for a terminal or a file.
 
@@ -396,7 +396,7 @@ def as_text(
     return said.encode("ascii", "backslashreplace").decode() if ascii_only else said
 
 
-def special_pieces(shown: Sequence[Row]) -> list[Piece]:
+def special_pieces(shown: Sequence[PreviewRow]) -> list[Piece]:
     """The distinct special tokens of the rows, as pieces that are not trained on."""
     pieces = (piece for row in shown for part in row.parts for piece in part.pieces)
     return list(

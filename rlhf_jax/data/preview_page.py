@@ -8,12 +8,12 @@ from typing import Literal
 
 from rlhf_jax import pages
 from rlhf_jax.data import preview
-from rlhf_jax.data.preview import Piece, Row
+from rlhf_jax.data.preview import Piece, PreviewRow
 
 TEMPLATE = "data/preview_page.html.jinja"
 
 
-def page(shown: Sequence[Row], *, title: str, tokens: bool, report: str = "") -> str:
+def page(shown: Sequence[PreviewRow], *, title: str, tokens: bool, report: str = "") -> str:
     """The rows as a page of HTML.
 
     Args:

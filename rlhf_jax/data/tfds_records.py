@@ -29,7 +29,7 @@ _BATCH = 256
 """Rows that an iteration reads from disk at once."""
 
 
-class Records(Sequence[Any]):
+class TfdsRecords(Sequence[Any]):
     """Rows of a TFDS data source as records of `schema`, decoded on access.
 
     An instance is also a random-access data source for grain.

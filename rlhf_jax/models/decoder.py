@@ -40,7 +40,7 @@ from rlhf_jax.types import Cache, Output, Params
 _MASKED = -1e30
 
 
-class Rows(NamedTuple):
+class RowLayout(NamedTuple):
     """How the tokens of a batch are laid out in their rows.
 
     Attributes:
@@ -98,12 +98,12 @@ def apply_decoder(
       at: the slots whose hidden states are wanted; None for all. On one device and without
         adapters, the last block then computes keys and values of all tokens and everything else
         only for these, which saves nearly 1/L of the work of L layers on the other slots.
-      **rows: the fields of `Rows`: segments, positions, parents and lengths.
+      **rows: the fields of `RowLayout`: segments, positions, parents and lengths.
 
     Returns:
       ``Output(hidden [B, T, D] in the compute dtype, cache)``; ``[B, N, D]`` with `at`.
     """
-    own, backend, blocks = Rows(**rows), config.backend, params["blocks"]
+    own, backend, blocks = RowLayout(**rows), config.backend, params["blocks"]
     embedding = bind_embedding(config, params)
     dropout_key = None if key is None else jax.random.fold_in(key, 0)
     x = dropout(embedding(tokens, own.positions), config.dropout, dropout_key)
@@ -112,7 +112,7 @@ def apply_decoder(
         slots = cache.lengths[:, None] + slots
         cache, stored_at = with_tokens(cache, own.segments, slots)
         # A cached row is one text from its first slot on.
-        keys = Rows(cache.segments, jnp.arange(cache.segments.shape[1])[None, :])
+        keys = RowLayout(cache.segments, jnp.arange(cache.segments.shape[1])[None, :])
         shared = _shared(config, own, slots, keys, key)
         step = backend.decode_blocks
         return Output(*step(blocks_over_cache, config, params, x, cache, stored_at, shared, at))
@@ -175,7 +175,11 @@ def visible(
 
 
 def _shared(
-    config: DecoderConfig, rows: Rows, slots: Int[Array, "B T"], keys: Rows, key: Array | None
+    config: DecoderConfig,
+    rows: RowLayout,
+    slots: Int[Array, "B T"],
+    keys: RowLayout,
+    key: Array | None,
 ) -> Shared:
     """The inputs that all layers share; `keys` is `rows` itself if there is no cache."""
     parents = jnp.zeros_like(rows.segments) if rows.parents is None else rows.parents

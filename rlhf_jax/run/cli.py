@@ -285,7 +285,7 @@ def _check_process_flags(flags: argparse.Namespace, one_process: str) -> None:
 
 
 def _start_processes(flags: argparse.Namespace) -> None:
-    processes.start(
+    processes.connect(
         coordinator_address=flags.coordinator_address,
         num_processes=flags.num_processes,
         process_id=flags.process_id,

@@ -34,7 +34,7 @@ SHOWN = 64
 """The maximal number of records that a message names; the file names all of them."""
 
 
-class Records:
+class RowRecords:
     """Maps rows to the records of a data file that are in them; a packed row contains several.
 
     Args:

@@ -82,10 +82,10 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
     )
 
 
-def readable(size: float) -> str:
+def in_units(size: float) -> str:
     """Formats a number of bytes for people.
 
-    >>> readable(1_536), readable(3 * 2**30)
+    >>> in_units(1_536), in_units(3 * 2**30)
     ('1.5 KiB', '3.0 GiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -114,7 +114,7 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
     shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(f"Dry run on {mesh.size} x {platform} ({shape}): memory of each device", flush=True)
     print(
-        f"  {'weights and optimizer states':<34}{readable(state):>12}  stay from start to end",
+        f"  {'weights and optimizer states':<34}{in_units(state):>12}  stay from start to end",
         flush=True,
     )
     found, begun = {}, time.monotonic()
@@ -126,21 +126,21 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
             continue
         found[name] = told
         print(
-            f"  {name:<12}arguments {readable(told.arguments):>10}  outputs "
-            f"{readable(told.outputs):>10} ({readable(told.reused)} in their place)  temporary "
-            f"{readable(told.temporary):>10}  compiled in {seconds:.1f} s",
+            f"  {name:<12}arguments {in_units(told.arguments):>10}  outputs "
+            f"{in_units(told.outputs):>10} ({in_units(told.reused)} in their place)  temporary "
+            f"{in_units(told.temporary):>10}  compiled in {seconds:.1f} s",
             flush=True,
         )
     if found:
         name = max(found, key=lambda name: found[name].new)
         print(
-            f"  {'largest':<12}{name}: {readable(state + found[name].new)} with what stays",
+            f"  {'largest':<12}{name}: {in_units(state + found[name].new)} with what stays",
             flush=True,
         )
     # Devices of other processes cannot be queried; each process prints its own limit.
     limit = backends.memory_stats().get("bytes_limit")
     print(
-        f"  {'device':<12}{'tells no limit' if limit is None else f'has {readable(limit)}'}",
+        f"  {'device':<12}{'tells no limit' if limit is None else f'has {in_units(limit)}'}",
         flush=True,
     )
     print(
@@ -204,9 +204,9 @@ def _compiled_needs(name: str, programs: Callable[[], Programs]) -> str:
             told = needs(compiled) if other == name else None
             if told is not None:
                 return (
-                    f"Its program asks each device for {readable(told.temporary)} of temporary "
-                    f"memory, beside {readable(told.arguments)} of arguments and "
-                    f"{readable(told.outputs - told.reused)} of new outputs. "
+                    f"Its program asks each device for {in_units(told.temporary)} of temporary "
+                    f"memory, beside {in_units(told.arguments)} of arguments and "
+                    f"{in_units(told.outputs - told.reused)} of new outputs. "
                 )
     return ""
 
@@ -215,8 +215,8 @@ def _devices() -> str:
     stats = backends.memory_stats()
     if "bytes_in_use" not in stats:
         return ""
-    limit = f" of {readable(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
-    return f"In use on the first device: {readable(stats['bytes_in_use'])}{limit}. "
+    limit = f" of {in_units(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
+    return f"In use on the first device: {in_units(stats['bytes_in_use'])}{limit}. "
 
 
 def _first_line(error: BaseException) -> str:

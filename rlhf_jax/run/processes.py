@@ -48,7 +48,7 @@ def count() -> int:
     return distributed.global_state.num_processes
 
 
-def start(
+def connect(
     *,
     coordinator_address: str | None = None,
     num_processes: int | None = None,

@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax import sharding
 from rlhf_jax.backends import View, attention, backend_for, tpu
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.decoder import Rows, apply_decoder, init_decoder, visible
+from rlhf_jax.models.decoder import RowLayout, apply_decoder, init_decoder, visible
 
 KERNELS = {
     "plain": attention.attend,
@@ -95,7 +95,7 @@ def test_a_decoder_gives_the_same_hidden_states_by_either(rows):
     def hidden(kernel):
         own = dataclasses.replace(config, attention=kernel)
         return apply_decoder(
-            own, params, tokens, **Rows(rows[0], positions, rows[1])._asdict()
+            own, params, tokens, **RowLayout(rows[0], positions, rows[1])._asdict()
         ).hidden
 
     real = np.asarray(rows[0] > 0)
@@ -180,7 +180,7 @@ def test_splash_over_eight_devices_is_the_decoder_on_one():
     spread = dataclasses.replace(plain, attention="splash", mesh=mesh)
     places = jnp.broadcast_to(jnp.arange(256), (4, 256))
     segments = jnp.where(places < jnp.array([[256], [250], [129], [0]]), 1 + places // 100, 0)
-    rows = Rows(segments, places)
+    rows = RowLayout(segments, places)
     tokens = jax.random.randint(jax.random.key(1), (4, 256), 0, 50)
     params = jax.tree.map(lambda x: 3 * x, init_decoder(plain, jax.random.key(0)))
 

@@ -164,7 +164,7 @@ def test_a_conversation_that_the_template_refuses_is_shown_as_such(tok):
 # -------------------------------------------------------------------------------------------------------- on a screen
 
 
-def hostile(tok) -> list[preview.Row]:
+def hostile(tok) -> list[preview.PreviewRow]:
     records = [
         Demonstration(HOSTILE, HOSTILE),
         Ranking(HOSTILE, (HOSTILE, "b"), (0, 1)),

@@ -60,13 +60,13 @@ def config_of(stage: str, inputs: Path, **overrides: object) -> ConfigDict:
 
 
 def test_a_packed_row_names_each_record_in_it():
-    records = guards.Records(
+    records = guards.RowRecords(
         "d.jsonl", ["a", "b", None, "d"], [3, 5, 2, 6], capacity=8, places=[0, 1, 5, 7]
     )
     assert records.of([0]) == [(7, "d"), (5, None)]  # best_fit([3, 5, 2, 6]) is [[3, 2], [1, 0]]
     assert records.of([1, 2]) == [(1, "b"), (0, "a")]  # row 2 is of another file that was mixed in
     assert guards.named(records.of([0]), "d.jsonl") == "records 7 (d), 5 of d.jsonl (from 0)"
-    assert guards.Records("p.jsonl", ["x", "y"]).of([1]) == [(1, "y")]
+    assert guards.RowRecords("p.jsonl", ["x", "y"]).of([1]) == [(1, "y")]
 
 
 def bad_at(*steps: int):
@@ -99,7 +99,7 @@ def train(
     """The real loop over twelve records in batches of two."""
     batches = Batches({"x": np.arange(12)}, batch_size=2, seed=0)
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
-    records = guards.Records("toy.jsonl", [f"id{i}" for i in range(12)])
+    records = guards.RowRecords("toy.jsonl", [f"id{i}" for i in range(12)])
     with pytest.MonkeyPatch.context() as patch:
         if stop_at:
             patch.setattr(

@@ -100,7 +100,7 @@ def test_a_dry_run_tells_each_phase_and_writes_nothing(name, given, tmp_path, ca
     assert "8 x cpu (data=8, fsdp=1, tensor=1)" in said
     for phase, program in zip(TOLD[name], compiled, strict=True):
         line = next(line for line in said.splitlines() if line.split()[:1] == [phase])
-        assert f"temporary {memory.readable(needs(program).temporary):>10}" in line
+        assert f"temporary {memory.in_units(needs(program).temporary):>10}" in line
     assert "Nothing was trained and nothing was written" in said
 
 
@@ -154,7 +154,7 @@ def test_the_programs_own_numbers_are_in_the_error():
         memory.phase("train", lower=(), programs=lambda: [("train", program)]),
     ):
         raise MemoryError
-    assert f"{memory.readable(memory.needs(program).temporary)} of temporary memory" in str(
+    assert f"{memory.in_units(memory.needs(program).temporary)} of temporary memory" in str(
         told.value
     )
 

@@ -7,9 +7,9 @@ sentence for each suspicious number, and `headline` as one line.
 """
 
 from rlhf_jax.data.overview.numbers import (
-    Answers,
+    AnswerNumbers,
     Look,
-    Pairs,
+    PairNumbers,
     Prompts,
     Spread,
     answer_numbers,
@@ -23,9 +23,9 @@ from rlhf_jax.data.overview.table import LINES, WIDTH, headline, summary
 __all__ = [
     "LINES",
     "WIDTH",
-    "Answers",
+    "AnswerNumbers",
     "Look",
-    "Pairs",
+    "PairNumbers",
     "Prompts",
     "Spread",
     "answer_numbers",

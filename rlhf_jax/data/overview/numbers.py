@@ -70,7 +70,7 @@ class Prompts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class AnswerNumbers:
     """Statistics of the answers of demonstrations, or of the ranked answers of rankings.
 
     Attributes:
@@ -99,7 +99,7 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class PairNumbers:
     """Statistics of the pairs of ranked answers.
 
     Attributes:
@@ -140,8 +140,8 @@ class Look:
     rows: int
     templated: int
     prompts: Prompts | None = None
-    answers: Answers | None = None
-    pairs: Pairs | None = None
+    answers: AnswerNumbers | None = None
+    pairs: PairNumbers | None = None
 
 
 def look(
@@ -200,7 +200,7 @@ def prompt_numbers(
 
 def answer_numbers(
     records: Sequence[Demonstration | Ranking], *, known: dict[str, str] | None = None
-) -> Answers:
+) -> AnswerNumbers:
     """Statistics of the answers of records; answers that were not ranked do not count.
 
     Args:
@@ -230,7 +230,9 @@ def answer_numbers(
         name: count[name]
         for name in ("empty", "short", "begin", "contain", "echo", "leading", "trailing")
     }
-    return Answers(len(lengths), characters=Spread.of(lengths), commonest=(times, text), **kept)
+    return AnswerNumbers(
+        len(lengths), characters=Spread.of(lengths), commonest=(times, text), **kept
+    )
 
 
 def pair_numbers(
@@ -238,7 +240,7 @@ def pair_numbers(
     tokens: Callable[[str], int] | None = None,
     *,
     known: dict[str, str] | None = None,
-) -> Pairs:
+) -> PairNumbers:
     """Statistics of the pairs of ranked answers.
 
     Args:
@@ -280,8 +282,8 @@ def pair_numbers(
     ends: dict[str, Any] = {
         name: (count[f"{name} best"], count[f"{name} other"]) for name in ("trailing", "leading")
     }
-    names = [field.name for field in dataclasses.fields(Pairs) if field.name not in ends]
-    return Pairs(**{name: count[name] for name in names}, **ends)
+    names = [field.name for field in dataclasses.fields(PairNumbers) if field.name not in ends]
+    return PairNumbers(**{name: count[name] for name in names}, **ends)
 
 
 def _count_pair(count: collections.Counter[str], best: str, other: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.data.overview.numbers import SHORT, Answers, Look, Pairs, Prompts
+from rlhf_jax.data.overview.numbers import SHORT, AnswerNumbers, Look, PairNumbers, Prompts
 
 FEW = 20
 """Shares of fewer pairs or answers than this are not judged, as they may be chance."""
@@ -81,7 +81,7 @@ def judgements(looks: Mapping[str, Look], aside: Mapping[str, int] | None = None
     return [text for _, text in sorted(found, key=lambda item: item[0])]
 
 
-def _about_pairs(pairs: Pairs) -> list[str]:
+def _about_pairs(pairs: PairNumbers) -> list[str]:
     found = []
     # Pairs of equal length say nothing about a preference for length.
     differ = pairs.longer + pairs.shorter
@@ -132,7 +132,7 @@ def _about_pairs(pairs: Pairs) -> list[str]:
     return found
 
 
-def _about_answers(name: str, answers: Answers) -> list[str]:
+def _about_answers(name: str, answers: AnswerNumbers) -> list[str]:
     found, count = [], answers.count
     if answers.empty:
         found.append(f"{answers.empty:,} answers of {name} are empty")

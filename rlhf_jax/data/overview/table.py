@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data.overview.numbers import SHORT, Look, Pairs, look
+from rlhf_jax.data.overview.numbers import SHORT, Look, PairNumbers, look
 from rlhf_jax.data.overview.sentences import judgements, percent
 
 WIDTH = 100
@@ -113,7 +113,7 @@ def _rows(looks: Sequence[Look]) -> list[list[str]]:
     return [*rows, ["* least / median / 90% / most"]]
 
 
-def _longer(pairs: Pairs) -> str:
+def _longer(pairs: PairNumbers) -> str:
     said = percent(pairs.longer, pairs.strict)
     return (
         f"{said} (tokens {percent(pairs.longer_tokens, pairs.counted)})" if pairs.counted else said

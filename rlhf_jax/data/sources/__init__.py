@@ -26,7 +26,7 @@ from rlhf_jax.data.sources.reading import (
     read_prompts,
     read_rated,
 )
-from rlhf_jax.data.sources.recognise import FORMS, Form, advice
+from rlhf_jax.data.sources.recognise import FORMS, FileForm, advice
 from rlhf_jax.data.sources.rules import EXPECTED_DROPS, FORM_RULES
 from rlhf_jax.data.sources.running_text import (
     TEXT_ARCHIVE,
@@ -58,7 +58,7 @@ __all__ = [
     "TEXT_ARCHIVE",
     "TEXT_FOLDERS",
     "TEXT_REPO",
-    "Form",
+    "FileForm",
     "Reading",
     "Split",
     "advice",

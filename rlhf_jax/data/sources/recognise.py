@@ -44,7 +44,7 @@ class Options(NamedTuple):
     language: str = "en"
 
 
-class Form(NamedTuple):
+class FileForm(NamedTuple):
     """A form of data.
 
     Attributes:
@@ -119,27 +119,27 @@ def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Par
     return rows, parse
 
 
-FORMS: Mapping[str, Form] = {
-    "label_studio": Form(
+FORMS: Mapping[str, FileForm] = {
+    "label_studio": FileForm(
         "a Label Studio export", "`data`, `annotations`",
         "rankings by each annotator, or demonstrations",
         label_studio.is_task,
         lambda rows, o: annotated.table(rows, o.columns, label_studio.extract),
         renames=False,
     ),
-    "argilla": Form(
+    "argilla": FileForm(
         "an Argilla export", "`fields`, `responses`; or flat, `QUESTION.responses`",
         "rankings by each annotator, or demonstrations",
         argilla.is_record,
         lambda rows, o: annotated.table(rows, o.columns, argilla.extract),
         renames=False,
     ),
-    "oasst": Form(
+    "oasst": FileForm(
         "OpenAssistant", "trees of messages, or `message_id`, `parent_id`, `role`, `text`",
         "ranked replies -> rankings, best human replies -> demonstrations",
         oasst.is_tree, lambda rows, o: oasst.table(rows, o.language),
     ),
-    "openai": Form(
+    "openai": FileForm(
         "OpenAI messages", "`messages`; or `input`, `preferred_output`, `non_preferred_output`",
         "the last turn -> response, those before it -> prompt; preferred over non-preferred",
         lambda row: (
@@ -153,17 +153,17 @@ FORMS: Mapping[str, Form] = {
             else messages.conversation(row)
         ),
     ),
-    "sharegpt": Form(
+    "sharegpt": FileForm(
         "ShareGPT", "`conversations` or `conversation`: turns of `from` and `value`",
         "the last turn -> response, those before it -> prompt",
         lambda row: any(row.has(name) for name in sharegpt.COLUMNS), _each(sharegpt.parse),
     ),
-    "hh": Form(
+    "hh": FileForm(
         "HH transcripts", "`chosen`, `rejected`: texts with \"Human:\" and \"Assistant:\"",
         "what stands before the last \"Assistant:\" -> prompt, chosen over rejected",
         _is_transcripts, lambda rows, o: (rows, trl.pairs(rows)),
     ),
-    "alpaca": Form(
+    "alpaca": FileForm(
         "Alpaca", "`instruction`, `output` (or `chosen`, `rejected`)",
         "instruction + input -> prompt, output -> response",
         lambda row: row.has("instruction")
@@ -171,27 +171,27 @@ FORMS: Mapping[str, Form] = {
         and not row.has("prompt"),
         _each(alpaca.parse_alpaca),
     ),
-    "dolly": Form(
+    "dolly": FileForm(
         "Dolly", "`instruction`, `response`",
         "instruction + context -> prompt, response -> response, category -> use_case",
         lambda row: row.has("instruction") and row.has("response") and not row.has("prompt"),
         _each(alpaca.parse_dolly),
     ),
-    "rated": Form(
+    "rated": FileForm(
         "responses with scores",
         "`prompt` or `instruction`; `completions` with scores, `responses` + `scores`, "
         "`generations` + `ratings`, or `response` + `score`",
         "responses ranked by their scores, larger is better",
         _is_rated, lambda rows, o: rated.table(rows, o.columns),
     ),
-    "trl": Form(
+    "trl": FileForm(
         "TRL", "`prompt` and `chosen`, `rejected`; `prompt`, `completion`; `prompt`",
         "prompt -> prompt, chosen over rejected, completion -> response",
         lambda row: _is_pairs(row)
         or (row.has("prompt") and "completion" in row.values and not row.has("completions")),
         _plan_trl,
     ),
-    "jsonl": Form(
+    "jsonl": FileForm(
         "records of this package",
         "`prompt` or `messages`; `response`; `responses`, `ranks`; `text`",
         "each field under its own name",
@@ -231,7 +231,7 @@ MAPPED = (
 )
 
 
-def check_form(name: str) -> Form:
+def check_form(name: str) -> FileForm:
     """The form of a name.
 
     Raises:

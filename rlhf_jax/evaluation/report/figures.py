@@ -13,7 +13,7 @@ Rows = Sequence[Mapping[str, Any]]
 """Metric rows of one stage."""
 
 
-class Model(NamedTuple):
+class ShownModel(NamedTuple):
     """Name, explanation and colour of a model; the colours are the same in every chart."""
 
     name: str
@@ -22,22 +22,22 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "base": Model(
+    "base": ShownModel(
         "base", "the pretrained model, given the bare instruction", "var(--base)"
     ),
-    "prompted_base": Model(
+    "prompted_base": ShownModel(
         "prompted base", "the same model after a few worked examples", "var(--prompted-base)"
     ),
-    "sft": Model(
+    "sft": ShownModel(
         "SFT", "fine-tuned on demonstrations", "var(--sft)"
     ),
-    "best_of_4": Model(
+    "best_of_4": ShownModel(
         "best of 4", "SFT, the reward model picks one of four answers", "var(--best-of-4)"
     ),
-    "ppo": Model(
+    "ppo": ShownModel(
         "PPO", "SFT, then reinforcement learning against the reward model", "var(--ppo)"
     ),
-    "ppo_ptx": Model(
+    "ppo_ptx": ShownModel(
         "PPO-ptx", "PPO with pretraining text mixed into every update", "var(--ppo-ptx)"
     ),
 }  # fmt: skip

@@ -134,7 +134,7 @@ LOWER = {
 """The config keys that help when a phase runs out of memory, most effective first."""
 
 
-def phase(name: str, setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+def phase_of_iteration(name: str, setup: Setup, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     """A context manager in which running out of memory names this phase and its sizes."""
     return memory.phase(
         name,

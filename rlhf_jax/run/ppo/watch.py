@@ -29,7 +29,7 @@ def watch(
     """
     seen = to_host(metrics)
     where = setup.prompts.indices(iteration)
-    records = guards.Records(config.prompts, setup.prompt_ids)
+    records = guards.RowRecords(config.prompts, setup.prompt_ids)
     if seen["rollout/dropped"]:
         rows = where[guards.rows_on_host(metrics["dropped_rows"].value)].tolist()
         abstains = (
@@ -66,7 +66,7 @@ def name_skipped(
     )
     where, records = (
         setup.prompts.indices(iteration),
-        guards.Records(config.prompts, setup.prompt_ids),
+        guards.RowRecords(config.prompts, setup.prompt_ids),
     )
     events = []
     for step in range(steps):

@@ -238,6 +238,7 @@ def _xla_flags() -> dict[str, str]:
         for flag in _words(os.environ.get(variable, "")):
             name, _, value = flag.lstrip("-").partition("=")
             if not _XLA_HARMLESS.search(name):
+                # An XLA flag without a value switches a boolean on.
                 found[f"--{name}"] = value or "true"
     return found
 

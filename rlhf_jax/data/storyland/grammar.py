@@ -246,6 +246,7 @@ def write(form: Form, rng: random.Random, slots: Mapping[str, str]) -> str:
     filled = dict(slots)
     for slot in re.findall(r"\{(\w+)\}", form.pattern):
         if slot not in filled:
+            # The text would be ambiguous if hero and other had the same word.
             filled[slot] = word(rng, slot, (filled.get("hero", ""), filled.get("other", "")))
     choose = lambda match: str(pick(rng, match.group(1).split("|")))
     return re.sub(r"\[(.*?)\]", choose, form.pattern).format(**filled)
@@ -262,6 +263,7 @@ def _regex(form: Form) -> re.Pattern[str]:
         seen.add(name)
         return f"(?P<{name}>{'|'.join(LEXICON[name])})"
 
+    # Dots are escaped before brackets become groups; slots are replaced last, by groups with names.
     pattern = form.pattern.replace(".", r"\.").replace("[", "(?:").replace("]", ")")
     return re.compile(re.sub(r"\{(\w+)\}", slot, pattern))
 

@@ -114,11 +114,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
     result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
+    # After the model is saved, so that an error in an evaluation file loses no training.
     sets = {
         name: ranked.held_out(base, path, config)
         for name, path in config.evaluation.items()
         if path
     }
+    # The scores of all sets are computed together, as rankings of several sets share responses.
     scores = ranked.scores(
         network, [r for rankings, _ in sets.values() for r in rankings], config, mesh
     )
@@ -151,6 +153,7 @@ def where(
     places: Sequence[int],
 ) -> guards.Records:  # fmt: skip
     """Which rankings are in which row, so that a skipped step can name its records."""
+    # The same sizes and limits as in `ranking_rows`, so that `Records` repeats its packing.
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
     return guards.Records(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
@@ -228,11 +231,13 @@ def read_trunk(
     places: Any = np.broadcast_to(
         np.arange(hidden.shape[1]).reshape(1, *rows.ends.shape[1:]), rows.ends.shape
     )
+    # The stand-in for the model reads hidden states and needs no segments, parents or positions.
     empty: Any = np.zeros(hidden.shape[:2], np.int32)
     seen = RankingBatch(hidden, empty, empty, empty, places.astype(np.int32), rows.ranks)
     return model._replace(apply=lambda params, states, **_: Output(states, None)), seen
 
 
+# At module level, so that all calls share the compiled programs.
 _ranking_hidden = jax.jit(scoring.ranking_hidden, static_argnums=0)
 
 

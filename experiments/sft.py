@@ -102,6 +102,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     ):  # fmt: skip
         for step, state in loop:
             batch = sharding.place_batch(setup.batches.at(step), setup.mesh)
+            # Without dropout a step draws nothing and takes no key.
             key = (
                 jax.random.fold_in(jax.random.key(config.seed), step)
                 if config.dropout > 0

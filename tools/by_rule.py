@@ -211,7 +211,9 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
         else 0,
     )
     held, state = memory.held, setup.state
+    # Gradients have the sizes and the shardings of the parameters.
     grads = [held(memory.abstract(s.params)) for s in (state.policy, state.value)]
+    # The gradients of PPO and of the pretraining text exist side by side before they are added.
     copies = 1 + bool(ptx_rows), 1
     # Accumulation over micro-batches needs one more buffer of gradients.
     accumulated = max(grads) * (micro > 1 or ptx_micro > 1)
@@ -244,6 +246,8 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
             activations=forward(value, scored, slots, head=False),
         ),
     }  # fmt: skip
+    # Seven arrays of 4 bytes and a mask for each slot of a rollout, and some numbers for each
+    # episode; three arrays and a mask for each slot of pretraining text.
     batch = (
         episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13
     ) / rows
@@ -262,6 +266,7 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     # beyond the prompt.
     weights = sum(x.size for x in jax.tree.leaves(setup.policy.params)) * dtype / tensor
     average_cache = cache * (config.prompt_length + config.max_new_tokens / 2) / slots
+    # A decode step gathers the parts of the weights that other devices of the fsdp axis hold.
     fsdp = mesh.shape["fsdp"]
     return Plan(
         networks, {"policy": networks_lib.size(setup.policy.params), "value": _count(value)}, batch,
@@ -311,7 +316,9 @@ def activations(
     own = rows / row_shards
     size = jnp.dtype(shape.dtype).itemsize
     tokens = own * slots
+    # Queries and outputs of all heads, keys and values of the key heads.
     heads = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) / tensor
+    # The gate, the other projection and their product; or one array before and one after.
     gates = 3 if shape.activation in ("swiglu", "geglu") else 2
     block = tokens * size * (4 * shape.width + heads + gates * shape.mlp_width / tensor)
     scores = own * shape.heads / tensor * slots * (keys or slots) * 4

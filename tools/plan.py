@@ -81,6 +81,7 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
     short = []
     for count in SHORT:
         small = language_model(
+            # A model of fewer layers is compiled as it is, and nothing is extrapolated.
             dataclasses.replace(policy.config, layers=min(count, layers), unroll=None)
         )
         [(_, compiled)] = _programs(config, mesh, small, value, ("rollout",))
@@ -241,6 +242,7 @@ def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) ->
     if plan.phases["update"] > room and config.decoder.remat == "none":
         lines.append("set config.decoder.remat=block: blocks are computed again on the way back")
     rows = shape[0] * shape[1]
+    # With that many micro-batches, each device computes one row at a time.
     most = config.episodes // config.minibatches // rows
     if plan.phases["update"] > room and config.microbatches < most:
         lines.append(f"raise config.microbatches to {most}: one row a device at a time")
@@ -283,6 +285,7 @@ def smallest_mesh(
     Each device then computes one row at a time.
     """
     steps = config.epochs * config.minibatches
+    # From the least power of two that is not below `at_least`, up to 4,096 devices.
     for power in range(max(0, at_least - 1).bit_length(), 13):
         for tensor in (1, 2, 4, 8):
             shape = (1, 2**power // tensor, tensor)
@@ -303,6 +306,7 @@ def smallest_mesh(
             try:
                 if plan_by_rule(tried, abstract_mesh(shape)).peak <= room:
                     return shape, micro
+            # The mesh does not divide a batch or an array.
             except ValueError:
                 continue
     return None

@@ -37,6 +37,7 @@ def matrix_rate(dtype: str) -> float:
     # Random numbers, because a matrix of ones would multiply faster than real data.
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda x: x @ x)
+    # A matrix product takes a multiplication and an addition for each of its size^3 terms.
     return 2 * size**3 / _seconds_each(lambda: product(x))
 
 
@@ -53,6 +54,7 @@ def bandwidth() -> float:
         jax.jit(lambda matrix: 2 * matrix),
     )
     read = matrix.nbytes / _seconds_each(lambda: product(rows, matrix))
+    # Doubling reads the matrix once and writes a result of the same size.
     return max(read, 2 * matrix.nbytes / _seconds_each(lambda: double(matrix)))
 
 

@@ -121,6 +121,7 @@ def sft_epoch(a: argparse.Namespace) -> Work:
     sizes = [len(ids) for ids in documents]
     length = -(-max(sizes) // 64) * 64
     rows = text.lm_rows(documents, length=length)
+    # As many rows as hold the tokens of `--batch` texts on average.
     batches = Batches(
         rows, batch_size=max(1, round(a.batch * np.mean(sizes) / length)), seed=a.seed
     )
@@ -155,6 +156,7 @@ def read_ids(a: argparse.Namespace) -> list[list[int]]:
 
 def reward(a: argparse.Namespace) -> Work:
     """A reward-model step on ``--batch`` prompts, one row per prompt and its ``--k`` responses."""
+    # Two batches in turn suffice, since the time does not depend on the ids.
     rows = [ranking_rows(a, i) for i in range(2)]
     length = rows[0].tokens.shape[1]
     model = scalar_model(decoder(a, a.prompt_len + a.new_tokens))
@@ -180,6 +182,7 @@ def ranking_rows(a: argparse.Namespace, i: int) -> Any:
 
 
 def _shared_pairs(a: argparse.Namespace) -> float:
+    # A response sees the whole prompt and its own tokens so far, but no other response.
     own = a.new_tokens * (a.new_tokens + 1) / 2
     return a.prompt_len * (a.prompt_len + 1) / 2 + a.k * (a.new_tokens * a.prompt_len + own)
 
@@ -190,6 +193,7 @@ def _trained(
     """A training step that carries its state from call to call."""
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
     step_fn = compile_step(make_step(model, tx))
+    # In a list, so that the step can replace the state that it has used up.
     held = [train_state(jax.jit(model.init)(jax.random.key(a.seed)), tx)]
 
     def step(i: int) -> Any:
@@ -208,6 +212,7 @@ def decode(a: argparse.Namespace) -> Work:
     flops = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
 
     def floor() -> float:
+        # The prefill gives the first token, so one decode step less is needed.
         return prefill / matrix_rate(a.dtype) + (a.new_tokens - 1) * decode_floor(a, params, config)
 
     run = partial(generate, model, params, sampling=Sampling(max_new_tokens=a.new_tokens))
@@ -221,7 +226,9 @@ def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> f
 
     Memory traffic is one read of the weights and the cache; products run at the matrix rate.
     """
+    # Averaged over the decode steps, half of the response is in the cache.
     middle = a.prompt_len + a.new_tokens / 2
+    # Twice, for keys and values.
     cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
     size = jnp.dtype(a.dtype).itemsize
     read = (networks.size(params) + cache) * size / bandwidth()
@@ -327,6 +334,7 @@ def _ppo_flops(a: argparse.Namespace, config: DecoderConfig) -> float:
     lengths = [a.prompt_len + a.new_tokens] * a.batch
     language = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
     scalar = forward_flops(config, lengths, targets=0)
+    # Sampling and reference, value and reward; then three passes for each training step of both.
     return 2 * language + 2 * scalar + 3 * a.epochs * (language + scalar)
 
 

@@ -274,7 +274,7 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
     own = {file: match[1] or "" for file, match in matches.items() if match}
     plain = {file: name for file, name in tables.items() if name in _PLAIN_NAMES}
     found: dict[str, list[Path]] = {}
-    # The plain names count only where no file has the base name, so that one folder can have both.
+    # Plain names do not say what kind of record they hold, so they count only without a base name.
     for file, suffix in (own or plain).items():
         found.setdefault(_SPLIT_NAMES.get(suffix, re.sub(r"\W", "_", suffix)), []).append(file)
     twice = [files for files in found.values() if len(files) > 1]

@@ -180,8 +180,8 @@ def stage_files(
         prompts_of("train", prompts) if prompts else prompts_of("train", rankings or demonstrations)
     )
     if not rankings:
-        order = sorted(train, key=lambda p: shuffled(seed, curation.prompt_text(p)))
         # The hash decides which prompts are labelled, so that new records do not reshuffle the old.
+        order = sorted(train, key=lambda p: shuffled(seed, curation.prompt_text(p)))
         cut = round(ranking_share * len(order))
         files["prompts_ranking"], train = order[:cut], order[cut:]
     files["prompts_ppo"] = train

@@ -56,6 +56,7 @@ def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
       RowError: it is not a record of Argilla.
     """
     fields = _fields(row)
+    # Both are read, so that neither is reported as left aside.
     found = [row.take(name) for name in ("id", "external_id")]
     name = next((label for label in map(as_label, found) if label), None)
     given = tuple(

@@ -54,7 +54,7 @@ def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
     for kind, needed in zip(kinds, objects, strict=False):
         forms = STORY_FORMS[kind, mood if kind == "middle" else "neutral"]
         form = _fresh_form(forms, used, needed, rng)
-        # The hero is in every sentence, as the gold score only counts those about it.
+        # The hero is never exchanged, as the gold score only counts sentences about it.
         known = {slot: w for slot, w in cast.items() if slot == "hero" or rng.random() < 0.8}
         lines.append(write(form, rng, known | ({"object": needed} if needed else {})))
     return " ".join([*lines, str(wish["ending"])] if wish["ending"] else lines)

@@ -75,6 +75,7 @@ def reward_model(source: str) -> ConfigDict:
     """
     config = common.reward_model()
     config.data = ""
+    # A reference, so that `--config.data` also changes the paths that are made of it.
     folder = config.get_ref("data")
     config.rankings, config.demonstrations = (
         folder + "/rankings.jsonl",

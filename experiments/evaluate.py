@@ -77,6 +77,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     with StageLog(
         workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True
     ) as log:
+        # One model after the other, so that memory holds only one beside the reward model.
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
             network = networks.load_network(
@@ -227,11 +228,13 @@ def kl_to_reference(
     # Rows of similar length share a batch, so that little padding is computed.
     for index, slots in responses.by_length(said.samples.lengths, config.batch_size, most=most):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
+        # Rows of the batch are no longer than `slots`, so only padding is cut off.
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
         temperature = kl_temperature(config)
         own, other = (
             _log_probs(one.model, one.params, samples, temperature) for one in (network, reference)
         )
+        # The last batch repeats a row, whose value is then written twice.
         gaps[index] = own - other
     return float(gaps.mean())
 

@@ -178,6 +178,7 @@ def programs(setup: Setup) -> memory.Programs:
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the rankings, builds the step and the state."""
     mesh = devices.start(config.mesh)
+    # Several processes train one model, so all of them must read the same files.
     devices.agree_on_inputs(
         config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values()
     )
@@ -191,6 +192,7 @@ def prepare(config: ConfigDict) -> Setup:
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
     model = scalar_model(base.model.config)
+    # The trunk is that of the language model, and the score head is new.
     trained = networks.trainable(
         scalar_from_language_model(base.params, jax.random.key(config.seed)), config
     )
@@ -213,6 +215,8 @@ def prepare(config: ConfigDict) -> Setup:
 
     make = partial(train_state, tx=tx, guard=True)
     state, where_placed = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    # Frozen parameters are arguments of the compiled step: as constants they would be a second
+    # copy.
     step = compile_frozen_step(make_step, trained.frozen, state_sharding=where_placed)
     return Setup(base, model, trained, rankings, encoded, places, rows, batches, mesh, step, state)
 

@@ -182,6 +182,7 @@ def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the demonstrations, builds the step and the state."""
     mesh = devices.start(config.mesh)
+    # Several processes train one model, so all of them must read the same files.
     devices.agree_on_inputs(
         config.model, config.demonstrations, config.validation, config.pretraining_text
     )
@@ -212,6 +213,8 @@ def prepare(config: ConfigDict) -> Setup:
 
     make = partial(train_state, tx=tx, guard=True)
     state, where = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    # Frozen parameters are arguments of the compiled step: as constants they would be a second
+    # copy.
     step = compile_frozen_step(make_step, trained.frozen, state_sharding=where)
     return Setup(network, trained, records, rows, batches, held, mesh, step, state)
 

@@ -314,8 +314,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif a.sweep:
         found = sweep(a)
     else:
+        # Without `--cache` every program is compiled, so the compile time is that of a first run.
         with tempfile.TemporaryDirectory() as folder:
             jax.config.update("jax_compilation_cache_dir", a.cache or folder)
+            # Fast compilations are kept too, for the warm time that `compare` reports.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             devices.start((-1, 1, 1))
             found = measure(a)

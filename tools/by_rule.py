@@ -163,6 +163,7 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
     )
     judged = None if config.text_reward else networks[1]
     pieces: Any = None
+    # An abstract mesh has no devices to compile for.
     if isinstance(mesh, Mesh):
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         pieces = ppo.compiled_pieces(config, mesh, networks[0], networks[1], judged, parts, where)
@@ -321,6 +322,7 @@ def activations(
     # The gate, the other projection and their product; or one array before and one after.
     gates = 3 if shape.activation in ("swiglu", "geglu") else 2
     block = tokens * size * (4 * shape.width + heads + gates * shape.mlp_width / tensor)
+    # Attention scores are counted as float32, 4 bytes each.
     scores = own * shape.heads / tensor * slots * (keys or slots) * 4
     layer = (
         shape.width
@@ -331,6 +333,7 @@ def activations(
     gathered = 2 * layer if row_shards > 1 else 0
     logits = 0.0
     if head:
+        # A chunk of logits has at least one slot of every row.
         logits = (
             max(ACCELERATOR.logits_per_chunk, rows * shape.vocab_size)
             / row_shards
@@ -373,6 +376,7 @@ def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dic
     update += (
         ptx_rows * config.ptx_row_length * passes * forward(policy, config.ptx_row_length, True)
     )
+    # The value network, and the reward model where no function of the text gives the reward.
     score = tokens * (
         forward(policy, slots, True)
         + forward(value, slots, False) * (1 if config.text_reward else 2)

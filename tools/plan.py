@@ -355,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_lib.load_config(flags.config, overrides)
         shape = mesh_shape(flags.mesh, ppo_config(config))
         if not flags.no_compile:
+            # Both are read when JAX initializes its devices, so they are set before that.
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", math.prod(shape))
             as_accelerator()

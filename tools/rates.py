@@ -33,6 +33,7 @@ def in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, lis
 @functools.cache
 def matrix_rate(dtype: str) -> float:
     """FLOP/s of a plain matrix product in this process."""
+    # Large enough to reach the peak rate of an accelerator; a CPU reaches its own with less.
     size = 1024 if jax.default_backend() == "cpu" else 8192
     # Random numbers, because a matrix of ones would multiply faster than real data.
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)

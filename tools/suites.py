@@ -73,6 +73,7 @@ def forward_flops(
     """
     tokens = sum(lengths)
     share = 1.0 if read is None else read / tokens
+    # The projections of queries and outputs have one size, those of keys and values another.
     query, key_value = 2 * config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     mlp = (3 if config.activation in ("swiglu", "geglu") else 2) * config.mlp_width
     pairs = sum(t * (t + 1) / 2 for t in lengths) if seen is None else seen
@@ -95,7 +96,9 @@ def sft(a: argparse.Namespace) -> Work:
     """A supervised step on full rows: forward, backward, clipping, AdamW."""
     length = a.prompt_len + a.new_tokens
     model = language_model(decoder(a, length))
+    # All ones: a single segment fills each row.
     whole = np.ones((a.batch, length), np.int32)
+    # The first token of a row has no predecessor, so it is no target.
     targets = np.broadcast_to(np.arange(length) > 0, whole.shape)
     places = np.broadcast_to(np.arange(length, dtype=np.int32), whole.shape)
 

@@ -208,6 +208,8 @@ class Batches(Generic[Rows]):
         steps = self.steps(1) if most is None else min(most, self.steps(1))
         for step in range(steps):
             place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            # The mask of the whole batch is cut like its rows, so that each process gets its own
+            # part.
             yield self.at(step), (place < self.size)[self._slice]
 
     def epoch(self, step: int) -> float:

@@ -102,6 +102,7 @@ def _chosen(records: Sequence[Any], count: int) -> list[int]:
         open_kinds = [kind for kind, places in kinds.items() if shares[kind] < len(places)]
         # One more row for the kind with the fewest so far, so that small kinds are shown too.
         shares[min(open_kinds, key=lambda kind: shares[kind])] += 1
+    # Evenly spaced within a kind, its first record included.
     return sorted(
         kinds[kind][i * len(kinds[kind]) // share]
         for kind, share in shares.items()

@@ -131,6 +131,7 @@ class Loop:
         while not self.is_over:
             before = self.step
             yield self.step, self.state
+            # The body of the loop must call `done`, which counts the step.
             assert self.step == before + 1, "each step hands its state to `done` once"
 
     def log(

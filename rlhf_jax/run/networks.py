@@ -218,6 +218,7 @@ def trainable(params: Params, config: ConfigDict) -> TrainableParams:
     )
     if config.train == "all":
         return TrainableParams(params, {}, alpha)
+    # A score head always trains: in full beside adapters, or alone.
     frozen = {name: part for name, part in params.items() if name != "score"}
     own = {name: part for name, part in params.items() if name == "score"}
     if config.train == "lora":

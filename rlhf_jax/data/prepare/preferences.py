@@ -116,6 +116,7 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
     for paragraph in filter(
         None, map(str.strip, document.text.replace("\r\n", "\n").split("\n\n"))
     ):
+        # Cut between paragraphs only, so a piece may be longer than `size`.
         if len(texts[-1]) >= size:
             texts.append("")
         texts[-1] += "\n\n" * bool(texts[-1]) + paragraph

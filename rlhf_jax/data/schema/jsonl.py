@@ -158,6 +158,7 @@ def _refuse_foreign(path: str | os.PathLike[str], kind: type) -> None:
 
 def _each_row(tally: Tally, take: Callable[[int, dict[str, Any]], None]) -> None:
     for line, data in lines_of(tally.path):
+        # Counted before it is parsed, so that bad rows count too.
         tally.rows += 1
         try:
             take(line, json_object(data))

@@ -50,7 +50,6 @@ def parse_dolly(row: Row) -> Draft:
 def _joined(row: Row, second: str) -> str:
     instruction, about = row.text("instruction"), row.optional_text(second)
     check_text(instruction, "instruction", reason="empty prompt")
-    # The blank line is part of the prompt's text, as Alpaca's own template has one there.
     return f"{tidy_prompt(row, instruction)}\n\n{about.strip()}" if about else instruction
 
 

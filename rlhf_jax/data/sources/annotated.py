@@ -29,6 +29,7 @@ Kind = Literal["order", "number", "text", "other"]
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("response", "answer", "completion", "generation", "output")
 TIES = ("tie", "equal", "same", "both", "draw")
+# In this order a question is chosen: one that orders responses, then a rating, then a text.
 _FLAGS: Mapping[Kind, str] = {"order": "ranking", "number": "score", "text": "response"}
 
 

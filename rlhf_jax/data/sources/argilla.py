@@ -125,6 +125,7 @@ def _given(
     status: Any,
 ) -> Given:
     submitted = status in (None, "submitted") and value is not None
+    # A bool would otherwise count as a number below.
     if isinstance(value, bool) or value is None:
         return Given(question, "other", value, person, submitted)
     if isinstance(value, int | float):
@@ -170,6 +171,7 @@ def _order(
         # first.
         fields.note("order without ranks")
         ranks = list(range(1, len(ranks) + 1))
+    # Ranks may have gaps after ties; only their order counts.
     order = sorted({rank for rank in ranks if rank is not None})
     dense = [None if rank is None else order.index(rank) + 1 for rank in ranks]
     return [(fields.take(str(name)), rank) for name, rank in zip(names, dense, strict=True)]

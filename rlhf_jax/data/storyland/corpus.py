@@ -74,6 +74,7 @@ def _instructions(rng: random.Random) -> str:
     for _ in range(1 + int(rng.random() * 3)):
         asked = _training_task(rng)
         parts.append(asked.prompt)
+        # Cumulative: an answer, a remark, an answer to another task; otherwise nothing follows.
         fate = rng.random()
         if fate < FOLLOWED_SHARE:
             parts.append(_any_answer(asked, rng))

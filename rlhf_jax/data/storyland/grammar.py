@@ -276,6 +276,7 @@ def _all_forms() -> tuple[Form, ...]:
 _RECOGNISERS = tuple((form, _regex(form)) for form in _all_forms())
 
 
+# Responses repeat sentences, so that most calls are look-ups.
 @functools.lru_cache(maxsize=200_000)
 def _parse(sentence: str) -> Parse | None:
     for form, regex in _RECOGNISERS:

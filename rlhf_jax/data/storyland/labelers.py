@@ -133,6 +133,7 @@ def labelers(group: str, count: int, *, seed: int = 0) -> list[Labeler]:
 
 def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
     between = lambda low, high: low + (high - low) * rng.random()
+    # The order of the draws is a part of each labeler: another order would make other people.
     return Labeler(
         name=f"{group}-{index}",
         group=group,

@@ -140,6 +140,7 @@ def task_id(split: str, index: int) -> str:
     return f"{split}/{index}"
 
 
+# Each response to a prompt asks for its task again.
 @functools.lru_cache(maxsize=16_384)
 def task_of(name: str) -> Task:
     """The instruction that `task_id` names.
@@ -174,6 +175,7 @@ def _story(rng: random.Random) -> Task:
     count = 2 + int(rng.random() * 3)
     prompt = str(pick(rng, _STORY_PROMPTS)).format(hero=hero, mood=mood, count=NUMBERS[count])
     wish: dict[str, Any] = {"hero": hero, "mood": mood, "count": count, "words": (), "ending": ""}
+    # Cumulative: half ask for one word, a tenth for two, 15% for an ending, the rest for nothing.
     extra = rng.random()
     if extra < 0.5:
         words = (word(rng, "object"),)
@@ -278,6 +280,7 @@ def _list(rng: random.Random) -> Task:
         NUMBERS[count], category
     )
     wish: dict[str, Any] = {"category": category, "count": count, "first": "", "without": ""}
+    # Cumulative: 40% name the first item, 40% exclude one.
     style = rng.random()
     # Drawn in any case, so that the stream of random numbers does not depend on the style.
     member = str(pick(rng, members))

@@ -342,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the last line is the plan as JSON")
     flags, rest = parser.parse_known_args(argv)
     try:
+        # What the parser does not know are overrides of the config.
         overrides = dict(
             flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag
         )

@@ -194,8 +194,8 @@ def _bar(bar: Bar, y: float, axis: _Axis, text: Format) -> dict[str, Any]:
 
 
 def _round_up(value: float) -> float:
-    # The power of ten below the value, of which the steps are multiples.
     """The smallest of some round numbers that is not below `value`."""
+    # The power of ten below the value, of which the steps are multiples.
     unit = 10.0 ** math.floor(math.log10(value))
     steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
     return next(unit * m for m in steps if unit * m >= value * (1 - 1e-12))

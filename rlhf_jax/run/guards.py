@@ -211,7 +211,6 @@ class Skips:
         self._stop(what)
 
     def _stop(self, what: str) -> None:
-        # The records of all skipped steps in a row, since one record may recur in several of them.
         # `dict.fromkeys` removes repetitions and keeps the order.
         records = list(dict.fromkeys(record for event in self._run for record in event.records))
         reasons = " and ".join(dict.fromkeys(event.why for event in self._run))

@@ -84,6 +84,7 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
     first = next(iter(schema.first_rows(path)), {})
     names = set(first)
     last = first.get("messages")
+    # A conversation that ends with the assistant is a demonstration without a `response`.
     answered = (
         isinstance(last, list)
         and last

@@ -282,11 +282,11 @@ class Paths:
 
     def reward_model(self) -> str:
         """The reward model."""
-        # Models without a path are the pipeline's own, which are filled in below.
         return self._done("reward_model")["model"]
 
     def compared(self) -> dict[str, str]:
         """The models to evaluate: those named in the config, and the pipeline's own."""
+        # Models without a path are the pipeline's own, which are filled in below.
         own = {name: path for name, path in self._config["evaluate"]["models"].items() if path}
         return own | {
             "base": self._config["base"],

@@ -394,6 +394,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
             "begins: write prompt and response, or messages, as the texts were made of; a text "
             "alone is read as a corpus"
         )
+    # Columns that tables of other tools have, and that no record of this package has.
     telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
     if not name and names & telling and not _misspelt(names, known):
         pass  # a table of another tool, whose columns have to be named

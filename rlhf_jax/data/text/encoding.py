@@ -168,7 +168,8 @@ def decode_response(
     """
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     ids = [int(i) for i in ids]
-    # Without such an id the response was cut off, and all of it is text.
+    # Without such an id the response was cut off, and all of it is text. A special token inside it
+    # stays visible to people and scorers.
     end = next((place for place, i in enumerate(ids) if i in ends), len(ids))
     return str(
         tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -185,7 +186,6 @@ def decode_answer(
     """The text of a response to `prompt`, without the spaces that a chat template adds."""
     said = decode_response(tokenizer, ids, eos_id=stop_ids)
     if isinstance(prompt, str):
-        # A special token inside the response stays visible to people and scorers.
         return said
     turn = chat.next_turn(tokenizer, prompt)
     return said.removeprefix(turn.lead).removesuffix(turn.tail.removesuffix(turn.end))

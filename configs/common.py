@@ -72,6 +72,7 @@ def data() -> ConfigDict:
             "ppo_prompts": 31_144,
             "validation_prompts": 1_653,
             "test_prompts": 3_196,
+            # Eight for each of the 256,000 episodes.
             "documents": 2_048_000,
             "held_out_documents": 10_000,
         }
@@ -152,6 +153,7 @@ def reward_model() -> ConfigDict:
             "evaluation": {"validation_train": "", "validation_heldout": ""},
             "loss": fn_spec("rlhf_jax.losses.ranking:ranking_loss"),
             "max_k": 9,
+            # A prompt and nine responses of full length share a row.
             "row_length": 1024 + 9 * 1024,
             "too_long": "error",
             "prompts_per_row": None,
@@ -324,6 +326,7 @@ def instructgpt(policy: tuple[int, int, int]) -> ConfigDict:
 
 def for_accelerators(config: ConfigDict, mesh: tuple[int, int, int] = (1, -1, 1)) -> None:
     """Settings for billions of parameters: bfloat16, rematerialised blocks, sharded weights."""
+    # The data stage loads no model onto devices.
     for stage in STAGES[1:]:
         config[stage].mesh = mesh
         config[stage].decoder.update(dtype="bfloat16", remat="block", unroll=1)

@@ -75,6 +75,7 @@ def reward_model(source: str) -> ConfigDict:
     """
     config = common.reward_model()
     config.data = ""
+    # A reference, so that `--config.data` also changes the paths that are made of it.
     folder = config.get_ref("data")
     config.rankings, config.demonstrations = (
         folder + "/rankings.jsonl",
@@ -116,6 +117,7 @@ def instructgpt() -> ConfigDict:
     # References, so that overriding the pipeline's own key also changes the data stage.
     config.data.data_dir = config.get_ref("data_dir")
     config.data.model = config.get_ref("base")
+    # One block per iteration of the layer scan compiles fastest.
     for stage in common.STAGES[1:]:
         config[stage].decoder.update(unroll=1)
     rows = PROMPT_LENGTH + MAX_NEW_TOKENS

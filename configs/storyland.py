@@ -147,6 +147,7 @@ def smoke_evaluate(config: ConfigDict) -> None:
 def smoke(config: ConfigDict) -> None:
     """A whole pipeline in under two minutes."""
     for stage in common.STAGES:
+        # The init of PPO has the settings of SFT, and so its smoke size.
         globals()[f"smoke_{'sft' if stage == 'ppo_init' else stage}"](config[stage])
     config.base, config.smoke = SMALL_BASE, True
 
@@ -161,8 +162,10 @@ def shrink(config: ConfigDict) -> None:
 
     Its rates and rules are kept; models, row lengths and amounts of data become storyland's.
     """
+    # An empty shape accepts a model of any size.
     with config.shapes.unlocked():
         config.shapes.policy, config.shapes.reward_model = ConfigDict(), ConfigDict()
+    # Back to the defaults of a CPU, which the presets of billions of parameters change.
     for stage in common.STAGES[1:]:
         config[stage].mesh = (-1, 1, 1)
         config[stage].decoder.update(dtype="float32", remat="none", unroll=None)

@@ -63,11 +63,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     }  # fmt: skip
     answers: dict[str, Answers] = {}
     held_out: dict[str, list[LMBatch]] = {}
+    # The baseline and the base models may be sampled more often than the models compared with them.
     counts = {
         BASELINE: config.baseline_samples,
         "base": config.base_samples,
         "prompted_base": config.base_samples,
     }
+    # The base model is sampled a second time, with worked examples before each prompt.
     jobs = list(paths) + (
         ["prompted_base"] if "base" in paths and config.few_shot.demonstrations else []
     )
@@ -75,6 +77,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     with StageLog(
         workdir, "evaluate", total=len(jobs), show=shown, unit="models", waited=True
     ) as log:
+        # One model after the other, so that memory holds only one beside the reward model.
         for done, name in enumerate(jobs, start=1):
             prompted = name == "prompted_base"
             network = networks.load_network(
@@ -105,6 +108,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
                     results.setdefault("kl", {})[name] = kl_to_reference(
                         network, answers[name], config, mesh
                     )
+                # Greedy samples are compared at temperature 1, which the results say.
                 if not config.temperature:
                     results["kl_temperature"] = kl_temperature(config)
             if answers[name].scored_in_part:
@@ -151,6 +155,7 @@ def check_contexts(prompts: Sequence[schema.Prompt], config: ConfigDict) -> None
                 context, [len(ids) for ids in ask(unloaded, prompts)[0]], name,
                 new=config.max_new_tokens,
             )  # fmt: skip
+        # A row no longer than the context cannot hold a piece that exceeds it.
         if (
             config.held_out_text
             and path in paths.values()
@@ -216,17 +221,20 @@ def kl_to_reference(
     estimate of a KL divergence.
     """
     reference = networks.load_network(config.reference, mesh, config.decoder)
+    # Both networks read the same ids, which must stand for the same tokens.
     text.check_same_tokenizer(policy=network.tokenizer, reference=reference.tokenizer)
     gaps = np.zeros(len(said.samples.lengths))
     most = contexts.of_network(reference).length
     # Rows of similar length share a batch, so that little padding is computed.
     for index, slots in responses.by_length(said.samples.lengths, config.batch_size, most=most):
         samples = jax.tree.map(lambda x, index=index: x[index], said.samples)
+        # Rows of the batch are no longer than `slots`, so only padding is cut off.
         samples = dataclasses.replace(samples, tokens=samples.tokens[:, :slots])
         temperature = kl_temperature(config)
         own, other = (
             _log_probs(one.model, one.params, samples, temperature) for one in (network, reference)
         )
+        # The last batch repeats a row, whose value is then written twice.
         gaps[index] = own - other
     return float(gaps.mean())
 
@@ -236,6 +244,7 @@ def kl_temperature(config: ConfigDict) -> float:
     return float(config.temperature or 1.0)
 
 
+# Compiled once per model and number of slots, as `temperature` is a traced number.
 @functools.partial(jax.jit, static_argnames="model")
 def _log_probs(model: Model, params: Params, samples: Samples, temperature: float) -> jax.Array:
     """Log-probability of each response, in nats."""

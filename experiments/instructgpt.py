@@ -203,6 +203,7 @@ class Pipeline:
         )  # fmt: skip
         counts = sample.run(config, folder)
         held = config_lib.unlocked_copy(config)
+        # Two labelers rank each validation prompt, so that their agreement can be measured.
         held.update(prompts=self.data("prompts_validation"), labels_each=2)
         sample.run(held, str(Path(folder) / "validation_train"))
         records = sample.read_samples(Path(folder) / "validation_train" / "samples.jsonl")

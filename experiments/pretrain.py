@@ -71,6 +71,7 @@ def prepare(config: ConfigDict) -> Setup:
             written.append(encode(document))
             progress(done)
     rows = text.lm_rows(written, length=config.row_length)
+    # Another seed gives another stream, so no held-out document is trained on.
     held_out = text.lm_rows(
         [encode(d) for d in documents(0, config.held_out_documents, seed=HELD_OUT_SEED)],
         length=config.row_length,
@@ -117,6 +118,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     steps = setup.batches.steps(config.epochs)
     folder = Path(workdir)
 
+    # Evaluated and saved together, so that the model on the disk has its loss in the log.
     def on_save(step: int, state: Any, log: StageLog) -> None:
         log(step, {"held_out_loss": lm_loss(model, state.params, setup.held_out)})
         # bfloat16 halves the file, and `load_hf` reads it back as float32.
@@ -142,6 +144,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             loop.log(metrics)
             loop.done(state)
 
+    # Read from the log, because a finished run that is started again evaluates nothing.
     def held_out_loss() -> float:
         rows = read(folder / "metrics.jsonl", "pretrain")
         return [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1]

@@ -114,11 +114,13 @@ def run(config: ConfigDict, workdir: str) -> dict:
     result["left_out_too_long"] = len(rankings) - len(encoded)
     result["responses"] = sum(len(responses) for _, responses, _ in encoded)
     result["pairs"] = sum(schema.strict_pairs(ranks) for _, _, ranks in encoded)
+    # After the model is saved, so that an error in an evaluation file loses no training.
     sets = {
         name: ranked.held_out(base, path, config)
         for name, path in config.evaluation.items()
         if path
     }
+    # The scores of all sets are computed together, as rankings of several sets share responses.
     scores = ranked.scores(
         network, [r for rankings, _ in sets.values() for r in rankings], config, mesh
     )
@@ -151,6 +153,7 @@ def where(
     places: Sequence[int],
 ) -> guards.RowRecords:  # fmt: skip
     """Which rankings are in which row, so that a skipped step can name its records."""
+    # The same sizes and limits as in `ranking_rows`, so that `Records` repeats its packing.
     sizes = [ranked.tokens([ranking])["tokens"] for ranking in encoded]
     return guards.RowRecords(
         config.rankings, [rankings[i].id for i in places], sizes, capacity=config.row_length,
@@ -175,6 +178,7 @@ def programs(setup: Setup) -> memory.Programs:
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the rankings, builds the step and the state."""
     mesh = devices.start(config.mesh)
+    # Several processes train one model, so all of them must read the same files.
     devices.agree_on_inputs(
         config.model, config.rankings, config.demonstrations, *dict(config.evaluation).values()
     )
@@ -188,6 +192,7 @@ def prepare(config: ConfigDict) -> Setup:
         encoded, length=config.row_length, max_k=config.max_k, max_n=config.prompts_per_row
     )  # fmt: skip
     model = scalar_model(base.model.config)
+    # The trunk is that of the language model, and the score head is new.
     trained = networks.trainable(
         scalar_from_language_model(base.params, jax.random.key(config.seed)), config
     )
@@ -210,6 +215,8 @@ def prepare(config: ConfigDict) -> Setup:
 
     make = partial(train_state, tx=tx, guard=True)
     state, where_placed = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    # Frozen parameters are arguments of the compiled step: as constants they would be a second
+    # copy.
     step = compile_frozen_step(make_step, trained.frozen, state_sharding=where_placed)
     return Setup(base, model, trained, rankings, encoded, places, rows, batches, mesh, step, state)
 
@@ -228,11 +235,13 @@ def read_trunk(
     places: Any = np.broadcast_to(
         np.arange(hidden.shape[1]).reshape(1, *rows.ends.shape[1:]), rows.ends.shape
     )
+    # The stand-in for the model reads hidden states and needs no segments, parents or positions.
     empty: Any = np.zeros(hidden.shape[:2], np.int32)
     seen = RankingBatch(hidden, empty, empty, empty, places.astype(np.int32), rows.ranks)
     return model._replace(apply=lambda params, states, **_: Output(states, None)), seen
 
 
+# At module level, so that all calls share the compiled programs.
 _ranking_hidden = jax.jit(scoring.ranking_hidden, static_argnums=0)
 
 

@@ -62,6 +62,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
             ids = datasets.encode_prompts(
                 network.tokenizer, asked, length=config.prompt_length, where=config.prompts
             )
+            # The log counts the responses of all models, so those of earlier models come first.
             before = sum(sum(counts) for counts in share[:which])
             responses, _ = responses_lib.sample_responses(
                 network,
@@ -69,6 +70,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
                 mesh,
                 Sampling(config.max_new_tokens, config.temperature),
                 counts=share[which],
+                # A seed for each pair of seed and model, so that no two models draw with the same
+                # one.
                 seed=config.seed * len(config.models) + which,
                 batch_size=config.batch_size,
                 progress=lambda done, _, before=before: log(
@@ -186,10 +189,12 @@ def rank(
     rankings = []
     for place, record in enumerate(records):
         for extra in range(labels_each):
+            # Labelers take turns, and a prompt that is ranked twice gets two different ones.
             person = people[(place + extra) % count]
             ranks = person.rank(task_of(str(record.id)), record.responses, place=record.id)
             rankings.append(
                 schema.Ranking(
+                    # Labelers rank from 1 as in a file, and records count from 0.
                     record.prompt, record.responses, tuple(r - 1 for r in ranks),
                     id=f"{record.id}/{person.name}", source="storyland", labeler=person.name,
                     labeler_group=group, policies=record.policies, temperatures=record.temperatures,

@@ -102,6 +102,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     ):  # fmt: skip
         for step, state in loop:
             batch = sharding.place_batch(setup.batches.at(step), setup.mesh)
+            # Without dropout a step draws nothing and takes no key.
             key = (
                 jax.random.fold_in(jax.random.key(config.seed), step)
                 if config.dropout > 0
@@ -181,6 +182,7 @@ def programs(setup: Setup, config: ConfigDict) -> memory.Programs:
 def prepare(config: ConfigDict) -> Setup:
     """Loads the model, encodes the demonstrations, builds the step and the state."""
     mesh = devices.start(config.mesh)
+    # Several processes train one model, so all of them must read the same files.
     devices.agree_on_inputs(
         config.model, config.demonstrations, config.validation, config.pretraining_text
     )
@@ -211,6 +213,8 @@ def prepare(config: ConfigDict) -> Setup:
 
     make = partial(train_state, tx=tx, guard=True)
     state, where = sharding.build_state(make, trained.params, mesh=mesh, rules=rules)
+    # Frozen parameters are arguments of the compiled step: as constants they would be a second
+    # copy.
     step = compile_frozen_step(make_step, trained.frozen, state_sharding=where)
     return Setup(network, trained, records, rows, batches, held, mesh, step, state)
 

@@ -52,6 +52,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Runs one suite at one size; returns the seconds of its steps and derived figures."""
     work = SUITES[a.suite](a)
     first = timed(work.step, [0])[0]  # includes compilation
+    # Warm-up continues with step 1, so that no step's inputs are used twice.
     timed(work.step, range(1, a.warmup))
     seconds = timed(work.step, range(a.warmup, a.warmup + a.steps))
     middle = statistics.median(seconds)
@@ -133,6 +134,7 @@ def run_script(
 ) -> dict[str, Any]:
     """Runs a suite, ours or a peer's, in a process of its own and returns its JSON."""
     command = list(command or [sys.executable, "-m", "tools.benchmark"])
+    # A peer's script shares only the sizes of the work with ours.
     names = (*SHARED, *OWN) if "tools.benchmark" in command else SHARED
     flags = [f"--{name}={getattr(a, name)}" for name in names if getattr(a, name) not in ("", None)]
     done = subprocess.run(
@@ -166,6 +168,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
         "suite": a.suite,
         "compile_cold_s": rounds[0][0]["compile_s"],
     }
+    # The first round fills the empty cache of compiled programs; later rounds read from it.
     found |= {"compile_warm_s": rounds[-1][0]["compile_s"]} if a.rounds > 1 else {}
     print(f"\n{a.suite}: {found['ratio_median']:.2f} times {a.peer} by medians "
         f"({found['ratio_min']:.2f} by fastest "
@@ -185,6 +188,7 @@ def ratios(rounds: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str,
         "ratio_median": over("s_per_step_median", statistics.median),
         "ratio_min": over("s_per_step_min", min),
         "ratio_of_each_round": [b["s_per_step_median"] / a["s_per_step_median"] for a, b in rounds],
+        # The other way round than the times: our peak over the peer's.
         "memory_ratio": 1 / over("peak_rss_mb", max),
     }
 
@@ -209,6 +213,7 @@ def peer_python(a: argparse.Namespace) -> str:
         / a.peer
     )
     python = folder / "bin" / "python"
+    # The mark is made last, so that an interrupted installation is done again.
     if not (folder / "ready").exists():
         print(f"Installing {', '.join(PEERS[a.peer])} in {folder} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
@@ -267,6 +272,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=2, help="of ours and the peer's in turn")
     p.add_argument("--json", action="store_true", help="the last line is one JSON object")
     a = p.parse_args(argv)
+    # Filled in here and not by the parser, because the defaults depend on the suite.
     for name, value in (SIZES | OWN_SIZES.get(a.suite, {})).items():
         if getattr(a, name) is None:
             setattr(a, name, value)
@@ -308,8 +314,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif a.sweep:
         found = sweep(a)
     else:
+        # Without `--cache` every program is compiled, so the compile time is that of a first run.
         with tempfile.TemporaryDirectory() as folder:
             jax.config.update("jax_compilation_cache_dir", a.cache or folder)
+            # Fast compilations are kept too, for the warm time that `compare` reports.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             devices.start((-1, 1, 1))
             found = measure(a)

@@ -163,6 +163,7 @@ def abstract_setup(config: ConfigDict, mesh: Any, policy: Model, value: Model) -
     )
     judged = None if config.text_reward else networks[1]
     pieces: Any = None
+    # An abstract mesh has no devices to compile for.
     if isinstance(mesh, Mesh):
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         pieces = ppo.compiled_pieces(config, mesh, networks[0], networks[1], judged, parts, where)
@@ -211,7 +212,9 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
         else 0,
     )
     held, state = memory.held, setup.state
+    # Gradients have the sizes and the shardings of the parameters.
     grads = [held(memory.abstract(s.params)) for s in (state.policy, state.value)]
+    # The gradients of PPO and of the pretraining text exist side by side before they are added.
     copies = 1 + bool(ptx_rows), 1
     # Accumulation over micro-batches needs one more buffer of gradients.
     accumulated = max(grads) * (micro > 1 or ptx_micro > 1)
@@ -244,6 +247,8 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
             activations=forward(value, scored, slots, head=False),
         ),
     }  # fmt: skip
+    # Seven arrays of 4 bytes and a mask for each slot of a rollout, and some numbers for each
+    # episode; three arrays and a mask for each slot of pretraining text.
     batch = (
         episodes * slots * (4 * 7 + 1) + episodes * 20 + ptx_rows * config.ptx_row_length * 13
     ) / rows
@@ -262,6 +267,7 @@ def plan_by_rule(config: ConfigDict, mesh: Any) -> Plan:
     # beyond the prompt.
     weights = sum(x.size for x in jax.tree.leaves(setup.policy.params)) * dtype / tensor
     average_cache = cache * (config.prompt_length + config.max_new_tokens / 2) / slots
+    # A decode step gathers the parts of the weights that other devices of the fsdp axis hold.
     fsdp = mesh.shape["fsdp"]
     return Plan(
         networks, {"policy": networks_lib.size(setup.policy.params), "value": _count(value)}, batch,
@@ -311,9 +317,12 @@ def activations(
     own = rows / row_shards
     size = jnp.dtype(shape.dtype).itemsize
     tokens = own * slots
+    # Queries and outputs of all heads, keys and values of the key heads.
     heads = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) / tensor
+    # The gate, the other projection and their product; or one array before and one after.
     gates = 3 if shape.activation in ("swiglu", "geglu") else 2
     block = tokens * size * (4 * shape.width + heads + gates * shape.mlp_width / tensor)
+    # Attention scores are counted as float32, 4 bytes each.
     scores = own * shape.heads / tensor * slots * (keys or slots) * 4
     layer = (
         shape.width
@@ -324,6 +333,7 @@ def activations(
     gathered = 2 * layer if row_shards > 1 else 0
     logits = 0.0
     if head:
+        # A chunk of logits has at least one slot of every row.
         logits = (
             max(ACCELERATOR.logits_per_chunk, rows * shape.vocab_size)
             / row_shards
@@ -366,6 +376,7 @@ def flops(config: ConfigDict, policy: Model, value: Model, ptx_rows: int) -> dic
     update += (
         ptx_rows * config.ptx_row_length * passes * forward(policy, config.ptx_row_length, True)
     )
+    # The value network, and the reward model where no function of the text gives the reward.
     score = tokens * (
         forward(policy, slots, True)
         + forward(value, slots, False) * (1 if config.text_reward else 2)

@@ -81,6 +81,7 @@ def compiled_needs(config: ConfigDict, mesh: Mesh) -> dict[str, memory.Needs]:
     short = []
     for count in SHORT:
         small = language_model(
+            # A model of fewer layers is compiled as it is, and nothing is extrapolated.
             dataclasses.replace(policy.config, layers=min(count, layers), unroll=None)
         )
         [(_, compiled)] = _programs(config, mesh, small, value, ("rollout",))
@@ -241,6 +242,7 @@ def advice(plan: Plan, config: ConfigDict, shape: Sequence[int], room: float) ->
     if plan.phases["update"] > room and config.decoder.remat == "none":
         lines.append("set config.decoder.remat=block: blocks are computed again on the way back")
     rows = shape[0] * shape[1]
+    # With that many micro-batches, each device computes one row at a time.
     most = config.episodes // config.minibatches // rows
     if plan.phases["update"] > room and config.microbatches < most:
         lines.append(f"raise config.microbatches to {most}: one row a device at a time")
@@ -283,6 +285,7 @@ def smallest_mesh(
     Each device then computes one row at a time.
     """
     steps = config.epochs * config.minibatches
+    # From the least power of two that is not below `at_least`, up to 4,096 devices.
     for power in range(max(0, at_least - 1).bit_length(), 13):
         for tensor in (1, 2, 4, 8):
             shape = (1, 2**power // tensor, tensor)
@@ -303,6 +306,7 @@ def smallest_mesh(
             try:
                 if plan_by_rule(tried, abstract_mesh(shape)).peak <= room:
                     return shape, micro
+            # The mesh does not divide a batch or an array.
             except ValueError:
                 continue
     return None
@@ -338,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the last line is the plan as JSON")
     flags, rest = parser.parse_known_args(argv)
     try:
+        # What the parser does not know are overrides of the config.
         overrides = dict(
             flag.removeprefix("--config.").split("=", 1) for flag in rest if "=" in flag
         )
@@ -351,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_lib.load_config(flags.config, overrides)
         shape = mesh_shape(flags.mesh, ppo_config(config))
         if not flags.no_compile:
+            # Both are read when JAX initializes its devices, so they are set before that.
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", math.prod(shape))
             as_accelerator()

@@ -33,10 +33,12 @@ def in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, lis
 @functools.cache
 def matrix_rate(dtype: str) -> float:
     """FLOP/s of a plain matrix product in this process."""
+    # Large enough to reach the peak rate of an accelerator; a CPU reaches its own with less.
     size = 1024 if jax.default_backend() == "cpu" else 8192
     # Random numbers, because a matrix of ones would multiply faster than real data.
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda x: x @ x)
+    # A matrix product takes a multiplication and an addition for each of its size^3 terms.
     return 2 * size**3 / _seconds_each(lambda: product(x))
 
 
@@ -53,6 +55,7 @@ def bandwidth() -> float:
         jax.jit(lambda matrix: 2 * matrix),
     )
     read = matrix.nbytes / _seconds_each(lambda: product(rows, matrix))
+    # Doubling reads the matrix once and writes a result of the same size.
     return max(read, 2 * matrix.nbytes / _seconds_each(lambda: double(matrix)))
 
 

@@ -65,6 +65,7 @@ def main() -> None:
     if is_current(stamp, extras):
         return
     install(python, sorted(extras), constraints)
+    # Written after the installation, so that one that failed is repeated.
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps({"pyproject": pyproject_hash(), "extras": sorted(extras)}))
 
@@ -95,6 +96,7 @@ def has_tpu() -> bool:
     ):
         return True
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    # Other devices use VFIO too, so the vendor decides.
     return Path("/dev/vfio").is_dir() and any(read(path) == GOOGLE_PCI for path in vendors)
 
 

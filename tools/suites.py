@@ -73,6 +73,7 @@ def forward_flops(
     """
     tokens = sum(lengths)
     share = 1.0 if read is None else read / tokens
+    # The projections of queries and outputs have one size, those of keys and values another.
     query, key_value = 2 * config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     mlp = (3 if config.activation in ("swiglu", "geglu") else 2) * config.mlp_width
     pairs = sum(t * (t + 1) / 2 for t in lengths) if seen is None else seen
@@ -95,7 +96,9 @@ def sft(a: argparse.Namespace) -> Work:
     """A supervised step on full rows: forward, backward, clipping, AdamW."""
     length = a.prompt_len + a.new_tokens
     model = language_model(decoder(a, length))
+    # All ones: a single segment fills each row.
     whole = np.ones((a.batch, length), np.int32)
+    # The first token of a row has no predecessor, so it is no target.
     targets = np.broadcast_to(np.arange(length) > 0, whole.shape)
     places = np.broadcast_to(np.arange(length, dtype=np.int32), whole.shape)
 
@@ -121,6 +124,7 @@ def sft_epoch(a: argparse.Namespace) -> Work:
     sizes = [len(ids) for ids in documents]
     length = -(-max(sizes) // 64) * 64
     rows = text.lm_rows(documents, length=length)
+    # As many rows as hold the tokens of `--batch` texts on average.
     batches = Batches(
         rows, batch_size=max(1, round(a.batch * np.mean(sizes) / length)), seed=a.seed
     )
@@ -155,6 +159,7 @@ def read_ids(a: argparse.Namespace) -> list[list[int]]:
 
 def reward(a: argparse.Namespace) -> Work:
     """A reward-model step on ``--batch`` prompts, one row per prompt and its ``--k`` responses."""
+    # Two batches in turn suffice, since the time does not depend on the ids.
     rows = [ranking_rows(a, i) for i in range(2)]
     length = rows[0].tokens.shape[1]
     model = scalar_model(decoder(a, a.prompt_len + a.new_tokens))
@@ -180,6 +185,7 @@ def ranking_rows(a: argparse.Namespace, i: int) -> Any:
 
 
 def _shared_pairs(a: argparse.Namespace) -> float:
+    # A response sees the whole prompt and its own tokens so far, but no other response.
     own = a.new_tokens * (a.new_tokens + 1) / 2
     return a.prompt_len * (a.prompt_len + 1) / 2 + a.k * (a.new_tokens * a.prompt_len + own)
 
@@ -190,6 +196,7 @@ def _trained(
     """A training step that carries its state from call to call."""
     tx = optim.adam(1e-5, weight_decay=0.01, clip_norm=1.0)
     step_fn = compile_step(make_step(model, tx))
+    # In a list, so that the step can replace the state that it has used up.
     held = [train_state(jax.jit(model.init)(jax.random.key(a.seed)), tx)]
 
     def step(i: int) -> Any:
@@ -208,6 +215,7 @@ def decode(a: argparse.Namespace) -> Work:
     flops = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
 
     def floor() -> float:
+        # The prefill gives the first token, so one decode step less is needed.
         return prefill / matrix_rate(a.dtype) + (a.new_tokens - 1) * decode_floor(a, params, config)
 
     run = partial(generate, model, params, sampling=Sampling(max_new_tokens=a.new_tokens))
@@ -221,7 +229,9 @@ def decode_floor(a: argparse.Namespace, params: Any, config: DecoderConfig) -> f
 
     Memory traffic is one read of the weights and the cache; products run at the matrix rate.
     """
+    # Averaged over the decode steps, half of the response is in the cache.
     middle = a.prompt_len + a.new_tokens / 2
+    # Twice, for keys and values.
     cache = 2 * a.batch * config.layers * config.kv_heads * config.head_dim * middle
     size = jnp.dtype(a.dtype).itemsize
     read = (networks.size(params) + cache) * size / bandwidth()
@@ -327,6 +337,7 @@ def _ppo_flops(a: argparse.Namespace, config: DecoderConfig) -> float:
     lengths = [a.prompt_len + a.new_tokens] * a.batch
     language = forward_flops(config, lengths, targets=a.batch * a.new_tokens)
     scalar = forward_flops(config, lengths, targets=0)
+    # Sampling and reference, value and reward; then three passes for each training step of both.
     return 2 * language + 2 * scalar + 3 * a.epochs * (language + scalar)
 
 

@@ -31,4 +31,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _smoke(config: ConfigDict) -> None:
     storyland.shrink(config)
+    # A smoke minibatch has too few rows for eight micro-batches on several devices.
     config.ppo.microbatches = 1

@@ -38,8 +38,10 @@ LABELS = 4_992
 def get_config(arg: str = "") -> ConfigDict:
     """The config; ``:smoke`` keeps its rates and rules at a tiny size, ``key=value`` overrides."""
     config = common.instructgpt((12, 768, 12))
+    # GPT-2 has 1,024 positions.
     config.shapes.policy.context_length = 1024
     config.shapes.reward_model = config.shapes.policy.copy_and_resolve_references()
+    # A model of 124M parameters fits on each device, so the devices only share the batch.
     common.for_accelerators(config, mesh=(-1, 1, 1))
     config.data.update(demonstrations=LABELS, ranking_prompts=LABELS)
     for stage in (config.sft, config.ppo_init, config.reward_model, config.ppo):
@@ -60,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
         bias_demonstrations=256,
     )
     config.reward_model.loss = fn_spec("rlhf_jax.losses.ranking:best_of_loss")
+    # 1,954 iterations of 512 episodes make a million.
     config.ppo.update(
         prompt_length=QUERY, max_new_tokens=RESPONSE, temperature=0.7, episodes=512,
         iterations=1954, epochs=4, minibatches=1, learning_rate=1e-5, value_learning_rate=1e-5,

@@ -25,4 +25,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _smoke(config: ConfigDict) -> None:
+    # The smoke sizes of the pipeline replace the mesh and the micro-batches above too.
     config.update(storyland.ppo_alone(pipeline.get_config("smoke")))

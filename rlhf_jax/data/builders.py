@@ -57,6 +57,7 @@ def build(
         `out_dir` under this name.
     """
     builder = _class(name)(source=data_dir, data_dir=os.fspath(out_dir), **options)
+    # Read before anything is built, so that a bad row leaves no half-built data set.
     splits, report = builder.read_source()
     # TFDS skips a folder that is already prepared, whatever it was prepared from.
     if builder.is_prepared() and dict(builder.info.metadata or {}).get("sha256") != digests_of(
@@ -69,6 +70,7 @@ def build(
     # TFDS creates its download folder even though nothing is downloaded through it.
     with tempfile.TemporaryDirectory() as unused:
         builder.download_and_prepare(download_dir=unused)
+    # Read back in full: a disk that ran full or a format change shows here and not in training.
     for split, wanted in digests_of(splits).items():
         if digest_of(read(name, out_dir, split)) != wanted:
             raise ValueError(
@@ -168,6 +170,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "dropped": report.dropped,
             "noted": report.noted,
         }
+        # Set while the splits are made, which is before TFDS writes the info of the data set.
         self._metadata.update(sha256=digests_of(splits), report=counts)
         return {name: self._generate_examples(records) for name, records in splits.items()}
 
@@ -271,6 +274,7 @@ def _paths_by_split(root: Path, base: str) -> dict[str, list[Path]]:
     own = {file: match[1] or "" for file, match in matches.items() if match}
     plain = {file: name for file, name in tables.items() if name in _PLAIN_NAMES}
     found: dict[str, list[Path]] = {}
+    # Plain names do not say what kind of record they hold, so they count only without a base name.
     for file, suffix in (own or plain).items():
         found.setdefault(_SPLIT_NAMES.get(suffix, re.sub(r"\W", "_", suffix)), []).append(file)
     twice = [files for files in found.values() if len(files) > 1]
@@ -386,6 +390,7 @@ class HhRlhf(_Conversations, skip_registration=True):
         super().__init__(**kwargs)
 
     def _rankings(self) -> tuple[list[schema.Ranking], DataReport]:
+        # All rows as one split, which `_read_source` divides by its own fraction.
         return sources.read_hh(self.source, split="train", test_fraction=0.0, subsets=self.subsets)
 
 

@@ -108,6 +108,7 @@ class _Span(NamedTuple):
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of ordinary text, in which the name of a special token is encoded as text."""
+    # Both flags matter: no BOS is added, and the name of a special token stays ordinary text.
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -170,6 +171,7 @@ def encode_conversation(
             'the last message of a conversation to learn from must have the role "assistant": add '
             "one"
         )
+    # The last answer is encoded by itself, so that it has the ids that the reward model scores.
     ids, mask = encode_messages(tokenizer, messages[:-1])
     reply = encode_reply(tokenizer, messages[:-1], messages[-1].content)
     return [*ids, *reply], [*(m and turns == "all" for m in mask), *[True] * len(reply)]
@@ -225,6 +227,7 @@ def _template(tokenizer: Tokenizer) -> str:
     if not tokenizer.chat_template:
         return PLAIN_TEMPLATE
     template = tokenizer.get_chat_template()
+    # Templates that take a date from `date_string` get the fixed `DATE`.
     if "strftime_now" in template and "date_string" not in template:
         raise ValueError(
             "the chat template writes today's date, so ids would change overnight: write a fixed "
@@ -263,12 +266,15 @@ def _layout(
 
     The text has no user's content, so a mark cannot occur by chance or on purpose.
     """
+    # A fixed width, so that no mark is the beginning of another one.
     marks = [f"xqz{i:04d}zqx" for i in range(len(roles))]
     marked = [Message(role, _WIDE + mark + _WIDE) for role, mark in zip(roles, marks, strict=True)]
     rest = rendered = _render(tokenizer, template, marked, generation)
     pieces, strips = [], []
     for i, mark in enumerate(marks):
         before, found, rest = rest.partition(mark)
+        # Found once at the expected place and nowhere else; otherwise contents would be lost or
+        # doubled.
         if not found or rendered.count(mark) != 1:
             what = "repeats" if found else "leaves out, changes or moves"
             raise ValueError(
@@ -276,6 +282,7 @@ def _layout(
                 f"({roles[i]}): conversations with such a message cannot be encoded; change "
                 "chat_template or leave that message out"
             )
+        # The wide space is missing where the template strips the content on that side.
         strips.append((not before.endswith(_WIDE), not rest.startswith(_WIDE)))
         pieces.append(before.removesuffix(_WIDE))
         rest = rest.removeprefix(_WIDE)
@@ -289,6 +296,8 @@ def _next_turn(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> T
     last = len(roles)
     whole = _layout(tokenizer, template, (*roles, "assistant"), False).pieces
     between = _after_prompt(_layout(tokenizer, template, roles, True).pieces, whole)
+    # Spaces belong to the answer, as tokenizers join them to its first word; other text is the
+    # prompt's.
     head, lead = ("", between) if not between.strip() else (between, "")
     tail, end = _tail(tokenizer, whole[last + 1])
     return Turn(head, lead, tail, end, _controls(tokenizer)[end].id)
@@ -300,6 +309,7 @@ def _after_prompt(prompt: tuple[str, ...], whole: tuple[str, ...]) -> str:
     It is empty where `whole` does not begin with `prompt`.
     """
     last = len(prompt) - 1
+    # Compared piece by piece, since the texts between earlier turns must be equal too.
     goes_on = whole[:last] == prompt[:last] and whole[last].startswith(prompt[last])
     return whole[last][len(prompt[last]) :] if goes_on else ""
 
@@ -341,6 +351,7 @@ def _prompt_spans(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Iterat
     layout = _layout(tokenizer, template, roles, True)
     contents = _contents(tokenizer, template, messages, layout)
     written = _written(tokenizer, template)
+    # `context` collects what lies between two answers, which is tokenised in one go.
     context, piece = [], layout.pieces[0]
     for i, (role, content) in enumerate(zip(roles, contents, strict=True)):
         after = layout.pieces[i + 1]
@@ -348,9 +359,11 @@ def _prompt_spans(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Iterat
             context += [_Part(piece), _Part(content, written)]
             piece = after
             continue
+        # The template's own text before this answer, found as if the conversation ended there.
         lead = _after_prompt(_layout(tokenizer, template, roles[:i], True).pieces, layout.pieces)
         lead = "" if lead.strip() else lead
         tail, end = _tail(tokenizer, after)
+        # The lead moves from the context to the answer, as in sampling, where it is generated.
         yield _Span((*context, _Part(piece.removesuffix(lead))), False)
         yield _Span(_answer(tokenizer, lead, content, tail, end), True)
         context, piece = [], after.removeprefix(tail)
@@ -362,6 +375,7 @@ def _answer(
 ) -> tuple[_Part, ...]:
     # A tokenizer that begins each text with a space already adds the template's space.
     lead = lead[1:] if lead.startswith(" ") and _adds_space(tokenizer) else lead
+    # `encode_text` leaves special names as text, but not those of ordinary added tokens.
     hidden = () if _controls(tokenizer)[end].special else (end,)
     return _Part(lead), _Part(content, hidden), _Part(tail)
 
@@ -377,6 +391,7 @@ def _contents(
     joined = layout.pieces[0] + "".join(
         c + p for c, p in zip(contents, layout.pieces[1:], strict=True)
     )
+    # The final check: the pieces with their contents are exactly what the template writes.
     if joined != _render(tokenizer, template, messages, True):
         raise ValueError(
             "the chat template changes a content by what is in it "
@@ -394,6 +409,7 @@ def _controls(tokenizer: Tokenizer) -> dict[str, _Control]:
     return {
         str(token.content): _Control(i, bool(token.special), bool(token.lstrip), bool(token.rstrip))
         for i, token in tokenizer.added_tokens_decoder.items()
+        # Added tokens of spaces only are part of ordinary text, as in a vocabulary for code.
         if token.special or token.content.strip()
     }
 
@@ -421,6 +437,7 @@ def _written(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=64)
 def _adds_space(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer begins each text with a space of its own, as SentencePiece may."""
+    # U+2581 marks a space in SentencePiece, U+0120 in byte-level BPE.
     return tokenizer.tokenize("x")[0].startswith(("\u2581", "\u0120"))
 
 
@@ -433,6 +450,7 @@ def _atoms(tokenizer: Tokenizer, parts: Sequence[_Part]) -> Iterator[tuple[str, 
     for part in parts:
         if part.hidden is None:
             for i, atom in enumerate(_control_pattern(tokenizer).split(part.text)):
+                # `split` with one group puts the names of control tokens at the odd places.
                 yield atom, i % 2 == 1
             continue
         # A name that is split after its first character is no longer found as an added token.
@@ -451,6 +469,7 @@ def _ids(tokenizer: Tokenizer, parts: Sequence[_Part]) -> list[int]:
     """Ids of a span: control tokens where the template writes their names, text between them."""
     ids: list[int] = []
     text, strips = "", False
+    # The empty atom at the end flushes the text that is left.
     for atom, cuts in [*_atoms(tokenizer, parts), ("", True)]:
         if not cuts:
             text += atom

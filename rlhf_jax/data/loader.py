@@ -86,6 +86,8 @@ class Batches(Generic[Rows]):
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
+        # Each process takes a contiguous slice, so the global batch is the same for any number of
+        # them.
         share = batch_size // process_count
         self._slice = slice(process_index * share, (process_index + 1) * share)
         self._permutations: dict[int, np.ndarray] = {}
@@ -132,6 +134,7 @@ class Batches(Generic[Rows]):
             if value < least:
                 raise ValueError(f"{name}={value} must be {least} or more")
         stream = self._stream(start_step, workers, prefetch)
+        # Only weakly: a stream that the caller drops is closed by the garbage collector as before.
         _OPEN_STREAMS.add(stream)
         return stream
 
@@ -142,9 +145,12 @@ class Batches(Generic[Rows]):
         # grain reads absl's flags, which a notebook, pytest and our own command line never parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
+        # The batch of a worker is packed, since arrays alone travel through shared memory.
         make: Callable[[int], Any] = _PackedAt(self) if workers else self.at
         # The source is the range of steps from `start_step`, so resuming needs no state of grain's.
         batches = grain.MapDataset.range(start_step, sys.maxsize).map(make)
+        # With workers, `mp_prefetch` below reads ahead, and threads inside each of them would add
+        # nothing.
         ahead = 0 if workers else prefetch
         iterator = batches.to_iter_dataset(
             grain.ReadOptions(num_threads=min(1, ahead), prefetch_buffer_size=ahead)
@@ -171,12 +177,14 @@ class Batches(Generic[Rows]):
                 "prefetch; workers=0 shows transform's errors"
             ) from error
         finally:
+            # However the stream ends, so that neither threads nor workers outlive it.
             iterator.close()
 
     def indices(self, step: int) -> Int[np.ndarray, " B"]:
         """Row indices of the whole batch `step`, for example to report the rows of a bad step."""
         if step < 0:
             raise ValueError(f"step={step} must be 0 or more")
+        # Entry i of the stream is entry i % size of the permutation of epoch i // size.
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(place, self.size)
         return np.concatenate(
@@ -196,9 +204,12 @@ class Batches(Generic[Rows]):
         >>> sorted(x for rows, counts in batches.each_once() for x in rows["x"][counts].tolist())
         [0, 1, 2, 3, 4]
         """
+        # One epoch, rounded up to whole batches.
         steps = self.steps(1) if most is None else min(most, self.steps(1))
         for step in range(steps):
             place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            # The mask of the whole batch is cut like its rows, so that each process gets its own
+            # part.
             yield self.at(step), (place < self.size)[self._slice]
 
     def epoch(self, step: int) -> float:
@@ -212,6 +223,8 @@ class Batches(Generic[Rows]):
     def _permutation(self, epoch: int) -> np.ndarray:
         known = self._permutations.get(epoch)
         if known is None:
+            # Seed and epoch are separate entries: their sum would give seed 0, epoch 1 the order of
+            # seed 1.
             known = np.random.default_rng([self.seed, epoch]).permutation(self.size)
             # The cache keeps the two newest epochs, for batches at a border. It is replaced and
             # never changed in place, because the thread of a stream may be reading it.
@@ -263,11 +276,13 @@ class _PackedAt:
             raise RuntimeError(
                 f"transform exits ({error}) in batch {step}: raise an error instead"
             ) from error
+        # Shared memory is copied as one block, so each array must be contiguous.
         arrays = (
             {k: np.ascontiguousarray(v) for k, v in _fields(rows).items()}
             if _is_columns(rows)
             else {}
         )
+        # An array of Python objects holds pointers, which mean nothing in another process.
         if not arrays or any(array.dtype.hasobject for array in arrays.values()):
             raise ValueError(
                 "with workers a batch must be a dict or struct of arrays of numbers, got "
@@ -291,6 +306,7 @@ def _start_worker(index: int, count: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    # A thread, because the worker itself is busy making batches.
     def end_with_parent() -> None:
         parent.join()
         os._exit(1)  # at once: `sys.exit` in a thread would end that thread alone

@@ -41,6 +41,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
     """  # noqa: E501
     found: list[bool] = []
     kept: list[UInt32[np.ndarray, " h"]] = []  # signatures of the texts that are not repeats
+    # One table per band, as equal entries mean something only at the same place of a signature.
     buckets: list[dict[bytes, int]] = [{} for _ in range(HASHES // BAND)]
     for start in range(0, len(texts), CHUNK):
         for signature in _signatures(texts[start : start + CHUNK]):
@@ -48,6 +49,7 @@ def repeats(texts: Sequence[str]) -> list[bool]:
                 found.append(False)
                 continue
             bands = [signature[i : i + BAND].tobytes() for i in range(0, HASHES, BAND)]
+            # Texts that share at least one band are candidates; all others are never compared.
             earlier = {buckets[i][band] for i, band in enumerate(bands) if band in buckets[i]}
             near = any(
                 np.count_nonzero(kept[other] == signature) >= ALIKE * HASHES for other in earlier
@@ -66,7 +68,10 @@ def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | Non
     # All texts are hashed as one array. A space between texts and at both ends separates their
     # words, and `_hashed` masks the bytes of a shingle that belong to the next text.
     data = np.frombuffer(b" " + b" ".join(encoded) + b" " * 32, np.uint8)
+    # A word begins where a space is followed by anything else.
     starts = np.flatnonzero((data[:-1] == ord(" ")) & (data[1:] != ord(" "))) + 1
+    # Entry i is where text i begins, after the leading space and all earlier texts with their
+    # spaces.
     edges = 1 + np.cumsum([0, *(len(text) + 1 for text in encoded)])
     starts = starts[starts < edges[-1]]
     owner = np.searchsorted(edges, starts, side="right") - 1
@@ -83,6 +88,8 @@ def _signatures(texts: Sequence[str]) -> Iterable[UInt32[np.ndarray, " h"] | Non
         bounds = np.cumsum([0, *(first[usable + 1] - first[usable])[:-1]])
         # Two hashes make all others: a + i * b behaves like a family of independent hashes.
         for i in range(HASHES):
+            # The smallest hash over the shingles of each text, which is one entry of its MinHash
+            # signature.
             minima[:, i] = np.minimum.reduceat(a + np.uint32(i) * b, bounds)
     rows = dict(zip(usable.tolist(), minima, strict=True))
     return (rows.get(i) for i in range(len(texts)))
@@ -106,6 +113,7 @@ def _hashed(
     low, high = words[starts], words[starts + 8]
     low &= _low_bytes(np.minimum(left, np.uint64(8)))
     high &= _low_bytes(np.maximum(left, np.uint64(8)) - np.uint64(8))
+    # Multiplied in 64 bits with wrap-around, then mixed so that each input bit affects all bits.
     mixed = low * np.uint64(0x9E3779B97F4A7C15) ^ high * np.uint64(0xC2B2AE3D27D4EB4F)
     for shift, factor in ((33, 0xFF51AFD7ED558CCD), (29, 0xC4CEB9FE1A85EC53)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

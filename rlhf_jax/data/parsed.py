@@ -41,6 +41,7 @@ def seen(path: StrPath, data: bytes) -> None:
     """Records that `data` was read from a file and is about to be parsed."""
     found = Print(hashlib.sha256(data).hexdigest(), len(data), data.count(b"\n"))
     prints = _seen.setdefault(_key(path), [])
+    # The same content read twice is one entry, so a second entry means that the file changed.
     if found not in prints:
         prints.append(found)
 
@@ -71,6 +72,7 @@ def of(path: StrPath) -> Print:
 def _of_file(path: Path) -> Print:
     digest, size, lines = hashlib.sha256(), 0, 0
     with path.open("rb") as file:
+        # In chunks, as a file that was not read yet may be larger than the memory.
         while piece := file.read(2**20):
             digest.update(piece)
             size, lines = size + len(piece), lines + piece.count(b"\n")
@@ -87,6 +89,7 @@ def loading(path: StrPath) -> None:
     they are loaded. If sizes and times are unchanged when the files are hashed, then the hash is
     that of the loaded weights.
     """
+    # `setdefault`, because a model that is loaded twice must not have changed in between either.
     _loaded.setdefault(_key(path), _stat(Path(path)))
 
 

@@ -100,7 +100,9 @@ def _chosen(records: Sequence[Any], count: int) -> list[int]:
     shares = dict.fromkeys(kinds, 0)
     while sum(shares.values()) < min(count, len(records)):
         open_kinds = [kind for kind, places in kinds.items() if shares[kind] < len(places)]
+        # One more row for the kind with the fewest so far, so that small kinds are shown too.
         shares[min(open_kinds, key=lambda kind: shares[kind])] += 1
+    # Evenly spaced within a kind, its first record included.
     return sorted(
         kinds[kind][i * len(kinds[kind]) // share]
         for kind, share in shares.items()
@@ -131,6 +133,7 @@ class _Tokens:
         self.special = {
             i: str(t.content) for i, t in added.items() if t.special or t.content.strip()
         }
+        # Some special tokens are named by the tokenizer but are not among the added ones.
         self.special |= dict(
             zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False)
         )
@@ -154,6 +157,7 @@ class _Tokens:
         parts = [
             Part("prompt", f"{_tokens(len(ids))}, read once for all responses", self._pieces(ids))
         ]
+        # Ranked responses first, best first; ties and unranked ones stay in the order of the file.
         order = sorted(
             range(len(record.ranks)), key=lambda k: (record.ranks[k] == ABSENT, record.ranks[k], k)
         )
@@ -185,6 +189,8 @@ class _Tokens:
 
     def _pieces(self, ids: Sequence[int], mask: Sequence[bool] | None = None) -> tuple[Piece, ...]:
         ids, mask = [int(i) for i in ids], [False] * len(ids) if mask is None else list(mask)
+        # A few tokens more are shown in full, as the note about what is left out takes a line as
+        # well.
         if len(ids) <= HEAD + TAIL + 20:
             return tuple(self._between(ids, mask, 0, len(ids)))
         left_out = len(ids) - HEAD - TAIL
@@ -330,6 +336,7 @@ def visible(text: str) -> str:
 
 
 def _is_hidden(c: str) -> bool:
+    # The letters below are fillers of Hangul: letters by category, but displayed as nothing.
     return (
         unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
         or c in "\u115f\u1160\u3164\uffa0"
@@ -393,6 +400,7 @@ def as_text(
             lines += [f"    {line}" for line in body.split("\n")] if part.pieces else []
     lines += [] if tokens else ["", NO_MODEL]
     said = "\n".join(lines).lstrip("\n") + "\n"
+    # Texts may hold any letters, which are escaped after the marks were chosen.
     return said.encode("ascii", "backslashreplace").decode() if ascii_only else said
 
 
@@ -412,6 +420,7 @@ def _written(piece: Piece, marks: dict[str, str]) -> str:
             if piece.text == "score"
             else f" {marks['note']} {piece.text} {marks['note']} "
         )
+    # The mark is added to each line but the last one, which no line break follows.
     return "\n".join(visible(line) + marks["newline"] * (i < piece.text.count("\n"))
                      for i, line in enumerate(piece.text.split("\n")))  # fmt: skip
 
@@ -429,6 +438,7 @@ def _bracketed(pieces: Sequence[Piece], marks: dict[str, str]) -> str:
     said, inside = "", False
     for piece in pieces:
         trained = piece.role in ("trained", "special trained")
+        # Notes lie outside of the text and neither open nor close a bracket.
         if trained != inside and piece.role != "note":
             said += marks["open"] if trained else marks["close"]
             inside = trained

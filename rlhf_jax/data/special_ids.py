@@ -48,6 +48,7 @@ def _begin_ids(tokenizer: Tokenizer, state: bytes) -> tuple[int, ...]:
     for probe in _PROBES:
         encoded = tokenizer(probe, add_special_tokens=True, return_special_tokens_mask=True)
         ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+        # Only ids up to the first one that comes from the text itself are put before it.
         if 0 in added:
             return tuple(ids[: added.index(0)])
     # The vocabulary has none of the probes. Around an empty text BOS and EOS cannot be told apart
@@ -119,6 +120,7 @@ def follow_folder(
     if vocab_size is None:
         size = description.get("vocab_size")
         vocab_size = size if isinstance(size, int) and not isinstance(size, bool) else 0
+    # The larger of both: a model may pad its vocabulary, and a tokenizer may have added tokens.
     ends = _ends_of(folder, description, max(vocab_size, len(tokenizer)))
     if ends:
         set_folder_end_ids(tokenizer, ends)
@@ -138,12 +140,14 @@ def _follow_add_bos(tokenizer: Tokenizer, file: Path) -> None:
             f"{file}: add_bos_token is true and no bos_token is named: name it, or write false"
         )
     begins = begin_ids(tokenizer)
+    # Without a BOS token the ids before a text cannot be BOS, so any of them is unwanted.
     if wanted == (bool(begins) if bos is None else bos in begins):
         return
     from tokenizers import processors  # only a tokenizer that is loaded anyway needs it
 
     special = [(str(tokenizer.bos_token), bos)] if wanted and isinstance(bos, int) else []
     single = f"{tokenizer.bos_token} $A" if wanted else "$A"
+    # This also drops an EOS after the text, which the package writes itself where it belongs.
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=special
     )
@@ -153,6 +157,7 @@ def _ends_of(folder: Path, description: dict[str, Any], size: int) -> tuple[int,
     file = folder / "generation_config.json"
     value = _object(file).get("eos_token_id")
     if value is None:
+        # Models without a generation_config.json name their ends here.
         file, value = folder / "config.json", description.get("eos_token_id")
         # A single id beyond the vocabulary is a default of transformers' config class, such as the
         # 50256 of GPT-2, and was never set for this model.

@@ -63,6 +63,7 @@ def pattern(tokenizer: transformers.PreTrainedTokenizerFast | None = None) -> re
 
 
 def _special_names(tokenizer: transformers.PreTrainedTokenizerFast) -> Iterator[str]:
+    # Both lists, as an added token may be special without one of the roles that the other names.
     added = [
         str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special
     ]
@@ -92,6 +93,7 @@ def markers_in(records: Iterable[Any], search: re.Pattern[str]) -> list[str]:
         for text in record_texts(record):
             for match in search.finditer(text):
                 found[match[0].strip()] = None
+        # Enough for the note; the rows themselves were counted before.
         if len(found) >= _SHOWN:
             break
     return list(found)[:_SHOWN]

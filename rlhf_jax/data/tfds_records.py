@@ -49,6 +49,7 @@ class TfdsRecords(Sequence[Any]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self._take(range(len(self))[index])
+        # `range` turns negative indices into positions and raises an IndexError beyond the end.
         return self._take([range(len(self))[index]])[0]
 
     def __iter__(self) -> Iterator[Any]:
@@ -115,6 +116,7 @@ def row_of(item: Any) -> dict[str, Any]:
         if name == "prompt":
             turns = () if isinstance(value, str) else value
             row["messages"] = [msgspec.structs.asdict(turn) for turn in turns]
+            # An empty prompt is no valid text, so it marks a prompt that is stored as messages.
             value = "" if turns else value
         absent = -1 if base is int else "" if base is str else ()
         value = absent if value is None else value
@@ -130,6 +132,7 @@ def _value(value: Any, base: Any, optional: bool) -> Any:
     else:
         item = {tuple[str, ...]: bytes.decode, tuple[int, ...]: int, tuple[float, ...]: float}[base]
         value = tuple(map(item, value))
+    # A required field is never absent, so its empty value stands for itself.
     return None if optional and value in ("", ()) else value
 
 

@@ -19,6 +19,7 @@ FRAME = "pages/page.html.jinja"
 """The template that every page extends."""
 
 
+# Cached, so that a template is parsed once in a process.
 @functools.cache
 def _environment() -> jinja2.Environment:
     """Jinja environment that escapes every value and raises an error for a missing one."""
@@ -46,4 +47,5 @@ def render(template: str, **values: Any) -> str:
 
 def macro(template: str, name: str, **values: Any) -> str:
     """What one macro of a template returns: markup, which other templates write as it is."""
+    # The module of a template has its macros as attributes.
     return getattr(_environment().get_template(template).module, name)(**values)

@@ -57,6 +57,7 @@ class Line(NamedTuple):
         means = []
         last = len(self.points) - 1
         for i in range(len(self.points)):
+            # Symmetric around each point: a one-sided window would pull the ends of a rising curve.
             side = min(self.smooth, i, last - i)
             window = self.points[i - side : i + side + 1]
             means.append((fmean(x for x, _ in window), fmean(y for _, y in window)))
@@ -90,8 +91,10 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     >>> nice_ticks(0.0, 1.0)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
+    # Above 0, as the ends may be equal and the logarithm must be finite.
     span = max(high - low, 1e-12)
     unit = 10.0 ** math.floor(math.log10(span / count))
+    # The first round step that makes at most `count` + 1 intervals.
     step = next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= count + 1)
     # The tolerance keeps the last tick if the end of the axis misses it by rounding only.
     first = math.ceil(low / step - 1e-9)
@@ -126,8 +129,10 @@ def bar_chart(
       An ``svg`` element as markup, which a template writes as it is.
     """
     maximum = maximum or _round_up(max([_farthest(bar) for bar in bars] + [1e-9]))
+    # About 8 units for each character, so that a long value is not cut off.
     value_width = max([VALUE_WIDTH, *(8 * len(text(bar.value)) for bar in bars)])
     axis = _Axis(maximum, (WIDTH - LABEL_WIDTH - value_width) / maximum)
+    # The label of the reference line stands above the bars.
     top = 6.0 if reference is None else 22.0
     bottom = top + ROW * len(bars)
     marked = None
@@ -190,6 +195,7 @@ def _bar(bar: Bar, y: float, axis: _Axis, text: Format) -> dict[str, Any]:
 
 def _round_up(value: float) -> float:
     """The smallest of some round numbers that is not below `value`."""
+    # The power of ten below the value, of which the steps are multiples.
     unit = 10.0 ** math.floor(math.log10(value))
     steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
     return next(unit * m for m in steps if unit * m >= value * (1 - 1e-12))
@@ -276,6 +282,7 @@ def _curve(line: Line, frame: _Frame) -> dict[str, Any]:
         "color": line.color,
         "dashed": line.dashed,
         "pale": line.smooth > 0,
+        # Many marks of full size would touch each other.
         "radius": 2.6 if len(marks) <= 60 else 1.2,
         "marks": marks,
     }
@@ -293,6 +300,7 @@ def _ticks(
 
 def _padded(values: Sequence[float], share: float) -> Point:
     low, high = min(values), max(values)
+    # An axis needs an extent also for a single value.
     if low == high:
         return low - 0.5, high + 0.5
     return low - share * (high - low), high + share * (high - low)

@@ -43,6 +43,7 @@ def few_shot_prompts(
             ).reward.mean()
         )
 
+    # A single candidate needs no trial, which would sample and score for nothing.
     return max(asks, key=score) if len(asks) > 1 else asks[0]
 
 
@@ -60,9 +61,11 @@ def answer(
     bare = [p.prompt for p in prompts]
     scored = [len(text.encode_prompt(reward.tokenizer, prompt)) for prompt in bare]
     where = contexts.prompt_of("scoring", bare)
+    # Before anything is sampled: a response of the full length must fit the reward model too.
     contexts.check(contexts.of_network(reward), scored, where, new=config.max_new_tokens)
     ids, slots = ask(network, prompts)
     prompted = ask is not bare_prompts
+    # After worked examples a model may begin another one; these tokens end its answer there.
     stop = tokens_that_start(network.tokenizer, config.few_shot.stop) if prompted else ()
     with Progress(f"{network.name}: sampling", count * len(prompts), unit="responses") as progress:
         texts, samples = responses.sample_responses(
@@ -75,6 +78,7 @@ def answer(
             batch_size=config.batch_size,
             progress=lambda done, _: progress(done),
         )
+    # The space after the examples was left for the model to write and is no part of its answer.
     texts = [t.strip() if prompted else t for t in texts]
     asked = [p for p in prompts for _ in range(count)]
     # Encoded again by the reward model's tokenizer, a text may be longer than what was sampled.

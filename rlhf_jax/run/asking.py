@@ -31,6 +31,7 @@ def few_shot_asks(config: ConfigDict) -> list[Ask]:
     rng = np.random.default_rng(config.seed)
     asks: list[Ask] = []
     for _ in range(shots.candidates):
+        # Without replacement, so that a prefix never shows the same example twice.
         chosen = [records[i] for i in rng.choice(len(records), shots.examples, replace=False)]
         asks.append(
             _with_prefix([(chat.readable(r.prompt), r.response) for r in chosen], shots.template)
@@ -46,6 +47,7 @@ def in_slots(ask: Ask, slots: int) -> Ask:
 def _with_prefix(examples: Sequence[tuple[str, str]], template: str) -> Ask:
     def ask(network: Network, prompts: Sequence[schema.Prompt]) -> tuple[list[list[int]], int]:
         shown = "\n\n".join(template.format(prompt=p, response=r) for p, r in examples) + "\n\n"
+        # The trailing space is cut off, because tokenizers join it to the word that follows.
         texts = [
             shown + template.format(prompt=chat.readable(p.prompt), response="").rstrip()
             for p in prompts

@@ -25,6 +25,7 @@ def folder(*names: str) -> Path | None:
         base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     except RuntimeError:  # HOME is unset and the user has no entry in the password database
         return None
+    # `Path.home` follows HOME, which may be a relative path.
     if not base.is_absolute():
         return None
     place = base.joinpath("rlhf_jax", *names)

@@ -247,6 +247,7 @@ class Checkpoints:
             raise OSError(
                 f"{self.root} is no folder: checkpoints could not be written there; move it away"
             )
+        # A number, as processes exchange JSON: -1 where nothing was saved, -2 where all is damaged.
         chosen = processes.on_first("newest good step", self._newest_good)
         # Process 0 has verified the step for all of them; the others compare its seal below, which
         # detects a folder that is not shared.
@@ -444,6 +445,7 @@ def was_saved(root: Path) -> bool:
 
 
 def _is_step(name: str) -> bool:
+    # The name must be the usual spelling: `007` would be a second name of step 7.
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 

@@ -70,6 +70,7 @@ def main(
         refused here.
     """
     program = _Program(run, config, workdir, one_process, dry_run, check, plan)
+    # Before anything is printed, since a closed stream would raise at the first line.
     output.outlive_readers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     secrets = known_secrets(arguments)
@@ -83,6 +84,8 @@ def main(
         try:
             status = _main(program, arguments, secrets)
         except Exception as error:
+            # A bug. With several processes the trace is printed here and all of them exit; with
+            # one, the hook that was set above shows it.
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
             raise
@@ -122,12 +125,14 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
         # A config may name functions of the user's own modules in the current folder.
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
+        # Before the config is loaded, whose Python code may initialize the devices.
         if flags.distributed:
             _start_processes(flags)
         config = load_config(flags.config, overrides)
         refuse_addresses(config)
         secrets += secrets_in(config.to_dict())
         path = files.local_path("--workdir", flags.workdir)
+        # Before the run folder is touched, so that processes that differ leave nothing behind.
         _agree_on_command(flags, config)
         if flags.dry_run:
             _run_dry(program.dry_run, config) if program.plan is None else _show_plan(
@@ -156,6 +161,7 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
         text = redact(
             f"Error: {str(error) or 'out of memory'}{_where(error)}{_disk(error)}", secrets
         )
+        # A failure of the user's reward function is a ValueError with a status of its own.
         return _say(text, getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1))
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""

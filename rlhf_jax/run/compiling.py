@@ -25,6 +25,7 @@ def keep_compiled() -> None:
     # A cache folder that the user gave to JAX takes precedence.
     if jax.config.values["jax_compilation_cache_dir"] is None and compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(compiled))
+        # By default JAX keeps only programs that took at least a second to compile.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -50,6 +51,7 @@ class Compiling:
 
     @classmethod
     def _add(cls, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        # With programs in parallel the sum of their seconds would exceed the time that passed.
         if (
             event in (_COMPILED, "/jax/core/compile/jaxpr_to_mlir_module_duration")
             and not cls._together
@@ -83,6 +85,7 @@ def compile_together(programs: Iterator[jax.stages.Lowered]) -> None:
     """
     if not cpu_process.has_accelerator() or processes.count() > 1:
         return
+    # In this order the pool waits for its programs inside the time that is counted.
     with Compiling.together(), ThreadPoolExecutor(4) as pool, contextlib.suppress(Exception):
         for program in programs:
             pool.submit(program.compile)

@@ -153,6 +153,7 @@ class Console:
             screen.clock(),
             Rate(),
         )
+        # So that the first line is always due.
         self._last_line = -math.inf
         self._open_line = ""
 
@@ -168,6 +169,7 @@ class Console:
             self._open_line = self._line(
                 now, numbers, shutil.get_terminal_size((WIDTH, 24)).columns - 1
             )
+            # The escape sequence clears what is left of a longer line before.
             self._stream.write(f"\r{self._open_line}\x1b[K")
         elif step >= self._total or (step > self._begun and now - self._last_line >= self._every):
             self._last_line = now
@@ -193,6 +195,7 @@ class Console:
         whole = begin + "".join(f"  {name} {value:.4g}" for name, value in chosen)
         if len(whole) <= width:
             return whole
+        # The line is too long: names are shortened, then the last metrics are left out.
         for name, value in chosen:
             last = name.rpartition("/")[2]
             more = f"  {SHORT.get(last, last)} {value:.4g}"
@@ -290,6 +293,7 @@ def patiently(
     try:
         yield
     finally:
+        # Joined, so that no line appears after the block has ended.
         over.set()
         speaker.join()
 

@@ -63,6 +63,7 @@ def of_folder(folder: Path) -> Context:
     if not isinstance(description, dict):
         return Context(None, str(folder))  # loading the model reports the damage
     length = config_from_hf(description).context_length
+    # A config may have several such fields; the one with this very value is quoted.
     named = (name for name in _FIELDS if description.get(name) == length)
     field = next(named, "")
     return Context(length, str(folder), f"{field}={length}" if field else "")
@@ -154,6 +155,7 @@ def check_rows(context: Context, rows: Any, what: str) -> None:
       ValueError: a piece is too long.
     """
     if len(rows.positions):
+        # Positions count from 0, so the largest one is one less than the context that it needs.
         check_slots(context, int(np.max(rows.positions)) + 1, what)
 
 

@@ -48,6 +48,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     full, rest = [], list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
+        # Without a value it prints the rows; a value is joined by `=`, as the next word may be a
+        # flag.
         if flag == "--preview" and not equals:
             equals, value = "=", look.TERMINAL
         if flag == "--look":

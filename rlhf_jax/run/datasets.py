@@ -60,6 +60,7 @@ def encode_prompts(
       ValueError: a prompt is longer than `length` tokens.
     """
     ids = [text.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    # The longest prompt alone is named: it gives the `prompt_length` that all prompts need.
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) > length:
         raise ValueError(
@@ -104,6 +105,7 @@ def lm_rows(
 
 def batches(rows: Any, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int) -> Batches[Any]:
     """The stream of batches of `rows`; this process reads only its share of each batch."""
+    # Not one share per process: processes that share a tensor axis read the same rows.
     index, count = sharding.batch_share(mesh)
     return Batches(rows, batch_size=batch_size, seed=seed, process_index=index, process_count=count)
 

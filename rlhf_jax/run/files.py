@@ -56,11 +56,14 @@ def written(path: StrPath, *, binary: bool = False) -> Iterator[IO[Any]]:
     """
     path = local_path("the file to write", path)
     make_folder(path.parent)
+    # In the same folder, because a rename is atomic only within one file system.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         encoding, newline = (None, None) if binary else ("utf-8", "\n")
         with open(handle, "wb" if binary else "w", encoding=encoding, newline=newline) as stream:
             yield stream
+            # Before the rename: after a power cut the new name could otherwise stand for an empty
+            # file.
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes the file private
@@ -128,6 +131,7 @@ def rename(source: StrPath, target: StrPath) -> None:
     """Renames a file or a folder so that the rename survives a power cut."""
     source, target = Path(source), Path(target)
     source.rename(target)
+    # The new entry is synced first: a crash in between can leave both names but not neither.
     sync(target.parent)
     if source.parent != target.parent:
         sync(source.parent)
@@ -172,8 +176,11 @@ def sync_tree(folder: StrPath) -> None:
 
     It is needed after another library has written files, which does not sync them.
     """
+    # Bottom-up, so that a folder's list of entries is synced after the files that it names.
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
+            # The target of a link may be outside the tree; the link itself is an entry of its
+            # folder.
             if not os.path.islink(os.path.join(root, name)):
                 sync(os.path.join(root, name))
         sync(root)
@@ -191,6 +198,7 @@ def put_folder(temporary: StrPath, folder: StrPath) -> None:
     """
     temporary, folder = Path(temporary), Path(folder)
     old = folder.with_name(folder.name + ".old")
+    # The final name must never stand for files whose content a power cut can still lose.
     sync_tree(temporary)
     if os.path.lexists(folder):
         remove(old)
@@ -285,8 +293,10 @@ def links_out_of(folder: StrPath) -> Iterator[Path]:
     root = os.path.realpath(folder)
     inside = os.path.join(root, "")
     for place, folders, names in os.walk(root, followlinks=False):
+        # `os.walk` lists a link to a folder among the folders.
         for name in (*folders, *names):
             path = os.path.join(place, name)
+            # With the separator at both ends, since `/run-2` is not inside `/run`.
             if os.path.islink(path) and not (os.path.realpath(path) + os.sep).startswith(inside):
                 yield Path(folder) / os.path.relpath(path, root)
 
@@ -348,8 +358,10 @@ def digest(path: Path) -> str:
         return "no such file"
     for file in inside:
         size = file.stat().st_size
+        # Name and size mark where each file begins, so bytes cannot move between files unnoticed.
         digest.update(f"{file.relative_to(path)} {size}\n".encode())
         whole = size <= 64 * piece or file.suffix not in (".safetensors", ".gguf", ".bin")
+        # The 64 pieces are evenly spaced, from the first bytes of the file to its last ones.
         offsets = range(0, size, piece) if whole else [(size - piece) * i // 63 for i in range(64)]
         with file.open("rb") as f:
             for offset in offsets:

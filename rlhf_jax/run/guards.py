@@ -169,6 +169,7 @@ class Skips:
             measured, event = waiting
             skipped, spiked = metrics.to_host(measured).values()
             self.add(bool(skipped), event()._replace(why=reason(bool(spiked))) if skipped else None)
+        # A stage shorter than `limit` must not end as a success with weights that never changed.
         if last and self._run and not self._taken:
             self._stop(f"each of the {self._total} steps was")
 
@@ -317,6 +318,7 @@ def check_origin(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
         changes += _changed_files(stored[group], current[group])
     if stored["tokenizer"] != current["tokenizer"]:
         changes.append("tokenizer: another one encodes the texts")
+    # A checkpoint of an older version lacks this entry, which is reported with the notes below.
     changes += numerics.differences(
         stored.get("numerics", current["numerics"]), current["numerics"]
     )
@@ -426,6 +428,7 @@ def _model_print(key: str, path: Path) -> dict[str, Any]:
     """The path and the sha256 of each file of a model folder, or of a single file."""
     found = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     prints = {p.name: run_files.sha256(p) for p in found}
+    # Checked after hashing: only then are the hashes those of the bytes that were loaded.
     changed = parsed.changed_since_loading(path)
     if changed:
         raise ValueError(

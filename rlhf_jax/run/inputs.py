@@ -64,6 +64,7 @@ def check_file(field: str, path: str, *, required: bool = True) -> None:
 
 def _near(file: Path) -> str:
     """A hint: the nearest name in the same folder, or that the folder itself is missing."""
+    # The nearest existing ancestor: the first missing folder is the likely mistake.
     parent = next(p for p in file.absolute().parents if p.exists())
     if parent != file.absolute().parent:
         return f"there is no folder {file.parent}"
@@ -289,6 +290,7 @@ def check_settings(config: ConfigDict) -> None:
 
 
 def _check_words(config: ConfigDict, group: str) -> None:
+    # References are kept, so that no setting counts as read by the run (see `check_numbers`).
     for key, value in config.items(preserve_field_references=True):
         value = value.get() if isinstance(value, FieldReference) else value
         if key in ONE_OF and isinstance(value, str):
@@ -337,6 +339,7 @@ def check_numbers(config: ConfigDict, group: str = "") -> None:
             check_numbers(value, f"{group}{key}.")
         elif key in AT_LEAST or (key in OR_NONE and value is not None):
             least, limit = AT_LEAST.get(key, OR_NONE.get(key, 0)), BELOW.get(key, float("inf"))
+            # `True` is an integer for Python, and NaN fails every comparison.
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)

@@ -80,9 +80,11 @@ def read(path: str | Path, *, max_bad_fraction: float = 0.0) -> tuple[list[Any],
       ValueError: see `schema.read_jsonl`; for a first row that matches no kind of record, the
         message names the ways to convert the file.
     """
+    # The first row decides; the reader reports rows of any other kind as bad.
     first = next(iter(schema.first_rows(path)), {})
     names = set(first)
     last = first.get("messages")
+    # A conversation that ends with the assistant is a demonstration without a `response`.
     answered = (
         isinstance(last, list)
         and last

@@ -77,6 +77,8 @@ class Loop:
     def __enter__(self) -> Loop:
         settings, folder = self.settings, Path(self.settings.workdir)
         with contextlib.ExitStack() as entered:
+            # Entered first and so left last: the log is closed and signals are restored before the
+            # block waits for the pending save.
             self._saved = entered.enter_context(
                 checkpoint.Checkpoints(folder / "checkpoints", keep=settings.keep)
             )
@@ -109,6 +111,7 @@ class Loop:
 
     def _resume(self) -> Mapping[str, int] | None:
         """Restores this run's newest checkpoint, if any; returns its counts of skipped steps."""
+        # A step of 0 is never saved: the initial state comes from the config alone.
         self.step = self._saved.newest_good() or 0
         if not self.step:
             return None
@@ -128,6 +131,7 @@ class Loop:
         while not self.is_over:
             before = self.step
             yield self.step, self.state
+            # The body of the loop must call `done`, which counts the step.
             assert self.step == before + 1, "each step hands its state to `done` once"
 
     def log(
@@ -144,6 +148,7 @@ class Loop:
         Raises:
           FloatingPointError: too many steps in a row were skipped; their records are named.
         """
+        # One more than the steps done, as the step being logged is not counted before `done`.
         self._log(self.step + 1, metrics)
         if rows is not None:
             self.skips.watch(self.step + 1, metrics, rows)
@@ -159,11 +164,14 @@ class Loop:
         last, stopping = self.is_over, self._asked_to_stop(self.step)
         at_end = last or self.step % self.settings.save_every == 0
         if at_end or stopping:
+            # The pending step is examined first, so that the counts in the checkpoint include it.
             self.skips.flush(last=last)
             if at_end:
                 # Before the checkpoint: a run that resumes from it does not repeat this step.
                 checkpoint.refuse_non_finite(state, f"the state of step {self.step}")
                 self._on_save(self.step, state, self._log)
+            # The log is on the disk before the checkpoint: a resumed run drops lines that are too
+            # new, but could not restore lines that are missing.
             self._log.flush()
             extra = {"position": self.step, "skips": self.skips.counts}
             self._saved.save(self.step, state, extra=self._origin | extra)

@@ -65,6 +65,7 @@ def held(*trees: Any) -> int:
 def _bytes_per_device(leaf: Any) -> int:
     # A key array has an extended dtype without a usable item size.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        # Two words of 32 bits, as in the default generator.
         return 8
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
@@ -74,6 +75,7 @@ def _bytes_per_device(leaf: Any) -> int:
 def abstract(tree: Any, shardings: Any = None) -> Any:
     """Replaces arrays by shapes, with their own shardings or with `shardings`."""
     if shardings is None:
+        # A leaf without a sharding of its own counts with its whole size on each device.
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), tree)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -119,6 +121,8 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
     )
     found, begun = {}, time.monotonic()
     for name, compiled in programs:
+        # The iterator compiles each program just before it yields it, so the interval between two
+        # programs is the time of the compilation.
         seconds, begun = time.monotonic() - begun, time.monotonic()
         told = needs(compiled)
         if told is None:
@@ -132,6 +136,7 @@ def dry_run(programs: Programs, mesh: jax.sharding.Mesh, *, state: int) -> dict[
             flush=True,
         )
     if found:
+        # The largest phase decides: phases run one after the other and free what they needed.
         name = max(found, key=lambda name: found[name].new)
         print(
             f"  {'largest':<12}{name}: {in_units(state + found[name].new)} with what stays",
@@ -225,4 +230,5 @@ def _first_line(error: BaseException) -> str:
 
 def peak_memory_mb() -> float:
     """Peak resident memory of this process so far, in MB."""
+    # In KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

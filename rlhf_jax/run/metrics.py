@@ -117,12 +117,15 @@ class StageLog:
 
     def __call__(self, step: int, metrics: Values) -> None:
         """Logs the metrics of `step`, the number of steps done; merges calls for the same step."""
+        # The first step is done, so the sign of life of its compilation ends.
         self._first.close()
         previous, self._pending = self._pending, (step, time.time(), metrics)
+        # A stage may log an evaluation after the step itself; both belong in one line.
         if previous and previous[0] == step:
             self._pending = (step, previous[1], {**previous[2], **metrics})
         elif previous:
             self._write(*previous)
+        # After `_write`, which needs the time at which the previous step was handed in.
         self._handed_in = self._clock() if self._clock else 0.0
 
     def flush(self) -> None:
@@ -158,6 +161,7 @@ class StageLog:
         self.close()
 
     def _write(self, step: int, when: float, metrics: Values) -> None:
+        # This waits for the device, one step behind the step that is being computed.
         numbers = to_host(metrics)
         self._file.write(to_line(step, self._stage, when, numbers))
         self._file.flush()
@@ -211,6 +215,7 @@ def drop_after(path: str | os.PathLike[str], stage: str, step: int) -> int:
         print(
             f"Warning: {damaged} damaged lines of {path} are left out", file=sys.stderr, flush=True
         )
+    # A last line without its end would be continued by the next one that is appended.
     if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
         with files.written(path) as file:
             file.writelines(line + "\n" for line in kept)
@@ -233,6 +238,8 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
     """Whether a line can be one of ours: its step is a number, and every number is finite."""
     numbers = [value for value in record.values() if isinstance(value, int | float)]
     step = record.get("step", 0)
+    # Python's parser accepts NaN and Infinity; both fail the comparison, as does an integer that is
+    # too large for a float.
     return (
         isinstance(step, int | float)
         and not isinstance(step, bool)

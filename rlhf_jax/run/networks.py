@@ -97,6 +97,7 @@ def load_network(
     # gigabytes of it.
     if size(params) > LARGE:
         cpu_process.keep_freed_memory(False)
+    # Without a mesh no sharding constraints are traced; on one device they would mean nothing.
     changes = {**(decoder or {}), "dropout": dropout, "mesh": mesh if mesh.size > 1 else None}
     model = type_of(model)(dataclasses.replace(model.config, **changes))
     return Network(model, params, tokenizer)
@@ -154,6 +155,7 @@ def check_shape(field: str, name: str, shape: Mapping[str, Any] | ConfigDict) ->
 
 def type_of(model: Model) -> Callable[..., Model]:
     """The function that builds this kind of model from a `DecoderConfig`."""
+    # The initialization is traced for its shapes only, so no parameter is computed.
     return (
         scalar_model if "score" in jax.eval_shape(model.init, jax.random.key(0)) else language_model
     )
@@ -218,6 +220,7 @@ def trainable(params: Params, config: ConfigDict) -> TrainableParams:
     )
     if config.train == "all":
         return TrainableParams(params, {}, alpha)
+    # A score head always trains: in full beside adapters, or alone.
     frozen = {name: part for name, part in params.items() if name != "score"}
     own = {name: part for name, part in params.items() if name == "score"}
     if config.train == "lora":

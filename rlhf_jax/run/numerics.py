@@ -184,6 +184,7 @@ _XLA_HARMLESS = re.compile(
     r"|cpu_parallel_codegen_split_count|tpu_user_.*limit)"
     r"|_timeout(_seconds|_ms)?$|_debug|_xprof|_profil|_verif"
 )
+# Variables of NVIDIA's libraries and of TensorFlow's kernels, outside of XLA's own flags.
 _ENVIRONMENT = ("NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC", "TF_DETERMINISTIC_OPS")
 
 
@@ -238,6 +239,7 @@ def _xla_flags() -> dict[str, str]:
         for flag in _words(os.environ.get(variable, "")):
             name, _, value = flag.lstrip("-").partition("=")
             if not _XLA_HARMLESS.search(name):
+                # An XLA flag without a value switches a boolean on.
                 found[f"--{name}"] = value or "true"
     return found
 

@@ -58,4 +58,5 @@ def schedule(name: str, peak: float, steps: int, *, warmup: int = 0) -> optax.Sc
         f"of {steps} steps leaves none for schedule={name}: lower it",
     )
     after = optim.cosine_to if name == "cosine" else optim.linear_to_zero
+    # The decay begins after the warmup, so that it ends with the last step.
     return optim.with_warmup(after(peak, steps - warmup), warmup)

@@ -19,6 +19,7 @@ class _Lasting(io.FileIO):
     """A file descriptor that discards everything after its first failed write."""
 
     def __init__(self, handle: int, name: str):
+        # `closefd=False`, so that collecting this object does not close the standard stream.
         super().__init__(handle, "w", closefd=False)
         self._told = name
 
@@ -26,6 +27,7 @@ class _Lasting(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
+            # The descriptor itself is redirected, for the C libraries that print to it.
             _to_nowhere(self.fileno())
             other = sys.stderr if self._told == "standard output" else None
             if other is not None:

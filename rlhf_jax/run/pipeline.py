@@ -126,6 +126,7 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
       pinned: names of models whose content never changes, so that the name identifies it.
     """
     seed = {"seed": config["seed"]}
+    # Any other base model counts by the content of its files, as an input of the stage.
     base = {"base": config["base"]} if config["base"] in pinned else {}
     found: dict[str, dict[str, Any]] = {}
     for stage, group in GROUPS.items():
@@ -141,6 +142,7 @@ def parts(config: Plain, pinned: Collection[str] = ()) -> dict[str, dict[str, An
     rewards["reward_model"]["evaluation"] = sorted(config["reward_model"]["evaluation"])
     if config["reward_model"]["model"] in pinned:
         rewards["reward_model"]["model"] = config["reward_model"]["model"]
+    # The number of labelers decides whether rankings are the user's or are sampled.
     rewards["sample"] = {"labelers": config["sample"]["labelers"]}
     found["baseline"] = {
         "evaluate": _left(config["evaluate"], NOT_FOR_BASELINE),
@@ -180,6 +182,8 @@ def set_in_vain(config: Plain) -> list[str]:
 def _set_values(name: str, value: Any) -> list[tuple[str, Any]]:
     """A setting, or those of its entries that the pipeline fills in."""
     if name == "evaluate.models":
+        # Models of the user's own are allowed; only the names of the pipeline's models are filled
+        # in.
         return [(f"{name}.{model}", value.get(model, "")) for model in COMPARED]
     if name == "evaluate.few_shot":
         return [(f"{name}.demonstrations", value["demonstrations"])]
@@ -282,6 +286,7 @@ class Paths:
 
     def compared(self) -> dict[str, str]:
         """The models to evaluate: those named in the config, and the pipeline's own."""
+        # Models without a path are the pipeline's own, which are filled in below.
         own = {name: path for name, path in self._config["evaluate"]["models"].items() if path}
         return own | {
             "base": self._config["base"],
@@ -401,10 +406,12 @@ def _tokens(config: Plain) -> dict[str, float]:
         name: config[name]["prompt_length"] + config[name]["max_new_tokens"]
         for name in ("sample", "ppo")
     }
+    # The evaluation config has no prompt length; its prompts are like those that are sampled.
     slots["evaluate"] = slots["sample"] - sample["max_new_tokens"] + evaluation["max_new_tokens"]
     slots = {name: _FILLED * count for name, count in slots.items()}
     ranked = (sample["min_k"] + sample["max_k"]) / 2
     rollout = ppo["iterations"] * ppo["episodes"] * slots["ppo"]
+    # Three times, since a backward pass costs about two forward passes.
     text = (
         ppo["iterations"]
         * ppo["episodes"]

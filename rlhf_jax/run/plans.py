@@ -43,6 +43,7 @@ def describe(steps: Sequence[Step], where: str) -> str:
     for number, step in enumerate(steps, start=1):
         reasons = f": {'; '.join(step.why)}" if step.why else ""
         tidied = step.action == "repair" and STRANGE in reasons
+        # Its own outputs are intact, so the stage does not run: only files of others are moved.
         word = "kept, others' files set aside" if tidied else words[step.action]
         lines.append(f"{number:3} {step.stage:13} {word}{reasons}")
     return "\n".join(lines)
@@ -84,6 +85,7 @@ def _expected(
 ) -> float | None:
     """Seconds of a stage, in proportion to what it computes; None if nothing tells them."""
     if earlier is not None:
+        # The stage's own last run tells most; a changed config scales its time by the cost.
         scale = cost / earlier["cost"] if cost and earlier.get("cost") else 1.0
         return earlier["seconds"] * scale
     if cost == 0:

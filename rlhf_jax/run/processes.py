@@ -79,6 +79,7 @@ def connect(
         "process_id": process_id,
     }
     _check_address(given)
+    # JAX refuses a second initialization, and a launcher or a notebook may have joined already.
     if not jax.distributed.is_initialized():
         _join(given, heartbeat_timeout, start_timeout)
     if count() > 1:
@@ -138,6 +139,7 @@ def _check_address(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--{missing[0]} is missing: --{', --'.join(given)} are given together, or none of them"
         )
+    # Split at the last colon, because an IPv6 address contains colons.
     host, _, port = str(given["coordinator_address"]).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(
@@ -155,6 +157,8 @@ def _check_address(given: Mapping[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------- words
 
 
+# Each process counts the rounds of a name by itself. They make the same calls in the same order, so
+# the counts agree and give the keys of a round without a message.
 _rounds: Counter[str] = Counter()
 
 
@@ -171,6 +175,7 @@ def on_first(name: str, function: Callable[[], Any]) -> Any:
     if count() == 1:
         return function()
     key = _next(name)
+    # If `function` raises here, the others wait in `_read` until `fail` ends them too.
     if index() == 0:
         _client().key_value_set(f"{key}/all", json.dumps(function()))
     return json.loads(_read(f"{key}/all"))
@@ -263,6 +268,7 @@ def _next(name: str) -> str:
     """
     _rounds[name] += 1
     if index() == 0 and _rounds[name] > 2:
+        # The key of a round is a folder of messages, which is deleted with all of them.
         _client().key_value_delete(f"rlhf_jax/{name}/{_rounds[name] - 2}/")
     return f"rlhf_jax/{name}/{_rounds[name]}"
 
@@ -303,8 +309,10 @@ def gather(tree: PyTree) -> PyTree:
 
 
 def _gather(x: Any) -> np.ndarray:
+    # A replicated array has a complete copy on this host, so no collective is needed.
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
+    # JAX gathers an array that spans processes only with `tiled`, which keeps its global shape.
     return multihost_utils.process_allgather(x, tiled=True)
 
 
@@ -320,6 +328,7 @@ def fail(why: str, status: int) -> NoReturn:
       why: the reason, in one line.
       status: the exit status of all processes.
     """
+    # Otherwise the watch of this process would hear the failure that is published below.
     _Watch.end()
     said = {"process": index(), "host": socket.gethostname(), "why": why, "status": status}
     # It raises if another process failed first, or if process 0 is gone.
@@ -338,6 +347,7 @@ def _mark(what: str) -> None:
 
 def _wait_for_marks(what: str, wanted: int) -> None:
     """Waits for the marks of `wanted` processes, for a bounded time: a killed process sets none."""
+    # A live process hears of a failure within one poll and exits about two polls later.
     until = time.monotonic() + 8 * _POLL_SECONDS
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         while (
@@ -409,6 +419,7 @@ class _Watch:
             try:
                 said = json.loads(_client().key_value_try_get(_FAILED))
             except jax.errors.JaxRuntimeError:
+                # As a rule NOT_FOUND: no process has failed so far.
                 continue
             _mark("heard")
             # This process may be about to fail with the same error itself.
@@ -425,6 +436,7 @@ class _Watch:
 
 
 def _exit(status: int) -> NoReturn:
+    # `os._exit` below does not flush what is buffered.
     sys.stdout.flush()
     sys.stderr.flush()
     if index() > 0:
@@ -432,6 +444,7 @@ def _exit(status: int) -> NoReturn:
     else:
         # Process 0 exits last, because JAX aborts a process that loses process 0.
         _wait_for_marks("gone", count() - 1)
+        # A process that has set its mark still takes a moment to exit.
         time.sleep(_POLL_SECONDS)
     # Not `sys.exit`: its exit handlers would wait for the other processes.
     os._exit(status)

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     _on_path()
     file = root() / "experiments" / f"{arguments[0]}.py"
+    # The program parses `sys.argv` as a script does, and names itself by its first entry.
     sys.argv = [str(file), *arguments[1:]]
     # As ``__main__``, so that the program parses the flags and reports errors as a script does.
     runpy.run_path(str(file), run_name="__main__")

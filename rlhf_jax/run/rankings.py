@@ -128,6 +128,8 @@ def distinct_responses(
         # Responses that share a row share the computation of its prompt.
         for group in text.best_fit(sizes, capacity=room, max_items=config.max_k):
             names.append([(prompt, list(responses)[i]) for i in group])
+            # Placeholders: a rank of -1 would leave a response out, and scores depend on no other
+            # rank.
             items.append((prompt_ids, [encoded[i] for i in group], [0] * len(group)))
     return names, items
 
@@ -145,12 +147,14 @@ def scores(
         return {}
     sizes = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in items]
     asked = [group[0][0] for group in names]
+    # The longest response of each row is checked before any batch runs.
     contexts.check(
         contexts.of_network(network), sizes, contexts.prompt_of("scoring, with a response", asked)
     )
     # Held-out rankings may be longer than the training rows; one width serves all of them.
     longest = max(sizes)
     length = max(config.row_length, longest)
+    # `ranking_rows` packs in the same way, so this gives the place of each item in its rows.
     places = text.best_fit([len(p) + sum(map(len, each)) for p, each, _ in items], capacity=length)
     rows = text.ranking_rows(items, length=length, max_k=config.max_k)
     scored = responses_lib.in_batches(

@@ -159,6 +159,7 @@ def _trouble(path: Path | None, entry: Mapping[str, Any]) -> str:
 
 def earlier(run: Path, stage: str) -> dict[str, Any] | None:
     """The record of a stage's last run that counted its seconds, set aside or not."""
+    # The folders are named by time, so this order is from the newest to the oldest.
     aside = sorted((run / ASIDE).glob(f"*/{stage}"), reverse=True)
     for folder in (run / stage, *aside):
         seen, _ = read(folder / DONE)
@@ -189,6 +190,7 @@ def set_aside(run: Path, stage: str, only: Sequence[str] | None = None) -> Path 
       Where they are now; None if there was nothing to move.
     """
     folder = run / stage
+    # An empty folder has no outputs to keep, and is left for the stage to write into.
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if not os.path.lexists(folder) or empty or (only is not None and not only):
         return None
@@ -215,6 +217,7 @@ def put_back(run: Path, stage: str, place: Path) -> bool:
     folder = run / stage
     if os.path.lexists(folder):
         written = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+        # An empty file (a log that was only opened) and the mark of a begun stage hold no results.
         if any(
             path.is_symlink() or (path.name != BEGUN and path.stat().st_size) for path in written
         ):
@@ -315,6 +318,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _source(module: str) -> Path | None:
+    # Looking up a dotted name imports its parent packages, which may fail in any of these ways.
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -352,6 +356,7 @@ def read(path: Path) -> tuple[dict[str, Any] | None, str]:
         # The error advises to copy the file again; this one is recomputed, so the advice is cut.
         said = str(error).removeprefix(f"{path} ").partition("): copy it again")
         return None, f"is damaged ({(said[0] + ')' if said[1] else said[0])[:120]})"
+    # Such a record has no sha256 because its version did not write one, so it is not damaged.
     if stored is None and "outputs" not in record and "key" not in record:
         return None, "is of an earlier version, which did not note what it had written"
     if stored != files.json_digest(record):

@@ -68,6 +68,7 @@ def sample_responses(
     if context.length is not None:
         length = min(length, context.length - sampling.max_new_tokens)
     ends = text.stop_ids(network.tokenizer, prompts)
+    # Rows are split over both of these axes, so their product must divide the number of rows.
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     samples = generate_many(
         with_texts_only(network.model, network.tokenizer),
@@ -95,6 +96,7 @@ def sampling_streams(mesh: jax.sharding.Mesh) -> int:
     A single stream does not keep two cores busy; accelerators use one.
     """
     alone = mesh.size == 1 and backends.platform_of(mesh) == "cpu"
+    # Those that this process may use: a container often has fewer cores than the machine.
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -183,6 +185,7 @@ def fitting_scoring_rows(
     rows, cut = [], 0
     for prompt, response in zip(prompts, responses, strict=True):
         asked = text.encode_prompt(network.tokenizer, prompt)
+        # Only the response may be cut: scores compare responses after the same whole prompt.
         said = text.encode_answer(network.tokenizer, prompt, response)
         room = len(said) if most is None else most - len(asked)
         if room < 1:
@@ -244,6 +247,7 @@ def by_length(
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         index = order[np.minimum(np.arange(start, start + batch_size), len(order) - 1)]
+        # The batch is sorted by length, so its last row is the longest.
         slots = -(-int(lengths[index[-1]]) // 32) * 32
         yield index, slots if most is None else min(slots, most)
 

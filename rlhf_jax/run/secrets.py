@@ -112,8 +112,10 @@ def is_secret(key: str) -> bool:
     >>> [is_secret(key) for key in public]
     [False, False, False, False, False, False]
     """
+    # Keys of a config are dotted; only the last part names the value.
     name = key.rpartition(".")[2]
     words = _words(name)
+    # PWD and OLDPWD are folders of the shell, and XDG_SESSION_ID is no secret session.
     if not words or name in ("PWD", "OLDPWD") or words[0] == "xdg":
         return False
     before, last = words[:-1], words[-1]
@@ -254,6 +256,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     >>> redact("Server=db;User Id=sa;Password=a b c!;Timeout=5")
     'Server=db;User Id=sa;Password=<redacted>;Timeout=5'
     """
+    # From specific forms to general ones, which would otherwise cut a part out of a longer secret.
     text = _PRIVATE_KEY.sub(REDACTED, text)
     text = _AUTHORIZATION.sub(rf"\g<head>{REDACTED}", text)
     text = _COOKIE.sub(rf"\g<head>{REDACTED}", text)
@@ -303,6 +306,7 @@ def _without(text: str, secret: str) -> str:
 
     A short or wordlike secret is removed only as a whole word.
     """
+    # The quotes that JSON puts around a text are cut off.
     for form in {secret, quote(secret, safe=""), quote(secret), json.dumps(secret)[1:-1]}:
         if len(form) < _SHORTEST or form.isalpha() or form.isdigit():
             text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", REDACTED, text)

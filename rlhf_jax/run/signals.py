@@ -44,7 +44,10 @@ def interrupting(*, several: bool) -> Iterator[None]:
         number = getattr(unraisable.exc_value, "signal_number", None)
         if number is None:
             return told(unraisable)
+        # The repeated signal is announced first: `_end_at_the_second` must not count it as the
+        # user's.
         own.append(number)
+        # Later and to the main thread, which by then has left the destructor or callback.
         threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number]).start()
 
     own: list[int] = []
@@ -52,7 +55,10 @@ def interrupting(*, several: bool) -> Iterator[None]:
     before = {
         number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
     }
+    # The C handler of Python writes the number of each signal here at once, even while the
+    # interpreter runs no bytecode.
     reader, writer = socket.socketpair()
+    # Required by `set_wakeup_fd`.
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(
@@ -64,6 +70,8 @@ def interrupting(*, several: bool) -> Iterator[None]:
         # A hook that was put around this one in the meantime stays: it has its own reason.
         if sys.unraisablehook is swallowed:
             sys.unraisablehook = told
+        # The old descriptor is restored before the new one closes: a signal in between would
+        # otherwise be written to a closed socket.
         signal.set_wakeup_fd(wakeup)
         writer.close()
         for number, handler in before.items():
@@ -77,6 +85,7 @@ _SAME = 1.0
 def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
     """Exits at the second signal from `reader`, ignoring those in `own`, sent by this process."""
     first: tuple[int, float] | None = None
+    # The loop ends when `interrupting` closes the other end of the socket.
     while number := reader.recv(1)[:1]:
         if number[0] not in (signal.SIGINT, signal.SIGTERM):
             continue
@@ -89,6 +98,8 @@ def _end_at_the_second(reader: socket.socket, own: list[int]) -> None:
         elif number[0] == signal.SIGINT or first[0] == signal.SIGINT or now - first[1] > _SAME:
             # Gives the main thread a chance to end in good order.
             time.sleep(0.2)
+            # Written to the descriptor itself, as the main thread may hold the lock of
+            # `sys.stderr`.
             os.write(2, b"\nStopped at once. The same command goes on from the last checkpoint.\n")
             os._exit(128 + number[0])
     reader.close()
@@ -185,6 +196,7 @@ def _ctrl_c_as_preemption() -> Iterator[None]:
     interrupt = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, _: object) -> None:
+        # The handler of before comes back at once, so that a second Ctrl-C interrupts.
         signal.signal(signal.SIGINT, interrupt)
         _note("all processes stop after a step (Ctrl-C again: at once)")
         os.kill(os.getpid(), signal.SIGTERM)

@@ -28,6 +28,7 @@ def check(config: ConfigDict) -> None:
     try:
         settings.validate(config.ppo)
     except ValueError as error:
+        # Validation names a key within its group, so the group is put before it.
         raise ValueError(f"ppo.{error}") from None
     for name in (config.ppo.gold, config.ppo.text_reward, config.evaluate.gold):
         settings.judge(name)

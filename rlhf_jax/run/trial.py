@@ -23,6 +23,7 @@ def pretrained(config: ConfigDict, folder: Path) -> dict:
         `config.answer`.
     """
     path = networks.model_folder(config.model)
+    # One block per iteration of the layer scan compiles fastest; few tokens are generated.
     network = networks.load_network(config.model, devices.start((1, -1, 1)), {"unroll": 1})
     ids = encode_opening(network.tokenizer, config.question)
     prompt = prompt_batch([ids], length=len(ids))

@@ -55,6 +55,7 @@ def check_file(file: str | os.PathLike[str], *, limit: int | None = None) -> Pat
       ValueError: it is a folder, a pipe or a device, leads out of its folder, or is too large.
     """
     file = Path(file)
+    # Resolved, because the checks below are about the file that would really be read.
     real, folder = file.resolve(), file.parent.resolve()
     if not real.exists():
         raise FileNotFoundError(f"there is no file {file}")
@@ -195,6 +196,8 @@ def check_template_name(name: Any, where: str) -> None:
 
 # --------------------------------------------------------------------------------------- GGUF files
 
+# In the order of the format: integers of 8, 16 and 32 bits, float32, bool, string, array, integers
+# of 64 bits, float64.
 _GGUF_SCALARS = dict(zip(range(13), (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8), strict=True))
 """Type of a GGUF value -> its size in bytes; strings (8) and arrays (9) have no fixed size."""
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
@@ -232,6 +235,7 @@ def check_gguf(path: Path) -> None:
                 header.refuse(f"a tensor of {dimensions} dimensions, the limit is 4")
             if math.prod(header.number(8) for _ in range(dimensions)) > 2**48:
                 header.refuse("a tensor of more than 2**48 numbers")
+            # The number type (4 bytes) and the offset of the data (8 bytes).
             header.take(12)
 
 
@@ -270,6 +274,8 @@ class _GGUFHeader:
         if kind != _GGUF_ARRAY:
             return self.skip(_GGUF_SCALARS[kind])
         kind, count = self.number(4), self.number(8)
+        # Entries of a fixed size are skipped together; 1 byte is the least an unknown type can
+        # take.
         if kind not in (_GGUF_STRING, _GGUF_ARRAY):
             return self.skip(count * _GGUF_SCALARS.get(kind, 1))
         # Each entry takes at least 8 bytes, for its length, so the file bounds the loop below.

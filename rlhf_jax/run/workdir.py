@@ -62,6 +62,7 @@ def claim_workdir(workdir: str | os.PathLike[str], *, overwrite: bool = False) -
     path = files.local_path("workdir", workdir)
     refuse_foreign(path)
     if overwrite and (path / CONFIG_FILE).is_file():
+        # Under the lock, so that the folder of a live run is never renamed.
         with _lock(path):
             _move_aside(path)
     files.make_folder(path)
@@ -117,6 +118,7 @@ def _lock(path: Path) -> IO[str]:
 
     So there are no stale locks.
     """
+    # Opened for appending: another mode would erase the holder's name before the lock is known.
     file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     try:
         if fcntl is not None:
@@ -136,6 +138,7 @@ def _lock(path: Path) -> IO[str]:
             file=sys.stderr,
             flush=True,
         )
+    # Only now, with the lock: the line of an earlier holder is replaced.
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -214,6 +217,8 @@ def prepare_workdir(
             print(
                 f"The run in {path} goes on with another config: {'; '.join(changes)}", flush=True
             )
+    # The lock file marks the folder as ours, so it is there before the config: a folder with a
+    # config alone would be refused.
     files.touch(path / LOCK_FILE)
     with files.written(stored) as file:
         file.write(text + "\n")
@@ -272,6 +277,7 @@ def share_workdir(path: Path, fresh: bool) -> None:
     if fresh:
         processes.when_another_fails(lambda: remove_unused(path))
     token = path / ".shared"
+    # Random, so that the mark of an earlier run cannot be taken for that of this one.
     mark = processes.on_first("workdir", lambda: _put_mark(token))
     # A network file system may show a new file only after some seconds.
     until = time.monotonic() + 10
@@ -283,6 +289,7 @@ def share_workdir(path: Path, fresh: bool) -> None:
             "workdir", {f"workdir={str(path)!r} (one folder that all hosts share)": facts}
         )
     finally:
+        # `agree` returns when every process has looked, so the mark is no longer needed.
         if processes.index() == 0:
             token.unlink(missing_ok=True)
 

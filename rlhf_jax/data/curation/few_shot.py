@@ -78,8 +78,10 @@ def few_shot_subsets(
             for s in itertools.combinations([j for j in range(k) if j != t], shots)
         ]
         chosen.update(dict.fromkeys(noise.sample(every, count)))
+    # When few of the possible examples are wanted, repeats are rare and simply drawn again.
     while len(chosen) < count:
         target = noise.randrange(k)
+        # Sorted, so that the same subset drawn in another order counts as a repeat.
         chosen[target, *sorted(noise.sample([j for j in range(k) if j != target], shots))] = None
     return _few_shot(
         instruction, pairs, [(target, list(rest)) for target, *rest in chosen], template, labels
@@ -103,6 +105,8 @@ def _few_shot(
     # `replace` and not `format`: the template may contain other braces.
     for place, (target, context) in enumerate(chosen):
         shown = [head.replace("{query}", pairs[j][0]) + pairs[j][1] for j in context]
+        # The template's text between query and response ends the prompt, without its trailing
+        # space.
         asked = head.replace("{query}", pairs[target][0]).rstrip()
         fields = {**labels, "id": None if name is None else f"{name}/{place}"}
         examples.append(

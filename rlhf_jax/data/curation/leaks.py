@@ -60,6 +60,7 @@ def leakage(splits: Mapping[str, Sequence[Any]]) -> list[Leak]:
             )
             here[0].setdefault(whole, place)
             here[1].setdefault(turn, place)
+            # The whole prompt is compared first: it is the stronger finding.
             for kind, value, earlier in (
                 ("prompt", whole, prompts),
                 ("first human turn", turn, turns),
@@ -92,6 +93,7 @@ def without_leaks(
       The other records, and the counts.
     """
     texts = [(normalise(prompt_text(other)), normalise(first_turn(other))) for other in held_out]
+    # Digests instead of texts, as the held-out texts may be many and long.
     prompts, turns = (
         {digest(text) for text in column}
         for column in (zip(*texts, strict=True) if texts else ((), ()))

@@ -87,10 +87,13 @@ def _scrubbed(record: Any, hook: Hook) -> Any:
             return "left out by the hook"
         wrong = next((type(new).__name__ for new in clean if not isinstance(new, str)), "")
         if wrong:
+            # The value is not quoted: it may be what the hook was to remove.
             raise ValueError(
                 f"the hook gave a {wrong} for field {name!r}: return a text, or None to drop a "
                 "record"
             )
+        # An empty text is no valid prompt or response, so the record would be refused when it is
+        # read.
         if any(old.strip() and not str(new).strip() for old, new in zip(texts, clean, strict=True)):
             return "nothing left of a text"
         if isinstance(value, str):
@@ -140,10 +143,12 @@ def mask_identifiers(text: str) -> str:
     >>> mask_identifiers("Mail ann@example.org or call (555) 123-4567.")
     'Mail [EMAIL] or call [PHONE].'
     """
+    # E-mail addresses first, since their host may be an IP address.
     text = _EMAIL.sub("[EMAIL]", text)
     text = _IPV6.sub("[IP]", _IPV4.sub("[IP]", text))
     # Cards before phones, as a part of a card number may look like a phone number.
     text = _CARD.sub(lambda found: "[CARD]" if _luhn(found[0]) else found[0], text)
+    # Fewer than 8 digits are as likely a date or a price.
     return _PHONE.sub(
         lambda found: "[PHONE]" if sum(map(str.isdigit, found[0])) >= 8 else found[0], text
     )
@@ -155,4 +160,5 @@ def _luhn(number: str) -> bool:
     Every second digit from the right is doubled, and the sum of all digits is a multiple of ten.
     """
     digits = [int(d) for d in number if d.isdigit()][::-1]
+    # Doubled digits above 9 count as the sum of their two digits, which is what `divmod` gives.
     return (sum(digits[0::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])) % 10 == 0

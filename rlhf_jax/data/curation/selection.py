@@ -126,6 +126,7 @@ def split_by(
             if group is None
             else ("group", group)
         )
+        # 48 bits give a float without rounding, so the position is below 1.
         place = int.from_bytes(digest(str(seed), *named)[:6], "big") / 2**48
         # A sum of floats may end a little below 1; the last part with a share takes the rest.
         choices = [

@@ -122,6 +122,7 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     """
     cells = [list(map(str, row)) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    # The other columns are numbers and never cut; the first one keeps at least 8 characters.
     widths[0] = min(widths[0], max(8, WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
     for row in cells:
@@ -141,6 +142,7 @@ def _sizes(splits: Mapping[str, Sequence[Any]]) -> str:
         if not everything:
             continue
         sources = _most(_by(everything, lambda r: r.source or "(no source)"))
+        # With a single source the total below says the same, so no row per source is written.
         for source, group in sources.items() if len(sources) > 1 else ():
             # By identity, as equal records of two splits must each count in their own.
             members = {id(record) for record in group}
@@ -169,6 +171,8 @@ def _per_group(splits: Mapping[str, Sequence[Any]], key: str) -> str:
     rows = []
     for name, part in _by_split(splits).items():
         counts = collections.Counter(group_of(record, key) for record in part)
+        # Records that name no group are counted apart, so that they do not appear as one large
+        # group.
         unnamed = counts.pop(None, 0)
         if counts:
             numbers = sorted(counts.values())
@@ -218,10 +222,13 @@ def _quantiles(lengths: list[int]) -> list[Any]:
     order = sorted(lengths)
 
     def at(share: float) -> float:
+        # The position between two neighbours: its whole part is the lower one, the rest their
+        # weight.
         low, part = divmod(share * (len(order) - 1), 1)
         high = min(int(low) + 1, len(order) - 1)
         return order[int(low)] + part * (order[high] - order[int(low)])
 
+    # The sample standard deviation needs two values.
     spread = statistics.stdev(order) if len(order) > 1 else 0.0
     middle = [f"{at(share):.0f}" for share in (0.25, 0.5, 0.75)]
     return [

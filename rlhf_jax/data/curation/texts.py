@@ -57,6 +57,7 @@ def normalise(text: str) -> str:
     >>> normalise("  Write  a\nPOEM ")
     'write a poem'
     """
+    # NFKC makes full-width letters and ligatures equal to the ordinary ones.
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -69,6 +70,7 @@ def conversation_of(item: Any) -> Conversation:
 
 def digest(*parts: str) -> bytes:
     """sha256 of texts in order."""
+    # A null byte between the parts, so that ("ab", "c") and ("a", "bc") differ.
     return hashlib.sha256("\0".join(parts).encode()).digest()
 
 

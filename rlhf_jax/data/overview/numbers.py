@@ -41,6 +41,7 @@ class Spread:
         order = sorted(numbers)
         if not order:
             return cls()
+        # The nearest rank and no interpolation, so that each value is one that occurs.
         at = lambda share: order[min(int(share * len(order)), len(order) - 1)]
         return cls(order[0], at(0.5), at(0.9), order[-1])
 
@@ -185,6 +186,7 @@ def prompt_numbers(
     records: Sequence[Demonstration | Ranking | Prompt], *, known: dict[str, str] | None = None
 ) -> Prompts:
     """Statistics of the prompts of records; `known` caches normalised texts between calls."""
+    # Without repeats first: equal prompts would all be near-duplicates of each other.
     different = list(dict.fromkeys(_key(record.prompt, known) for record in records))
     return Prompts(
         rows=len(records),
@@ -213,6 +215,7 @@ def answer_numbers(
     for record in records:
         turns = _turns(record.prompt)
         whole = " ".join(_plain(turn, known) for turn in turns)
+        # In a text the last turn is the whole prompt, which `begin` and `contain` count.
         last = _plain(turns[-1], known) if len(turns) > 1 else ""
         for answer in _answers(record):
             text = _plain(answer, known)
@@ -251,6 +254,7 @@ def pair_numbers(
     """
     count: collections.Counter[str] = collections.Counter()
     seen: set[int] = set()
+    # Evenly spaced over the file and the same on each run, unlike a random sample.
     every = math.ceil(len(records) / TOKEN_SAMPLE) or 1
     for place, record in enumerate(records):
         # Hashes instead of texts keep `seen` small: K responses make K(K - 1)/2 pairs.
@@ -260,12 +264,14 @@ def pair_numbers(
         sizes = (
             [tokens(text) for text in record.responses] if tokens is not None and in_tokens else []
         )
+        # Responses without a rank are in no pair.
         ranked = [k for k, rank in enumerate(record.ranks) if rank != ABSENT]
         count["rankings_with_equal"] += len({texts[k] for k in ranked}) < len(ranked)
         for a, b in itertools.combinations(ranked, 2):
             if record.ranks[a] == record.ranks[b]:
                 count["tied"] += 1
                 continue
+            # Rank 0 is the best, so the smaller rank is preferred.
             best, other = (a, b) if record.ranks[a] < record.ranks[b] else (b, a)
             _count_pair(count, record.responses[best], record.responses[other])
             count["equal"] += texts[best] == texts[other]

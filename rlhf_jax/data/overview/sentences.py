@@ -78,6 +78,7 @@ def judgements(looks: Mapping[str, Look], aside: Mapping[str, int] | None = None
                     "it, map it with --columns",
                 )
             )
+    # A stable sort: sentences of one severity keep the order in which they were found.
     return [text for _, text in sorted(found, key=lambda item: item[0])]
 
 
@@ -149,6 +150,7 @@ def _about_answers(name: str, answers: AnswerNumbers) -> list[str]:
         found.append(
             f"{percent(answers.echo, count)} of the answers of {name} repeat the user's last turn"
         )
+    # Only a mixture is suspicious: where nearly all answers agree, the space is a convention.
     if count >= FEW and 0.05 * count <= answers.leading <= 0.95 * count:
         found.append(
             f"{percent(answers.leading, count)} of the answers of {name} begin with a space and "
@@ -183,6 +185,7 @@ def percent(part: int, whole: int) -> str:
         return "0%"
     share = 100 * part / whole
     digits = 0 if 10 <= share <= 99 or part == whole else 1
+    # Rounding must not turn a few into none or nearly all into all.
     return f"{min(max(share, 0.1), 100 if part == whole else 99.9):.{digits}f}%"
 
 

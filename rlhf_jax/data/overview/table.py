@@ -46,6 +46,7 @@ def summary(
         table.append(_cut("columns left aside: " + ", ".join(names)))
     lines = [line for text in judgements(looks, aside) for line in _wrapped(text)]
     if len(table) + 1 + len(lines) > LINES:  # the headline counts all of them
+        # One line for the heading and one for the two dots.
         lines = [*lines[: LINES - len(table) - 2], "  .."]
     return "\n".join([*table, *(["Look at:", *lines] if lines else ["Nothing suspicious."])])
 
@@ -122,6 +123,7 @@ def _longer(pairs: PairNumbers) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    # The footnote in the last row must not widen the first column.
     widths[0] = max(len(row[0]) for row in rows[:-1])
     lines = []
     for row in rows:

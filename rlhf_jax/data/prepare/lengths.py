@@ -73,8 +73,10 @@ class Lengths:
         """
         limit = self.config.ranked_response_length
         tokens = [self._response(response) for response in record.responses]
+        # Each response that is too long is counted, whether or not its ranking is kept.
         kept = [k for k, count in enumerate(tokens) if self._fits("ranked response", count, limit)]
         ranks = [record.ranks[k] for k in kept]
+        # Equal ranks alone hold no pair to learn from.
         if len(set(ranks)) < 2:
             self.left_out["ranking without two responses left that differ in rank"] += 1
             return None

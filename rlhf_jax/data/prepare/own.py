@@ -70,6 +70,7 @@ def read_own(config: Any, reports: list[schema.DataReport]) -> dict[str, list[An
                 f"{other!r}: split by it with --config.key={other}"
             )
         reports.append(
+            # Not an error: records without users still have conversations to split by.
             schema.DataReport(f"no record has a field {config.key!r}: split by conversation", 1, 1)
         )
     return sets
@@ -93,6 +94,7 @@ def deduplicated(
             first.setdefault(normal(record), record)
     kept, report = curation.drop_long_common_prefix(first.values(), prefix_length=prefix_length)
     reports.append(dataclasses.replace(report, source="different prompts of all files"))
+    # Texts that differ in case or spaces only share the fate of the first one.
     texts = set(map(normal, kept))
     result = {}
     for name, records in sets.items():
@@ -118,6 +120,7 @@ def without_leaks(
         return [record for part in parts.values() for record in part[split]]
 
     if leaks == "drop":
+        # Validation gives way to test, and training to both, so that test is never changed.
         for split, held_out in (
             ("validation", of("test")),
             ("train", [*of("test"), *of("validation")]),
@@ -152,6 +155,7 @@ def stage_files(
     demonstrations, rankings, prompts, corpus = (parts.get(name) for name in OWN_FILES)
 
     def prompts_of(split: str, *of: dict[str, list[Any]] | None) -> list[schema.Prompt]:
+        # Prompts of other files are taken without their labels, as new records.
         records = [record for part in of if part for record in part[split]]
         return unique_ids(
             distinct(
@@ -176,6 +180,7 @@ def stage_files(
         prompts_of("train", prompts) if prompts else prompts_of("train", rankings or demonstrations)
     )
     if not rankings:
+        # The hash decides which prompts are labelled, so that new records do not reshuffle the old.
         order = sorted(train, key=lambda p: shuffled(seed, curation.prompt_text(p)))
         cut = round(ranking_share * len(order))
         files["prompts_ranking"], train = order[:cut], order[cut:]

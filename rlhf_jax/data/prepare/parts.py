@@ -26,6 +26,8 @@ class Parts:
             raise ValueError(f"shares={dict(shares)!r}: add up to {total:g}: make it 1")
         self.ranges, start = {}, 0.0
         for name, share in shares.items():
+            # Ranges follow the order of the config, so adding a part at the end moves no
+            # conversation.
             self.ranges[name] = (start, start + share)
             start += share
 
@@ -84,6 +86,7 @@ def named(records: Sequence[Any]) -> list[Any]:
 
 def distinct(records: Iterable[Any]) -> list[Any]:
     """The first record of each prompt."""
+    # Read in reverse, the first record of each prompt overwrites the later ones.
     return list({r.prompt: r for r in reversed(list(records))}.values())[::-1]
 
 

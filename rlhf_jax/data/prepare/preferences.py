@@ -62,6 +62,7 @@ def preference_files(
     demonstrations: list[schema.Demonstration],
 ) -> dict[str, Any]:  # fmt: skip
     """The records of each file, running text aside."""
+    # Several rankings may share a prompt, which is asked once.
     prompts = distinct(schema.Prompt(r.prompt, id=r.id, source=r.source) for r in rankings)
 
     def prompts_of(part: str, count: int) -> list[schema.Prompt]:
@@ -81,6 +82,7 @@ def preference_files(
         "prompts_ppo": prompts_of("ppo", config.ppo_prompts),
         "rankings": parts.take(rankings, ("ranking",), config.ranking_prompts, lengths.ranking),
     }
+    # One file per source, so that the accuracy on each is reported apart.
     for name in ("hh_rlhf", "oasst"):
         these = [r for r in rankings if str(r.source).startswith(name)]
         held_out = parts.take(
@@ -97,9 +99,11 @@ def text_files(documents: Sequence[schema.PlainText], config: Any) -> tuple[list
     """
     order = sorted(documents, key=lambda d: shuffled(config.seed, d.source))
     pieces = [_pieces(d, config.document_characters) for d in order]
+    # The only document cannot be held out as a whole.
     if len(pieces) == 1:
         cut = len(pieces[0]) - max(1, len(pieces[0]) // 5)
         pieces = [pieces[0][:cut], pieces[0][cut:]]
+    # Pieces of all documents are mixed, so that a limit takes some of each.
     mix = sorted(
         (p for part in pieces[:-1] for p in part), key=lambda p: shuffled(config.seed, p.text)
     )
@@ -112,6 +116,7 @@ def _pieces(document: schema.PlainText, size: int) -> list[schema.PlainText]:
     for paragraph in filter(
         None, map(str.strip, document.text.replace("\r\n", "\n").split("\n\n"))
     ):
+        # Cut between paragraphs only, so a piece may be longer than `size`.
         if len(texts[-1]) >= size:
             texts.append("")
         texts[-1] += "\n\n" * bool(texts[-1]) + paragraph

@@ -31,6 +31,7 @@ def files(config: Any) -> dict[str, list[Any]]:
         ),
         "prompts_ranking": _prompts("train", config.ranking_prompts, FIRST_INDEX["ranking"], seen),
         "prompts_ppo": _prompts("train", config.ppo_prompts, FIRST_INDEX["ppo"], seen),
+        # Seed 0 is the stream of the base models' own corpus, continued beyond their last document.
         "corpus": _corpus(PTX_FIRST_DOCUMENT, config.documents, seed=0),
         "corpus_held_out": _corpus(0, config.held_out_documents, seed=HELD_OUT_TEXT_SEED),
     }
@@ -53,7 +54,9 @@ def _prompts(split: str, count: int, first: int, seen: set[str]) -> Iterator[sch
 def _demonstrations(
     split: str, count: int, writers: list, seen: set[str]
 ) -> Iterator[schema.Demonstration]:
+    # Skipped repeats leave gaps in the indices, so the task is found by the prompt's id.
     for place, prompt in enumerate(_prompts(split, count, FIRST_INDEX["demonstrations"], seen)):
+        # In turn, so that each labeler writes equally many.
         writer = writers[place % len(writers)]
         asked = task(split, int(str(prompt.id).split("/")[1]))
         yield schema.Demonstration(

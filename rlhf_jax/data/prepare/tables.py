@@ -24,6 +24,7 @@ def tables(
     held_out = [
         record for split, records in splits.items() if split != "train" for record in records
     ]
+    # The held-out splits are compared with training together; leaks among them do not count.
     leaks = len(curation.leakage({"train": splits["train"], "held out": held_out}))
     tables = curation.data_tables(
         {k: v for k, v in splits.items() if v}, tokens=tokens, identify=identify

@@ -168,6 +168,7 @@ def message_of(turn: Any, index: int, *, reason: str, allow_empty: bool = False)
 def check_turns(turns: Sequence[Message]) -> None:
     """Checks that the turns of a prompt are [system,] user, assistant, .., user."""
     first = turns[0].role == "system"
+    # `first` is a bool and counts as 1: the turns are numbered after the system message.
     for k, turn in enumerate(turns[first:], start=first):
         wanted = "assistant" if (k - first) % 2 else "user"
         if turn.role == "system":

@@ -87,6 +87,7 @@ def read_jsonl(
         for reason in notes_of(fitting, special, cut=fitting is not record):
             tally.note(line, reason)
     report = tally.report(len(records))
+    # Neither is a mistake in the file, so they do not count as bad rows.
     tolerated = (
         {"superseded by revision"}
         if too_long == "error"
@@ -137,6 +138,7 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
 
 
 def _refuse_other_table(path: str | os.PathLike[str]) -> None:
+    # Only an existing file: a missing one gets the error of the reader, which is about its path.
     if str(path).removesuffix(".gz").lower().endswith(OTHER_TABLES) and Path(path).is_file():
         raise ValueError(
             f"{path} is no file of JSON lines: convert it with "
@@ -156,6 +158,7 @@ def _refuse_foreign(path: str | os.PathLike[str], kind: type) -> None:
 
 def _each_row(tally: Tally, take: Callable[[int, dict[str, Any]], None]) -> None:
     for line, data in lines_of(tally.path):
+        # Counted before it is parsed, so that bad rows count too.
         tally.rows += 1
         try:
             take(line, json_object(data))

@@ -98,6 +98,7 @@ def notes_of(record: Any, special: re.Pattern[str] | None, *, cut: bool) -> Iter
             yield "all responses tie"
         pairs = zip(record.responses, record.ranks, strict=True)
         ranked = {(text, rank) for text, rank in pairs if rank != ABSENT}
+        # The set has each text once per rank, so a text with two ranks makes it larger.
         if len({text for text, _ in ranked}) < len(ranked):
             yield "same response, different ranks"
 

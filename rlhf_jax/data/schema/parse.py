@@ -50,6 +50,7 @@ def _parse_demonstration(row: dict[str, Any], allow_empty: bool) -> Demonstratio
             raise RowError(
                 "missing field", f"field 'response' must be a string, got nothing: {fix}"
             )
+        # What is left has the form of a prompt in messages, which `prompt_of` reads.
         response, row = answer.content, {**row, "messages": turns[:last]}
     return Demonstration(
         prompt=prompt_of(row),

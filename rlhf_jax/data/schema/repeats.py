@@ -35,6 +35,7 @@ class KeptRecords:
             self.lines[key] = line
         self.records[line] = record
         if record.id is not None:
+            # The first line of an id is named in errors, so later revisions do not replace it.
             self.ids.setdefault(record.id, (line, key))
 
     def _check_id(self, name: str | None, key: Any) -> None:
@@ -67,4 +68,5 @@ class KeptRecords:
                 "superseded by revision", f"revision {shown(old)} < {shown(new)} of line {line}"
             ),
         )
+        # Removed and not replaced in place: the newer revision has the place of its own line.
         del self.records[before]

@@ -50,6 +50,7 @@ class DataReport:
             kept=self.kept + other.kept,
             dropped=_add_counts(self.dropped, other.dropped),
             noted=_add_counts(self.noted, other.noted),
+            # The earlier example of a reason wins, as the reports are added in reading order.
             examples={**other.examples, **self.examples},
             places={
                 r: [*self.places.get(r, []), *other.places.get(r, [])][:PLACES] for r in reasons
@@ -72,6 +73,7 @@ class DataReport:
             f"{self.source}: {self.rows} rows, {self.kept} kept, {sum(self.dropped.values())} "
             "dropped"
         ]
+        # A common folder would be repeated at each place.
         folders = {os.path.dirname(place) for places in self.places.values() for place in places}
         # The first line of the report names the folder where all places are in one.
         folder = os.path.join(folders.pop(), "") if len(folders) == 1 else ""
@@ -88,6 +90,7 @@ class DataReport:
         lines += [
             "  " + "; ".join(items[i : i + in_a_line]) for i in range(0, len(items), in_a_line)
         ]
+        # Examples fill what the reasons leave of the screen; the reasons themselves are never cut.
         room = max(SCREEN, len(lines))
         lines += [f"  {example}" for example in self.examples.values()]
         return "\n".join(lines[:room])

@@ -53,6 +53,7 @@ def json_list(path: str | os.PathLike[str]) -> list[dict[str, Any] | RowError] |
     Raises:
       ValueError: the list is truncated or not valid JSON; the message gives line and column.
     """
+    # A byte order mark, as some editors and spreadsheets write it.
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data.startswith(b"["):
         return None
@@ -138,6 +139,7 @@ def lines_of(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
       ValueError: a line is too long, or as for `read_bytes`.
     """
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    # Split at this byte alone: `splitlines` would also cut at characters inside JSON strings.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if len(line) > LINE_LIMIT:
             raise ValueError(
@@ -156,6 +158,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     """
     try:
         row = _DECODER.decode(data.decode("utf-8"))
+    # Raised by the hooks of the decoder; it is a ValueError, which is caught below.
     except RowError:
         raise
     except UnicodeDecodeError as error:
@@ -201,6 +204,7 @@ def _refuse_constants(value: Any) -> None:
 
 
 def _unpacked(data: bytes, path: str | os.PathLike[str]) -> bytes:
+    # A small file may unpack to any multiple of its size, as the result is small in any case.
     limit = max(UNPACKED_LIMIT, UNPACKED_RATIO * len(data))
     # One byte beyond the limit is enough to know that there is more, whatever the file claims.
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
@@ -219,6 +223,7 @@ def _too_deep() -> RowError:
 
 def _is_deep(value: Any) -> bool:
     """Whether more than `NESTING` lists and objects are nested; Python's own limit varies."""
+    # One less, because the function counts levels inside the outermost one.
     return is_nested_deeper(value, NESTING - 1)
 
 

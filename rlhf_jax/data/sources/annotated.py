@@ -29,6 +29,7 @@ Kind = Literal["order", "number", "text", "other"]
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("response", "answer", "completion", "generation", "output")
 TIES = ("tie", "equal", "same", "both", "draw")
+# In this order a question is chosen: one that orders responses, then a rating, then a text.
 _FLAGS: Mapping[Kind, str] = {"order": "ranking", "number": "score", "text": "response"}
 
 
@@ -78,6 +79,7 @@ def table(
     Raises:
       ValueError: no question is suitable, or more than one is.
     """
+    # By identity, because a grouped row is made of the very rows that were extracted here.
     found: dict[int, Annotated | RowError] = {}
     for row in rows:
         try:
@@ -112,6 +114,7 @@ def table(
     # A rating is of one response, so records with the same prompt and system make one ranking.
     together: dict[Any, list[Row]] = {}
     for row in rows:
+        # A row that could not be read stays alone, so that its error drops no other row.
         one, prompt = found[id(row)], id(row)
         if isinstance(one, Annotated):
             prompt = (
@@ -131,12 +134,14 @@ def _choose(records: Sequence[Annotated], columns: Mapping[str, str]) -> tuple[s
         ", ".join(f"{name} ({'/'.join(sorted(found))})" for name, found in sorted(kinds.items()))
         or "none"
     )
+    # The user's choice comes first, in all kinds, before a question is guessed.
     for kind, flag in _FLAGS.items():
         name = columns.get(flag, "")
         if name in kinds and kind in kinds[name]:
             return name, kind
     for kind, flag in _FLAGS.items():
         names = [name for name, found in kinds.items() if kind in found]
+        # A text may be a comment, so only a question with the name of an answer counts unasked.
         if kind == "text":
             names = [name for name in names if name in ANSWERS]
         if len(names) == 1:
@@ -188,6 +193,7 @@ def _drafts(
     people = len({answer.person for _, answer in counted})
     drafts = []
     for record, answer in counted:
+        # Ids are unique, so the person is added where several people answered the same record.
         name = record.id and (f"{record.id}/{answer.person}" if people > 1 else record.id)
         prompt = _prompt(record.fields, columns)
         if kind == "order":
@@ -214,11 +220,13 @@ def _rated(
     drafts = []
     for person, rated in people.items():
         if len(rated) < 2:
+            # One response of a person cannot be compared with anything.
             continue
         first = rated[0][0]
         texts = [record.fields.take(_answer_field(record.fields, columns)) for record, _ in rated]
         name = first.id and (f"{first.id}/{person}" if len(people) > 1 else first.id)
         prompt = _prompt(first.fields, columns)
+        # The prompt is taken from the first record; that of the others counts as read too.
         for record, _ in rated:
             record.fields.take(_prompt_field(record.fields, columns))
         ranks = ranks_of([value for _, value in rated])
@@ -292,6 +300,7 @@ def choice(fields: Row, name: Any, columns: Mapping[str, str]) -> list[tuple[Any
     stems: dict[str, list[str]] = {}
     for field in fields.columns():
         match = re.fullmatch(r"(.*?)[\W_]*(?:\d+|[a-dA-D])", field)
+        # The prompt may end in a number or letter too, and is no alternative.
         if match and field != _prompt_field(fields, columns):
             stems.setdefault(match[1], []).append(field)
     named = [

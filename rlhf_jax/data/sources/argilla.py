@@ -56,6 +56,7 @@ def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
       RowError: it is not a record of Argilla.
     """
     fields = _fields(row)
+    # Both are read, so that neither is reported as left aside.
     found = [row.take(name) for name in ("id", "external_id")]
     name = next((label for label in map(as_label, found) if label), None)
     given = tuple(
@@ -124,6 +125,7 @@ def _given(
     status: Any,
 ) -> Given:
     submitted = status in (None, "submitted") and value is not None
+    # A bool would otherwise count as a number below.
     if isinstance(value, bool) or value is None:
         return Given(question, "other", value, person, submitted)
     if isinstance(value, int | float):
@@ -169,6 +171,7 @@ def _order(
         # first.
         fields.note("order without ranks")
         ranks = list(range(1, len(ranks) + 1))
+    # Ranks may have gaps after ties; only their order counts.
     order = sorted({rank for rank in ranks if rank is not None})
     dense = [None if rank is None else order.index(rank) + 1 for rank in ranks]
     return [(fields.take(str(name)), rank) for name, rank in zip(names, dense, strict=True)]

@@ -50,6 +50,7 @@ class CountedTable:
         self.dropped: dict[str, list[tuple[str, str]]] = {}
         self.noted: dict[str, list[str]] = {}
         self.aside: dict[str, int] = {}
+        # Rankings by (labeler, prompt, responses), to find those that a labeler gave twice.
         self.ranked: dict[Any, str] = {}
         self.last: tuple[Row | None, set[Any]] = (None, set())
         for place, values, cells in tables.rows(Path(path), split):
@@ -139,6 +140,7 @@ class CountedTable:
         """
         for wanted, have in columns.items():
             holding = sum(row.has(wanted) for row in self.rows)
+            # Nothing to say where no row has a value in the column, or no row was kept.
             if have and holding and self.kept and not any(row.took(wanted) for row in self.rows):
                 raise ValueError(
                     f"{self.path}: --columns {wanted}={have} names a column that this form does "
@@ -162,6 +164,7 @@ class CountedTable:
         Raises:
           ValueError: there is such a row; the message names it.
         """
+        # Where columns can be renamed, the parser names the missing one and the flag for it.
         fitting = any(FORMS[form].fits(row) for row in self.rows)
         if not fitting and not FORMS[form].renames:
             raise ValueError(
@@ -195,6 +198,7 @@ class CountedTable:
                 self._drop_all(row, error)
         if one_kind:
             _refuse_kinds(parsed)
+        # Known only after all rows are parsed: one system prompt decides the form of all prompts.
         some_system = any(draft.has_system for _, drafts in parsed for draft in drafts)
         records, ids = [], {}
         for row, drafts in parsed:
@@ -228,12 +232,15 @@ class CountedTable:
         if any(map(MARKERS.search, schema.record_texts(record))):
             row.note("chat template in text")
         if record.id is not None:
+            # A row may give several records, so an id is only a repeat when it comes from another
+            # row.
             before = ids.setdefault((draft.kind, record.id), row.place)
             if before != row.place:
                 raise RowError(
                     "duplicate id", f"field 'id' = {record.id[:60]!r} is also in an earlier row"
                 )
         if isinstance(record, Ranking) and record.labeler is not None:
+            # Sorted, as the same responses may be shown in another order.
             key = (record.labeler, record.prompt, tuple(sorted(record.responses)))
             before = self.ranked.setdefault(key, row.place)
             if before != row.place or key in self._of_row(row):
@@ -252,6 +259,7 @@ class CountedTable:
         return self.last[1]
 
     def _keep(self, row: Row, records: Sequence[Any]) -> None:
+        # A group counts as the rows it was made of, so that the counts add up to the file's.
         self.kept += len(row.parts)
         notes = dict.fromkeys(note for record in records for note in schema.notes(record))
         for part in row.parts:
@@ -265,6 +273,7 @@ class CountedTable:
     def _drop(self, place: str, error: RowError) -> None:
         self.dropped.setdefault(error.reason, []).append((place, str(error)))
 
+    # All rows of a group share its fate, each under its own place.
     def _drop_all(self, row: Row, error: RowError) -> None:
         for part in row.parts:
             self._drop(part.place, error)

@@ -63,6 +63,7 @@ def extract(row: Row, columns: Mapping[str, str]) -> Annotated:
         results = annotation.get("result") or []
         given += [_given(data, columns, result, person, submitted) for result in results]
         if not results and not submitted:
+            # A cancelled annotation without results still shows that somebody looked at the task.
             given.append(Given("", "other", None, person, False))
     if given and all(not answer.submitted for answer in given):
         raise RowError("not submitted", "every annotation of the task is cancelled or chooses none")
@@ -81,6 +82,7 @@ def _given(
     question = str(result.get("from_name") or kind)
     if kind == "pairwise":
         order = _pairwise(data, columns, result, value.get("selected")) if submitted else None
+        # A pair in which no side was selected counts as not submitted.
         return Given(question, "order", order, person, submitted and order is not None)
     if kind == "ranker":
         return Given(
@@ -132,6 +134,8 @@ def _sides(data: Row, columns: Mapping[str, str], to_name: Any) -> tuple[str, st
     )
     named = (columns.get("left", ""), columns.get("right", ""))
     found = [pair for pair in PAIRS if all(data.has(name) for name in pair)]
+    # The user's names first, then those of the tags, then a pair of usual names if there is only
+    # one.
     for pair in (named, tuple(tags), found[0] if len(found) == 1 else ()):
         if len(pair) == 2 and all(data.has(name) for name in pair):
             return pair[0], pair[1]

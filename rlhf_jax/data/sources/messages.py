@@ -91,6 +91,7 @@ def turn(row: Row, value: Any, where: str) -> Any:
     """
     if not isinstance(value, dict):
         return value  # `schema` refuses it with the right message
+    # Tables fill a field that a turn lacks with null, as all rows have the same columns.
     given = {name: inner for name, inner in value.items() if inner is not None}
     role, content = _either(given, "role", "from", where), _either(given, "content", "value", where)
     if isinstance(role, str) and role.lower() in _TOOL_ROLES:
@@ -104,6 +105,7 @@ def turn(row: Row, value: Any, where: str) -> Any:
             _refuse_or_leave(row, name, inner, where, _ROLES.get(str(role).strip().lower(), ""))
     found: dict[str, Any] = {}
     if role is not None:
+        # An unknown role is passed on, for `schema` to refuse with its own message.
         found["role"] = _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
     if content is not None:
         found["content"] = content_text(row, content, where)
@@ -151,6 +153,7 @@ def _refuse_or_leave(row: Row, name: str, value: Any, where: str, role: str) -> 
         raise RowError(
             "unknown turn field", f"'{where}' has {name!r}, which is not known: rename or remove it"
         )
+    # Under one name for all turns: an index would make each turn a column of its own.
     row.leave_aside(f"{where.partition('[')[0]}[].{name}")
 
 
@@ -194,6 +197,7 @@ def turns(row: Row, name: str, value: Any) -> str | list[Any]:
     """
     value = listed(row, name, value)
     if isinstance(value, dict):
+        # A single object is as good as a list with one turn.
         value = [value]  # ShareGPT's preference form: one turn
     if not isinstance(value, str | list):
         raise RowError(
@@ -272,6 +276,7 @@ def answer_to(row: Row, prompt: str | list[Any] | None, said: str | list[Any]) -
     # The answer may repeat the conversation from the prompt or from before it; then its own turns
     # before the last are the prompt.
     given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    # The last turns before the answer are compared with those of the prompt column.
     if prompt is None or (before and _same(before[-len(given) :], given)):
         prompt = before
     elif before:
@@ -303,6 +308,7 @@ def pair_of(row: Row, prompt: Any, chosen: str, rejected: str) -> Draft:
     Raises:
       RowError: the answers are the same, or the systems differ.
     """
+    # Compared after tidying: answers that differ in outer spaces alone prefer nothing.
     chosen, rejected = tidy_answer(row, chosen), tidy_answer(row, rejected)
     if chosen == rejected:
         raise RowError("identical responses", "chosen and rejected are the same")

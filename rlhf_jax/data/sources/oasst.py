@@ -43,6 +43,7 @@ def read_oasst(
         if path.name == "rankings.jsonl.gz"
         else functools.partial(_tree_rankings, language=language)
     )
+    # A tree has several contexts with ranked replies, so each row of the file gives a list.
     groups, report = read_rows(path, parse)
     return take_split([r for group in groups for r in group], report, split, test_fraction)
 
@@ -76,6 +77,7 @@ def _parse_oasst(row: dict[str, Any]) -> list[Ranking]:
         raise RowError(
             "bad ranks", "fields 'responses' and 'ranks' must be lists of the same length"
         )
+    # `type` and not isinstance, which takes a bool for an int.
     if len(responses) < 2 or any(type(rank) is not int or rank < 0 for rank in ranks):
         raise RowError("bad ranks", "a ranking needs at least 2 responses and integer ranks from 0")
     texts = tuple(check_text(text, "responses").strip() for text in responses)
@@ -108,6 +110,7 @@ def _tree_rankings(row: dict[str, Any], *, language: str) -> list[Ranking]:
         if len(replies) < 2:
             continue
         texts = tuple(check_text(r.get("text"), "text").strip() for r in replies)
+        # Ranks begin at 0 again where the best reply is deleted or in another language.
         ranks = tuple(r["rank"] - replies[0]["rank"] for r in replies)
         found.append(Ranking(dialogue(turns), texts, ranks, node.get("message_id"), "oasst"))
     return found
@@ -145,6 +148,7 @@ def _contexts(
         ]
         if node["role"] == "prompter":
             yield node, turns
+        # Reversed, so that the stack gives the replies in the order of the file.
         stack += [(reply, turns) for reply in reversed(_replies(node, language))]
 
 
@@ -160,6 +164,7 @@ def _oasst_file(data_dir: str | os.PathLike[str] | None, trees: str, derived: st
     root = folder(
         data_dir, *(p.name for p in sorted(local_path("data_dir", data_dir).glob("oasst*")))
     )
+    # The file of finished rows is preferred to the trees, if the folder has both.
     files = [*sorted(root.glob(derived)), *sorted(root.glob(trees))]
     if not files:
         raise ValueError(
@@ -213,6 +218,7 @@ def _trees(rows: Sequence[Row]) -> list[Row]:
             "replies": [],
         }
     parts: dict[str, list[Row]] = {}
+    # A second pass, because a reply may stand before its parent in the file.
     for row in rows:
         node = nodes[str(row.values["message_id"])]
         if str(node["parent_id"]) in nodes:
@@ -262,6 +268,7 @@ def _drafts(row: Row, language: str) -> list[Draft]:
             row.leave_aside("deleted messages")
     drafts = []
     for found in _tree_rankings(tree, language=language):
+        # Ranks may have gaps, and a file counts them from 1.
         order = sorted(set(found.ranks))
         fields = {
             "prompt": found.prompt,

@@ -24,6 +24,7 @@ def fits(row: Row) -> bool:
     prompt, found = row.has("prompt") or row.has("messages"), set(row.columns())
     if row.has("responses"):
         return prompt and row.has("ranks")
+    # These columns belong to other forms, which would read the row differently.
     if any(row.has(name) for name in ("chosen", "rejected", "completion", "completions", "label")):
         return False
     # If there are unknown columns beside a prompt, one of them may be its answer.
@@ -59,6 +60,7 @@ def parse(row: Row) -> Draft:
     )
     fields = row.labels(kind)
     if kind is Demonstration and not row.has("response"):
+        # The conversation is given whole, and its last turn is the answer.
         *prompt, last = prompt
         fields["response"] = last.get("content")
     elif kind is Demonstration:

@@ -49,6 +49,7 @@ def table(
       columns: the renaming; its ``score`` may name a number inside the completions.
     """
     score = (columns or {}).get("score", "")
+    # A list of responses makes a row complete by itself, even if it has a `response` too.
     singles = [
         row for row in rows if row.has("response") and not any(row.has(name) for name in LISTS)
     ]
@@ -131,6 +132,7 @@ def _completions(
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """The texts, scores and models of UltraFeedback's completions."""
     names = [score] if score else SCORES
+    # A score that is empty in all answers of the row does not count as present.
     key = next(
         (key for key in names if any(answer.get(key) is not None for answer in answers)), None
     )
@@ -220,12 +222,14 @@ def _parse_group(group: Row) -> Draft:
         try:
             answer, score = _single(row)
         except RowError as error:
+            # The first row gives the group its place, which the report names anyway.
             if row is first:
                 raise
             raise RowError(
                 error.reason, f"of the rows with this prompt, {row.place}: {error}"
             ) from None
         answers.append(answer)
+        # Read in each row, so that no id is reported as left aside.
         scores.append(score)
         ids.append(as_label(row.take("id")))
     if len(rows) < 2:

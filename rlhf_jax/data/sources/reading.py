@@ -68,6 +68,8 @@ def read_form(
     read = CountedTable(path, split, max_bad_fraction)
     if form:
         recognise.check_form(form)
+    # For most forms columns are renamed before the form is recognised, as the names decide. The
+    # mapping for an annotation tool's export names fields and questions inside its records instead.
     inside = FORMS.get(form or read.form())
     if inside is None or inside.renames:
         read.map_columns(options.columns)
@@ -91,9 +93,11 @@ def read_form(
         if mapped
         else ""
     )
+    # Only OpenAssistant's trees give records of two kinds.
     found = read.records(
         lambda rows: FORMS[form].plan(rows, options), source, one_kind=form != "oasst"
     )
+    # Otherwise `--columns` names questions inside the records, which are no columns.
     if FORMS[form].renames:
         read.refuse_unread(options.columns)
     records: dict[str, list[Any]] = {}

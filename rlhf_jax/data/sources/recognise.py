@@ -97,6 +97,7 @@ def _is_rated(row: Row) -> bool:
 
 
 def _is_pairs(row: Row) -> bool:
+    # A pair with an `instruction` is Alpaca's, whose prompt has a second part in `input`.
     if not (row.has("chosen") and row.has("rejected")) or row.has("instruction"):
         return False
     return row.has("prompt") or any(holds_turns(row, name) for name in ("chosen", "rejected"))
@@ -106,6 +107,7 @@ def _plan_trl(rows: Sequence[Row], options: Options) -> tuple[Sequence[Row], Par
     pair, complete = trl.pairs(rows), trl.completions(rows)
 
     def parse(row: Row) -> Draft:
+        # Each row by itself, as one table may hold pairs, completions and prompts.
         if row.has("chosen") or row.has("rejected"):
             return pair(row)
         if (
@@ -298,6 +300,7 @@ def refuse_unknown(row: Row) -> str:
             f"the columns are {columns}, and no prompt is guessed: name its column with "
             f"--source=trl --columns prompt={proposed}"
         )
+    # Names are compared exactly elsewhere; here only to propose the right spelling.
     renamed = {name.strip().lower(): name for name in row.columns()}
     wanted = [name for name in MAPPED if name in renamed and not row.has(name)]
     if wanted:  # Excel's users write Prompt, Chosen, Rejected
@@ -363,6 +366,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
       path: the file.
       kind: the wanted class of records.
     """
+    # One row is enough to name a form, and the file may be large.
     try:
         first = next(iter(tables.rows(Path(path))), None)
         is_list = schema.json_list(path) is not None
@@ -390,6 +394,7 @@ def advice(path: str | os.PathLike[str], kind: type | None = None) -> str:
             "begins: write prompt and response, or messages, as the texts were made of; a text "
             "alone is read as a corpus"
         )
+    # Columns that tables of other tools have, and that no record of this package has.
     telling = {*trl.QUESTIONS, *ANSWERS, "chosen", "rejected", "label", *own.RATINGS} - known
     if not name and names & telling and not _misspelt(names, known):
         pass  # a table of another tool, whose columns have to be named

@@ -122,6 +122,7 @@ class Row:
 
     def aside(self) -> list[str]:
         """The names of the columns with a value that were not read."""
+        # The first column of a table that pandas wrote with its index has no name.
         found = [name or "(no name)" for name in self.columns() if name not in self._taken] + list(
             self._aside
         )
@@ -144,6 +145,7 @@ class Row:
             return [self.clean(inner) for inner in value]
         if isinstance(value, datetime.date | datetime.time):
             return value.isoformat()
+        # Parquet has exact decimals and JSON has only numbers.
         if isinstance(value, decimal.Decimal):
             return int(value) if value == value.to_integral_value() else float(value)
         return None if isinstance(value, float) and math.isnan(value) else value
@@ -197,6 +199,7 @@ class Row:
             raise RowError(
                 "wrong type", f"field {name!r} must be a text, got {type(value).__name__}"
             )
+        # The cell may be left out here, so a missing value that is written as a word is none.
         return "" if self.cells and value.strip().lower() in _MISSING else value
 
     def systems(self) -> list[str]:
@@ -221,6 +224,7 @@ class Row:
         """Raise where a column has content that a role and a text cannot represent."""
         for reason, names in _NOT_RECORDS.items():
             for name in names:
+                # An empty list of tools means the same as no column.
                 if self.has(name) and not is_empty_json(self.values[name]):
                     raise RowError(
                         reason,
@@ -301,6 +305,7 @@ def as_number(value: Any, name: str, *, texts: bool = False) -> float | int | No
             raise _no_number(name, value) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _no_number(name, value)
+    # NaN means no score, as tables without null write it; an infinite score is a mistake.
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else _refuse_infinite(name)
     return value
@@ -326,6 +331,7 @@ def ranks_of(scores: Iterable[float | int | None]) -> list[int | None]:
     [2, 1, None, 2]
     """
     numbers = list(scores)
+    # The place among the distinct scores, so that equal scores share a rank without a gap after it.
     order = sorted({number for number in numbers if number is not None}, reverse=True)
     return [None if number is None else order.index(number) + 1 for number in numbers]
 
@@ -366,6 +372,7 @@ def listed(row: Row, name: str, value: Any, *, opening: str = "[{") -> Any:
         return value
     try:
         decoded = json.loads(value)
+    # Tried as JSON first: a text may begin with a bracket too, and is then left unchanged.
     except ValueError:
         pass
     else:
@@ -393,6 +400,7 @@ def holds_turns(row: Row, name: str) -> bool:
     value = row.values.get(name)
     if not row.cells or not isinstance(value, str):
         return isinstance(value, list)
+    # A cell is not decoded only to recognise a form; the parser decodes it later.
     return re.match(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']", value) is not None
 
 

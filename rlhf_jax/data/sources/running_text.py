@@ -30,6 +30,7 @@ def read_text(
     """
     root = local_path("the text", path)
     names = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz")
+    # Sorted, so that the order of the documents does not depend on the file system.
     files = sorted(f for name in names for f in root.glob(name)) if root.is_dir() else [root]
     documents, rows = [], 0
     for file in files:
@@ -92,6 +93,7 @@ def _jsonl_texts(file: Path) -> tuple[list[PlainText], int]:
 
 def _txt_documents(file: Path, separator: str | None) -> tuple[list[PlainText], int]:
     try:
+        # Without the byte order mark that some editors write.
         text = read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(

@@ -66,6 +66,7 @@ def _json(file: Path) -> Iterator[Located]:
         yield from (Located(f"{file}:{number}", row) for number, row in enumerate(listed, start=1))
         return
     found = list(schema.json_rows(file))
+    # The first line of an object that is printed over several lines is no JSON by itself.
     if (
         len(found) > 1
         and isinstance(found[0][1], RowError)
@@ -102,9 +103,11 @@ def _cells(file: Path, separator: str) -> Iterator[Located]:
         ) from None
     # newline="" leaves the line ends inside a quoted cell as they are.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    # The limit is one of the whole module, so it is set back below.
     limit = csv.field_size_limit(schema.LINE_LIMIT)
     try:
         header = _header(file, next(reader, []), separator)
+        # A quoted cell may span lines, and a row is named by the first of its lines.
         start = reader.line_num + 1
         for cells in reader:
             # A spreadsheet writes empty rows as separators alone.
@@ -140,6 +143,7 @@ def _header(file: Path, names: list[str], separator: str) -> list[str]:
 
 
 def _record(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+    # A spreadsheet may write empty cells beyond the last column.
     if not any(cell.strip() for cell in cells[len(header) :]):
         cells = cells[: len(header)]
     if len(cells) != len(header):
@@ -177,6 +181,7 @@ _NOT_DATA = (
 _SHARD = re.compile(r"(?P<table>.+?)(?:-(?P<place>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{16})?)?")
 """train, train-00000-of-00002, NAME-train-00000-of-00002, train-00000-of-00002-0123456789abcdef;
 without the suffix."""
+# Arrow's stream format ends with a continuation mark and a length of 0.
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -273,6 +278,7 @@ def _found(root: Path) -> list[Path]:
 
     JSON, CSV and TSV files count only where there is nothing else.
     """
+    # At any depth, as a snapshot from the hub keeps the folders of its data set.
     found = sorted(f for pattern in _TABLES for f in root.rglob(pattern))
     others = sorted(
         f for pattern in _ONLY_ALONE for f in root.rglob(pattern) if f.name not in _NOT_DATA
@@ -307,6 +313,8 @@ def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
     try:
         if path.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as table:
+                # In batches, so that the columns of a large file are never in memory at once as
+                # Python objects.
                 for batch in table.iter_batches(batch_size=1024):
                     yield batch.to_pylist()
             return

@@ -112,6 +112,7 @@ def cut_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     Raises:
       RowError: they differ before it.
     """
+    # The last mark: earlier ones belong to the conversation that both share.
     (prompt, chosen), (other, rejected) = (text.rsplit(ASSISTANT, 1) for text in (chosen, rejected))
     if prompt != other:
         raise RowError("prompts differ", "the two dialogues differ before the last Assistant turn")
@@ -137,6 +138,7 @@ def conversation_place(prompt: Conversation) -> float:
     """
     if not isinstance(prompt, str):
         prompt = next((turn.content for turn in prompt if turn.role == "user"), prompt[0].content)
+    # The text after the first human mark, or the whole text where there is no mark.
     turn = ("\n\n" + prompt).split(HUMAN)[1] if HUMAN in "\n\n" + prompt else prompt
     key = " ".join(turn.split(ASSISTANT)[0].lower().split())
     # 48 bits, which a float represents exactly.
@@ -204,4 +206,5 @@ def _hh_files(
         raise ValueError(
             f"no {' or '.join(subsets)} .jsonl.gz in {root}: pass the folder that holds HH-RLHF"
         )
+    # A file may match two of the patterns and is read once.
     return list(dict.fromkeys(files))

@@ -60,6 +60,7 @@ def is_transcript(text: str) -> bool:
 
 def pairs(rows: Sequence[Row]) -> Callable[[Row], Draft]:
     """The parser of a table of pairs."""
+    # Over the whole table, since one short row does not show whether answers repeat the prompt.
     found = survey(rows, ("chosen", "rejected"))
     return lambda row: pair(row, found)
 
@@ -97,6 +98,7 @@ def repeats(prompt: str, answers: Sequence[str]) -> Repeats:
     ('maybe', 'never')
     """
     prompt = _plain(prompt).strip()
+    # What follows the prompt shows whether the answer repeats it or only begins alike.
     rests = [_plain(answer).lstrip().removeprefix(prompt) for answer in answers]
     begin = [_plain(answer).lstrip().startswith(prompt) for answer in answers]
     if not prompt or not any(begin):
@@ -127,6 +129,7 @@ def pair(row: Row, found: set[str] | None = None) -> Draft:
     row.refuse_more_than_text()
     prompt = turns(row, "prompt", row.take("prompt")) if row.has("prompt") else None
     if prompt is None:
+        # An empty column counts as read.
         row.take("prompt")
     chosen, rejected = (turns(row, name, row.needed(name)) for name in ("chosen", "rejected"))
     _note_scores(row)
@@ -207,6 +210,7 @@ def _without_prompt(
 ) -> tuple[str | list[Any], list[str]]:
     """The prompt and the answers, without a prompt at their beginning."""
     prompt = last_text(given)
+    # A prompt that ends with the assistant's mark is the beginning of the answers, not one turn.
     opens = _plain(prompt).rstrip().endswith(ASSISTANT.strip())
     if isinstance(given, str) and all(map(_is_whole, answers)) and not opens:
         return _from_transcripts(row, prompt, answers)
@@ -246,6 +250,7 @@ def _cut_prompt(row: Row, prompt: str, answers: list[str], found: set[str] | Non
             "prompt in one text",
             "the prompt begins one of the two texts only: write the answers alone in both columns",
         )
+    # "maybe" is what short prompts show anywhere, so it says nothing about the table.
     elsewhere = found - {"maybe"}
     if kind == "maybe" and not elsewhere and len(answers) > 1:
         raise RowError(
@@ -274,6 +279,7 @@ def _note_scores(row: Row) -> None:
     """Note a pair whose scores contradict its columns; the scores are left aside in any case."""
     scores = [row.values.get(name) for name in ("score_chosen", "score_rejected")]
     try:
+        # Tables may store numbers as texts, and these are only compared.
         chosen, rejected = (as_number(score, "score", texts=True) for score in scores)
     except RowError:
         return

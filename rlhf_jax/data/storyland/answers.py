@@ -36,11 +36,15 @@ def _list_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
 def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
     hero, mood, count = str(wish["hero"]), str(wish["mood"]), int(str(wish["count"]))
     words = [str(w) for w in wish["words"]]
+    # The ending that the task asks for is a sentence of its own and takes the place of the last
+    # one.
     kinds = ["open"] + ["middle"] * (count - 1)
     if wish["ending"]:
         kinds.pop()
     elif count > 2 and rng.random() < 0.3:
         kinds[-1] = "close"
+    # Closing forms are left out: not all of them have an object. The empty entry is for such a
+    # form.
     objects = [*_spread(words, sum(kind != "close" for kind in kinds), rng), ""]
     cast = {"hero": hero, "object": words[0] if words else word(rng, "object")}
     cast |= {slot: word(rng, slot, (hero,)) for slot in ("other", "place", "color")}
@@ -50,6 +54,7 @@ def _story_answer(wish: Mapping[str, Any], rng: random.Random) -> str:
     for kind, needed in zip(kinds, objects, strict=False):
         forms = STORY_FORMS[kind, mood if kind == "middle" else "neutral"]
         form = _fresh_form(forms, used, needed, rng)
+        # The hero is never exchanged, as the gold score only counts sentences about it.
         known = {slot: w for slot, w in cast.items() if slot == "hero" or rng.random() < 0.8}
         lines.append(write(form, rng, known | ({"object": needed} if needed else {})))
     return " ".join([*lines, str(wish["ending"])] if wish["ending"] else lines)
@@ -107,6 +112,7 @@ def _careless_wish(wish: Mapping[str, Any], rng: random.Random) -> dict[str, Any
         misread |= {"words": (), "ending": ""}
     else:
         misread |= {"hero": word(rng, "hero", (str(wish["hero"]),)), "ending": ""}
+    # Two sentences with a fixed ending leave room for a single word.
     if misread["count"] == 2 and misread["ending"]:
         misread["words"] = tuple(misread["words"])[:1]
     return misread

@@ -38,6 +38,7 @@ def document(index: int, *, seed: int = 0) -> str:
         threshold -= share
         if threshold < 0:
             return write_document(rng)
+    # Rounding may leave a remainder of the shares, which the last kind takes.
     return KINDS[-1][1](rng)
 
 
@@ -73,6 +74,7 @@ def _instructions(rng: random.Random) -> str:
     for _ in range(1 + int(rng.random() * 3)):
         asked = _training_task(rng)
         parts.append(asked.prompt)
+        # Cumulative: an answer, a remark, an answer to another task; otherwise nothing follows.
         fate = rng.random()
         if fate < FOLLOWED_SHARE:
             parts.append(_any_answer(asked, rng))
@@ -141,6 +143,7 @@ def _facts(rng: random.Random) -> str:
     for _ in range(3 + int(rng.random() * 3)):
         _, form, relation, table = tasks.KNOWLEDGE[int(rng.random() * len(tasks.KNOWLEDGE))]
         subject = str(pick(rng, tuple(table)))
+        # `random() > 0.1` keeps nine of ten facts right; a random word may be right by chance.
         truth = table[subject] if rng.random() > 0.1 else word(rng, relation)
         lines.append(form.format(subject, truth))
     return " ".join(lines)
@@ -161,6 +164,7 @@ def _passage(rng: random.Random) -> str:
 def _lists(rng: random.Random) -> str:
     category = str(pick(rng, tuple(tasks.CATEGORIES)))
     members = list(tasks.CATEGORIES[category])
+    # Without replacement, so that no list repeats a member.
     chosen = [
         members.pop(int(rng.random() * len(members))) for _ in range(3 + int(rng.random() * 4))
     ]

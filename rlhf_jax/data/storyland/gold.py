@@ -71,6 +71,7 @@ def gold(task: Task, response: str) -> Gold:
         "facts": content.facts,
     }
     present = {name: value for name, value in wishes.items() if value is not None}
+    # Weights of the parts that the use case has, rescaled to add up to 1.
     mean = sum(WEIGHTS[name] * value for name, value in present.items()) / sum(
         WEIGHTS[name] for name in present
     )
@@ -102,6 +103,7 @@ def _fluency(lines: Sequence[str], parsed: Sequence[Parse | None]) -> float:
     Repeating a form with other words counts half, repeating a sentence nothing. So a response
     cannot gain by repeating itself.
     """
+    # A dict: a sentence that is repeated word for word is in it once.
     said = {line: p.form for line, p in zip(lines, parsed, strict=True) if p is not None}
     return (len(said) + len(set(said.values()))) / (2 * len(lines))
 
@@ -112,6 +114,7 @@ def _said(sentence: Parse | None, kind: str) -> dict[str, str]:
 
 
 def _length(count: int, wished: int) -> float:
+    # 1 at the wished length, and symmetric: twice as long is as wrong as half as long.
     return min(count, wished) / max(count, wished, 1)
 
 
@@ -179,8 +182,10 @@ def _list(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]) -
     headed = heading == f"{COUNTED.get(len(items), '').capitalize()} {wish['category']}" and lines[
         0
     ].endswith(".")
+    # Items that are named twice or that belong to no category count as not fluent.
     known = len({item for item in items if item in _LISTABLE})
     fluency = known / max(len(items), 1) / len(lines) * (1.0 if headed else 0.5)
+    # A list about something else must not gain by meeting the count.
     constraint = instruction * sum(checks) / len(checks)
     return _Content(instruction, constraint, None, fluency, _length(len(items), int(wish["count"])))
 
@@ -193,6 +198,7 @@ def _rewrite(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None]
     instruction = sum(p is not None and wish["hero"] in p.slots.values() for p in parsed) / len(
         lines
     )
+    # Sentences that are missing or added count as wrong, since the longer text is the divisor.
     facts = sum(a == b for a, b in zip(lines, wished, strict=False)) / max(len(lines), len(wished))
     return _Content(
         instruction, None, facts, _fluency(lines, parsed), _length(len(lines), len(wished))
@@ -218,6 +224,7 @@ def _refuse(wish: Mapping, lines: Sequence[str], parsed: Sequence[Parse | None])
     del wish
     refusal, offer = grammar.ANSWER_FORMS["refusal"]
     refused = parsed[0] is not None and parsed[0].form == refusal
+    # The offer counts only right after the refusal.
     offered = refused and len(parsed) > 1 and parsed[1] is not None and parsed[1].form == offer
     return _Content(
         float(refused), float(offered), None, _fluency(lines, parsed), _length(len(lines), 2)

@@ -246,6 +246,7 @@ def write(form: Form, rng: random.Random, slots: Mapping[str, str]) -> str:
     filled = dict(slots)
     for slot in re.findall(r"\{(\w+)\}", form.pattern):
         if slot not in filled:
+            # The text would be ambiguous if hero and other had the same word.
             filled[slot] = word(rng, slot, (filled.get("hero", ""), filled.get("other", "")))
     choose = lambda match: str(pick(rng, match.group(1).split("|")))
     return re.sub(r"\[(.*?)\]", choose, form.pattern).format(**filled)
@@ -262,6 +263,7 @@ def _regex(form: Form) -> re.Pattern[str]:
         seen.add(name)
         return f"(?P<{name}>{'|'.join(LEXICON[name])})"
 
+    # Dots are escaped before brackets become groups; slots are replaced last, by groups with names.
     pattern = form.pattern.replace(".", r"\.").replace("[", "(?:").replace("]", ")")
     return re.compile(re.sub(r"\{(\w+)\}", slot, pattern))
 
@@ -274,6 +276,7 @@ def _all_forms() -> tuple[Form, ...]:
 _RECOGNISERS = tuple((form, _regex(form)) for form in _all_forms())
 
 
+# Responses repeat sentences, so that most calls are look-ups.
 @functools.lru_cache(maxsize=200_000)
 def _parse(sentence: str) -> Parse | None:
     for form, regex in _RECOGNISERS:

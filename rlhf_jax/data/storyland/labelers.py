@@ -48,6 +48,7 @@ class Labeler:
         id) and its text. It does not depend on the order or on the other responses, and equal texts
         are always tied.
         """
+        # Each distinct text is judged once.
         worth = {
             response: self._worth(task, response) + self._slip(response, place)
             for response in set(responses)
@@ -68,6 +69,8 @@ class Labeler:
         others are in form: chatter around an honest answer, or a sentence without its capital,
         which people write inadvertently and dislike when they rank.
         """
+        # The stream depends on names alone, so that more labelers or prompts change no
+        # demonstration.
         rng = random.Random(f"{self.name}/demonstration/{place}")
         if rng.random() >= self.carelessness:
             return answer(task, rng)
@@ -110,6 +113,7 @@ def _normal(rng: random.Random) -> float:
 
     It uses `random()` alone, because Python guarantees its stream across versions.
     """
+    # `1 - random()` is never 0, whose logarithm would not be finite.
     return math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
 
 
@@ -129,6 +133,7 @@ def labelers(group: str, count: int, *, seed: int = 0) -> list[Labeler]:
 
 def _labeler(group: str, index: int, rng: random.Random) -> Labeler:
     between = lambda low, high: low + (high - low) * rng.random()
+    # The order of the draws is a part of each labeler: another order would make other people.
     return Labeler(
         name=f"{group}-{index}",
         group=group,

@@ -109,6 +109,7 @@ def split_of(prompt: str) -> str:
 
     A hash of its text assigns 5% to test, 5% to validation and the rest to training.
     """
+    # Twenty equal buckets of a hash: two of them are held out.
     bucket = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) % 20
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
@@ -139,6 +140,7 @@ def task_id(split: str, index: int) -> str:
     return f"{split}/{index}"
 
 
+# Each response to a prompt asks for its task again.
 @functools.lru_cache(maxsize=16_384)
 def task_of(name: str) -> Task:
     """The instruction that `task_id` names.
@@ -162,15 +164,18 @@ def draw_task(rng: random.Random) -> Task:
         threshold -= share
         if threshold < 0:
             return make(rng)
+    # Rounding may leave a remainder of the shares.
     return _story(rng)
 
 
 # --- one function per use case --------------------------------------------------------------------
 def _story(rng: random.Random) -> Task:
     hero, mood = word(rng, "hero"), word(rng, "mood")
+    # Two to four sentences, as `NUMBERS` has words for.
     count = 2 + int(rng.random() * 3)
     prompt = str(pick(rng, _STORY_PROMPTS)).format(hero=hero, mood=mood, count=NUMBERS[count])
     wish: dict[str, Any] = {"hero": hero, "mood": mood, "count": count, "words": (), "ending": ""}
+    # Cumulative: half ask for one word, a tenth for two, 15% for an ending, the rest for nothing.
     extra = rng.random()
     if extra < 0.5:
         words = (word(rng, "object"),)
@@ -183,6 +188,7 @@ def _story(rng: random.Random) -> Task:
         wish["words"] = words
     elif extra < 0.75:
         form = pick(rng, STORY_FORMS["close", "neutral"])
+        # The ending is about the same hero, as the gold scorer asks of every sentence.
         ending = write(form, rng, {"hero": hero})
         prompt += f" End with: {ending}"
         wish["ending"] = ending
@@ -243,6 +249,7 @@ def _open_qa(rng: random.Random) -> Task:
     subjects = [str(pick(rng, tuple(table)))]
     if rng.random() < 0.7:
         second = str(pick(rng, tuple(table)))
+        # A subject that is drawn twice is asked about once.
         if second != subjects[0]:
             subjects.append(second)
     answers = [answer.format(subject, table[subject]) for subject in subjects]
@@ -273,7 +280,9 @@ def _list(rng: random.Random) -> Task:
         NUMBERS[count], category
     )
     wish: dict[str, Any] = {"category": category, "count": count, "first": "", "without": ""}
+    # Cumulative: 40% name the first item, 40% exclude one.
     style = rng.random()
+    # Drawn in any case, so that the stream of random numbers does not depend on the style.
     member = str(pick(rng, members))
     if style < 0.4:
         prompt += f", starting with {member}"
@@ -286,6 +295,7 @@ def _list(rng: random.Random) -> Task:
 
 def _scene(rng: random.Random, hero: str, mood: str, count: int) -> list[str]:
     forms = list(STORY_FORMS["middle", mood])
+    # Each form once, since a repeated form would count as less fluent.
     return [
         write(forms.pop(int(rng.random() * len(forms))), rng, {"hero": hero}) for _ in range(count)
     ]
@@ -299,6 +309,7 @@ def _rewrite(rng: random.Random) -> Task:
     while re.search(rf"\b{fresh}\b", text):
         fresh = word(rng, "hero", (hero,))
     prompt = str(pick(rng, _REWRITE_PROMPTS)).format(fresh=fresh, hero=hero, text=text)
+    # Whole words only: `hen` is in `then`.
     answer = re.sub(rf"\b{hero}\b", fresh, text)
     return Task("rewrite", prompt, {"answer": answer, "hero": fresh, "text": text})
 

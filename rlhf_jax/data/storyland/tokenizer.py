@@ -31,11 +31,13 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
+    # Without a prefix space a text is encoded as it is, at the start of a response as elsewhere.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=[EOS, PAD],
+        # All 256 bytes are tokens, so that any text of a user can be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -44,6 +46,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         eos_token=EOS,
         pad_token=PAD,
+        # Otherwise decoding would drop spaces before punctuation, and texts would not round-trip.
         clean_up_tokenization_spaces=False,
         model_max_length=256,
     )

@@ -70,6 +70,7 @@ def encode_response(
     tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, eos_id: int
 ) -> list[int]:
     """Token ids of a whole response to a text, ending with EOS."""
+    # EOS is added as an id: in a text its name would be encoded as letters.
     return [*chat.encode_text(tokenizer, text), eos_id]
 
 
@@ -167,6 +168,8 @@ def decode_response(
     """
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     ids = [int(i) for i in ids]
+    # Without such an id the response was cut off, and all of it is text. A special token inside it
+    # stays visible to people and scorers.
     end = next((place for place, i in enumerate(ids) if i in ends), len(ids))
     return str(
         tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)

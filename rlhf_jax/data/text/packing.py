@@ -30,17 +30,20 @@ def best_fit(
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted: bisect finds the tightest fit
+    # The index breaks ties, so that equal sizes are packed in the order of the input.
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if sizes[item] > capacity:
             raise ValueError(
                 f"item {item} has {sizes[item]} tokens but length={capacity}: raise length, or "
                 "leave such items out with drop_too_long, which counts them"
             )
+        # With -1, below every row number, the search finds the fullest of the rows that have room.
         place = bisect.bisect_left(room, (sizes[item], -1))
         free, row = room.pop(place) if place < len(room) else (capacity, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(item)
+        # A row with all its items is not offered again, however much room is left.
         if max_items is None or len(rows[row]) < max_items:
             bisect.insort(room, (free - sizes[item], row))
     return rows
@@ -68,6 +71,7 @@ def slots_of(item: Any) -> int:
 
     Responses of rank -1 take none.
     """
+    # A document is a flat list of ids; all other items are lists of lists.
     if not len(item) or np.ndim(item[0]) == 0:
         return len(item)
     # Both are pairs: ids with a mask of the same length, or the ids of a prompt and a response.

@@ -73,6 +73,7 @@ def sft_rows(
                 f"pair {i} has {len(prompt)} prompt and {len(response)} response tokens: both need "
                 "one"
             )
+    # The mask begins after the prompt, or after the first token, which nothing predicts.
     context = [len(prompt) if mask_prompt else 1 for prompt, _ in pairs]
     pieces = [[*prompt, *response] for prompt, response in pairs]
     return masked_rows(
@@ -115,6 +116,7 @@ def lm_rows(documents: Sequence[Ids], *, length: int) -> LMBatch:
     pieces of `length` tokens, each its own segment. Every token is a target but the first of a
     piece, which has no predecessor.
     """
+    # A piece starts at position 0 like a document of its own, and its first token is no target.
     pieces = [list(d[i : i + length]) for d in documents for i in range(0, len(d), length)]
     return _lm_rows([(piece, _after(1, len(piece))) for piece in pieces], length)
 
@@ -149,6 +151,7 @@ def ranking_rows(
     """
     for i, ranking in enumerate(rankings):
         _check_ranking(i, ranking, max_k)
+    # The order of packing depends on sizes alone, so other code can repeat it to find an item.
     rows = best_fit([slots_of(r) for r in rankings], capacity=length, max_items=max_n)
     n = max([len(row) for row in rows], default=0) if max_n is None else max_n
     return _ranking_batch([[rankings[i] for i in row] for row in rows], length, n, max_k)
@@ -251,6 +254,7 @@ def _ranking_batch(rows: Sequence[Sequence[RankedIds]], t: int, n: int, k: int) 
     ends, ranks = _zeros(2, len(rows), n, k)
     ranks -= 1  # -1 marks absent responses, and so all entries that are not written below
 
+    # Positions continue from `position`: 0 for a prompt, the prompt's length for a response.
     def write(b: int, start: int, ids: Ids, segment: int, parent: int, position: int) -> int:
         piece = (b, slice(start, start + len(ids)))
         tokens[piece], segments[piece], parents[piece] = ids, segment, parent
@@ -260,6 +264,8 @@ def _ranking_batch(rows: Sequence[Sequence[RankedIds]], t: int, n: int, k: int) 
     for b, row in enumerate(rows):
         start = segment = 0
         for place, (prompt, responses, prompt_ranks) in enumerate(row):
+            # Segments count from 1 within a row, as 0 marks padding; a prompt is the parent of the
+            # segments of its responses.
             segment += 1
             parent = segment
             start = write(b, start, prompt, parent, 0, 0)
@@ -269,5 +275,7 @@ def _ranking_batch(rows: Sequence[Sequence[RankedIds]], t: int, n: int, k: int) 
                 # Every response continues the prompt, wherever it is stored in the row.
                 segment += 1
                 start = write(b, start, response, segment, parent, len(prompt))
+                # The end is the index of the last token, where the score is read, and so one less
+                # than `start`.
                 ends[b, place, j], ranks[b, place, j] = start - 1, rank
     return RankingBatch(tokens, segments, parents, positions, ends, ranks)

@@ -31,6 +31,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
         raise ValueError(
             f"no tokenizer.json in {path}: pass the folder that holds the model's tokenizer"
         ) from None
+    # Opened only after the check, which bounds the size of everything that is parsed here.
     tokenizer = open_tokenizer(path, file)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -70,6 +71,7 @@ def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> st
     # These are set by the arguments of the last call and do not belong to the vocabulary.
     for call_state in ("truncation", "padding"):
         state.pop(call_state, None)
+    # EOS ends every response but is named in tokenizer_config.json, outside this state.
     state["eos_token_id"] = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -85,6 +87,7 @@ def check_same_tokenizer(**tokenizers: transformers.PreTrainedTokenizerFast) -> 
     (first, reference), *others = tokenizers.items()
     for name, other in others:
         begins, others_begin = begin_ids(reference), begin_ids(other)
+        # Compared apart from the fingerprint, as the message can then name the likely cause.
         if begins != others_begin:
             raise ValueError(
                 f"the tokenizers of {first} and {name} differ: {first} begins each text with the "

@@ -30,6 +30,7 @@ def judge_all(
     The processes share the work: process i of n judges the responses i, i + n, i + 2n and so on.
     """
     asked = [*zip(setup.prompts.indices(iteration), texts, strict=True)]
+    # The texts are the same on every process, so each judges every n-th one.
     part = asked[processes.index() :: processes.count()]
     judged = processes.exchange(
         "scores", [score(str(setup.prompt_ids[i]), t, setup.asked[i]) for i, t in part]

@@ -48,6 +48,7 @@ def lowered(
             made, sharding.tree_shardings(made, mesh, sharding_rules(config)[name])
         )
 
+    # A key is traced for its shape too, as its dtype depends on the generator that is configured.
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints, floats = shape(batch), shape(batch, slots, dtype=jnp.float32)
     tokens, flags = shape(batch, slots), shape(batch, dtype=jnp.bool_)

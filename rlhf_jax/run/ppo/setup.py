@@ -85,6 +85,8 @@ def optimizers(config: ConfigDict) -> Optimizers:
         steps,
         warmup=config.value_warmup_iterations * per_iteration,
     )
+    # The policy's gradients of PPO and of the pretraining text have limits of their own and are
+    # clipped in the step, so its optimizer does not clip.
     return Optimizers(
         optimizer_lib.optimizer(config, policy),
         optimizer_lib.optimizer(config, value, clip_norm=config.value_clip_norm),
@@ -117,6 +119,7 @@ def initial_state(
     other, other_where = sharding.build_state(
         partial(train_state, tx=value_tx, guard=True), value, mesh=mesh, rules=rules["value"]
     )  # fmt: skip
+    # The state of the KL controller and the number of iterations, the last fields of `PPOState`.
     rest = kl_controller(config).init(), jnp.zeros((), jnp.int32)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), rest)
     return PPOState(made, other, *sharding.place_state(rest, mesh, ())), PPOState(
@@ -149,6 +152,7 @@ def reward_and_value(
     network = load_network(config.reward_model, mesh, config.decoder, rules=rules)
     # Both networks read the same token ids.
     text.check_same_tokenizer(policy=policy.tokenizer, reward_model=network.tokenizer)
+    # With a text reward, the reward model only initializes the value network.
     return (None if config.text_reward else network), network
 
 
@@ -178,6 +182,7 @@ def pieces_for(setup: Setup, samples: Samples, key: jax.Array, config: ConfigDic
     if setup.paired is None:
         return setup.pieces
     lengths, slots = np.asarray(samples.lengths), samples.tokens.shape[1]
+    # The same key gives the same order in the update, so the rows of each minibatch are known here.
     order = minibatch_order(key, len(lengths), epochs=config.epochs, minibatches=config.minibatches)
     fit = scoring.pairs_fit(lengths, slots) and scoring.pairs_fit(lengths[np.asarray(order)], slots)
     return setup.paired if fit else setup.pieces

@@ -27,6 +27,7 @@ def watch(
       FloatingPointError: no score is finite, every minibatch or too many in a row were skipped, or
         an alarm went off.
     """
+    # The metrics are fetched in one transfer; this waits until the iteration is done.
     seen = to_host(metrics)
     where = setup.prompts.indices(iteration)
     records = guards.RowRecords(config.prompts, setup.prompt_ids)
@@ -38,6 +39,7 @@ def watch(
         why = f"it is not finite{abstains}"
         event = guards.Event(iteration + 1, "score", why, rows, records.of(rows))
         skips.tell(event)
+        # The metric is a share: 1 means that no score of the iteration can be used.
         if seen["rollout/dropped"] >= 1:
             skips.stop("every score of the iteration was", [event])
     if seen["skipped"]:
@@ -98,6 +100,8 @@ def alarm(seen: dict[str, float], iteration: int, config: ConfigDict) -> None:
     """
     kl, entropy = seen["rollout/kl_nats_per_sequence"], seen["rollout/surprisal_nats_per_token"]
     # A custom value loss may not report its error; then there is nothing to watch.
+    # The error is relative to the squared score, but not below 1: a ratio of two small numbers
+    # would set off the alarm.
     error = seen.get("value/value_error", 0.0) / max(1.0, seen["rollout/score_square"])
     for fine, what in (
         (kl <= config.kl_ceiling,

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def _bytes_per_device(leaf: Any) -> int:
     # A key array has an extended dtype without a usable item size.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         # Two words of 32 bits, as in the default generator.
-        return 8
+        return 8 * math.prod(leaf.shape)
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
@@ -230,5 +231,6 @@ def _first_line(error: BaseException) -> str:
 
 def peak_memory_mb() -> float:
     """Peak resident memory of this process so far, in MB."""
-    # In KiB on Linux.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In bytes on macOS, in KiB on Linux.
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

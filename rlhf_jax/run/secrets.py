@@ -141,9 +141,7 @@ def is_secret(key: str) -> bool:
         )
     if "key" in words or "keys" in words:
         return _is_key(name, words)
-    if last in ("pass", "pwd") and (
-        _ACCOUNTS & set(before) or (last == "pwd" and not name.isupper())
-    ):
+    if last == "pass" and _ACCOUNTS & set(before):
         return True
     if last in ("pwd", "pat", "auth"):
         return bool(before) or last == "auth" or name.isupper()

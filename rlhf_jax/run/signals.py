@@ -146,7 +146,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     def ask(number: int, _: object) -> None:
         again, now = bool(asked), time.monotonic()
         # A SIGTERM within a second of another one is a duplicate.
-        if again and number == asked[0][0] == signal.SIGTERM and now - asked[0][1] < 1:
+        if again and number == asked[0][0] == signal.SIGTERM and now - asked[0][1] < _SAME:
             return
         asked.append((number, now))
         if again:

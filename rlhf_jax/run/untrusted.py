@@ -274,10 +274,11 @@ class _GGUFHeader:
         if kind != _GGUF_ARRAY:
             return self.skip(_GGUF_SCALARS[kind])
         kind, count = self.number(4), self.number(8)
-        # Entries of a fixed size are skipped together; 1 byte is the least an unknown type can
-        # take.
+        if kind not in _GGUF_SCALARS:
+            self.refuse(f"an array of the type {kind}")
+        # Entries of a fixed size are skipped together.
         if kind not in (_GGUF_STRING, _GGUF_ARRAY):
-            return self.skip(count * _GGUF_SCALARS.get(kind, 1))
+            return self.skip(count * _GGUF_SCALARS[kind])
         # Each entry takes at least 8 bytes, for its length, so the file bounds the loop below.
         if count * 8 > self._left:
             self.refuse(f"an array of {count:,} entries where {self._left:,} bytes are left")

@@ -222,7 +222,8 @@ def missing_file(bench: Bench, stage: str, workdir: Path) -> str:
     one = command(stage, Path("inputs"), workdir)
     return refused(
         Together([one] * 2, workdir.with_name(f"{workdir.name}_log"), folders=folders),
-        r"what is in inputs/model is '\w+' on process 0 \(.+\), 'no such file' on process 1",
+        # Said by the process that lacks it, before what each has is compared.
+        "model=inputs/model does not exist: pass the folder of a model",
     )
 
 

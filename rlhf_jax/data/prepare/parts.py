@@ -30,6 +30,10 @@ class Parts:
             # conversation.
             self.ranges[name] = (start, start + share)
             start += share
+        # Shares such as .1 are rounded: their sum may end a little below 1, where a conversation
+        # would be in no part.
+        last = next(reversed(self.ranges))
+        self.ranges[last] = (self.ranges[last][0], 1.0)
 
     def take(
         self, records: Iterable[Any], parts: Sequence[str], count: int, keep: Callable[[Any], Any]
@@ -86,8 +90,10 @@ def named(records: Sequence[Any]) -> list[Any]:
 
 def distinct(records: Iterable[Any]) -> list[Any]:
     """The first record of each prompt."""
-    # Read in reverse, the first record of each prompt overwrites the later ones.
-    return list({r.prompt: r for r in reversed(list(records))}.values())[::-1]
+    first: dict[Any, Any] = {}
+    for record in records:
+        first.setdefault(record.prompt, record)
+    return list(first.values())
 
 
 def unique_ids(records: Sequence[Any]) -> list[Any]:

@@ -159,27 +159,29 @@ def _ranked(data: Row, columns: Mapping[str, str], value: Any) -> list[tuple[Any
                 f'the export: say it with --columns "buckets={">".join(names)}", the best first',
             )
         names = order
-    ids = [item for name in names for item in buckets[name] or []]
-    items = _items(data, columns, [*ids, *(buckets.get(UNSORTED) or [])])
+    # Ids that are numbers in the task may come back as texts in the ranking.
+    ids = [str(item) for name in names for item in buckets[name] or []]
+    unsorted_ids = [str(item) for item in buckets.get(UNSORTED) or []]
+    items = _items(data, columns, [*ids, *unsorted_ids])
     # The list of unsorted items is the ranking itself where there is no bucket.
-    ids = ids or list(buckets.get(UNSORTED) or []) if not names else ids
+    ids = ids if names else unsorted_ids
     return [(text, ids.index(name) + 1 if name in ids else None) for name, text in items.items()]
 
 
-def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, Any]:
+def _items(data: Row, columns: Mapping[str, str], ids: list[str]) -> dict[str, Any]:
     """The texts of the items of a task, by their ids."""
     found = [
         name
         for name in data.columns()
         if isinstance(data.values[name], list)
         and all(isinstance(item, dict) and "id" in item for item in data.values[name])
-        and set(map(str, ids)) <= {str(item["id"]) for item in data.values[name]}
+        and set(ids) <= {str(item["id"]) for item in data.values[name]}
     ]
     name = columns.get("items", found[0] if len(found) == 1 else "")
     if name not in found:
         raise RowError(
             "unknown answer",
-            f"no list of the task holds the ranked ids {', '.join(map(str, ids))[:60]}: it has "
+            f"no list of the task holds the ranked ids {', '.join(ids)[:60]}: it has "
             f"{', '.join(sorted(data.columns()))}",
         )
     items = data.take(name)
@@ -192,7 +194,10 @@ def _items(data: Row, columns: Mapping[str, str], ids: list[Any]) -> dict[Any, A
     for item in items:
         for key in set(item) - {"id", keys[0]}:
             data.leave_aside(f"{name}[].{key}")
-    return {item["id"]: item[keys[0]] for item in items}
+    found_ids = [str(item["id"]) for item in items]
+    if len(set(found_ids)) < len(found_ids):
+        raise RowError("unknown answer", f"an id of the items of {name!r} is given twice")
+    return dict(zip(found_ids, (item[keys[0]] for item in items), strict=True))
 
 
 def _chosen(

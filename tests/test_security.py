@@ -513,6 +513,7 @@ GGUF = {
     "version": b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
     "many tensors": gguf_file(tensors=2**60, count=0),
     "many fields": gguf_file(count=2**60),
+    "an array of an unknown type": gguf_file(KEY + struct.pack("<IIQ", 9, 77, 1) + b"x"),
     "an endless array": gguf_file(KEY + struct.pack("<IIQ", 9, 0, 2**60)),
     "an endless array of strings": gguf_file(KEY + struct.pack("<IIQ", 9, 8, 2**60)),
     "arrays in arrays": gguf_file(

@@ -553,3 +553,15 @@ def test_ppo_killed_while_saving_and_between_two_saves_ends_bit_for_bit_like_a_w
     kill.make_inputs(tmp_path / "inputs")
     result = kill.compare("ppo", tmp_path, kills=2, seed=0, iterations=12, save_every=1)
     assert result == kill.Outcome(tried=2, survived=2, lost=0, while_saving=1, differences=[])
+
+
+def test_a_chat_template_in_a_folder_of_a_model_is_a_part_of_the_fingerprint(tmp_path):
+    """Tokenizers keep several templates in a folder of their own; a changed one changes the prompts."""
+    (tmp_path / "config.json").write_text("{}")
+    templates = tmp_path / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    before = guards._model_print("model", tmp_path)["sha256"]
+    assert sorted(before) == ["additional_chat_templates/tool_use.jinja", "config.json"]
+    (templates / "tool_use.jinja").write_text("{{ messages[0] }}")
+    assert guards._model_print("model", tmp_path)["sha256"] != before

@@ -512,6 +512,18 @@ def test_a_file_that_is_no_export_is_told_so(tmp_path: Path):
             sources.read_form(put(tmp_path, [PAIR]), form)
 
 
+def test_label_studio_ids_that_are_numbers_match_ids_that_are_texts(tmp_path: Path):
+    items = [{"id": 1, "body": "first"}, {"id": 2, "body": "second"}]
+    rank = result("ranker", {"ranker": {"rank": ["2", "1"]}}, to="items")
+    path = put(tmp_path, [task(1, {"prompt": "Q?", "items": items}, (4, [rank]))], "json")
+    (found,) = sources.read_form(path).records["rankings"]
+    assert dict(zip(found.responses, found.ranks, strict=True)) == {"second": 0, "first": 1}
+    twice = [*items, {"id": "1", "body": "third"}]
+    path = put(tmp_path, [task(1, {"prompt": "Q?", "items": twice}, (4, [rank]))], "json")
+    with pytest.raises(ValueError, match="an id of the items of 'items' is given twice"):
+        sources.read_form(path)
+
+
 def test_label_studio_min_is_named(tmp_path: Path):
     row = {**PAIR, "id": 1, "pref": "left", "annotator": 1, "annotation_id": 3, "lead_time": 2.5}
     with pytest.raises(ValueError, match="export it as JSON"):

@@ -83,15 +83,20 @@ def main(
     with signals.interrupting(several=several):
         try:
             status = _main(program, arguments, secrets)
+        except KeyboardInterrupt as stop:
+            # A second signal, which came while the first one was answered.
+            signals.keep(stop)
+            status = 128 + getattr(stop, "signal_number", signal.SIGINT)
         except Exception as error:
             # A bug. With several processes the trace is printed here and all of them exit; with
             # one, the hook that was set above shows it.
             trace = redact(traceback.format_exc(), secrets)
             _end_together(redact(f"{type(error).__name__}: {error}", secrets), 1, trace)
             raise
-    # 128 + N means that signal N ended the program.
-    if status > 128:
-        signals.end_quietly(status)
+        # 128 + N means that signal N ended the program. Inside the block: at no moment is a further
+        # signal answered by Python's own handler.
+        if status > 128:
+            signals.end_quietly(status)
     sys.exit(status)
 
 
@@ -164,6 +169,7 @@ def _main(program: _Program, argv: list[str], secrets: list[str]) -> int:
         # A failure of the user's reward function is a ValueError with a status of its own.
         return _say(text, getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1))
     except KeyboardInterrupt as stop:
+        signals.keep(stop)
         detail = f" ({stop})" if str(stop) else ""
         status = 128 + getattr(stop, "signal_number", signal.SIGINT)
         status = STOPPED_TOGETHER if processes.stopping_together() else status

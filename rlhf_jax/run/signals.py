@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf_jax.run import processes
 
@@ -75,7 +75,9 @@ def interrupting(*, several: bool) -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         writer.close()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # `end_quietly` may have replaced them for the rest of the process.
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, handler)
 
 
 _SAME = 1.0
@@ -110,8 +112,33 @@ def end_quietly(status: int) -> None:
     if threading.current_thread() is threading.main_thread():
         # While Python joins its threads, which may take long, a signal exits immediately.
         _answer_signals(lambda *_: os._exit(status))
-        # The rest of the shutdown takes milliseconds, so signals are ignored.
-        atexit.register(_answer_signals, signal.SIG_IGN)
+        atexit.register(_leave, status)
+
+
+_kept: KeyboardInterrupt | None = None
+
+
+def keep(interrupt: KeyboardInterrupt) -> None:
+    """Keeps what the frames of an interrupt hold until the process exits.
+
+    An interrupt in the middle of a call of a compiled function may leave it running, and freeing
+    its program or its arrays then ends in a segmentation fault.
+    """
+    global _kept
+    _kept = interrupt
+
+
+def _leave(status: int) -> NoReturn:
+    """Exits without the destructors of libraries, for the reason that `keep` gives."""
+    # The rest of the shutdown takes milliseconds, so signals are ignored.
+    _answer_signals(signal.SIG_IGN)
+    atexit.unregister(_leave)
+    # What else is registered, such as the end of worker processes, runs first.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _answer_signals(handler: Any) -> None:

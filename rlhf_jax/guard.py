@@ -78,7 +78,7 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
     """
     size = guard.window.shape[0]
     seen = jnp.minimum(guard.count, size)
-    # Rows that are not written yet hold zeros, which would pull mean and spread down.
+    # Rows that are not written yet hold zeros, which would distort mean and spread.
     filled = jnp.arange(size)[:, None] < seen
 
     def mean(x: Float[Array, "W 3"]) -> Float[Array, "1 3"]:

@@ -42,7 +42,7 @@ def guard_state(size: int = 128) -> GuardState:
     """
     if size < 2:
         raise ValueError(f"size={size} must be at least 2: a spread needs two steps")
-    # Columns: loss, gradient norm, largest reward. The size is part of the checkpoint's shapes.
+    # Columns: loss, gradient norm, largest reward.
     return GuardState(jnp.zeros((size, 3), jnp.float32), jnp.zeros((), jnp.int32))
 
 

@@ -166,8 +166,8 @@ def weighted_log_prob(
     own = parts.split(align(weights, parts.order))
     chunks = (parts.hidden, parts.tokens, parts.is_target, own)
     total, logp = _weighted_chunks(read, head, *chunks)
-    # `_weighted_chunks` ignores a gradient that arrives at its log-probs, so it is cut here rather
-    # than silently lost.
+    # The backward pass of `_weighted_chunks` has no gradient of the log-probs, so none may be asked
+    # of them.
     return total, lax.stop_gradient(parts.join(logp))
 
 

@@ -104,8 +104,8 @@ def log_probs_from_logits(
     >>> [round(float(p), 2) for p in jnp.exp(log_probs_from_logits(logits, jnp.array([1])))]
     [0.75]
     """
-    # float32 first: in bfloat16 a log-prob of -10 has a rounding error of about 0.03 nats, far more
-    # than the log-ratios of PPO are meant to resolve.
+    # float32 first: in bfloat16, a log-prob of -10 has a rounding error of up to 0.03 nats, as
+    # large as the log-ratios that PPO compares.
     scaled = logits.astype(jnp.float32) / temperature
     chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1, mode="clip")[..., 0]
     return chosen - jax.nn.logsumexp(scaled, axis=-1)

@@ -281,7 +281,7 @@ def rollout_metrics(
     k3 = ops.kl_estimate(rollout.old_logp, rollout.ref_logp, kind="k3")
 
     def over_rows(x: Array) -> Mean:
-        # Not a product with `valid`: the raw score of a dropped row is NaN or infinite.
+        # Not a product with `valid`: the raw score of a dropped row may be NaN or infinite.
         return Mean(jnp.sum(jnp.where(valid, x, 0), dtype=jnp.float32), rows)
 
     return {

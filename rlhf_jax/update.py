@@ -233,7 +233,7 @@ def _verdict(
                     "guard=True)"
                 )
             calm &= ~guards.is_spike(window, gradient.watched, std=limits.std)
-    # A NaN compares false and so is not calm either; such a step is skipped but is no spike.
+    # A step that is not finite is skipped but is no spike, whatever a comparison says of a NaN.
     sound = finite & calm
     return sound, {"skipped": once(~sound), "spiked": once(finite & ~calm)}
 
@@ -250,7 +250,7 @@ def _apply(
     ema = state.ema
     if ema is not None and ema_decay is not None:
         ema = optim.ema_update(ema, params, decay=ema_decay)
-    # Only allowed steps get here, so a spike never enters the window and raises no threshold.
+    # Kept only with an allowed step, so a spike never enters the window and raises no threshold.
     window = None if state.guard is None else guards.remember(state.guard, gradient.watched)
     return TrainState(
         step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=window

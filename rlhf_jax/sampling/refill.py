@@ -120,7 +120,6 @@ def generate_many(
         )
     require_room(model, prompts, sampling)
     streams = _streams(rows, repeats)
-    # Rows of a stream, rounded up.
     width = -(-rows.count // streams)
     if rows.sharding is None:  # no more rows than responses
         width = max(1, -(-min(rows.count, int(repeats.sum())) // streams))
@@ -178,8 +177,8 @@ def _empty(model: Model, queue: _Queue, slots: int, max_new_tokens: int, shardin
     state = empty_responses(
         jnp.zeros((places, max_new_tokens, 2)), model.init_cache(queue.rows, slots)
     )
+    # All responses count as ended and all rows as idle, until the first refill.
     state = state._replace(
-        # All responses count as ended and all rows as idle, until the first refill.
         finished=jnp.ones(places, bool), response=jnp.full(queue.rows, places, jnp.int32)
     )
     return state if sharding is None else jax.device_put(state, _over_rows(state, sharding))

@@ -50,6 +50,7 @@ def gae(
     >>> advantages.tolist(), returns.tolist()  # 0.75 = 1 - 0.25; 0.125 = (0.25 - 0.5) + 0.5 * 0.75
     ([[0.125, 0.75]], [[0.625, 1.0]])
     """
+    # A product with the mask would not do: 0 * NaN is NaN.
     rewards = jnp.where(mask, rewards, 0).astype(jnp.float32)
     values = jnp.where(mask, values, 0).astype(jnp.float32)
     zero = jnp.zeros(mask.shape[0], jnp.float32)
@@ -65,6 +66,7 @@ def gae(
         advantage = jnp.where(valid, delta + gamma * lam * next_advantage, next_advantage)
         return (advantage, jnp.where(valid, value, next_value)), jnp.where(valid, advantage, 0)
 
+    # `scan` runs over the leading axis, so time comes first.
     slots = (rewards.T, values.T, mask.T)
     _, advantages = lax.scan(step, (jnp.zeros_like(end), end), slots, reverse=True)
     return advantages.T, advantages.T + values
@@ -89,6 +91,7 @@ def reward_to_go(
     >>> reward_to_go(rewards, mask, gamma=0.5).tolist()
     [[3.0, 4.0, 4.0]]
     """
+    # With V = 0 and lambda = 1, ``delta`` is the reward and the recursion of GAE is that of G.
     return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
 
 
@@ -111,6 +114,8 @@ def leave_one_out(scores: Float[Array, "B K"]) -> Float[Array, "B K"]:
     >>> leave_one_out(jnp.array([[1.0, 2.0, 6.0]])).tolist()
     [[-3.0, -1.5, 4.5]]
     """
+    # With m the mean of all K scores, ``s_k - (K m - s_k) / (K - 1)`` is ``(s_k - m) K / (K - 1)``,
+    # which needs no sum for each k.
     k = _group_size(scores)
     return (scores - jnp.mean(scores, axis=1, keepdims=True)) * (k / (k - 1))
 

@@ -42,6 +42,7 @@ def guard_state(size: int = 128) -> GuardState:
     """
     if size < 2:
         raise ValueError(f"size={size} must be at least 2: a spread needs two steps")
+    # Columns: loss, gradient norm, largest reward.
     return GuardState(jnp.zeros((size, 3), jnp.float32), jnp.zeros((), jnp.int32))
 
 
@@ -77,6 +78,7 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
     """
     size = guard.window.shape[0]
     seen = jnp.minimum(guard.count, size)
+    # Rows that are not written yet hold zeros, which would distort mean and spread.
     filled = jnp.arange(size)[:, None] < seen
 
     def mean(x: Float[Array, "W 3"]) -> Float[Array, "1 3"]:
@@ -86,6 +88,8 @@ def is_spike(guard: GuardState, watched: Float[Array, "3"], *, std: float | int)
     # Squares of deviations, not E[x^2] - mean^2, whose difference cancels in float32.
     spread = jnp.sqrt(mean(jnp.square(guard.window - middle)))
     spread = jnp.maximum(spread, LEAST_SPREAD * jnp.abs(middle))
+    # The spread is 0 only for a number that has always been 0, as the reward is where there is
+    # none. Its first other value is no spike.
     above = (watched[None] > middle + std * spread) & (spread > 0)
     return jnp.any(above) & (2 * guard.count >= size)
 

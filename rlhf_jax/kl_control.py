@@ -48,6 +48,7 @@ def fixed_kl(*, coef: float | int) -> KLController:
     """
     _check_not_negative("coef", coef)
     return KLController(
+        # An array from the start: it is saved with the state and passed to compiled functions.
         init=lambda: KLState(jnp.float32(coef)),
         update=lambda state, kl_nats_per_sequence: state,
     )
@@ -90,6 +91,8 @@ def adaptive_kl(
     for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name}={value} must be above 0")
+    # An update multiplies beta by ``1 + e * n_steps / horizon`` with ``e >= -clip``, so this keeps
+    # the factor above 0 whatever the KL is.
     if clip * n_steps >= horizon:
         raise ValueError(
             f"horizon={horizon} lets one update take beta to 0: raise it above {clip * n_steps} "
@@ -98,6 +101,8 @@ def adaptive_kl(
 
     def update(state: KLState, kl_nats_per_sequence: Float[Array, ""]) -> KLState:
         error = jnp.clip(kl_nats_per_sequence / target - 1, -clip, clip)
+        # A factor and not a summand: beta stays positive, and a given error changes a small and a
+        # large beta by the same share.
         return KLState(state.coef * (1 + error * (n_steps / horizon)))
 
     return KLController(init=lambda: KLState(jnp.float32(coef)), update=update)

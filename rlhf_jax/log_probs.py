@@ -166,6 +166,8 @@ def weighted_log_prob(
     own = parts.split(align(weights, parts.order))
     chunks = (parts.hidden, parts.tokens, parts.is_target, own)
     total, logp = _weighted_chunks(read, head, *chunks)
+    # The backward pass of `_weighted_chunks` has no gradient of the log-probs, so none may be asked
+    # of them.
     return total, lax.stop_gradient(parts.join(logp))
 
 
@@ -209,7 +211,10 @@ def _chunks(
     slots = tokens.shape[1]
     columns = _chunk_columns(hidden, head, chunk)
     chunks = -(-slots // columns)
+    # A whole number of chunks, with at least T columns in all, so that no target is left out.
     order, place = compact(previous >= 0, chunks * columns)
+    # The slot that predicts each listed target. `align` gives 0 beyond the last one, which would be
+    # a real slot, so -1 is put back.
     source = jnp.where(order >= 0, align(previous, order), -1)
     # `align` gives zeros where there is no target, so that a NaN there reaches neither results nor
     # gradients.
@@ -242,10 +247,12 @@ def _over_chunks(
     """``work(hidden, tokens)`` of each chunk that has a target, zeros for the others."""
 
     def skip(*piece: jax.Array) -> Any:
+        # Both branches of a condition must return the same shapes and types.
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, *piece))
 
     @jax.checkpoint  # the backward pass keeps a chunk's hidden states, not its logits
     def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
+        # Targets are at the front of their rows, so the last chunks of a batch often have none.
         return carry, lax.cond(jnp.any(chunk[0]), work, skip, *chunk[1:])
 
     return lax.scan(body, None, (is_target, hidden, tokens))[1]
@@ -261,6 +268,7 @@ def _weighted_chunks(
     # The head closes over its parameters; custom_vjp needs them as arguments to give a gradient.
     head, params = jax.closure_convert(head, chunks[0][0])
 
+    # JAX runs this one only where no gradient is wanted; else it runs `forward` and `backward`.
     def value(params: list[jax.Array], *chunks: jax.Array) -> tuple[jax.Array, jax.Array]:
         logp = _over_chunks(lambda h, tokens: read(head(h, *params), tokens), *chunks[:3])
         return jnp.sum(chunks[3] * logp), logp
@@ -272,6 +280,7 @@ def _weighted_chunks(
             def work(sums: Any) -> Any:
                 of_chunk = lambda params, h: read(head(h, *params), tokens)
                 logp, pull = jax.vjp(of_chunk, params, h)
+                # The derivative of the weighted sum by each log-prob is its weight.
                 by_params, by_hidden = pull(weights)
                 return jax.tree.map(jnp.add, sums, by_params), (logp, by_hidden)
 
@@ -285,7 +294,10 @@ def _weighted_chunks(
         return (jnp.sum(chunks[3] * logp), logp), (by_params, by_hidden)
 
     def backward(gradients: Any, arrived: tuple[jax.Array, jax.Array]) -> Any:
+        # ``arrived[0]`` is the gradient of the total, a scalar. That of the log-probs is not used,
+        # because the caller stops it.
         by_params, by_hidden = jax.tree.map(lambda g: (arrived[0] * g).astype(g.dtype), gradients)
+        # Tokens and mask are not differentiable, and weights are defined to have no gradient.
         return by_params, by_hidden, None, None, None
 
     total = jax.custom_vjp(value)
@@ -297,8 +309,11 @@ def _chunk_columns(hidden: jax.Array, head: Head, chunk: int | None) -> int:
     """Columns per chunk: `chunk`, or by the backend's budget and `CHUNK_TOKENS`."""
     rows, slots, _ = hidden.shape
     if chunk is None:
+        # Only the shape is read: the logits of all tokens never exist.
         vocabulary = jax.eval_shape(head, hidden).shape[-1]
         budget = backend_for().logits_per_chunk
+        # A column holds one token of each row, so tokens per chunk are divided by the rows, rounded
+        # up.
         return min(-(-max(budget // vocabulary, CHUNK_TOKENS) // rows), slots)
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1: leave it out to size chunks by memory")
@@ -338,6 +353,7 @@ def linear_weights(
 
 def _inputs_of(program: Any, outputs: list[bool]) -> list[bool]:
     """Which inputs of a jaxpr some of its outputs depend on, found backwards from these."""
+    # By identity, because the literals of a jaxpr, which are inputs too, cannot be hashed.
     needed = {id(x) for x, wanted in zip(program.outvars, outputs, strict=True) if wanted}
     for equation in reversed(program.eqns):
         wanted = [id(x) in needed for x in equation.outvars]

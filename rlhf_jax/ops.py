@@ -44,6 +44,7 @@ def previous_index(
     [[-1, 0, -1, 2, -1, -1]]
     """
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    # The segment of the slot before; slot 0 gets 0, which is no token's segment.
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
     if parents is None:
         parent_end = jnp.full_like(slots, -1)[None, :]
@@ -52,6 +53,7 @@ def previous_index(
         visible = (segments[:, None, :] == parents[:, :, None]) & (slots[None, :] < slots[:, None])[
             None
         ]
+        # Segment 0 is padding: a token without a parent must not find its predecessor there.
         visible &= (parents > 0)[:, :, None]
         parent_end = jnp.max(jnp.where(visible, slots[None, None, :], -1), axis=2)
     inside = segments == before
@@ -102,6 +104,8 @@ def log_probs_from_logits(
     >>> [round(float(p), 2) for p in jnp.exp(log_probs_from_logits(logits, jnp.array([1])))]
     [0.75]
     """
+    # float32 first: in bfloat16, a log-prob of -10 has a rounding error of up to 0.03 nats, as
+    # large as the log-ratios that PPO compares.
     scaled = logits.astype(jnp.float32) / temperature
     chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1, mode="clip")[..., 0]
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
@@ -250,6 +254,7 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * jnp.square(difference)
     if kind == "k3":
+        # `expm1`, because ``exp(-d) - 1`` cancels for the small d of a policy near its reference.
         return jnp.expm1(-difference) + difference
     raise ValueError(f"kind={kind!r} is no KL estimator: choose 'k1', 'k2' or 'k3'")
 
@@ -285,7 +290,10 @@ def shaped_rewards(
     [[0.0, -0.25, 3.0, 0.0]]
     """
     slots = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
+    # -1 in a row without response tokens, which is equal to no slot.
     last = jnp.max(jnp.where(mask, slots, -1), axis=1, keepdims=True)
+    # Masked before the subtraction, because outside the mask both can be -inf, whose difference is
+    # NaN.
     difference = jnp.where(mask, logp, 0) - jnp.where(mask, ref_logp, 0)
     return jnp.where(slots == last, score[:, None], 0) - kl_coef * difference
 

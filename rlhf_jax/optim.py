@@ -100,6 +100,7 @@ def with_warmup(
         return schedule
     first = float(jnp.asarray(schedule(0)))
     line = optax.linear_schedule(initial_fraction * first, first, warmup_steps)
+    # `join_schedules` counts the second schedule from the boundary, that is from its own step 0.
     return optax.join_schedules([line, schedule], [warmup_steps])
 
 
@@ -214,6 +215,7 @@ def _scale_by_tf_adam(
     def update(updates, state, params=None):
         _, state = inner.update(updates, state, params)
         assert isinstance(state, optax.ScaleByAdamState)
+        # `count` has been increased already: it is t, 1 in the first step.
         correction = jnp.sqrt(1 - b2**state.count) / (1 - b1**state.count)
         updates = jax.tree.map(
             lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu
@@ -317,6 +319,8 @@ def _scale_by_factors(
 def _chain(
     scale, learning_rate: LearningRate, weight_decay: float | int, clip_norm: float | int | None
 ):
+    # The order matters: the clip sees the raw gradient, weight decay bypasses the moments (that is
+    # what decouples it), and the learning rate multiplies both.
     parts = [] if clip_norm is None else [_clip_by_global_norm(clip_norm)]
     parts.append(scale)
     if weight_decay:
@@ -377,6 +381,8 @@ def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransf
     def update(updates, state, params=None):
         del params
         rate = jnp.asarray(schedule(state.count), jnp.float32)
+        # Negative because optax adds updates. Without the cast, a float32 rate would turn the
+        # updates of bfloat16 parameters into float32.
         updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
         return updates, LearningRateState(jnp.asarray(optax.safe_increment(state.count)), rate)
 
@@ -393,6 +399,7 @@ def last_learning_rate(opt_state: PyTree) -> Float[Array, ""] | None:
     Returns:
       The rate that the last update was scaled by; 0 before the first.
     """
+    # Found by its name at any depth, so that wrapping the chain does not hide it.
     return optax.tree_utils.tree_get(opt_state, "learning_rate")
 
 

@@ -139,6 +139,7 @@ def make_score_and_shape(
             missing_eos_score=shaping.missing_eos_score,
         )  # fmt: skip
         score, mask = _without_bad_rows(raw, used, samples)
+        # `mask` leaves out the dropped rows too, which can have non-finite numbers in every field.
         old_logp, ref_logp, values = (
             jnp.where(mask, x, 0) for x in (samples.logp, ref_logp, values)
         )
@@ -196,6 +197,7 @@ def _in_pieces(read: Callable[..., Any], pieces: int, *rows: Any) -> Any:
     if pieces == 1:
         return read(*rows)
     split = ops.split_rows(rows, pieces, "score_microbatches", "rollout")
+    # One piece after the other, so that only the activations of one are in memory.
     return ops.join_rows(jax.lax.map(lambda piece: read(*piece), split))
 
 
@@ -279,6 +281,7 @@ def rollout_metrics(
     k3 = ops.kl_estimate(rollout.old_logp, rollout.ref_logp, kind="k3")
 
     def over_rows(x: Array) -> Mean:
+        # Not a product with `valid`: the raw score of a dropped row may be NaN or infinite.
         return Mean(jnp.sum(jnp.where(valid, x, 0), dtype=jnp.float32), rows)
 
     return {
@@ -377,9 +380,13 @@ def step_zero_checks(
         # The gradient is added with weight 0, so that the compiler cannot drop the backward pass.
         return logp + 0 * sum(jnp.nan_to_num(g).ravel()[0] for g in jax.tree.leaves(grads))
 
+    # One program for policy and reference, so that equal weights give equal bits and the limit of
+    # their gap can be 0.
     scoring_program = jax.jit(score)
     logp = scoring_program(params.policy, *rows)
     update_logp = jax.jit(with_backward_pass)(params.policy, *rows)
+    # The sampler's log-probs are the `old_logp` of the update, so this is the ratio that its first
+    # minibatch sees.
     ratio = jnp.exp(jnp.where(mask, update_logp - samples.logp, 0))
     clipped = ops.masked_mean((jnp.abs(ratio - 1) > clip_ratio).astype(jnp.float32), mask)
     measured = {

@@ -89,6 +89,8 @@ def pair_rows(model: Model) -> Model:
         tokens = jnp.pad(tokens, ((0, 0), (0, places.shape[1] - tokens.shape[1])))
         first, second = _longest_with_shortest(lengths)
         ends = lengths[first][:, None]
+        # Slots before `ends` hold the first text; slot ``ends + i`` holds token i of the second
+        # one.
         own, behind = places < ends, jnp.maximum(places - ends, 0)
         in_second = ~own & (behind < lengths[second][:, None])
         hidden = model.apply(
@@ -107,6 +109,7 @@ def pair_rows(model: Model) -> Model:
             jnp.where(fits, both[jnp.argsort(jnp.concatenate([first, second]))], jnp.nan), None
         )
 
+    # This `apply` takes neither `at` nor `lengths`.
     return model._replace(apply=apply, picks=False)
 
 
@@ -218,9 +221,13 @@ def _targets(tokens: Array, mask: Array, targets: int | None) -> _Targets:
         return _Targets(None, tokens, mask)
     # Moving the targets to the front gives all rows the same N slots for the last block.
     order, place = ops.compact(mask, targets)
+    # Hidden states will exist for the slots `before` only, in this order, so target n is predicted
+    # by their entry n.
     itself = jnp.broadcast_to(jnp.arange(targets, dtype=jnp.int32)[None, :], order.shape)
     fits = (jnp.sum(mask, axis=1) <= targets)[:, None]
     before = jnp.maximum(order - 1, 0)
+    # ``order > 0``: -1 marks the end of the list, and a token in slot 0 has nothing before it that
+    # could predict it.
     return _Targets(before, ops.align(tokens, order), order > 0, itself, place, fits)
 
 
@@ -336,6 +343,7 @@ def _read_values(
     also: Array,
 ) -> tuple[Array, Array]:
     """Values before the tokens of `mask`, and the scalars at the slots `also` ``[B, M]``."""
+    # Nothing is saved by picking slots where as many are read as a row has.
     if mask is None or targets is None or targets + also.shape[1] >= tokens.shape[1]:
         hidden = model.apply(params, tokens, **_texts(model, tokens, lengths)).hidden
         scalars = model.head(params, hidden)
@@ -386,6 +394,7 @@ def ranking_hidden(model: Model, params: Params, batch: RankingBatch) -> Float[A
       The states that the head reads, at index ``n * K + k`` for response k of prompt n; undefined
       where the response is absent.
     """
+    # An absent response reads slot 0; whoever uses the result masks it by its rank.
     ends = jnp.maximum(batch.ends.reshape(batch.ends.shape[0], -1), 0)
     rows = {"segments": batch.segments, "positions": batch.positions, "parents": batch.parents}
     return model.apply_at(params, batch.tokens, ends, **rows).hidden

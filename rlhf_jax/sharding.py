@@ -149,6 +149,8 @@ def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECOD
 
     def place(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = "/".join(_step_name(step) for step in path)
+        # `search` and not `match`: the same rule applies below ``policy/params/`` and
+        # ``opt_state/0/mu/``.
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
         _check_fits(name, tuple(leaf.shape), spec, mesh)
         return NamedSharding(mesh, spec)
@@ -157,6 +159,7 @@ def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DECOD
 
 
 def _step_name(step: object) -> str:
+    # The steps of a path are `DictKey` (key), `GetAttrKey` (name) and `SequenceKey` (idx) of JAX.
     for attribute in ("key", "name", "idx"):
         if hasattr(step, attribute):
             return str(getattr(step, attribute))
@@ -217,6 +220,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     >>> batch_share(make_mesh())
     (0, 1)
     """
+    # One line for each piece of the rows, data x fsdp, with the processes of its tensor axis.
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     return _share(owners.reshape(-1, mesh.shape["tensor"]), processes.index())
 
@@ -228,6 +232,8 @@ def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
         for owner in np.unique(owners)
     }
     size = len(held[process])
+    # A process reads one slice of the batch, so a share must be a run of neighbouring pieces, and
+    # all shares must be equally long and either equal or disjoint.
     shares = [set(range(start, start + size)) for start in range(0, len(owners), size)]
     if any(pieces not in shares for pieces in held.values()):
         return 0, 1
@@ -281,6 +287,8 @@ def place_batch(batch: T, mesh: Mesh) -> T:
 
         def piece(window: tuple[slice, ...] | None) -> np.ndarray:
             assert window is not None
+            # JAX asks for the windows of this process's devices only; they lie within its share,
+            # which begins at row `first` of the global batch.
             start, stop, _ = window[0].indices(x.shape[0] * count)
             return own[start - first : stop - first]
 

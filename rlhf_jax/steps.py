@@ -226,6 +226,7 @@ def make_ppo_step(
     def value_gradient(params: Params, rows: Rollout) -> Gradient:
         grads = accumulate_grads(value_fn, params, rows, ppo.microbatches)
         gradient = Gradient.of(*grads, name="value")
+        # The largest absolute reward is one of the three numbers that the guard watches.
         return gradient._replace(reward=jnp.max(jnp.where(rows.mask, jnp.abs(rows.rewards), 0)))
 
     def optimizer_step(
@@ -245,8 +246,11 @@ def make_ppo_step(
         if ppo.whiten_advantages:
             advantages = ops.whiten(rollout.advantages, rollout.mask)
             rollout = dataclasses.replace(rollout, advantages=advantages)
+        # With a coefficient of 0 the pretraining rows are not even read, so that the step is plain
+        # PPO bit for bit.
         each = _rows_of_each_step(key, rollout, lm_batch if ppo.ptx_coef != 0 else None, ppo)
         before = state.policy, state.value
+        # A scan, so that the program does not grow with the number of optimizer steps.
         states, metrics = lax.scan(partial(optimizer_step, rollout), before, each)
         state = dataclasses.replace(
             state, policy=states[0], value=states[1], iteration=state.iteration + 1
@@ -263,6 +267,7 @@ def _rows_of_each_step(
     rows = rollout.tokens.shape[0]
     order = minibatch_order(key, rows, epochs=ppo.epochs, minibatches=ppo.minibatches)
     steps = ppo.epochs * ppo.minibatches
+    # None is a tree without leaves: splitting it gives None, and `scan` passes None on.
     return order, ops.split_rows(lm_batch, steps, "epochs * minibatches", "pretraining batch")
 
 
@@ -344,6 +349,7 @@ def train_state(
       The state before the first update.
     """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    # A copy of its own: a buffer that occurs twice in a donated state cannot be donated.
     average = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params) if ema else None
     window = guards.guard_state() if guard else None
     step = jnp.zeros((), jnp.int32)
@@ -412,12 +418,15 @@ def _fields(batch: Any) -> dict[str, Array]:
 def _lm_loss_fn(model: Model, loss: BoundLoss) -> LossOfBatch:
     def loss_fn(params: Params, rows: tuple[LMBatch, Array | None]) -> tuple[Mean, Metrics]:
         batch, keys = rows
+        # Dropout takes one key per micro-batch: that of its first row.
         key = None if keys is None else keys[0]
         backend = getattr(model.config, "backend", None) or backend_for()
         call = lambda logp: with_metrics(loss.loss(**loss.arguments(logp=logp, **_fields(batch))))
         of_logp = _traced_once(call, batch.tokens.shape)
         weights = None
         if backend.head_forward:
+            # This asks only whether the gradient by the log-probs is constant, as in maximum
+            # likelihood.
             weights = linear_weights(lambda logp: of_logp(logp)[0].total, batch.tokens.shape)
         if weights is None:
             return of_logp(scoring.lm_log_probs(model, params, batch, key=key))
@@ -452,6 +461,7 @@ def _policy_loss_fn(
         logp, entropy = scoring.sequence_log_probs_and_entropy(model, params, *where, **how)
         arrays = loss.arguments(logp=logp, entropy=entropy, **_fields(rows))
         mean, metrics = with_metrics(loss.loss(**arrays))
+        # For the log only: the loss has used the entropy with its gradient.
         total = lax.stop_gradient(jnp.sum(jnp.where(rows.mask, entropy, 0)))
         return mean, {"entropy": Mean(total, jnp.sum(rows.mask, dtype=jnp.float32))} | metrics
 

@@ -52,6 +52,8 @@ class Mean:
     def value(self) -> jax.Array:
         """``total / count``; 0 where nothing was counted (an empty mask is not an error)."""
         empty = self.count == 0
+        # Both sides of a `where` are computed, and a division by 0 in the one that is not chosen
+        # would make the gradient NaN.
         return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1, self.count))
 
     def __add__(self, other: Mean) -> Mean:
@@ -99,6 +101,8 @@ class Cache:
 
     def reset(self, rows: Bool[Array, " B"]) -> Cache:
         """Empty the rows where `rows` is true, so that other prompts can use them."""
+        # Old keys and values may stay: no token sees a slot of segment 0, and new ones overwrite
+        # it.
         segments = jnp.where(rows[:, None], 0, self.segments)
         lengths = jnp.where(rows, 0, self.lengths)
         return dataclasses.replace(self, segments=segments, lengths=lengths)

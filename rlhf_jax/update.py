@@ -57,6 +57,7 @@ def accumulate_grads(
             return loss.total, (loss, metrics)
 
         grads, aux = jax.grad(total, has_aux=True)(params)
+        # A sum of many micro-batches in bfloat16 would lose the small terms.
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
 
     def body(totals: PyTree, piece: PyTree) -> tuple[PyTree, tuple[Mean, Metrics]]:
@@ -110,8 +111,11 @@ class Gradient(NamedTuple):
         # device would gather all layers in full.
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), self.grads, other.grads)
         dot = sum(jax.tree.leaves(products))
+        # ``self.norm`` is the norm before clipping, so that of the clipped gradient is computed
+        # here.
         cosine = dot / jnp.maximum(optax.tree.norm(self.grads) * other.norm, 1e-12)
         scaled = jax.tree.map(lambda g: coef * g, other.grads)
+        # The norm of ``coef * g`` is ``|coef|`` times that of g: it is not computed again.
         term = other._replace(grads=scaled, norm=abs(coef) * other.norm).clipped(clip_norm)
         grads = jax.tree.map(jnp.add, self.grads, term.grads)
         norm = optax.tree.norm(grads)
@@ -229,6 +233,7 @@ def _verdict(
                     "guard=True)"
                 )
             calm &= ~guards.is_spike(window, gradient.watched, std=limits.std)
+    # A step that is not finite is skipped but is no spike, whatever a comparison says of a NaN.
     sound = finite & calm
     return sound, {"skipped": once(~sound), "spiked": once(finite & ~calm)}
 
@@ -245,6 +250,7 @@ def _apply(
     ema = state.ema
     if ema is not None and ema_decay is not None:
         ema = optim.ema_update(ema, params, decay=ema_decay)
+    # Kept only with an allowed step, so a spike never enters the window and raises no threshold.
     window = None if state.guard is None else guards.remember(state.guard, gradient.watched)
     return TrainState(
         step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=window

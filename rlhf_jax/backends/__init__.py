@@ -131,6 +131,7 @@ def backend_for(
       ValueError: ``cudnn`` was requested and does not support these arguments. (Row lengths are
         checked when a kernel is called.)
     """
+    # A mesh of one device does not need the forms for sharded arrays.
     mesh = None if mesh is None or mesh.size == 1 else mesh
     alone = jax.device_count() == 1
     return _assemble(_platform(), kernel, mesh, jnp.dtype(dtype), head_dim, alone)
@@ -146,12 +147,15 @@ def _assemble(
     platform: str, kernel: str, mesh: Mesh | None, dtype: jnp.dtype, head_dim: int, alone: bool
 ) -> Backend:
     """The backend of a platform, from the general forms to those of one attention kernel."""
+    # Every other platform, known or not, gets the forms of an accelerator.
     backend = CPU if platform == "cpu" else ACCELERATOR
     if platform == "planned":
         backend = backend._replace(attend=attention.attend_recomputed)
     if mesh is None:
         backend = _on_one_device(backend, platform)
     if mesh is None or mesh.shape["tensor"] == 1:
+        # Outputs that are not sharded over tensor can be joined without moving them between
+        # devices.
         layout = cpu.joined_in_tiles if platform == "cpu" else plain.joined
         backend = backend._replace(decode_layout=layout)
     if platform == "nvidia" and kernel == "auto":
@@ -187,6 +191,7 @@ def _with_cudnn(backend: Backend, mesh: Mesh | None, dtype: jnp.dtype, head_dim:
     backend = backend._replace(
         attend=nvidia.attend, attend_at=nvidia.attend_at, cache=nvidia.SLOTS_FIRST
     )
+    # The compiler cannot partition a Pallas kernel over a mesh.
     return backend if mesh is not None else backend._replace(decode_blocks=nvidia.decode_blocks)
 
 
@@ -208,6 +213,8 @@ def _with_kernel(
     return backend
 
 
+# A context variable and not a global: planning in one thread does not change the programs that
+# others trace.
 _PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
 
 

@@ -110,6 +110,7 @@ def attend_in_blocks(
     slots = query.shape[1]
     key, value = jnp.moveaxis(key, 1, 3), value.swapaxes(1, 2)
     part = functools.partial(over_keys, query_scalar=query_scalar)
+    # Per block, so that the backward pass has the scores of one block at a time.
     part = jax.checkpoint(part) if slots >= RECOMPUTE_FROM else part
     mixed = []
     for begin in range(0, slots, BLOCK):
@@ -174,6 +175,7 @@ def over_keys(
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     grouped = weights.astype(value.dtype).reshape(batch, groups, -1, scores.shape[-1])
     mixed = product(grouped, value).reshape(batch, heads, length, head_dim)
+    # In float32: the weights of the product may be bfloat16, their sum is not.
     mixed = mixed / weights.sum(axis=-1, keepdims=True)
     return mixed.astype(value.dtype).swapaxes(1, 2)
 
@@ -202,6 +204,8 @@ def _heads_first(batch: int, slots: int, groups: int, head_dim: int):
 def _write_heads_first(cache: LayerCache, slots: Array, key: Array, value: Array) -> LayerCache:
     keys, values = cache
     rows = jnp.arange(slots.shape[0])[:, None]
+    # Index arrays separated by slices put their axes first, so this update is ``[B, T, G, E]`` like
+    # `key`, without a transposition.
     keys = keys.at[rows, :, :, slots].set(key.astype(keys.dtype), mode="drop")
     return keys, values.at[rows, :, slots].set(value.astype(values.dtype), mode="drop")
 

@@ -36,6 +36,7 @@ def has_accelerator() -> bool:
 
     Devices are not initialised by this check.
     """
+    # Plugins of GPUs register an entry point; libtpu is found by its name.
     installed = (
         bool(metadata.entry_points(group="jax_plugins")) or util.find_spec("libtpu") is not None
     )
@@ -62,6 +63,8 @@ def keep_freed_memory(keep: bool = True) -> None:
     if mallopt is None:
         return
     large_pages = "malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of glibc's malloc.h, which Python does not
+    # have. 65,536 mappings and 128 KiB are its defaults.
     m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
     mallopt(m_mmap_max, 0 if keep and not large_pages else 65_536)
     mallopt(m_trim_threshold, 2**31 - 1 if keep else 2**17)

@@ -18,6 +18,7 @@ from rlhf_jax.backends.attention import BLOCK, KVCache, LayerCache, View
 def is_here() -> bool:
     """Whether the default device is an NVIDIA GPU, which has cuDNN."""
     device = jax.devices()[0]
+    # AMD's devices are of the platform gpu too.
     return device.platform == "gpu" and "cuda" in device.client.platform_version
 
 
@@ -71,6 +72,8 @@ def attend_at(query: Array, key: Array, value: Array, view: View, query_scalar: 
     slots, head_dim = key.shape[1], query.shape[3]
     if slots < BLOCK or not fits(head_dim=head_dim, dtype=query.dtype, slots=slots):
         return attention.attend_at(query, key, value, view, query_scalar)
+    # The added query has a bias of 0, sees every key and is cut off again: its numbers are finite,
+    # and so are the gradients.
     odd = query.shape[1] % 2
     padded = jnp.pad(query, [(0, 0), (0, odd), (0, 0), (0, 0)])
     bias = jnp.pad(view.bias, [(0, 0), (0, 0), (0, odd), (0, 0)])

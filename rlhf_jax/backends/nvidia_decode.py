@@ -72,7 +72,9 @@ def fits(config: Any, rows: int) -> bool:
     plain = config.bias == "none" and not extras
     projections = (config.heads * config.head_dim, config.kv_heads * config.head_dim)
     sizes = (config.width, *projections, config.mlp_width)
+    # Columns and depth are cut into whole blocks of 64; only rows are masked.
     whole = all(size % 64 == 0 for size in sizes) and config.head_dim in (64, 128)
+    # A CPU has no capability; there the kernels are interpreted.
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     there = triton is not None and capability in CAPABILITIES
     return family and plain and whole and config.dtype == "bfloat16" and rows <= ROWS and there
@@ -134,6 +136,7 @@ def blocks(
       inside `jax.jit`).
     """
     keys, values = list(keys), list(values)
+    # The kernel after a block's MLP already computes the next block's first norm, or the last one.
     scales = [layer["attention_norm"]["scale"] for layer in layers] + [last_scale]
     y = add_and_norm(None, x, scales[0], config.norm_eps)[1]
     for i, layer in enumerate(layers):
@@ -176,6 +179,7 @@ def tiles_for(depth: int, columns: int) -> Tiles:
     wide ones, because each reads all of `x`.
     """
     pieces = 1
+    # Divisible by 128, so that each half of a piece is still whole blocks of 64.
     while columns // 64 * pieces < 80 and pieces < 8 and depth % (128 * pieces) == 0:
         pieces *= 2
     return Tiles(64, 64, pieces, 8)
@@ -231,6 +235,7 @@ def gated_product(
 
         zero = jnp.zeros((here.shape[0], cut.columns), jnp.float32)
         total = jax.lax.fori_loop(0, depth // cut.depth, add, (zero, zero))
+        # Rounded where `layers.MLP` rounds: after each projection, and after the activation.
         gate, up = (t.astype(out_ref.dtype).astype(jnp.float32) for t in total)
         gate = (gate / (1 + jnp.exp(-gate))).astype(out_ref.dtype).astype(jnp.float32)
         triton.store(out_ref.at[mine, at], (gate * up).astype(out_ref.dtype), mask=here)
@@ -243,6 +248,7 @@ def gated_product(
 
 
 def _row_block(rows: int) -> int:
+    # A product of Triton has at least 16 rows.
     return next(size for size in (16, 32, 64) if rows <= size or size == 64)
 
 
@@ -265,6 +271,7 @@ def add_and_norm(
     """``x`` plus the parts of a product, and its RMSNorm; without parts the norm of `x`."""
     parts = jnp.zeros((0, *x.shape), jnp.float32) if parts is None else parts
     width = x.shape[1]
+    # Triton's blocks are powers of two; lanes beyond the width are masked.
     size = pl.next_power_of_2(width)
 
     def kernel(*refs: Any) -> None:
@@ -276,6 +283,7 @@ def add_and_norm(
 
         total = load(x_ref, row)
         if parts_ref:
+            # Summed in float32 and rounded once, as a projection's output is.
             added = functools.reduce(
                 jnp.add, (load(parts_ref[0], jnp.int32(i), row) for i in range(parts.shape[0]))
             )
@@ -322,9 +330,12 @@ def attend(
     parts = parts.reshape(pieces, rows, -1, width)
     heads = parts.shape[2] - 2 * groups
     cos, sin = (angle[:, 0, 0] for angle in angles)
+    # For ``x * cos + turned(x) * sin`` over the whole head: the first half takes its partner with a
+    # minus sign.
     cos, sin = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
     kernel = _attention_kernel(_Sizes(pieces, heads, heads // groups, width, length, dtype))
     shapes = ((rows, heads, width), keys.shape, values.shape)
+    # Arguments 5 and 6 become results 1 and 2, so that the cache is updated in place.
     mixed, keys, values = _call(
         kernel, "attend", warps=4, stages=3, grid=(rows, groups), input_output_aliases={5: 1, 6: 2},
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
@@ -346,6 +357,7 @@ class _Sizes(NamedTuple):
 def _attention_kernel(sizes: _Sizes) -> Callable[..., None]:
     pieces, heads, share, width, length, dtype = sizes
     groups = heads // share
+    # The query heads of a key head are the rows of a product, at least 16; the rest is masked.
     tile = max(16, pl.next_power_of_2(share))
 
     def kernel(*refs: Any) -> None:
@@ -369,9 +381,12 @@ def _attention_kernel(sizes: _Sizes) -> Callable[..., None]:
         query = rotated(mine, lambda a: a[None, :], mask=own, other=0.0)
         key = rotated(heads + group, lambda a: a)
         value = projected(heads + groups + group, lanes).astype(dtype)
+        # A slot past the end belongs to an idle row, for which nothing is stored.
         stored, at = jnp.full((width,), slot < length), jnp.minimum(slot, length - 1)
         for ref, new in zip(stored_refs, (key, value), strict=True):
             triton.store(ref.at[row, at, group, :], new, mask=stored)
+        # Cached slots before the new one: its own key is at hand and is not read back. An idle row
+        # sees no cached slot.
         seen = jnp.where(slot < length, slot, 0)
 
         def cached(begin: Array) -> tuple[Array, Array, Array]:
@@ -405,6 +420,8 @@ def _softmax_mix(
 
     wide = query.astype(jnp.float32), key.astype(jnp.float32), value.astype(jnp.float32)
     first = jnp.sum(wide[0] * wide[1][None, :], axis=1) * scale
+    # The running softmax starts from the row's own key, with weight 1. So there is always a key,
+    # and no maximum of -inf.
     begin = (first, jnp.ones_like(first), jnp.broadcast_to(wide[2][None, :], query.shape))
     _, weight, mixed = jax.lax.fori_loop(0, blocks, look, begin)
     return mixed / weight[:, None]

@@ -110,6 +110,7 @@ def over_layers_to_positions(
     if positions is None:
         return scan(body, x, blocks, unroll)
     below = depth(blocks) - 1
+    # One stack for the scan and one layer beside it: the last block has another output shape.
     first, last = (
         jax.tree.map(lambda leaf, part=part: leaf[part], blocks) for part in (slice(below), below)
     )
@@ -127,6 +128,7 @@ def scan(
 
     layers = range(depth(blocks)) if layers is None else layers
     numbers = jnp.arange(layers.start, layers.stop)
+    # A scan over some of the layers may have fewer than `unroll`.
     return lax.scan(step, x, (numbers, blocks), unroll=min(unroll or len(layers), len(layers)))[0]
 
 

@@ -54,6 +54,7 @@ def attend_on(mesh: Mesh | None, *, always: bool = False) -> Callable[..., Array
             mesh=mesh,
             in_specs=(by_head, by_head, by_head, by_row),
             out_specs=by_head,
+            # The check needs declarations that the kernel's outputs do not have.
             check_vma=False,
         )
         return over_devices(query * query_scalar**-0.5, key, value, view.segments)
@@ -74,6 +75,7 @@ def _splash(query: Array, key: Array, value: Array, segments: Array) -> Array:
 
     slots, heads = query.shape[1:3]
     causal = splash.MultiHeadMask([splash.CausalMask((slots, slots))] * heads)
+    # The largest block up to 512 that divides the row.
     block = next(n for n in (4 * BLOCK, 2 * BLOCK, BLOCK) if slots % n == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -94,5 +96,6 @@ def _splash(query: Array, key: Array, value: Array, segments: Array) -> Array:
     def row(query: Array, key: Array, value: Array, segments: Array) -> Any:
         return run(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
 
+    # The kernel takes one row, heads first.
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     return jax.vmap(row)(query, key, value, segments).swapaxes(1, 2)

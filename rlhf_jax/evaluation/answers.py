@@ -54,7 +54,9 @@ def compare(answers: dict[str, Answers], asked: Sequence[str] | None = None) -> 
     Returns:
       Win rates, mean scores, parts and lengths by model, and the best-of-n curve, for JSON.
     """
+    # Comparisons use the settled scores; means and the best-of-n curve those that were measured.
     raw, answers = answers, same_score_for_same_text(answers)
+    # None where all prompts differ, since every row is then a prompt of its own.
     groups = (
         np.unique(np.array(asked), return_inverse=True)[1]
         if asked and len(set(asked)) < len(asked)

@@ -44,6 +44,7 @@ def departures(config: Mapping[str, Any]) -> list[dict[str, str]]:
         *_rules_of_ppo(ppo),
         Departure("Win rate against", "175B SFT", "section 3.6", "SFT of the same size", ""),
     ]
+    # Compared as text, so a run that uses the paper's value must write it as the paper does.
     return [row._asdict() for row in rows if row.paper != row.run]
 
 

@@ -35,6 +35,8 @@ def evaluate(rankings: Sequence[schema.Ranking], scores: Scores) -> dict:
     }
     groups = np.array([number[r.prompt] for r in rankings])
     calibration = quality.calibration(grid, ranks)
+    # Bins need rising edges, and quantiles coincide where many margins are equal. 0 is added so
+    # that the first bin begins there.
     margins = np.unique(
         np.quantile(np.concatenate([[0.0], np.abs(pair_margins(grid, ranks))]), MARGIN_QUANTILES)
     )

@@ -80,6 +80,8 @@ def best_of_n(proxy: Num[np.ndarray, "P S"], gold: Num[np.ndarray, "P S"], *, n:
             f"n={n} must be within 1..{samples}, the samples of a prompt: draw more or ask for less"
         )
     total = math.comb(samples, n)
+    # 0 for i < n: such a sample is the best of no subset of n. Divided as integers, because they
+    # can exceed a float.
     weights = np.array([math.comb(i - 1, n - 1) / total for i in range(1, samples + 1)])
     expected = [_share_ties(p, weights) @ g for p, g in zip(proxy, gold, strict=True)]
     return float(np.mean(expected))
@@ -189,5 +191,6 @@ def _far_points(kl: np.ndarray, gold: np.ndarray, min_kl: float) -> tuple[np.nda
 
 
 def _fit(features: np.ndarray, gold: np.ndarray) -> GaoFit:
+    # Both laws are linear in their coefficients.
     a, b = np.linalg.lstsq(features, gold, rcond=None)[0]
     return GaoFit(float(a), float(b))

@@ -136,6 +136,7 @@ def calibration(
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")
     _, margin, correct = _judged(scores, ranks)
+    # Stable, so that equal margins are divided in the same way on every machine.
     order = np.argsort(np.abs(margin), kind="stable")
     parts = np.array_split(order, min(bins, len(margin)))
     sizes = [np.abs(margin[part]) for part in parts]
@@ -266,6 +267,7 @@ def _margins(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray]:
 def _judged(scores: np.ndarray, ranks: np.ndarray) -> tuple[Pairs, np.ndarray, np.ndarray]:
     """The strict pairs, their margins and outcomes: 1 right, 1/2 for equal scores, 0 wrong."""
     pairs, margin = _margins(scores, ranks)
+    # Equality is judged by the two scores, because their difference does not say how they round.
     better = scores[pairs.prompt, pairs.better].astype(np.float64)
     worse = scores[pairs.prompt, pairs.worse].astype(np.float64)
     equal = ties.is_tie(better, worse, scale=ties.scale_of(scores[ranks >= 0]))
@@ -288,6 +290,7 @@ def _relations(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prompt of every pair i < j that both rankings contain, and the sign of its order in each."""
     present = (ranks_a >= 0) & (ranks_b >= 0)
+    # Each unordered pair once; agreement has no direction.
     i, j = np.triu_indices(ranks_a.shape[1], 1)
     prompt, pair = np.nonzero(present[:, i] & present[:, j])
     a = np.sign(ranks_a[:, i] - ranks_a[:, j])[prompt, pair]
@@ -322,6 +325,7 @@ def _bootstrap(prompt: np.ndarray, outcome: np.ndarray, resamples: int, seed: in
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(resamples):
+        # As many prompts as there are. A resample's denominator varies with the pairs it drew.
         draw = rng.integers(len(count), size=len(count))
         means.append(total[draw].sum() / count[draw].sum())
     low, high = np.quantile(means, [0.025, 0.975])

@@ -14,6 +14,7 @@ def agreement(rankings: Sequence[schema.Ranking]) -> float:
     """How often two labelers order a pair the same way, over prompts that both ranked."""
     pairs: dict[str, list[tuple[int, ...]]] = {}
     for ranking in rankings:
+        # The id of a simulated ranking is that of its prompt, a slash and the labeler's name.
         pairs.setdefault(str(ranking.id).rsplit("/", 1)[0], []).append(ranking.ranks)
     both = [ranks for ranks in pairs.values() if len(ranks) == 2]
     k = max(len(ranks) for ranks, _ in both)

@@ -107,6 +107,7 @@ def wilson(p: float, n: float) -> tuple[float, float]:
     """
     scale = 1 + Z95**2 / n
     centre = (p + Z95**2 / (2 * n)) / scale
+    # The terms with ``n^2`` keep the width above 0 at a share of 0 or 1.
     spread = np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     half = Z95 * spread / scale
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
@@ -233,11 +234,13 @@ def _log_lengths(name: str, lengths: np.ndarray, scores: np.ndarray) -> np.ndarr
 
 
 def _design_effect(y: np.ndarray) -> float:
+    # The extra win and loss: without them, D is 0 / 0 at a win rate of 0 or 1.
     y = np.concatenate([y, [0.0, 1.0]])
     return float(y.var() / (y.mean() * (1 - y.mean())))
 
 
 def _sigmoid(x: float) -> float:
+    # Overflows for no x, unlike ``1 / (1 + exp(-x))``.
     return float(np.exp(-np.logaddexp(0.0, -x)))
 
 
@@ -251,6 +254,7 @@ def _information(
     """Negative Hessian of the penalised log-likelihood, with the extra win and loss."""
     rows = np.einsum("r,ri,rj->ij", weight * p * (1 - p), design, design)
     q = _sigmoid(c)
+    # The extra outcomes are at ratio 1, where the log is 0, so they inform the intercept only.
     return rows + np.diag([2 * extra * q * (1 - q), 0.0]) + np.eye(2) / PRIOR_SD**2
 
 
@@ -263,6 +267,7 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, extra: fl
     for _ in range(100):
         p = np.exp(-np.logaddexp(0.0, -(design @ fit)))
         gradient = design.T @ (weight * (target - p)) - fit / PRIOR_SD**2
+        # The residuals of a win, 1 - q, and of a loss, -q.
         gradient[0] += extra * (1 - 2 * _sigmoid(fit[0]))
         step = np.linalg.solve(_information(design, p, weight, extra, fit[0]), gradient)
         # The log-likelihood is concave, but Newton overshoots from far away; bounded steps always
@@ -289,9 +294,11 @@ def _intercept_error(
     residual = (y - p)[..., None]
     of_rows = row_weight[:, None] * (residual * design).mean(axis=(1, 2))
     gradients = np.zeros((int(clusters.max()) + 1, 2))
+    # `add.at`, because an indexed += adds only one of several rows of the same prompt.
     np.add.at(gradients, clusters, of_rows)
     q = _sigmoid(fit[0])
     extra = np.array([[1 - q, 0.0], [-q, 0.0]])
     gradients = np.concatenate([gradients, extra])
+    # The sandwich: the inverse information around the outer products of the clusters' gradients.
     covariance = bread @ gradients.T @ gradients @ bread
     return float(np.sqrt(covariance[0, 0]))

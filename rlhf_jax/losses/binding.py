@@ -57,6 +57,8 @@ def bind_arguments(loss: Loss, available: tuple[str, ...], *, name: str) -> Boun
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             continue
         required = argument.default is argument.empty
+        # A hyperparameter may share its name with a field: keyword-only with a default means that
+        # the field is not wanted.
         if argument.name in available and (required or argument.kind is not argument.KEYWORD_ONLY):
             names.append(argument.name)
         elif required:

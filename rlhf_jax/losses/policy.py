@@ -53,6 +53,7 @@ def ppo_policy_loss(
     (0.4, 0.5)
     """
     old_logp, advantages = lax.stop_gradient((old_logp, advantages))
+    # 0 outside the mask, where the ratio is then 1 and, with an advantage of 0, adds nothing.
     log_ratio = jnp.where(mask, logp, 0) - jnp.where(mask, old_logp, 0)
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     advantages = jnp.where(mask, advantages, 0)
@@ -60,6 +61,7 @@ def ppo_policy_loss(
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
 
+    # `clip_fraction` counts strictly larger terms, because within the clip range both are equal.
     count = jnp.sum(mask, dtype=jnp.float32)
     return Mean(jnp.sum(jnp.maximum(plain, clipped)), count), {
         "approx_kl": Mean(0.5 * jnp.sum(jnp.square(log_ratio)), count),

@@ -39,12 +39,15 @@ def dpo_loss(
     >>> round(float(dpo_loss(one, zero, zero, zero, beta=1.0)[0].value), 4)  # log(1 + exp(-1))
     0.3133
     """
+    # The partition function of the implied reward depends on the prompt only and cancels in the
+    # difference.
     chosen_reward = beta * (chosen_logp - jax.lax.stop_gradient(ref_chosen_logp))
     rejected_reward = beta * (rejected_logp - jax.lax.stop_gradient(ref_rejected_logp))
     margin = chosen_reward - rejected_reward
     count = jnp.float32(margin.size)
     # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     return Mean(jnp.sum(jax.nn.softplus(-margin)), count), {
+        # The sign of equal rewards is 0, which counts half.
         "accuracy": Mean(jnp.sum((jnp.sign(margin) + 1) / 2), count),
         "margin": Mean(jnp.sum(margin), count),
         "chosen_reward": Mean(jnp.sum(chosen_reward), count),

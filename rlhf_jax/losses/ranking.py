@@ -50,6 +50,8 @@ def ranking_loss(
     both_present = present[..., :, None] & present[..., None, :]
     better = both_present & (ranks[..., :, None] < ranks[..., None, :])
     difference = rewards[..., :, None] - rewards[..., None, :]
+    # Index w is the better response and l the other. Pairs that do not count get 0, so that NaN in
+    # the reward of an absent response reaches neither the loss nor its gradient.
     margin = jnp.where(better, difference, 0)
     # softplus(-x) is -log sigmoid(x) without the overflow of the logarithm at 0.
     log_loss = jnp.where(better, jax.nn.softplus(-margin), 0)
@@ -58,6 +60,7 @@ def ranking_loss(
     k = jnp.sum(present, axis=-1, dtype=jnp.float32)
     terms = pairs if divisor == "pairs" else k * (k - 1) / 2
     prompts = jnp.sum(pairs > 0, dtype=jnp.float32)
+    # A prompt without a strict pair has a loss of 0 and not of 0 / 0.
     loss_of_prompt = jnp.sum(log_loss, axis=(-2, -1)) / jnp.maximum(terms, 1)
     loss = jnp.sum(loss_of_prompt)
     right = jnp.where(better, (jnp.sign(margin) + 1) / 2, 0)
@@ -99,6 +102,7 @@ def best_of_loss(
     present = ranks >= 0
     best = ranks == 0
     chosen = jnp.sum(best, axis=-1, dtype=jnp.float32)
+    # A prompt whose responses all share the best rank has no choice to learn from.
     counted = (chosen > 0) & jnp.any(present & ~best, axis=-1)
     # Finite instead of -inf: a row without any response must not turn its gradient into NaN.
     rewards = jnp.where(present, rewards, -1e30)
@@ -107,6 +111,7 @@ def best_of_loss(
     target = of_the_best / jnp.maximum(chosen, 1)
     loss = -jnp.sum(jnp.where(counted, target, 0))
     prompts = jnp.sum(counted, dtype=jnp.float32)
+    # A tie between a best response and another one counts as right.
     largest_best = jnp.max(jnp.where(best, rewards, -1e30), axis=-1)
     right = jnp.sum(counted & (largest_best == jnp.max(rewards, axis=-1)), dtype=jnp.float32)
     return Mean(loss, prompts), {"accuracy": Mean(right, prompts)}

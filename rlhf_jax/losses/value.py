@@ -50,6 +50,7 @@ def ppo_value_loss(
     returns = jnp.where(mask, returns, 0)
     # An infinite bound clips nothing, which leaves the plain squared error.
     bound = jnp.inf if clip_value is None else clip_value
+    # Where the clipped error is the larger one it is constant, and the value gets no gradient.
     error = jnp.square(values - returns)
     clipped = jnp.square(jnp.clip(values, old_values - bound, old_values + bound) - returns)
 

@@ -124,6 +124,8 @@ class DecoderConfig:
             ("mlp_width", 4 * self.width),
         ):
             if not getattr(self, name):
+                # The dataclass is frozen, and configs are keys of caches: sizes are filled in
+                # before the first use, so that equal decoders have equal configs.
                 object.__setattr__(self, name, derived)
         _validate(self)
 
@@ -161,6 +163,7 @@ def _validate(config: DecoderConfig) -> None:
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
     if config.heads % config.kv_heads:
+        # Each key-value head serves the same number of query heads.
         divisors = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
         raise ValueError(
             f"kv_heads={config.kv_heads} must divide heads={config.heads}: choose one of {divisors}"

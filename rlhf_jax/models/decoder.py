@@ -69,6 +69,7 @@ def init_decoder(config: DecoderConfig, key: Array) -> Params:
     """
     embedding_key, block_key = jax.random.split(key)
     params = init_module(Embedding, config, embedding_key)
+    # `vmap` over one key per layer gives the stacked leaves of a scan directly.
     block_keys = jax.random.split(block_key, config.layers)
     return params | {"blocks": jax.vmap(lambda k: init_module(Block, config, k))(block_keys)}
 
@@ -105,6 +106,7 @@ def apply_decoder(
     """
     own, backend, blocks = RowLayout(**rows), config.backend, params["blocks"]
     embedding = bind_embedding(config, params)
+    # 0 is the embedding's; the layers fold in 1, 2, .. (`Shared.dropout_keys`).
     dropout_key = None if key is None else jax.random.fold_in(key, 0)
     x = dropout(embedding(tokens, own.positions), config.dropout, dropout_key)
     slots = jnp.arange(tokens.shape[1])[None, :]
@@ -119,6 +121,7 @@ def apply_decoder(
     shared = _shared(config, own, jnp.broadcast_to(slots, tokens.shape), own, key)
     body, over_layers = partial(run_block, config, backend, shared), backend.over_layers
     recomputed = jax.checkpoint if config.remat == "block" else lambda body: body
+    # Adapters may exist for the last layers only, and one scan needs stacks of the same depth.
     if without_adapters(blocks)[1]:
         over_layers = partial(_over_adapted_layers, recomputed=recomputed)
     else:
@@ -144,6 +147,7 @@ def _over_adapted_layers(
     weights, adapters = without_adapters(blocks)
 
     def adapted(x: Array, layer: Array, own: dict[Any, Array]) -> tuple[Array, Any]:
+        # Inside of what is recomputed, so that the backward pass keeps no layer's slice.
         frozen = {path: leaf[layer] for path, leaf in weights.items()}
         return body(x, layer, traverse_util.unflatten_dict(frozen | own))
 
@@ -186,15 +190,22 @@ def _shared(
     seen = visible(rows.segments, parents, slots, keys.segments)
     whole = _view(config, seen, rows.positions)
     if not config.window:
+        # Kernels that take segments or lengths instead of a bias can express neither parents nor
+        # windows, nor a cache.
         by_segments = keys is rows and rows.parents is None
         segments, lengths = (rows.segments, rows.lengths) if by_segments else (None, None)
         return Shared(whole._replace(segments=segments, lengths=lengths), None, key)
+    # Distances are in positions and not in slots: in a shared-prefix row, each response continues
+    # the positions of its prompt, wherever its slots are. Causality is in `seen`.
     near = rows.positions[:, :, None] - keys.positions[:, None, :] < config.window
     base = config.local_rotary_base
+    # Gemma 3 stretches the rotary positions of its global layers only.
     plain = dataclasses.replace(config, rotary_base=base, rotary_scaling=None)
     return Shared(whole, _view(plain, seen & near, rows.positions), key)
 
 
 def _view(config: DecoderConfig, seen: Bool[Array, "B T S"], positions: Int[Array, "B T"]) -> View:
+    # The same angles for queries and keys: these are of the new tokens, as cached keys are stored
+    # already rotated.
     angles = rotary_angles(config, positions)
     return View(jnp.where(seen, 0.0, _MASKED)[:, None], angles, angles)

@@ -30,6 +30,7 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
 
     def empty(shape: tuple[int, ...]) -> tuple[Array, ...]:
         layers = range(config.layers)
+        # Arrays of their own, and not the same zeros L times: each is overwritten in place.
         return tuple(spread(config.mesh, jnp.zeros(shape, dtype), *axes) for _ in layers)
 
     return Cache(
@@ -48,6 +49,7 @@ def with_tokens(
     slots = jnp.where(segments > 0, slots, cache.segments.shape[1])
     rows = jnp.arange(segments.shape[0])[:, None]
     stored = cache.segments.at[rows, slots].set(segments.astype(cache.segments.dtype), mode="drop")
+    # Padding does not advance a row, so its next token follows the last real one without a gap.
     lengths = cache.lengths + (segments > 0).sum(axis=1).astype(cache.lengths.dtype)
     return dataclasses.replace(cache, segments=stored, lengths=lengths), slots
 
@@ -82,6 +84,7 @@ def blocks_over_cache(
     for layer, own in enumerate(layers_of(config, params["blocks"])):
         stored = (keys[layer], values[layer]), slots
         block = partial(run_block, config, backend, shared, x, layer, own, cache=stored)
+        # Only the last block may leave slots out: all others feed the keys and values of the next.
         is_read = at is not None and layer == config.layers - 1
         x, stored = backend.last_block(block, at) if is_read else block()
         keys[layer], values[layer] = stored
@@ -96,6 +99,7 @@ def layers_of(config: DecoderConfig, blocks: Any) -> Sequence[Params]:
     weights, adapters = without_adapters(blocks)
     if not adapters:
         return config.backend.unstack(blocks)
+    # Adapters are of the last layers; index 0 of their stacks is layer `below`.
     below = config.layers - next(iter(adapters.values())).shape[0]
     layers = []
     for layer in range(config.layers):
@@ -123,6 +127,8 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
 
     def narrow(path: tuple[Any, ...], leaf: Array) -> Array:
         module, name = path[-2].key, path[-1].key
+        # Norms keep their dtype: that of Gemma computes ``1 + scale`` in float32. So do adapters,
+        # which `Linear` converts itself.
         computes = name in ("kernel", "bias") and "norm" not in module
         return leaf.astype(config.dtype) if computes else leaf
 

@@ -77,6 +77,7 @@ def _masked(
     """The logits, with `NEVER` for the ids of `unused`."""
     if not unused:
         return logits
+    # In numpy, because the ranges are known while JAX traces: the mask is a constant.
     mask = np.zeros(logits.shape[-1], bool)
     for start, stop in unused:
         mask[start:stop] = True
@@ -97,6 +98,8 @@ def without_ids(model: Model, unused: tuple[tuple[int, int], ...]) -> Model:
       A model with the same parameters; equal arguments give the same object.
     """
     config = model.config
+    # `language_model` is cached, so equality holds for its own results only. A model with another
+    # head (adapters, say) must keep that head, and gets a wrapper.
     if isinstance(config, DecoderConfig) and model == language_model(config):
         unused = tuple(sorted({*config.unused_ids, *unused}))
         return language_model(dataclasses.replace(config, unused_ids=unused))
@@ -145,6 +148,7 @@ def scalar_from_language_model(params: Params, key: Array) -> Params:
     step that donates its state.
     """
     width = params["embed"]["embedding"].shape[1]
+    # A tied model has no "unembed"; its embedding stays, as the input of the trunk.
     return {name: value for name, value in params.items() if name != "unembed"} | {
         "score": init_score(width, key)
     }

@@ -42,6 +42,7 @@ class Linear(nnx.Linear):
     third of the work.
     """
 
+    # Declared for type checkers only: `bind` sets them where a layer has adapters.
     lora_a: nnx.Param
     lora_b: nnx.Param
 
@@ -62,6 +63,8 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "*B I"], out_sharding: Any = None) -> Array:
         """Apply the projection to the last axis, in the compute dtype."""
         linear, dtype = self.config.backend.linear, jnp.dtype(self.config.dtype)
+        # Converted at each use: the masters stay float32, and gradients reach them through the
+        # cast.
         x = inputs.astype(dtype)
         bias = None if self.bias is None else self.bias[...].astype(dtype)
         y = linear(x, self.kernel[...].astype(dtype), bias)
@@ -138,10 +141,13 @@ class Attention(nnx.Module):
         """
         backend, scalar = self.config.backend, self.config.query_scalar or self.config.head_dim
         query, key, value = self.project(x)
+        # Identity says whether all slots have queries. What separate projections compute in vain is
+        # dead code, which the compiler removes.
         if queries is not x:
             query, _, _ = self.project(queries)
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
+        # After the norm of queries and keys, as in Qwen3 and Gemma, and before keys are cached.
         query, key = rotate(query, view.query_angles), rotate(key, view.key_angles)
         if cache is not None:
             stored = backend.cache.write(*cache, key, value)
@@ -261,6 +267,7 @@ def rotary_angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> Angles
     if config.positions != "rotary":
         return None
     frequency = _rotary_frequencies(config)
+    # In float32, because bfloat16 rounds integers above 256. The axis of size 1 is that of heads.
     angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -281,6 +288,8 @@ def rotate(x: Float[Array, "B T H E"], angles: Angles | None) -> Float[Array, "B
     if angles is None:
         return x
     cos, sin = angles
+    # Not the neighbouring coordinates (2i, 2i + 1) of the paper: checkpoints of Hugging Face are
+    # stored for this half-split layout.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -293,6 +302,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     # 16 random bits per entry, half of what `bernoulli` draws.
     dropped = round(rate * 2**16)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
+    # By the rate as it was rounded, which keeps the expectation exact.
     return jnp.where(keep, x / (1 - dropped / 2**16), 0)
 
 
@@ -314,6 +324,7 @@ def bind(kind: Callable[..., Any], config: DecoderConfig, params: Params, **how:
     """The module over `params`, built while JAX traces, so that compiled calls do not run nnx."""
     leaves, adapters = without_adapters(params)
     module = nnx.merge(_graph(kind, config, **how), traverse_util.unflatten_dict(leaves))
+    # The cached graph has no adapters, so they are attached to the finished module.
     for (*path, name), value in adapters.items():
         setattr(functools.reduce(getattr, path, module), name, nnx.Param(value))
     return module
@@ -349,6 +360,8 @@ class Shared(NamedTuple):
         """What the queries of one layer see."""
         if self.local is None:
             return self.whole
+        # `layer` may be traced, because all layers share one program. So both views exist, and one
+        # is selected.
         is_global = (layer + 1) % config.window_every == 0
         return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), self.whole, self.local)
 
@@ -356,6 +369,7 @@ class Shared(NamedTuple):
         """The keys of one layer's two branches."""
         if self.key is None:
             return None, None
+        # + 1, because `apply_decoder` has used 0 for the embedding.
         attention, mlp = jax.random.split(jax.random.fold_in(self.key, layer + 1))
         return attention, mlp
 

@@ -72,6 +72,7 @@ def init_lora(
     adapters = {}
     for place, path in enumerate(chosen):
         _, inputs, outputs = kernels[path].shape
+        # Only B is 0: with A = 0 as well, neither would ever get a gradient.
         a = jax.random.normal(jax.random.fold_in(key, place), (count, inputs, rank)) * inputs**-0.5
         adapters[(*path[:-1], "lora_a")] = a
         adapters[(*path[:-1], "lora_b")] = jnp.zeros((count, rank, outputs))
@@ -92,6 +93,7 @@ def with_lora(base: Params, trained: Params, *, alpha: float | int) -> Params:
     merged: dict[Any, Any] = {**traverse_util.flatten_dict(base)}
     own: dict[Any, Any] = traverse_util.flatten_dict(trained)
     for path, leaf in own.items():
+        # ``lora_b`` is ``[n, r, outputs]``, so the second last axis is the rank.
         merged[path] = leaf * (alpha / leaf.shape[-2]) if path[-1] == "lora_b" else leaf
     return traverse_util.unflatten_dict(merged)
 
@@ -113,7 +115,10 @@ def merge_lora(base: Params, trained: Params, *, alpha: float | int) -> Params:
 
 @jax.jit
 def _merged(kernel: Array, a: Array, b: Array) -> Array:
+    # At the highest precision, because the merged weights are what is exported, and accelerators
+    # multiply float32 in a coarser precision by default.
     change = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
+    # Adapters of fewer layers than the kernel belong to its last ones.
     below = kernel.shape[0] - a.shape[0]
     return kernel.at[below:].set((kernel[below:].astype(jnp.float32) + change).astype(kernel.dtype))
 
@@ -141,4 +146,5 @@ def lora_model(model: Model, base: Params, *, alpha: float | int) -> Model:
     def head(trained: Params, hidden: Array) -> Array:
         return model.head(with_lora(base, trained, alpha=alpha), hidden)
 
+    # `for_decoding` gets the trained leaves alone, which are no whole blocks to lay out.
     return model._replace(apply=apply, head=head, for_decoding=lambda trained: trained)

@@ -12,11 +12,13 @@ from jaxtyping import Array, Float
 
 def layer_norm(width: int, epsilon: float, **how: Any) -> nnx.LayerNorm:
     """LayerNorm in two passes (GPT-2)."""
+    # The fast variance, ``E[x^2] - E[x]^2``, cancels in float32 where the mean is large.
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **how)
 
 
 def rms_norm(width: int, epsilon: float, *, use_bias: bool, **how: Any) -> nnx.RMSNorm:
     """RMSNorm (Llama)."""
+    # `DecoderConfig.bias` concerns projections and LayerNorm: an RMSNorm has no bias.
     del use_bias
     return nnx.RMSNorm(width, epsilon=epsilon, **how)
 
@@ -31,6 +33,7 @@ class PlusOneRMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis."""
+        # ``1 + scale`` in float32 too: in bfloat16 the sum would lose the digits of a small scale.
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         scale = 1 + self.scale[...].astype(jnp.float32)

@@ -43,5 +43,6 @@ def look_up(
     then exchanged for rows over fsdp. Given only the final sharding, the compiler would replicate
     the activations of the whole batch on every device.
     """
+    # Ids are spread over data only, so that fsdp and tensor are free for the width of the table.
     by_width = spread(mesh, table(spread(mesh, ids, "data", None)), "data", None, WIDTH)
     return spread(mesh, spread(mesh, by_width, "data", None, "fsdp"), ROWS, None, None)

@@ -37,6 +37,8 @@ def unused_ids(tokenizer: Any, vocab_size: int) -> Ranges:
     ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
     used = np.zeros(vocab_size, bool)
     used[ids[(ids >= 0) & (ids < vocab_size)]] = True
+    # With a used id assumed at both ends, the changes come in pairs: the first id of a run of
+    # unused ones, and the id after its last.
     changes = np.flatnonzero(np.diff(np.concatenate([[True], used, [True]]).astype(np.int8)))
     return tuple((int(start), int(stop)) for start, stop in changes.reshape(-1, 2))
 
@@ -73,6 +75,8 @@ def check_ids(tokenizer: Any, vocab_size: int, where: Path) -> None:
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not beyond:
         return
+    # Texts are encoded without recognising special tokens, so a special one comes from a text only
+    # if the merges produce it. Other added tokens are found in any text.
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
     ordinary = [
         t for t in beyond if t not in added or not added[t].special or _from_text(tokenizer, t)
@@ -97,10 +101,14 @@ def _from_text(tokenizer: Any, token: str) -> bool:
     """Whether the tokenizer's merges can produce this token from ordinary text."""
     if token not in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False):
         return False
+    # The merges have no accessor; the serialised tokenizer has them.
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    # Only BPE that follows its merges can have entries that no text produces; single characters
+    # need no merge.
     if model["type"] != "BPE" or model.get("ignore_merges") or len(token) == 1:
         return True
     merged = (
+        # Files list a merge as a pair, or in the older form as one string with a space.
         "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
         for merge in model["merges"]
     )

@@ -79,6 +79,8 @@ class Judge:
         by_name = {key: known[what] for key, what in self.wants if key is not None}
         try:
             found = self.function(*in_place, **by_name)
+        # Whatever a function of the user's raises; an interrupt is no `Exception` and passes
+        # through.
         except Exception as error:
             raise FunctionFailed(
                 f"{self.name} failed for the prompt {prompt_id!r}: {_where(error)}; what was saved "
@@ -163,6 +165,7 @@ def bound(name: str, function: Callable[..., Any]) -> tuple[tuple[str | None, st
     for p in parameters:
         if p.name in ARGUMENTS and p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL:
             wants.append((None if p.kind is p.POSITIONAL_ONLY else p.name, p.name))
+    # ``**others`` takes whatever the function does not name.
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         named = [what for _, what in wants]
         wants += [(what, what) for what in ARGUMENTS if what not in named]
@@ -196,12 +199,15 @@ def number(value: Any) -> float:
     if isinstance(value, str | bytes):
         raise ValueError(f"the text {str(value)[:60]!r}")
     if inspect.isawaitable(value):
+        # A coroutine that is dropped unawaited prints a warning of its own.
         getattr(value, "close", lambda: None)()
         raise ValueError("a coroutine (it is an async function)")
     shape = getattr(value, "shape", ())
     if (
+        # Complex numbers of numpy have `__float__`, which drops the imaginary part.
         not hasattr(value, "__float__")
         or isinstance(value, complex)
+        or np.iscomplexobj(value)
         or (shape is not None and tuple(shape) != ())
     ):
         shown = f" of shape {tuple(shape)}" if shape else ""
@@ -214,10 +220,12 @@ def number(value: Any) -> float:
 
 def _where(error: Exception) -> str:
     """The error and its last line in the user's own files: ``my_lab.py:12: KeyError: 'a'``."""
+    # The first frame is the call in `judged`.
     frames = traceback.extract_tb(error.__traceback__)[1:]
     own = [
         f for f in frames if "site-packages" not in f.filename and "/lib/python" not in f.filename
     ]
+    # The innermost frame of the user's own code says more than where a library noticed the error.
     last = (own or frames)[-1:]
     place = f"{last[0].filename}:{last[0].lineno}: " if last else ""
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())[:300]}"

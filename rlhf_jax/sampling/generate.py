@@ -46,6 +46,7 @@ class Decoding(NamedTuple):
     def live(self) -> Bool[Array, " B"]:
         """Rows that decode another token."""
         going = ~self.finished & (self.counts < self.tokens.shape[1])
+        # An idle row has the index R and reads the False that is appended.
         return jnp.concatenate([going, jnp.zeros((1,), bool)])[self.response]
 
 
@@ -181,6 +182,7 @@ def _generate(model, params, prompts, key, *, sampling: Sampling, copies: int) -
     keys = row_keys(key, prompts.ids, copies)
     hidden = jnp.repeat(hidden, copies, axis=0)
     state = empty_responses(draws(keys, sampling.max_new_tokens), cache.repeat(copies))
+    # The prefill has computed what predicts the first token.
     state = append_token(model, params, hidden, state, state.response, sampling)
     state = jax.lax.while_loop(
         lambda s: s.live.any(), partial(another_token, model, params, sampling=sampling), state
@@ -223,6 +225,7 @@ def empty_responses(uniform: Float[Array, "B N 2"], cache: Cache) -> Decoding:
 
 def another_token(model: Model, params: Params, state: Decoding, sampling: Sampling) -> Decoding:
     """Decode one more token of each live row."""
+    # From the state before the step; the index R drops the writes of rows that are not live.
     response = jnp.where(state.live, state.response, state.tokens.shape[0])
     hidden, state = decode_step(model, params, state)
     return append_token(model, params, hidden, state, response, sampling)
@@ -236,6 +239,7 @@ def decode_step(
     The hidden state predicts the next token.
     """
     last = jnp.maximum(state.counts - 1, 0)[:, None]
+    # Per response; each row then takes that of its own one.
     last = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
     output = model.apply(
         params,
@@ -302,9 +306,11 @@ def sample_token(
         )
     logits = truncate(logits.astype(jnp.float32) / temperature, top_k=top_k, top_p=top_p)
     size = logits.shape[1]
+    # The largest weight becomes 1: no exponential overflows, and their sum is at least 1.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     # The first power of two that is at least sqrt(V).
     width = 1 << math.isqrt(size - 1).bit_length()
+    # The padding has weight 0 and is never chosen.
     blocks = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf).reshape(
         len(logits), -1, width
     )
@@ -314,6 +320,7 @@ def sample_token(
     weights = jnp.exp(jnp.take_along_axis(logits, places, axis=1, mode="fill", fill_value=-jnp.inf))
     inside, _ = _invert(weights, uniform[:, 1])
     tokens = block * width + inside
+    # `mass` is the sum over all blocks, so this is the log-softmax of the truncated logits.
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jnp.log(mass)
 
@@ -340,11 +347,14 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
     if 0 < top_k < logits.shape[-1]:
+        # By index and not by comparing with the k-th logit, which would keep all that are equal to
+        # it.
         best = jax.lax.top_k(logits, top_k)[1]
         logits = jnp.where(_chosen(logits, best, True), logits, -jnp.inf)
     if top_p < 1:
         order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
         probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        # The mass before a token, so that the one that crosses p is kept, and the likeliest always.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits = jnp.where(_chosen(logits, order, before < top_p), logits, -jnp.inf)
     return logits
@@ -370,6 +380,7 @@ def append_token(
 
     An index of R or more marks an idle row, for which nothing is stored.
     """
+    # Reads must be in range for idle rows too; only writes drop an index past the end.
     at = jnp.minimum(response, state.tokens.shape[0] - 1)
     places = state.counts[at]
     token, logp = sample_token(
@@ -384,6 +395,7 @@ def append_token(
         tokens=state.tokens.at[response, places].set(token, mode="drop"),
         logp=state.logp.at[response, places].set(logp, mode="drop"),
         counts=state.counts.at[response].add(1, mode="drop"),
+        # The maximum of booleans is their disjunction: what is finished stays so.
         finished=state.finished.at[response].max(stopped, mode="drop"),
     )
 
@@ -398,6 +410,8 @@ def join_responses(
     """Join prompts and responses without a gap."""
     lengths = jnp.asarray(prompts.lengths)
     slots = jnp.arange(prompts.tokens.shape[1] + tokens.shape[1])[None, :]
+    # The index in the response of each slot; rows have prompts of different lengths, so this is a
+    # gather and not a slice.
     place = slots - lengths[:, None]
     in_response = (place >= 0) & (place < counts[:, None])
     place = jnp.clip(place, 0, tokens.shape[1] - 1)

@@ -123,7 +123,10 @@ def generate_many(
     width = -(-rows.count // streams)
     if rows.sharding is None:  # no more rows than responses
         width = max(1, -(-min(rows.count, int(repeats.sum())) // streams))
-    host = jax.tree.map(np.asarray, prompts)
+    # Consecutive responses must come from consecutive prompts: a refill prefills a range of them.
+    sampled = np.flatnonzero(repeats) if repeats.any() else np.arange(len(repeats))
+    repeats = repeats[sampled]
+    host = jax.tree.map(lambda x: np.asarray(x)[sampled], prompts)
     queues = [
         _Queue(
             jax.tree.map(lambda x, i=i: x[i], host),
@@ -166,6 +169,7 @@ def _for_decoding(model: Model, params: Params) -> Params:
 def _shares(counts: np.ndarray, streams: int) -> list[slice]:
     """Consecutive prompts for each stream, with about equal numbers of responses, at least one."""
     ends = np.searchsorted(np.cumsum(counts), np.arange(1, streams) * counts.sum() / streams) + 1
+    # At least one prompt for each stream, also where one prompt has most of the responses.
     ends = np.clip(ends, np.arange(1, streams), len(counts) - streams + np.arange(1, streams))
     return [slice(a, b) for a, b in zip([0, *ends], [*ends, len(counts)], strict=True)]
 
@@ -176,6 +180,7 @@ def _empty(model: Model, queue: _Queue, slots: int, max_new_tokens: int, shardin
     state = empty_responses(
         jnp.zeros((places, max_new_tokens, 2)), model.init_cache(queue.rows, slots)
     )
+    # All responses count as ended and all rows as idle, until the first refill.
     state = state._replace(
         finished=jnp.ones(places, bool), response=jnp.full(queue.rows, places, jnp.int32)
     )
@@ -210,7 +215,9 @@ def _drain_all(
                     state = run(state, queue.next())
                 queue.collect(state)
                 with turn:
+                    # Under the lock, because the caller's function need not be safe in threads.
                     progress(sum(q.collected for q in queues), total)
+        # Whatever stops this stream, the others stop at their next refill.
         except BaseException:
             stop.set()
             raise
@@ -238,15 +245,18 @@ class _Queue:
         max_new_tokens: int,
     ):
         self.prompts = prompts
+        # The prompt of each response, and its number among the samples of that prompt.
         self.owner = np.repeat(np.arange(len(counts)), counts)
         self.sample = np.arange(len(self.owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.total = len(self.owner)
         self.rows = rows
         self.chunk = min(self.rows, refill or -(-self.rows // 2))
+        # At most one response per row is being decoded while one refill waits.
         self.places = self.rows + self.chunk
         # Consecutive responses share prompts, and each prompt is prefilled once.
         fewest = max(1, int(counts[counts > 0].min(initial=self.chunk)))
         self.prefills = min(self.chunk, 1 + -(-(self.chunk - 1) // fewest))
+        # Which response each place of the state has; -1 is free.
         self.holds = np.full(self.places, -1)
         self.given = self.collected = 0
         shape = (self.total, max_new_tokens)
@@ -267,7 +277,10 @@ class _Queue:
         self.holds[free[: len(jobs)]] = jobs
         self.given += len(jobs)
         first = self.owner[jobs[0]] if len(jobs) else 0
+        # Shapes are fixed, so a fixed number of prompts is prefilled; past the end the last one
+        # again.
         chosen = np.minimum(first + np.arange(self.prefills), len(self.prompts.lengths) - 1)
+        # A place past the end marks an absent response, for which nothing is stored.
         place = np.full(self.chunk, self.places, np.int32)
         place[: len(jobs)] = free[: len(jobs)]
         source, sample = np.zeros((2, self.chunk), np.int32)
@@ -279,6 +292,7 @@ class _Queue:
 
     def collect(self, state: Decoding) -> None:
         """Copy the responses that have ended, and free their slots."""
+        # This waits for the device, without the lock, so that other streams can run.
         seen = jax.tree.map(np.asarray, (state.tokens, state.logp, state.counts, state.finished))
         ended = (self.holds >= 0) & (seen[3] | (seen[2] == seen[0].shape[1]))
         for store, found in zip(self.ended, seen, strict=True):
@@ -308,6 +322,7 @@ def _refill_and_decode(
     params, fast = weights
     prompts, place, source, sample, count, until = jax.tree.map(jnp.asarray, begun)
     hidden, cache = prefill(model, params, prompts, slots=state.cache.segments.shape[1])
+    # By prompt id and sample, so that a response has the same random numbers in any row or refill.
     keys = jax.vmap(partial(row_key, key))(prompts.ids[source], sample)
     state = state._replace(
         # A row that has ended must let go of its index, which may now belong to a new response.
@@ -336,6 +351,7 @@ def _refill_and_decode(
 
 def _may_hand_over(carry: tuple[Decoding, Waiting]) -> Bool[Array, ""]:
     state, waiting = carry
+    # Only where a response waits and a row is free, else the body would copy caches for nothing.
     return (waiting.given < waiting.count) & ~state.live.all()
 
 
@@ -343,6 +359,7 @@ def _hand_over(carry: tuple[Decoding, Waiting]) -> tuple[Decoding, Waiting]:
     """Give the next waiting responses to rows that are not live, a few rows at a time."""
     state, waiting = carry
     rows, some = state.response.shape[0], max(1, state.response.shape[0] // 16)
+    # `nonzero` needs a static size; missing entries get the index `rows`, which writes drop.
     free = jnp.nonzero(~state.live, size=some, fill_value=rows)[0]
     jobs = waiting.given + jnp.arange(some)
     taken = (jobs < waiting.count) & (free < rows)

@@ -70,6 +70,7 @@ def claims(results: Mapping[str, Any]) -> list[Claim]:
 
 
 def _labelers_agree(train: float, heldout: float) -> bool:
+    # Not the difference alone: a model that learnt nothing agrees equally little with both groups.
     return train - heldout <= MAXIMAL_DROP and min(train, heldout) > MINIMAL_ACCURACY
 
 

@@ -123,6 +123,7 @@ class _Answers(NamedTuple):
 def _answers(sample: Mapping[str, Any]) -> _Answers:
     responses = mapping(sample, "responses")
     scores = {key: number(responses, f"{key}.gold_score") for key in responses}
+    # Several answers can share the best score; all of them are marked.
     best = max((score for score in scores.values() if score is not None), default=None)
     # The models of the report come first, in its order; other sampled models follow.
     ours = [key for key in MODELS if key in responses]
@@ -163,6 +164,7 @@ class _Cost(NamedTuple):
 
 def _cost(results: Mapping[str, Any]) -> _Cost | None:
     seconds = {k: float(v) for k, v in mapping(results, "seconds").items() if finite(v)}
+    # "total" and "compile" are over all stages and no stages themselves.
     stages = {k: v for k, v in seconds.items() if k not in ("total", "compile")}
     if not stages:
         return None

@@ -56,6 +56,7 @@ def check_results(results: Mapping[str, Any]) -> list[str]:
 
 def finite(value: Any) -> bool:
     """Whether `value` is a number that can be plotted."""
+    # A bool is a `Real`, and would be plotted as 0 or 1.
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

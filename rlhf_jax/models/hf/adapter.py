@@ -75,6 +75,8 @@ class Adapter(NamedTuple):
             if pair is None or not name.endswith(".weight"):
                 return tensor
             a, b = (np.asarray(whole(part), np.float32) for part in pair)
+            # GPT-2 stores its matrices as (in, out), where the change is ``(B A)^T = A^T B^T``;
+            # heads are (out, in) in every family.
             left, right = (b, a) if transposed or name in _OUT_IN else (a.T, b.T)
             if tuple(tensor.shape) != (len(left), right.shape[1]):
                 raise ValueError(
@@ -102,6 +104,8 @@ class _Merged:
 
     def __getitem__(self, window: Window, /) -> np.ndarray:
         rows, columns = window
+        # The product of this window only: `left` and `right` are thin, the whole change is as large
+        # as the base.
         change = self.left[rows] @ self.right[:, columns]
         return self.base[window].astype(np.float32) + np.float32(self.scale) * change
 
@@ -171,6 +175,8 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
         )
     plain = {"init_lora_weights": _PLAIN_STARTS, "bias": (None, "none")}
     for name, value in config.items():
+        # An unknown field may be a method of PEFT that changes the weights: it is accepted only if
+        # it is off.
         refused = (
             value not in plain[name]
             if name in plain
@@ -183,6 +189,7 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     numbers = (
+        # `type`, because ``true`` in JSON is an integer for `isinstance`.
         type(rank) is int
         and rank > 0
         and isinstance(alpha, int | float)
@@ -201,6 +208,7 @@ def _scale(config: Mapping[str, Any], where: Path) -> tuple[float, int]:
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), rank
 
 
+# ``default`` is PEFT's name for the adapter in memory; some tools write it into the file.
 _PART = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
 
@@ -214,6 +222,7 @@ def _pairs(file: Path, rank: int) -> dict[str, tuple[Stored, Stored]]:
                 f"{file} holds tensor {tensor.name!r} of shape {shape}, which is more than plain "
                 "LoRA: merge the adapter with PEFT (merge_and_unload) and pass the merged model"
             )
+        # A is ``[r, in]`` and B is ``[out, r]``.
         if shape[0 if found["part"] == "A" else 1] != rank:
             raise ValueError(
                 f"tensor {tensor.name!r} of {file} has the shape {shape}, and r={rank}: copy it "

@@ -35,6 +35,7 @@ def config_from_hf(description: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(
             f"config.json lacks the field {error}: copy the model folder again"
         ) from error
+    # config.json is not trusted: a list or text where a number belongs fails somewhere in a reader.
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"config.json holds a value of a wrong kind ({error}): copy the model folder again"
@@ -74,6 +75,7 @@ def check_number(name: str, value: Any, where: str) -> None:
       ValueError: the value is refused.
     """
     if (
+        # `type`, because ``true`` in JSON is an integer for `isinstance`.
         name in _COUNTS
         and value is not None
         and not (type(value) is int and 0 <= value <= _COUNTS[name])
@@ -91,12 +93,13 @@ def check_number(name: str, value: Any, where: str) -> None:
             f"{where} has {name}={clipped(value)}: it must be a number above 0, at most "
             f"{_REALS[name]:g}"
         )
-    if name == SCORE_BIAS and not (isinstance(value, int | float) and -1e6 <= value <= 1e6):
+    if name == SCORE_BIAS and not (type(value) in (int, float) and -1e6 <= value <= 1e6):
         raise ValueError(
             f"{where} has {name}={clipped(value)}: it must be a number from -1e6 to 1e6"
         )
 
 
+# ``gelu_new`` and ``gelu_pytorch_tanh`` are the tanh approximation, ``gelu`` is the one with erf.
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -162,6 +165,8 @@ def _rope(d: Mapping[str, Any]) -> Mapping[str, Any]:
 
     transformers 5 writes them as rope_parameters, earlier versions as rope_scaling.
     """
+    # A file may have both. rope_theta is compared below, and `type` is the older name of rope_type,
+    # so neither makes them differ.
     new, old = (d.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if (
         new
@@ -197,6 +202,8 @@ def _context_within_window(d: Mapping[str, Any]) -> int:
             f"layer_types={clipped(types)} in config.json is not supported: one of {_LOCAL!r} and "
             f"{_GLOBAL!r} for each of {d['num_hidden_layers']} layers is"
         )
+    # Qwen's config class has the window off by default, whatever `sliding_window` is; Mistral's has
+    # no such switch.
     used = d.get("use_sliding_window", d["model_type"] not in ("qwen2", "qwen3"))
     if _LOCAL in types and not d.get("sliding_window"):
         raise ValueError(
@@ -228,6 +235,8 @@ def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
             f"hidden_activation={d['hidden_activation']!r} is not supported: choose a Gemma 3 text "
             "model"
         )
+    # Gemma 3 has rotary settings of each kind of layer; rope_theta and rope_local_base_freq are the
+    # older form of the same two.
     rope = d.get("rope_parameters") or {}
     if set(rope) - {_GLOBAL, _LOCAL}:
         raise ValueError(
@@ -241,6 +250,7 @@ def _gemma3_config(d: Mapping[str, Any]) -> DecoderConfig:
             f"rope_parameters of sliding_attention={near} are not supported: choose plain ones "
             "there"
         )
+    # What may be missing has the default of transformers' config class.
     layers = d["num_hidden_layers"]
     return DecoderConfig(
         vocab_size=d["vocab_size"],
@@ -272,6 +282,7 @@ def _window_every(d: Mapping[str, Any], layers: int) -> int:
     types = d.get("layer_types")
     if types is None:
         return d.get("sliding_window_pattern") or d.get("_sliding_window_pattern") or 6
+    # Without a global layer, the period is longer than the model.
     every = types.index(_GLOBAL) + 1 if _GLOBAL in types else layers + 1
     if types != _layer_types(layers, every):
         raise ValueError(
@@ -364,6 +375,8 @@ def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": config.query_scalar or config.head_dim,
         "sliding_window": config.window,
+        # The pattern in both forms: earlier versions of transformers read sliding_window_pattern,
+        # later ones layer_types.
         "layer_types": _layer_types(config.layers, config.window_every),
         "sliding_window_pattern": config.window_every,
         "rope_theta": config.rotary_base,

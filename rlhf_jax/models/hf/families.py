@@ -26,6 +26,8 @@ _LLAMA = {
 
 
 _GEMMA3 = _LLAMA | {
+    # The same name as in Llama, where it is the norm before the MLP; here it is the one after
+    # attention.
     "blocks.attention.post_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
     "blocks.mlp.post_norm": "model.layers.{}.post_feedforward_layernorm",
@@ -137,6 +139,7 @@ def family_of(config: DecoderConfig) -> str:
         config.window,
         config.query_scalar not in (0, config.head_dim),
     )
+    # c_attn has one width for query, key and value, so GPT-2 can have no grouped or wider heads.
     multi_head = config.kv_heads == config.heads and config.heads * config.head_dim == config.width
     plain = config.bias == "all" and multi_head and not config.qk_norm
     if (
@@ -151,6 +154,8 @@ def family_of(config: DecoderConfig) -> str:
         and not any(own)
         and not (config.qk_norm and config.bias != "none")
     ):
+        # Mistral has the parts of Llama (its window only limits the context) and is written as
+        # llama.
         return "qwen3" if config.qk_norm else "qwen2" if config.bias == "qkv" else "llama"
     raise ValueError(
         f"positions={parts[0]!r}, norm={parts[1]!r}, activation={parts[2]!r}, "

@@ -46,6 +46,7 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
         import gguf  # an extra: pip install rlhf_jax[gguf]
     except ImportError as error:
         raise ValueError("reading .gguf files needs the gguf package: pip install gguf") from error
+    # Before the reader, which trusts the sizes in a header and would allocate what they ask for.
     check_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
@@ -69,7 +70,9 @@ def load_gguf(path: Path, dtype: Any, shardings: Shardings | None) -> tuple[Mode
         shapes = {name: _shape(tensor) for name, tensor in unread.items()}
         refuse_unread(path, shapes, config.layers)
 
+    # GGUF has no field for a tied head: such a file lacks the output matrix.
     config = _config(reader, path, read, tied="output.weight" not in tensors)
+    # Llama 3.1 and later store their stretched frequencies as a tensor.
     if "rope_freqs.weight" in tensors:
         raise ValueError(
             f"{path} scales its rotary frequencies: choose a model with plain rotary positions"
@@ -98,7 +101,9 @@ class _Quantised:
 
     def __getitem__(self, window: Window, /) -> np.ndarray:
         rows, *others = window
+        # Quantised blocks run along a row, so whole rows are expanded before columns are cut.
         values = self._dequantise(self._tensor.data[rows], self._tensor.tensor_type)
+        # A copy: tensors that are not quantised are views of the mapped file, which is let go next.
         block = np.array(values[(slice(None), *others)])
         _let_go(self._tensor.data)
         return block
@@ -109,6 +114,7 @@ def _let_go(mapped: Any) -> None:
 
     Until then they count as memory of this process.
     """
+    # The base of a view is another view or the memmap, whose base is the mapping itself.
     while mapped is not None and not isinstance(mapped, mmap.mmap):
         mapped = getattr(mapped, "base", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -148,12 +154,14 @@ def _config(reader, path: Path, read: Read, *, tied: bool) -> DecoderConfig:
         )
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     for name, key in _FIELDS.items():
+        # A missing field passes with 1; if it is required, it is refused by name when it is read.
         check_number(name, field(key, 1), str(path))
     head_dim = field("llama.attention.key_length", width // max(heads, 1))
     plain = {
         "llama.vocab_size": read("token_embd.weight").shape[0],
         "llama.rope.dimension_count": head_dim,
         "llama.attention.value_length": head_dim,
+        # What the other fields imply: a file may repeat it, but must not contradict it.
         "llama.attention.scale": head_dim**-0.5,
     }
     unread = [entry for entry in reader.fields.values() if _is_unread(entry.name)]

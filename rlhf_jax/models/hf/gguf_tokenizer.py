@@ -35,6 +35,7 @@ def gguf_tokenizer(reader: Any) -> Any:
         entry = reader.get_field(f"tokenizer.ggml.{name}")
         return None if entry is None else entry.contents()
 
+    # "gpt2" is GGUF's word for byte-level BPE, whatever the model is; "llama" is SentencePiece.
     if field("model") != "gpt2":
         return None
     import tokenizers
@@ -46,7 +47,10 @@ def gguf_tokenizer(reader: Any) -> Any:
     if field("pre") not in cuts:
         return None
     pieces, kinds, merges = field("tokens"), field("token_type"), field("merges")
+    # Byte-level pieces contain no space (it is written as another character), so a space separates
+    # the two halves.
     merges = [tuple(merge.split(" ")) for merge in merges or ()]
+    # 1 is an ordinary token.
     kinds = kinds or [1] * len(pieces)
     if not len(pieces) == len(kinds) == len(set(pieces)):
         raise ValueError(
@@ -80,6 +84,7 @@ def gguf_tokenizer(reader: Any) -> Any:
     template = reader.get_field("tokenizer.chat_template")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
+        # True would delete spaces before punctuation, so that decoded text encodes to other ids.
         clean_up_tokenization_spaces=False,
         chat_template=template and template.contents(),
         **{name: pieces[i] for name, i in ids.items() if i is not None},

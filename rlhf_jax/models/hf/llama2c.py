@@ -36,10 +36,12 @@ def load_llama2c(
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: pass a llama2.c .bin checkpoint")
     content = path.read_bytes()
+    # Seven int32.
     if len(content) < 28:
         raise ValueError(
             f"{path} is corrupt ({len(content)} bytes is less than a header): copy it again"
         )
+    # The magic number 0x616b3432 of versions 1 and 2, in little-endian order; version 0 has none.
     if content[:4] == b"24ka":
         raise ValueError(
             f"{path} is of version {struct.unpack('<i', content[4:8])[0]} of llama2.c, and only "
@@ -102,6 +104,7 @@ def _tensors(config: DecoderConfig, values: np.ndarray, path: Path) -> dict[str,
     }
     blocks |= {"ffn_norm": (d,), "ffn_gate": (m, d), "ffn_down": (d, m), "ffn_up": (m, d)}
     order = {"token_embd": (v, d)} | {f"blk.{{}}.{name}": shape for name, shape in blocks.items()}
+    # A table of cosines and one of sines, each ``[context, head_dim / 2]``, are read as one tensor.
     order |= {"output_norm": (d,), "rotary tables": (config.context_length, config.head_dim)}
     if not config.tied:
         order["output"] = (v, d)
@@ -128,6 +131,8 @@ def _check_rotary_tables(config: DecoderConfig, tables: np.ndarray, path: Path) 
     frequencies = config.rotary_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     angles = np.arange(config.context_length)[:, None] * frequencies
     wanted = np.concatenate([np.cos(angles).ravel(), np.sin(angles).ravel()])
+    # 0.01, because the tables were computed in float32 by another program; another base differs by
+    # more.
     if tables.any() and np.abs(tables.ravel() - wanted).max() > 0.01:
         raise ValueError(
             f"{path} holds rotary tables of shape {list(tables.shape)} that are not those of the "
@@ -146,6 +151,7 @@ def _tokenizer(path: Path, config: DecoderConfig) -> Any:
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=_merges(scores), unk_token="<unk>", byte_fallback=True)
     )
+    # llama2.c puts a space before every text, as SentencePiece does; the decoder strips it.
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -161,6 +167,7 @@ def _tokenizer(path: Path, config: DecoderConfig) -> Any:
 def _pieces(path: Path, vocab_size: int) -> dict[str, float]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: pass the llama2.c tokenizer .bin")
+    # The first four bytes are the length of the longest piece, which is not needed here.
     content, offset, scores = path.read_bytes(), 4, {}
     try:
         for i in range(vocab_size):
@@ -189,6 +196,7 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
     llama2.c applies merges greedily in this order.
     """
+    # The first 259 pieces are three control tokens and the 256 bytes, which no merge makes.
     joined = sorted(
         (piece for piece in list(scores)[259:] if len(piece) > 1), key=lambda piece: -scores[piece]
     )

@@ -61,6 +61,7 @@ def assemble(
         else:
             name, shape = tensor_name(names, path), leaf.shape[1:] if stacked else leaf.shape
             layers = [name.format(i) for i in range(leaf.shape[0])] if stacked else [name]
+            # Looking a tensor up marks it as read, which is what `check` goes by.
             stored = [checked(n, read(n), shape[::-1] if flip else shape) for n in layers]
             makers[path] = partial(_read_piece, stored, dtype, stacked=stacked, flip=flip)
     check()
@@ -89,6 +90,7 @@ def _place(
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         return make(
+            # JAX gives ``slice(None)`` for a whole axis; a window has numbers.
             tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
         )
 
@@ -116,6 +118,7 @@ def _read_piece(
     layers, window = (index[0], index[1:]) if stacked else (slice(0, 1), index)
     for i, layer in enumerate(stored[layers]):
         part = target[i] if stacked else target
+        # A transposed view of the target is filled, so that no transposed copy is made.
         _copy(layer, window[::-1] if flip else window, part.T if flip else part)
     return target
 

@@ -91,9 +91,11 @@ def load_hf(
     scalar = _is_scalar(description, tensors)
     config = _with_own_head(config, names, tensors, scalar=scalar)
     tokenizer = model_tokenizer(path, config)
+    # A scalar model is not sampled from and has no logits to mask.
     if tokenizer is not None and not scalar:
         config = dataclasses.replace(config, unused_ids=unused_ids(tokenizer, config.vocab_size))
     model = scalar_model(config) if scalar else language_model(config)
+    # The adapter first: PEFT adapts c_attn as one matrix, which is split only afterwards.
     read = tensors if adapter is None else adapter.applied(tensors, transposed=names is not GPT2)
     read = split_c_attn(read, config) if names is GPT2 else read
     check = partial(_all_read, tensors, config, adapter)
@@ -135,6 +137,7 @@ def _is_scalar(description: Mapping[str, Any], tensors: FolderTensors) -> bool:
             )
         return False
     shape = tuple(tensors("score.weight").shape)
+    # Other shapes than ``[labels, D]`` are left to `assemble`, which compares them with the model.
     if len(shape) == 2 and shape[0] != 1:
         raise ValueError(
             f"tensor 'score.weight' of {tensors.path} has the shape {list(shape)}: a classifier of "
@@ -174,6 +177,7 @@ def _with_own_head(
         return config
     one, other = tensors.peek(head), tensors.peek(embedding)
     equal = one.shape == other.shape and len(one.shape) == 2
+    # The size of a row in float32, whatever the file has: it only decides the size of the blocks.
     if equal and same_values(one, other, blocks(one.shape[0], 4 * one.shape[1])):
         tensors(head)  # Counts as read.
         return config

@@ -72,6 +72,8 @@ def _check_header(file: Path) -> None:
     """Refuse headers that the library would accept: with a tensor twice, or nested too deeply."""
     check_file(file)
     with file.open("rb") as stream:
+        # Read before the library does, with a limit: the length is from the file and may be any
+        # number.
         length = int.from_bytes(stream.read(8), "little")
         if length > _HEADER_LIMIT:
             raise ValueError(
@@ -120,6 +122,7 @@ def write_file(file: Path, tensors: Mapping[str, Outgoing]) -> None:
       file: the file to write; it is written completely or not at all.
       tensors: name -> tensor; each is fetched when its turn comes.
     """
+    # transformers 4 refuses a file that does not name the framework of its tensors.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     ordered = file_order(tensors)
@@ -128,10 +131,12 @@ def write_file(file: Path, tensors: Mapping[str, Outgoing]) -> None:
         kind = _HEADER_TYPES[tensor.dtype.name]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
+    # Padding the JSON with spaces aligns the first tensor.
     text += b" " * (-len(text) % 8)
     with written(file, binary=True) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in ordered.values():
             value = tensor.fetch()
             for block in blocks(len(value), value[:1].nbytes):
+                # As bytes, because bfloat16 arrays have no buffer format.
                 out.write(np.ascontiguousarray(value[block]).reshape(-1).view(np.uint8).data)

@@ -150,11 +150,7 @@ def check_settings(description: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in description.items():
         if name in _READ[kind] or name in _KNOWN_HARMLESS or _is_plain(name, value, description):
             continue
-        if (
-            name in _NEUTRAL
-            or _REFUSED.search(name)
-            or (_COMPUTES.search(name) and name != "auto_map")
-        ):
+        if name in _NEUTRAL or _REFUSED.search(name) or _COMPUTES.search(name):
             raise ValueError(
                 f"{name}={clipped(value)} in config.json is not supported for model_type={kind!r}: "
                 "this decoder would compute other numbers; choose a model without it, or take the "
@@ -200,8 +196,10 @@ def _is_plain(name: str, value: Any, description: Mapping[str, Any]) -> bool:
         "hidden_activation": description.get("hidden_act"),
         "hidden_act": description.get("hidden_activation"),
     }
+    # Granite multiplies scores by it; plain attention has ``head_dim ** -0.5``.
     if name == "attention_multiplier" and type(value) is float and _head_dim(description):
         return abs(value * _head_dim(description) ** 0.5 - 1) < 1e-6
+    # Many files repeat a size under the name that another family uses for it.
     if name in derived and value == derived[name]:
         return True
     if name in ("qk_norm", "use_qk_norm", "qk_layernorm") and description["model_type"] in (
@@ -209,6 +207,7 @@ def _is_plain(name: str, value: Any, description: Mapping[str, Any]) -> bool:
         "gemma3_text",
     ):
         return value in (None, True)
+    # A 1 in this list of SmolLM3 is a layer with rotary positions.
     if name in ("no_rope_layers",):
         return isinstance(value, list) and all(part == 1 for part in value)
     if name in _NEUTRAL:
@@ -238,6 +237,7 @@ def _check_architecture(kind: str, names: Any) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"architectures={clipped(names)} in config.json must be a list of names")
     for name in names:
+        # A class with another name may compute other numbers from the same settings.
         if not _CLASSES.fullmatch(name.lower()):
             raise ValueError(
                 f"architectures={names} in config.json: {name!r} is no plain language model or "
@@ -321,6 +321,7 @@ def check_gguf_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str,
 def _near(value: Any, plain: Any) -> bool:
     if type(value) not in (int, float) or plain is None:
         return False
+    # GGUF stores float32, and the plain value is computed in float64.
     return abs(value - plain) <= 1e-5 * abs(plain)
 
 

@@ -103,8 +103,20 @@ def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
     GGUF and llama2.c files pair the neighbouring rows (0, 1), (2, 3), .. for rotation; this decoder
     pairs row i of a head with row i + head_dim / 2.
     """
+    # ``[heads, pair, member, in]`` to ``[heads, member, pair, in]``.
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+class _HalfSplit:
+    """A query or key matrix in the rotary layout of this decoder; it is read when it is indexed."""
+
+    def __init__(self, tensor: Stored, heads: int):
+        self._tensor, self._heads = tensor, heads
+        self.shape = tuple(tensor.shape)
+
+    def __getitem__(self, window: Window, /) -> np.ndarray:
+        return _half_split(whole(self._tensor), self._heads)[window]
 
 
 def unpermuted(read: Read, config: DecoderConfig) -> Read:
@@ -113,6 +125,8 @@ def unpermuted(read: Read, config: DecoderConfig) -> Read:
 
     def unpermute(name: str) -> Stored:
         part = next((part for part in heads if f".{part}." in name), None)
-        return read(name) if part is None else _half_split(whole(read(name)), heads[part])
+        # Rows are interleaved within a head, so a range of them is no range in the file: all are
+        # read.
+        return read(name) if part is None else _HalfSplit(read(name), heads[part])
 
     return unpermute

@@ -73,6 +73,7 @@ class FolderTensors:
                 f"{self.path / INDEX} is corrupt ({error!r}): copy it again"
             ) from error
         if missing:
+            # The first in order, so that the message does not depend on the order of the index.
             shard, name = min(missing.items())
             raise ValueError(
                 f"a shard is missing: tensor {name!r} should be in {shard!r} in {self.path}: copy "
@@ -226,6 +227,7 @@ def is_buffer(name: str, layers: int) -> bool:
     (True, False)
     """
     found = _BUFFERS.fullmatch(name)
+    # A buffer of a layer that the model does not have hints at another config.json.
     return found is not None and int(found["gpt2"] or found["layer"] or 0) < layers
 
 
@@ -307,6 +309,7 @@ def same_values(one: Any, other: Any, blocks: Iterator[slice]) -> bool:
     columns = slice(0, one.shape[1])
     for rows in blocks:
         first, second = one[rows, columns], other[rows, columns]
+        # One of the two may have been converted when the model was saved.
         coarser = min(first.dtype, second.dtype, key=lambda kind: kind.itemsize)
         if not np.array_equal(first.astype(coarser), second.astype(coarser)):
             return False

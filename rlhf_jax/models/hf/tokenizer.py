@@ -67,6 +67,8 @@ def special_ids(tokenizer: Any, rows: int) -> dict[str, int | list[int]]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = [] if eos is None else list(exported_end_ids(tokenizer))
     last = {eos, end_of_turn_id(tokenizer)}
+    # A classifier of transformers finds the end of a row by the padding id. `last` has at most two
+    # ids, so one of 0, 1 and 2 is free.
     choices = (tokenizer.pad_token_id, bos, 0, 1, 2)
     pad = next(i for i in choices if i is not None and i not in last and i < rows)
     ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": int(bos)}

@@ -72,6 +72,7 @@ def save_hf(
     for name in template_names(tokenizer):
         check_template_name(name, "the tokenizer")
     description = hf_config(model.config, score="score" in params)
+    # ``dtype="auto"`` of transformers goes by this.
     description["dtype"] = str(params["embed"]["embedding"].dtype)
     if "score" in params:
         description[SCORE_BIAS] = float(params["score"]["bias"])
@@ -88,6 +89,7 @@ def save_hf(
     make_folder(path)
     _write_json(path / "config.json", description | special)
     if special and "score" not in params:
+        # The distribution that PPO trains; transformers decodes greedily unless told otherwise.
         _write_json(
             path / "generation_config.json", {"do_sample": True, "temperature": 1.0, **special}
         )
@@ -146,6 +148,7 @@ def _outgoing(config: DecoderConfig, kind: str, params: Params) -> Iterator[tupl
         yield from (_joined(tensors, layer) if kind == "gpt2" else tensors).items()
     if "score" in params:
         weight = params["score"]["weight"]
+        # A classifier of one label: ``[labels, D]``.
         row = Outgoing((1, *weight.shape), weight.dtype, lambda: _fetch(weight, None)[None])
         yield "score.weight", row
 
@@ -173,6 +176,8 @@ def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
     for shard in shards:
         if layer is None:
             value[shard.index] = _pull(shard.data, None)
+        # Only shards whose part of the layer axis has this layer; others are not pulled to the
+        # host.
         elif layer in range(*shard.index[0].indices(leaf.shape[0])):
             value[shard.index[1:]] = _pull(shard.data, layer - (shard.index[0].start or 0))
     return value
@@ -206,6 +211,7 @@ def _side_by_side(parts: Sequence[Outgoing]) -> np.ndarray:
 
 def _write_shards(folder: Path, tensors: Mapping[str, Outgoing], max_shard_size: int) -> None:
     """Write one file, or several and an index, after deleting the weights of an earlier save."""
+    # Before writing: `load_hf` looks at every such file and would refuse a shard that is left over.
     for old in (
         *folder.glob("model.safetensors"),
         *folder.glob("model-*-of-*.safetensors"),
@@ -221,6 +227,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Outgoing], max_shard_size:
         write_file(folder / file, {name: tensors[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     total = sum(tensor.size for tensor in tensors.values())
+    # Last, because it must name complete files only.
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

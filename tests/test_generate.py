@@ -307,6 +307,22 @@ def test_prompts_may_want_different_numbers_of_samples(streams):
         )
 
 
+def test_prompts_without_samples_between_others_are_passed_over():
+    """One refill then takes responses of prompts that are not neighbours."""
+    prompts, counts = _prompts(lengths=(3, 6, 1, 4, 2)), [1, 0, 0, 0, 1]
+    whole = _responses(_surely(prompts, samples_per_prompt=1))
+    many = generate_many(
+        MODEL,
+        PARAMS,
+        prompts,
+        jax.random.key(0),
+        Sampling(max_new_tokens=8, stop_ids=(2,)),
+        counts=counts,
+        rows=Rows(count=2, refill=2, streams=1),
+    )
+    assert _responses(many) == [whole[0], whole[4]]
+
+
 def test_one_program_is_compiled_for_all_streams():
     prompts = _prompts(lengths=(3, 6, 1, 4, 2, 5))
     run = lambda streams: generate_many(

@@ -133,7 +133,7 @@ async def later(response):
     ("returned", "shown"),
     [
         ("0.5", "the text '0.5'"), (b"1", "the text"), ([0.5], r"a list, \[0.5\]"), ({"score": 1}, "a dict"),
-        (np.array([1.0]), r"a ndarray of shape \(1,\)"), (1j, "a complex"), (10**400, "a int that is no number"),
+        (np.array([1.0]), r"a ndarray of shape \(1,\)"), (1j, "a complex"), (np.complex64(1j), "a complex64"), (10**400, "a int that is no number"),
         (Verdict("high"), "the text 'high'"), (object, "a type"), (types.SimpleNamespace(value=1), "a SimpleNamespace"),
     ],
     ids=lambda value: repr(value)[:30],

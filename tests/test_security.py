@@ -348,7 +348,7 @@ ABSURD = [
     {"rope_theta": float("nan")}, {"rope_theta": 1e400}, {"rms_norm_eps": "x"}, {"rope_scaling": "llama3"},
     {"rope_scaling": {"rope_type": "llama3", "factor": "a", "low_freq_factor": [], "high_freq_factor": 1,
                       "original_max_position_embeddings": 1}},
-    {"rlhf_jax_score_bias": "0"}, {"rlhf_jax_score_bias": float("inf")}, {"model_type": ["llama"]}, {"model_type": {}},
+    {"rlhf_jax_score_bias": "0"}, {"rlhf_jax_score_bias": True}, {"rlhf_jax_score_bias": float("inf")}, {"model_type": ["llama"]}, {"model_type": {}},
     {"sliding_window": 1e99}, {"tie_word_embeddings": "yes"}, {"hidden_act": 7},
 ]  # fmt: skip
 

@@ -207,7 +207,7 @@ def number(value: Any) -> float:
         # Complex numbers of numpy have `__float__`, which drops the imaginary part.
         not hasattr(value, "__float__")
         or isinstance(value, complex)
-        or np.iscomplexobj(value)
+        or getattr(getattr(value, "dtype", None), "kind", "") == "c"
         or (shape is not None and tuple(shape) != ())
     ):
         shown = f" of shape {tuple(shape)}" if shape else ""

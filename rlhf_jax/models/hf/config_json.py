@@ -93,7 +93,9 @@ def check_number(name: str, value: Any, where: str) -> None:
             f"{where} has {name}={clipped(value)}: it must be a number above 0, at most "
             f"{_REALS[name]:g}"
         )
-    if name == SCORE_BIAS and not (type(value) in (int, float) and -1e6 <= value <= 1e6):
+    if name == SCORE_BIAS and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not -1e6 <= value <= 1e6
+    ):
         raise ValueError(
             f"{where} has {name}={clipped(value)}: it must be a number from -1e6 to 1e6"
         )

@@ -431,12 +431,15 @@ def test_no_drawer_for_odds_and_ends():
 
 
 def test_functions_are_short():
+    """Sixty lines without docstring and lines that are comments, which are wanted."""
     long = []
     for path in MODULES:
+        source = path.read_text().splitlines()
         for function in functions(path):
             docstring = function.body[0] if ast.get_docstring(function) else None
             text = (docstring.end_lineno or 0) - docstring.lineno + 1 if docstring else 0
-            lines = (function.end_lineno or 0) - function.lineno + 1 - text
+            own = source[function.lineno - 1 : function.end_lineno]
+            lines = len(own) - text - sum(line.lstrip().startswith("#") for line in own)
             if lines > 60:
                 long.append(f"{name_of(path)}:{function.name} has {lines} lines")
     assert not long, "\n".join(long)

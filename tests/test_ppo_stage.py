@@ -310,7 +310,7 @@ def test_the_stage_itself_gives_the_same_on_a_mesh_with_all_axes(runs, monkeypat
             np.testing.assert_allclose(
                 found[name], expected[name], rtol=limit, atol=limit, err_msg=name
             )
-    assert setup.pieces.step.func._cache_size() == 1
+    assert setup.pieces.step._cache_size() == 1
 
 
 def drawn(setup, state, iteration: int, config, mesh, params) -> jax.Array:

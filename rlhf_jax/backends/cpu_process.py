@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
+import sys
 from importlib import metadata, util
 
 import jax
@@ -103,3 +105,10 @@ def ask_xla(flag: str, value: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}={value}".strip()
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In bytes on macOS, in KiB on Linux.
+    return peak if sys.platform == "darwin" else peak * 1024

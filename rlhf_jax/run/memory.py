@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import backends
+from rlhf_jax.backends import cpu_process
 from rlhf_jax.run.console import patiently
 
 Programs = Iterable[tuple[str, jax.stages.Compiled]]
@@ -231,6 +230,4 @@ def _first_line(error: BaseException) -> str:
 
 def peak_memory_mb() -> float:
     """Peak resident memory of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # In bytes on macOS, in KiB on Linux.
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return cpu_process.peak_bytes() / 2**20

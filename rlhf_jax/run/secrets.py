@@ -141,7 +141,9 @@ def is_secret(key: str) -> bool:
         )
     if "key" in words or "keys" in words:
         return _is_key(name, words)
-    if last == "pass" and _ACCOUNTS & set(before):
+    if last in ("pass", "pwd") and (
+        _ACCOUNTS & set(before) or (last == "pwd" and not name.isupper())
+    ):
         return True
     if last in ("pwd", "pat", "auth"):
         return bool(before) or last == "auth" or name.isupper()

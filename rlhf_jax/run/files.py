@@ -346,6 +346,13 @@ def contents(root: StrPath) -> dict[str, dict[str, Any]]:
     return found
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files that may be read of a model folder: its own, and its chat templates."""
+    # Chat templates are the only files that are read from a folder inside a model's.
+    found = [*folder.iterdir(), *folder.glob("*chat_templates/*")]
+    return sorted(path for path in found if path.is_file())
+
+
 def digest(path: Path) -> str:
     """A short sha256 of a file or of all files in a folder; large weights are sampled.
 

@@ -426,11 +426,8 @@ def _file_print(key: str, path: str) -> dict[str, Any]:
 
 def _model_print(key: str, path: Path) -> dict[str, Any]:
     """The path and the sha256 of each file of a model folder, or of a single file."""
-    folder = path if path.is_dir() else path.parent
-    # Chat templates are the only files that are read from a folder inside a model's.
-    found = [*path.iterdir(), *path.glob("*chat_templates/*")] if path.is_dir() else [path]
-    listed = sorted(p for p in found if p.is_file())
-    prints = {p.relative_to(folder).as_posix(): run_files.sha256(p) for p in listed}
+    folder, found = (path, run_files.model_files(path)) if path.is_dir() else (path.parent, [path])
+    prints = {p.relative_to(folder).as_posix(): run_files.sha256(p) for p in found}
     # Checked after hashing: only then are the hashes those of the bytes that were loaded.
     changed = parsed.changed_since_loading(path)
     if changed:

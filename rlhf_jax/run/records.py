@@ -260,12 +260,10 @@ def digest(path: Path) -> str | dict[str, str]:
     if not path.is_dir():
         what = "is not a plain file" if path.exists() else "is not there"
         raise ValueError(f"{path} {what}: put the file or folder there, or correct the path")
-    model = (path / "config.json").is_file()
-    found = path.iterdir() if model else path.rglob("*")
-    listed = [*found, *(path.glob("*chat_templates/*") if model else ())]
+    is_model = (path / "config.json").is_file()
     return {
         name: files.sha256(file)
-        for file in sorted(listed)
+        for file in (files.model_files(path) if is_model else sorted(path.rglob("*")))
         if file.is_file() and is_input(name := file.relative_to(path).as_posix())
     }
 
